@@ -1,0 +1,1 @@
+"""Photographs to LoRA, and the recipe of the embedded micro-SDXL."""
