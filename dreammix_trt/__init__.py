@@ -1,0 +1,38 @@
+"""Subject-driven SDXL inpainting (DreamMix) as ONNX and TensorRT engines.
+
+Importing this package loads neither torch nor a runtime; the public names arrive on first use:
+
+    from dreammix_trt.engine import DreamMix
+
+    with DreamMix.load("engines/mug") as dm:
+        dm.inpaint(image, mask_image, "a red sks mug").images[0].save("out.png")
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["DreamMix", "DreamMixError", "Request", "Result", "__version__", "build", "train_lora"]
+
+_HOMES = {
+    "DreamMix": "dreammix_trt.engine.dreammix",
+    "Result": "dreammix_trt.engine.dreammix",
+    "Request": "dreammix_trt.core.request",
+    "DreamMixError": "dreammix_trt.core.errors",
+    "build": "dreammix_trt.building",
+    "train_lora": "dreammix_trt.trainer.lora",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when first asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

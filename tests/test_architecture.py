@@ -1,0 +1,97 @@
+"""The arrows of docs/architecture.md: a floor imports only what stands below it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = {"core": set(), "export": {"core"}, "engine": {"core"}, "trainer": {"core"}}
+FACE = {"cli", "building", "demo", "report"}
+HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "onnx", "polygraphy"}
+
+
+def imports_of(path: Path, *, top_level_only: bool) -> Iterator[str]:
+    """Dotted names that a file imports, everywhere or only when the file itself is imported."""
+    tree = ast.parse(path.read_text())
+    guarded = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.FunctionDef | ast.AsyncFunctionDef) or _is_type_checking(block)
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if top_level_only and id(node) in guarded:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+
+
+def files(floor: str) -> list[Path]:
+    return sorted((ROOT / floor).rglob("*.py"))
+
+
+@pytest.mark.parametrize("floor", sorted(FLOORS))
+def test_a_floor_imports_only_what_stands_below(floor: str) -> None:
+    allowed = FLOORS[floor] | {floor}
+    wrong = []
+    for path in files(floor):
+        for name in imports_of(path, top_level_only=False):
+            parts = name.split(".")
+            if parts[0] != "dreammix_trt" or len(parts) < 2:
+                continue
+            if parts[1] in (set(FLOORS) | FACE) - allowed:
+                wrong.append(f"{path.relative_to(ROOT)}: {name}")
+    assert files(floor), f"{floor}/ has no files"
+    assert not wrong
+
+
+def test_the_engine_never_imports_the_heavy_packages() -> None:
+    wrong = [
+        f"{path.name}: {name}"
+        for path in files("engine")
+        for name in imports_of(path, top_level_only=False)
+        if name.split(".")[0] in HEAVY
+    ]
+    assert not wrong
+
+
+def test_core_loads_nothing_heavy_at_import() -> None:
+    wrong = [
+        f"{path.name}: {name}"
+        for path in files("core")
+        for name in imports_of(path, top_level_only=True)
+        if name.split(".")[0] in HEAVY | {"onnxruntime"}
+    ]
+    assert not wrong
+
+
+def test_importing_the_package_is_free() -> None:
+    probe = "import sys, dreammix_trt; print([m for m in ('torch','numpy','onnxruntime','rich') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_the_public_surface_fits_a_screen() -> None:
+    import dreammix_trt
+
+    assert len(dreammix_trt.__all__) <= 12
+    for name in dreammix_trt.__all__:
+        assert getattr(dreammix_trt, name) is not None
+
+
+def test_the_floors_are_linked_into_the_package() -> None:
+    for floor in FLOORS:
+        assert (ROOT / "dreammix_trt" / floor).resolve() == (ROOT / floor).resolve()
