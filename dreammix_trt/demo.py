@@ -1,0 +1,196 @@
+"""The main job on the embedded model: photographs of a subject -> LoRA -> engine -> pictures, on one sheet.
+
+Everything is made on the spot: the photographs are rendered, the LoRA is trained, the engine is built and every picture
+is inpainted by the runtime an app would embed.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from dreammix_trt.core.files import atomic_file
+from dreammix_trt.report import Row, Tile, contact_sheet, html_report, marked, stage_sheet
+
+if TYPE_CHECKING:
+    from dreammix_trt.core.passport import Passport
+    from dreammix_trt.engine.dreammix import DreamMix, Result
+
+Update = Callable[[str, float, str], None]
+_IDENTITY = "a photo of a sks mug"
+_EDITS = ("a red sks mug", "a green sks mug", "a purple sks mug", "a yellow striped sks mug")
+_ELIMINATED = ("blue",)
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Where the demo's pages are."""
+
+    sheet: Path
+    report: Path
+
+
+@dataclass(frozen=True)
+class Place:
+    """A picture and the region of it to fill."""
+
+    image: Image.Image
+    mask: Image.Image
+
+
+def run_demo(out: Path, *, seed: int = 7, threads: int | None = None, progress: Update | None = None) -> Pages:
+    """Run the whole main job into `out` and return its pages.
+
+    Needs the extras `train` and `export` (the LoRA is trained here). Existing files of an earlier run are replaced.
+    """
+    from dreammix_trt.building import build
+    from dreammix_trt.engine.dreammix import DreamMix
+    from dreammix_trt.trainer.lora import train_lora
+
+    update = progress or (lambda *_: None)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "photographs"):
+        photos = write_photos(out / "photos")
+    with _timed(seconds, "train"):
+        train_lora(out / "photos", "mug", out / "lora", threads=threads, seed=seed, progress=_named(update, "train"))
+    with _timed(seconds, "build"):
+        passport = build(out / "lora", out=out / "engine", name="mug", progress=_named(update, "build"))
+    with _timed(seconds, "load"):
+        engine = DreamMix.load(out / "engine", threads=threads)
+    with engine as dm, _timed(seconds, "inpaint"):
+        gallery = Gallery(dm, seed, update)
+        rows = [Row("The subject: five photographs", [Tile(photo) for photo in photos]), *gallery.rows()]
+    title = "dreammix-trt: a subject the model had never seen, placed by mask and text"
+    sheet = contact_sheet(rows, title=title)
+    pages = Pages(out / "contact_sheet.png", out / "report.html")
+    with atomic_file(pages.sheet) as path:
+        sheet.save(path, "PNG")
+    stages = stage_sheet(gallery.first)
+    with atomic_file(out / "stages.png") as path:
+        stages.save(path, "PNG")
+    with atomic_file(pages.report) as path:
+        path.write_text(html_report(title, sheet, _tables(seconds, gallery, passport)), encoding="utf-8")
+    return pages
+
+
+def write_photos(folder: Path, count: int = 5, size: int = 192) -> list[Image.Image]:
+    """Render the subject's photographs in the trainer's layout (image/NN.png, mask/NN.png)."""
+    from dreammix_trt.trainer.micro.world import render_subject_photos
+
+    pictures = []
+    for kind in ("image", "mask"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    for index, (image, mask) in enumerate(render_subject_photos(count, seed=0, size=size)):
+        pictures.append(Image.fromarray(image))
+        pictures[-1].save(folder / "image" / f"{index:02d}.png")
+        Image.fromarray(mask).save(folder / "mask" / f"{index:02d}.png")
+    return pictures
+
+
+def places(count: int, seed: int, size: tuple[int, int], extent: tuple[float, float]) -> list[Place]:
+    """Held-out rooms of (height, width) `size` with a region for an object of `extent` pixels in each."""
+    from dreammix_trt.trainer.micro.world import held_out_scenes
+
+    scenes = held_out_scenes(count, seed=90_000 + seed, size=size, object_size=extent)
+    return [
+        Place(Image.fromarray(scene.background), Image.fromarray(np.where(mask, 255, 0).astype(np.uint8)))
+        for scene, mask in scenes
+    ]
+
+
+class Gallery:
+    """Every picture of the sheet, made by one loaded engine."""
+
+    def __init__(self, dm: DreamMix, seed: int, update: Update) -> None:
+        self._dm, self._seed, self._update = dm, seed, update
+        self._large = places(5, 1, (192, 192), (105.0, 130.0))
+        self._wide = places(2, 2, (256, 384), (96.0, 110.0))
+        self._small = places(2, 3, (256, 256), (48.0, 52.0))
+        self._done = 0
+        self.pictures = 0
+        self.timings: dict[str, float] = {}
+        self.first: Result
+
+    def rows(self) -> list[Row]:
+        """The rows of the sheet below the photographs."""
+        return [
+            self._places_row(),
+            self._identity_row(),
+            self._edit_row("Edited by text, attributes decomposed (TAS takes \"blue\" out)", _ELIMINATED),
+            self._edit_row("The same without TAS", ()),
+            self._small_row(),
+            self._base_row(),
+        ]
+
+    def _places_row(self) -> Row:
+        shown = [*self._large[:3], *self._wide]
+        return Row("Where it shall stand", [Tile(marked(place.image, place.mask)) for place in shown])
+
+    def _identity_row(self) -> Row:
+        shown = [*self._large[:3], *self._wide]
+        tiles = [Tile(self._paint(place, _IDENTITY, k), f'"{_IDENTITY}"') for k, place in enumerate(shown)]
+        return Row("As itself", tiles)
+
+    def _edit_row(self, title: str, eliminated: tuple[str, ...]) -> Row:
+        tiles = []
+        for number, (prompt, place) in enumerate(zip(_EDITS, self._large, strict=False)):
+            picture = self._paint(place, prompt, 20 + number, substitute=eliminated)
+            tiles.append(Tile(picture, f'"{prompt}"' + (f" minus {', '.join(eliminated)}" if eliminated else "")))
+        return Row(title, tiles)
+
+    def _small_row(self) -> Row:
+        place = self._small[0]
+        ways = {"local, then global (default)": {}, "local only": {"lcg_fraction": 1.0}, "global only": {"lcg_fraction": 0.0}}
+        tiles = [Tile(marked(place.image, place.mask), "a fifth of the frame's side")]
+        tiles += [Tile(self._paint(place, "a red sks mug", 40, **fields), f"{way}") for way, fields in ways.items()]
+        return Row('A small object in a larger picture: "a red sks mug"', tiles)
+
+    def _base_row(self) -> Row:
+        prompts = ("a blue striped teapot", "a red dotted bowl", "a green plain bottle", "a pink checkered star", "an empty table")
+        tiles = [Tile(self._paint(place, prompt, 60 + k), f'"{prompt}"') for k, (prompt, place) in enumerate(zip(prompts, self._large, strict=True))]
+        return Row("The base model without the subject's word", tiles)
+
+    def _paint(self, place: Place, prompt: str, number: int, **fields: Any) -> Image.Image:
+        result = self._dm.inpaint(place.image, place.mask, prompt, seed=self._seed + number, keep_stages=not self.pictures, **fields)
+        if not self.pictures:
+            self.first = result
+        self.pictures += 1
+        for phase, spent in result.timings.items():
+            self.timings[phase] = self.timings.get(phase, 0.0) + spent
+        self._update("inpaint", min(1.0, self.pictures / 22), prompt)
+        return result.images[0]
+
+
+def _tables(seconds: dict[str, float], gallery: Gallery, passport: Passport) -> list[tuple[str, list[list[str]]]]:
+    steps = [["step", "seconds"], *([name, f"{value:.1f}"] for name, value in seconds.items())]
+    total = sum(gallery.timings.values())
+    phases = [["phase of a picture", "milliseconds (mean)", "share"]]
+    phases += [
+        [name, f"{1000 * value / gallery.pictures:.1f}", f"{value / total:.1%}"] for name, value in gallery.timings.items()
+    ]
+    facts = [["passport", ""], *([str(cell) for cell in row] for _, rows in passport.describe() for row in rows)]
+    machine = [["machine", ""], ["platform", platform.platform()], ["python", platform.python_version()]]
+    request = [["the first request", ""], *([k, json.dumps(v)] for k, v in json.loads(gallery.first.request.to_json()).items())]
+    return [
+        ("Whole run", steps), (f"{gallery.pictures} pictures", phases), ("Engine", facts), ("Request", request), ("Machine", machine)
+    ]  # fmt: skip
+
+
+def _named(update: Update, name: str) -> Update:
+    return lambda part, fraction, message: update(f"{name} {part}".strip(), fraction, message)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
