@@ -1,0 +1,37 @@
+// What every kernel shares: how a function is marked for host and device, and how a host loop is built for several CPUs.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+
+// Per-element functions carry DMX_HD: under nvcc the CUDA kernels are made from the same source as the host loops.
+#if defined(__CUDACC__)
+#define DMX_HD __host__ __device__
+#else
+#define DMX_HD
+#endif
+
+// Host loops carry DMX_CLONES: a portable wheel holds them for plain x86-64, AVX2 and AVX-512; the loader chooses.
+#if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__) && defined(__x86_64__) && defined(__GLIBC__)
+#define DMX_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define DMX_CLONES
+#endif
+
+#if defined(_MSC_VER)
+#define DMX_RESTRICT __restrict
+#else
+#define DMX_RESTRICT __restrict__
+#endif
+
+namespace dmx {
+
+using std::ptrdiff_t;
+using std::size_t;
+
+DMX_HD inline int clamped(int value, int low, int high) { return value < low ? low : value > high ? high : value; }
+
+DMX_HD inline std::uint8_t byte_of(int value) { return static_cast<std::uint8_t>(clamped(value, 0, 255)); }
+
+}  // namespace dmx
