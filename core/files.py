@@ -1,0 +1,173 @@
+"""Files written whole or not at all, and hashes that are remembered."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dreammix_trt.core.errors import BuildError, FileFormatError, InputError
+
+_REMEMBERED_FROM = 1 << 20  # smaller files are hashed faster than looked up
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path beside `path`; it takes `path`'s place when the block ends well, and vanishes if not.
+
+    Raises InputError when the place cannot be written.
+    """
+    target = Path(path)
+    with _refusing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        os.close(handle)
+    temporary = Path(name)
+    try:
+        with _refusing(target):
+            yield temporary
+            _sync(temporary)
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | os.PathLike[str], marker: str | None = None) -> Iterator[Path]:
+    """Give a temporary directory beside `path`; it takes `path`'s place when the block ends well, and vanishes if not.
+
+    An existing directory is moved aside first and deleted after; a reader sees the old or the new one. marker: a file
+    that tells our own directories: one with other content and without it is never replaced.
+    Raises InputError when the place cannot be written, holds a file, or holds something that is not ours.
+    """
+    target = Path(path).absolute()
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target} is a file; name a directory that is new or was made by this program")
+    if marker and target.is_dir() and not (target / marker).exists() and any(target.iterdir()):
+        raise InputError(f"{target} holds other files (no {marker} among them) and would be replaced; name a new directory")
+    with _refusing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        temporary.chmod(0o777 & ~_umask())
+    try:
+        with _refusing(target):
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            _swap(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: str | os.PathLike[str], record: Any) -> None:
+    """Write a record as indented JSON, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in a file; FileFormatError naming it when there is none."""
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileFormatError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise FileFormatError(f"{path} cannot be read as JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise FileFormatError(f"{path} holds a JSON {type(record).__name__}, not an object")
+    return record
+
+
+def sha256_of(path: str | os.PathLike[str], *, verify: bool = False) -> str:
+    """SHA-256 of a file in hex.
+
+    Hashes of large files are remembered by path, size, modification time and inode; `verify` reads the file again.
+    """
+    file = Path(path).resolve()
+    status = file.stat()
+    if status.st_size < _REMEMBERED_FROM:
+        return _digest(file)
+    mark = f"{file}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
+    memory = home() / "hashes" / f"{hashlib.sha256(mark.encode()).hexdigest()}.json"
+    if not verify:
+        with contextlib.suppress(FileFormatError):
+            record = read_json(memory)
+            if record.get("mark") == mark and isinstance(record.get("sha256"), str):
+                return str(record["sha256"])
+    digest = _digest(file)
+    with contextlib.suppress(InputError):  # a home that cannot be written only costs time
+        write_json(memory, {"mark": mark, "sha256": digest})
+    return digest
+
+
+def home() -> Path:
+    """Where the store and the remembered hashes are: DREAMMIX_HOME, else the platform's cache directory."""
+    given = os.environ.get("DREAMMIX_HOME")
+    if given:
+        return Path(given).expanduser().absolute()
+    from platformdirs import user_cache_path
+
+    return user_cache_path("dreammix-trt", appauthor=False)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    if not target.exists():
+        temporary.rename(target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    target.rename(aside / "old")
+    try:
+        temporary.rename(target)
+    except OSError:
+        (aside / "old").rename(target)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextlib.contextmanager
+def _refusing(target: Path) -> Iterator[None]:
+    """Turn what the operating system says of a bad place into one of our errors."""
+    try:
+        yield
+    except PermissionError as error:
+        raise InputError(f"{target} cannot be written ({error.strerror}); choose a place you may write to") from error
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"{target} cannot be made: {error.filename} is a file, not a directory") from error
+    except OSError as error:
+        import errno
+
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise BuildError(f"{target}: no space left there; free some or choose another place") from error
+        if error.errno == errno.EROFS:
+            raise InputError(f"{target} lies on a read-only file system; choose another place") from error
+        raise

@@ -1,0 +1,128 @@
+"""The UNet's two naming schemes: sgm (single-file checkpoints, Fooocus patches) and diffusers.
+
+sgm numbers everything that ends in a skip connection: `input_blocks.<i>` is the first convolution, then each resnet
+(`.0`, with its attention `.1`), then each downsampler. `output_blocks.<i>` holds one resnet, its attention, and in the
+last entry of a block the upsampler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dreammix_trt.core.errors import FileFormatError
+
+PREFIX = "diffusion_model."
+
+_OUTER = {
+    "input_blocks.0.0": "conv_in",
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+_RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+}
+_WITHOUT_BIAS = ("to_q", "to_k", "to_v")
+Pairs = Iterator[tuple[str, str]]
+
+
+def sgm_to_diffusers(unet_config: Mapping[str, Any]) -> dict[str, str]:
+    """Every tensor of the UNet: `diffusion_model.<sgm name>.weight|bias` -> diffusers name.
+
+    unet_config: the diffusers `unet/config.json`. Any number of blocks, layers and transformer depths; SDXL's own
+    config gives 1680 names. Raises `FileFormatError` for block types that SDXL does not have.
+    """
+    names = {}
+    for sgm, diffusers in _modules(unet_config):
+        names[f"{PREFIX}{sgm}.weight"] = f"{diffusers}.weight"
+        if not diffusers.endswith(_WITHOUT_BIAS):
+            names[f"{PREFIX}{sgm}.bias"] = f"{diffusers}.bias"
+    return names
+
+
+def attention_depths(config: Mapping[str, Any]) -> tuple[list[list[int]], list[list[int]], int]:
+    """Transformer layers after each resnet (0: no attention) per down block, per up block, and in the middle."""
+    downs, ups = list(config["down_block_types"]), list(config["up_block_types"])
+    known = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
+    middle = config.get("mid_block_type", "UNetMidBlock2DCrossAttn")
+    strange = sorted({*downs, *ups} - known) + ([] if middle == "UNetMidBlock2DCrossAttn" else [str(middle)])
+    if strange:
+        raise FileFormatError(f"unet/config.json: block types {', '.join(strange)} are not those of an SDXL UNet")
+    layers = _per_block(config.get("layers_per_block", 2), len(downs))
+    depths = _per_block(config.get("transformer_layers_per_block", 1), len(downs))
+    backwards = config.get("reverse_transformer_layers_per_block")
+    up_depths = depths[::-1] if backwards is None else list(backwards)
+    up_layers = [n + 1 for n in layers[::-1]]
+    return (
+        [_per_layer(d, n, kind) for d, n, kind in zip(depths, layers, downs, strict=True)],
+        [_per_layer(d, n, kind) for d, n, kind in zip(up_depths, up_layers, ups, strict=True)],
+        depths[-1] if isinstance(depths[-1], int) else depths[-1][-1],
+    )
+
+
+def _modules(config: Mapping[str, Any]) -> Pairs:
+    downs, ups, middle = attention_depths(config)
+    channels = list(config["block_out_channels"])
+    yield from _OUTER.items()
+    skips, width, entry = [channels[0]], channels[0], 1
+    for block, depths in enumerate(downs):
+        for layer, depth in enumerate(depths):
+            place, here = f"input_blocks.{entry}", f"down_blocks.{block}"
+            yield from _resnet(f"{place}.0", f"{here}.resnets.{layer}", width != channels[block])
+            yield from _transformer(f"{place}.1", f"{here}.attentions.{layer}", depth)
+            width, entry = channels[block], entry + 1
+            skips.append(width)
+        if block + 1 < len(downs):
+            yield f"input_blocks.{entry}.0.op", f"down_blocks.{block}.downsamplers.0.conv"
+            entry += 1
+            skips.append(width)
+    yield from _resnet("middle_block.0", "mid_block.resnets.0", False)
+    yield from _transformer("middle_block.1", "mid_block.attentions.0", middle)
+    yield from _resnet("middle_block.2", "mid_block.resnets.1", False)
+    entry = 0
+    for block, depths in enumerate(ups):
+        out = channels[::-1][block]
+        for layer, depth in enumerate(depths):
+            place, here = f"output_blocks.{entry}", f"up_blocks.{block}"
+            yield from _resnet(f"{place}.0", f"{here}.resnets.{layer}", width + skips.pop() != out)
+            yield from _transformer(f"{place}.1", f"{here}.attentions.{layer}", depth)
+            width, entry = out, entry + 1
+        if block + 1 < len(ups):
+            yield f"output_blocks.{entry - 1}.{2 if depths[-1] else 1}.conv", f"up_blocks.{block}.upsamplers.0.conv"
+
+
+def _resnet(sgm: str, diffusers: str, shortcut: bool) -> Pairs:
+    for theirs, ours in _RESNET.items():
+        yield f"{sgm}.{theirs}", f"{diffusers}.{ours}"
+    if shortcut:
+        yield f"{sgm}.skip_connection", f"{diffusers}.conv_shortcut"
+
+
+def _transformer(sgm: str, diffusers: str, depth: int) -> Pairs:
+    if not depth:
+        return
+    inner = ["norm", "proj_in", "proj_out"]
+    for layer in range(depth):
+        inner += [f"transformer_blocks.{layer}.{part}" for part in ("norm1", "norm2", "norm3", "ff.net.0.proj", "ff.net.2")]
+        for attention in ("attn1", "attn2"):
+            inner += [f"transformer_blocks.{layer}.{attention}.{part}" for part in (*_WITHOUT_BIAS, "to_out.0")]
+    for name in inner:
+        yield f"{sgm}.{name}", f"{diffusers}.{name}"
+
+
+def _per_block(value: Any, blocks: int) -> list[Any]:
+    return [value] * blocks if isinstance(value, int) else list(value)
+
+
+def _per_layer(depth: Any, layers: int, kind: str) -> list[int]:
+    if not kind.startswith("CrossAttn"):
+        return [0] * layers
+    return [depth] * layers if isinstance(depth, int) else list(depth)

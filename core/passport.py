@@ -1,0 +1,143 @@
+"""The passport of an engine directory: what it was made from, and where its base lies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dreammix_trt.core.errors import DreamMixError, EngineError
+from dreammix_trt.core.files import read_json, write_json
+
+SCHEMA = 1
+FILE_NAME = "passport.json"
+
+
+@dataclass(frozen=True)
+class SubjectEntry:
+    """One subject in the engine: its file below the directory, hashes of that and of the LoRA it was made from."""
+
+    name: str
+    token: str
+    class_name: str
+    target: str
+    file: str
+    sha256: str
+    bytes: int
+    source: str
+    source_sha256: str
+
+
+@dataclass(frozen=True)
+class NetworkEntry:
+    """One network of the base: its files, dynamic inputs, LoRA slots, and how well it agreed with torch."""
+
+    name: str
+    graph: str
+    weights: str
+    inputs: dict[str, list[int | str]]
+    slots: int
+    parity: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Passport:
+    """Everything `inspect` prints and `load` checks.
+
+    base_key: the base's key in the store. networks_at: "store", or the directory below this one that holds the base
+    ("networks"). base: name, hashes of the source files, native side, slot rank, merged subject if any. versions: of
+    the packages that made it. files: hashes of the base's files.
+    """
+
+    schema: int
+    created_by: str
+    backend: str
+    precision: str
+    platform: str
+    base_key: str
+    networks_at: str
+    base: dict[str, Any]
+    versions: dict[str, str]
+    networks: tuple[NetworkEntry, ...]
+    subjects: tuple[SubjectEntry, ...]
+    files: dict[str, str]
+    command: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    def write(self, folder: Path) -> None:
+        """Write `passport.json`."""
+        write_json(folder / FILE_NAME, self.to_dict())
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Passport:
+        """Read and check `passport.json` of an engine directory; EngineError says what is wrong and how to rebuild."""
+        path = Path(folder) / FILE_NAME
+        if not Path(folder).is_dir():
+            raise EngineError(f"{folder} is no engine directory; make one with `dreammix-trt build --out {folder}`")
+        try:
+            record = read_json(path)
+        except DreamMixError as error:
+            raise EngineError(f"{error}; build it again: `dreammix-trt build --out {folder}`") from error
+        schema = record.get("schema")
+        if schema != SCHEMA:
+            newer = isinstance(schema, int) and schema > SCHEMA
+            what = "upgrade dreammix-trt, or build" if newer else "build"
+            raise EngineError(
+                f"{path} has schema {schema!r}, this version reads {SCHEMA}; {what} it again: "
+                f"`{record.get('command') or f'dreammix-trt build --out {folder}'}`"
+            )
+        try:
+            return cls._of(record)
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineError(f"{path} is damaged ({error}); build it again: `dreammix-trt build --out {folder}`") from error
+
+    @classmethod
+    def _of(cls, record: Mapping[str, Any]) -> Passport:
+        fields = dict(record)
+        fields["networks"] = tuple(NetworkEntry(**entry) for entry in fields["networks"])
+        fields["subjects"] = tuple(SubjectEntry(**entry) for entry in fields["subjects"])
+        kinds = {"base": dict, "versions": dict, "files": dict, "base_key": str, "networks_at": str, "command": str}
+        for name, kind in kinds.items():
+            if not isinstance(fields[name], kind):
+                raise TypeError(f"{name} is no {kind.__name__}")
+        return cls(**fields)
+
+    def describe(self) -> list[tuple[str, list[tuple[str, ...]]]]:
+        """Titled tables of short texts, as a person wants to read it."""
+        base = self.base
+        facts = [
+            ("made by", self.created_by),
+            ("back end", f"{self.backend}, {self.precision}, {self.platform}"),
+            ("base", f"{base.get('name')}, native {base.get('native_side')}x{base.get('native_side')}"),
+            ("base engine", f"{self.base_key[:16]} in the {'store' if self.networks_at == 'store' else 'directory itself'}"),
+            ("LoRA slots", f"rank {base.get('slot_rank')}"),
+            ("merged subject", str(base.get("merged") or "none")),
+            ("built with", self.command),
+        ]
+        subjects = [
+            (entry.name, f'"a {entry.token} {entry.class_name}"'.replace('  ', ' '), f"{entry.bytes / 1024:.0f} KiB", entry.source)
+            for entry in self.subjects
+        ] or [("none",)]
+        networks = [
+            (
+                entry.name,
+                ", ".join(f"{name} {'x'.join(str(side) for side in shape)}" for name, shape in entry.inputs.items()),
+                f"{entry.slots} LoRA slots" if entry.slots else "",
+                _parity(entry.parity),
+            )
+            for entry in self.networks
+        ]
+        sources = [(name, digest[:16]) for name, digest in base.get("files", {}).items()]
+        versions = list(self.versions.items())
+        return [
+            ("Engine", facts), ("Subjects", subjects), ("Networks", networks), ("Made from", sources), ("Versions", versions)
+        ]  # type: ignore[list-item]  # fmt: skip
+
+
+def _parity(record: Mapping[str, Any]) -> str:
+    error = record.get("max_rel", record.get("relative"))
+    return f"against torch: {error:.1e} of the maximum" if isinstance(error, float) else ""

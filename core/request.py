@@ -1,0 +1,265 @@
+"""One inpainting as a value: every parameter by its public name, checked, and kept beside the picture as JSON.
+
+Names are diffusers' where it has one. Defaults follow reference/dreammix.md section 7, and where that says 'code' the
+authors' published notebook (section 0 there). Pictures are not part of a request.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from dreammix_trt.core.errors import InputError
+
+SCHEMA = 1
+Mode = Literal["native", "reference"]
+Indexing = Literal["bpe", "words"]
+TasStage = Literal["tokens_lcg", "tokens_gch", "pooled_lcg", "pooled_gch"]
+_SEEDS = 1 << 64
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to paint and how. Raises InputError naming the field, its value and what is allowed.
+
+    prompt, negative_prompt: text; None as negative prompt means zero embeddings. truncate_prompt: cut what does not
+    fit in 77 tokens instead of refusing it. subject: which subject of the engine; None: its only one, "": none.
+    substitute: attribute words that TAS takes out of the subject; substitute_prefix: the text before them (None:
+    "a photo of a TOKEN"); tas_stages: where the decomposed tokens and pooled vector are used (the authors' code leaves
+    pooled_gch out); tas_indexing: "bpe" tokens or the authors' "words" (None: the mode's).
+
+    num_inference_steps 1..1000, strength (0, 1]: shortens the steps to int(steps * strength), as in the authors' code.
+    seed 0..2^64-1; None: drawn at random, the result tells it. num_images_per_prompt: picture k equals seed + k alone.
+    guidance_scale: at most 1 switches guidance off. guidance_rescale 0..1. sharpness: weight of blur guidance.
+
+    lcg_steps: how many steps are local (LCG), the rest is global (GCH); None: round(lcg_fraction * steps).
+    lcg_field, gch_field: least share of the picture's sides in each stage's crop; 1 is the whole picture.
+    lcg_mask_dilate: pixels by which the local stage repaints more than the mask. patched_fraction: share of the steps
+    on the inpainting UNet. size_guidance_positive, _negative, _end: factors on the original size told to the UNet, and
+    the share of steps that have them. gch_background: which picture lies around the mask in GCH. blend_noise: "fresh"
+    for every step, or "fixed". blend_output: also blend the background into each predicted picture (Fooocus).
+    soft_blending: radial paste at the hand-over. vae_sample: sample the VAE's posterior instead of its mean (None: the
+    mode's). mode: "native" keeps the picture's resolution, "reference" follows the authors' arithmetic on a picture
+    stretched to reference_resize (height, width; None: the base's native square).
+    """
+
+    prompt: str
+    negative_prompt: str | None = ""
+    subject: str | None = None
+    substitute: tuple[str, ...] = ()
+    substitute_prefix: str | None = None
+    num_inference_steps: int = 30
+    guidance_scale: float = 4.0
+    seed: int | None = None
+    num_images_per_prompt: int = 1
+    strength: float = 1.0
+    mode: Mode = "native"
+    lcg_steps: int | None = None
+    lcg_fraction: float = 2 / 3
+    lcg_field: float = 0.5
+    gch_field: float = 1.0
+    lcg_mask_dilate: int = 0
+    gch_background: Literal["original", "intermediate"] = "original"
+    patched_fraction: float = 0.8
+    sharpness: float = 1.0
+    size_guidance_positive: float = 1.5
+    size_guidance_negative: float = 0.8
+    size_guidance_end: float = 0.3
+    guidance_rescale: float = 0.0
+    blend_noise: Literal["fresh", "fixed"] = "fresh"
+    blend_output: bool = False
+    soft_blending: bool = False
+    tas_stages: tuple[TasStage, ...] = ("tokens_lcg", "tokens_gch", "pooled_lcg")
+    tas_indexing: Indexing | None = None
+    vae_sample: bool | None = None
+    truncate_prompt: bool = False
+    reference_resize: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name, check in _CHECKS.items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))
+        if self.seed is not None and self.seed + self.num_images_per_prompt > _SEEDS:
+            raise InputError(f"seed is {self.seed}: with {self.num_images_per_prompt} pictures it must stay below 2^64")
+        if self.steps < 1:
+            raise InputError(
+                f"strength is {self.strength}: of {self.num_inference_steps} steps none is left; "
+                f"give at least {1 / self.num_inference_steps:.4g}"
+            )
+        if self.lcg_steps is not None and self.lcg_steps > self.num_inference_steps:
+            raise InputError(f"lcg_steps is {self.lcg_steps}; allowed: 0 .. {self.num_inference_steps} (all steps)")
+        if self.reference_resize and self.mode != "reference":
+            raise InputError("reference_resize is given, but only mode 'reference' stretches the picture")
+
+    @property
+    def steps(self) -> int:
+        """How many steps run: int(num_inference_steps * strength)."""
+        return min(int(self.num_inference_steps * self.strength), self.num_inference_steps)
+
+    @property
+    def local_steps(self) -> int:
+        """How many of them are local."""
+        wanted = round(self.lcg_fraction * self.steps) if self.lcg_steps is None else self.lcg_steps
+        return min(wanted, self.steps)
+
+    @property
+    def indexing(self) -> Indexing:
+        """tas_indexing, or the mode's: tokens in native mode, words in reference mode."""
+        return self.tas_indexing or ("words" if self.mode == "reference" else "bpe")
+
+    @property
+    def samples_vae(self) -> bool:
+        """vae_sample, or the mode's: the mean in native mode, a sample in reference mode."""
+        return self.mode == "reference" if self.vae_sample is None else self.vae_sample
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance runs, which takes a negative row per picture."""
+        return self.guidance_scale > 1
+
+    def replace(self, **fields: Any) -> Request:
+        """This request with some fields changed; InputError for a field that does not exist."""
+        return Request(**{**self._fields(), **_known(fields)})
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The request as JSON with its schema number; `from_json` gives an equal request back."""
+        return json.dumps({"schema": SCHEMA, **self._fields()}, indent=indent, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Request:
+        """Read `to_json`. Raises InputError for other JSON, unknown fields, values out of range or a newer schema."""
+        try:
+            fields = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"the request is not valid JSON ({error})") from error
+        if not isinstance(fields, dict) or not isinstance(fields.get("schema"), int):
+            raise InputError("the request is not a JSON object with a schema number; write one with Request.to_json()")
+        if fields["schema"] != SCHEMA:
+            raise InputError(f"the request has schema {fields['schema']}, this version reads {SCHEMA}; update dreammix-trt")
+        del fields["schema"]
+        if "prompt" not in fields:
+            raise InputError("the request has no prompt")
+        return cls(**_known(fields))
+
+    def _fields(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def _known(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    unknown = sorted(set(fields) - set(_CHECKS))
+    if unknown:
+        raise InputError(f"a request has no field {', '.join(unknown)}; its fields are {', '.join(_CHECKS)}")
+    return fields
+
+
+Check = Callable[[str, Any], Any]
+
+
+def _refuse(name: str, value: Any, allowed: str) -> InputError:
+    return InputError(f"{name} is {value!r}; allowed: {allowed}")
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or "\x00" in value or any(0xD800 <= ord(letter) < 0xE000 for letter in value):
+        raise _refuse(name, value, "text")
+    return value
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _refuse(name, value, "true or false")
+    return value
+
+
+def _whole(least: int, most: int) -> Check:
+    def check(name: str, value: Any) -> int:
+        allowed = f"a whole number from {least} to {most}"
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise _refuse(name, value, allowed)
+        number = value.__index__()
+        if not least <= number <= most:
+            raise _refuse(name, value, allowed)
+        return int(number)
+
+    return check
+
+
+def _number(least: float, most: float, *, above: bool = False) -> Check:
+    def check(name: str, value: Any) -> float:
+        allowed = f"a number {'above' if above else 'from'} {least:g} {'up ' if above else ''}to {most:g}"
+        if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__"):
+            raise _refuse(name, value, allowed)
+        number = float(value)
+        if not math.isfinite(number) or not least <= number <= most or (above and number == least):
+            raise _refuse(name, value, allowed)
+        return number
+
+    return check
+
+
+def _one_of(kind: Any) -> Check:
+    def check(name: str, value: Any) -> Any:
+        if not isinstance(value, str) or value not in get_args(kind):
+            raise _refuse(name, value, " or ".join(repr(choice) for choice in get_args(kind)))
+        return value
+
+    return check
+
+
+def _or_none(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _several(check: Check, what: str) -> Check:
+    def checked(name: str, value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list | tuple):
+            raise _refuse(name, value, f"a list of {what}")
+        return tuple(check(name, item) for item in value)
+
+    return checked
+
+
+def _size(name: str, value: Any) -> tuple[int, int]:
+    sides = _several(_whole(64, 8192), "two sides")(name, value)
+    if len(sides) != 2:
+        raise _refuse(name, value, "(height, width)")
+    return sides[0], sides[1]
+
+
+_share = _number(0, 1)
+_CHECKS: dict[str, Check] = {
+    "prompt": _text,
+    "negative_prompt": _or_none(_text),
+    "subject": _or_none(_text),
+    "substitute": _several(_text, "words"),
+    "substitute_prefix": _or_none(_text),
+    "num_inference_steps": _whole(1, 1000),
+    "guidance_scale": _number(0, 100),
+    "seed": _or_none(_whole(0, _SEEDS - 1)),
+    "num_images_per_prompt": _whole(1, 1024),
+    "strength": _number(0, 1, above=True),
+    "mode": _one_of(Mode),
+    "lcg_steps": _or_none(_whole(0, 1000)),
+    "lcg_fraction": _share,
+    "lcg_field": _share,
+    "gch_field": _share,
+    "lcg_mask_dilate": _whole(0, 4096),
+    "gch_background": _one_of(Literal["original", "intermediate"]),
+    "patched_fraction": _share,
+    "sharpness": _number(0, 100),
+    "size_guidance_positive": _number(0.1, 10),
+    "size_guidance_negative": _number(0.1, 10),
+    "size_guidance_end": _share,
+    "guidance_rescale": _share,
+    "blend_noise": _one_of(Literal["fresh", "fixed"]),
+    "blend_output": _flag,
+    "soft_blending": _flag,
+    "tas_stages": _several(_one_of(TasStage), "stages"),
+    "tas_indexing": _or_none(_one_of(Indexing)),
+    "vae_sample": _or_none(_flag),
+    "truncate_prompt": _flag,
+    "reference_resize": _or_none(_size),
+}

@@ -1,0 +1,193 @@
+"""Everything the sampling loop decides by step index, computed up front as a table of frozen rows.
+
+The tables are the reference's (golden/README.md steps 9 to 11, reference/dreammix.md 1.5 and 1.6): Karras sigmas, the
+timestep of each, which UNet, the size-conditioning trick, and DPM-Solver++(2M) SDE (midpoint, eta 1) as coefficients
+
+    x_next = c_x x + c_x0 x0 + c_dx0 (x0 - x0_previous) + c_noise n.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dreammix_trt.core.request import Request
+
+F32 = npt.NDArray[np.float32]
+Stage = Literal["lcg", "gch"]
+Draw = tuple[str, int]
+
+SIGMA_MAX, SIGMA_MIN, RHO = 14.6146, 0.0292, 7.0
+TRAINING_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Step:
+    """One row. sigma falls to sigma_next; the UNet `network` sees `timestep` and the size scaled by size_scale_*.
+
+    blend_draw and solver_draw are the noise label and step to draw; no solver noise in the last step, which returns x0.
+    """
+
+    index: int
+    stage: Stage
+    network: Literal["unet", "unet_raw"]
+    sigma: float
+    sigma_next: float
+    timestep: float
+    size_scale_positive: float
+    size_scale_negative: float
+    guidance_scale: float
+    guidance_rescale: float
+    blur_alpha: float
+    c_x: float
+    c_x0: float
+    c_dx0: float
+    c_noise: float
+    blend_draw: Draw
+    solver_draw: Draw | None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The rows of one request, in order.
+
+    start_scale: factor of init_noise in the first latent. fills: whether the hole is filled before the first stage.
+    blends_output: whether the background is also blended into each prediction.
+    """
+
+    steps: tuple[Step, ...]
+    start_scale: float
+    fills: bool
+    blends_output: bool
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps)
+
+    def __getitem__(self, index: int) -> Step:
+        return self.steps[index]
+
+    @property
+    def hand_over_index(self) -> int | None:
+        """The first global step after local ones; None where one stage does all the steps."""
+        stages = [step.stage for step in self.steps]
+        return stages.index("gch") if stages[0] == "lcg" and "gch" in stages else None
+
+    @property
+    def sigmas(self) -> F32:
+        """float32 (N + 1,), the last one 0."""
+        return np.array([*(step.sigma for step in self.steps), self.steps[-1].sigma_next], np.float32)
+
+    @property
+    def timesteps(self) -> F32:
+        """float32 (N,)."""
+        return np.array([step.timestep for step in self.steps], np.float32)
+
+    def __str__(self) -> str:
+        head = "step stage network    sigma     t  size+ size-  blur       c_x      c_x0     c_dx0   c_noise"
+        return "\n".join([head, *(_line(step) for step in self.steps)])
+
+
+def _line(s: Step) -> str:
+    return (
+        f"{s.index:4d} {s.stage:<5} {s.network:<8} {s.sigma:8.4f} {s.timestep:5.0f} {s.size_scale_positive:6.2f}"
+        f" {s.size_scale_negative:5.2f} {s.blur_alpha:.1e} {s.c_x:8.5f}  {s.c_x0:8.5f}  {s.c_dx0:8.5f}  {s.c_noise:8.5f}"
+    )
+
+
+def make_schedule(request: Request) -> Schedule:
+    """The table of a request. lcg_steps 0 makes every step global, lcg_steps = steps every step local."""
+    count, local = request.steps, request.local_steps
+    sigmas = karras_sigmas(count)
+    patched = int(count * request.patched_fraction * request.strength) if request.patched_fraction < 1 else count
+    scaled = int(count * request.size_guidance_end)
+    rows = []
+    for i in range(count):
+        sigma, following = float(sigmas[i]), float(sigmas[i + 1])
+        timestep = timestep_of(sigma)
+        fresh_start = i in (0, local)
+        c_x, c_x0, c_dx0, c_noise = solver_coefficients(sigma, following, None if fresh_start else float(sigmas[i - 1]))
+        blended = i if request.blend_noise == "fresh" else 0
+        trick = i <= scaled
+        rows.append(
+            Step(
+                index=i,
+                stage="lcg" if i < local else "gch",
+                network="unet" if i <= patched else "unet_raw",
+                sigma=sigma,
+                sigma_next=following,
+                timestep=timestep,
+                size_scale_positive=request.size_guidance_positive if trick else 1.0,
+                size_scale_negative=request.size_guidance_negative if trick else 1.0,
+                guidance_scale=request.guidance_scale,
+                guidance_rescale=request.guidance_rescale,
+                blur_alpha=0.001 * request.sharpness * (1 - timestep / 999),
+                c_x=c_x,
+                c_x0=c_x0,
+                c_dx0=c_dx0,
+                c_noise=c_noise,
+                blend_draw=(f"blend_noise_step{blended:02d}", blended),
+                solver_draw=(f"solver_noise_step{i:02d}", i) if c_noise else None,
+            )
+        )
+    first = float(sigmas[0])
+    start = math.sqrt(1 + first * first) if request.strength > 0.9999 else first
+    return Schedule(tuple(rows), start, request.strength > 0.99, request.blend_output)
+
+
+def solver_coefficients(sigma: float, following: float, previous: float | None) -> tuple[float, float, float, float]:
+    """(c_x, c_x0, c_dx0, c_noise) of the step from `sigma` to `following`; `previous` None: no history.
+
+    DPM-Solver++(2M) SDE, midpoint, eta 1 (Lu et al. 2211.01095), as golden/README.md step 11 states it.
+    """
+    if following == 0:
+        return 0.0, 1.0, 0.0, 0.0
+    h = math.log(sigma / following)
+    gain = -math.expm1(-2 * h)
+    history = 0.0 if previous is None else 0.5 * gain * h / math.log(previous / sigma)
+    return following / sigma * math.exp(-h), gain, history, following * math.sqrt(gain)
+
+
+def karras_sigmas(count: int) -> F32:
+    """`count` Karras noise levels (rho 7, 14.6146 .. 0.0292) and a 0, float32 (count + 1,).
+
+    The single-precision ramp is filled from both ends with one rounding per entry, so that every entry equals the
+    recorded tables to the last bit.
+    """
+    one = np.float32(1)
+    width = float(one / np.float32(count - 1)) if count > 1 else 0.0
+    place = np.arange(count, dtype=np.float64)
+    ramp = np.where(place < count // 2, place * width, 1 - (count - 1 - place) * width).astype(np.float32)
+    if count == 1:
+        ramp[:] = 0
+    low, high = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
+    base = np.float32(high) + ramp * np.float32(low - high)
+    return np.append((base.astype(np.float64) ** RHO).astype(np.float32), np.float32(0))
+
+
+@cache
+def model_sigmas() -> F32:
+    """The noise levels of SDXL's training, float32 (1000,): scaled-linear betas .00085 .. .012."""
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, TRAINING_STEPS) ** 2
+    kept = np.cumprod(1 - betas).astype(np.float32)
+    sigmas = np.sqrt((np.float32(1) - kept) / kept)
+    sigmas.setflags(write=False)
+    return sigmas
+
+
+def timestep_of(sigma: float) -> float:
+    """The training step whose noise level is nearest to `sigma` in the logarithm."""
+    return float(np.abs(_log_model_sigmas() - math.log(sigma)).argmin())
+
+
+@cache
+def _log_model_sigmas() -> npt.NDArray[np.float64]:
+    return np.log(model_sigmas().astype(np.float64))
