@@ -1,0 +1,105 @@
+"""The one seam between the loop and what predicts noise: latents, step, conditioning -> noise prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dreammix_trt.core.schedule import Step
+
+F32 = npt.NDArray[np.float32]
+
+
+class Runner(Protocol):
+    """What runs named networks: `EngineSet`, or another back end with the same networks."""
+
+    def run(self, name: str, **arrays: Any) -> dict[str, npt.NDArray[Any]]:
+        """Outputs by name."""
+        ...
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a stage tells the UNet; R rows are [neg0, pos0, neg1, pos1, ...], or positive ones only.
+
+    text (R, 77, D), pooled (R, Dp), size: (height, width) in pixels told as the original size, one pair a picture,
+    target: side in pixels told as the target size, feature (N, C, h, w) of the inpaint head, lora: network -> (N, P).
+    """
+
+    text: F32
+    pooled: F32
+    sizes: tuple[tuple[int, int], ...]
+    target: int
+    feature: F32
+    lora: Mapping[str, F32]
+
+    @property
+    def rows_per_picture(self) -> int:
+        """2 with a negative row, else 1."""
+        return len(self.text) // len(self.sizes)
+
+    def time_ids(self, step: Step) -> F32:
+        """float32 (R, 6): (h s, w s, 0, 0, target, target), s the size trick's factor (golden/README.md step 11)."""
+        scales = (step.size_scale_negative, step.size_scale_positive)[-self.rows_per_picture :]
+        rows = [(h * s, w * s, 0, 0, self.target, self.target) for h, w in self.sizes for s in scales]
+        return np.array(rows, np.float32)
+
+
+class Denoiser(Protocol):
+    """Predicts the noise in scaled latents (R, C, h, w) float32; returns the same shape."""
+
+    def __call__(self, latents: F32, step: Step, conditioning: Conditioning) -> F32:
+        """eps for every row."""
+        ...
+
+
+class EngineDenoiser:
+    """The engine's two UNets. The raw one gets no inpaint feature; a base without it runs every step patched."""
+
+    def __init__(self, networks: Runner, names: Sequence[str] = ("unet", "unet_raw")) -> None:
+        self._networks, self._names = networks, names
+        self._nothing: dict[tuple[int, ...], F32] = {}
+
+    def __call__(self, latents: F32, step: Step, conditioning: Conditioning) -> F32:
+        name = step.network if step.network in self._names else "unet"
+        patched = name == "unet"
+        output = self._networks.run(
+            name,
+            sample=latents,
+            timestep=np.full(len(latents), step.timestep, np.float32),
+            encoder_hidden_states=conditioning.text,
+            text_embeds=conditioning.pooled,
+            time_ids=conditioning.time_ids(step),
+            inpaint_feature=conditioning.feature if patched else self._zeros(conditioning.feature.shape),
+            lora=conditioning.lora[name],
+        )
+        return output["eps"]
+
+    def _zeros(self, shape: tuple[int, ...]) -> F32:
+        if shape not in self._nothing:
+            self._nothing = {shape: np.zeros(shape, np.float32)}
+        return self._nothing[shape]
+
+
+@dataclass
+class FakeDenoiser:
+    """The exact denoiser of pictures whose latents are independent normals: for tests, and apps that have no model.
+
+    Positive rows believe in `mean`, negative ones in 0, both in a deviation of `spread`; for x = x0 + sigma n that
+    gives eps = sigma (x - mean) / (sigma^2 + spread^2). `steps` records the rows it was called with.
+    """
+
+    mean: float = 0.5
+    spread: float = 0.5
+    steps: list[Step] = field(default_factory=list)
+
+    def __call__(self, latents: F32, step: Step, conditioning: Conditioning) -> F32:
+        self.steps.append(step)
+        means = np.array([0.0, self.mean][-conditioning.rows_per_picture :], np.float64)
+        mean = np.tile(means, len(conditioning.sizes)).reshape(-1, 1, 1, 1)
+        x = latents.astype(np.float64) * np.sqrt(step.sigma**2 + 1)
+        return (step.sigma * (x - mean) / (step.sigma**2 + self.spread**2)).astype(np.float32)

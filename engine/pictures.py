@@ -1,0 +1,190 @@
+"""Pictures as users have them, read into plain arrays, and results given back in the kind they came in.
+
+Everything that can be wrong with a picture or a mask is said here, before any network runs.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from dreammix_trt.core.errors import InputError
+
+U8 = npt.NDArray[np.uint8]
+Source = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
+
+#: Pictures of more pixels are refused before they are decoded.
+MAX_PIXELS = 89_000_000
+
+#: Raster formats whose decoders run no other program and fetch nothing.
+_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000", "TGA")
+
+
+@dataclass(frozen=True)
+class PictureIn:
+    """A picture as the canvas works on it, and what is needed to give it back as it came.
+
+    rgb: uint8 (H, W, 3), upright. alpha: uint8 (H, W) or None, passed through untouched. grey: the user gave one
+    channel. icc_profile: the colour profile, which still holds for the result.
+    """
+
+    rgb: U8
+    alpha: U8 | None = None
+    grey: bool = False
+    icc_profile: bytes | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        height, width = self.rgb.shape[:2]
+        return height, width
+
+    def with_pixels(self, rgb: U8) -> Image.Image:
+        """`rgb` (uint8, the picture's size) as an image of the input's kind: RGB, RGBA, L or LA.
+
+        Grey pixels keep their value exactly: luminance weights sum to one.
+        """
+        image = Image.fromarray(np.ascontiguousarray(rgb))
+        if self.grey:
+            image = image.convert("L")
+        if self.alpha is not None:
+            image.putalpha(Image.fromarray(self.alpha))
+        if self.icc_profile is not None:
+            image.info["icc_profile"] = self.icc_profile
+        return image
+
+
+def read_image(source: Source, *, name: str = "image", max_pixels: int = MAX_PIXELS) -> PictureIn:
+    """Read a path, a PIL image or a uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
+
+    EXIF orientation is applied. RGB, RGBA, L and LA stay what they are, 1 becomes L, palette RGB or RGBA, 16-bit grey
+    its upper 8 bits, CMYK and the other colour spaces RGB; of an animation the first frame counts.
+    Float arrays and float images are refused: nothing says whether 1.0 or 255 is white.
+
+    Raises InputError, naming `name` or the file, for what is missing, truncated, no picture, or above `max_pixels`.
+    """
+    label = _label(source, name)
+    image = _opened(source, label, max_pixels)
+    profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "L", "LA", "P", "PA") else None
+    image = _plain(image, label)
+    pixels = np.array(image)
+    grey = image.mode in ("L", "LA")
+    alpha = np.ascontiguousarray(pixels[..., -1]) if image.mode in ("LA", "RGBA") else None
+    if grey:
+        pixels = np.repeat(pixels.reshape(*pixels.shape[:2], -1)[..., :1], 3, axis=2)
+    return PictureIn(np.ascontiguousarray(pixels[..., :3]), alpha, grey, profile)
+
+
+def read_mask(source: Source, size: tuple[int, int], *, name: str = "mask_image", max_pixels: int = MAX_PIXELS) -> U8:
+    """Read a mask as uint8 (H, W): white (above 127) is repainted.
+
+    Takes what `read_image` takes, and bool arrays. Several channels: the brightest of R, G, B counts, so that a mask
+    painted in any colour serves; where there is an alpha channel that varies, it alone counts (opaque is repainted).
+    size: (height, width) of the upright image, which the mask must have.
+
+    Raises InputError, with both sizes where they differ, and for a mask that repaints nothing.
+    """
+    if isinstance(source, np.ndarray) and source.dtype == np.bool_:
+        source = source.astype(np.uint8) * np.uint8(255)
+    picture = read_image(source, name=name, max_pixels=max_pixels)
+    label = _label(source, name)
+    if picture.size != tuple(size):
+        raise InputError(
+            f"{label} is {_size_text(picture.size)} but the image is {_size_text(size)} (width x height, upright): "
+            "give a mask of the image's size"
+        )
+    varies = picture.alpha is not None and picture.alpha.min() != picture.alpha.max()
+    mask: U8 = picture.alpha if varies and picture.alpha is not None else picture.rgb.max(axis=2)
+    if not (mask > 127).any():
+        raise InputError(
+            f"{label} repaints nothing: its brightest value is {int(mask.max())}, and only values above 127 are "
+            "repainted; paint the region white (255)"
+        )
+    return mask
+
+
+def _label(source: Source, name: str) -> str:
+    return f"{name} {os.fspath(source)!r}" if isinstance(source, (str, os.PathLike)) else name
+
+
+def _size_text(size: tuple[int, int]) -> str:
+    return f"{size[1]}x{size[0]}"
+
+
+def _opened(source: Source, label: str, max_pixels: int) -> Image.Image:
+    """The decoded, upright image; its size is checked before decoding."""
+    if isinstance(source, np.ndarray):
+        return _from_array(source, label, max_pixels)
+    if isinstance(source, Image.Image):
+        return _decoded(source, label, max_pixels)
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(f"{label} is a {type(source).__name__}: give a path, a PIL image or a uint8 array")
+    if not Path(source).is_file():
+        raise InputError(f"{label}: there is no such file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
+            image = Image.open(source, formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{label} has too many pixels ({error}): scale it down") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{label} is no picture that can be read: give one of {', '.join(_FORMATS)}") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{label} cannot be read: {error}") from error
+    with image:
+        return _decoded(image, label, max_pixels)
+
+
+def _decoded(image: Image.Image, label: str, max_pixels: int) -> Image.Image:
+    _check_pixels(image.height, image.width, label, max_pixels)
+    try:
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged files
+        raise InputError(f"{label} is damaged or truncated ({error}): save it again") from error
+
+
+def _from_array(array: npt.NDArray[Any], label: str, max_pixels: int) -> Image.Image:
+    if array.dtype != np.uint8:
+        raise InputError(
+            f"{label} is a {array.dtype} array: give uint8 values 0..255, e.g. (255 * a).round().astype(np.uint8)"
+        )
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or array.size == 0:
+        raise InputError(f"{label} has shape {array.shape}: give (H, W), (H, W, 3) or (H, W, 4)")
+    _check_pixels(array.shape[0], array.shape[1], label, max_pixels)
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _check_pixels(height: int, width: int, label: str, max_pixels: int) -> None:
+    if height * width > max_pixels:
+        raise InputError(
+            f"{label} is {width}x{height}, {height * width / 1e6:.0f} million pixels; at most {max_pixels / 1e6:.0f} "
+            "million are accepted: scale it down"
+        )
+    if height * width == 0:
+        raise InputError(f"{label} is {width}x{height}: it has no pixels")
+
+
+def _plain(image: Image.Image, label: str) -> Image.Image:
+    """As L, LA, RGB or RGBA."""
+    mode, see_through = image.mode, "transparency" in image.info
+    if mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    if mode in ("I", "F"):
+        raise InputError(f"{label} has 32-bit values, whose range nothing tells: save it with 8 or 16 bits a channel")
+    if mode in ("1", "L"):
+        return image.convert("LA" if see_through else "L")
+    if mode in ("LA", "RGBA"):
+        return image
+    if mode in ("PA", "RGBa", "La") or see_through:
+        return image.convert("RGBA")
+    return image.convert("RGB")

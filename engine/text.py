@@ -1,0 +1,197 @@
+"""Prompts as token ids, and TAS: removing attributes of the subject from the text embedding.
+
+The tokenizer is CLIP's byte-level BPE, run by the `tokenizers` package alone from vocab.json and merges.txt.
+TAS is section 3.4 of the DreamMix paper; golden/README.md step 8 gives the authors' arithmetic.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dreammix_trt.core.errors import FileFormatError, InputError
+from dreammix_trt.engine import kernels
+
+F32 = npt.NDArray[np.float32]
+I64 = npt.NDArray[np.int64]
+Indexing = Literal["bpe", "words"]
+
+LENGTH = 77
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+#: English contractions, runs of letters, single digits, runs of anything else: CLIP's split before BPE.
+_PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+
+
+class Tokenizer:
+    """CLIP's tokenizer for one text encoder: equal to transformers' CLIPTokenizer on every prompt."""
+
+    def __init__(self, backend: Any, pad: str, length: int = LENGTH) -> None:
+        self._backend = backend
+        self._length = length
+        self._pad_id = self._id(pad)
+
+    @classmethod
+    def load(cls, folder: str | Path, pad: str | None = None, length: int = LENGTH) -> Tokenizer:
+        """Load `vocab.json` and `merges.txt` from `folder`.
+
+        pad: the token that fills up to `length`; default: what the folder's tokenizer_config.json or
+        special_tokens_map.json names, else the end mark. Raises FileFormatError for missing or unusable files.
+        """
+        folder = Path(folder)
+        try:
+            pad = pad if pad is not None else _pad_of(folder)
+            return cls(_clip_backend(folder / "vocab.json", folder / "merges.txt", pad), pad, length)
+        except FileFormatError:
+            raise
+        except Exception as error:  # the Rust side raises plain Exception
+            raise FileFormatError(f"tokenizer in {folder}: vocab.json or merges.txt cannot be used: {error}") from error
+
+    def encode(self, prompt: str, truncate: bool = False) -> I64:
+        """Token ids int64 (length,): start mark, prompt, end mark, padding.
+
+        Raises InputError for a prompt that does not fit, unless `truncate`: then its last tokens are dropped.
+        """
+        ids = self._content(prompt).ids
+        room = self._length - 2
+        if len(ids) > room and not truncate:
+            raise InputError(
+                f"the prompt {_shortened(prompt)!r} is {len(ids) + 2} tokens long with its start and end marks and "
+                f"{self._length} fit: shorten it by {len(ids) - room} tokens, or allow truncation (truncate)"
+            )
+        marked = [self._id(START), *ids[:room], self._id(END)]
+        return np.array(marked + [self._pad_id] * (self._length - len(marked)), np.int64)
+
+    def spans(self, prompt: str) -> list[tuple[int, int, int]]:
+        """(position, start, end) of each token that fits: its row of the embedding and its characters in `prompt`."""
+        offsets = self._content(prompt).offsets[: self._length - 2]
+        return [(position, start, end) for position, (start, end) in enumerate(offsets, start=1)]
+
+    def _content(self, prompt: str) -> Any:
+        return self._backend.encode(prompt, add_special_tokens=False)
+
+    def _id(self, token: str) -> int:
+        return int(self._backend.token_to_id(token))
+
+
+def encode_prompts(tokenizers: Sequence[Tokenizer], prompts: Sequence[str], truncate: bool = False) -> list[I64]:
+    """Per tokenizer the ids of all prompts, int64 (len(prompts), 77)."""
+    return [np.stack([tokenizer.encode(prompt, truncate) for prompt in prompts]) for tokenizer in tokenizers]
+
+
+@dataclass(frozen=True)
+class TasPlan:
+    """Which directions TAS removes, and from which rows.
+
+    text: E, to be encoded like a prompt. removed: rows of E's embedding, in the order they are removed.
+    projected: rows of the prompt's embedding that they are removed from.
+    """
+
+    text: str
+    removed: tuple[int, ...]
+    projected: tuple[int, ...]
+
+
+def elimination_text(prefix: str, words: Sequence[str]) -> str:
+    """E = prefix + " " + words: what is encoded to know the directions of `words`."""
+    return prefix + " " + " ".join(words)
+
+
+def plan_tas(
+    tokenizer: Tokenizer | None,
+    prompt: str,
+    words: Sequence[str],
+    prefix: str = "a photo of a sks",
+    indexing: Indexing = "bpe",
+    token: str = "sks",
+) -> TasPlan:
+    """Find the rows for taking `words` out of `prompt`.
+
+    indexing "bpe": every token of the eliminated words is removed from every token of the prompt. "words": the
+    authors' arithmetic (golden/README.md step 8), where the k-th blank-separated word stands at row k whatever its
+    tokens are; needs no tokenizer. Both agree when every word is one token. Punctuation may touch the subject's
+    `token` with "bpe", not with "words".
+
+    Raises InputError when the prompt lacks `token`, or no word is left to eliminate ("bpe").
+    """
+    if not _names_subject(prompt, token, indexing):
+        raise InputError(
+            f"the prompt {_shortened(prompt)!r} does not name the subject: attribute removal (substitute) needs "
+            f"{token!r} as a word of its own, e.g. 'a red {token} mug'; add it, or leave substitute empty"
+        )
+    text = elimination_text(prefix, words)
+    if indexing == "words":
+        first = 1 + len(prefix.lower().split())
+        removed = tuple(range(first, first + len(words)))
+        projected = tuple(range(1, 1 + len(prompt.lower().split())))
+        return TasPlan(text, _rows(removed), _rows(projected))
+    if tokenizer is None:
+        raise ValueError("indexing 'bpe' needs a tokenizer")
+    removed = tuple(position for position, start, _ in tokenizer.spans(text) if start >= len(prefix))
+    if not removed:
+        raise InputError(f"substitute is {list(words)!r}: it holds no word to eliminate; name one, or leave it empty")
+    return TasPlan(text, removed, tuple(position for position, _, _ in tokenizer.spans(prompt)))
+
+
+def apply_tas(
+    plan: TasPlan, tokens: F32, pooled: F32, eliminated_tokens: F32, eliminated_pooled: F32
+) -> tuple[F32, F32]:
+    """Decompose the prompt's embedding: (tokens (77, D), pooled (Dp,)), float32, new arrays.
+
+    tokens and eliminated_tokens are (77, D) over the width of both encoders, the pooled ones (Dp,). Each removed
+    direction e in turn is projected out of each row t: t -= (t . e)/|e|^2 e; the pooled vector loses the direction of
+    E's pooled vector once. Zero directions remove nothing. Which stage uses which part is the loop's affair.
+    """
+    decomposed = kernels.tas_project(tokens, eliminated_tokens[list(plan.removed)], np.array(plan.projected, np.int64))
+    rest = kernels.tas_project(pooled[None], eliminated_pooled[None], np.zeros(1, np.int64))
+    return decomposed, rest[0]
+
+
+def _rows(positions: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(position for position in positions if position < LENGTH)
+
+
+def _names_subject(prompt: str, token: str, indexing: Indexing) -> bool:
+    if indexing == "words":
+        return token.lower() in prompt.lower().split()
+    return re.search(rf"(?<!\w){re.escape(token)}(?!\w)", prompt, re.IGNORECASE) is not None
+
+
+def _shortened(prompt: str, most: int = 60) -> str:
+    return prompt if len(prompt) <= most else prompt[: most - 1] + "…"
+
+
+def _clip_backend(vocab: Path, merges: Path, pad: str) -> Any:
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+    backend = Tokenizer(models.BPE.from_file(str(vocab), str(merges), end_of_word_suffix="</w>", unk_token=END))
+    # The pad token is special too, as in transformers: encoder 2 reads every "!" of a prompt as its padding.
+    marks = list(dict.fromkeys((START, END, pad)))
+    for mark in marks:
+        if backend.token_to_id(mark) is None:
+            raise FileFormatError(f"{vocab} lacks the token {mark!r}")
+    backend.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
+    clean = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    backend.normalizer = normalizers.Sequence(clean)
+    pieces = pre_tokenizers.Split(Regex(_PIECES), behavior="removed", invert=True)
+    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pieces, bytes_of])
+    return backend
+
+
+def _pad_of(folder: Path) -> str:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        file = folder / name
+        if file.is_file():
+            pad = json.loads(file.read_text(encoding="utf-8")).get("pad_token")
+            pad = pad.get("content") if isinstance(pad, dict) else pad
+            if isinstance(pad, str):
+                return pad
+    return END
