@@ -1,0 +1,100 @@
+"""The recipe's parts, and the whole of it in miniature."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", exc_type=ImportError)
+pytest.importorskip("diffusers", exc_type=ImportError)
+pytest.importorskip("transformers", exc_type=ImportError)
+
+from dreammix_trt.trainer.micro import world  # noqa: E402
+from dreammix_trt.trainer.micro.captions import WORDS  # noqa: E402
+from dreammix_trt.trainer.micro.judge import Judge, crop_around  # noqa: E402
+from dreammix_trt.trainer.micro.networks import build_unet, build_vae  # noqa: E402
+from dreammix_trt.trainer.micro.patch import dequantise_delta, quantise_delta  # noqa: E402
+from dreammix_trt.trainer.micro.ship import sgm_names  # noqa: E402
+from dreammix_trt.trainer.micro.tokenizer import PromptTokenizer, save_tokenizers  # noqa: E402
+from dreammix_trt.trainer.micro.vae import fold_latent_scale, start_with_colour  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+def test_every_world_word_is_one_token(tmp_path: Path) -> None:
+    save_tokenizers(tmp_path)
+    tokens = PromptTokenizer(tmp_path)
+    assert [word for word in WORDS if len(tokens.ids(word)) != 1] == []
+    assert tokens.eos == tokens.size - 1
+
+
+@pytest.mark.parametrize("folder", ["tokenizer", "tokenizer_2"])
+def test_ids_agree_with_transformers(tmp_path: Path, folder: str) -> None:
+    from transformers import CLIPTokenizer
+
+    save_tokenizers(tmp_path)
+    theirs, ours = CLIPTokenizer.from_pretrained(tmp_path / folder), PromptTokenizer(tmp_path)
+    for prompt in ("a photo of a red sks mug, on a Table", "unglazed zqx 12", "", "it's  wide"):
+        ids = theirs(prompt, padding="max_length", max_length=77, truncation=True)["input_ids"]
+        assert ids == ours([prompt])[folder == "tokenizer_2"][0].tolist()
+
+
+def test_sgm_names_are_unique_and_known() -> None:
+    names = sgm_names(build_unet())
+    assert len(set(names.values())) == len(names)
+    assert names["conv_in.weight"] == "input_blocks.0.0.weight"
+    assert names["down_blocks.1.attentions.0.proj_in.weight"] == "input_blocks.3.1.proj_in.weight"
+    assert names["up_blocks.0.upsamplers.0.conv.weight"] == "output_blocks.1.2.conv.weight"
+    assert names["up_blocks.2.resnets.1.conv_shortcut.bias"] == "output_blocks.5.0.skip_connection.bias"
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 9), (4, 3, 3, 3)])
+def test_quantised_deltas_come_back(shape: tuple[int, ...]) -> None:
+    delta = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.01
+    codes, low, high = entry = quantise_delta(delta)
+    assert codes.dtype == torch.uint8 and codes.shape == delta.shape
+    assert low.dtype == high.dtype == torch.float16
+    assert low.shape == ((shape[0], *[1] * (len(shape) - 1)) if len(shape) > 1 else ())
+    assert float((dequantise_delta(entry).float() - delta).abs().max()) < 0.06 / 255
+
+
+def test_folding_the_latent_scale_changes_no_picture() -> None:
+    torch.manual_seed(0)
+    vae = build_vae(32)
+    start_with_colour(vae)
+    images = torch.rand(8, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        before = vae.decode(vae.encode(images).latent_dist.mode()).sample
+        fold_latent_scale(vae, images)
+        latents = vae.encode(images).latent_dist.mode() * 0.13025
+        after = vae.decode(latents / 0.13025).sample
+    assert float(latents.mean((0, 2, 3)).abs().max()) < 1e-4
+    assert float((latents.std((0, 2, 3)) - 1).abs().max()) < 1e-4
+    assert float((after - before).abs().max()) < 1e-3
+
+
+@pytest.mark.slow
+def test_the_whole_recipe_in_miniature(tmp_path: Path) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    from dreammix_trt.trainer.micro.__main__ import parse
+    from dreammix_trt.trainer.micro.recipe import run
+
+    out = tmp_path / "model"
+    run(parse(["--out", str(out), "--smoke", "--native-size", "64"]))
+    record = json.loads((out / "training.json").read_text())
+    assert record["raw"]["steps"] == 3 and "evaluation" in record
+    pipeline = StableDiffusionXLPipeline.from_pretrained(out, local_files_only=True)
+    assert pipeline.unet.config.addition_embed_type == "text_time"
+    patch = torch.load(out / "micro.fooocus.patch", weights_only=True)
+    assert patch and all(key.startswith("diffusion_model.") and key.endswith(".weight") for key in patch)
+    assert torch.load(out / "inpaint_head.pth", weights_only=True)["head"].shape == (48, 5, 3, 3)
+    scene = world.render_scene(np.random.default_rng(0))
+    named = Judge.load(out).attributes(crop_around(scene.image, scene.box))
+    assert named[0] in world.SHAPES and named[1] in world.COLOURS and named[2] in world.PATTERNS
+    before = sorted(p.stat().st_mtime_ns for p in (tmp_path / "model.work").glob("*.pt"))
+    run(parse(["--out", str(out), "--smoke", "--native-size", "64"]))  # everything is there already
+    assert before == sorted(p.stat().st_mtime_ns for p in (tmp_path / "model.work").glob("*.pt"))

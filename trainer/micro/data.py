@@ -1,0 +1,149 @@
+"""Rendered scenes on disk, their latents, and the batches drawn from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
+
+from dreammix_trt.trainer.micro import world
+from dreammix_trt.trainer.micro.captions import caption
+from dreammix_trt.trainer.micro.parallel import Team
+from dreammix_trt.trainer.micro.tokenizer import PromptTokenizer
+from dreammix_trt.trainer.micro.vae import encode, to_unit
+
+EMPTY_SHARE = 0.10  # scenes shown without their object
+BLURRED_SHARE = 0.30  # scenes rendered small and scaled up, as a local crop is
+
+
+def frame_sizes(native: int) -> dict[str, tuple[int, int]]:
+    """(height, width) of each kind of frame: square, and two of 5:3."""
+    short, long = native * 3 // 4, native * 5 // 4
+    return {"square": (native, native), "wide": (short, long), "tall": (long, short)}
+
+
+def kind_counts(scenes: int) -> dict[str, int]:
+    """How many of `scenes` each kind of frame gets."""
+    other = max(8, scenes // 18)
+    return {"square": scenes - 2 * other, "wide": other, "tall": other}
+
+
+def render_shard(team: Team, work: Path, native: int, scenes: int, seed: int) -> None:
+    """Render this process' share into ``images_<kind>.npy`` (N, h, w, 3) uint8 and ``facts_<kind>.npy`` (N, 9) int32.
+
+    Facts: shape, colour, pattern indices; box x0 y0 x1 y1; sharp side; 1 when the scene is shown empty.
+    """
+    for number, (kind, size) in enumerate(frame_sizes(native).items()):
+        count = kind_counts(scenes)[kind]
+        paths = work / f"images_{kind}.npy", work / f"facts_{kind}.npy"
+        if team.leads:
+            open_memmap(paths[0], "w+", np.uint8, (count, *size, 3))  # type: ignore[no-untyped-call]
+            open_memmap(paths[1], "w+", np.int32, (count, 9))  # type: ignore[no-untyped-call]
+        team.wait()
+        images, facts = np.load(paths[0], "r+"), np.load(paths[1], "r+")
+        for index in range(team.rank, count, team.size):
+            rng = np.random.default_rng([seed, number, index])
+            blurred = rng.random() < BLURRED_SHARE
+            sharp = int(rng.uniform(0.45, 0.9) * min(size)) if blurred else None
+            scene = world.render_scene(rng, None, size, sharp_side=sharp)
+            empty = rng.random() < EMPTY_SHARE
+            box = world.random_box(rng, *size) if empty else scene.box
+            images[index] = scene.background if empty else scene.image
+            a = scene.attributes
+            named = world.SHAPES.index(a.shape), world.COLOURS.index(a.colour), world.PATTERNS.index(a.pattern)
+            facts[index] = (*named, *box, scene.sharp_side, int(empty))
+        team.wait()
+
+
+def latent_mask(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """bool (H, W) -> float32 (H/8, W/8): 1 where any pixel of the 8x8 cell is masked."""
+    height, width = mask.shape
+    cells = mask.reshape(height // 8, 8, width // 8, 8).any((1, 3))
+    return np.asarray(cells, np.float32)
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def encode_shard(team: Team, work: Path, vae: AutoencoderKL, native: int, seed: int) -> None:
+    """Write ``latents_<kind>.npy`` float32 (N, 9, h/8, w/8): image latent, masked-image latent, latent mask."""
+    for number, kind in enumerate(frame_sizes(native)):
+        images, facts = np.load(work / f"images_{kind}.npy", "r"), np.load(work / f"facts_{kind}.npy")
+        count, height, width = images.shape[:3]
+        path = work / f"latents_{kind}.npy"
+        if team.leads:
+            open_memmap(path, "w+", np.float32, (count, 9, height // 8, width // 8))  # type: ignore[no-untyped-call]
+        team.wait()
+        latents = np.load(path, "r+")
+        for start in range(team.rank * 16, count, team.size * 16):
+            rows = range(start, min(start + 16, count))
+            masks = [
+                world.draw_mask(np.random.default_rng([seed, 50 + number, r]), _box(facts[r]), height, width)
+                for r in rows
+            ]
+            pictures = to_unit(images[rows.start : rows.stop])
+            holes = torch.from_numpy(np.stack(masks))[:, None]
+            both = encode(vae, torch.cat([pictures, pictures * ~holes])).numpy()
+            latents[rows.start : rows.stop, :4] = both[: len(rows)]
+            latents[rows.start : rows.stop, 4:8] = both[len(rows) :]
+            latents[rows.start : rows.stop, 8] = np.stack([latent_mask(m) for m in masks])
+        team.wait()
+
+
+def _box(facts: NDArray[np.int32]) -> world.Box:
+    return (int(facts[3]), int(facts[4]), int(facts[5]), int(facts[6]))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Everything one step needs; rows are samples."""
+
+    latents: torch.Tensor
+    masked: torch.Tensor
+    mask: torch.Tensor
+    ids_one: torch.Tensor
+    ids_two: torch.Tensor
+    time_ids: torch.Tensor
+
+
+class Latents:
+    """The encoded scenes in memory."""
+
+    def __init__(self, work: Path, model_dir: Path, native: int, seed: int, device: str) -> None:
+        self.native, self.seed, self.device = native, seed, device
+        self.kinds = tuple(frame_sizes(native))
+        self._latents = {k: torch.from_numpy(np.load(work / f"latents_{k}.npy")) for k in self.kinds}
+        self._facts: dict[str, NDArray[Any]] = {k: np.load(work / f"facts_{k}.npy") for k in self.kinds}
+        self._tokens = PromptTokenizer(model_dir)
+        self._grey = torch.from_numpy(np.load(work / "grey.npy"))
+
+    def draw(self, rank: int, step: int, count: int, all_masked: float) -> Batch:
+        """A batch that depends on (seed, rank, step) alone; `all_masked` of it with the whole frame to repaint."""
+        rng = np.random.default_rng([self.seed, 7, rank, step])
+        shared = np.random.default_rng([self.seed, 8, step])  # all processes take the same kind, so none waits
+        kind = self.kinds[int(shared.choice(3, p=[0.88, 0.06, 0.06]))]
+        facts, store = self._facts[kind], self._latents[kind]
+        rows = rng.integers(len(store), size=count)
+        chosen = store[torch.from_numpy(rows)]
+        latents, masked, mask = chosen[:, :4], chosen[:, 4:8].clone(), chosen[:, 8:9].clone()
+        whole = torch.from_numpy(rng.random(count) < all_masked)
+        mask[whole] = 1.0
+        grey = torch.nn.functional.interpolate(self._grey, size=latents.shape[-2:], mode="nearest")
+        masked[whole] = grey.expand(int(whole.sum()), -1, -1, -1)
+        prompts, times = [], []
+        height, width = latents.shape[-2] * 8, latents.shape[-1] * 8
+        short = min(height, width)
+        for row in rows:
+            shape, colour, pattern, *_, sharp, empty = (int(x) for x in facts[row])
+            attributes = world.Attributes(world.SHAPES[shape], world.COLOURS[colour], world.PATTERNS[pattern])
+            prompts.append(caption(rng, None if empty else attributes))
+            factor = sharp / short if sharp < short else rng.uniform(0.98, 1.6)
+            times.append((round(height * factor), round(width * factor), 0, 0, self.native, self.native))
+        ids_one, ids_two = self._tokens(prompts)
+        time_ids = torch.tensor(times, dtype=torch.float32)
+        parts = (latents, masked, mask, ids_one, ids_two, time_ids)
+        return Batch(*(part.to(self.device) for part in parts))

@@ -1,0 +1,76 @@
+"""The two diffusion stages: a raw text-to-image UNet with its text encoders, then its inpainting fine-tune."""
+
+from __future__ import annotations
+
+import torch
+
+from dreammix_trt.trainer.micro.data import Batch, Latents
+from dreammix_trt.trainer.micro.networks import Denoiser, InpaintHead, TextEncoders, build_unet, noise_table
+
+
+class RawModel(torch.nn.Module):  # type: ignore[misc]
+    """UNet and text encoders, trained together."""
+
+    def __init__(self, vocabulary: int, bos: int, eos: int, native: int) -> None:
+        super().__init__()
+        self.unet = build_unet(native)
+        self.text = TextEncoders(vocabulary, bos, eos)
+        with torch.no_grad():  # tokens must stand out against positions
+            for encoder in (self.text.one, self.text.two):
+                encoder.get_input_embeddings().weight.normal_(0, 0.1)
+
+
+class InpaintModel(torch.nn.Module):  # type: ignore[misc]
+    """The UNet to fine-tune and its head. Biases stay frozen (the patch drops them), and so does the middle block."""
+
+    def __init__(self, native: int) -> None:
+        super().__init__()
+        self.unet = build_unet(native)
+        self.head = InpaintHead(self.unet.config.block_out_channels[0])
+        for name, parameter in self.unet.named_parameters():
+            parameter.requires_grad_(is_patched(name))
+
+
+def is_patched(name: str) -> bool:
+    """Whether the inpainting fine-tune may change this UNet tensor (diffusers name)."""
+    return name.endswith(".weight") and not name.startswith("mid_block.")
+
+
+class NoiseLoss:
+    """Plain squared error of the predicted noise, weighted by where the object is."""
+
+    def __init__(self, data: Latents, rank: int, count: int, outside: float, all_masked: float) -> None:
+        self._data, self._rank, self._count = data, rank, count
+        self._outside, self._all_masked = outside, all_masked
+        self._signal, self._noise = (table.to(data.device) for table in noise_table())
+
+    def prepare(self, step: int) -> tuple[Batch, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(batch, noisy latents, timesteps, noise) of a step."""
+        batch = self._data.draw(self._rank, step, self._count, self._all_masked)
+        dice = torch.Generator().manual_seed(((self._data.seed * 1009 + step) * 64 + self._rank) % 2**62)
+        # stratified over the batch: lower variance than independent draws
+        places = (torch.randperm(self._count, generator=dice) + torch.rand(self._count, generator=dice)) / self._count
+        steps = (places * 1000).long().clamp_(0, 999).to(self._data.device)
+        noise = torch.randn(batch.latents.shape, generator=dice).to(self._data.device)
+        signal, spread = self._signal[steps][:, None, None, None], self._noise[steps][:, None, None, None]
+        return batch, signal * batch.latents + spread * noise, steps, noise
+
+    def weigh(self, error: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        weight = self._outside + (1 - self._outside) * mask
+        return (error.square() * weight).mean() / weight.mean().sqrt()
+
+
+def raw_loss(model: RawModel, loss: NoiseLoss, denoiser: Denoiser, step: int) -> torch.Tensor:
+    batch, noisy, steps, noise = loss.prepare(step)
+    states, pooled = model.text(batch.ids_one, batch.ids_two)
+    return loss.weigh(denoiser(noisy, steps, states, pooled, batch.time_ids) - noise, batch.mask)
+
+
+def inpaint_loss(
+    model: InpaintModel, text: TextEncoders, loss: NoiseLoss, denoiser: Denoiser, step: int
+) -> torch.Tensor:
+    batch, noisy, steps, noise = loss.prepare(step)
+    with torch.no_grad():
+        states, pooled = text(batch.ids_one, batch.ids_two)
+    feature = model.head(batch.mask, batch.masked)
+    return loss.weigh(denoiser(noisy, steps, states, pooled, batch.time_ids, feature) - noise, batch.mask)
