@@ -64,9 +64,13 @@ class BaseFiles:
         folder = EMBEDDED if path is None else Path(path)
         if not (folder / "model_index.json").is_file():
             if path is None:
-                raise FileFormatError(f"the embedded model is not installed ({folder}); name a diffusers folder instead")
+                raise FileFormatError(
+                    f"the embedded model is not installed ({folder}); name a diffusers folder instead"
+                )
             kind = "is a single file" if folder.is_file() else "has no model_index.json"
-            raise FileFormatError(f"{folder}: not a diffusers folder ({kind}); give the folder that holds unet/, vae/, ...")
+            raise FileFormatError(
+                f"{folder}: not a diffusers folder ({kind}); give the folder that holds unet/, vae/, ..."
+            )
         configs = {name: _read_json(folder / name / "config.json") for name in COMPONENTS}
         scheduler = folder / "scheduler" / "scheduler_config.json"
         if scheduler.is_file():
@@ -148,7 +152,7 @@ class BaseFiles:
         head = fooocus.read_head(self.head_file)
         if head.shape[0] != self.feature_channels:
             raise FileFormatError(
-                f"{self.head_file}: a head with {head.shape[0]} channels does not fit this base's {self.feature_channels}"
+                f"{self.head_file}: a head of {head.shape[0]} channels does not fit the base's {self.feature_channels}"
             )
         return head
 
@@ -162,7 +166,7 @@ def _check_sdxl(folder: Path, configs: Mapping[str, dict[str, Any]]) -> None:
         )
     if unet.get("in_channels") != 4:
         raise FileFormatError(
-            f"{folder}/unet: takes {unet.get('in_channels')} input channels, expected 4; use a plain text-to-image SDXL "
+            f"{folder}/unet: takes {unet.get('in_channels')} input channels, expected 4; use a text-to-image SDXL "
             "checkpoint, the inpainting comes from the Fooocus patch"
         )
     width = sum(int(configs[name]["hidden_size"]) for name in ("text_encoder", "text_encoder_2"))

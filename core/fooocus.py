@@ -31,7 +31,7 @@ class PatchEntry:
     high: NDArray[np.float16]
 
     def delta(self) -> Floats:
-        """`half(codes/255 * (high - low) + low)` as float32: computed in fp32, rounded to half as the reference does."""
+        """`half(codes/255 * (high - low) + low)` as float32, rounded to half as the reference does."""
         low, high = self.low.astype(np.float32), self.high.astype(np.float32)
         exact = self.codes.astype(np.float32) / np.float32(255) * (high - low) + low
         return exact.astype(np.float16).astype(np.float32)
@@ -72,18 +72,21 @@ def apply_patch(
     """
     known = {key: names[key] for key in patch if names.get(key) in state}
     unknown = [key for key in patch if key not in known]
-    if unknown:
-        raise FileFormatError(f"the patch is for another UNet: it names {_some(unknown)}, which this base does not have")
     differing = [
         f"{key}: {patch[key].codes.shape} against {state[name].shape}"
         for key, name in known.items()
         if patch[key].codes.shape != state[name].shape
     ]
-    if differing:
-        raise FileFormatError(f"the patch is for a UNet of other widths: {_some(differing)}")
+    complaints = [f"it names {_some(unknown)}, which this base does not have"] if unknown else []
+    complaints += [f"shapes differ ({_some(differing)})"] if differing else []
+    if complaints:
+        raise FileFormatError(f"the patch is for another UNet: {'; '.join(complaints)}")
     used = {key: name for key, name in known.items() if biases or key.endswith(".weight")}
     log.info(
-        "patch: %d tensors applied, %d biases left out, of %d in the UNet", len(used), len(known) - len(used), len(state)
+        "patch: %d tensors applied, %d biases left out, of %d in the UNet",
+        len(used),
+        len(known) - len(used),
+        len(state),
     )
     scale = np.float32(alpha)
     return {**state, **{name: state[name] + scale * patch[key].delta() for key, name in used.items()}}

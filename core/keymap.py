@@ -111,7 +111,9 @@ def _transformer(sgm: str, diffusers: str, depth: int) -> Pairs:
         return
     inner = ["norm", "proj_in", "proj_out"]
     for layer in range(depth):
-        inner += [f"transformer_blocks.{layer}.{part}" for part in ("norm1", "norm2", "norm3", "ff.net.0.proj", "ff.net.2")]
+        inner += [
+            f"transformer_blocks.{layer}.{part}" for part in ("norm1", "norm2", "norm3", "ff.net.0.proj", "ff.net.2")
+        ]
         for attention in ("attn1", "attn2"):
             inner += [f"transformer_blocks.{layer}.{attention}.{part}" for part in (*_WITHOUT_BIAS, "to_out.0")]
     for name in inner:

@@ -36,8 +36,9 @@ _FOREIGN = {"hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "lora_magnit
 _KOHYA = {"lora_unet_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te_": "text_encoder"}
 # kohya writes every dot as an underscore; the names that hold underscores themselves are known and finite
 _UNDERSCORED = (
-    "down_blocks", "up_blocks", "mid_block", "transformer_blocks", "to_q", "to_k", "to_v", "to_out", "proj_in", "proj_out",
-    "text_model", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj", "time_emb_proj", "time_embedding", "add_embedding",
+    "down_blocks", "up_blocks", "mid_block", "transformer_blocks", "to_q", "to_k", "to_v", "to_out", "proj_in",
+    "proj_out", "text_model", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj", "time_emb_proj",
+    "time_embedding", "add_embedding",
     "linear_1", "linear_2", "conv_shortcut", "conv_in", "conv_out",
 )  # fmt: skip
 
@@ -121,7 +122,9 @@ def _refuse_foreign(path: Path, tensors: Mapping[str, Floats]) -> None:
             raise FileFormatError(f"{path}: a {kind} file ({_some(named, 3)}); only plain LoRA can be used")
     conv = [key for key, value in tensors.items() if value.ndim > 2 and max(value.shape[2:]) > 1]
     if conv:
-        raise FileFormatError(f"{path}: holds LoRA of convolutions ({_some(conv, 3)}), which have no slot in the engine")
+        raise FileFormatError(
+            f"{path}: holds LoRA of convolutions ({_some(conv, 3)}), which have no slot in the engine"
+        )
 
 
 def _place_of(key: str) -> tuple[str, str, Literal["down", "up", "alpha"]] | None:
@@ -158,14 +161,22 @@ def _pair(path: Path, name: str, parts: Mapping[str, Floats], alphas: Mapping[st
     missing = {"down", "up"} - parts.keys()
     if missing:
         raise FileFormatError(f"{path}: {name} has no '{missing.pop()}' factor; the file is incomplete")
-    down, up = (parts[role].reshape(parts[role].shape[:2]) for role in ("down", "up"))
+    down, up = _matrix(parts["down"]), _matrix(parts["up"])
     if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
-        raise FileFormatError(f"{path}: {name} has factors of shapes {down.shape} and {up.shape}, which do not multiply")
+        raise FileFormatError(
+            f"{path}: {name} has factors of shapes {down.shape} and {up.shape}, which do not multiply"
+        )
     if not (np.isfinite(down).all() and np.isfinite(up).all()):
         raise FileFormatError(f"{path}: {name} holds values that are not finite; the training diverged")
     rank = down.shape[0]
-    alpha = float(parts["alpha"]) if "alpha" in parts else alphas.get(name.split(".")[0], 1.0) * rank
+    alpha = float(parts["alpha"].flat[0]) if "alpha" in parts else alphas.get(name.split(".")[0], 1.0) * rank
     return np.ascontiguousarray(down.T), np.ascontiguousarray(up.T) * np.float32(alpha / rank)
+
+
+def _matrix(factor: Floats) -> Floats:
+    """Without the 1x1 axes that factors of 1x1 convolutions carry."""
+    matrix: Floats = factor.reshape(factor.shape[:2])
+    return matrix
 
 
 def _peft_scales(path: Path, metadata: Mapping[str, str]) -> dict[str, float]:

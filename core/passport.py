@@ -12,6 +12,7 @@ from dreammix_trt.core.files import read_json, write_json
 
 SCHEMA = 1
 FILE_NAME = "passport.json"
+Rows = list[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Passport:
     def describe(self) -> list[tuple[str, list[tuple[str, ...]]]]:
         """Titled tables of short texts, as a person wants to read it."""
         base = self.base
-        facts = [
+        facts: Rows = [
             ("made by", self.created_by),
             ("back end", f"{self.backend}, {self.precision}, {self.platform}"),
             ("base", f"{base.get('name')}, native {base.get('native_side')}x{base.get('native_side')}"),
@@ -118,11 +119,11 @@ class Passport:
             ("merged subject", str(base.get("merged") or "none")),
             ("built with", self.command),
         ]
-        subjects = [
+        subjects: Rows = [
             (entry.name, f'"a {entry.token} {entry.class_name}"'.replace('  ', ' '), f"{entry.bytes / 1024:.0f} KiB", entry.source)
             for entry in self.subjects
         ] or [("none",)]
-        networks = [
+        networks: Rows = [
             (
                 entry.name,
                 ", ".join(f"{name} {'x'.join(str(side) for side in shape)}" for name, shape in entry.inputs.items()),
@@ -131,11 +132,11 @@ class Passport:
             )
             for entry in self.networks
         ]
-        sources = [(name, digest[:16]) for name, digest in base.get("files", {}).items()]
-        versions = list(self.versions.items())
+        sources: Rows = [(name, digest[:16]) for name, digest in base.get("files", {}).items()]
+        versions: Rows = list(self.versions.items())
         return [
             ("Engine", facts), ("Subjects", subjects), ("Networks", networks), ("Made from", sources), ("Versions", versions)
-        ]  # type: ignore[list-item]  # fmt: skip
+        ]  # fmt: skip
 
 
 def _parity(record: Mapping[str, Any]) -> str:

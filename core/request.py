@@ -27,13 +27,13 @@ class Request:
     """What to paint and how. Raises InputError naming the field, its value and what is allowed.
 
     prompt, negative_prompt: text; None as negative prompt means zero embeddings. truncate_prompt: cut what does not
-    fit in 77 tokens instead of refusing it. subject: which subject of the engine; None: its only one, "": none.
+    fit in 77 tokens instead of refusing it. subject: which subject of the engine; None: its first one, "": none.
     substitute: attribute words that TAS takes out of the subject; substitute_prefix: the text before them (None:
     "a photo of a TOKEN"); tas_stages: where the decomposed tokens and pooled vector are used (the authors' code leaves
     pooled_gch out); tas_indexing: "bpe" tokens or the authors' "words" (None: the mode's).
 
     num_inference_steps 1..1000, strength (0, 1]: shortens the steps to int(steps * strength), as in the authors' code.
-    seed 0..2^64-1; None: drawn at random, the result tells it. num_images_per_prompt: picture k equals seed + k alone.
+    seed 0..2^64-1. num_images_per_prompt: picture k equals seed + k alone.
     guidance_scale: at most 1 switches guidance off. guidance_rescale 0..1. sharpness: weight of blur guidance.
 
     lcg_steps: how many steps are local (LCG), the rest is global (GCH); None: round(lcg_fraction * steps).
@@ -54,7 +54,7 @@ class Request:
     substitute_prefix: str | None = None
     num_inference_steps: int = 30
     guidance_scale: float = 4.0
-    seed: int | None = None
+    seed: int = 0
     num_images_per_prompt: int = 1
     strength: float = 1.0
     mode: Mode = "native"
@@ -82,7 +82,7 @@ class Request:
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
             object.__setattr__(self, name, check(name, getattr(self, name)))
-        if self.seed is not None and self.seed + self.num_images_per_prompt > _SEEDS:
+        if self.seed + self.num_images_per_prompt > _SEEDS:
             raise InputError(f"seed is {self.seed}: with {self.num_images_per_prompt} pictures it must stay below 2^64")
         if self.steps < 1:
             raise InputError(
@@ -120,6 +120,13 @@ class Request:
         """Whether classifier-free guidance runs, which takes a negative row per picture."""
         return self.guidance_scale > 1
 
+    @classmethod
+    def of(cls, **fields: Any) -> Request:
+        """A request of named fields; InputError, not TypeError, for a field that does not exist or a missing prompt."""
+        if "prompt" not in _known(fields):
+            raise InputError("a request needs a prompt: say what to paint, with the subject's token")
+        return cls(**fields)
+
     def replace(self, **fields: Any) -> Request:
         """This request with some fields changed; InputError for a field that does not exist."""
         return Request(**{**self._fields(), **_known(fields)})
@@ -140,9 +147,7 @@ class Request:
         if fields["schema"] != SCHEMA:
             raise InputError(f"the request has schema {fields['schema']}, this version reads {SCHEMA}; update dreammix-trt")
         del fields["schema"]
-        if "prompt" not in fields:
-            raise InputError("the request has no prompt")
-        return cls(**_known(fields))
+        return cls.of(**fields)
 
     def _fields(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -238,7 +243,7 @@ _CHECKS: dict[str, Check] = {
     "substitute_prefix": _or_none(_text),
     "num_inference_steps": _whole(1, 1000),
     "guidance_scale": _number(0, 100),
-    "seed": _or_none(_whole(0, _SEEDS - 1)),
+    "seed": _whole(0, _SEEDS - 1),
     "num_images_per_prompt": _whole(1, 1024),
     "strength": _number(0, 1, above=True),
     "mode": _one_of(Mode),

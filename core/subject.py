@@ -108,7 +108,9 @@ def read_subject(path: str | Path) -> Subject:
     if not isinstance(facts, dict) or not isinstance(facts.get("schema"), int):
         raise FileFormatError(f"{path}: not a subject file; make one of a LoRA with `dreammix-trt build --lora FILE`")
     if facts["schema"] > SCHEMA:
-        raise FileFormatError(f"{path}: subject schema {facts['schema']}, this version reads {SCHEMA}; update dreammix-trt")
+        raise FileFormatError(
+            f"{path}: subject schema {facts['schema']}, this version reads {SCHEMA}; update dreammix-trt"
+        )
     if facts.get("target") not in _TARGETS:
         raise FileFormatError(f"{path}: unknown target {facts.get('target')!r}, expected one of {', '.join(_TARGETS)}")
     factors: Factors = {}
@@ -139,18 +141,25 @@ def pack(factors: Mapping[str, tuple[Floats, Floats]], slots: Sequence[Slot], sc
     by_module = {slot.module: slot for slot in slots}
     strangers = [
         f"{module} ({a.shape[0]} -> {b.shape[1]}"
-        + (f", here {by_module[module].inputs} -> {by_module[module].outputs})" if module in by_module else ", no such slot)")
+        + (
+            f", here {by_module[module].inputs} -> {by_module[module].outputs})"
+            if module in by_module
+            else ", no such slot)"
+        )
         for module, (a, b) in sorted(factors.items())
         if module not in by_module or (a.shape[0], b.shape[1]) != by_module[module][1:3]
     ]
     if strangers:
         more = f" and {len(strangers) - 8} more" if len(strangers) > 8 else ""
-        raise FileFormatError(f"this LoRA is for another base; {len(strangers)} modules do not fit: {', '.join(strangers[:8])}{more}")
+        raise FileFormatError(
+            f"this LoRA is for another base; {len(strangers)} modules do not fit: {', '.join(strangers[:8])}{more}"
+        )
     rank = max((a.shape[1] for a, _ in factors.values()), default=0)
     room = min((by_module[module].rank for module in factors), default=rank)
     if rank > room:
         raise FileFormatError(
-            f"this LoRA has rank {rank}, the engine's slots take {room}; rebuild with `dreammix-trt build --slot-rank {rank}`"
+            f"this LoRA has rank {rank}, the engine's slots take {room}; "
+            f"rebuild with `dreammix-trt build --slot-rank {rank}`"
         )
     row = np.zeros(packed_size(slots), np.float32)
     at = 0

@@ -69,7 +69,9 @@ class _TensorUnpickler(pickle.Unpickler):
             return _rebuild_tensor
         if module == "torch" and name in _DTYPES:
             return _Storage(name)
-        raise FileFormatError(f"the file names {module}.{name}, which a dict of float, half or uint8 tensors never does")
+        raise FileFormatError(
+            f"the file names {module}.{name}, which a dict of float, half or uint8 tensors never does"
+        )
 
     def persistent_load(self, pid: Any) -> Array:
         kind, storage, key, _device, count = pid

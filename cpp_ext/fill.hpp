@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "parallel.hpp"
@@ -38,22 +39,95 @@ namespace fill_detail {
 
 constexpr int channels = 3;
 
-// `line` holds the pixels from (first output - radius - 1) to (last output + radius + 1), edges already repeated.
-// A prefix sum turns every window into one difference, which vectorises where a running sum does not.
-static DMX_CLONES void blur_line(const std::uint8_t* DMX_RESTRICT line, std::uint32_t* DMX_RESTRICT prefix,
-                                 std::uint8_t* DMX_RESTRICT out, int outputs, int radius, BoxWeights weights) {
-    const int pixels = outputs + 2 * radius + 2;
-    std::uint32_t red = 0, green = 0, blue = 0;
-    for (int i = 0; i < pixels; ++i) {
-        prefix[3 * i] = red, prefix[3 * i + 1] = green, prefix[3 * i + 2] = blue;
-        red += line[3 * i], green += line[3 * i + 1], blue += line[3 * i + 2];
-    }
-    const int far = channels * (2 * radius + 2);  // the last prefix needed starts here, so no total is stored
-    for (int i = 0; i < channels * outputs; ++i) {
-        const std::uint32_t window = prefix[i + far] - prefix[i + channels];
-        out[i] = box_value(window, std::uint32_t{line[i]} + line[i + far], weights);
+// The sums of one line: `line` holds `inputs` bytes from (first output - radius - 1) to (last output + radius + 1),
+// edges already repeated; `window[i]` becomes the sum of the 2r+1 pixels about output byte i. A running sum would not
+// vectorise. Here the window is put together from its binary digits: `part` holds sums of 1, 2, 4, ... pixels.
+// Sixteen bits hold windows up to 257 pixels.
+constexpr int largest_short_radius = 128;
+
+static DMX_CLONES void start_windows(const std::uint8_t* DMX_RESTRICT line, std::uint16_t* DMX_RESTRICT part, int inputs) {
+    for (int i = 0; i < inputs; ++i) part[i] = line[i];
+}
+
+static DMX_CLONES void double_windows(const std::uint16_t* DMX_RESTRICT part, std::uint16_t* DMX_RESTRICT twice, int shift,
+                                      int count) {
+    for (int i = 0; i < count; ++i) twice[i] = static_cast<std::uint16_t>(part[i] + part[i + shift]);
+}
+
+static DMX_CLONES void widen_windows(const std::uint16_t* DMX_RESTRICT part, std::uint16_t* DMX_RESTRICT window, int count) {
+    for (int i = 0; i < count; ++i) window[i] = static_cast<std::uint16_t>(window[i] + part[i]);
+}
+
+// `part` and `twice` are scratch of `inputs` elements.
+inline void sum_windows_short(const std::uint8_t* line, std::uint16_t* part, std::uint16_t* twice, std::uint16_t* window,
+                              int inputs, int outputs, int radius) {
+    int start = channels;  // the window's first pixel stands one past the pixel outside it
+    start_windows(line, part, inputs);
+    std::copy_n(part + start, outputs, window);
+    start += channels;
+    for (int digit = 2, valid = inputs - channels; digit <= 2 * radius + 1; digit *= 2) {
+        double_windows(part, twice, digit / 2 * channels, valid);
+        std::swap(part, twice);
+        valid -= digit * channels;
+        if (((2 * radius + 1) & digit) == 0) continue;
+        widen_windows(part + start, window, outputs);
+        start += digit * channels;
     }
 }
+
+// For wider windows: differences of a prefix sum.
+static DMX_CLONES void sum_windows_long(const std::uint8_t* DMX_RESTRICT line, std::uint32_t* DMX_RESTRICT prefix,
+                                        std::uint32_t* DMX_RESTRICT window, int inputs, int outputs, int radius) {
+    std::uint32_t red = 0, green = 0, blue = 0;
+    for (int i = 0; i < inputs; i += channels) {
+        prefix[i] = red, prefix[i + 1] = green, prefix[i + 2] = blue;
+        red += line[i], green += line[i + 1], blue += line[i + 2];
+    }
+    const int beyond = channels * (2 * radius + 2);
+    for (int i = 0; i < outputs; ++i) window[i] = prefix[i + beyond] - prefix[i + channels];
+}
+
+// One line's outputs from its window sums and the pixels just outside the windows.
+static DMX_CLONES void blur_short(const std::uint16_t* DMX_RESTRICT window, const std::uint8_t* DMX_RESTRICT line,
+                                  std::uint8_t* DMX_RESTRICT out, int outputs, int radius, BoxWeights weights) {
+    const int beyond = channels * (2 * radius + 2);
+    for (int i = 0; i < outputs; ++i) out[i] = box_value(window[i], std::uint32_t{line[i]} + line[i + beyond], weights);
+}
+
+static DMX_CLONES void blur_long(const std::uint32_t* DMX_RESTRICT window, const std::uint8_t* DMX_RESTRICT line,
+                                 std::uint8_t* DMX_RESTRICT out, int outputs, int radius, BoxWeights weights) {
+    const int beyond = channels * (2 * radius + 2);
+    for (int i = 0; i < outputs; ++i) out[i] = box_value(window[i], std::uint32_t{line[i]} + line[i + beyond], weights);
+}
+
+// Blurs lines of one length and radius.
+class LineBlur {
+  public:
+    LineBlur(int pixels, int radius) : inputs_(channels * (pixels + 2 * radius + 2)), outputs_(channels * pixels), radius_(radius) {
+        const auto inputs = static_cast<size_t>(inputs_);
+        if (radius <= largest_short_radius) {
+            short_part_.resize(inputs), short_twice_.resize(inputs), short_window_.resize(inputs);
+        } else {
+            long_part_.resize(inputs), long_window_.resize(inputs);
+        }
+    }
+
+    void apply(const std::uint8_t* line, std::uint8_t* out, BoxWeights weights) {
+        if (radius_ <= largest_short_radius) {
+            sum_windows_short(line, short_part_.data(), short_twice_.data(), short_window_.data(), inputs_, outputs_,
+                              radius_);
+            blur_short(short_window_.data(), line, out, outputs_, radius_, weights);
+        } else {
+            sum_windows_long(line, long_part_.data(), long_window_.data(), inputs_, outputs_, radius_);
+            blur_long(long_window_.data(), line, out, outputs_, radius_, weights);
+        }
+    }
+
+  private:
+    int inputs_, outputs_, radius_;
+    std::vector<std::uint16_t> short_part_, short_twice_, short_window_;
+    std::vector<std::uint32_t> long_part_, long_window_;
+};
 
 static DMX_CLONES void add_rows(std::uint32_t* DMX_RESTRICT sum, const std::uint8_t* DMX_RESTRICT row, ptrdiff_t count,
                                 std::uint32_t times) {
@@ -127,12 +201,11 @@ class HoleFiller {
         const ptrdiff_t grain = 1 + 200000 / (3 * pixels);
         parallel_for(last - first, grain, [&](ptrdiff_t begin, ptrdiff_t end) {
             std::vector<std::uint8_t> line(static_cast<size_t>(3 * pixels));
-            std::vector<std::uint32_t> prefix(static_cast<size_t>(3 * pixels));
+            fill_detail::LineBlur blur(col1_ - col0_, radius);
             for (int y = first + static_cast<int>(begin); y < first + static_cast<int>(end); ++y) {
                 if (!all_rows && holed_[static_cast<size_t>(y)] == 0) continue;
                 copy_line(y, col0_ - radius - 1, pixels, line.data());
-                fill_detail::blur_line(line.data(), prefix.data(), blurred_.data() + y * stride_, col1_ - col0_, radius,
-                                       weights);
+                blur.apply(line.data(), blurred_.data() + y * stride_, weights);
             }
         });
     }

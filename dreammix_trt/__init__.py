@@ -17,7 +17,7 @@ __all__ = ["DreamMix", "DreamMixError", "Request", "Result", "__version__", "bui
 
 _HOMES = {
     "DreamMix": "dreammix_trt.engine.dreammix",
-    "Result": "dreammix_trt.engine.dreammix",
+    "Result": "dreammix_trt.engine.result",
     "Request": "dreammix_trt.core.request",
     "DreamMixError": "dreammix_trt.core.errors",
     "build": "dreammix_trt.building",

@@ -176,7 +176,8 @@ def inpaint(
     as_json: AsJson = False,
 ) -> None:
     """Put the subject into the marked region of a picture."""
-    from dreammix_trt.engine.dreammix import DreamMix, save
+    from dreammix_trt.engine.dreammix import DreamMix
+    from dreammix_trt.engine.result import save
 
     if image is None or mask is None:
         missing = "--image" if image is None else "--mask"
@@ -239,15 +240,13 @@ def _request(source: Path | None, **given: Any) -> Request:
     from dreammix_trt.core.request import Request
 
     fields = {name: value for name, value in given.items() if value is not None}
-    if "substitute" in fields:
-        fields["substitute"] = tuple(fields["substitute"])
-    if source is None:
-        if "prompt" not in fields:
-            raise InputError("--prompt is missing: say what to paint, with the subject's token: 'a red sks mug'")
-        return Request(**fields)
-    from dreammix_trt.engine.dreammix import read_request
+    if source is not None:
+        from dreammix_trt.engine.result import read_request
 
-    return read_request(source).replace(**fields)
+        return read_request(source).replace(**fields)
+    if "prompt" not in fields:
+        raise InputError("--prompt is missing: say what to paint, with the subject's token: 'a red sks mug'")
+    return Request(fields.pop("prompt")).replace(**fields)
 
 
 def _fields(pairs: list[str]) -> dict[str, Any]:

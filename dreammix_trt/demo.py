@@ -23,7 +23,8 @@ from dreammix_trt.report import Row, Tile, contact_sheet, html_report, marked, s
 
 if TYPE_CHECKING:
     from dreammix_trt.core.passport import Passport
-    from dreammix_trt.engine.dreammix import DreamMix, Result
+    from dreammix_trt.engine.dreammix import DreamMix
+    from dreammix_trt.engine.result import Result
 
 Update = Callable[[str, float, str], None]
 _IDENTITY = "a photo of a sks mug"

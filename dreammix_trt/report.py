@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
-    from dreammix_trt.engine.dreammix import Result
+    from dreammix_trt.engine.result import Result
 
 _PAPER, _INK, _FAINT = (252, 251, 248), (28, 28, 32), (110, 110, 118)
 _GAP = 12

@@ -71,11 +71,15 @@ def seam_weight(mask: U8, width: int) -> F32:
 
     It falls over `width` pixels; in a mask thinner than that, to 0 at its deepest pixel.
     """
-    rim = kernels.feather(np.where(mask > 127, np.uint8(0), np.uint8(255)), width).astype(np.float32)
+    weight = np.ones(mask.shape, np.float32)
+    r0, r1, c0, c1 = mask_bounds(mask)
+    # The nearest pixel outside the mask is never farther away than the ring around its bounds.
+    near = np.s_[max(r0 - 1, 0) : r1 + 1, max(c0 - 1, 0) : c1 + 1]
+    rim = kernels.feather(np.where(mask[near] > 127, np.uint8(0), np.uint8(255)), width).astype(np.float32)
     deepest = float(rim.min())
-    if deepest >= 255:
-        return np.ones(mask.shape, np.float32)
-    return (rim - np.float32(deepest)) / np.float32(255 - deepest)
+    if deepest < 255:
+        weight[near] = (rim - np.float32(deepest)) / np.float32(255 - deepest)
+    return weight
 
 
 # ------------------------------------------------------------------------------------------------ frames
@@ -212,19 +216,21 @@ class Canvas:
         alpha = kernels.soft_alpha(content.shape[0], content.shape[1]) if soft else None
         return kernels.paste(self.image, content, frame.box, self.feather, alpha)
 
-    def final(
-        self, frame: Frame, decoded: U8, *, local: tuple[Frame, U8] | None = None, keep_local: bool | None = None
-    ) -> U8:
+    def keeps_local(self, frame: Frame, local: Frame) -> bool:
+        """Whether a global frame would blur what the local one rendered: it is coarser than that and than the canvas.
+
+        Native mode only; the reference pastes the global result whatever its scale.
+        """
+        return self.mode == "native" and frame.scale > max(1.0, local.scale)
+
+    def final(self, frame: Frame, decoded: U8, *, local: tuple[Frame, U8] | None = None) -> U8:
         """The finished picture, uint8 (H, W, 3), from the last stage's frame and picture (step 13).
 
-        local: the local stage's frame and picture, when a global stage followed. In native mode, where the global
-        frame is coarser than both the canvas and the local frame, taking all of it would blur what the local stage
-        rendered: then the inside of the mask stays local and only the seam (`seam_weight`) is taken from the global
-        picture. keep_local forces that on or off; reference mode never does it by itself.
+        local: the local stage's frame and finished picture, when a global stage followed. Where the global frame
+        would blur it (`keeps_local`), the inside of the mask stays local and only the seam (`seam_weight`) is taken
+        from the global picture.
         """
-        if keep_local is None:
-            keep_local = self.mode == "native" and local is not None and frame.scale > max(1.0, local[0].scale)
-        if local is None or not keep_local:
+        if local is None or not self.keeps_local(frame, local[0]):
             return self.hand_over(frame, decoded)
         whole = (0, self.size[0], 0, self.size[1])
         mixed = kernels.paste(_placed(self.image, *local), _placed(self.image, frame, decoded), whole, self._seam)

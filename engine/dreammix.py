@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from dreammix_trt.core.errors import EngineError, InputError
 from dreammix_trt.core.noise import NoiseProvider, SeededNoise
@@ -21,52 +21,29 @@ from dreammix_trt.core.subject import Subject, pack, packed_size, read_subject
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.canvas import Canvas
 from dreammix_trt.engine.denoiser import Denoiser, EngineDenoiser
-from dreammix_trt.engine.loop import Clock, Picture, Sampler, Text
-from dreammix_trt.engine.networks import EngineSet, Networks
+from dreammix_trt.engine.networks import EngineSet
 from dreammix_trt.engine.pictures import PictureIn, Source, read_image, read_mask
+from dreammix_trt.engine.result import Result, StepEvent, read_request, save
+from dreammix_trt.engine.stages import Clock, Facts, Networks, Painter, Text, Timed, painted
 from dreammix_trt.engine.text import Tokenizer, apply_tas, plan_tas
 
+__all__ = ["DreamMix", "Job", "Result", "StepEvent", "read_request", "save"]
+
 F32 = npt.NDArray[np.float32]
-_METADATA = "dreammix"  # the PNG text chunk that holds the request
+U8 = npt.NDArray[np.uint8]
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 _UNETS = ("unet", "unet_raw")
+_REMEMBERED_TEXTS = 256
+_TOKEN = "sks"
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a request gave.
+class Job(NamedTuple):
+    """One request with its pictures; noise: providers, one a picture (default: seeded)."""
 
-    images: PIL images of the input's size and kind (RGB, RGBA, L), one a picture. seeds: of each. timings: seconds per
-    phase, summed over the pictures; "network:..." are the networks. stages: named pictures of what each stage did, when
-    asked for.
-    """
-
-    images: list[Image.Image]
+    image: Source
+    mask_image: Source
     request: Request
-    seeds: tuple[int, ...]
-    schedule: Schedule
-    timings: dict[str, float]
-    stages: dict[str, Image.Image] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class StepEvent:
-    """One step is done. index runs from 0 to total - 1 over all pictures of the request; `picture` says which one.
-
-    result: set in the last event.
-    """
-
-    index: int
-    total: int
-    stage: str
-    picture: int
-    _sampler: Sampler = field(repr=False)
-    _x0: F32 = field(repr=False)
-    result: Result | None = None
-
-    def preview(self) -> Image.Image:
-        """What the network now believes the stage's frame looks like; costs one VAE decoding."""
-        return Image.fromarray(self._sampler.preview(self._x0))
+    noise: NoiseProvider | Sequence[NoiseProvider] | None = None
 
 
 class DreamMix:
@@ -76,20 +53,32 @@ class DreamMix:
     """
 
     def __init__(
-        self, networks: Networks, tokenizers: Sequence[Tokenizer], subjects: Sequence[Subject] = (), *, denoiser: Denoiser | None = None
+        self,
+        networks: Networks,
+        facts: Facts,
+        tokenizers: Sequence[Tokenizer],
+        subjects: Sequence[Subject] = (),
+        *,
+        denoiser: Denoiser | None = None,
     ) -> None:
-        self.networks = networks
+        self.networks, self.facts = networks, facts
         self._tokenizers = tuple(tokenizers)
-        self._denoiser = denoiser or EngineDenoiser(networks)
+        self._denoiser = denoiser
         self._subjects: dict[str, tuple[Subject, dict[str, F32]]] = {}
         self._texts: dict[tuple[str, str, bool], tuple[F32, F32]] = {}
-        self._off = {name: np.zeros(packed_size(networks.slots(name)), np.float32) for name in (*_TEXT_ENCODERS, *_UNETS)}
+        self._names = [name for name in (*_TEXT_ENCODERS, *_UNETS) if name in networks]
+        self._off = {name: np.zeros(packed_size(networks.slots(name)), np.float32) for name in self._names}
         for subject in subjects:
             self._add(subject, subject.name)
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], *, threads: int | None = None, verify: bool = False, store: str | os.PathLike[str] | None = None
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        verify: bool = False,
+        store: str | os.PathLike[str] | None = None,
     ) -> DreamMix:
         """Load an engine directory that `dreammix-trt build` made.
 
@@ -98,12 +87,12 @@ class DreamMix:
         """
         from dreammix_trt.engine.build import open_engine
 
-        if threads:
-            kernels.set_threads(threads)
         opened = open_engine(Path(path), verify=verify, store=Path(store) if store else None)
         networks = EngineSet.load(opened.networks, threads)
+        kernels.set_threads(networks.threads)
+        networks.prepare()
         tokenizers = [Tokenizer.load(opened.networks / name) for name in ("tokenizer", "tokenizer_2")]
-        return cls(networks, tokenizers, [read_subject(file) for file in opened.subjects])
+        return cls(networks, networks.facts, tokenizers, [read_subject(file) for file in opened.subjects])
 
     def close(self) -> None:
         """Release the networks."""
@@ -113,7 +102,9 @@ class DreamMix:
     def __enter__(self) -> DreamMix:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     @property
@@ -129,7 +120,9 @@ class DreamMix:
         source = Path(path)
         files = sorted((source / "subjects").glob("*.safetensors")) if source.is_dir() else [source]
         if not files:
-            raise EngineError(f"{source} holds no subject (subjects/*.safetensors); make one with `dreammix-trt build --lora`")
+            raise EngineError(f"{source} holds no subject (subjects/*.safetensors); make one with `dreammix-trt build`")
+        if name is not None and len(files) > 1:
+            raise InputError(f"name is {name!r}, but {source} holds {len(files)} subjects; name one of their files")
         names = [self._add(subject, name or subject.name) for subject in map(read_subject, files)]
         return names[0]
 
@@ -149,16 +142,12 @@ class DreamMix:
         field of `Request` (seed, substitute, num_inference_steps, ...). noise: where the random numbers come from, one
         provider a picture; default: the seed. Raises InputError naming the value that cannot be used.
         """
-        last = None
-        for event in self.iterate(image, mask_image, prompt, noise=noise, keep_stages=keep_stages, **fields):
-            last = event
-        assert last is not None and last.result is not None
-        return last.result
+        return _last(self.iterate(image, mask_image, prompt, noise=noise, keep_stages=keep_stages, **fields))
 
-    def inpaint_batch(self, jobs: Sequence[tuple[Source, Source, Request]]) -> list[Result]:
-        """Several requests, one result each. All are checked before the first is painted."""
-        prepared = [self._prepare(image, mask, request) for image, mask, request in jobs]
-        return [self._finish(work) for work in prepared]
+    def inpaint_batch(self, jobs: Sequence[Job]) -> list[Result]:
+        """Several requests, one result each, in order. All are checked before the first is painted."""
+        prepared = [self._prepared(Job(*job)) for job in jobs]
+        return [_last(self._events(work, keep_stages=False)) for work in prepared]
 
     def iterate(
         self,
@@ -174,15 +163,59 @@ class DreamMix:
 
         Bad input is refused here, before the first step.
         """
-        request = prompt.replace(**fields) if isinstance(prompt, Request) else Request.of(prompt=prompt, **fields)
-        return self._events(self._prepare(image, mask_image, request, noise), keep_stages)
+        request = prompt if isinstance(prompt, Request) else Request(prompt)
+        return self._events(self._prepared(Job(image, mask_image, request.replace(**fields), noise)), keep_stages)
 
-    # -- inside
+    def rows_of(self, subject: str) -> dict[str, F32]:
+        """A loaded subject's packed factors: network -> float32 (P,)."""
+        return dict(self._subjects[subject][1])
+
+    def _prepared(self, job: Job) -> _Work:
+        """Check everything of a job and do what its pictures share."""
+        clock, request = Clock(), job.request
+        networks = Timed(self.networks, clock)
+        with clock("read"):
+            source = read_image(job.image)
+            mask = read_mask(job.mask_image, source.size)
+        with clock("canvas"):
+            canvas = laid(source.rgb, mask, request, self.facts)
+        schedule = make_schedule(request)
+        subject, token, rows = self._chosen(request)
+        with clock("text"):
+            texts = self._texts_of(request, networks, subject, token, rows)
+        seeds = tuple(request.seed + k for k in range(request.num_images_per_prompt))
+        noises = _providers(job.noise, seeds)
+        painters = [
+            Painter(canvas, request, schedule, texts, rows, noise, networks, self.facts, clock=clock) for noise in noises
+        ]
+        denoiser = self._denoiser or EngineDenoiser(networks, self._names)
+        return _Work(source, request, schedule, seeds, painters, denoiser, clock)
+
+    def _events(self, work: _Work, keep_stages: bool) -> Iterator[StepEvent]:
+        """One picture after the other, so that each is the same to the bit however many there are."""
+        clock, total = work.clock, len(work.schedule) * len(work.painters)
+        images = []
+        for number, painter in enumerate(work.painters):
+            painter.shown = {} if keep_stages and number == 0 else None
+            steps = painted([painter], work.schedule, work.denoiser)
+            for done in range(len(work.schedule)):
+                with clock("loop"):
+                    taken = next(steps)
+                event = StepEvent(number * len(work.schedule) + done, total, taken.step.stage, number, painter, taken)
+                if done + 1 < len(work.schedule):
+                    yield event
+            finished = painter.finish(taken.x0)
+            with clock("write"):
+                images.append(work.source.with_pixels(finished) if finished.shape[:2] == work.source.size else _rgb(finished))
+            if number + 1 < len(work.painters):
+                yield event
+        shown = {name: _rgb(picture) for name, picture in (work.painters[0].shown or {}).items()}
+        result = Result(images, work.request, work.seeds, work.schedule, dict(clock.seconds), shown)
+        yield replace(event, result=result)
 
     def _add(self, subject: Subject, name: str) -> str:
-        names = [*_TEXT_ENCODERS, *_UNETS]
-        rows = {n: pack(subject.factors_for(n), self.networks.slots(n), subject.scale) for n in names if n in self.networks}
-        self._subjects[name] = (subject, {**self._off, **rows})
+        rows = {each: pack(subject.factors_for(each), self.networks.slots(each), subject.scale) for each in self._names}
+        self._subjects[name] = (subject, rows)
         self._texts = {key: value for key, value in self._texts.items() if key[1] != name}
         return name
 
@@ -190,168 +223,96 @@ class DreamMix:
         """(name, token, packed rows) of the request's subject."""
         name = request.subject if request.subject is not None else next(iter(self._subjects), "")
         if name == "":
-            return "", "sks", self._off
+            return "", _TOKEN, self._off
         if name not in self._subjects:
-            known = ", ".join(self._subjects) or "none"
-            raise InputError(f"subject={name!r}: no such subject is loaded (there is: {known}); add it with add_subject")
+            known = ", ".join(map(repr, self._subjects)) or "none"
+            raise InputError(f"subject is {name!r}; loaded are: {known}; load it with add_subject, or give \"\" for none")
         subject, rows = self._subjects[name]
-        return name, subject.token or "sks", rows
+        return name, subject.token or _TOKEN, rows
 
-    def _prepare(
-        self, image: Source, mask_image: Source, request: Request, noise: NoiseProvider | Sequence[NoiseProvider] | None = None
-    ) -> _Work:
-        clock = Clock()
-        if "unet_raw" not in self.networks and request.patched_fraction < 1:
-            request = request.replace(patched_fraction=1.0)
-        with clock("read"):
-            picture = read_image(image)
-            mask = read_mask(mask_image, picture.size)
-        facts = self.networks.facts
-        with clock("canvas"):
-            canvas = Canvas.of(picture.rgb, mask, mode=request.mode, native=facts.native_side, divisor=facts.divisor)  # type: ignore[arg-type]
-        schedule = make_schedule(request)
-        name, token, rows = self._chosen(request)
-        with clock("text"):
-            texts = self._condition(request, schedule, name, token, rows, clock)
-        count = request.num_images_per_prompt
-        seeds = tuple((request.seed + k) % 2**64 for k in range(count))
-        if noise is None:
-            providers: list[NoiseProvider] = [SeededNoise(seed, kernels.normals) for seed in seeds]
-        else:
-            providers = list(noise) if isinstance(noise, Sequence) else [noise]
-        if len(providers) != count:
-            raise InputError(f"noise: {len(providers)} providers for {count} pictures; give one for each")
-        pictures = [Picture(canvas, texts, rows, provider) for provider in providers]
-        return _Work(picture, request, schedule, seeds, pictures, clock)
-
-    def _events(self, work: _Work, keep_stages: bool) -> Iterator[StepEvent]:
-        """One picture after the other, so that each is the same to the bit whatever the count is."""
-        images: list[Image.Image] = []
-        stages: dict[str, Image.Image] = {}
-        total = len(work.schedule) * len(work.pictures)
-        for number, picture in enumerate(work.pictures):
-            sampler = Sampler(
-                work.request, work.schedule, [picture], self.networks, self._denoiser, clock=work.clock, keep_stages=keep_stages and number == 0
-            )
-            held: StepEvent | None = None
-            for progress in sampler.steps():
-                if held is not None:
-                    yield held
-                index = number * len(work.schedule) + progress.step.index
-                held = StepEvent(index, total, progress.step.stage, number, sampler, progress.x0)
-            assert held is not None
-            finished = sampler.finish()[0]
-            with work.clock("write"):
-                images.append(work.finished(finished))
-            stages |= {name: Image.fromarray(array) for name, array in sampler.stages.items()}
-            if number + 1 < len(work.pictures):
-                yield held
-        result = Result(images, work.request, work.seeds, work.schedule, dict(work.clock.seconds), stages)
-        yield StepEvent(held.index, total, held.stage, held.picture, held._sampler, held._x0, result)
-
-    def _finish(self, work: _Work) -> Result:
-        result = [event.result for event in self._events(work, False)][-1]
-        assert result is not None
-        return result
-
-    def _condition(
-        self, request: Request, schedule: Schedule, name: str, token: str, rows: Mapping[str, F32], clock: Clock
+    def _texts_of(
+        self, request: Request, networks: Networks, subject: str, token: str, rows: Mapping[str, F32]
     ) -> dict[str, Text]:
-        """Text conditioning of each stage: encoded prompts, decomposed by TAS where the request says so."""
-        tokens, pooled = self._encoded(request.prompt, name, rows, request.truncate_prompt, clock)
-        less_tokens, less_pooled = tokens, pooled
+        """Each stage's text: encoded prompts, decomposed by TAS where the request says so."""
+
+        def encoded(prompt: str) -> tuple[F32, F32]:
+            return self._encoded(prompt, networks, subject, rows, request.truncate_prompt)
+
+        tokens, pooled = less_tokens, less_pooled = encoded(request.prompt)
         if request.substitute:
-            plan = plan_tas(
-                self._tokenizers[0], request.prompt, request.substitute, request.substitute_prefix,
-                request.tas_indexing, token,  # type: ignore[arg-type]
-            )  # fmt: skip
-            removed = self._encoded(plan.text, name, rows, request.truncate_prompt, clock)
-            less_tokens, less_pooled = apply_tas(plan, tokens, pooled, *removed)
-        if request.negative_prompt is None:
-            negative = (np.zeros_like(tokens), np.zeros_like(pooled))
-        else:
-            negative = self._encoded(request.negative_prompt, name, rows, request.truncate_prompt, clock)
+            prefix = f"a photo of a {token}" if request.substitute_prefix is None else request.substitute_prefix
+            words, prompt = request.substitute, request.prompt
+            plan = plan_tas(self._tokenizers[0], prompt, words, prefix, request.indexing, token)
+            less_tokens, less_pooled = apply_tas(plan, tokens, pooled, *encoded(plan.text))
+        negative = np.zeros_like(tokens), np.zeros_like(pooled)
+        if request.negative_prompt is not None:
+            negative = encoded(request.negative_prompt)
         texts = {}
         for stage in ("lcg", "gch"):
             positive = (
-                less_tokens if f"tokens:{stage}" in request.tas_stages else tokens,
-                less_pooled if f"pooled:{stage}" in request.tas_stages else pooled,
+                less_tokens if f"tokens_{stage}" in request.tas_stages else tokens,
+                less_pooled if f"pooled_{stage}" in request.tas_stages else pooled,
             )
-            both = [negative, positive] if schedule.guided else [positive]
+            both = [negative, positive] if request.guided else [positive]
             texts[stage] = Text(np.stack([pair[0] for pair in both]), np.stack([pair[1] for pair in both]))
         return texts
 
-    def _encoded(self, prompt: str, name: str, rows: Mapping[str, F32], truncate: bool, clock: Clock) -> tuple[F32, F32]:
+    def _encoded(
+        self, prompt: str, networks: Networks, subject: str, rows: Mapping[str, F32], truncate: bool
+    ) -> tuple[F32, F32]:
         """(tokens (77, D), pooled (Dp,)) of a prompt with a subject's text factors; remembered."""
-        key = (prompt, name, truncate)
+        key = (prompt, subject, truncate)
         if key not in self._texts:
-            if len(self._texts) >= 256:
-                self._texts.clear()
             ids = [tokenizer.encode(prompt, truncate)[None] for tokenizer in self._tokenizers]
-            outputs = []
-            for network, row in zip(_TEXT_ENCODERS, ids, strict=True):
-                with clock(f"network:{network}"):
-                    outputs.append(self.networks.run(network, input_ids=row, lora=rows[network][None]))
-            hidden = np.concatenate([out["hidden"] for out in outputs], axis=-1)
-            self._texts[key] = (hidden[0], outputs[1]["pooled"][0])
+            outputs = [
+                networks.run(name, input_ids=row, lora=rows[name][None])
+                for name, row in zip(_TEXT_ENCODERS, ids, strict=True)
+            ]
+            if len(self._texts) >= _REMEMBERED_TEXTS:
+                self._texts.clear()
+            hidden = np.concatenate([output["hidden"][0] for output in outputs], axis=-1)
+            self._texts[key] = (hidden, outputs[1]["pooled"][0])
         return self._texts[key]
 
 
-@dataclass
-class _Work:
-    """A request that has been checked and prepared."""
+class _Work(NamedTuple):
+    """A job that has been checked and prepared."""
 
     source: PictureIn
     request: Request
     schedule: Schedule
     seeds: tuple[int, ...]
-    pictures: list[Picture]
+    painters: list[Painter]
+    denoiser: Denoiser
     clock: Clock
 
-    def finished(self, rgb: npt.NDArray[np.uint8]) -> Image.Image:
-        """A finished canvas as an image of the input's kind (reference mode: RGB at the base's size)."""
-        if rgb.shape[:2] != self.source.size:
-            return Image.fromarray(rgb)
-        return self.source.with_pixels(rgb)
+
+def laid(image: U8, mask: U8, request: Request, facts: Facts) -> Canvas:
+    """The canvas of a request; reference mode stretches to reference_resize, or to the base's native square."""
+    native, divisor = facts.native_side, facts.divisor
+    if request.reference_resize is None or request.reference_resize == (native, native):
+        return Canvas.of(image, mask, mode=request.mode, native=native, divisor=divisor)
+    height, width = request.reference_resize
+    image, mask = (kernels.resize(array, height, width, "bicubic") for array in (image, mask))
+    checked = Canvas.of(image, mask, native=native, divisor=divisor)
+    return replace(checked, mode=request.mode)
 
 
-def save(result: Result, path: str | os.PathLike[str], *, index: int = 0, metadata: bool = True) -> None:
-    """Write one picture of a result (.png, .jpg, .webp), atomically.
-
-    A PNG carries the request that makes exactly this picture, unless `metadata` is off; `read_request` reads it back.
-    """
-    from dreammix_trt.core.files import atomic_file
-
-    target, options = Path(path), dict[str, Any]()
-    image = result.images[index]
-    if target.suffix.lower() == ".png":
-        info = PngImagePlugin.PngInfo()
-        if metadata:
-            request = result.request.replace(seed=result.seeds[index], num_images_per_prompt=1)
-            info.add_itxt(_METADATA, request.to_json())
-        options["pnginfo"] = info
-    elif target.suffix.lower() in (".jpg", ".jpeg"):
-        image, options["quality"] = image.convert("RGB"), 95
-    with atomic_file(target) as temporary:
-        kind = Image.registered_extensions().get(target.suffix.lower())
-        if kind is None:
-            raise InputError(f"{target}: unknown picture format {target.suffix!r}; use .png, .jpg or .webp")
-        image.save(temporary, kind, **options)
+def _providers(given: NoiseProvider | Sequence[NoiseProvider] | None, seeds: Sequence[int]) -> Sequence[NoiseProvider]:
+    if given is None:
+        return [SeededNoise(seed, kernels.normals) for seed in seeds]
+    providers = given if isinstance(given, Sequence) else [given]
+    if len(providers) != len(seeds):
+        raise InputError(f"noise: {len(providers)} providers for {len(seeds)} pictures; give one for each")
+    return providers
 
 
-def read_request(path: str | os.PathLike[str]) -> Request:
-    """The request in a JSON file or in the metadata of a PNG that `save` wrote."""
-    source = Path(path)
-    try:
-        if source.suffix.lower() == ".png":
-            with Image.open(source) as image:
-                text = image.info.get(_METADATA)
-            if not isinstance(text, str):
-                raise InputError(f"{source} carries no request: it was not made here, or metadata was switched off")
-        else:
-            text = source.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{source} is missing: give a request's JSON file or a PNG made here") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{source} cannot be read as a request ({error}): give its JSON or a PNG made here") from error
-    return Request.from_json(text)
+def _rgb(picture: U8) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(picture))
+
+
+def _last(events: Iterator[StepEvent]) -> Result:
+    for event in events:
+        result = event.result
+    assert result is not None
+    return result

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.engine.kernels import CASCADE, Box
+from dreammix_trt.engine.kernels import Box
+from dreammix_trt.engine.twins import CASCADE
 
 U8 = npt.NDArray[np.uint8]
 Size = tuple[int, int]

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.core.noise import DRAWS, NoiseProvider, SeededNoise
+from dreammix_trt.core.noise import NoiseProvider
 from dreammix_trt.core.schedule import Draw, Schedule, Step
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.denoiser import Conditioning, Denoiser
@@ -43,14 +43,6 @@ class Taken:
     x_in: F32
     x0: F32
     x: F32
-
-
-class KernelNoise(SeededNoise):
-    """`SeededNoise` drawn by the kernels."""
-
-    def draw(self, label: str, shape: Sequence[int], step: int = 0) -> F32:
-        """Unit normals of the label's kind."""
-        return kernels.normals(self.seed, DRAWS[label.partition("_step")[0]], step, tuple(shape))
 
 
 HandOver = Callable[[Step, F32], Stage]

@@ -11,9 +11,9 @@ import logging
 import math
 import os
 import threading
-import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,20 +26,34 @@ from dreammix_trt.core.subject import Slot, slots_of
 if TYPE_CHECKING:
     import onnxruntime
 
+SCHEMA = 1
 Array = npt.NDArray[Any]
 REBUILD = "build it again with `dreammix-trt build`"
 _DTYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "U8": np.uint8, "BOOL": np.bool_}
 
 
+@dataclass(frozen=True)
+class BaseFacts:
+    """What the runtime must know of a base (base.json).
+
+    native_side: pixels it was trained at; divisor: what picture sides must be multiples of; scaling_factor: of the
+    VAE's latents; feature_channels: of the inpaint head.
+    """
+
+    native_side: int
+    divisor: int
+    scaling_factor: float
+    feature_channels: int
+
+
 class EngineSet:
     """A base's networks. Sessions are made when first asked for (or by `prepare`) and live until `close`.
 
-    base: what base.json says of it (native side, scaling factor, ...). seconds: time spent inside each network so far.
+    facts: of the base. entries: the table of networks.json. threads: of each network call.
     """
 
-    def __init__(self, folder: Path, base: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]], threads: int):
-        self.folder, self.base, self.entries, self.threads = folder, base, entries, threads
-        self.seconds = dict.fromkeys(entries, 0.0)
+    def __init__(self, folder: Path, facts: BaseFacts, entries: Mapping[str, Mapping[str, Any]], threads: int) -> None:
+        self.folder, self.facts, self.entries, self.threads = folder, facts, entries, threads
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         self._kept: dict[str, Any] = {}
         self._lock = threading.Lock()
@@ -53,13 +67,12 @@ class EngineSet:
         folder = Path(folder)
         if threads is not None and threads < 1:
             raise InputError(f"threads is {threads}; it must be at least 1")
-        base, manifest = _json(folder / "base.json"), _json(folder / "networks.json")
-        entries = manifest.get("networks", manifest)
+        entries = read_networks(folder)
         for name, entry in entries.items():
             for file in (entry["graph"], entry["weights"]):
                 if not (folder / file).is_file():
                     raise EngineError(f"{folder / file}: missing, so {name} cannot run; {REBUILD}")
-        return cls(folder, base, entries, threads or available_cores())
+        return cls(folder, read_facts(folder), entries, threads or available_cores())
 
     def __enter__(self) -> EngineSet:
         return self
@@ -87,10 +100,7 @@ class EngineSet:
 
     def run(self, name: str, **arrays: Array) -> dict[str, Array]:
         """Run a network: its inputs as contiguous arrays of the recorded dtypes, its outputs by name."""
-        session = self._session(name)
-        start = time.perf_counter()
-        outputs = session.run(None, arrays)
-        self.seconds[name] += time.perf_counter() - start
+        outputs = self._session(name).run(None, arrays)
         return dict(zip((spec["name"] for spec in self.entries[name]["outputs"]), outputs, strict=True))
 
     def _session(self, name: str) -> onnxruntime.InferenceSession:
@@ -123,6 +133,25 @@ class EngineSet:
             raise EngineError(f"{self.folder / entry['graph']}: {name} cannot be loaded ({error}); {REBUILD}") from error
         logging.getLogger(__name__).debug("%s: session ready", name)
         return session, (weights, values)
+
+
+def read_networks(folder: Path) -> dict[str, dict[str, Any]]:
+    """The table of `networks.json`: network -> graph, weights, inputs, outputs, slots, parity."""
+    record = _json(folder / "networks.json")
+    if record.get("schema") != SCHEMA or not isinstance(record.get("networks"), dict):
+        raise EngineError(
+            f"{folder / 'networks.json'}: schema {record.get('schema')!r}, this version reads {SCHEMA}; {REBUILD}"
+        )
+    return dict(record["networks"])
+
+
+def read_facts(folder: Path) -> BaseFacts:
+    """What `base.json` says of the base."""
+    record = _json(folder / "base.json")
+    try:
+        return BaseFacts(**{field.name: record[field.name] for field in fields(BaseFacts)})
+    except KeyError as error:
+        raise EngineError(f"{folder / 'base.json'}: {error} is missing; {REBUILD}") from error
 
 
 def read_weights(path: Path) -> dict[str, Array]:

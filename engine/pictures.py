@@ -5,6 +5,7 @@ Everything that can be wrong with a picture or a mask is said here, before any n
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ Source = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
 
 #: Pictures of more pixels are refused before they are decoded.
 MAX_PIXELS = 89_000_000
+
+_ORIENTATION = 0x0112  # the EXIF tag
 
 #: Raster formats whose decoders run no other program and fetch nothing.
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000", "TGA")
@@ -70,16 +73,13 @@ def read_image(source: Source, *, name: str = "image", max_pixels: int = MAX_PIX
 
     Raises InputError, naming `name` or the file, for what is missing, truncated, no picture, or above `max_pixels`.
     """
-    label = _label(source, name)
-    image = _opened(source, label, max_pixels)
-    profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "L", "LA", "P", "PA") else None
-    image = _plain(image, label)
-    pixels = np.array(image)
-    grey = image.mode in ("L", "LA")
-    alpha = np.ascontiguousarray(pixels[..., -1]) if image.mode in ("LA", "RGBA") else None
-    if grey:
-        pixels = np.repeat(pixels.reshape(*pixels.shape[:2], -1)[..., :1], 3, axis=2)
-    return PictureIn(np.ascontiguousarray(pixels[..., :3]), alpha, grey, profile)
+    pixels, mode, profile = _pixels(source, _label(source, name), max_pixels)
+    grey, alpha = mode in ("L", "LA"), None
+    if mode in ("LA", "RGBA"):
+        alpha = np.ascontiguousarray(pixels[..., -1])
+    rgb = np.empty((*pixels.shape[:2], 3), np.uint8)
+    rgb[...] = pixels[..., :1] if grey else pixels[..., :3]
+    return PictureIn(rgb, alpha, grey, profile)
 
 
 def read_mask(source: Source, size: tuple[int, int], *, name: str = "mask_image", max_pixels: int = MAX_PIXELS) -> U8:
@@ -93,21 +93,34 @@ def read_mask(source: Source, size: tuple[int, int], *, name: str = "mask_image"
     """
     if isinstance(source, np.ndarray) and source.dtype == np.bool_:
         source = source.astype(np.uint8) * np.uint8(255)
-    picture = read_image(source, name=name, max_pixels=max_pixels)
     label = _label(source, name)
-    if picture.size != tuple(size):
+    pixels, mode, _ = _pixels(source, label, max_pixels)
+    found = pixels.shape[0], pixels.shape[1]
+    if found != tuple(size):
         raise InputError(
-            f"{label} is {_size_text(picture.size)} but the image is {_size_text(size)} (width x height, upright): "
+            f"{label} is {_size_text(found)} but the image is {_size_text(size)} (width x height, upright): "
             "give a mask of the image's size"
         )
-    varies = picture.alpha is not None and picture.alpha.min() != picture.alpha.max()
-    mask: U8 = picture.alpha if varies and picture.alpha is not None else picture.rgb.max(axis=2)
+    alpha = pixels[..., -1] if mode in ("LA", "RGBA") else None
+    if alpha is not None and alpha.min() != alpha.max():
+        mask: U8 = np.ascontiguousarray(alpha)
+    else:
+        colours = [pixels[..., channel] for channel in range(1 if mode in ("L", "LA") else 3)]
+        mask = np.ascontiguousarray(functools.reduce(np.maximum, colours))
     if not (mask > 127).any():
         raise InputError(
             f"{label} repaints nothing: its brightest value is {int(mask.max())}, and only values above 127 are "
             "repainted; paint the region white (255)"
         )
     return mask
+
+
+def _pixels(source: Source, label: str, max_pixels: int) -> tuple[U8, str, bytes | None]:
+    """The upright pixels uint8 (H, W, 1..4), their mode (L, LA, RGB or RGBA) and colour profile."""
+    image = _opened(source, label, max_pixels)
+    profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "L", "LA", "P", "PA") else None
+    image = _plain(image, label)
+    return np.asarray(image).reshape(image.height, image.width, -1), image.mode, profile
 
 
 def _label(source: Source, name: str) -> str:
@@ -146,7 +159,8 @@ def _decoded(image: Image.Image, label: str, max_pixels: int) -> Image.Image:
     _check_pixels(image.height, image.width, label, max_pixels)
     try:
         image.load()
-        return ImageOps.exif_transpose(image)
+        upright = image.getexif().get(_ORIENTATION, 1) == 1
+        return image if upright else ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged files
         raise InputError(f"{label} is damaged or truncated ({error}): save it again") from error
 

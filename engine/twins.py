@@ -59,7 +59,8 @@ def fill(image: U8, mask: U8, cascade: Sequence[tuple[int, int]] = CASCADE) -> U
 
 def latent_mask(mask: U8, factor: int = 8) -> F32:
     h, w = mask.shape[0] // factor, mask.shape[1] // factor
-    return (mask.reshape(h, factor, w, factor).max(axis=(1, 3)) >= 128).astype(np.float32)
+    touched: npt.NDArray[np.bool_] = mask.reshape(h, factor, w, factor).max(axis=(1, 3)) >= 128
+    return touched.astype(np.float32)
 
 
 def feather(mask: U8, width: int = 32) -> U8:

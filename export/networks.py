@@ -1,4 +1,4 @@
-"""The list of networks: names, tensors with their symbolic shapes, LoRA slots, weights. The table of docs/architecture.md.
+"""The list of networks: names, tensors with their symbolic shapes, LoRA slots, weights (docs/architecture.md).
 
 Describing a network and reading its weights needs no torch; `torch_module` does.
 """
@@ -50,8 +50,8 @@ class Network:
         """The network's part of `networks.json` that its graph decides."""
         slots = [{"module": s.module, "in": s.inputs, "out": s.outputs, "rank": s.rank} for s in self.slots]
         return {
-            "inputs": [asdict(spec) for spec in self.inputs],
-            "outputs": [asdict(spec) for spec in self.outputs],
+            "inputs": [{**asdict(spec), "shape": list(spec.shape)} for spec in self.inputs],
+            "outputs": [{**asdict(spec), "shape": list(spec.shape)} for spec in self.outputs],
             "slots": slots,
         }
 
@@ -69,7 +69,7 @@ class Network:
             return ids
         if spec.name == "timestep":
             return rng.uniform(0, 999, shape).astype(np.float32)
-        values = rng.standard_normal(shape)
+        values: NDArray[Any] = rng.standard_normal(shape)
         if spec.name == "time_ids":
             values = 128 * np.abs(values)
         elif spec.name == "lora":
@@ -180,7 +180,9 @@ def check_fit(network: str, weights: Mapping[str, Any], shapes: Mapping[str, tup
     ]
     if wrong:
         more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
-        raise FileFormatError(f"{network}: weights and config.json do not belong together: {', '.join(wrong[:6])}{more}")
+        raise FileFormatError(
+            f"{network}: weights and config.json do not belong together: {', '.join(wrong[:6])}{more}"
+        )
 
 
 def _text_network(base: BaseFiles, name: str, rank: int) -> Network:

@@ -156,7 +156,9 @@ def _written_network(
     initializers = table["graphs"][network.graph]["initializers"]
     used = {name: weights[name] for name in initializers if name in weights}
     check_fit(network.name, used, {name: tuple(facts["shape"]) for name, facts in initializers.items()})
-    save_file({name: _stored(used[name], facts["transposed"]) for name, facts in initializers.items()}, out / weights_file)
+    save_file(
+        {name: _stored(used[name], facts["transposed"]) for name, facts in initializers.items()}, out / weights_file
+    )
     entry = {"graph": graph, "weights": weights_file, **network.described(), "initializers": initializers}
     if check:
         module = torch_module(network, weights)
@@ -219,7 +221,7 @@ def _split_tokenizer(path: Path, target: Path) -> None:
 
 
 def _pad_token(folder: Path) -> str:
-    """The token that fills a prompt up to 77: tokenizer_config.json, else special_tokens_map.json, else the end mark."""
+    """What fills a prompt up to 77: by tokenizer_config.json, else special_tokens_map.json, else the end mark."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
             token = json.loads((folder / name).read_text(encoding="utf-8")).get("pad_token")

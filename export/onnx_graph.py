@@ -49,6 +49,8 @@ def graph_of(network: Network) -> Graph:
     model = onnx.load_from_string(_traced(module, network))
     transposed = _weights_to_inputs(model.graph)
     model = onnxslim.slim(model)
+    for item in model.graph.initializer:  # one way to hold constants, so that equal ones can be found
+        item.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(item), item.name))
     onnx.checker.check_model(model, full_check=True)  # here, as later it would look for the weights' files
     _weights_to_external(model.graph, transposed, f"{network.graph}.safetensors")
     _shorten_names(model.graph, network)
@@ -117,7 +119,9 @@ def _weights_to_inputs(graph: onnx.GraphProto) -> dict[str, bool]:
     straight = {name for node in graph.node if node.op_type != "Transpose" for name in node.input if name in weights}
     for node in turned.values():
         if node.input[0] in straight or list(node.attribute[0].ints) != [1, 0]:
-            raise BuildError(f"weight {node.input[0]} is used both straight and transposed; this is a bug, please report it")
+            raise BuildError(
+                f"weight {node.input[0]} is used both straight and transposed; this is a bug, please report it"
+            )
     flipped = {weights[node.input[0]] for node in turned.values()}
     renamed = {**weights, **{output: weights[node.input[0]] for output, node in turned.items()}}
     kept = [node for node in graph.node if node.output[0] not in turned]
@@ -137,7 +141,11 @@ def _weights_to_external(graph: onnx.GraphProto, weights: Mapping[str, bool], lo
     """Turn the weight inputs back into initializers that say where their data is instead of holding it."""
     import onnx
 
-    shapes = {item.name: [d.dim_value for d in item.type.tensor_type.shape.dim] for item in graph.input if item.name in weights}
+    shapes = {
+        item.name: [d.dim_value for d in item.type.tensor_type.shape.dim]
+        for item in graph.input
+        if item.name in weights
+    }
     inputs = [item for item in graph.input if item.name not in weights]
     del graph.input[:]
     graph.input.extend(inputs)
@@ -149,18 +157,29 @@ def _weights_to_external(graph: onnx.GraphProto, weights: Mapping[str, bool], lo
 
 
 def _shorten_names(graph: onnx.GraphProto, network: Network) -> None:
-    """Give values between nodes short names; nodes keep the name of the module they came from."""
+    """Give values between nodes short names, equal constants one; nodes keep the name of the module they came from."""
     fixed = {spec.name for spec in (*network.inputs, *network.outputs)}
     fixed |= {item.name for item in graph.initializer if item.external_data}
-    produced = [name for node in graph.node for name in node.output if name]
-    inner = [*(item.name for item in graph.initializer), *produced]
-    short = {name: f"v{number}" for number, name in enumerate(dict.fromkeys(inner)) if name not in fixed}
-    for item in graph.initializer:
-        item.name = short.get(item.name, item.name)
+    constants = [item for item in graph.initializer if not item.external_data]
+    content = {item.name: (item.data_type, *item.dims, item.raw_data) for item in constants}
+    first = {value: name for name, value in reversed(content.items())}
+    short = {first[value]: f"c{number}" for number, value in enumerate(dict.fromkeys(content.values()))}
+    short |= {name: short[first[value]] for name, value in content.items()}
+    produced = [name for node in graph.node for name in node.output if name and name not in fixed]
+    short |= {name: f"v{number}" for number, name in enumerate(produced)}
+    kept = [item for item in graph.initializer if item.external_data or first[content[item.name]] == item.name]
+    kept = [_renamed(item, short.get(item.name, item.name)) for item in kept]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
     for node in graph.node:
         node.input[:] = [short.get(name, name) for name in node.input]
         node.output[:] = [short.get(name, name) for name in node.output]
         node.name = node.name.removeprefix("/network/")
+
+
+def _renamed(item: onnx.TensorProto, name: str) -> onnx.TensorProto:
+    item.name = name
+    return item
 
 
 def _strip(model: onnx.ModelProto) -> None:

@@ -35,11 +35,8 @@ def golden(shared: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _own_store(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_store(test_home: Path) -> None:
     """No test touches the user's own store."""
-    if "DREAMMIX_TEST_HOME" not in os.environ:
-        os.environ["DREAMMIX_TEST_HOME"] = str(tmp_path_factory.mktemp("home"))
-    monkeypatch.setenv("DREAMMIX_HOME", os.environ["DREAMMIX_TEST_HOME"])
 
 
 @pytest.fixture
@@ -75,3 +72,47 @@ def pytest_runtest_makereport(item: pytest.Item):  # type: ignore[no-untyped-def
     """Remember on the report whether the test used the golden folder."""
     outcome = yield
     outcome.get_result().golden = "golden" in getattr(item, "fixturenames", ())
+
+
+@pytest.fixture(scope="session")
+def test_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store that all tests of a run share."""
+    folder = Path(os.environ.setdefault("DREAMMIX_TEST_HOME", str(tmp_path_factory.mktemp("home"))))
+    os.environ["DREAMMIX_HOME"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mug_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random LoRA of the embedded base, as the trainer writes it."""
+    return write_lora(tmp_path_factory.mktemp("loras") / "mug", seed=1)
+
+
+@pytest.fixture(scope="session")
+def mug_engine(test_home: Path, mug_lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine directory of the embedded base with one subject, `mug`."""
+    from dreammix_trt.building import build
+
+    out = tmp_path_factory.mktemp("engines") / "mug"
+    build(mug_lora, out=out, name="mug")
+    return out
+
+
+def write_lora(folder: Path, seed: int, rank: int = 4, scale: float = 0.05) -> Path:
+    """Write a random LoRA of the embedded base's attention layers in the diffusers format; returns its folder."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from dreammix_trt.core.checkpoint import BaseFiles
+
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for name, weight in BaseFiles.open().state("unet").items():
+        if name.endswith((".to_k.weight", ".to_v.weight", ".to_out.0.weight")):
+            module = f"unet.{name.removesuffix('.weight')}"
+            outputs, inputs = weight.shape
+            tensors[f"{module}.lora.down.weight"] = rng.normal(0, 1 / rank, (rank, inputs)).astype(np.float32)
+            tensors[f"{module}.lora.up.weight"] = rng.normal(0, scale, (outputs, rank)).astype(np.float32)
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
+    return folder

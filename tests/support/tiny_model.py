@@ -1,4 +1,4 @@
-"""A complete SDXL in miniature with random weights: diffusers folder, patch, head and LoRA, written in about a second."""
+"""A complete SDXL in miniature with random weights: folder, patch, head, LoRA, written in a second."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def write_tiny_model(folder: Path, *, half: bool = True, seed: int = 0, native: 
         (folder / name).mkdir()
         (folder / name / "vocab.json").write_text(json.dumps(vocabulary))
         (folder / name / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-        special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": pad}
+        end = "<|endoftext|>"
+        special = {"bos_token": "<|startoftext|>", "eos_token": end, "unk_token": end, "pad_token": pad}
         (folder / name / "special_tokens_map.json").write_text(json.dumps(special))
         tokenizer = {**special, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
         (folder / name / "tokenizer_config.json").write_text(json.dumps(tokenizer))
@@ -126,7 +127,7 @@ def text_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]
 def random_weight(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> Floats:
     """Variance-keeping matrices, norms about one, small biases that still show when they go missing."""
     if len(shape) >= 2:
-        spread = 0.5 if "embedding" in name and "time" not in name and "add" not in name else int(np.prod(shape[1:])) ** -0.5
+        spread = 0.5 if name.startswith("text_model.embeddings") else int(np.prod(shape[1:])) ** -0.5
         return (rng.standard_normal(shape) * spread).astype(np.float32)
     centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
     return (centre + 0.1 * rng.standard_normal(shape)).astype(np.float32)
@@ -167,11 +168,14 @@ def random_factors(
     }
 
 
-def write_tiny_lora(path: Path, factors: dict[str, tuple[Floats, Floats]], *, dialect: str = "diffusers", alpha: float | None = None) -> Path:
-    """A LoRA file of UNet factors in the "diffusers", "peft" or "kohya" dialect; alpha: kohya's, scaled back out of B."""
+def write_tiny_lora(
+    path: Path, factors: dict[str, tuple[Floats, Floats]], *, dialect: str = "diffusers", alpha: float | None = None
+) -> Path:
+    """A LoRA file of UNet factors in the "diffusers", "peft" or "kohya" dialect; alpha: kohya's."""
     from safetensors.numpy import save_file
 
-    down, up = {"diffusers": ("lora.down", "lora.up"), "peft": ("lora_A", "lora_B"), "kohya": ("lora_down", "lora_up")}[dialect]
+    sides = {"diffusers": ("lora.down", "lora.up"), "peft": ("lora_A", "lora_B"), "kohya": ("lora_down", "lora_up")}
+    down, up = sides[dialect]
     tensors = {}
     for module, (a, b) in factors.items():
         name = f"lora_unet_{module.replace('.', '_')}" if dialect == "kohya" else f"unet.{module}"

@@ -35,10 +35,10 @@ def parse(arguments: list[str] | None = None) -> Settings:
     return settings.smoke() if args.smoke else settings
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    run(parse())
+    run(parse(arguments))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import logging
 import math
+import multiprocessing
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
@@ -248,30 +251,44 @@ def _score(
     }
 
 
-def evaluate_model(
-    folder: Path, count: int = 208, native: int = 128, steps: int = 20, guidance: float = 4.0, threads: int = 2
-) -> dict[str, dict[str, float]]:
+# name: (seed, range of the object's side in a 128 px frame, field of view); no field: the untouched scenes are judged
+_ROWS: Final[dict[str, tuple[int, tuple[float, float], float | None]]] = {
+    "large": (1000, (64.0, 96.0), 0.5),
+    "small_whole_frame": (2000, (22.0, 32.0), 1.0),
+    "small_local_crop": (2000, (22.0, 32.0), 0.5),
+    "large_real": (1000, (64.0, 96.0), None),
+    "small_real": (2000, (22.0, 32.0), None),
+}
+
+
+def measure_row(name: str, folder: Path, count: int, steps: int = 20, guidance: float = 4.0) -> dict[str, float]:
+    """One row of the accuracy table, on one thread."""
+    torch.set_num_threads(1)
+    model, judge = Model.load(folder), Judge.load(folder)
+    seed, sizes, field = _ROWS[name]
+    scale = model.native / 128
+    scenes = world.held_out_scenes(count, seed, model.native, (sizes[0] * scale, sizes[1] * scale))
+    if field is None:
+        return _score(judge, [s.image for s, _ in scenes], scenes)
+    prompts = [describe(s.attributes) for s, _ in scenes]
+    images, masks = [s.background for s, _ in scenes], [m for _, m in scenes]
+    return _score(judge, inpaint(model, images, masks, prompts, field, steps, guidance), scenes)
+
+
+def evaluate_model(folder: Path, count: int = 208, processes: int = 1) -> dict[str, dict[str, float]]:
     """Rows of accuracies, each on `count` held-out scenes: large masks; small ones whole frame and local crop.
 
     ``*_real`` rows judge the untouched scenes: the judge's own ceiling on these crops.
     """
-    torch.set_num_threads(threads)
-    model, judge = Model.load(folder), Judge.load(folder)
-    large = world.held_out_scenes(count, 1000, native, (64.0, 96.0))
-    small = world.held_out_scenes(count, 2000, native, (22.0, 32.0))
-    result = {}
-    for name, scenes, field in (
-        ("large", large, 0.5),
-        ("small_whole_frame", small, 1.0),
-        ("small_local_crop", small, 0.5),
-    ):
-        images, masks = [s.background for s, _ in scenes], [m for _, m in scenes]
-        prompts = [describe(s.attributes) for s, _ in scenes]
-        pictures = inpaint(model, images, masks, prompts, field, steps, guidance)
-        result[name] = _score(judge, pictures, scenes)
-        log.info("%s: %s", name, result[name])
-    result["large_real"] = _score(judge, [s.image for s, _ in large], large)
-    result["small_real"] = _score(judge, [s.image for s, _ in small], small)
+    job = partial(measure_row, folder=folder, count=count)
+    if processes == 1:
+        rows = [job(name) for name in _ROWS]
+    else:
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            rows = pool.map(job, list(_ROWS), chunksize=1)
+    result = dict(zip(_ROWS, rows, strict=True))
+    for name, row in result.items():
+        log.info("%s: %s", name, row)
     return result
 
 
@@ -298,4 +315,4 @@ def contact_sheet(folder: Path, path: Path, columns: int = 8, seed: int = 0, gui
     Image.fromarray(np.concatenate([np.concatenate(row, 1) for row in rows])).save(path)
 
 
-__all__ = ["Model", "contact_sheet", "crop_box", "evaluate_model", "inpaint", "karras_sigmas", "sample"]
+__all__ = ["Model", "contact_sheet", "crop_box", "evaluate_model", "inpaint", "karras_sigmas", "measure_row", "sample"]

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _VAE = Plan(steps=5200, limit_seconds=620, lr=2e-3, ema=0.995, weight_decay=0.0)
 _DECODER = Plan(steps=1800, limit_seconds=160, lr=1e-3, warmup=30, ema=0.99, weight_decay=0.0)
 _RAW = Plan(steps=5600, limit_seconds=1400, lr=1.2e-3, warmup=150)
-_INPAINT = Plan(steps=5600, limit_seconds=1450, lr=9e-4, warmup=60, ema=0.998)
+_INPAINT = Plan(steps=8600, limit_seconds=2650, lr=9e-4, warmup=60, ema=0.998)
 
 
 @dataclass(frozen=True)
@@ -364,5 +364,5 @@ def _train_classifier(settings: Settings) -> None:
 def _evaluate(settings: Settings) -> None:
     from dreammix_trt.trainer.micro.evaluate import evaluate_model
 
-    result = evaluate_model(settings.out, settings.scenes_to_judge, native=settings.native)
+    result = evaluate_model(settings.out, settings.scenes_to_judge, settings.processes)
     (settings.work / "evaluation.json").write_text(json.dumps(result))

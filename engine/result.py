@@ -1,0 +1,103 @@
+"""What a request gives: pictures, how they came about, and the request kept inside the PNG."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.request import Request
+from dreammix_trt.core.schedule import Schedule
+from dreammix_trt.engine.loop import Taken
+from dreammix_trt.engine.stages import Painter
+
+METADATA = "dreammix"  # the PNG text chunk that holds the request
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a request gave.
+
+    images: PIL images of the input's size and kind (RGB, RGBA, L), one a picture; in reference mode RGB at the size it
+    worked on. seeds: of each. timings: seconds per phase, summed over the pictures, disjoint; "network:..." are the
+    networks. stages: named pictures of what each stage did, when asked for.
+    """
+
+    images: list[Image.Image]
+    request: Request
+    seeds: tuple[int, ...]
+    schedule: Schedule
+    timings: dict[str, float]
+    stages: dict[str, Image.Image] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """One step is done. index runs from 0 to total - 1 over all pictures of the request; `picture` says which one.
+
+    taken: the step's latents, float32 (1, 4, h, w). painter: the picture's stage and frame. result: set in the last
+    event.
+    """
+
+    index: int
+    total: int
+    stage: str
+    picture: int
+    painter: Painter = field(repr=False)
+    taken: Taken = field(repr=False)
+    result: Result | None = None
+
+    def preview(self) -> Image.Image:
+        """What the network now believes the stage's frame looks like; costs one VAE decoding."""
+        return Image.fromarray(self.painter.decoded(self.taken.x0))
+
+
+def save(result: Result, path: str | os.PathLike[str], *, index: int = 0, metadata: bool = True) -> None:
+    """Write one picture of a result (.png, .jpg, .webp), atomically.
+
+    A PNG carries the request that makes exactly this picture, unless `metadata` is off; `read_request` reads it back.
+    """
+    from dreammix_trt.core.files import atomic_file
+
+    target = Path(path)
+    image, suffix = result.images[index], target.suffix.lower()
+    kind = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(suffix)
+    if kind is None:
+        raise InputError(f"{target}: unknown picture format {target.suffix!r}; use .png, .jpg or .webp")
+    options: dict[str, Any] = {"icc_profile": image.info.get("icc_profile")}
+    if kind == "PNG" and metadata:
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        request = result.request.replace(seed=result.seeds[index], num_images_per_prompt=1)
+        options["pnginfo"].add_itxt(METADATA, request.to_json())
+    if kind != "PNG":
+        options["quality"] = 95
+    if kind == "JPEG" and image.mode not in ("RGB", "L"):
+        image = image.convert("RGB")
+    with atomic_file(target) as temporary:
+        image.save(temporary, kind, **options)
+
+
+def read_request(path: str | os.PathLike[str]) -> Request:
+    """The request in a JSON file or in the metadata of a PNG that `save` wrote. InputError where there is none."""
+    source = Path(path)
+    try:
+        if source.suffix.lower() == ".png":
+            with Image.open(source) as image:
+                image.load()
+                text = image.info.get(METADATA)
+            if not isinstance(text, str):
+                raise InputError(f"{source} carries no request: it was not made here, or metadata was switched off")
+        else:
+            text = source.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{source} is missing: give a request's JSON file or a PNG made here") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{source} cannot be read as a request ({error}): give its JSON or a PNG made here") from error
+    try:
+        return Request.from_json(text)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error

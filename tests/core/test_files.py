@@ -1,0 +1,115 @@
+"""Files come whole or not at all; hashes are remembered but can be checked."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dreammix_trt.core.errors import FileFormatError, InputError
+from dreammix_trt.core.files import atomic_directory, atomic_file, read_json, sha256_of, write_json
+
+
+def names(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
+def test_a_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    with atomic_file(target) as temporary:
+        temporary.write_text("new")
+        assert not target.exists()
+    assert target.read_text() == "new"
+    assert names(tmp_path) == {"a.txt"}
+
+
+@pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])
+def test_an_interrupted_file_leaves_the_old_one(tmp_path: Path, stop: type[BaseException]) -> None:
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    with pytest.raises(stop), atomic_file(target) as temporary:
+        temporary.write_text("half")
+        raise stop
+    assert target.read_text() == "old"
+    assert names(tmp_path) == {"a.txt"}
+
+
+def test_a_directory_is_replaced_whole(tmp_path: Path) -> None:
+    target = tmp_path / "engine"
+    for content in ("one", "two"):
+        with atomic_directory(target, marker="mark") as temporary:
+            (temporary / "mark").write_text(content)
+            (temporary / content).write_text("")
+    assert names(target) == {"mark", "two"}
+    assert names(tmp_path) == {"engine"}
+
+
+def test_an_interrupted_directory_leaves_the_old_one(tmp_path: Path) -> None:
+    target = tmp_path / "engine"
+    with atomic_directory(target) as temporary:
+        (temporary / "mark").write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_directory(target, marker="mark") as temporary:
+        (temporary / "mark").write_text("half")
+        raise KeyboardInterrupt
+    assert (target / "mark").read_text() == "old"
+    assert names(tmp_path) == {"engine"}
+
+
+def test_a_directory_of_somebody_elses_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="holds other files"), atomic_directory(tmp_path, marker="passport.json"):
+        pytest.fail("not reached")
+    assert names(tmp_path) == {"thesis.txt"}
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"), atomic_directory(tmp_path / "file"):
+        pytest.fail("not reached")
+    with pytest.raises(InputError, match="cannot be made"), atomic_file(tmp_path / "file" / "inside"):
+        pytest.fail("not reached")
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions do not stop this user")
+def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(InputError, match="cannot be written"), atomic_file(tmp_path / "a.txt"):
+        pytest.fail("not reached")
+
+
+def test_a_full_disk_is_an_error_of_ours() -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full here")
+    from dreammix_trt.core.errors import BuildError
+
+    with pytest.raises(BuildError, match="no space left"):
+        from dreammix_trt.core.files import _refusing
+
+        with _refusing(full), full.open("wb", buffering=0) as stream:
+            stream.write(b"x")
+
+
+def test_hashes_of_large_files_are_remembered_until_verified(tmp_path: Path) -> None:
+    file = tmp_path / "large.bin"
+    file.write_bytes(b"a" * (1 << 20))
+    first, status = sha256_of(file), file.stat()
+    with file.open("r+b") as stream:
+        stream.write(b"b")
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert sha256_of(file) == first  # same size, time and inode: remembered
+    assert sha256_of(file, verify=True) != first
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert sha256_of(file) != first
+
+
+def test_json_that_is_none_is_named(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"a": 1})
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+    for content in ("{", "[]"):
+        (tmp_path / "b.json").write_text(content)
+        with pytest.raises(FileFormatError, match=r"b\.json"):
+            read_json(tmp_path / "b.json")
+    with pytest.raises(FileFormatError, match="missing"):
+        read_json(tmp_path / "c.json")

@@ -1,0 +1,189 @@
+"""A request is checked when it is made, and survives JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.request import SCHEMA, Request, TasStage
+
+share = st.floats(0, 1)
+text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=30)
+FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    "prompt": text,
+    "negative_prompt": st.none() | text,
+    "subject": st.none() | text,
+    "substitute": st.lists(text, max_size=3),
+    "substitute_prefix": st.none() | text,
+    "num_inference_steps": st.integers(20, 1000),
+    "guidance_scale": st.floats(0, 100),
+    "seed": st.integers(0, 2**64 - 2000),
+    "num_images_per_prompt": st.integers(1, 1024),
+    "strength": st.floats(0.05, 1),
+    "mode": st.sampled_from(["native", "reference"]),
+    "lcg_steps": st.none() | st.integers(0, 20),
+    "lcg_fraction": share,
+    "lcg_field": share,
+    "gch_field": share,
+    "lcg_mask_dilate": st.integers(0, 4096),
+    "gch_background": st.sampled_from(["original", "intermediate"]),
+    "patched_fraction": share,
+    "sharpness": st.floats(0, 100),
+    "size_guidance_positive": st.floats(0.1, 10),
+    "size_guidance_negative": st.floats(0.1, 10),
+    "size_guidance_end": share,
+    "guidance_rescale": share,
+    "blend_noise": st.sampled_from(["fresh", "fixed"]),
+    "blend_output": st.booleans(),
+    "soft_blending": st.booleans(),
+    "tas_stages": st.lists(st.sampled_from(get_args(TasStage)), unique=True),
+    "tas_indexing": st.none() | st.sampled_from(["bpe", "words"]),
+    "vae_sample": st.none() | st.booleans(),
+    "truncate_prompt": st.booleans(),
+}
+
+
+@given(st.fixed_dictionaries({"prompt": text}, optional={name: FIELDS[name] for name in FIELDS if name != "prompt"}))
+def test_json_gives_the_same_request_back(fields: dict[str, Any]) -> None:
+    request = Request(**fields)
+    again = Request.from_json(request.to_json())
+    assert again == request
+    assert hash(again) == hash(request)
+    assert again.to_json() == request.to_json()
+    assert json.loads(request.to_json(indent=2))["schema"] == SCHEMA
+
+
+def test_every_field_is_drawn_above() -> None:
+    assert set(FIELDS) == {field.name for field in dataclasses.fields(Request)} - {"reference_resize"}
+
+
+def test_a_stretched_size_survives_json() -> None:
+    request = Request("x", mode="reference", reference_resize=(768, 512))
+    assert Request.from_json(request.to_json()).reference_resize == (768, 512)
+
+
+REFUSED = [
+    ("prompt", None, "text"),
+    ("prompt", "a\x00b", "text"),
+    ("prompt", "\ud800", "text"),
+    ("negative_prompt", 3, "text"),
+    ("substitute", "clay", "list of words"),
+    ("num_inference_steps", 0, "1 to 1000"),
+    ("num_inference_steps", 1001, "1 to 1000"),
+    ("num_inference_steps", 30.0, "whole number"),
+    ("num_inference_steps", True, "whole number"),
+    ("guidance_scale", math.nan, "0 to 100"),
+    ("guidance_scale", math.inf, "0 to 100"),
+    ("guidance_scale", "4", "number"),
+    ("guidance_scale", -0.1, "0 to 100"),
+    ("seed", -1, "whole number from 0"),
+    ("seed", 2**64, "whole number from 0"),
+    ("num_images_per_prompt", 0, "1 to 1024"),
+    ("strength", 0, "above 0"),
+    ("strength", 1.01, "1"),
+    ("mode", "fast", "'native' or 'reference'"),
+    ("lcg_steps", -1, "0 to 1000"),
+    ("lcg_fraction", 1.5, "0 to 1"),
+    ("gch_background", "black", "'original' or 'intermediate'"),
+    ("patched_fraction", -0.5, "0 to 1"),
+    ("size_guidance_positive", 0, "0.1 to 10"),
+    ("guidance_rescale", 2, "0 to 1"),
+    ("blend_noise", 1, "'fresh' or 'fixed'"),
+    ("blend_output", 1, "true or false"),
+    ("tas_stages", ["tokens"], "'tokens_lcg'"),
+    ("tas_indexing", "letters", "'bpe' or 'words'"),
+    ("vae_sample", "yes", "true or false"),
+    ("reference_resize", (1024,), "(height, width)"),
+    ("reference_resize", (10, 1024), "64 to 8192"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), REFUSED, ids=lambda v: repr(v)[:24])
+def test_a_refusal_names_field_value_and_what_is_allowed(name: str, value: Any, allowed: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Request(**{"prompt": "a mug", name: value})
+    message = str(caught.value)
+    assert message.startswith(f"{name} is ")
+    assert allowed in message
+    faulty = value[0] if name == "tas_stages" or value == (10, 1024) else value
+    assert repr(faulty) in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"num_inference_steps": 5, "lcg_steps": 6}, "lcg_steps is 6"),
+        ({"num_inference_steps": 5, "strength": 0.1}, "strength is 0.1"),
+        ({"seed": 2**64 - 1, "num_images_per_prompt": 2}, "seed is 18446744073709551615"),
+        ({"reference_resize": (512, 512)}, "reference_resize"),
+    ],
+)
+def test_fields_that_do_not_go_together(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        Request("a mug", **fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "schema number"),
+        ('{"prompt": "x"}', "schema number"),
+        ('{"schema": 99, "prompt": "x"}', "schema 99"),
+        ('{"schema": 1}', "prompt"),
+        ('{"schema": 1, "prompt": "x", "steps": 3}', "no field steps"),
+        ('{"schema": 1, "prompt": "x", "guidance_scale": NaN}', "guidance_scale is nan"),
+        ('{"schema": 1, "prompt": "x", "seed": 1.5}', "seed is 1.5"),
+    ],
+)
+def test_json_that_is_no_request(text: str, named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        Request.from_json(text)
+
+
+def test_replace_changes_and_checks() -> None:
+    request = Request("a mug").replace(seed=7, substitute=["blue"])
+    assert (request.seed, request.substitute, request.prompt) == (7, ("blue",), "a mug")
+    with pytest.raises(InputError, match="no field sed"):
+        request.replace(sed=1)
+    with pytest.raises(InputError, match="seed is -1"):
+        request.replace(seed=-1)
+
+
+def test_numpy_numbers_become_plain_ones() -> None:
+    request = Request("x", seed=np.int64(5), guidance_scale=np.float32(2))  # type: ignore[arg-type]
+    assert type(request.seed) is int
+    assert type(request.guidance_scale) is float
+    assert Request.from_json(request.to_json()) == request
+
+
+def test_what_the_mode_decides() -> None:
+    native, reference = Request("x"), Request("x", mode="reference")
+    assert (native.indexing, native.samples_vae) == ("bpe", False)
+    assert (reference.indexing, reference.samples_vae) == ("words", True)
+    assert Request("x", mode="reference", tas_indexing="bpe", vae_sample=False).indexing == "bpe"
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps", "local"),
+    [
+        ({}, 30, 20),
+        ({"num_inference_steps": 20}, 20, 13),
+        ({"strength": 0.5}, 15, 10),
+        ({"num_inference_steps": 50, "strength": 0.9999}, 49, 33),
+        ({"lcg_steps": 0}, 30, 0),
+        ({"lcg_steps": 30, "strength": 0.5}, 15, 15),
+        ({"lcg_fraction": 1}, 30, 30),
+    ],
+)
+def test_counts_of_steps(fields: dict[str, Any], steps: int, local: int) -> None:
+    request = Request("x", **fields)
+    assert (request.steps, request.local_steps) == (steps, local)

@@ -1,0 +1,127 @@
+"""The command line as a user meets it: real processes on the embedded model, exit codes, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dreammix_trt", *(str(argument) for argument in arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "NO_COLOR": "1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with image.png and mask.png."""
+    folder = tmp_path_factory.mktemp("place")
+    rng = np.random.default_rng(0)
+    picture = np.kron(rng.integers(60, 220, (6, 8, 3)), np.ones((16, 16, 1))).astype(np.uint8)
+    mask = np.zeros((96, 128), np.uint8)
+    mask[30:70, 40:90] = 255
+    Image.fromarray(picture).save(folder / "image.png")
+    Image.fromarray(mask).save(folder / "mask.png")
+    return folder
+
+
+def inpaint(engine: Path, place: Path, *more: str | Path, out: str = "out.png") -> subprocess.CompletedProcess[str]:
+    return run(
+        "inpaint", engine, "--image", place / "image.png", "--mask", place / "mask.png", "--out", place / out,
+        "--prompt", "a red sks mug", "--steps", "3", *more,
+    )  # fmt: skip
+
+
+def test_a_picture_is_made_and_made_again_from_its_own_metadata(mug_engine: Path, place: Path) -> None:
+    done = inpaint(mug_engine, place, "--substitute", "blue", "--seed", "5", "--count", "2", "--save-stages", place / "stages.png")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    again = run(
+        "inpaint", mug_engine, "--image", place / "image.png", "--mask", place / "mask.png",
+        "--from", place / "out-2.png", "--out", place / "again.png",
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert (place / "again.png").read_bytes() == (place / "out-2.png").read_bytes()
+    with Image.open(place / "out-1.png") as picture, Image.open(place / "stages.png") as stages:
+        assert picture.size == (128, 96)
+        assert stages.width > 600
+
+
+def test_json_is_all_that_stands_on_stdout(mug_engine: Path, place: Path) -> None:
+    done = inpaint(mug_engine, place, "--json", out="json.png")
+    record = json.loads(done.stdout)
+    assert record["images"] == [str(place / "json.png")]
+    assert record["seeds"] == [0]
+    assert record["timings"]["network:unet"] > 0
+
+
+def test_inspect_reads_like_a_passport(mug_engine: Path) -> None:
+    done = run("inspect", mug_engine, "--verify")
+    assert done.returncode == 0, done.stderr
+    for word in ("micro-sdxl", "onnxruntime", "mug", "vae_decoder", "every file agrees"):
+        assert word in done.stdout
+    assert json.loads(run("inspect", mug_engine, "--json").stdout)["backend"] == "onnxruntime"
+
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "no such image": (["--image", "{place}/nowhere.png"], "nowhere.png"),
+    "not an image": (["--image", "{place}/text.png"], "text.png"),
+    "mask of another size": (["--mask", "{place}/small.png"], "64x48"),
+    "empty mask": (["--mask", "{place}/black.png"], "repaints nothing"),
+    "no subject token": (["--prompt", "a red mug", "--substitute", "blue"], "sks"),
+    "too long": (["--prompt", "a red sks mug " * 40], "162 tokens"),
+    "not finite": (["--guidance-scale", "nan"], "guidance_scale"),
+    "out of range": (["--set", "lcg_fraction=1.5"], "lcg_fraction"),
+    "unknown field": (["--set", "lambda=0.7"], "lambda"),
+    "unknown subject": (["--subject", "teapot"], "teapot"),
+    "unknown format": (["--out", "{place}/bad.xyz"], ".xyz"),
+    "no such folder": (["--out", "{place}/none/bad.png"], "none"),
+    "from what is no request": (["--from", "{place}/image.png"], "image.png"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named_and_leaves_nothing(name: str, mug_engine: Path, place: Path) -> None:
+    (place / "text.png").write_text("no picture")
+    Image.new("L", (64, 48), 255).save(place / "small.png")
+    Image.new("L", (128, 96), 0).save(place / "black.png")
+    options, told = BAD[name]
+    before = {file.name for file in place.iterdir()}
+    done = inpaint(mug_engine, place, *(option.format(place=place) for option in options), out="bad.png")
+    assert done.returncode == 2, done.stderr
+    assert told in re.sub(r"\s+", " ", done.stderr)
+    assert "Traceback" not in done.stderr
+    assert {file.name for file in place.iterdir()} == before
+
+
+def test_a_prompt_that_is_too_long_is_cut_only_when_told(mug_engine: Path, place: Path) -> None:
+    done = inpaint(mug_engine, place, "--prompt", "a red sks mug " * 40, "--set", "truncate_prompt=true", out="cut.png")
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_engine_that_is_none(place: Path) -> None:
+    done = inpaint(place / "nothing", place)
+    assert done.returncode == 2
+    assert "dreammix-trt build" in done.stderr
+
+
+def test_the_readme_names_only_commands_that_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    lines = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("dreammix-trt ")]
+    assert len(lines) >= 5
+    for _, command, *options in lines:
+        shown = run(command, "--help")
+        assert shown.returncode == 0
+        for option in options:
+            assert not option.startswith("--") or option in shown.stdout, f"{command} {option}"

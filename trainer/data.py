@@ -1,0 +1,208 @@
+"""A subject's photographs and the training views drawn from them; numpy and Pillow only.
+
+Layout (the authors'): `PHOTOS/image/NN.jpg|png` beside `PHOTOS/mask/NN.png`, white where the subject is. Conventions:
+pictures are uint8 (H, W, 3) RGB, masks bool (H, W), boxes (x0, y0, x1, y1) in pixels with exclusive ends.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+
+from dreammix_trt.core.errors import InputError
+
+log = logging.getLogger(__name__)
+Picture = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
+Box = tuple[int, int, int, int]
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+WHOLE_SHARE = 0.4  # views of the whole photograph, as the reference trains; the others are crops as LCG makes them
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """One photograph: image uint8 (H, W, 3), subject bool (H, W) with at least one True, and its file name."""
+
+    image: Picture
+    subject: Mask
+    name: str
+
+    @property
+    def box(self) -> Box:
+        """The subject's bounding box."""
+        return box_of(self.subject)
+
+
+@dataclass(frozen=True)
+class View:
+    """A square training picture: image uint8 (S, S, 3); hole bool (S, S), the region to repaint, which covers the subject.
+
+    sharp_side: the side in pixels of the piece of photograph it was made from (SDXL's original size).
+    """
+
+    image: Picture
+    hole: Mask
+    sharp_side: int
+
+
+def read_photographs(folder: str | Path) -> list[Photograph]:
+    """The photographs of a subject that have a mask, in order of their names.
+
+    One without a mask is left out with a warning, as in the reference. Raises InputError when a folder is missing or
+    empty, no photograph has a mask, a file cannot be decoded, a mask is empty or of another size than its photograph.
+    """
+    folder = Path(folder)
+    images = _pictures_in(folder, "image")
+    if not (folder / "mask").is_dir():
+        raise InputError(f"{folder}/mask is missing; put a black-and-white mask of the subject there for every photograph")
+    photographs = []
+    for path in images:
+        mask = folder / "mask" / f"{path.stem}.png"
+        if mask.is_file():
+            photographs.append(_read_pair(path, mask))
+        else:
+            log.warning("%s: left out, it has no mask mask/%s.png", path, path.stem)
+    if not photographs:
+        names = ", ".join(f"{path.stem}.png" for path in images[:3])
+        raise InputError(f"{folder}/mask: no photograph has a mask; the masks must be named like them ({names}, ...)")
+    return photographs
+
+
+def _pictures_in(folder: Path, part: str) -> list[Path]:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give the one that holds image/ and mask/")
+    if not (folder / part).is_dir():
+        raise InputError(f"{folder}/{part} is missing; put the subject's photographs there (NN.jpg or NN.png)")
+    found = sorted(path for path in (folder / part).iterdir() if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise InputError(f"{folder}/{part} holds no photographs (.jpg, .png, .webp)")
+    stems = [path.stem for path in found]
+    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+    if twice:
+        raise InputError(f"{folder}/{part}: two photographs are named {twice[0]}; a mask could belong to either")
+    return found
+
+
+def _read_pair(image_file: Path, mask_file: Path) -> Photograph:
+    image, mask = _decoded(image_file, "RGB"), _decoded(mask_file, "L")
+    if image.shape[:2] != mask.shape:
+        sizes = [f"{array.shape[1]}x{array.shape[0]}" for array in (mask, image)]
+        raise InputError(f"{mask_file}: {sizes[0]} pixels, but its photograph has {sizes[1]}; they must be of one size")
+    subject = mask > 127
+    if not subject.any():
+        raise InputError(f"{mask_file}: the mask is empty; paint the subject white")
+    return Photograph(image, subject, image_file.name)
+
+
+def _decoded(path: Path, mode: str) -> Picture:
+    try:
+        with Image.open(path) as picture:
+            upright = ImageOps.exif_transpose(picture)
+            if "A" in upright.getbands() and mode == "RGB":
+                upright = upright.convert("RGBA")
+                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+            return np.asarray(upright.convert(mode))
+    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: not a picture that can be read ({error}); save it again as PNG or JPEG") from error
+
+
+def box_of(mask: Mask) -> Box:
+    """The bounding box of a mask that is not empty."""
+    rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
+    return (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+
+
+def draw_view(rng: np.random.Generator, photograph: Photograph, side: int) -> View:
+    """A random square of the photograph around its subject, scaled to `side`, with a random hole over the subject.
+
+    Two in five show as much of the photograph as a square can hold, the others a crop 1.2 to 2.2 times the subject, as
+    the local stage of the loop will. The square moves about but never cuts the subject; where it leaves the photograph
+    the border is repeated. Nothing is mirrored: a subject's left and right are part of it.
+    """
+    height, width = photograph.subject.shape
+    x0, y0, x1, y1 = photograph.box
+    subject = max(x1 - x0, y1 - y0)
+    if rng.random() < WHOLE_SHARE:
+        extent = max(min(height, width) * rng.uniform(0.9, 1.0), subject * 1.05)
+    else:
+        extent = min(subject * rng.uniform(1.2, 2.2), max(height, width))
+    extent = max(extent, subject + 2.0)
+    left, top = (
+        _place(rng, low, high, extent, length) for low, high, length in ((x0, x1, width), (y0, y1, height))
+    )
+    piece = max(2, round(extent))
+    image = _square(photograph.image, left, top, piece, side, Image.Resampling.LANCZOS)
+    inside = np.where(photograph.subject, 255, 0).astype(np.uint8)
+    # beyond the photograph there is no subject, so the mask is padded with nothing
+    shown = _square(inside, left, top, piece, side, Image.Resampling.BILINEAR, repeat=False) > 127
+    if not shown.any():  # smaller than a pixel here: at least its place
+        shown = np.zeros((side, side), bool)
+        shown[side // 2, side // 2] = True
+    return View(image, random_hole(rng, shown), piece)
+
+
+def _place(rng: np.random.Generator, low: int, high: int, extent: float, length: int) -> int:
+    """Where a window of `extent` begins so that it shows low..high, and stays within 0..length if it can."""
+    first, last = high - extent, float(low)
+    if extent <= length:
+        first, last = max(first, 0.0), min(last, length - extent)
+    else:
+        first = last = (length - extent) / 2
+    return round(rng.uniform(min(first, last), max(first, last)))
+
+
+def _square(
+    array: Picture, left: int, top: int, piece: int, side: int, method: Image.Resampling, repeat: bool = True
+) -> Picture:
+    """The `piece` x `piece` window at (left, top), which may reach over the edge, scaled to `side`."""
+    rows, columns = np.arange(top, top + piece), np.arange(left, left + piece)
+    height, width = array.shape[:2]
+    window = array[np.clip(rows, 0, height - 1)][:, np.clip(columns, 0, width - 1)]
+    if not repeat:
+        window = window * np.outer((rows >= 0) & (rows < height), (columns >= 0) & (columns < width))
+    return np.asarray(Image.fromarray(window.astype(np.uint8)).resize((side, side), method))
+
+
+def random_hole(rng: np.random.Generator, subject: Mask) -> Mask:
+    """A random training mask (reference/dreammix.md, section 4): the subject's box, extended and bulged.
+
+    The box grows by 0.1 to 1.0 of its size (log-uniform, so that close masks, which people draw, come as often as wide
+    ones), its corners move by up to 20/1024 of the frame, and each edge becomes a quadratic Bezier curve that bulges
+    outwards. The subject stays covered. subject: bool (S, S); returns bool of the same shape.
+    """
+    height, width = subject.shape
+    x0, y0, x1, y1 = box_of(subject)
+    grow = 0.1 * 10 ** rng.uniform(0, 1)
+    half_w, half_h = (x1 - x0) / 2 * (1 + grow), (y1 - y0) / 2 * (1 + grow)
+    cx, cy = (x0 + x1) / 2, (y0 + y1) / 2
+    corners = np.array([(-half_w, -half_h), (half_w, -half_h), (half_w, half_h), (-half_w, half_h)]) + (cx, cy)
+    jitter = rng.uniform(1, 20) / 1024 * max(height, width)
+    corners = corners + rng.uniform(-jitter, jitter, (4, 2))
+    outline: list[tuple[float, float]] = []
+    along = np.linspace(0, 1, 9)[:-1, None]
+    for start, end in zip(corners, np.roll(corners, -1, axis=0), strict=True):
+        dx, dy = end - start
+        middle = (start + end) / 2 + rng.uniform(0, 0.3) * np.array([dy, -dx])  # outwards on a clockwise outline
+        curve = (1 - along) ** 2 * start + 2 * along * (1 - along) * middle + along**2 * end
+        outline += [(float(x), float(y)) for x, y in curve]
+    drawing = Image.new("1", (width, height))
+    ImageDraw.Draw(drawing).polygon(outline, fill=1)
+    return np.asarray(drawing, bool) | subject
+
+
+def latent_mask(hole: Mask, factor: int = 8) -> NDArray[np.float32]:
+    """bool (H, W) -> float32 (H/factor, W/factor) in {0, 1}: any masked pixel makes its cell count (reference 1.4)."""
+    height, width = hole.shape
+    cells = hole.reshape(height // factor, factor, width // factor, factor).any((1, 3))
+    return np.asarray(cells, np.float32)
+
+
+def article(word: str) -> str:
+    """ "a" or "an", by the first letter of the word that follows."""
+    return "an" if word[0].lower() in "aeiou" else "a"
