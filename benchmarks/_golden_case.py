@@ -19,14 +19,14 @@ from dreammix_trt.core.files import home
 from dreammix_trt.core.lora import Factors, read_lora
 from dreammix_trt.core.noise import ReplayNoise
 from dreammix_trt.core.request import Request
-from dreammix_trt.core.schedule import RHO, SIGMA_MAX, SIGMA_MIN, Schedule, Step
+from dreammix_trt.core.schedule import RHO, SIGMA_MAX, SIGMA_MIN, Schedule
 from dreammix_trt.core.store import Store
 from dreammix_trt.core.subject import Subject
 from dreammix_trt.engine import kernels
-from dreammix_trt.engine.dreammix import DreamMix, Job
+from dreammix_trt.engine.dreammix import DreamMix
 from dreammix_trt.engine.loop import Stage, Taken
 from dreammix_trt.engine.networks import EngineSet
-from dreammix_trt.engine.stages import Networks, Painter, painted
+from dreammix_trt.engine.stages import Networks
 from dreammix_trt.engine.text import Tokenizer
 
 Array = npt.NDArray[Any]
@@ -60,7 +60,7 @@ class Case:
     def picture(self, name: str) -> Array | None:
         """A recorded PNG, uint8; None where the case has none."""
         file = self.folder / f"{name}.png"
-        return np.array(Image.open(file)) if file.is_file() else None
+        return _pixels(file) if file.is_file() else None
 
     def path(self, name: str) -> Path:
         """A file that the config names: beside the config, or in the folder above (loras)."""
@@ -74,8 +74,7 @@ class Case:
         c = self.config
         steps = int(c["num_inference_steps"] * c["strength"])
         switch = c["isf_global_time"]
-        image = Image.open(self.path("image"))
-        resize = c.get("reference_resize") or (image.height, image.width)
+        resize = c.get("reference_resize") or _pixels(self.path("image")).shape[:2]
         return Request(
             prompt=c["prompt"],
             negative_prompt=c["negative_prompt"],
@@ -232,22 +231,6 @@ class Recorder:
         return [call for call in self.calls if call[0] in names]
 
 
-class _Witness:
-    """A painter whose stages are remembered; serves the loop in its place."""
-
-    def __init__(self, painter: Painter) -> None:
-        self.painter, self.noise = painter, painter.noise
-        self.stages: list[Stage] = []
-
-    def start(self) -> Stage:
-        self.stages.append(self.painter.start())
-        return self.stages[-1]
-
-    def hand_over(self, step: Step, x0: npt.NDArray[np.float32]) -> Stage:
-        self.stages.append(self.painter.hand_over(step, x0))
-        return self.stages[-1]
-
-
 @dataclass(frozen=True)
 class Run:
     """What our run of a case did. stages: one or two; shown: the pictures of the hand-over and the result."""
@@ -267,22 +250,30 @@ def replay(case: Case, networks: Networks) -> Run:
     tokenizers = [Tokenizer.load(base.folder / name) for name in ("tokenizer", "tokenizer_2")]
     runtime = DreamMix(recorder, base, tokenizers, [case.subject])
     image, mask = pictures(case)
-    work = runtime._prepared(Job(image, mask, case.request, case.noise))
-    witness = _Witness(work.painters[0])
-    work.painters[0].shown = {}
-    taken = list(painted([witness], work.schedule, work.denoiser))  # type: ignore[list-item]
-    final = work.painters[0].finish(taken[-1].x0)
-    return Run(work.schedule, witness.stages, taken, recorder, work.painters[0].shown or {}, final)
+    stages: list[Stage] = []
+    taken: list[Taken] = []
+    for event in runtime.iterate(image, mask, case.request, noise=case.noise, keep_stages=True):
+        taken.append(event.taken)
+        if not stages or stages[-1] is not event.painter.stage:
+            stages.append(event.painter.stage)
+    result = event.result
+    assert result is not None
+    shown = {name: np.asarray(picture) for name, picture in result.stages.items()}
+    return Run(result.schedule, stages, taken, recorder, shown, np.asarray(result.images[0]))
 
 
 def pictures(case: Case) -> tuple[Array, Array]:
     """Image (H, W, 3) and mask (H, W), uint8; where their sizes differ, both stretched as step 1 does."""
-    image = np.array(Image.open(case.path("image")).convert("RGB"))
-    mask = np.array(Image.open(case.path("mask")).convert("L"))
+    image, mask = _pixels(case.path("image"), "RGB"), _pixels(case.path("mask"), "L")
     if image.shape[:2] != mask.shape:
         size = case.request.reference_resize or image.shape[:2]
         image, mask = (kernels.resize(array, size[0], size[1], "bicubic") for array in (image, mask))
     return image, mask
+
+
+def _pixels(file: Path, mode: str | None = None) -> Array:
+    with Image.open(file) as image:
+        return np.array(image.convert(mode) if mode else image)
 
 
 def find_cases(folder: Path, wanted: Sequence[str] = ()) -> list[Case]:
@@ -293,5 +284,3 @@ def find_cases(folder: Path, wanted: Sequence[str] = ()) -> list[Case]:
         held = ", ".join(names) or "nothing"
         raise SystemExit(f"{folder}: no case {', '.join(lacking) or 'at all'}; it holds {held}")
     return [Case(folder / name) for name in names if not wanted or name in wanted]
-
-

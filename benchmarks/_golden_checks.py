@@ -113,7 +113,9 @@ class _Checks:
         yield from self._row("timesteps", self.schedule.timesteps, 0)
         yield from self._row("unet_timesteps", self.schedule.timesteps, 0)
         yield from self._row("unet_is_fooocus", np.array([step.network == "unet" for step in self.schedule]), 0)
-        yield from self._row("time_ids", np.array(ids, np.float32), 0)
+        if "time_ids" in self.case:  # without guidance only the positive row need be recorded
+            rows = self.case["time_ids"].shape[1]
+            yield from self._row("time_ids", np.array(ids, np.float32)[:, -rows:], 0)
 
     def text(self) -> Iterator[Row]:
         """The encoders, and TAS on the recorded embeddings."""

@@ -49,14 +49,18 @@ def score(judge: Judge, pairs: Iterable[tuple[np.ndarray[Any, Any], Scene]]) -> 
     return dict(zip(("shape", "colour", "pattern", "all"), np.mean(right, axis=0).tolist(), strict=True))
 
 
-def paint(dm: Any, scenes: list[tuple[Scene, Any]], steps: int, **fields: Any) -> Iterable[tuple[np.ndarray[Any, Any], Scene]]:
+def paint(
+    dm: Any, scenes: list[tuple[Scene, Any]], steps: int, **fields: Any
+) -> Iterable[tuple[np.ndarray[Any, Any], Scene]]:
     """Every scene's object painted into its background."""
     for index, (scene, mask) in enumerate(scenes):
         what = scene.attributes
         words = [what.colour, what.pattern, what.shape] if what.pattern != "plain" else [what.colour, what.shape]
         prompt = f"a photo of a {' '.join(words)} on a table".replace("a orange", "an orange")
         picture = Image.fromarray(np.where(mask, 255, 0).astype(np.uint8))
-        result = dm.inpaint(Image.fromarray(scene.background), picture, prompt, seed=index, num_inference_steps=steps, **fields)
+        result = dm.inpaint(
+            Image.fromarray(scene.background), picture, prompt, seed=index, num_inference_steps=steps, **fields
+        )
         yield np.asarray(result.images[0]), scene
 
 

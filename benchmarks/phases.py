@@ -1,5 +1,5 @@
 """Where does the time of a picture go? A 1024x1024 input on the embedded model, split per phase; time outside the
-networks must stay below a tenth. Beside it: each canvas function at a 1024x1024 working frame against its numpy/PIL twin.
+networks must stay below a tenth. Beside it each canvas function at a 1024x1024 working frame and its numpy/PIL twin.
 """
 
 from __future__ import annotations
@@ -52,7 +52,15 @@ def kernel_rows(bench: Benchmark, *, repeats: int) -> None:
     latent = kernels.latent_mask(mask, 8)[None, None]
     tokens, remove = rng.standard_normal((77, 2048), np.float32), rng.standard_normal((2, 2048), np.float32)
     positions = np.arange(1, 8)
-    step = {"sigma": 1.0, "guidance_scale": 4.0, "blur_alpha": 5e-4, "c_x": 0.7, "c_x0": 0.4, "c_dx0": 0.1, "c_noise": 0.3}
+    step = {
+        "sigma": 1.0,
+        "guidance_scale": 4.0,
+        "blur_alpha": 5e-4,
+        "c_x": 0.7,
+        "c_x0": 0.4,
+        "c_dx0": 0.1,
+        "c_noise": 0.3,
+    }
     calls: dict[str, Callable[[Any], Any]] = {
         "crop+resize 768 -> 1024": lambda k: k.resize(image, 1024, 1024, "lanczos", (128, 896, 128, 896)),
         "fill": lambda k: k.fill(image, mask),
@@ -73,7 +81,10 @@ def kernel_rows(bench: Benchmark, *, repeats: int) -> None:
 def import_rows(bench: Benchmark, *, repeats: int, threads: int) -> None:
     """What importing costs, and a first picture in a new process."""
     probe = "import time; t=time.perf_counter(); import dreammix_trt; print(time.perf_counter()-t)"
-    spent = [float(subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout) for _ in range(repeats)]
+    spent = [
+        float(subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout)
+        for _ in range(repeats)
+    ]
     bench.add("import dreammix_trt [s]", statistics.median(spent), bound="<= 0.15")
     image, mask = sample_place(128)
     start = time.perf_counter()

@@ -1,1 +1,1 @@
-"""Nouns all floors share: errors, requests, schedules, noise, passports, the store and file formats. Imports nothing above it."""
+"""Nouns all floors share: errors, requests, schedules, noise, passports, store, file formats. Imports no other one."""

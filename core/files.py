@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,18 +45,18 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_directory(path: str | os.PathLike[str], marker: str | None = None) -> Iterator[Path]:
     """Give a temporary directory beside `path`; it takes `path`'s place when the block ends well, and vanishes if not.
 
-    An existing directory is moved aside first and deleted after; a reader sees the old or the new one. marker: a file
+    An existing directory is exchanged for the new one and deleted after; a reader sees the old or the new one, and what
+    a killed program left behind is removed by the next. marker: a file
     that tells our own directories: one with other content and without it is never replaced.
     Raises InputError when the place cannot be written, holds a file, or holds something that is not ours.
     """
-    target = Path(path).absolute()
-    if target.exists() and not target.is_dir():
-        raise InputError(f"{target} is a file; name a directory that is new or was made by this program")
-    if marker and target.is_dir() and not (target / marker).exists() and any(target.iterdir()):
-        raise InputError(f"{target} holds other files (no {marker} among them) and would be replaced; name a new directory")
+    target = Path(path).resolve()
+    check_place(target, marker)
     with _refusing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        _remove_leftovers(target)
+        prefix = f".{target.name}.{os.getpid()}."
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=target.parent))
         temporary.chmod(0o777 & ~_umask())
     try:
         with _refusing(target):
@@ -62,9 +64,26 @@ def atomic_directory(path: str | os.PathLike[str], marker: str | None = None) ->
             for file in temporary.rglob("*"):
                 if file.is_file():
                     _sync(file)
-            _swap(temporary, target)
+            with _one_at_a_time(target):
+                _swap(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_place(path: str | os.PathLike[str], marker: str | None = None) -> None:
+    """Raise InputError when `atomic_directory(path, marker)` would: known before the work, not after it."""
+    target = Path(path).resolve()
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target} is a file; name a directory that is new or was made by this program")
+    if marker and target.is_dir() and not (target / marker).exists() and any(target.iterdir()):
+        raise InputError(
+            f"{target} holds other files (no {marker} among them) and would be replaced; name a new directory"
+        )
+    nearest = next(folder for folder in target.parents if folder.exists())
+    if not nearest.is_dir():
+        raise InputError(f"{target} cannot be made: {nearest} is a file, not a directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{target} cannot be written: {nearest} is not yours to write; choose another place")
 
 
 def write_json(path: str | os.PathLike[str], record: Any) -> None:
@@ -129,10 +148,13 @@ def _digest(file: Path) -> str:
 
 
 def _swap(temporary: Path, target: Path) -> None:
+    """Put `temporary` in `target`'s place; what was there ends under `temporary`'s name where the system can exchange."""
     if not target.exists():
         temporary.rename(target)
         return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    if _exchange(temporary, target):
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}.", suffix=".tmp", dir=target.parent))
     target.rename(aside / "old")
     try:
         temporary.rename(target)
@@ -141,6 +163,52 @@ def _swap(temporary: Path, target: Path) -> None:
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two directories in one step (Linux' renameat2), so that not even a kill leaves neither; False: cannot."""
+    import ctypes
+
+    if not sys.platform.startswith("linux"):
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+@contextlib.contextmanager
+def _one_at_a_time(target: Path) -> Iterator[None]:
+    """Hold the lock of a place, so that two programs do not exchange it at once."""
+    from filelock import FileLock
+
+    locks = home() / "locks"
+    try:
+        locks.mkdir(parents=True, exist_ok=True)
+    except OSError:  # no home to write to: go without
+        yield
+        return
+    with FileLock(locks / f"{hashlib.sha256(os.fsencode(target)).hexdigest()[:32]}.lock"):
+        yield
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what builds of this place left behind when they were killed."""
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        owner = leftover.name.removeprefix(f".{target.name}.").split(".")[0]
+        if leftover.is_dir() and owner.isdigit() and not _alive(int(owner)):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    if os.name == "nt":  # asking there would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _sync(file: Path) -> None:

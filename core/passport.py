@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
 from dreammix_trt.core.errors import DreamMixError, EngineError
 from dreammix_trt.core.files import read_json, write_json
 
 SCHEMA = 1
 FILE_NAME = "passport.json"
+PLACES: Final = ("store", "networks")
 Rows = list[tuple[str, ...]]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -94,18 +96,22 @@ class Passport:
         try:
             return cls._of(record)
         except (KeyError, TypeError, ValueError) as error:
-            raise EngineError(f"{path} is damaged ({error}); build it again: `dreammix-trt build --out {folder}`") from error
+            raise EngineError(
+                f"{path} is damaged ({error}); build it again: `dreammix-trt build --out {folder}`"
+            ) from error
 
     @classmethod
     def _of(cls, record: Mapping[str, Any]) -> Passport:
-        fields = dict(record)
-        fields["networks"] = tuple(NetworkEntry(**entry) for entry in fields["networks"])
-        fields["subjects"] = tuple(SubjectEntry(**entry) for entry in fields["subjects"])
-        kinds = {"base": dict, "versions": dict, "files": dict, "base_key": str, "networks_at": str, "command": str}
-        for name, kind in kinds.items():
-            if not isinstance(fields[name], kind):
-                raise TypeError(f"{name} is no {kind.__name__}")
-        return cls(**fields)
+        lists = {"networks": NetworkEntry, "subjects": SubjectEntry}
+        plain = {name: value for name, value in record.items() if name not in lists}
+        entries = {name: tuple(_typed(kind, entry) for entry in record[name]) for name, kind in lists.items()}
+        passport = _typed(cls, {**plain, **entries})
+        if passport.networks_at not in PLACES:
+            raise ValueError(f"networks_at is {passport.networks_at!r}, expected one of {', '.join(PLACES)}")
+        for file in (*passport.files, *(entry.file for entry in passport.subjects)):
+            if Path(file).is_absolute() or ".." in Path(file).parts:
+                raise ValueError(f"{file!r} lies outside the directory")
+        return passport
 
     def describe(self) -> list[tuple[str, list[tuple[str, ...]]]]:
         """Titled tables of short texts, as a person wants to read it."""
@@ -114,13 +120,21 @@ class Passport:
             ("made by", self.created_by),
             ("back end", f"{self.backend}, {self.precision}, {self.platform}"),
             ("base", f"{base.get('name')}, native {base.get('native_side')}x{base.get('native_side')}"),
-            ("base engine", f"{self.base_key[:16]} in the {'store' if self.networks_at == 'store' else 'directory itself'}"),
+            (
+                "base engine",
+                f"{self.base_key[:16]} in the {'store' if self.networks_at == 'store' else 'directory itself'}",
+            ),
             ("LoRA slots", f"rank {base.get('slot_rank')}"),
             ("merged subject", str(base.get("merged") or "none")),
             ("built with", self.command),
         ]
         subjects: Rows = [
-            (entry.name, f'"a {entry.token} {entry.class_name}"'.replace('  ', ' '), f"{entry.bytes / 1024:.0f} KiB", entry.source)
+            (
+                entry.name,
+                f'"a {entry.token} {entry.class_name}"'.replace("  ", " "),
+                f"{entry.bytes / 1024:.0f} KiB",
+                entry.source,
+            )
             for entry in self.subjects
         ] or [("none",)]
         networks: Rows = [
@@ -135,10 +149,29 @@ class Passport:
         sources: Rows = [(name, digest[:16]) for name, digest in base.get("files", {}).items()]
         versions: Rows = list(self.versions.items())
         return [
-            ("Engine", facts), ("Subjects", subjects), ("Networks", networks), ("Made from", sources), ("Versions", versions)
-        ]  # fmt: skip
+            ("Engine", facts),
+            ("Subjects", subjects),
+            ("Networks", networks),
+            ("Made from", sources),
+            ("Versions", versions),
+        ]
 
 
 def _parity(record: Mapping[str, Any]) -> str:
     error = record.get("max_rel", record.get("relative"))
     return f"against torch: {error:.1e} of the maximum" if isinstance(error, float) else ""
+
+
+def _typed(kind: type[_T], record: Mapping[str, Any]) -> _T:
+    """A dataclass of plain JSON values, each field of its annotated type; TypeError names what is amiss."""
+    hints = get_type_hints(kind)
+    if not isinstance(record, Mapping) or record.keys() != hints.keys():
+        raise TypeError(f"a {kind.__name__} has the fields {', '.join(hints)}")
+    for name, hint in hints.items():
+        wanted = get_origin(hint) or hint
+        if not isinstance(record[name], wanted) or isinstance(record[name], bool):
+            raise TypeError(f"{name} is {record[name]!r}, not of type {wanted.__name__}")
+        inner = get_args(hint)
+        if wanted is dict and inner[1] is str and not all(isinstance(value, str) for value in record[name].values()):
+            raise TypeError(f"{name} holds something other than text")
+    return kind(**record)

@@ -145,7 +145,9 @@ class Request:
         if not isinstance(fields, dict) or not isinstance(fields.get("schema"), int):
             raise InputError("the request is not a JSON object with a schema number; write one with Request.to_json()")
         if fields["schema"] != SCHEMA:
-            raise InputError(f"the request has schema {fields['schema']}, this version reads {SCHEMA}; update dreammix-trt")
+            raise InputError(
+                f"the request has schema {fields['schema']}, this version reads {SCHEMA}; update dreammix-trt"
+            )
         del fields["schema"]
         return cls.of(**fields)
 

@@ -99,7 +99,8 @@ class Schedule:
 def _line(s: Step) -> str:
     return (
         f"{s.index:4d} {s.stage:<5} {s.network:<8} {s.sigma:8.4f} {s.timestep:5.0f} {s.size_scale_positive:6.2f}"
-        f" {s.size_scale_negative:5.2f} {s.blur_alpha:.1e} {s.c_x:8.5f}  {s.c_x0:8.5f}  {s.c_dx0:8.5f}  {s.c_noise:8.5f}"
+        f" {s.size_scale_negative:5.2f} {s.blur_alpha:.1e} {s.c_x:8.5f}  {s.c_x0:8.5f}"
+        f"  {s.c_dx0:8.5f}  {s.c_noise:8.5f}"
     )
 
 
@@ -178,7 +179,7 @@ def model_sigmas() -> F32:
     """The noise levels of SDXL's training, float32 (1000,): scaled-linear betas .00085 .. .012."""
     betas = np.linspace(0.00085**0.5, 0.012**0.5, TRAINING_STEPS) ** 2
     kept = np.cumprod(1 - betas).astype(np.float32)
-    sigmas = np.sqrt((np.float32(1) - kept) / kept)
+    sigmas: F32 = np.sqrt((np.float32(1) - kept) / kept)
     sigmas.setflags(write=False)
     return sigmas
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dreammix_trt.core.errors import EngineError
+from dreammix_trt.core.errors import DreamMixError, EngineError, InputError
 from dreammix_trt.core.files import atomic_directory, home, read_json, sha256_of, write_json
 
+log = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
 
 
@@ -32,18 +34,36 @@ class Store:
         folder = self.root / key
         return folder if (folder / _MANIFEST).is_file() else None
 
+    def sound(self, key: str) -> Path | None:
+        """Like `get`, but None when a file is missing or is not what was built (remembered hashes count)."""
+        folder = self.get(key)
+        if folder is None:
+            return None
+        try:
+            check_files(folder, self.files(key), verify=False, remedy="it is built again")
+        except DreamMixError as error:
+            log.warning("base engine %s in the store is damaged: %s", key[:12], error)
+            return None
+        return folder
+
     @contextmanager
     def put(self, key: str, parts: Mapping[str, Any]) -> Iterator[Path | None]:
         """Give a directory to build `key` in, or None when another process has just built it.
 
         The directory becomes visible when the block ends well, with a manifest of its files' hashes. What a killed
-        build left behind is removed.
+        build left behind is removed, and a damaged directory is replaced. Raises InputError when the store cannot be
+        written.
         """
         from filelock import FileLock
 
-        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"the store {self.root} cannot be made ({error.strerror}); set DREAMMIX_HOME or --store"
+            ) from error
         with FileLock(self.root / f"{key}.lock"):
-            if self.get(key):
+            if self.sound(key):
                 yield None
                 return
             for leftover in self.root.glob(f".{key}.*.tmp"):
@@ -57,7 +77,10 @@ class Store:
         folder = self.get(key)
         if folder is None:
             raise EngineError(f"the store {self.root} lacks the base engine {key[:12]}; build it again")
-        return dict(read_json(folder / _MANIFEST)["files"])
+        files = read_json(folder / _MANIFEST).get("files")
+        if not isinstance(files, dict):
+            raise EngineError(f"{folder / _MANIFEST} is damaged; build the base engine again")
+        return dict(files)
 
 
 def hashes_of(folder: Path) -> dict[str, str]:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from dreammix_trt import __version__
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.core.files import sha256_of
+from dreammix_trt.core.files import check_place, sha256_of
 from dreammix_trt.core.lora import Lora, read_lora
+from dreammix_trt.core.passport import FILE_NAME as PASSPORT
 from dreammix_trt.core.store import Store
 from dreammix_trt.core.subject import Subject, pack, slots_of, subject_from_lora
 from dreammix_trt.engine.build import BACKEND, PRECISION, check_fit, read_networks, write_engine
@@ -55,6 +56,7 @@ def build(
     Raises FileFormatError, InputError, BuildError; `out` is then as it was.
     """
     update = progress or (lambda *_: None)
+    check_place(out, PASSPORT)
     shelf = Store(Path(store) if store else None)
     files = BaseFiles.open(base, patch, head, patch_biases)
     if merge and lora is None:
@@ -63,7 +65,7 @@ def build(
     subject = _subject(factors, Path(lora), name) if factors and lora is not None else None
     parts = _key_parts(files, slot_rank, subject if merge else None)
     key = shelf.key(parts)
-    networks = shelf.get(key)
+    networks = shelf.sound(key)
     if networks is None:
         _export(shelf, key, parts, files, slot_rank, factors if merge else None, update)
         networks = shelf.get(key)
@@ -80,7 +82,10 @@ def build(
     return write_engine(
         Path(out), networks=networks, base_key=key, files=shelf.files(key), base=facts, subjects=kept,
         created_by=f"dreammix-trt {__version__}", self_contained=self_contained,
-        command=_command(lora=lora, out=out, base=base, patch=patch, head=head, name=name, merge=merge, slot_rank=slot_rank),
+        command=_command(
+            lora=lora, out=out, base=base, patch=patch, head=head, name=name, merge=merge, slot_rank=slot_rank,
+            patch_biases=patch_biases, self_contained=self_contained, store=store,
+        ),
     )  # fmt: skip
 
 
@@ -88,9 +93,15 @@ def _subject(lora: Lora, path: Path, name: str | None) -> Subject:
     facts = lora.metadata
     chosen = name or _file_name(path)
     if not re.fullmatch(r"[\w.-]+", chosen) or chosen.startswith("."):
-        raise InputError(f"--name {chosen!r}: a subject's name has letters, digits, '_', '-' and '.' only, as it names a file")
+        raise InputError(
+            f"--name {chosen!r}: a subject's name has letters, digits, '_', '-' and '.' only, as it names a file"
+        )
     return subject_from_lora(
-        lora, chosen, facts.get("token", "sks"), facts.get("class_name", ""), source_sha256=sha256_of(lora.source_path, verify=True)
+        lora,
+        chosen,
+        facts.get("token", "sks"),
+        facts.get("class_name", ""),
+        source_sha256=sha256_of(lora.source_path, verify=True),
     )
 
 

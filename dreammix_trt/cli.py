@@ -75,7 +75,9 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for pytorch_lora_weights.safetensors and train.json.")],
     base: Base = None,
     token: Annotated[str, typer.Option(help="The word that will mean this subject.")] = "sks",
-    prompt: Annotated[str | None, typer.Option(help='Caption of the photographs; default "a photo of a TOKEN CLASS".')] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help='Caption of the photographs; default "a photo of a TOKEN CLASS".')
+    ] = None,
     rank: Annotated[int, typer.Option(min=1, max=128)] = 4,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; default fits the base.")] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0.0)] = None,
@@ -198,7 +200,9 @@ def inpaint(
             update(event.stage, (event.index + 1) / event.total, "")
             result = event.result or result
     assert result is not None
-    names = [out] if len(result.images) == 1 else [out.with_stem(f"{out.stem}-{k + 1}") for k in range(len(result.images))]
+    names = (
+        [out] if len(result.images) == 1 else [out.with_stem(f"{out.stem}-{k + 1}") for k in range(len(result.images))]
+    )
     for index, name in enumerate(names):
         save(result, name, index=index, metadata=not no_metadata)
     if save_stages:

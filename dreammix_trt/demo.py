@@ -48,10 +48,19 @@ class Place:
     mask: Image.Image
 
 
-def run_demo(out: Path, *, seed: int = 7, threads: int | None = None, progress: Update | None = None) -> Pages:
+def run_demo(
+    out: Path,
+    *,
+    seed: int = 7,
+    threads: int | None = None,
+    training_steps: int | None = None,
+    picture_steps: int = 30,
+    progress: Update | None = None,
+) -> Pages:
     """Run the whole main job into `out` and return its pages.
 
-    Needs the extras `train` and `export` (the LoRA is trained here). Existing files of an earlier run are replaced.
+    training_steps: of the LoRA; None: what suits the base. picture_steps: of each picture. Needs the extras `train` and
+    `export` (the LoRA is trained here). Existing files of an earlier run are replaced.
     """
     from dreammix_trt.building import build
     from dreammix_trt.engine.dreammix import DreamMix
@@ -62,13 +71,21 @@ def run_demo(out: Path, *, seed: int = 7, threads: int | None = None, progress: 
     with _timed(seconds, "photographs"):
         photos = write_photos(out / "photos")
     with _timed(seconds, "train"):
-        train_lora(out / "photos", "mug", out / "lora", threads=threads, seed=seed, progress=_named(update, "train"))
+        train_lora(
+            out / "photos",
+            "mug",
+            out / "lora",
+            steps=training_steps,
+            threads=threads,
+            seed=seed,
+            progress=_named(update, "train"),
+        )
     with _timed(seconds, "build"):
         passport = build(out / "lora", out=out / "engine", name="mug", progress=_named(update, "build"))
     with _timed(seconds, "load"):
         engine = DreamMix.load(out / "engine", threads=threads)
     with engine as dm, _timed(seconds, "inpaint"):
-        gallery = Gallery(dm, seed, update)
+        gallery = Gallery(dm, seed, picture_steps, update)
         rows = [Row("The subject: five photographs", [Tile(photo) for photo in photos]), *gallery.rows()]
     title = "dreammix-trt: a subject the model had never seen, placed by mask and text"
     sheet = contact_sheet(rows, title=title)
@@ -111,8 +128,8 @@ def places(count: int, seed: int, size: tuple[int, int], extent: tuple[float, fl
 class Gallery:
     """Every picture of the sheet, made by one loaded engine."""
 
-    def __init__(self, dm: DreamMix, seed: int, update: Update) -> None:
-        self._dm, self._seed, self._update = dm, seed, update
+    def __init__(self, dm: DreamMix, seed: int, steps: int, update: Update) -> None:
+        self._dm, self._seed, self._steps, self._update = dm, seed, steps, update
         self._large = places(5, 1, (192, 192), (105.0, 130.0))
         self._wide = places(2, 2, (256, 384), (96.0, 110.0))
         self._small = places(2, 3, (256, 256), (48.0, 52.0))
@@ -126,7 +143,7 @@ class Gallery:
         return [
             self._places_row(),
             self._identity_row(),
-            self._edit_row("Edited by text, attributes decomposed (TAS takes \"blue\" out)", _ELIMINATED),
+            self._edit_row('Edited by text, attributes decomposed (TAS takes "blue" out)', _ELIMINATED),
             self._edit_row("The same without TAS", ()),
             self._small_row(),
             self._base_row(),
@@ -150,18 +167,39 @@ class Gallery:
 
     def _small_row(self) -> Row:
         place = self._small[0]
-        ways = {"local, then global (default)": {}, "local only": {"lcg_fraction": 1.0}, "global only": {"lcg_fraction": 0.0}}
+        ways = {
+            "local, then global (default)": {},
+            "local only": {"lcg_fraction": 1.0},
+            "global only": {"lcg_fraction": 0.0},
+        }
         tiles = [Tile(marked(place.image, place.mask), "a fifth of the frame's side")]
         tiles += [Tile(self._paint(place, "a red sks mug", 40, **fields), f"{way}") for way, fields in ways.items()]
         return Row('A small object in a larger picture: "a red sks mug"', tiles)
 
     def _base_row(self) -> Row:
-        prompts = ("a blue striped teapot", "a red dotted bowl", "a green plain bottle", "a pink checkered star", "an empty table")
-        tiles = [Tile(self._paint(place, prompt, 60 + k), f'"{prompt}"') for k, (prompt, place) in enumerate(zip(prompts, self._large, strict=True))]
+        prompts = (
+            "a blue striped teapot",
+            "a red dotted bowl",
+            "a green plain bottle",
+            "a pink checkered star",
+            "an empty table",
+        )
+        tiles = [
+            Tile(self._paint(place, prompt, 60 + k), f'"{prompt}"')
+            for k, (prompt, place) in enumerate(zip(prompts, self._large, strict=True))
+        ]
         return Row("The base model without the subject's word", tiles)
 
     def _paint(self, place: Place, prompt: str, number: int, **fields: Any) -> Image.Image:
-        result = self._dm.inpaint(place.image, place.mask, prompt, seed=self._seed + number, keep_stages=not self.pictures, **fields)
+        result = self._dm.inpaint(
+            place.image,
+            place.mask,
+            prompt,
+            seed=self._seed + number,
+            num_inference_steps=self._steps,
+            keep_stages=not self.pictures,
+            **fields,
+        )
         if not self.pictures:
             self.first = result
         self.pictures += 1
@@ -176,13 +214,18 @@ def _tables(seconds: dict[str, float], gallery: Gallery, passport: Passport) -> 
     total = sum(gallery.timings.values())
     phases = [["phase of a picture", "milliseconds (mean)", "share"]]
     phases += [
-        [name, f"{1000 * value / gallery.pictures:.1f}", f"{value / total:.1%}"] for name, value in gallery.timings.items()
+        [name, f"{1000 * value / gallery.pictures:.1f}", f"{value / total:.1%}"]
+        for name, value in gallery.timings.items()
     ]
     facts = [["passport", ""], *([str(cell) for cell in row] for _, rows in passport.describe() for row in rows)]
     machine = [["machine", ""], ["platform", platform.platform()], ["python", platform.python_version()]]
-    request = [["the first request", ""], *([k, json.dumps(v)] for k, v in json.loads(gallery.first.request.to_json()).items())]
+    request = [
+        ["the first request", ""],
+        *([k, json.dumps(v)] for k, v in json.loads(gallery.first.request.to_json()).items()),
+    ]
     return [
-        ("Whole run", steps), (f"{gallery.pictures} pictures", phases), ("Engine", facts), ("Request", request), ("Machine", machine)
+        ("Whole run", steps), (f"{gallery.pictures} pictures", phases), ("Engine", facts), ("Request", request),
+        ("Machine", machine),
     ]  # fmt: skip
 
 

@@ -120,10 +120,12 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title>
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #1c1c20; background: #fcfbf8; max-width: 1160px; margin: 2rem auto; padding: 0 1rem }}
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #1c1c20; background: #fcfbf8; max-width: 1160px;
+  margin: 2rem auto; padding: 0 1rem }}
 img {{ max-width: 100%; border: 1px solid #ddd }}
 table {{ border-collapse: collapse; margin-bottom: 1.5rem }}
-th, td {{ text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #e4e2dc; vertical-align: top; overflow-wrap: anywhere }}
+th, td {{ text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #e4e2dc; vertical-align: top;
+  overflow-wrap: anywhere }}
 </style></head><body>
 {body}
 </body></html>

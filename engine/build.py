@@ -1,9 +1,9 @@
 """Engine directories: written from an engine set in the store and subjects, opened and checked for the runtime.
 
-    engine/
-      passport.json              what it was made from, hashes of everything
-      subjects/NAME.safetensors  factors of each subject
-      networks/                  the base's engine set, when self-contained; else it lies in the store
+engine/
+  passport.json              what it was made from, hashes of everything
+  subjects/NAME.safetensors  factors of each subject
+  networks/                  the base's engine set, when self-contained; else it lies in the store
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def open_engine(path: Path, *, verify: bool = False, store: Path | None = None) 
     remedy = f"build it again: `{passport.command}`"
     check_files(path, {entry.file: entry.sha256 for entry in passport.subjects}, verify=verify, remedy=remedy)
     if passport.backend != BACKEND:
-        raise EngineError(f"{path} was built for the back end {passport.backend!r}, this version runs {BACKEND!r}; {remedy}")
+        raise EngineError(f"{path} was built for {passport.backend!r}, this version runs {BACKEND!r}; {remedy}")
     if passport.networks_at == "store":
         found = Store(store).get(passport.base_key)
         if found is None:
             raise EngineError(
-                f"{path} needs the base engine {passport.base_key[:12]}, which the store {Store(store).root} lacks; {remedy}, "
+                f"{path} needs the base engine {passport.base_key[:12]}, which {Store(store).root} lacks; {remedy}, "
                 "or ship engines built with --self-contained"
             )
         networks = found
@@ -99,7 +99,8 @@ def write_engine(
         schema=SCHEMA, created_by=created_by, backend=BACKEND, precision=PRECISION,
         platform=f"{platform.system()} {platform.machine()}", base_key=base_key,
         networks_at="networks" if self_contained else "store", base=dict(base), versions=_versions(),
-        networks=tuple(_entry(name, entry) for name, entry in table.items()), subjects=(), files=dict(files), command=command,
+        networks=tuple(_entry(name, entry) for name, entry in table.items()), subjects=(), files=dict(files),
+        command=command,
     )  # fmt: skip
     with atomic_directory(out, marker=FILE_NAME) as folder:
         (folder / "subjects").mkdir()

@@ -66,20 +66,21 @@ def dilated(mask: U8, pixels: int) -> U8:
     return mask
 
 
-def seam_weight(mask: U8, width: int) -> F32:
-    """The share of the global stage in the seam, float32 (H, W): 1 outside the mask and at its edge, 0 deep inside.
+def seam_weight(mask: U8, width: int) -> U8:
+    """The share of the global stage in the seam, uint8 (H, W): 255 outside the mask and at its edge, 0 deep inside.
 
     It falls over `width` pixels; in a mask thinner than that, to 0 at its deepest pixel.
     """
-    weight = np.ones(mask.shape, np.float32)
+    share = np.full(mask.shape, 255, np.uint8)
     r0, r1, c0, c1 = mask_bounds(mask)
     # The nearest pixel outside the mask is never farther away than the ring around its bounds.
     near = np.s_[max(r0 - 1, 0) : r1 + 1, max(c0 - 1, 0) : c1 + 1]
-    rim = kernels.feather(np.where(mask[near] > 127, np.uint8(0), np.uint8(255)), width).astype(np.float32)
-    deepest = float(rim.min())
+    rim = kernels.feather(np.where(mask[near] > 127, np.uint8(0), np.uint8(255)), width)
+    deepest = int(rim.min())
     if deepest < 255:
-        weight[near] = (rim - np.float32(deepest)) / np.float32(255 - deepest)
-    return weight
+        levels = np.rint((np.arange(256) - deepest) * (255 / (255 - deepest))).clip(0, 255).astype(np.uint8)
+        share[near] = levels[rim]
+    return share
 
 
 # ------------------------------------------------------------------------------------------------ frames
@@ -238,9 +239,7 @@ class Canvas:
 
     @cached_property
     def _seam(self) -> U8:
-        share = seam_weight(self.mask, self.feather_width)
-        level: F32 = np.rint(np.float32(255) * share)
-        return level.astype(np.uint8)
+        return seam_weight(self.mask, self.feather_width)
 
     def _frame(self, field: float, dilate: int = 0) -> Frame:
         box, user_mask = self.box(field), dilated(self.mask, dilate)

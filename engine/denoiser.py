@@ -102,4 +102,5 @@ class FakeDenoiser:
         means = np.array([0.0, self.mean][-conditioning.rows_per_picture :], np.float64)
         mean = np.tile(means, len(conditioning.sizes)).reshape(-1, 1, 1, 1)
         x = latents.astype(np.float64) * np.sqrt(step.sigma**2 + 1)
-        return (step.sigma * (x - mean) / (step.sigma**2 + self.spread**2)).astype(np.float32)
+        eps: F32 = (step.sigma * (x - mean) / (step.sigma**2 + self.spread**2)).astype(np.float32)
+        return eps

@@ -62,7 +62,7 @@ class DreamMix:
         denoiser: Denoiser | None = None,
     ) -> None:
         self.networks, self.facts = networks, facts
-        self._tokenizers = tuple(tokenizers)
+        self.tokenizers = tuple(tokenizers)
         self._denoiser = denoiser
         self._subjects: dict[str, tuple[Subject, dict[str, F32]]] = {}
         self._texts: dict[tuple[str, str, bool], tuple[F32, F32]] = {}
@@ -186,7 +186,8 @@ class DreamMix:
         seeds = tuple(request.seed + k for k in range(request.num_images_per_prompt))
         noises = _providers(job.noise, seeds)
         painters = [
-            Painter(canvas, request, schedule, texts, rows, noise, networks, self.facts, clock=clock) for noise in noises
+            Painter(canvas, request, schedule, texts, rows, noise, networks, self.facts, clock=clock)
+            for noise in noises
         ]
         denoiser = self._denoiser or EngineDenoiser(networks, self._names)
         return _Work(source, request, schedule, seeds, painters, denoiser, clock)
@@ -206,7 +207,8 @@ class DreamMix:
                     yield event
             finished = painter.finish(taken.x0)
             with clock("write"):
-                images.append(work.source.with_pixels(finished) if finished.shape[:2] == work.source.size else _rgb(finished))
+                same_size = finished.shape[:2] == work.source.size
+                images.append(work.source.with_pixels(finished) if same_size else _rgb(finished))
             if number + 1 < len(work.painters):
                 yield event
         shown = {name: _rgb(picture) for name, picture in (work.painters[0].shown or {}).items()}
@@ -226,7 +228,7 @@ class DreamMix:
             return "", _TOKEN, self._off
         if name not in self._subjects:
             known = ", ".join(map(repr, self._subjects)) or "none"
-            raise InputError(f"subject is {name!r}; loaded are: {known}; load it with add_subject, or give \"\" for none")
+            raise InputError(f"subject is {name!r}; loaded are: {known}; load it with add_subject, or give '' for none")
         subject, rows = self._subjects[name]
         return name, subject.token or _TOKEN, rows
 
@@ -242,7 +244,7 @@ class DreamMix:
         if request.substitute:
             prefix = f"a photo of a {token}" if request.substitute_prefix is None else request.substitute_prefix
             words, prompt = request.substitute, request.prompt
-            plan = plan_tas(self._tokenizers[0], prompt, words, prefix, request.indexing, token)
+            plan = plan_tas(self.tokenizers[0], prompt, words, prefix, request.indexing, token)
             less_tokens, less_pooled = apply_tas(plan, tokens, pooled, *encoded(plan.text))
         negative = np.zeros_like(tokens), np.zeros_like(pooled)
         if request.negative_prompt is not None:
@@ -263,7 +265,7 @@ class DreamMix:
         """(tokens (77, D), pooled (Dp,)) of a prompt with a subject's text factors; remembered."""
         key = (prompt, subject, truncate)
         if key not in self._texts:
-            ids = [tokenizer.encode(prompt, truncate)[None] for tokenizer in self._tokenizers]
+            ids = [tokenizer.encode(prompt, truncate)[None] for tokenizer in self.tokenizers]
             outputs = [
                 networks.run(name, input_ids=row, lora=rows[name][None])
                 for name, row in zip(_TEXT_ENCODERS, ids, strict=True)

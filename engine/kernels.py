@@ -239,7 +239,8 @@ def _require(fits: bool, message: str) -> None:
 
 def _array(array: Any, dtype: Any, name: str) -> Any:
     """`array` in C order; ValueError for another dtype (values are never converted silently)."""
-    _require(isinstance(array, np.ndarray) and array.dtype == dtype, f"{name} must be a {np.dtype(dtype)} array")
+    if not isinstance(array, np.ndarray) or array.dtype != dtype:
+        raise ValueError(f"{name} must be a {np.dtype(dtype)} array")
     return np.ascontiguousarray(array)
 
 

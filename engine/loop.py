@@ -103,5 +103,6 @@ def _as_it_is(step: Step, stage: Stage, x: F32, x0: F32) -> tuple[F32, F32]:
 
 def _background_kept(step: Step, stage: Stage, x: F32, x0: F32) -> tuple[F32, F32]:
     """Fooocus' blend of the prediction: the step is linear in x0, so its change is carried over to x."""
-    change = (stage.background - x0) * (np.float32(1) - stage.mask)
-    return x + np.float32(step.c_x0 + step.c_dx0) * change, x0 + change
+    change: F32 = (stage.background - x0) * (np.float32(1) - stage.mask)
+    carried: F32 = np.float32(step.c_x0 + step.c_dx0) * change
+    return x + carried, x0 + change

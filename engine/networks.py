@@ -128,9 +128,11 @@ class EngineSet:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_external_initializers(list(weights), values)
         try:
-            session = ort.InferenceSession(str(self.folder / entry["graph"]), options, providers=["CPUExecutionProvider"])
+            graph = str(self.folder / entry["graph"])
+            session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises its own unrelated classes
-            raise EngineError(f"{self.folder / entry['graph']}: {name} cannot be loaded ({error}); {REBUILD}") from error
+            file = self.folder / entry["graph"]
+            raise EngineError(f"{file}: {name} cannot be loaded ({error}); {REBUILD}") from error
         logging.getLogger(__name__).debug("%s: session ready", name)
         return session, (weights, values)
 

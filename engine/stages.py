@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -147,7 +148,7 @@ class Painter:
 
     def keeps_local(self) -> bool:
         """Whether the local stage's picture will be kept inside the mask."""
-        return self._canvas.keeps_local(self._canvas.global_frame(self._request.gch_field), self.frame)
+        return self._canvas.keeps_local(self._global_frame, self.frame)
 
     def hand_over(self, step: Step, x0: F32) -> Stage:
         """From the local stage to the global one: decode, repaste, encode, noise at the step's level (step 12)."""
@@ -155,7 +156,7 @@ class Painter:
         self._local = (local, decoded)
         with self._clock("canvas"):
             pasted = self._canvas.hand_over(local, decoded, soft=self._request.soft_blending)
-            self.frame = self._canvas.global_frame(self._request.gch_field)
+            self.frame = self._global_frame
             picture = self.frame.network_input(self._canvas.cropped(pasted, self.frame))
         self._show("local result", decoded)
         self._show("handed over", pasted)
@@ -165,6 +166,11 @@ class Painter:
             background = self._encoded(self.frame.background, "vae_noise_gch_background")
         noise = self.noise.draw("renoise_switch", start.shape, 0)
         return self._stage("gch", start + np.float32(step.sigma) * noise, background)
+
+    @cached_property
+    def _global_frame(self) -> Frame:
+        with self._clock("canvas"):
+            return self._canvas.global_frame(self._request.gch_field)
 
     def finish(self, x0: F32) -> U8:
         """The finished picture, uint8 (H, W, 3) of the canvas' size, from the last x0 (step 13)."""

@@ -67,14 +67,17 @@ def test_subjects_swap_and_swap_back_to_the_bit(mug_engine: Path, tmp_path: Path
         assert dm.add_subject(tmp_path / "other-engine") == "other"
         assert dm.subjects == ("mug", "other")
         first, swapped, back = (
-            np.asarray(dm.inpaint(IMAGE, MASK, "a sks mug", subject=name, **fields).images[0]) for name in ("mug", "other", "mug")
+            np.asarray(dm.inpaint(IMAGE, MASK, "a sks mug", subject=name, **fields).images[0])
+            for name in ("mug", "other", "mug")
         )
     assert np.array_equal(first, back)
     assert not np.array_equal(first, swapped)
     assert np.array_equal(swapped, picture(tmp_path / "other-engine"))
 
 
-def test_a_self_contained_engine_moves_and_needs_no_store(mug_lora: Path, mug_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_self_contained_engine_moves_and_needs_no_store(
+    mug_lora: Path, mug_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     build(mug_lora, out=tmp_path / "here", name="mug", self_contained=True)
     shutil.move(tmp_path / "here", tmp_path / "there")
     monkeypatch.setenv("DREAMMIX_HOME", str(tmp_path / "empty"))
@@ -97,7 +100,10 @@ def test_a_lora_for_another_base_is_refused_with_names_and_shapes(tmp_path: Path
     from safetensors.numpy import save_file
 
     module = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k"
-    tensors = {f"{module}.lora.down.weight": np.ones((4, 640), np.float32), f"{module}.lora.up.weight": np.ones((640, 4), np.float32)}
+    tensors = {
+        f"{module}.lora.down.weight": np.ones((4, 640), np.float32),
+        f"{module}.lora.up.weight": np.ones((640, 4), np.float32),
+    }
     save_file(tensors, tmp_path / "sdxl.safetensors")
     with pytest.raises(FileFormatError, match=r"another base.*attn1\.to_k.*640"):
         build(tmp_path / "sdxl.safetensors", out=tmp_path / "engine")
@@ -146,7 +152,15 @@ def test_a_missing_subject_is_found(spoiled: Path) -> None:
         DreamMix.load(spoiled)
 
 
-@pytest.mark.parametrize(("change", "told"), [({"schema": 2}, "schema 2"), ({"schema": 0}, "schema 0"), ({"networks": 3}, "damaged"), ({"base_key": "0" * 64}, "lacks")])
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"schema": 2}, "schema 2"),
+        ({"schema": 0}, "schema 0"),
+        ({"networks": 3}, "damaged"),
+        ({"base_key": "0" * 64}, "lacks"),
+    ],
+)
 def test_passports_that_do_not_fit(spoiled: Path, change: dict[str, object], told: str) -> None:
     record = json.loads((spoiled / "passport.json").read_text())
     (spoiled / "passport.json").write_text(json.dumps(record | change))

@@ -44,7 +44,9 @@ def inpaint(engine: Path, place: Path, *more: str | Path, out: str = "out.png") 
 
 
 def test_a_picture_is_made_and_made_again_from_its_own_metadata(mug_engine: Path, place: Path) -> None:
-    done = inpaint(mug_engine, place, "--substitute", "blue", "--seed", "5", "--count", "2", "--save-stages", place / "stages.png")
+    done = inpaint(
+        mug_engine, place, "--substitute", "blue", "--seed", "5", "--count", "2", "--save-stages", place / "stages.png"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     again = run(

@@ -41,7 +41,7 @@ class Photograph:
 
 @dataclass(frozen=True)
 class View:
-    """A square training picture: image uint8 (S, S, 3); hole bool (S, S), the region to repaint, which covers the subject.
+    """A square training picture: image uint8 (S, S, 3); hole bool (S, S), the region to repaint, over the subject.
 
     sharp_side: the side in pixels of the piece of photograph it was made from (SDXL's original size).
     """
@@ -60,7 +60,7 @@ def read_photographs(folder: str | Path) -> list[Photograph]:
     folder = Path(folder)
     images = _pictures_in(folder, "image")
     if not (folder / "mask").is_dir():
-        raise InputError(f"{folder}/mask is missing; put a black-and-white mask of the subject there for every photograph")
+        raise InputError(f"{folder}/mask is missing; put a mask there for every photograph, white where the subject is")
     photographs = []
     for path in images:
         mask = folder / "mask" / f"{path.stem}.png"
@@ -181,7 +181,7 @@ def random_hole(rng: np.random.Generator, subject: Mask) -> Mask:
     grow = 0.1 * 10 ** rng.uniform(0, 1)
     half_w, half_h = (x1 - x0) / 2 * (1 + grow), (y1 - y0) / 2 * (1 + grow)
     cx, cy = (x0 + x1) / 2, (y0 + y1) / 2
-    corners = np.array([(-half_w, -half_h), (half_w, -half_h), (half_w, half_h), (-half_w, half_h)]) + (cx, cy)
+    corners = np.array([(-half_w, -half_h), (half_w, -half_h), (half_w, half_h), (-half_w, half_h)]) + np.array([cx, cy])
     jitter = rng.uniform(1, 20) / 1024 * max(height, width)
     corners = corners + rng.uniform(-jitter, jitter, (4, 2))
     outline: list[tuple[float, float]] = []

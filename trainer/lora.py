@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -78,7 +79,7 @@ class TrainRecord:
 
 @dataclass(frozen=True)
 class Samples:
-    """Encoded views, a row each: latents and masked (N, 4, h, w), mask (N, 1, h, w), sharp sides (N,), captions (N,)."""
+    """Encoded views, a row each: latents, masked (N, 4, h, w); mask (N, 1, h, w); sharp sides, caption numbers (N,)."""
 
     latents: Tensor
     masked: Tensor
@@ -173,7 +174,8 @@ class _Trainer:
 
         rng = np.random.default_rng([self._seed, 11])
         side, recipe = self.networks.base.native_side, self.recipe
-        views = [draw_view(rng, photographs[n % len(photographs)], side) for n in range(max(recipe.views, len(photographs)))]
+        count = max(recipe.views, len(photographs))
+        views = [draw_view(rng, photographs[n % len(photographs)], side) for n in range(count)]
         self._progress("train", 0.01, f"encoding {len(views)} views of {len(photographs)} photographs")
         self._subject = _encoded(self.networks, views)
         self._text = [self.networks.encode_text([prompt])]
@@ -315,7 +317,7 @@ def _write(folder: Path, trainer: _Trainer, record: TrainRecord, merged: bool) -
     metadata = {
         "format": "pt", "token": record.token, "class_name": record.class_name, "prompt": record.prompt,
         "rank": str(record.rank), "steps": str(record.steps), "loss": record.loss_name, "base": record.base,
-        "base_unet_sha256": next((v for k, v in record.base_hashes.items() if k.startswith("unet/") and k.endswith("safetensors")), ""),
+        "base_hashes": json.dumps(record.base_hashes),
     }  # fmt: skip
     save_file(tensors, folder / FILE_NAME, metadata)
     if merged:

@@ -29,8 +29,9 @@ class TrainingNetworks:
 
     def __init__(self, base: BaseFiles) -> None:
         self.base = base
-        self.unet: Any = _filled(UNet2DConditionModel.from_config(dict(base.configs["unet"])), base.unet_patched_state())
-        self._vae: Any = _filled(AutoencoderKL.from_config(dict(base.configs["vae"])), base.state("vae"))
+        unet, vae = (dict(base.configs[name]) for name in ("unet", "vae"))
+        self.unet: Any = _filled(UNet2DConditionModel.from_config(unet), base.unet_patched_state())
+        self._vae: Any = _filled(AutoencoderKL.from_config(vae), base.state("vae"))
         self._encoders = [_text_encoder(base, name) for name in ("text_encoder", "text_encoder_2")]
         self._tokenizers = [_tokenizer(base, name) for name in ("tokenizer", "tokenizer_2")]
         self._head = torch.from_numpy(base.head()) if base.head_file else None
@@ -40,7 +41,9 @@ class TrainingNetworks:
         alphas = torch.cumprod(1 - betas, 0)
         self.signal, self.noise = alphas.sqrt().float(), (1 - alphas).sqrt().float()
 
-    def predict(self, sample: Tensor, timestep: Tensor, text: tuple[Tensor, Tensor], times: Tensor, feature: Tensor | None) -> Tensor:
+    def predict(
+        self, sample: Tensor, timestep: Tensor, text: tuple[Tensor, Tensor], times: Tensor, feature: Tensor | None
+    ) -> Tensor:
         """The patched UNet's noise prediction (N, 4, h, w); feature (N, C, h, w) enters after conv_in."""
         self._feature = feature
         conditions = {"text_embeds": text[1], "time_ids": times}
@@ -89,8 +92,9 @@ def to_latent_range(pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32
 
 
 def _filled(module: Any, state: dict[str, NDArray[np.float32]]) -> Any:
+    tensors = {name: torch.from_numpy(value) for name, value in state.items()}
     try:
-        missing, _ = module.float().load_state_dict({name: torch.from_numpy(value) for name, value in state.items()}, strict=False)
+        missing, _ = module.float().load_state_dict(tensors, strict=False)
     except RuntimeError as error:
         raise FileFormatError(f"weights do not fit {type(module).__name__}'s config: {error}") from error
     missing = [name for name in missing if not name.endswith("position_ids")]

@@ -204,9 +204,9 @@ class LinearNetworks:
 
 def test_a_picture_through_both_stages() -> None:
     rng = np.random.default_rng(5)
-    image = rng.integers(0, 256, (80, 112, 3), np.uint8)
-    mask = np.zeros((80, 112), np.uint8)
-    mask[30:60, 40:70] = 255
+    image = rng.integers(0, 256, (48, 64, 3), np.uint8)
+    mask = np.zeros((48, 64), np.uint8)
+    mask[18:34, 24:42] = 255
     request = PLAIN.replace(sharpness=40, soft_blending=True)
     facts, networks = BaseFacts(native_side=64, divisor=8, scaling_factor=0.5, feature_channels=8), LinearNetworks()
     canvas = Canvas.of(image, mask, native=64, divisor=8)

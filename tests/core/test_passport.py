@@ -1,0 +1,90 @@
+"""Passports: what is written is read back; what was changed, cut or made by another version is refused with a remedy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dreammix_trt.core.errors import EngineError
+from dreammix_trt.core.passport import FILE_NAME, SCHEMA, NetworkEntry, Passport, SubjectEntry
+
+
+def passport_of_a_mug() -> Passport:
+    network = NetworkEntry(
+        "unet", "graphs/unet.onnx", "weights/unet.safetensors", {"sample": ["2*N", 4, "h", "w"]}, 36, {"max_rel": 2e-6}
+    )
+    subject = SubjectEntry("mug", "sks", "mug", "patched", "subjects/mug.safetensors", "a" * 64, 2048, "lora", "b" * 64)
+    return Passport(
+        schema=SCHEMA, created_by="dreammix-trt 0.1.0", backend="onnxruntime", precision="float32", platform="Linux x86_64",
+        base_key="c" * 64, networks_at="store", base={"name": "micro-sdxl", "native_side": 128, "slot_rank": 8, "files": {}},
+        versions={"numpy": "2.0"}, networks=(network,), subjects=(subject,), files={"base.json": "d" * 64},
+        command="dreammix-trt build --lora lora --out engine",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    passport_of_a_mug().write(tmp_path)
+    return tmp_path
+
+
+def change(folder: Path, **fields: Any) -> None:
+    path = folder / FILE_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_a_passport_is_read_back_as_written(folder: Path) -> None:
+    assert Passport.read(folder) == passport_of_a_mug()
+
+
+@pytest.mark.parametrize(("schema", "told"), [(SCHEMA + 1, "upgrade"), (0, "build it again"), (None, "build it again")])
+def test_another_schema_is_refused_with_the_command_that_rebuilds(folder: Path, schema: object, told: str) -> None:
+    change(folder, schema=schema)
+    with pytest.raises(EngineError, match=told) as caught:
+        Passport.read(folder)
+    assert "dreammix-trt build --lora lora --out engine" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"backend": 3}, {"base": []}, {"files": {"base.json": 1}}, {"networks": [{}]}, {"networks": None},
+        {"subjects": [3]}, {"networks_at": "elsewhere"}, {"files": {"../../secret": "0"}}, {"extra": 1},
+        {"subjects": [{**json.loads(json.dumps(passport_of_a_mug().to_dict()))["subjects"][0], "file": "/etc/passwd"}]},
+        {"subjects": [{**json.loads(json.dumps(passport_of_a_mug().to_dict()))["subjects"][0], "bytes": "many"}]},
+    ],
+)  # fmt: skip
+def test_a_field_of_another_kind_is_refused(folder: Path, fields: dict[str, Any]) -> None:
+    change(folder, **fields)
+    with pytest.raises(EngineError, match="is damaged .*build it again"):
+        Passport.read(folder)
+
+
+@pytest.mark.parametrize("name", list(passport_of_a_mug().to_dict()))
+def test_a_field_that_is_gone_is_refused(folder: Path, name: str) -> None:
+    record = json.loads((folder / FILE_NAME).read_text())
+    del record[name]
+    (folder / FILE_NAME).write_text(json.dumps(record))
+    with pytest.raises(EngineError, match="build"):
+        Passport.read(folder)
+
+
+def test_a_missing_or_cut_passport_names_the_remedy(folder: Path) -> None:
+    path = folder / FILE_NAME
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(EngineError, match=r"passport\.json.*dreammix-trt build"):
+        Passport.read(folder)
+    path.unlink()
+    with pytest.raises(EngineError, match="is missing.*dreammix-trt build"):
+        Passport.read(folder)
+    with pytest.raises(EngineError, match="no engine directory"):
+        Passport.read(folder / "nothing")
+
+
+def test_the_description_tells_what_a_person_asks_for() -> None:
+    text = "\n".join(f"{title}: {row}" for title, rows in passport_of_a_mug().describe() for row in rows)
+    for word in ("micro-sdxl", "128x128", "in the store", "rank 8", "a sks mug", "2 KiB", "36 LoRA slots", "2.0e-06"):
+        assert word in text

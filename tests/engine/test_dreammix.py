@@ -1,0 +1,241 @@
+"""The runtime on the embedded model: what a user may give, what comes back, and which bits must be equal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dreammix_trt.core.errors import EngineError, FileFormatError, InputError
+from dreammix_trt.core.lora import read_lora
+from dreammix_trt.core.noise import SeededNoise
+from dreammix_trt.core.request import Request
+from dreammix_trt.core.subject import subject_from_lora, write_subject
+from dreammix_trt.engine import DreamMix, FakeDenoiser
+from dreammix_trt.engine.dreammix import Job, read_request, save
+from tests.conftest import write_lora
+
+STEPS = 4
+RNG = np.random.default_rng(8)
+PIXELS = RNG.integers(0, 255, (150, 200, 3), np.uint8)
+IMAGE, MASK = Image.fromarray(PIXELS), Image.fromarray(np.pad(np.full((50, 60), 255, np.uint8), ((40, 60), (60, 80))))
+FAR = np.pad(np.zeros((50 + 10, 60 + 10), bool), ((35, 55), (55, 75)), constant_values=True)
+
+
+@pytest.fixture(scope="module")
+def dm(mug_engine: Path) -> Iterator[DreamMix]:
+    with DreamMix.load(mug_engine, threads=1) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def cup(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another subject of the same base, with a word of its own."""
+    folder = tmp_path_factory.mktemp("cup")
+    lora = read_lora(write_lora(folder / "lora", seed=9, scale=0.3))
+    write_subject(folder / "cup.safetensors", subject_from_lora(lora, "cup", "zyx", "cup"))
+    return folder / "cup.safetensors"
+
+
+def pixels(dm: DreamMix, prompt: str | Request = "a red sks mug", **fields: Any) -> np.ndarray:
+    if not isinstance(prompt, Request):
+        fields = {"num_inference_steps": STEPS, "seed": 5, **fields}
+    return np.asarray(dm.inpaint(IMAGE, MASK, prompt, **fields).images[0])
+
+
+def test_far_pixels_stay_and_marked_ones_change(dm: DreamMix) -> None:
+    out = pixels(dm)
+    assert out.shape == PIXELS.shape
+    np.testing.assert_array_equal(out[FAR], PIXELS[FAR])
+    assert (out[50:80, 70:110] != PIXELS[50:80, 70:110]).mean() > 0.9
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
+def test_the_result_is_of_the_inputs_kind(dm: DreamMix, mode: str) -> None:
+    image = IMAGE.convert(mode)
+    out = dm.inpaint(image, MASK.convert("1"), "a mug", num_inference_steps=1).images[0]
+    assert out.size == IMAGE.size
+    assert out.mode == {"L": "L", "RGBA": "RGBA", "P": "RGB", "1": "L"}[mode]
+
+
+def test_the_same_request_gives_the_same_bytes(dm: DreamMix) -> None:
+    first = pixels(dm)
+    assert pixels(dm).tobytes() == first.tobytes()
+    assert pixels(dm, seed=6).tobytes() != first.tobytes()
+
+
+def test_picture_k_of_a_count_is_seed_plus_k_alone(dm: DreamMix) -> None:
+    result = dm.inpaint(IMAGE, MASK, "a mug", num_inference_steps=STEPS, seed=5, num_images_per_prompt=3)
+    assert result.seeds == (5, 6, 7)
+    for image, seed in zip(result.images, result.seeds, strict=True):
+        assert np.asarray(image).tobytes() == pixels(dm, "a mug", seed=seed).tobytes()
+
+
+def test_a_batch_equals_its_requests_alone(dm: DreamMix) -> None:
+    requests = [
+        Request("a red sks mug", num_inference_steps=STEPS, seed=1),
+        Request("a blue bowl", num_inference_steps=STEPS - 1, subject="", seed=2, num_images_per_prompt=2),
+        Request("a mug", num_inference_steps=STEPS, lcg_steps=0, guidance_scale=1.0),
+    ]
+    results = dm.inpaint_batch([Job(IMAGE, MASK, request) for request in requests])
+    assert [len(result.images) for result in results] == [1, 2, 1]
+    for request, result in zip(requests, results, strict=True):
+        assert np.asarray(result.images[0]).tobytes() == pixels(dm, request).tobytes()
+    with pytest.raises(InputError, match="size|is 10x10"):
+        dm.inpaint_batch([Job(IMAGE, MASK, requests[0]), Job(IMAGE, MASK.resize((10, 10)), requests[0])])
+
+
+def test_swapping_subjects_and_back_is_exact(mug_engine: Path, cup: Path) -> None:
+    with DreamMix.load(mug_engine, threads=1) as dm:
+        first = pixels(dm)
+        assert dm.add_subject(cup) == "cup" and dm.subjects == ("mug", "cup")
+        other = pixels(dm, subject="cup")
+        assert other.tobytes() != first.tobytes()
+        assert pixels(dm, subject="mug").tobytes() == first.tobytes()
+        assert pixels(dm, subject="").tobytes() not in (first.tobytes(), other.tobytes())
+        assert pixels(dm).tobytes() == first.tobytes()  # the first one stays the default
+        with pytest.raises(InputError, match="'mug', 'cup'"):
+            pixels(dm, subject="teapot")
+
+
+def test_a_subject_replaced_under_its_name_leaves_nothing_behind(mug_engine: Path, cup: Path) -> None:
+    with DreamMix.load(mug_engine, threads=1) as dm:
+        pixels(dm)
+        dm.add_subject(cup)
+        wanted = pixels(dm, subject="cup")
+        assert dm.add_subject(cup, name="mug") == "mug"
+        assert pixels(dm, subject="mug").tobytes() == wanted.tobytes()
+
+
+def test_what_is_no_subject_is_refused(dm: DreamMix, tmp_path: Path) -> None:
+    (tmp_path / "notes.safetensors").write_bytes(b"no")
+    with pytest.raises(FileFormatError, match=r"notes\.safetensors"):
+        dm.add_subject(tmp_path / "notes.safetensors")
+    with pytest.raises(EngineError, match="holds no subject"):
+        dm.add_subject(tmp_path)
+    assert dm.subjects == ("mug",)
+
+
+def test_iterating_tells_each_step_and_previews_it(dm: DreamMix) -> None:
+    request = Request("a mug", num_inference_steps=STEPS, num_images_per_prompt=2)
+    events = list(dm.iterate(IMAGE, MASK, request))
+    assert [event.index for event in events] == list(range(2 * STEPS))
+    assert {event.total for event in events} == {2 * STEPS}
+    assert [event.picture for event in events] == [0] * STEPS + [1] * STEPS
+    assert [event.stage for event in events[:STEPS]] == ["lcg", "lcg", "lcg", "gch"]
+    assert [event.result is None for event in events] == [True] * (2 * STEPS - 1) + [False]
+    height, width = events[1].taken.x0.shape[2:]
+    assert events[1].preview().size == (8 * width, 8 * height)
+
+
+def test_leaving_the_iteration_cancels(mug_engine: Path) -> None:
+    with DreamMix.load(mug_engine, threads=1) as dm:
+        fake = FakeDenoiser()
+        dm = DreamMix(dm.networks, dm.facts, dm.tokenizers, denoiser=fake)
+        for event in dm.iterate(IMAGE, MASK, "a mug", num_inference_steps=STEPS):
+            if event.index == 1:
+                break
+        assert [step.index for step in fake.steps] == [0, 1]
+
+
+def test_bad_input_is_refused_before_the_first_step(dm: DreamMix) -> None:
+    with pytest.raises(InputError, match="sampler"):
+        dm.iterate(IMAGE, MASK, "a mug", sampler="euler")
+    with pytest.raises(InputError, match="guidance_scale is nan"):
+        dm.iterate(IMAGE, MASK, "a mug", guidance_scale=float("nan"))
+    with pytest.raises(InputError, match="repaints nothing"):
+        dm.iterate(IMAGE, Image.new("L", IMAGE.size), "a mug")
+    with pytest.raises(InputError, match="150 tokens|fit"):
+        dm.iterate(IMAGE, MASK, "mug " * 150)
+    with pytest.raises(InputError, match="'sks'"):
+        dm.iterate(IMAGE, MASK, "a red mug", substitute=["blue"])
+    with pytest.raises(InputError, match="1 providers for 2 pictures"):
+        dm.iterate(IMAGE, MASK, "a mug", num_images_per_prompt=2, noise=SeededNoise(1))
+
+
+def test_a_long_prompt_is_cut_when_told(dm: DreamMix) -> None:
+    assert pixels(dm, "mug " * 150, truncate_prompt=True).tobytes() == pixels(dm, "mug " * 75).tobytes()
+
+
+def test_noise_can_be_given(dm: DreamMix) -> None:
+    own = pixels(dm, seed=1, noise=SeededNoise(77))
+    np.testing.assert_allclose(own.astype(int), pixels(dm, seed=77).astype(int), atol=1)
+    assert np.abs(own.astype(int) - pixels(dm, seed=1)).max() > 8
+
+
+def test_texts_are_encoded_once(dm: DreamMix) -> None:
+    prompt = "a green sks mug never asked for before"
+    ran = dm.inpaint(IMAGE, MASK, prompt, num_inference_steps=1).timings
+    assert "network:text_encoder" in ran
+    assert "network:text_encoder" not in dm.inpaint(IMAGE, MASK, prompt, num_inference_steps=1, seed=9).timings
+    assert "network:text_encoder" in dm.inpaint(IMAGE, MASK, prompt, num_inference_steps=1, subject="").timings
+
+
+def test_timings_are_disjoint_and_name_the_networks(dm: DreamMix) -> None:
+    start = time.perf_counter()
+    timings = dm.inpaint(IMAGE, MASK, "a mug", num_inference_steps=STEPS).timings
+    assert 0 < sum(timings.values()) <= time.perf_counter() - start
+    assert {"read", "canvas", "text", "loop", "write", "network:unet", "network:vae_decoder"} <= set(timings)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lcg_fraction": 0.0}, {"lcg_fraction": 1.0}, {"substitute": ["blue"]}, {"negative_prompt": None},
+        {"guidance_scale": 1.0}, {"patched_fraction": 1.0}, {"soft_blending": True}, {"vae_sample": True},
+        {"gch_background": "intermediate"}, {"blend_noise": "fixed"}, {"blend_output": True}, {"lcg_mask_dilate": 12},
+        {"guidance_rescale": 0.7}, {"sharpness": 0.0}, {"strength": 0.5}, {"gch_field": 0.8}, {"lcg_field": 0.9},
+        {"substitute": ["blue"], "tas_stages": ["tokens_lcg", "tokens_gch", "pooled_lcg", "pooled_gch"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_parameter_matters_and_keeps_far_pixels(dm: DreamMix, fields: dict[str, Any]) -> None:
+    out = pixels(dm, **fields)
+    np.testing.assert_array_equal(out[FAR], PIXELS[FAR])
+    assert out.tobytes() != pixels(dm).tobytes()
+
+
+def test_reference_mode_gives_the_size_it_worked_on(dm: DreamMix) -> None:
+    result = dm.inpaint(IMAGE, MASK, "a red sks mug", mode="reference", num_inference_steps=2, substitute=["blue"])
+    assert result.images[0].size == (128, 128)
+    small = dm.inpaint(IMAGE, MASK, "a mug", mode="reference", num_inference_steps=2, reference_resize=(96, 160))
+    assert small.images[0].size == (160, 96)
+
+
+def test_a_tiny_and_an_odd_picture(dm: DreamMix) -> None:
+    one = dm.inpaint(np.zeros((1, 1, 3), np.uint8), np.full((1, 1), 255, np.uint8), "a mug", num_inference_steps=1)
+    assert one.images[0].size == (1, 1)
+    mask = np.zeros((37, 400), np.uint8)
+    mask[:, 390:] = 255
+    odd = dm.inpaint(RNG.integers(0, 255, (37, 400, 3), np.uint8), mask, "a mug", num_inference_steps=2)
+    assert odd.images[0].size == (400, 37)
+
+
+def test_a_png_carries_its_request_and_makes_it_again(dm: DreamMix, tmp_path: Path) -> None:
+    result = dm.inpaint(IMAGE, MASK, "a red sks müg", num_inference_steps=2, seed=3, num_images_per_prompt=2)
+    for suffix in ("png", "jpg", "webp"):
+        save(result, tmp_path / f"b.{suffix}", index=1)
+    request = read_request(tmp_path / "b.png")
+    assert request == result.request.replace(seed=4, num_images_per_prompt=1)
+    assert pixels(dm, request).tobytes() == np.asarray(Image.open(tmp_path / "b.png")).tobytes()
+    (tmp_path / "r.json").write_text(request.to_json())
+    assert read_request(tmp_path / "r.json") == request
+    save(result, tmp_path / "silent.png", metadata=False)
+    for name in ("silent.png", "b.jpg", "absent.png"):
+        with pytest.raises(InputError, match=name):
+            read_request(tmp_path / name)
+    with pytest.raises(InputError, match="picture format"):
+        save(result, tmp_path / "b.tga")
+    assert not list(tmp_path.glob("*.tga"))
+
+
+def test_stages_are_kept_when_asked_for(dm: DreamMix) -> None:
+    kept = dm.inpaint(IMAGE, MASK, "a mug", num_inference_steps=STEPS, keep_stages=True).stages
+    assert list(kept) == ["crop", "fill", "local result", "handed over", "last result"]
+    assert kept["handed over"].size == IMAGE.size
+    assert dm.inpaint(IMAGE, MASK, "a mug", num_inference_steps=1).stages == {}
