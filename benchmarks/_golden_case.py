@@ -280,7 +280,7 @@ def find_cases(folder: Path, wanted: Sequence[str] = ()) -> list[Case]:
     """The cases of a folder in the golden format, or those of them that are wanted."""
     names = sorted(file.parent.name for file in folder.glob("*/golden.npz"))
     lacking = [name for name in wanted if name not in names]
-    if lacking or not names:
+    if lacking or not (names or (folder / "units.npz").is_file()):
         held = ", ".join(names) or "nothing"
         raise SystemExit(f"{folder}: no case {', '.join(lacking) or 'at all'}; it holds {held}")
     return [Case(folder / name) for name in names if not wanted or name in wanted]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,8 +27,8 @@ from dreammix_trt.engine.networks import EngineSet  # noqa: E402
 from dreammix_trt.engine.stages import Networks  # noqa: E402
 
 
-def main() -> int:
-    """Print the table; 1 where an array misses its bound."""
+def main(words: Sequence[str] | None = None) -> int:
+    """Print the table; 1 where an array misses its bound. words: of the command line, where it is not the process's."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
     parser.add_argument("--threads", type=int, default=0, help="threads to use (0: as many as the machine has)")
@@ -35,7 +36,7 @@ def main() -> int:
     parser.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0])
     parser.add_argument("--cases", nargs="*", default=[], help="folders of cases (default: all, and units.npz)")
     parser.add_argument("--no-run", action="store_true", help="only what follows from recorded inputs")
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(words)
     kernels.set_threads(chosen.threads)
     bench = Benchmark("golden", threads=chosen.threads or None)
     if not chosen.cases and (chosen.folder / "units.npz").is_file():
@@ -56,7 +57,7 @@ def checked(case: Case, networks: Networks, *, whole: bool = True) -> list[Row]:
 
 def _loaded(cases: list[Case], backend: str, threads: int | None) -> list[tuple[Case, Networks]]:
     """Each case with its networks, shared by the cases of one model."""
-    rank = max(case.rank for case in cases)
+    rank = max((case.rank for case in cases), default=0)
     made: dict[str, Networks] = {}
     for case in cases:
         base = str(case.base)

@@ -20,6 +20,7 @@ from _common import Benchmark, embedded_engine
 from PIL import Image
 
 from dreammix_trt.core.checkpoint import BaseFiles
+from dreammix_trt.trainer.micro.captions import describe
 from dreammix_trt.trainer.micro.judge import Judge
 from dreammix_trt.trainer.micro.world import Scene, held_out_scenes
 
@@ -54,9 +55,7 @@ def paint(
 ) -> Iterable[tuple[np.ndarray[Any, Any], Scene]]:
     """Every scene's object painted into its background."""
     for index, (scene, mask) in enumerate(scenes):
-        what = scene.attributes
-        words = [what.colour, what.pattern, what.shape] if what.pattern != "plain" else [what.colour, what.shape]
-        prompt = f"a photo of a {' '.join(words)} on a table".replace("a orange", "an orange")
+        prompt = describe(scene.attributes)
         picture = Image.fromarray(np.where(mask, 255, 0).astype(np.uint8))
         result = dm.inpaint(
             Image.fromarray(scene.background), picture, prompt, seed=index, num_inference_steps=steps, **fields

@@ -148,7 +148,7 @@ def _digest(file: Path) -> str:
 
 
 def _swap(temporary: Path, target: Path) -> None:
-    """Put `temporary` in `target`'s place; what was there ends under `temporary`'s name where the system can exchange."""
+    """Put `temporary` in `target`'s place; what was there may end under `temporary`'s name."""
     if not target.exists():
         temporary.rename(target)
         return
@@ -166,7 +166,7 @@ def _swap(temporary: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two directories in one step (Linux' renameat2), so that not even a kill leaves neither; False: cannot."""
+    """Exchange two directories in one step (Linux' renameat2), so that no kill can leave neither; False: cannot."""
     import ctypes
 
     if not sys.platform.startswith("linux"):

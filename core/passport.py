@@ -104,7 +104,9 @@ class Passport:
     def _of(cls, record: Mapping[str, Any]) -> Passport:
         lists = {"networks": NetworkEntry, "subjects": SubjectEntry}
         plain = {name: value for name, value in record.items() if name not in lists}
-        entries = {name: tuple(_typed(kind, entry) for entry in record[name]) for name, kind in lists.items()}
+        entries: dict[str, tuple[Any, ...]] = {
+            name: tuple(_typed(kind, entry) for entry in record[name]) for name, kind in lists.items()
+        }
         passport = _typed(cls, {**plain, **entries})
         if passport.networks_at not in PLACES:
             raise ValueError(f"networks_at is {passport.networks_at!r}, expected one of {', '.join(PLACES)}")

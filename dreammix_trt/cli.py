@@ -107,6 +107,9 @@ def build(
     head: Annotated[Path | None, typer.Option(help="inpaint_head.pth; default: the one in the base's folder.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Bake the subject into weights of its own.")] = False,
     slot_rank: Annotated[int, typer.Option(min=1, max=256, help="Largest LoRA rank the base takes.")] = 8,
+    patch_biases: Annotated[
+        bool, typer.Option("--patch-biases", help="Apply the patch's biases too (Fooocus).")
+    ] = False,
     self_contained: Annotated[bool, typer.Option("--self-contained", help="Copy the base's engines into OUT.")] = False,
     store: Store = None,
 ) -> None:
@@ -116,7 +119,7 @@ def build(
     with _bar("building") as update:
         passport = build_engine(
             lora, out=out, base=base, patch=patch, head=head, name=name, merge=merge, slot_rank=slot_rank,
-            store=store, self_contained=self_contained, progress=update,
+            patch_biases=patch_biases, store=store, self_contained=self_contained, progress=update,
         )  # fmt: skip
     subjects = ", ".join(subject.name for subject in passport.subjects) or "no subject"
     err_console.print(f"{out}: {subjects}")

@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,15 +114,20 @@ def write_photos(folder: Path, count: int = 5, size: int = 192) -> list[Image.Im
     return pictures
 
 
-def places(count: int, seed: int, size: tuple[int, int], extent: tuple[float, float]) -> list[Place]:
-    """Held-out rooms of (height, width) `size` with a region for an object of `extent` pixels in each."""
-    from dreammix_trt.trainer.micro.world import held_out_scenes
+def places(
+    count: int, seed: int, size: tuple[int, int], extent: tuple[float, float], shape: str = "mug"
+) -> list[Place]:
+    """Rooms of (height, width) `size` the model has not seen, each with a region for a `shape` of `extent` pixels."""
+    from dreammix_trt.trainer.micro import world
 
-    scenes = held_out_scenes(count, seed=90_000 + seed, size=size, object_size=extent)
-    return [
-        Place(Image.fromarray(scene.background), Image.fromarray(np.where(mask, 255, 0).astype(np.uint8)))
-        for scene, mask in scenes
-    ]
+    rng = np.random.default_rng([90_000, seed])
+    rooms = []
+    for _ in range(count):
+        what = replace(world.random_attributes(rng), shape=shape)
+        scene = world.render_scene(rng, what, size, object_size=float(rng.uniform(*extent)))
+        mask = world.draw_mask(rng, scene.box, *size)
+        rooms.append(Place(Image.fromarray(scene.background), Image.fromarray(np.where(mask, 255, 0).astype(np.uint8))))
+    return rooms
 
 
 class Gallery:
@@ -133,7 +138,6 @@ class Gallery:
         self._large = places(5, 1, (192, 192), (105.0, 130.0))
         self._wide = places(2, 2, (256, 384), (96.0, 110.0))
         self._small = places(2, 3, (256, 256), (48.0, 52.0))
-        self._done = 0
         self.pictures = 0
         self.timings: dict[str, float] = {}
         self.first: Result
@@ -177,17 +181,18 @@ class Gallery:
         return Row('A small object in a larger picture: "a red sks mug"', tiles)
 
     def _base_row(self) -> Row:
-        prompts = (
-            "a blue striped teapot",
-            "a red dotted bowl",
-            "a green plain bottle",
-            "a pink checkered star",
-            "an empty table",
+        wanted = (
+            "blue striped teapot",
+            "red dotted bowl",
+            "green plain bottle",
+            "pink checkered heart",
+            "black plain house",
         )
-        tiles = [
-            Tile(self._paint(place, prompt, 60 + k), f'"{prompt}"')
-            for k, (prompt, place) in enumerate(zip(prompts, self._large, strict=True))
-        ]
+        tiles = []
+        for number, words in enumerate(wanted):
+            (place,) = places(1, 10 + number, (192, 192), (105.0, 125.0), words.split()[-1])
+            prompt = f"a photo of a {words} on a table"
+            tiles.append(Tile(self._paint(place, prompt, 60 + number), f'"{prompt}"'))
         return Row("The base model without the subject's word", tiles)
 
     def _paint(self, place: Place, prompt: str, number: int, **fields: Any) -> Image.Image:

@@ -177,7 +177,16 @@ class Canvas:
     @cached_property
     def feather(self) -> U8:
         """The weight of what is pasted, uint8 (H, W); 0 where pixels stay as they are."""
-        return kernels.feather(self.mask, self.feather_width)
+        weight = np.zeros(self.size, np.uint8)
+        weight[self._near] = kernels.feather(np.ascontiguousarray(self.mask[self._near]), self.feather_width)
+        return weight
+
+    @cached_property
+    def _near(self) -> tuple[slice, slice]:
+        """The part of the canvas that a paste can change: the mask and the feather around it."""
+        r0, r1, c0, c1 = mask_bounds(self.mask)
+        reach = self.feather_width
+        return slice(max(r0 - reach, 0), r1 + reach), slice(max(c0 - reach, 0), c1 + reach)
 
     def box(self, field: float) -> Box:
         """The crop box of a stage. In native mode it contains the mask and has an aspect the engines take."""
@@ -233,9 +242,13 @@ class Canvas:
         """
         if local is None or not self.keeps_local(frame, local[0]):
             return self.hand_over(frame, decoded)
-        whole = (0, self.size[0], 0, self.size[1])
-        mixed = kernels.paste(_placed(self.image, *local), _placed(self.image, frame, decoded), whole, self._seam)
-        return kernels.paste(self.image, mixed, whole, self.feather)
+        pictures = (_placed(self.image, *local), _placed(self.image, frame, decoded), self.image)
+        inside, seam, around = (np.ascontiguousarray(picture[self._near]) for picture in pictures)
+        part = (0, around.shape[0], 0, around.shape[1])
+        mixed = kernels.paste(inside, seam, part, np.ascontiguousarray(self._seam[self._near]))
+        out = self.image.copy()
+        out[self._near] = kernels.paste(around, mixed, part, np.ascontiguousarray(self.feather[self._near]))
+        return out
 
     @cached_property
     def _seam(self) -> U8:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import _common
 from benchmarks._golden_case import Case, Run, find_cases, networks_for, replay
-from benchmarks.golden import checked
+from benchmarks.golden import checked, main
 from benchmarks.golden_units import Row
 from dreammix_trt.core.noise import SeededNoise
 from dreammix_trt.engine.networks import EngineSet
 from dreammix_trt.engine.stages import Networks
 from tests.support.tiny_model import random_factors, unet_attention_modules, write_tiny_lora, write_tiny_model
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +85,8 @@ CONFIG: dict[str, Any] = {
     "reference_resize": [64, 64], "prompt": "a photo of sks red mug", "negative_prompt": None, "seed": 1,
     "num_inference_steps": 6, "strength": 1.0, "guidance_scale": 4.0, "guidance_rescale": 0.0, "isf_global_time": 4,
     "isf_global_ia": 1, "inpaint_respective_field": 0.5, "fooocus_time": 0.8, "sharpness": 1,
-    "adm_scaler_positive": 1.5,    "adm_scaler_negative": 0.8, "adm_scaler_end": 0.3, "soft_blending": False, "tas_enabled": False,
+    "adm_scaler_positive": 1.5, "adm_scaler_negative": 0.8, "adm_scaler_end": 0.3, "soft_blending": False,
+    "tas_enabled": False,
     "decompose_prefix_prompt": "", "sks_decompose_words": [], "loras": [], "vae_sample": True, "upscaler": None,
     "clip_skip": None,
 }  # fmt: skip
@@ -198,13 +196,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_benchmark_prints_one_object(golden: Path, tmp_path: Path) -> None:
+def test_the_benchmark_prints_one_object(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for beside in ("model", "inpaint_head.pth", "units.npz"):
         (tmp_path / beside).symlink_to(golden / beside)
-    command = [sys.executable, str(ROOT / "benchmarks" / "golden.py"), str(tmp_path), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    monkeypatch.setattr(_common, "RESULTS", tmp_path / "results")
+    assert main([str(tmp_path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
     assert told["name"] == "golden"
     assert len(told["rows"]) > 30
     assert all(row["pass"] for row in told["rows"])
+
+
+def test_a_folder_without_cases_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no case at all"):
+        main([str(tmp_path)])

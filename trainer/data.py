@@ -133,9 +133,7 @@ def draw_view(rng: np.random.Generator, photograph: Photograph, side: int) -> Vi
     else:
         extent = min(subject * rng.uniform(1.2, 2.2), max(height, width))
     extent = max(extent, subject + 2.0)
-    left, top = (
-        _place(rng, low, high, extent, length) for low, high, length in ((x0, x1, width), (y0, y1, height))
-    )
+    left, top = (_place(rng, low, high, extent, length) for low, high, length in ((x0, x1, width), (y0, y1, height)))
     piece = max(2, round(extent))
     image = _square(photograph.image, left, top, piece, side, Image.Resampling.LANCZOS)
     inside = np.where(photograph.subject, 255, 0).astype(np.uint8)
@@ -181,7 +179,7 @@ def random_hole(rng: np.random.Generator, subject: Mask) -> Mask:
     grow = 0.1 * 10 ** rng.uniform(0, 1)
     half_w, half_h = (x1 - x0) / 2 * (1 + grow), (y1 - y0) / 2 * (1 + grow)
     cx, cy = (x0 + x1) / 2, (y0 + y1) / 2
-    corners = np.array([(-half_w, -half_h), (half_w, -half_h), (half_w, half_h), (-half_w, half_h)]) + np.array([cx, cy])
+    corners = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * np.array([half_w, half_h]) + np.array([cx, cy])
     jitter = rng.uniform(1, 20) / 1024 * max(height, width)
     corners = corners + rng.uniform(-jitter, jitter, (4, 2))
     outline: list[tuple[float, float]] = []

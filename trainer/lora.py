@@ -39,7 +39,8 @@ class Recipe:
     """What suits a base: small ones train for less time with larger steps and batches.
 
     regular: share of regular samples (eq. 8); regular_pictures: how many of them the base paints first; views: training
-    views drawn of all photographs together.
+    views drawn of all photographs together; constant: share of the steps at the full learning rate, which then falls
+    to zero in a straight line (1.0: never, as in the reference).
     """
 
     steps: int
@@ -48,9 +49,17 @@ class Recipe:
     views: int
     regular: float
     regular_pictures: int
+    constant: float = 1.0
+
+    def rate_at(self, step: int, steps: int) -> float:
+        """The factor of the learning rate at a step, 0-based."""
+        left = (steps - step) / steps
+        return 1.0 if self.constant >= 1 else min(1.0, left / (1 - self.constant))
 
 
-SMALL = Recipe(steps=240, learning_rate=1e-3, batch=4, views=60, regular=0.3, regular_pictures=24)
+# Chosen on the embedded model by eye and by its attribute judge: without regular pictures "a green sks mug" breaks up
+# into the subject's own tones, with three in ten the subject itself is learnt too weakly.
+SMALL = Recipe(steps=400, learning_rate=3e-3, batch=4, views=60, regular=0.1, regular_pictures=12, constant=0.5)
 FULL = Recipe(steps=1000, learning_rate=1e-4, batch=4, views=60, regular=0.3, regular_pictures=24)
 
 
@@ -217,6 +226,8 @@ class _Trainer:
         begun = time.monotonic()
         shown = 0.0
         for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = self._rate * self.recipe.rate_at(step, steps)
             loss = self._loss()
             value = float(loss.detach())
             if not math.isfinite(value):
@@ -307,7 +318,7 @@ def _chosen(first: Tensor, yes: Samples, no: Samples) -> Samples:
 
 
 def _write(folder: Path, trainer: _Trainer, record: TrainRecord, merged: bool) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     factors = trainer.factors()
     tensors = {}
@@ -319,10 +330,20 @@ def _write(folder: Path, trainer: _Trainer, record: TrainRecord, merged: bool) -
         "rank": str(record.rank), "steps": str(record.steps), "loss": record.loss_name, "base": record.base,
         "base_hashes": json.dumps(record.base_hashes),
     }  # fmt: skip
-    save_file(tensors, folder / FILE_NAME, metadata)
+    (folder / FILE_NAME).write_bytes(_ordered(save(tensors, metadata)))
     if merged:
         _write_merged(folder / "unet", trainer.networks.base, factors)
     write_json(folder / RECORD, asdict(record) | {"lora_sha256": sha256_of(folder / FILE_NAME)})
+
+
+def _ordered(file: bytes) -> bytes:
+    """A safetensors file with its metadata in order; the library writes them in a different order each time."""
+    size = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + file[8 + size :]
 
 
 def _write_merged(folder: Path, base: BaseFiles, factors: dict[str, tuple[Tensor, Tensor]]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from dreammix_trt.core.errors import FileFormatError, InputError
-from dreammix_trt.core.files import atomic_directory, atomic_file, read_json, sha256_of, write_json
+from dreammix_trt.core.files import atomic_directory, atomic_file, check_place, read_json, sha256_of, write_json
 
 
 def names(folder: Path) -> set[str]:
@@ -113,3 +115,30 @@ def test_json_that_is_none_is_named(tmp_path: Path) -> None:
             read_json(tmp_path / "b.json")
     with pytest.raises(FileFormatError, match="missing"):
         read_json(tmp_path / "c.json")
+
+
+def test_what_killed_programs_left_behind_is_removed_and_the_livings_is_not(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = [tmp_path / f".engine.{process}.abc.tmp" for process in (gone.pid, os.getpid())]
+    for folder in (*left, tmp_path / ".engine.notes.tmp", tmp_path / f".other.{gone.pid}.abc.tmp"):
+        (folder / "inside").mkdir(parents=True)
+    with atomic_directory(tmp_path / "engine"):
+        pass
+    assert names(tmp_path) == {"engine", left[1].name, ".engine.notes.tmp", f".other.{gone.pid}.abc.tmp"}
+
+
+def test_directories_are_replaced_whole_where_the_system_cannot_exchange(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dreammix_trt.core.files._exchange", lambda *_: False)
+    test_a_directory_is_replaced_whole(tmp_path)
+
+
+def test_a_place_is_judged_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    check_place(tmp_path / "new" / "deep", "mark")
+    for place, told in (("file", "is a file"), ("file/below", "is a file"), (".", "holds other files")):
+        with pytest.raises(InputError, match=told):
+            check_place(tmp_path / place, "mark")
+    assert names(tmp_path) == {"file"}

@@ -1,4 +1,4 @@
-"""Passports: what is written is read back; what was changed, cut or made by another version is refused with a remedy."""
+"""Passports: what is written is read back; what was changed, cut or made by another version is refused."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ def passport_of_a_mug() -> Passport:
     )
     subject = SubjectEntry("mug", "sks", "mug", "patched", "subjects/mug.safetensors", "a" * 64, 2048, "lora", "b" * 64)
     return Passport(
-        schema=SCHEMA, created_by="dreammix-trt 0.1.0", backend="onnxruntime", precision="float32", platform="Linux x86_64",
-        base_key="c" * 64, networks_at="store", base={"name": "micro-sdxl", "native_side": 128, "slot_rank": 8, "files": {}},
-        versions={"numpy": "2.0"}, networks=(network,), subjects=(subject,), files={"base.json": "d" * 64},
+        schema=SCHEMA, created_by="dreammix-trt 0.1.0", backend="onnxruntime", precision="float32",
+        platform="Linux x86_64", base_key="c" * 64, networks_at="store",
+        base={"name": "micro-sdxl", "native_side": 128, "slot_rank": 8, "files": {}}, versions={"numpy": "2.0"},
+        networks=(network,), subjects=(subject,), files={"base.json": "d" * 64},
         command="dreammix-trt build --lora lora --out engine",
     )  # fmt: skip
 
@@ -59,7 +60,7 @@ def test_another_schema_is_refused_with_the_command_that_rebuilds(folder: Path, 
 )  # fmt: skip
 def test_a_field_of_another_kind_is_refused(folder: Path, fields: dict[str, Any]) -> None:
     change(folder, **fields)
-    with pytest.raises(EngineError, match="is damaged .*build it again"):
+    with pytest.raises(EngineError, match=r"is damaged .*build it again"):
         Passport.read(folder)
 
 
@@ -78,7 +79,7 @@ def test_a_missing_or_cut_passport_names_the_remedy(folder: Path) -> None:
     with pytest.raises(EngineError, match=r"passport\.json.*dreammix-trt build"):
         Passport.read(folder)
     path.unlink()
-    with pytest.raises(EngineError, match="is missing.*dreammix-trt build"):
+    with pytest.raises(EngineError, match=r"is missing.*dreammix-trt build"):
         Passport.read(folder)
     with pytest.raises(EngineError, match="no engine directory"):
         Passport.read(folder / "nothing")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dreammix_trt.core.errors import EngineError
+from dreammix_trt.core.errors import EngineError, InputError
 from dreammix_trt.core.store import Store, check_files
 
 
@@ -90,3 +90,23 @@ def test_a_changed_or_missing_file_is_named_with_the_remedy(tmp_path: Path) -> N
     (home / "x").unlink()
     with pytest.raises(EngineError, match=r"x is missing; build it"):
         check_files(home, files, verify=False, remedy="build it")
+
+
+def test_a_damaged_entry_is_not_sound_and_is_built_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = Store(tmp_path)
+    for content in ("first", "second"):
+        with store.put("k", {}) as folder:
+            assert folder is not None, "a damaged entry must be built again"
+            (folder / "x").write_text(content)
+        assert store.sound("k") == tmp_path / "k"
+        (tmp_path / "k" / "x").write_text("altered")
+        assert store.sound("k") is None
+    assert "damaged" in caplog.text
+    (tmp_path / "k" / "manifest.json").write_text("{}")
+    assert store.sound("k") is None
+
+
+def test_a_store_in_the_way_of_a_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--store"), Store(tmp_path / "file").put("k", {}):
+        pytest.fail("not reached")

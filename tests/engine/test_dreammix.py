@@ -86,7 +86,7 @@ def test_a_batch_equals_its_requests_alone(dm: DreamMix) -> None:
     assert [len(result.images) for result in results] == [1, 2, 1]
     for request, result in zip(requests, results, strict=True):
         assert np.asarray(result.images[0]).tobytes() == pixels(dm, request).tobytes()
-    with pytest.raises(InputError, match="size|is 10x10"):
+    with pytest.raises(InputError, match="is 10x10"):
         dm.inpaint_batch([Job(IMAGE, MASK, requests[0]), Job(IMAGE, MASK.resize((10, 10)), requests[0])])
 
 
@@ -150,7 +150,7 @@ def test_bad_input_is_refused_before_the_first_step(dm: DreamMix) -> None:
         dm.iterate(IMAGE, MASK, "a mug", guidance_scale=float("nan"))
     with pytest.raises(InputError, match="repaints nothing"):
         dm.iterate(IMAGE, Image.new("L", IMAGE.size), "a mug")
-    with pytest.raises(InputError, match="150 tokens|fit"):
+    with pytest.raises(InputError, match="152 tokens long"):
         dm.iterate(IMAGE, MASK, "mug " * 150)
     with pytest.raises(InputError, match="'sks'"):
         dm.iterate(IMAGE, MASK, "a red mug", substitute=["blue"])
@@ -187,7 +187,7 @@ def test_timings_are_disjoint_and_name_the_networks(dm: DreamMix) -> None:
     "fields",
     [
         {"lcg_fraction": 0.0}, {"lcg_fraction": 1.0}, {"substitute": ["blue"]}, {"negative_prompt": None},
-        {"guidance_scale": 1.0}, {"patched_fraction": 1.0}, {"soft_blending": True}, {"vae_sample": True},
+        {"guidance_scale": 1.0}, {"patched_fraction": 0.3}, {"soft_blending": True}, {"vae_sample": True},
         {"gch_background": "intermediate"}, {"blend_noise": "fixed"}, {"blend_output": True}, {"lcg_mask_dilate": 12},
         {"guidance_rescale": 0.7}, {"sharpness": 0.0}, {"strength": 0.5}, {"gch_field": 0.8}, {"lcg_field": 0.9},
         {"substitute": ["blue"], "tas_stages": ["tokens_lcg", "tokens_gch", "pooled_lcg", "pooled_gch"]},

@@ -1,0 +1,107 @@
+"""Engine directories when things go wrong: killed and simultaneous builds, damaged stores, unusable places."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from dreammix_trt.building import build
+from dreammix_trt.core.errors import EngineError, InputError
+from dreammix_trt.core.passport import Passport
+from dreammix_trt.core.store import Store
+from dreammix_trt.engine.build import check_engine
+from tests.conftest import write_lora
+
+BUILDER = """
+    import os, sys
+    from dreammix_trt import building
+    from dreammix_trt.engine import build as engine_build
+    lora, out, name, die = sys.argv[1:]
+    if die == "die":
+        engine_build._write = lambda *_: os.kill(os.getpid(), 9)
+    print(building.build(lora, out=out, name=name).subjects[0].name)
+"""
+
+
+def start(lora: Path, out: Path, name: str, how: str = "live") -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", textwrap.dedent(BUILDER), str(lora), str(out), name, how]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_build_leaves_the_old_engine_and_the_next_cleans_up(mug_engine: Path, tmp_path: Path) -> None:
+    out, lora = tmp_path / "engine", write_lora(tmp_path / "lora", seed=4)
+    build(lora, out=out, name="old")
+    killed = start(lora, out, "new", "die")
+    killed.communicate(timeout=120)
+    assert killed.returncode == -9
+    assert check_engine(out).subjects[0].name == "old"
+    assert [file for file in tmp_path.iterdir() if file.name.startswith(".engine.")]
+    build(lora, out=out, name="new")
+    assert check_engine(out).subjects[0].name == "new"
+    assert {file.name for file in tmp_path.iterdir()} == {"engine", "lora"}
+
+
+def test_builds_of_one_place_at_once_leave_one_whole_engine(mug_engine: Path, tmp_path: Path) -> None:
+    out, lora = tmp_path / "engine", write_lora(tmp_path / "lora", seed=4)
+    names = ["one", "two", "three"]
+    running = [start(lora, out, name) for name in names]
+    told = [process.communicate(timeout=180) for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], told
+    assert [text.strip() for text, _ in told] == names
+    passport = check_engine(out)
+    assert passport.subjects[0].name in names
+    assert {file.stem for file in (out / "subjects").iterdir()} == {passport.subjects[0].name}
+    assert {file.name for file in tmp_path.iterdir()} == {"engine", "lora"}
+
+
+def test_a_damaged_base_is_found_and_the_remedy_works(
+    mug_engine: Path, mug_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passport = Passport.read(mug_engine)
+    folder = Store().get(passport.base_key)
+    assert folder is not None
+    whole = shutil.copytree(folder, tmp_path / "whole", ignore=shutil.ignore_patterns("manifest.json"))
+    victim = folder / "weights" / "inpaint_head.safetensors"
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(EngineError, match=r"inpaint_head\.safetensors is not what was built.*dreammix-trt build"):
+        check_engine(mug_engine)
+    monkeypatch.setattr(
+        "dreammix_trt.export.onnx_export.export_base",  # the real one takes long and has tests of its own
+        lambda _, out, **__: shutil.copytree(whole, out, dirs_exist_ok=True),
+    )
+    assert build(mug_lora, out=mug_engine, name="mug") == passport
+    check_engine(mug_engine, verify=True)
+
+
+def test_a_place_that_cannot_be_used_is_told_before_any_work(tmp_path: Path, mug_lora: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday.jpg").write_bytes(b"")
+    store = tmp_path / "store"
+    for out, told in (("file", "is a file"), ("file/below", "is a file"), ("photos", "holds other files")):
+        with pytest.raises(InputError, match=told):
+            build(mug_lora, out=tmp_path / out, store=store)
+    assert not store.exists()
+
+
+def test_a_store_that_cannot_be_made_is_told(tmp_path: Path, mug_lora: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"store .*cannot be made.*--store"):
+        build(mug_lora, out=tmp_path / "engine", store=tmp_path / "file" / "store")
+    assert not (tmp_path / "engine").exists()
+
+
+def test_an_engine_for_another_back_end_is_refused(mug_engine: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    passport = Passport.read(mug_engine)
+    replace(passport, backend="tensorrt", subjects=()).write(tmp_path)
+    with pytest.raises(EngineError, match=r"'tensorrt'.*dreammix-trt build"):
+        check_engine(tmp_path)

@@ -1,0 +1,190 @@
+"""Training on a tiny random base: what is written, that it is what was learnt, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+for _name in ("torch", "diffusers", "transformers", "peft"):
+    pytest.importorskip(_name, reason="the trainer needs its extra")
+
+from dreammix_trt.core.checkpoint import BaseFiles  # noqa: E402
+from dreammix_trt.core.errors import FileFormatError, InputError, MissingExtraError  # noqa: E402
+from dreammix_trt.core.lora import read_lora  # noqa: E402
+from dreammix_trt.trainer.lora import SMALL, Recipe, train_lora  # noqa: E402
+from tests.support.tiny_model import unet_attention_modules, write_tiny_model  # noqa: E402
+
+TINY = replace(SMALL, views=4, regular_pictures=2)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> BaseFiles:
+    return BaseFiles.open(write_tiny_model(tmp_path_factory.mktemp("tiny") / "base").folder)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for part in ("image", "mask"):
+        (folder / part).mkdir()
+    for index in range(2):
+        image, mask = rng.integers(0, 256, (60, 80, 3), np.uint8), np.zeros((60, 80), np.uint8)
+        mask[20:45, 25:60] = 255
+        Image.fromarray(image).save(folder / "image" / f"{index:02d}.png")
+        Image.fromarray(mask).save(folder / "mask" / f"{index:02d}.png")
+    return folder
+
+
+def train(photos: Path, out: Path, base: BaseFiles, **fields: Any) -> Any:
+    given = {"steps": 3, "threads": 1, "recipe": TINY, "learning_rate": 0.01} | fields
+    return train_lora(photos, "mug", out, base=base, **given)
+
+
+def test_it_writes_a_lora_of_every_key_value_and_output(base: BaseFiles, photos: Path, tmp_path: Path) -> None:
+    told: list[tuple[str, float, str]] = []
+    record = train(photos, tmp_path / "lora", base, rank=2, progress=lambda *event: told.append(event))
+    lora = read_lora(tmp_path / "lora")
+    expected = unet_attention_modules(dict(base.configs["unet"]))
+    found = {name: (a.shape[0], b.shape[1]) for name, (a, b) in lora.factors["unet"].items()}
+    assert found == expected
+    assert set(lora.factors) == {"unet"}
+    assert lora.rank == 2
+    assert all(np.abs(b).max() > 0 for _, b in lora.factors["unet"].values())
+    assert lora.metadata["token"] == "sks"
+    assert lora.metadata["class_name"] == "mug"
+    assert json.loads(lora.metadata["base_hashes"]) == base.content_hashes()
+    written = json.loads((tmp_path / "lora" / "train.json").read_text())
+    assert written["steps"] == record.steps == 3
+    assert written["prompt"] == "a photo of a sks mug"
+    assert written["photographs"] == ["00.png", "01.png"]
+    assert record.parameters == sum(2 * (rows + columns) for rows, columns in expected.values())
+    assert [fraction for _, fraction, _ in told] == sorted(fraction for _, fraction, _ in told)
+    assert told[-1][1] == 1
+    assert "loss" in told[-1][2]
+    assert "left" in told[-1][2]
+    assert [path.name for path in tmp_path.iterdir()] == ["lora"]
+
+
+def test_the_same_seed_gives_the_same_file_and_another_does_not(base: BaseFiles, photos: Path, tmp_path: Path) -> None:
+    files = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(photos, tmp_path / name, base, seed=seed)
+        files.append((tmp_path / name / "pytorch_lora_weights.safetensors").read_bytes())
+    assert files[0] == files[1]
+    assert files[0] != files[2]
+
+
+def test_training_lowers_the_loss(base: BaseFiles, photos: Path, tmp_path: Path) -> None:
+    recipe = replace(TINY, regular=0.0, views=2, batch=8)
+    record = train(photos, tmp_path / "lora", base, steps=40, recipe=recipe, rank=8, learning_rate=0.02)
+    assert record.loss < 0.95 * record.first_loss  # a random UNet leaves eight factors a module little to win
+
+
+def test_merged_weights_are_the_patched_unet_plus_the_factors(base: BaseFiles, photos: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    train(photos, tmp_path / "lora", base, merged=True, loss="paper")
+    merged = load_file(tmp_path / "lora" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert json.loads((tmp_path / "lora" / "unet" / "config.json").read_text())["addition_embed_type"] == "text_time"
+    factors = read_lora(tmp_path / "lora").factors["unet"]
+    patched = base.unet_patched_state()
+    assert merged.keys() == patched.keys()
+    for name, value in patched.items():
+        module = name.removesuffix(".weight")
+        added = (factors[module][0] @ factors[module][1]).T if module in factors else 0
+        np.testing.assert_allclose(merged[name], value + added, rtol=1e-5, atol=1e-6)
+
+
+def test_training_again_replaces_its_own_folder_but_no_other(base: BaseFiles, photos: Path, tmp_path: Path) -> None:
+    train(photos, tmp_path / "lora", base, steps=1)
+    train(photos, tmp_path / "lora", base, steps=2)
+    assert json.loads((tmp_path / "lora" / "train.json").read_text())["steps"] == 2
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("keep me")
+    with pytest.raises(InputError, match="home"):
+        train(photos, tmp_path / "home", base)
+    assert (tmp_path / "home" / "letter.txt").read_text() == "keep me"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rank": 0}, "rank is 0"),
+        ({"steps": 0}, "steps is 0"),
+        ({"learning_rate": float("nan")}, "learning rate is nan"),
+        ({"learning_rate": 0.0}, "learning rate is 0"),
+        ({"loss": "l1"}, "loss is 'l1'"),
+        ({"token": "two words"}, "one word"),
+        ({"token": ""}, "one word"),
+        ({"prompt": "a photo of a mug"}, "does not hold the token 'sks'"),
+        ({"prompt": "a sks mug " + "on the table " * 40}, "tokens; at most 77"),
+        ({"seed": -1}, "seed is -1"),
+        ({"threads": 0}, "threads is 0"),
+    ],
+)
+def test_parameters_out_of_range_are_refused_and_nothing_is_written(
+    base: BaseFiles, photos: Path, tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        train(photos, tmp_path / "lora", base, **fields)
+    assert not any(tmp_path.iterdir())
+
+
+def test_other_bad_input(base: BaseFiles, photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="class name is empty"):
+        train_lora(photos, "  ", tmp_path / "lora", base=base)
+    with pytest.raises(InputError, match="no such folder"):
+        train(tmp_path / "nowhere", tmp_path / "lora", base)
+    with pytest.raises(FileFormatError, match="not a diffusers folder"):
+        train_lora(photos, "mug", tmp_path / "lora", base=photos)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_training_that_diverges_writes_nothing(
+    base: BaseFiles, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dreammix_trt.trainer.lora.reweighted_loss", lambda eps, *_: eps.sum() * float("nan"))
+    with pytest.raises(InputError, match=r"nan at step 1.*diverged.*smaller learning rate than 0.01"):
+        train(photos, tmp_path / "lora", base)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_unwritable_place_is_refused_before_training(base: BaseFiles, photos: Path, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(InputError, match="cannot be written"):
+        train(photos, tmp_path / "lora", base)
+
+
+@pytest.mark.parametrize("package", ["peft", "torch"])
+def test_a_missing_extra_is_named(
+    base: BaseFiles, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=r"pip install dreammix-trt\[train\]"):
+        train(photos, tmp_path / "lora", base)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_base_without_patch_and_head_trains_too(photos: Path, tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "base")
+    model.patch.unlink()
+    model.head.unlink()
+    recipe = Recipe(steps=2, learning_rate=1e-3, batch=2, views=2, regular=0.0, regular_pictures=0)
+    record = train_lora(photos, "mug", tmp_path / "lora", base=model.folder, recipe=recipe, threads=1)
+    assert record.steps == 2
+
+
+def test_the_learning_rate_falls_after_its_constant_share() -> None:
+    falling = replace(TINY, constant=0.5)
+    assert [falling.rate_at(step, 4) for step in range(4)] == [1.0, 1.0, 1.0, 0.5]
+    assert replace(TINY, constant=1.0).rate_at(3, 4) == 1.0
