@@ -71,7 +71,7 @@ def setup() -> None:
     if not python().exists():
         print("Making .venv ...", flush=True)
         venv.create(VENV, with_pip=True)
-    pip = [python(), "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "-c", "constraints.txt"]
+    pip = [python(), "-m", "pip", "install", "--disable-pip-version-check", "-qq", "-c", "constraints.txt"]
     print("Installing torch, the tools and the project (some minutes the first time) ...", flush=True)
     run(*pip, TORCH)
     target = f".[{EXTRAS}]"

@@ -18,6 +18,7 @@ computed in double precision and rounded to float32.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -136,6 +137,7 @@ def _unsigned(value: int, bits: int, name: str) -> int:
     return int(value)
 
 
+@functools.cache
 def _parts_of(label: str) -> tuple[str, int | None]:
     """Kind and named step of a label: "blend_noise_step03" -> ("blend_noise", 3)."""
     match = re.fullmatch(r"(.+)_step(\d+)", label)

@@ -242,12 +242,22 @@ class Canvas:
         """
         if local is None or not self.keeps_local(frame, local[0]):
             return self.hand_over(frame, decoded)
-        pictures = (_placed(self.image, *local), _placed(self.image, frame, decoded), self.image)
-        inside, seam, around = (np.ascontiguousarray(picture[self._near]) for picture in pictures)
+        around = np.ascontiguousarray(self.image[self._near])
+        inside, seam = (self._placed(*stage) for stage in (local, (frame, decoded)))
         part = (0, around.shape[0], 0, around.shape[1])
         mixed = kernels.paste(inside, seam, part, np.ascontiguousarray(self._seam[self._near]))
         out = self.image.copy()
         out[self._near] = kernels.paste(around, mixed, part, np.ascontiguousarray(self.feather[self._near]))
+        return out
+
+    def _placed(self, frame: Frame, decoded: U8) -> U8:
+        """The canvas around the mask (`_near`) with a stage's picture put into its box."""
+        tops, lefts = (part.indices(side)[:2] for part, side in zip(self._near, self.size, strict=True))
+        r0, r1, c0, c1 = frame.box
+        rows, cols = (max(r0, tops[0]), min(r1, tops[1])), (max(c0, lefts[0]), min(c1, lefts[1]))
+        content = _to_box(decoded, frame.box)[rows[0] - r0 : rows[1] - r0, cols[0] - c0 : cols[1] - c0]
+        out = self.image[self._near].copy()
+        out[rows[0] - tops[0] : rows[1] - tops[0], cols[0] - lefts[0] : cols[1] - lefts[0]] = content
         return out
 
     @cached_property
@@ -286,11 +296,4 @@ def _nearest(mask: U8, size: Size, box: Box) -> U8:
     rows, cols = np.nonzero(mask[box[0] : box[1], box[2] : box[3]] > 127)
     out = np.zeros(size, np.uint8)
     out[rows * size[0] // (box[1] - box[0]), cols * size[1] // (box[3] - box[2])] = 255
-    return out
-
-
-def _placed(image: U8, frame: Frame, decoded: U8) -> U8:
-    out = image.copy()
-    r0, r1, c0, c1 = frame.box
-    out[r0:r1, c0:c1] = _to_box(decoded, frame.box)
     return out

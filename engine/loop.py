@@ -94,7 +94,8 @@ def draw_all(noises: Sequence[NoiseProvider], draw: Draw | None, shape: Sequence
     if draw is None:
         return np.zeros(tuple(shape), np.float32)
     one = (1, *shape[1:])
-    return np.concatenate([noise.draw(draw[0], one, draw[1]) for noise in noises])
+    drawn = [noise.draw(draw[0], one, draw[1]) for noise in noises]
+    return drawn[0] if len(drawn) == 1 else np.concatenate(drawn)
 
 
 def _as_it_is(step: Step, stage: Stage, x: F32, x0: F32) -> tuple[F32, F32]:
