@@ -26,7 +26,7 @@ from dreammix_trt.trainer.micro.world import Scene, held_out_scenes
 
 LARGE = (64.0, 96.0)
 #: object sides in pixels of 128: as in the first study of this model, and so that the mask is a tenth of the frame
-SMALL = {"small, 20..28 px": (20.0, 28.0), "small, mask a tenth": (30.0, 38.0)}
+SMALL = {"small, side a tenth": (11.0, 15.0), "small, 20..28 px": (20.0, 28.0), "small, mask a tenth": (30.0, 38.0)}
 WAYS: dict[str, dict[str, Any]] = {
     "local, all steps": {"lcg_fraction": 1.0},
     "whole frame": {"lcg_fraction": 0.0},

@@ -73,7 +73,9 @@ def atomic_directory(path: str | os.PathLike[str], marker: str | None = None) ->
 def check_place(path: str | os.PathLike[str], marker: str | None = None) -> None:
     """Raise InputError when `atomic_directory(path, marker)` would: known before the work, not after it."""
     target = Path(path).resolve()
-    if target.exists() and not target.is_dir():
+    with _refusing(target):
+        taken = target.exists()
+    if taken and not target.is_dir():
         raise InputError(f"{target} is a file; name a directory that is new or was made by this program")
     if marker and target.is_dir() and not (target / marker).exists() and any(target.iterdir()):
         raise InputError(
@@ -229,6 +231,8 @@ def _refusing(target: Path) -> Iterator[None]:
         yield
     except PermissionError as error:
         raise InputError(f"{target} cannot be written ({error.strerror}); choose a place you may write to") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{target} is a directory; name a file") from error
     except (FileExistsError, NotADirectoryError) as error:
         raise InputError(f"{target} cannot be made: {error.filename} is a file, not a directory") from error
     except OSError as error:
@@ -236,6 +240,8 @@ def _refusing(target: Path) -> Iterator[None]:
 
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BuildError(f"{target}: no space left there; free some or choose another place") from error
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(f"{target} cannot be written: its name is too long; choose a shorter one") from error
         if error.errno == errno.EROFS:
             raise InputError(f"{target} lies on a read-only file system; choose another place") from error
         raise

@@ -8,6 +8,7 @@ PEFT (`unet.<module>.lora_A.weight`), kohya with diffusers block names (`lora_un
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -162,14 +163,18 @@ def _pair(path: Path, name: str, parts: Mapping[str, Floats], alphas: Mapping[st
     if missing:
         raise FileFormatError(f"{path}: {name} has no '{missing.pop()}' factor; the file is incomplete")
     down, up = _matrix(parts["down"]), _matrix(parts["up"])
-    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or 0 in (*down.shape, *up.shape):
         raise FileFormatError(
             f"{path}: {name} has factors of shapes {down.shape} and {up.shape}, which do not multiply"
         )
     if not (np.isfinite(down).all() and np.isfinite(up).all()):
         raise FileFormatError(f"{path}: {name} holds values that are not finite; the training diverged")
     rank = down.shape[0]
+    if "alpha" in parts and parts["alpha"].size != 1:
+        raise FileFormatError(f"{path}: {name} has an alpha of shape {parts['alpha'].shape}, expected one number")
     alpha = float(parts["alpha"].flat[0]) if "alpha" in parts else alphas.get(name.split(".")[0], 1.0) * rank
+    if not math.isfinite(alpha):
+        raise FileFormatError(f"{path}: {name} has alpha {alpha}, which is no number to scale with")
     return np.ascontiguousarray(down.T), np.ascontiguousarray(up.T) * np.float32(alpha / rank)
 
 
@@ -185,16 +190,19 @@ def _peft_scales(path: Path, metadata: Mapping[str, str]) -> dict[str, float]:
     if text is None:
         return {}
     try:
-        fields: dict[str, Any] = json.loads(text)
-    except ValueError as error:
-        raise FileFormatError(f"{path}: its lora_adapter_metadata is not JSON ({error})") from error
+        fields: dict[str, Any] = dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise FileFormatError(f"{path}: its lora_adapter_metadata is not a JSON object ({error})") from error
     if any(fields.get(f"{network}.use_dora") for network in NETWORKS):
         raise FileFormatError(f"{path}: a DoRA file; only plain LoRA can be used, train without use_dora")
-    return {
-        network: float(fields[f"{network}.lora_alpha"]) / float(fields[f"{network}.r"])
-        for network in NETWORKS
-        if fields.get(f"{network}.lora_alpha") and fields.get(f"{network}.r")
-    }
+    try:
+        return {
+            network: float(fields[f"{network}.lora_alpha"]) / float(fields[f"{network}.r"])
+            for network in NETWORKS
+            if fields.get(f"{network}.lora_alpha") and fields.get(f"{network}.r")
+        }
+    except (ValueError, TypeError) as error:
+        raise FileFormatError(f"{path}: its lora_adapter_metadata has no usable alpha and rank ({error})") from error
 
 
 def _some(items: list[str], most: int = 6) -> str:

@@ -110,6 +110,11 @@ class Passport:
         passport = _typed(cls, {**plain, **entries})
         if passport.networks_at not in PLACES:
             raise ValueError(f"networks_at is {passport.networks_at!r}, expected one of {', '.join(PLACES)}")
+        if not isinstance(passport.base.get("files", {}), dict):
+            raise TypeError(f"base.files is {passport.base['files']!r}, not of type dict")
+        for entry in passport.networks:
+            if not all(isinstance(shape, list) for shape in entry.inputs.values()):
+                raise TypeError(f"the inputs of {entry.name} are {entry.inputs!r}, not lists of sides")
         for file in (*passport.files, *(entry.file for entry in passport.subjects)):
             if Path(file).is_absolute() or ".." in Path(file).parts:
                 raise ValueError(f"{file!r} lies outside the directory")
@@ -148,7 +153,7 @@ class Passport:
             )
             for entry in self.networks
         ]
-        sources: Rows = [(name, digest[:16]) for name, digest in base.get("files", {}).items()]
+        sources: Rows = [(name, str(digest)[:16]) for name, digest in base.get("files", {}).items()]
         versions: Rows = list(self.versions.items())
         return [
             ("Engine", facts),

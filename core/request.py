@@ -140,7 +140,7 @@ class Request:
         """Read `to_json`. Raises InputError for other JSON, unknown fields, values out of range or a newer schema."""
         try:
             fields = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"the request is not valid JSON ({error})") from error
         if not isinstance(fields, dict) or not isinstance(fields.get("schema"), int):
             raise InputError("the request is not a JSON object with a schema number; write one with Request.to_json()")
@@ -186,7 +186,10 @@ def _whole(least: int, most: int) -> Check:
         allowed = f"a whole number from {least} to {most}"
         if isinstance(value, bool) or not hasattr(value, "__index__"):
             raise _refuse(name, value, allowed)
-        number = value.__index__()
+        try:
+            number = value.__index__()
+        except TypeError:  # an array of several numbers
+            raise _refuse(name, value, allowed) from None
         if not least <= number <= most:
             raise _refuse(name, value, allowed)
         return int(number)
@@ -199,7 +202,10 @@ def _number(least: float, most: float, *, above: bool = False) -> Check:
         allowed = f"a number {'above' if above else 'from'} {least:g} {'up ' if above else ''}to {most:g}"
         if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__"):
             raise _refuse(name, value, allowed)
-        number = float(value)
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):  # an array of several numbers; an integer beyond all floats
+            raise _refuse(name, value, allowed) from None
         if not math.isfinite(number) or not least <= number <= most or (above and number == least):
             raise _refuse(name, value, allowed)
         return number

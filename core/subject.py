@@ -22,6 +22,7 @@ from dreammix_trt.core.lora import NETWORKS, Factors, Lora
 Floats = NDArray[np.float32]
 Target = Literal["patched", "raw", "both"]
 SCHEMA = 1
+_LARGEST = float(np.finfo(np.float16).max)
 _TARGETS: dict[str, tuple[str, ...]] = {"patched": ("unet",), "raw": ("unet_raw",), "both": ("unet", "unet_raw")}
 
 
@@ -83,6 +84,8 @@ def write_subject(path: str | Path, subject: Subject) -> None:
     for network, modules in subject.factors.items():
         for module, (a, b) in modules.items():
             for side, factor in zip("AB", _balanced(a, b), strict=True):
+                if not np.abs(factor).max(initial=0) <= _LARGEST:
+                    raise FileFormatError(f"{network}.{module} has factors beyond float16; the LoRA is damaged")
                 tensors[f"{network}.{module}.{side}"] = np.ascontiguousarray(factor, dtype=np.float16)
     facts = {name: getattr(subject, name) for name in _FACTS}
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

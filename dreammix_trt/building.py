@@ -56,6 +56,8 @@ def build(
     Raises FileFormatError, InputError, BuildError; `out` is then as it was.
     """
     update = progress or (lambda *_: None)
+    if not 1 <= slot_rank <= 256:
+        raise InputError(f"slot_rank is {slot_rank}; allowed: 1 to 256")
     check_place(out, PASSPORT)
     shelf = Store(Path(store) if store else None)
     files = BaseFiles.open(base, patch, head, patch_biases)

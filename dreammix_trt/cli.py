@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -129,6 +129,7 @@ def build(
 def inspect(
     engine: Annotated[Path, typer.Argument(help="An engine directory.")],
     verify: Annotated[bool, typer.Option("--verify", help="Hash every file again.")] = False,
+    store: Store = None,
     as_json: AsJson = False,
 ) -> None:
     """Print what an engine was made from."""
@@ -139,7 +140,7 @@ def inspect(
 
     passport = Passport.read(engine)
     if verify:
-        check_engine(engine, verify=True)
+        check_engine(engine, verify=True, store=store)
     if as_json:
         typer.echo(json.dumps(passport.to_dict(), indent=2))
         return
@@ -182,20 +183,19 @@ def inpaint(
 ) -> None:
     """Put the subject into the marked region of a picture."""
     from dreammix_trt.engine.dreammix import DreamMix
-    from dreammix_trt.engine.result import save
+    from dreammix_trt.engine.result import save, write_picture
 
     if image is None or mask is None:
         missing = "--image" if image is None else "--mask"
         raise InputError(f"{missing} is missing: give the picture and a mask of the same size (white is repainted)")
     request = _request(
-        from_request,
+        from_request, _fields(set_field or []),
         prompt=prompt, negative_prompt=negative_prompt, subject=subject, substitute=substitute, seed=seed,
         num_inference_steps=steps, num_images_per_prompt=count, guidance_scale=guidance_scale, mode=mode,
-        **_fields(set_field or []),
     )  # fmt: skip
     _check_output(out)
     if save_stages:
-        _check_output(save_stages)
+        _check_output(save_stages, "--save-stages")
     with DreamMix.load(engine, threads=threads, verify=verify, store=store) as dm, _bar("inpainting") as update:
         events = dm.iterate(image, mask, request, keep_stages=save_stages is not None)
         result = None
@@ -211,7 +211,7 @@ def inpaint(
     if save_stages:
         from dreammix_trt.report import stage_sheet
 
-        stage_sheet(result).save(save_stages)
+        write_picture(stage_sheet(result), save_stages)
     if as_json:
         record = {"images": [str(name) for name in names], "seeds": list(result.seeds), "timings": result.timings}
         typer.echo(json.dumps(record))
@@ -242,11 +242,15 @@ def train_base(context: typer.Context) -> None:
     train_micro(context.args)
 
 
-def _request(source: Path | None, **given: Any) -> Request:
-    """The request of a file, overridden by what stands on the command line."""
+def _request(source: Path | None, assigned: Mapping[str, Any], **given: Any) -> Request:
+    """The request of a file, overridden by the `assigned` fields (--set) and the options `given` (None: not given)."""
     from dreammix_trt.core.request import Request
 
-    fields = {name: value for name, value in given.items() if value is not None}
+    options = {name: value for name, value in given.items() if value is not None}
+    twice = sorted(assigned.keys() & options.keys())
+    if twice:
+        raise InputError(f"{', '.join(twice)}: given by --set and by an option of its own; leave one of them")
+    fields = {**assigned, **options}
     if source is not None:
         from dreammix_trt.engine.result import read_request
 
@@ -265,22 +269,24 @@ def _fields(pairs: list[str]) -> dict[str, Any]:
             raise InputError(f"--set {pair!r} is not of the form NAME=VALUE, such as lcg_fraction=0.5")
         try:
             fields[name] = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # not JSON, or a number of thousands of digits
             fields[name] = text
     return fields
 
 
-def _check_output(path: Path) -> None:
+def _check_output(path: Path, option: str = "--out") -> None:
     """Refuse an output that could not be written, before any work is done."""
     import os
 
     folder = path.absolute().parent
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise InputError(f"--out {path}: unknown picture format {path.suffix!r}; use .png, .jpg or .webp")
+        raise InputError(f"{option} {path}: unknown picture format {path.suffix!r}; use .png, .jpg or .webp")
+    if path.is_dir():
+        raise InputError(f"{option} {path} is a directory; name a file in it")
     if not folder.is_dir():
-        raise InputError(f"--out {path}: the folder {folder} does not exist; make it first")
+        raise InputError(f"{option} {path}: the folder {folder} does not exist; make it first")
     if not os.access(folder, os.W_OK):
-        raise InputError(f"--out {path}: the folder {folder} is not writable; choose another place")
+        raise InputError(f"{option} {path}: the folder {folder} is not writable; choose another place")
 
 
 def _escaped(text: str) -> str:

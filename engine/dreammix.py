@@ -173,6 +173,8 @@ class DreamMix:
     def _prepared(self, job: Job) -> _Work:
         """Check everything of a job and do what its pictures share."""
         clock, request = Clock(), job.request
+        if not isinstance(request, Request):
+            raise InputError(f"a job's request is a {type(request).__name__}: give a Request(prompt, ...)")
         networks = Timed(self.networks, clock)
         with clock("read"):
             source = read_image(job.image)

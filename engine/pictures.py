@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ Source = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
 MAX_PIXELS = 89_000_000
 
 _ORIENTATION = 0x0112  # the EXIF tag
+
+#: What Pillow's decoders raise on damaged files.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, TypeError, RuntimeError, struct.error)
 
 #: Raster formats whose decoders run no other program and fetch nothing.
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000", "TGA")
@@ -139,9 +143,9 @@ def _opened(source: Source, label: str, max_pixels: int) -> Image.Image:
         return _decoded(source, label, max_pixels)
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(f"{label} is a {type(source).__name__}: give a path, a PIL image or a uint8 array")
-    if not Path(source).is_file():
-        raise InputError(f"{label}: there is no such file")
     try:
+        if not Path(source).is_file():
+            raise InputError(f"{label}: there is no such file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
             image = Image.open(source, formats=_FORMATS)
@@ -161,7 +165,7 @@ def _decoded(image: Image.Image, label: str, max_pixels: int) -> Image.Image:
         image.load()
         upright = image.getexif().get(_ORIENTATION, 1) == 1
         return image if upright else ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged files
+    except _DAMAGE as error:
         raise InputError(f"{label} is damaged or truncated ({error}): save it again") from error
 
 

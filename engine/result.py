@@ -17,6 +17,9 @@ from dreammix_trt.engine.stages import Painter
 
 METADATA = "dreammix"  # the PNG text chunk that holds the request
 
+_KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_LONGEST = {"PNG": 2**31 - 1, "JPEG": 65500, "WEBP": 16383}  # pixels a side
+
 
 @dataclass(frozen=True)
 class Result:
@@ -61,17 +64,26 @@ def save(result: Result, path: str | os.PathLike[str], *, index: int = 0, metada
 
     A PNG carries the request that makes exactly this picture, unless `metadata` is off; `read_request` reads it back.
     """
+    image = result.images[index]
+    request = result.request.replace(seed=result.seeds[index], num_images_per_prompt=1)
+    write_picture(image, path, request if metadata else None)
+
+
+def write_picture(image: Image.Image, path: str | os.PathLike[str], request: Request | None = None) -> None:
+    """Write a picture (.png, .jpg, .webp), atomically; a PNG also carries `request`. InputError where it cannot be."""
     from dreammix_trt.core.files import atomic_file
 
     target = Path(path)
-    image, suffix = result.images[index], target.suffix.lower()
-    kind = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(suffix)
+    kind = _KINDS.get(target.suffix.lower())
     if kind is None:
         raise InputError(f"{target}: unknown picture format {target.suffix!r}; use .png, .jpg or .webp")
+    if max(image.size) > _LONGEST[kind]:
+        raise InputError(
+            f"{target}: {image.width}x{image.height}, but {kind} holds {_LONGEST[kind]} pixels a side; use .png"
+        )
     options: dict[str, Any] = {"icc_profile": image.info.get("icc_profile")}
-    if kind == "PNG" and metadata:
+    if kind == "PNG" and request is not None:
         options["pnginfo"] = PngImagePlugin.PngInfo()
-        request = result.request.replace(seed=result.seeds[index], num_images_per_prompt=1)
         options["pnginfo"].add_itxt(METADATA, request.to_json())
     if kind != "PNG":
         options["quality"] = 95
@@ -95,7 +107,7 @@ def read_request(path: str | os.PathLike[str]) -> Request:
             text = source.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{source} is missing: give a request's JSON file or a PNG made here") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{source} cannot be read as a request ({error}): give its JSON or a PNG made here") from error
     try:
         return Request.from_json(text)

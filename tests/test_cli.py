@@ -88,6 +88,9 @@ BAD: dict[str, tuple[list[str], str]] = {
     "unknown field": (["--set", "lambda=0.7"], "lambda"),
     "unknown subject": (["--subject", "teapot"], "teapot"),
     "unknown format": (["--out", "{place}/bad.xyz"], ".xyz"),
+    "a directory as output": (["--out", "{place}"], "format"),
+    "given twice": (["--guidance-scale", "3", "--set", "guidance_scale=2"], "guidance_scale"),
+    "beyond all numbers": (["--set", "sharpness=" + "9" * 500], "sharpness"),
     "no such folder": (["--out", "{place}/none/bad.png"], "none"),
     "from what is no request": (["--from", "{place}/image.png"], "image.png"),
 }
@@ -109,6 +112,11 @@ def test_bad_input_is_named_and_leaves_nothing(name: str, mug_engine: Path, plac
 
 def test_a_prompt_that_is_too_long_is_cut_only_when_told(mug_engine: Path, place: Path) -> None:
     done = inpaint(mug_engine, place, "--prompt", "a red sks mug " * 40, "--set", "truncate_prompt=true", out="cut.png")
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_field_can_be_set(mug_engine: Path, place: Path) -> None:
+    done = inpaint(mug_engine, place, "--set", "guidance_scale=3", "--set", "negative_prompt=null", out="set.png")
     assert done.returncode == 0, done.stderr
 
 
