@@ -120,6 +120,12 @@ def test_every_field_can_be_set(mug_engine: Path, place: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_version_needs_no_command() -> None:
+    from dreammix_trt import __version__
+
+    assert run("--version").stdout.strip() == __version__
+
+
 def test_an_engine_that_is_none(place: Path) -> None:
     done = inpaint(place / "nothing", place)
     assert done.returncode == 2
