@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
+from dreammix_trt.trainer.data import latent_mask
 from dreammix_trt.trainer.micro import world
 from dreammix_trt.trainer.micro.captions import caption
 from dreammix_trt.trainer.micro.parallel import Team
@@ -59,13 +60,6 @@ def render_shard(team: Team, work: Path, native: int, scenes: int, seed: int) ->
             named = world.SHAPES.index(a.shape), world.COLOURS.index(a.colour), world.PATTERNS.index(a.pattern)
             facts[index] = (*named, *box, scene.sharp_side, int(empty))
         team.wait()
-
-
-def latent_mask(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """bool (H, W) -> float32 (H/8, W/8): 1 where any pixel of the 8x8 cell is masked."""
-    height, width = mask.shape
-    cells = mask.reshape(height // 8, 8, width // 8, 8).any((1, 3))
-    return np.asarray(cells, np.float32)
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

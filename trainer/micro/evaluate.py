@@ -22,9 +22,9 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from numpy.typing import NDArray
 
+from dreammix_trt.trainer.data import latent_mask
 from dreammix_trt.trainer.micro import world
 from dreammix_trt.trainer.micro.captions import describe
-from dreammix_trt.trainer.micro.data import latent_mask
 from dreammix_trt.trainer.micro.judge import Judge, crop_around
 from dreammix_trt.trainer.micro.networks import Denoiser, InpaintHead, TextEncoders, noise_table
 from dreammix_trt.trainer.micro.patch import apply_patch

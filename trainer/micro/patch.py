@@ -2,55 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-
-_RESNET = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
-}  # fmt: skip
-_OUTER = {
-    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
-}  # fmt: skip
-
-
-def sgm_from_diffusers(name: str, layers_per_block: int, down_blocks: Sequence[str], up_blocks: Sequence[str]) -> str:
-    """The sgm name (without ``diffusion_model.``) of a diffusers UNet tensor, for any SDXL-like topology.
-
-    In sgm every resnet (with its attention) and every downsampler takes the next number of ``input_blocks``; in
-    ``output_blocks`` the upsampler stands last inside its block's last entry.
-    """
-    parts = name.split(".")
-    for outer, inner in _OUTER.items():
-        if name.startswith(outer + "."):
-            return inner + name[len(outer) :]
-    if parts[0] == "mid_block":
-        place = (
-            f"middle_block.{2 * int(parts[2])}" if parts[1] == "resnets" else f"middle_block.{1 + 2 * int(parts[2])}"
-        )
-        return _finish(place, parts[1], parts[3:])
-    block, part, layer = int(parts[1]), parts[2], int(parts[3])
-    if parts[0] == "down_blocks":
-        base = 1 + block * (layers_per_block + 1)
-        if part == "downsamplers":
-            return f"input_blocks.{base + layers_per_block}.0.op.{parts[-1]}"
-        return _finish(f"input_blocks.{base + layer}.{int(part == 'attentions')}", part, parts[4:])
-    base = block * (layers_per_block + 1)
-    if part == "upsamplers":
-        last = 2 if "CrossAttn" in up_blocks[block] else 1
-        return f"output_blocks.{base + layers_per_block}.{last}.conv.{parts[-1]}"
-    return _finish(f"output_blocks.{base + layer}.{int(part == 'attentions')}", part, parts[4:])
-
-
-def _finish(place: str, part: str, rest: list[str]) -> str:
-    if part == "resnets":
-        return ".".join([place, _RESNET[rest[0]], *rest[1:]])
-    return ".".join([place, *rest])
-
 
 Entry = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -14,20 +14,18 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from dreammix_trt.core.keymap import sgm_to_diffusers
 from dreammix_trt.trainer.micro.networks import InpaintHead, TextEncoders, build_unet
-from dreammix_trt.trainer.micro.patch import Entry, load_patch, make_patch, save_patch, sgm_from_diffusers
+from dreammix_trt.trainer.micro.patch import Entry, load_patch, make_patch, save_patch
 
 PATCH_FILE, HEAD_FILE, RECORD_FILE = "micro.fooocus.patch", "inpaint_head.pth", "training.json"
 State = Mapping[str, torch.Tensor]
 
 
 def sgm_names(unet: UNet2DConditionModel) -> dict[str, str]:
-    """diffusers name -> sgm name for every tensor of this UNet."""
-    config = unet.config
-    return {
-        name: sgm_from_diffusers(name, config.layers_per_block, config.down_block_types, config.up_block_types)
-        for name in unet.state_dict()
-    }
+    """diffusers name -> sgm name (without ``diffusion_model.``) for every tensor of this UNet."""
+    names = {ours: theirs.removeprefix("diffusion_model.") for theirs, ours in sgm_to_diffusers(unet.config).items()}
+    return {name: names[name] for name in unet.state_dict()}
 
 
 def write_model(
