@@ -1,52 +1,61 @@
-"""What a user holds of a base model: an SDXL checkpoint in diffusers' folder layout, a Fooocus patch and its head.
+"""What a user holds of a base model: an SDXL checkpoint, a Fooocus patch and its head, another VAE or tokenizer.
 
-Nothing here needs torch: weights are read as numpy arrays. Single-file checkpoints join here as a second reader of
-`configs` and `state`.
+The checkpoint is a diffusers folder (`core/diffusers_folder.py`) or a single file (`core/single_file.py`). Nothing here
+needs torch, and weights are read one tensor at a time, when asked for.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, Literal
 
 from dreammix_trt.core import fooocus, keymap
+from dreammix_trt.core.diffusers_folder import read_config, read_configs, read_state, weight_files
 from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.files import sha256_of
+from dreammix_trt.core.recognise import check_sdxl, check_weights
+from dreammix_trt.core.single_file import read_single_file, read_vae
+from dreammix_trt.core.stored import Array, Floats
+from dreammix_trt.core.tensors import Weights, open_tensors
+from dreammix_trt.core.tokenizer_files import (
+    CLIP_MERGES,
+    CLIP_TOKENS,
+    END,
+    PADS,
+    check_tokenizer,
+    pad_token_of,
+    write_tokenizer_files,
+)
 
-Floats = NDArray[np.float32]
-State = dict[str, Floats]
+State = Mapping[str, Floats]
+Config = dict[str, Any]
 
 EMBEDDED = Path(__file__).parents[1] / "models" / "micro-sdxl"
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
-_STEMS = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-    "text_encoder_2": "model",
-}
+_PATCHED = "an inpainting UNet brings its own head; leave patch and head away, or use a text-to-image base"
 
 
 @dataclass(frozen=True)
 class BaseFiles:
     """A base model on disk, checked; weights are read when asked for. Made by `BaseFiles.open`.
 
-    folder: the diffusers folder; patch, head: their files, or None for a base without inpainting patch;
-    patch_biases: whether the patch's `.bias` deltas count (Fooocus does, the reference does not);
-    configs: component name -> its config.json.
+    folder: the diffusers folder or the single file; patch, head_file: their files, or None for a base without
+    inpainting patch; patch_biases: whether the patch's `.bias` deltas count (Fooocus does, the reference does not);
+    configs: component name -> its config.json, the UNet's always for 4 input channels; nine_channels: the UNet has five
+    more, which are its inpaint head; vae: a VAE used instead of the base's own; tokenizer: a folder used instead.
     """
 
     folder: Path
     patch: Path | None
     head_file: Path | None
     patch_biases: bool
-    configs: Mapping[str, dict[str, Any]] = field(repr=False)
+    configs: Mapping[str, Config] = field(repr=False)
+    nine_channels: bool = field(default=False, kw_only=True)
+    vae: Path | None = field(default=None, kw_only=True)
+    tokenizer: Path | None = field(default=None, kw_only=True)
 
     @classmethod
     def open(
@@ -55,40 +64,46 @@ class BaseFiles:
         patch: str | Path | None = None,
         head: str | Path | None = None,
         patch_biases: bool = False,
+        *,
+        vae: str | Path | None = None,
+        tokenizer: str | Path | None = None,
     ) -> BaseFiles:
-        """The base in `path` (None: the embedded model), with the patch and head given or lying in the folder.
+        """The base in `path` (None: the embedded model), with the patch and head given or lying in its folder.
 
-        Raises `FileFormatError` when the folder is not an epsilon-predicting 4-channel SDXL in diffusers' layout, a
-        part is missing, or only one of patch and head is there.
+        path: a diffusers folder, or a single `.safetensors` or `.ckpt` file; vae: a folder with config.json and
+        weights (or with such a folder `vae/`), or a file; tokenizer: a folder with `tokenizer/` and `tokenizer_2/`, or
+        with the files of one tokenizer for both encoders. Only headers are read.
+
+        Raises `FileFormatError` when this is no epsilon-predicting SDXL, saying what it is; when a part is missing or
+        truncated; and when only one of patch and head is there, or either with a UNet that has its own head.
         """
-        folder = EMBEDDED if path is None else Path(path)
-        if not (folder / "model_index.json").is_file():
-            if path is None:
-                raise FileFormatError(
-                    f"the embedded model is not installed ({folder}); name a diffusers folder instead"
-                )
-            kind = "is a single file" if folder.is_file() else "has no model_index.json"
-            raise FileFormatError(
-                f"{folder}: not a diffusers folder ({kind}); give the folder that holds unet/, vae/, ..."
-            )
-        configs = {name: _read_json(folder / name / "config.json") for name in COMPONENTS}
-        scheduler = folder / "scheduler" / "scheduler_config.json"
-        if scheduler.is_file():
-            configs["scheduler"] = _read_json(scheduler)
-        _check_sdxl(folder, configs)
-        for name in COMPONENTS:
-            _weight_files(folder, name)
-        for name in TOKENIZERS:
-            if not (folder / name).is_dir():
-                raise FileFormatError(f"{folder}: {name}/ is missing")
-        patch_file = _given_or_beside(patch, folder, "*.fooocus.patch")
-        head_file = _given_or_beside(head, folder, "*inpaint_head.*")
+        base = cls._found(path, vae, tokenizer)
+        patch_file = _given_or_beside(patch, base.folder, "*.fooocus.patch")
+        head_file = _given_or_beside(head, base.folder, "*inpaint_head.*")
+        if base.nine_channels and (patch_file or head_file):
+            raise FileFormatError(f"{patch_file or head_file}: does not go with {base.folder}: {_PATCHED}")
         if (patch_file is None) != (head_file is None):
             there, absent = ("patch", "head") if head_file is None else ("head", "patch")
             raise FileFormatError(
                 f"{patch_file or head_file}: an inpaint {there} without its {absent}; patch and head belong together"
             )
-        return cls(folder, patch_file, head_file, patch_biases, configs)
+        return replace(base, patch=patch_file, head_file=head_file, patch_biases=patch_biases)
+
+    @classmethod
+    def _found(cls, path: str | Path | None, vae: str | Path | None, tokenizer: str | Path | None) -> BaseFiles:
+        """The base without patch and head, checked."""
+        folder = EMBEDDED if path is None else Path(path)
+        if path is None and not folder.is_dir():
+            raise FileFormatError(f"the embedded model is not installed ({folder}); name a base instead")
+        own_vae = _vae_place(Path(vae)) if vae is not None else None
+        own_tokenizer = Path(tokenizer) if tokenizer is not None else None
+        configs = _configs(folder, own_vae)
+        check_sdxl(folder, configs)
+        base = cls(folder, None, None, False, configs, vae=own_vae, tokenizer=own_tokenizer)
+        channels = check_weights(folder, configs["unet"], {name: base._state(name) for name in COMPONENTS})
+        configs["unet"] = {**configs["unet"], "in_channels": 4}
+        base._check_tokenizers()
+        return replace(base, nine_channels=channels == 9)
 
     @property
     def native_side(self) -> int:
@@ -113,29 +128,38 @@ class BaseFiles:
     def scaling_factor(self) -> float:
         return float(self.configs["vae"]["scaling_factor"])
 
-    def content_hashes(self) -> dict[str, str]:
-        """Every file that decides what the base computes -> sha256; paths relative to the folder where inside it."""
-        files = [file for name in COMPONENTS for file in _weight_files(self.folder, name)]
-        files += [self.folder / name / "config.json" for name in COMPONENTS]
-        files += [file for name in TOKENIZERS for file in sorted((self.folder / name).iterdir()) if file.is_file()]
-        named = {file.relative_to(self.folder).as_posix(): file for file in files}
-        named |= {key: file for key, file in (("patch", self.patch), ("inpaint_head", self.head_file)) if file}
-        return {key: sha256_of(file) for key, file in sorted(named.items())}
+    @property
+    def has_head(self) -> bool:
+        """Whether the base inpaints by a head: Fooocus' with its patch, or a 9-channel UNet's own."""
+        return self.nine_channels or self.head_file is not None
 
-    def state(self, component: str) -> State:
-        """A component's weights as float32 under diffusers' and transformers' classic names (`text_model....`).
+    @property
+    def head_padding(self) -> Literal["replicate", "zeros"]:
+        """How the head's inputs are padded: Fooocus repeats their edge, a 9-channel UNet's conv_in does not."""
+        return "zeros" if self.nine_channels else "replicate"
 
-        component: "text_encoder", "text_encoder_2", "vae" or "unet" (unpatched).
+    def content_hashes(self, component: str | None = None) -> dict[str, str]:
+        """Every file that decides what the base computes -> sha256; paths relative to the folder where inside it.
+
+        component: only the files of one of `COMPONENTS` ("unet" is patched, "unet_raw" is not), of "tokenizer" (both),
+        or of "inpaint_head". Of a single file every component depends on the whole file.
         """
-        state: State = {}
-        for file in _weight_files(self.folder, component):
-            state.update(_read_safetensors(file))
-        if component.startswith("text_encoder"):
-            return {_classic_text_name(name): value for name, value in state.items() if "position_ids" not in name}
-        return state
+        names = (*COMPONENTS, "tokenizer", "inpaint_head") if component is None else (component,)
+        files = {key: file for name in names for key, file in self._files(name).items()}
+        return {key: sha256_of(file) for key, file in sorted(files.items())}
 
-    def unet_patched_state(self) -> State:
-        """The UNet with the inpainting patch, float32 (without a patch: the raw UNet)."""
+    def state(self, component: str) -> Weights:
+        """A component's weights under diffusers' and transformers' classic names (`text_model....`), read as float32.
+
+        component: "text_encoder", "text_encoder_2", "vae" or "unet" (unpatched, with 4 input channels).
+        """
+        weights = self._state(component)
+        if component == "unet" and self.nine_channels:
+            return weights.arranged({name: (name, _four if name == "conv_in.weight" else None) for name in weights})
+        return weights
+
+    def unet_patched_state(self) -> Weights:
+        """The UNet with the inpainting patch, added when a tensor is read (without a patch: the raw UNet)."""
         raw = self.state("unet")
         if self.patch is None:
             return raw
@@ -146,7 +170,9 @@ class BaseFiles:
             raise FileFormatError(f"{self.patch} on {self.folder}: {error}") from error
 
     def head(self) -> Floats:
-        """The inpainting head, float32 (feature channels, 5, 3, 3)."""
+        """The inpainting head, float32 (feature channels, 5, 3, 3), inputs [mask, masked latent x 4]."""
+        if self.nine_channels:
+            return self._state("unet").arranged({"head": ("conv_in.weight", _five)})["head"]
         if self.head_file is None:
             raise FileFormatError(f"{self.folder}: this base has no inpaint head; give one with its patch")
         head = fooocus.read_head(self.head_file)
@@ -156,69 +182,96 @@ class BaseFiles:
             )
         return head
 
+    def pad_token(self, name: str) -> str:
+        """What fills a prompt up to 77 tokens for "tokenizer" or "tokenizer_2", as the files say, else as SDXL does."""
+        source = self._tokenizer_folder(name)
+        if source is None or source == self.tokenizer:  # one tokenizer for both encoders: the padding is SDXL's
+            return PADS[name]
+        return pad_token_of(source) or END
 
-def _check_sdxl(folder: Path, configs: Mapping[str, dict[str, Any]]) -> None:
-    unet = configs["unet"]
-    if unet.get("addition_embed_type") != "text_time":
-        raise FileFormatError(
-            f"{folder}/unet: not an SDXL UNet (addition_embed_type is {unet.get('addition_embed_type')!r}, "
-            "expected 'text_time'); SD 1.5 and 2.x bases cannot be used"
-        )
-    if unet.get("in_channels") != 4:
-        raise FileFormatError(
-            f"{folder}/unet: takes {unet.get('in_channels')} input channels, expected 4; use a text-to-image SDXL "
-            "checkpoint, the inpainting comes from the Fooocus patch"
-        )
-    width = sum(int(configs[name]["hidden_size"]) for name in ("text_encoder", "text_encoder_2"))
-    if unet.get("cross_attention_dim") != width:
-        raise FileFormatError(
-            f"{folder}/unet: cross_attention_dim is {unet.get('cross_attention_dim')}, but both text encoders together "
-            f"give {width} (an SDXL refiner, or mixed components?)"
-        )
-    prediction = configs.get("scheduler", {}).get("prediction_type", "epsilon")
-    if prediction != "epsilon":
-        raise FileFormatError(f"{folder}/scheduler: prediction_type is {prediction!r}; only epsilon models can be used")
-    keymap.attention_depths(unet)
+    def write_tokenizer(self, name: str, target_folder: str | Path) -> None:
+        """Write "tokenizer" or "tokenizer_2" as vocab.json, merges.txt and special_tokens_map.json (its padding)."""
+        write_tokenizer_files(self._tokenizer_folder(name), Path(target_folder), self.pad_token(name))
+
+    def _state(self, component: str) -> Weights:
+        if component == "vae" and self.vae is not None:
+            return read_state(self.vae, "vae") if self.vae.is_dir() else read_vae(open_tensors(self.vae))[1]
+        if self.folder.is_dir():
+            return read_state(self.folder / component, component)
+        return read_single_file(self.folder, vae=component == "vae")[component][1]
+
+    def _tokenizer_folder(self, name: str) -> Path | None:
+        """The folder of a tokenizer; None: CLIP's own, as a single file brings none."""
+        if self.tokenizer is not None:
+            return self.tokenizer / name if (self.tokenizer / name).is_dir() else self.tokenizer
+        return self.folder / name if self.folder.is_dir() else None
+
+    def _check_tokenizers(self) -> None:
+        for name in TOKENIZERS:
+            source = self._tokenizer_folder(name)
+            if source is not None:
+                if not source.is_dir():
+                    raise FileFormatError(f"{source.parent}: {source.name}/ is missing")
+                check_tokenizer(source)
+                continue
+            tokens = self.configs[name.replace("tokenizer", "text_encoder")]["vocab_size"]
+            if tokens != CLIP_TOKENS:
+                raise FileFormatError(
+                    f"{self.folder}: its text encoders know {tokens} tokens, CLIP's tokenizer {CLIP_TOKENS}; "
+                    "give the folder of its own as tokenizer"
+                )
+
+    def _files(self, name: str) -> dict[str, Path]:
+        """The files that decide a component, by what they are called in a passport."""
+        if name == "tokenizer":
+            folders = {name: self._tokenizer_folder(name) for name in TOKENIZERS}
+            return {
+                f"{name}/{file.name}": file
+                for name, folder in folders.items()
+                for file in ([CLIP_MERGES] if folder is None else sorted(folder.iterdir()))
+                if file.is_file()
+            }
+        if name == "inpaint_head" and not self.nine_channels:
+            return {name: self.head_file} if self.head_file else {}
+        component = "unet" if name in ("unet_raw", "inpaint_head") else name
+        patch = {"patch": self.patch} if name == "unet" and self.patch else {}
+        override = self.vae if component == "vae" else None
+        if override is None and self.folder.is_file():
+            return {"base": self.folder, **patch}
+        if override is not None and override.is_file():
+            return {"vae": override}
+        folder = override or self.folder / component
+        files = [*weight_files(folder, component), folder / "config.json"]
+        return {**{f"{component}/{file.name}": file for file in files}, **patch}
 
 
-def _weight_files(folder: Path, component: str) -> list[Path]:
-    """The safetensors of a component: one file or shards, full precision before fp16."""
-    for variant in ("", ".fp16"):
-        single = folder / component / f"{_STEMS[component]}{variant}.safetensors"
-        if single.is_file():
-            return [single]
-        index = folder / component / f"{_STEMS[component]}.safetensors.index{variant}.json"
-        if index.is_file():
-            shards = [index.parent / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
-            absent = [shard.name for shard in shards if not shard.is_file()]
-            if absent:
-                raise FileFormatError(f"{index.parent}: shards {', '.join(absent)} are missing")
-            return shards
-    raise FileFormatError(f"{folder}: {component}/{_STEMS[component]}.safetensors is missing")
+def _configs(folder: Path, vae: Path | None) -> dict[str, Config]:
+    """Every component's config, the VAE's of the override where there is one."""
+    own = tuple(name for name in COMPONENTS if name != "vae" or vae is None)
+    if folder.is_dir() or not folder.exists():
+        configs = read_configs(folder, own)
+    else:
+        configs = {name: config for name, (config, _) in read_single_file(folder, vae=vae is None).items()}
+    if vae is not None:
+        configs["vae"] = read_config(vae) if vae.is_dir() else _vae_file_config(vae)
+    return configs
 
 
-def _read_safetensors(path: Path) -> State:
-    from safetensors import SafetensorError, safe_open
+def _vae_place(path: Path) -> Path:
+    """The folder or file of a VAE given by the user; a pipeline's folder stands for its vae/."""
+    if (path / "vae" / "config.json").is_file():
+        return path / "vae"
+    if not path.exists():
+        raise FileFormatError(f"{path}: no such VAE")
+    return path
 
+
+def _vae_file_config(path: Path) -> Config:
+    weights = open_tensors(path)
     try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118
-    except TypeError as error:
-        raise FileFormatError(f"{path}: {error}; save the weights as fp16 or fp32") from error
-    except (SafetensorError, OSError) as error:
-        raise FileFormatError(f"{path}: truncated, or not a safetensors file ({error})") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileFormatError(f"{path}: missing; a diffusers SDXL folder has it")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FileFormatError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise FileFormatError(f"{path}: expected a JSON object")
-    return value
+        return read_vae(weights)[0]
+    except FileFormatError as error:
+        raise FileFormatError(f"{path}: {error}") from error
 
 
 def _given_or_beside(given: str | Path | None, folder: Path, pattern: str) -> Path | None:
@@ -226,12 +279,15 @@ def _given_or_beside(given: str | Path | None, folder: Path, pattern: str) -> Pa
         if not Path(given).is_file():
             raise FileFormatError(f"{given}: no such file")
         return Path(given)
-    found = sorted(folder.glob(pattern))
+    found = sorted(folder.glob(pattern)) if folder.is_dir() else []
     if len(found) > 1:
         raise FileFormatError(f"{folder}: several files match {pattern}; say which one to use")
     return found[0] if found else None
 
 
-def _classic_text_name(name: str) -> str:
-    """transformers 5 saves some text encoders without the leading `text_model.`; one spelling is enough for us."""
-    return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
+def _four(weight: Array) -> Array:
+    return weight[:, :4]
+
+
+def _five(weight: Array) -> Array:
+    return weight[:, 4:]

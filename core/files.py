@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dreammix_trt.core.errors import BuildError, FileFormatError, InputError
+from dreammix_trt.core.errors import BuildError, DreamMixError, FileFormatError, InputError
 
 _REMEMBERED_FROM = 1 << 20  # smaller files are hashed faster than looked up
 
@@ -26,13 +27,13 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises InputError when the place cannot be written.
     """
     target = Path(path)
-    with _refusing(target):
+    with refusing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
         os.close(handle)
     temporary = Path(name)
     try:
-        with _refusing(target):
+        with refusing(target):
             yield temporary
             _sync(temporary)
             temporary.chmod(0o666 & ~_umask())
@@ -46,20 +47,20 @@ def atomic_directory(path: str | os.PathLike[str], marker: str | None = None) ->
     """Give a temporary directory beside `path`; it takes `path`'s place when the block ends well, and vanishes if not.
 
     An existing directory is exchanged for the new one and deleted after; a reader sees the old or the new one, and what
-    a killed program left behind is removed by the next. marker: a file
-    that tells our own directories: one with other content and without it is never replaced.
+    a killed program left behind is removed by the next. marker: a file that tells our own directories: one with other
+    content and without it is never replaced.
     Raises InputError when the place cannot be written, holds a file, or holds something that is not ours.
     """
     target = Path(path).resolve()
     check_place(target, marker)
-    with _refusing(target):
+    with refusing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target)
         prefix = f".{target.name}.{os.getpid()}."
         temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=target.parent))
         temporary.chmod(0o777 & ~_umask())
     try:
-        with _refusing(target):
+        with refusing(target):
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
@@ -73,7 +74,7 @@ def atomic_directory(path: str | os.PathLike[str], marker: str | None = None) ->
 def check_place(path: str | os.PathLike[str], marker: str | None = None) -> None:
     """Raise InputError when `atomic_directory(path, marker)` would: known before the work, not after it."""
     target = Path(path).resolve()
-    with _refusing(target):
+    with refusing(target):
         taken = target.exists()
     if taken and not target.is_dir():
         raise InputError(f"{target} is a file; name a directory that is new or was made by this program")
@@ -115,18 +116,30 @@ def sha256_of(path: str | os.PathLike[str], *, verify: bool = False) -> str:
     file = Path(path).resolve()
     status = file.stat()
     if status.st_size < _REMEMBERED_FROM:
-        return _digest(file)
-    mark = f"{file}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
-    memory = home() / "hashes" / f"{hashlib.sha256(mark.encode()).hexdigest()}.json"
+        return digest_of(file)
+    mark = _mark(file, status)
     if not verify:
         with contextlib.suppress(FileFormatError):
-            record = read_json(memory)
+            record = read_json(_memory(mark))
             if record.get("mark") == mark and isinstance(record.get("sha256"), str):
                 return str(record["sha256"])
-    digest = _digest(file)
-    with contextlib.suppress(InputError):  # a home that cannot be written only costs time
-        write_json(memory, {"mark": mark, "sha256": digest})
+    digest = digest_of(file)
+    _remember(mark, digest)
     return digest
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file in hex, read now and not remembered: for a file that is yet to be moved to its place."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def remember_sha256(path: Path, digest: str) -> None:
+    """Let `sha256_of` know a hash that was computed before the file was moved to `path`; it is not read again."""
+    file = path.resolve()
+    status = file.stat()
+    if status.st_size >= _REMEMBERED_FROM:
+        _remember(_mark(file, status), digest)
 
 
 def home() -> Path:
@@ -140,13 +153,46 @@ def home() -> Path:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Bytes of all files below a folder; those that vanish meanwhile count nothing."""
+    total = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def size_text(count: int) -> str:
+    """A number of bytes as a person reads it: "812 bytes", "3.4 MiB"."""
+    size, unit = float(count), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{count} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one it was raised from, says that a disk or a quota is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error):  # libraries that are not written in Python say it in words
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _mark(file: Path, status: os.stat_result) -> str:
+    return f"{file}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
+
+
+def _memory(mark: str) -> Path:
+    return home() / "hashes" / f"{hashlib.sha256(mark.encode()).hexdigest()}.json"
+
+
+def _remember(mark: str, digest: str) -> None:
+    with contextlib.suppress(DreamMixError, OSError):  # a home that cannot be written only costs time
+        write_json(_memory(mark), {"mark": mark, "sha256": digest})
 
 
 def _swap(temporary: Path, target: Path) -> None:
@@ -184,13 +230,14 @@ def _one_at_a_time(target: Path) -> Iterator[None]:
     from filelock import FileLock
 
     locks = home() / "locks"
-    try:
+    lock = FileLock(locks / f"{hashlib.sha256(os.fsencode(target)).hexdigest()[:32]}.lock")
+    with contextlib.suppress(OSError):  # no home to write to: go without
         locks.mkdir(parents=True, exist_ok=True)
-    except OSError:  # no home to write to: go without
+        lock.acquire()
+    try:
         yield
-        return
-    with FileLock(locks / f"{hashlib.sha256(os.fsencode(target)).hexdigest()[:32]}.lock"):
-        yield
+    finally:
+        lock.release()
 
 
 def _remove_leftovers(target: Path) -> None:
@@ -225,8 +272,8 @@ def _umask() -> int:
 
 
 @contextlib.contextmanager
-def _refusing(target: Path) -> Iterator[None]:
-    """Turn what the operating system says of a bad place into one of our errors."""
+def refusing(target: Path) -> Iterator[None]:
+    """Turn what the system says of a bad place into one of our errors: InputError, or BuildError when it is full."""
     try:
         yield
     except PermissionError as error:
@@ -236,8 +283,6 @@ def _refusing(target: Path) -> Iterator[None]:
     except (FileExistsError, NotADirectoryError) as error:
         raise InputError(f"{target} cannot be made: {error.filename} is a file, not a directory") from error
     except OSError as error:
-        import errno
-
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BuildError(f"{target}: no space left there; free some or choose another place") from error
         if error.errno == errno.ENAMETOOLONG:

@@ -6,8 +6,9 @@ Facts of both formats: lllyasviel/Fooocus, `modules/inpaint_worker.py` and `modu
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dreammix_trt.core.errors import FileFormatError
+from dreammix_trt.core.stored import Floats, Stored
+from dreammix_trt.core.tensors import Change, Weights, open_tensors
 from dreammix_trt.core.torch_zip import read_torch_zip
 
 log = logging.getLogger(__name__)
-Floats = NDArray[np.float32]
-State = dict[str, Floats]
 
 
 @dataclass(frozen=True)
@@ -33,27 +34,47 @@ class PatchEntry:
     def delta(self) -> Floats:
         """`half(codes/255 * (high - low) + low)` as float32, rounded to half as the reference does."""
         low, high = self.low.astype(np.float32), self.high.astype(np.float32)
-        exact = self.codes.astype(np.float32) / np.float32(255) * (high - low) + low
-        return exact.astype(np.float16).astype(np.float32)
+        exact = self.codes.astype(np.float32)  # in place: at full size this is 50 MB
+        exact /= np.float32(255)
+        exact *= high - low
+        exact += low
+        with np.errstate(over="ignore"):
+            return exact.astype(np.float16).astype(np.float32)
 
 
-def read_patch(path: str | Path) -> dict[str, PatchEntry]:
-    """A `*.fooocus.patch` file: sgm name (`diffusion_model....weight|bias`) -> `PatchEntry`. Needs no torch."""
-    path = Path(path)
-    patch = {}
-    for key, value in read_torch_zip(path).items():
-        parts = value if isinstance(value, tuple | list) else ()
-        if len(parts) != 3 or not all(isinstance(part, np.ndarray) for part in parts) or parts[0].dtype != np.uint8:
-            raise FileFormatError(f"{path}: {key!r} is not (uint8 tensor, min, max); is this a *.fooocus.patch file?")
-        if not _spans(parts[1], parts[0]) or not _spans(parts[2], parts[0]):
-            raise FileFormatError(
-                f"{path}: {key!r} has ranges of shape {parts[1].shape} and {parts[2].shape}, "
-                f"which do not fit its tensor of shape {parts[0].shape}"
-            )
-        patch[str(key)] = PatchEntry(*parts)
-    if not patch:
+class Patch(Mapping[str, PatchEntry]):
+    """A patch file: sgm name (`diffusion_model....weight|bias`) -> `PatchEntry`, read when asked for, and not kept.
+
+    Reading raises `FileFormatError` for a range that is not finite.
+    """
+
+    def __init__(self, entries: Mapping[str, tuple[Stored, Stored, Stored]]) -> None:
+        self._entries = dict(entries)
+
+    def __getitem__(self, key: str) -> PatchEntry:
+        codes, low, high = self._entries[key]
+        return PatchEntry(codes.raw(), low.floats().astype(np.float16), high.floats().astype(np.float16))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """A delta's shape; reads nothing."""
+        return self._entries[key][0].shape
+
+
+def read_patch(path: str | Path) -> Patch:
+    """Open a `*.fooocus.patch` file; only its list of tensors is read. Needs no torch.
+
+    Raises `FileFormatError` for another kind of file, and ranges that do not fit their tensor.
+    """
+    entries = {str(key): _entry(Path(path), key, value) for key, value in read_torch_zip(path).items()}
+    if not entries:
         log.warning("%s: the patch is empty; patched and raw UNet will be the same", path)
-    return patch
+    return Patch(entries)
 
 
 def apply_patch(
@@ -63,19 +84,20 @@ def apply_patch(
     *,
     biases: bool = False,
     alpha: float = 1.0,
-) -> State:
-    """The patched UNet, float32: `W + alpha * delta` for each tensor in the patch, the others unchanged (not copied).
+) -> Weights:
+    """The patched UNet: `W + alpha * delta` for each tensor in the patch when it is read, the others as they are.
 
     state: diffusers name -> float32; names: `keymap.sgm_to_diffusers(config)`. Any subset of the tensors may be
     patched. biases False: only names ending in `.weight` count, as in the reference (reference/dreammix.md 3.3).
-    Raises `FileFormatError` listing names the UNet does not have and shapes that differ.
+    Raises `FileFormatError` listing names the UNet does not have and shapes that differ, before anything is read.
     """
-    known = {key: names[key] for key in patch if names.get(key) in state}
+    weights = Weights.of(state)
+    known = {key: names[key] for key in patch if names.get(key) in weights}
     unknown = [key for key in patch if key not in known]
     differing = [
-        f"{key}: {patch[key].codes.shape} against {state[name].shape}"
+        f"{key}: {_shape(patch, key)} against {weights.shape(name)}"
         for key, name in known.items()
-        if patch[key].codes.shape != state[name].shape
+        if _shape(patch, key) != weights.shape(name)
     ]
     complaints = [f"it names {_some(unknown)}, which this base does not have"] if unknown else []
     complaints += [f"shapes differ ({_some(differing)})"] if differing else []
@@ -83,13 +105,15 @@ def apply_patch(
         raise FileFormatError(f"the patch is for another UNet: {'; '.join(complaints)}")
     used = {key: name for key, name in known.items() if biases or key.endswith(".weight")}
     log.info(
-        "patch: %d tensors applied, %d biases left out, of %d in the UNet",
+        "patch: %d tensors applied, %d biases left out; %d of the UNet's %d are not in the patch",
         len(used),
         len(known) - len(used),
-        len(state),
+        len(weights) - len(known),
+        len(weights),
     )
     scale = np.float32(alpha)
-    return {**state, **{name: state[name] + scale * patch[key].delta() for key, name in used.items()}}
+    changes: dict[str, Change] = {name: partial(_patched, patch, key, scale) for key, name in used.items()}
+    return weights.changed(changes)
 
 
 def read_head(path: str | Path) -> Floats:
@@ -97,26 +121,39 @@ def read_head(path: str | Path) -> Floats:
 
     path: torch's `.pth` ({"head": tensor}, possibly a strided view) or a `.safetensors` with a tensor named `head`.
     """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        try:
-            loaded: Mapping[str, Any] = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise FileFormatError(f"{path}: not a readable safetensors file ({error})") from error
-    else:
-        loaded = read_torch_zip(path)
-    head = loaded.get("head")
-    if not isinstance(head, np.ndarray) or head.ndim != 4 or head.shape[1:] != (5, 3, 3):
+    weights = open_tensors(path)
+    if "head" not in weights or len(weights.shape("head")) != 4 or weights.shape("head")[1:] != (5, 3, 3):
         raise FileFormatError(f"{path}: no tensor 'head' of shape (channels, 5, 3, 3); is this an inpaint head file?")
-    return np.ascontiguousarray(head, dtype=np.float32)
+    return weights["head"]
 
 
-def _spans(limits: NDArray[Any], codes: NDArray[Any]) -> bool:
+def _entry(path: Path, key: Any, value: Any) -> tuple[Stored, Stored, Stored]:
+    parts = value if isinstance(value, tuple | list) else ()
+    if len(parts) != 3 or not all(isinstance(part, Stored) for part in parts) or parts[0].dtype != "uint8":
+        raise FileFormatError(f"{path}: {key!r} is not (uint8 tensor, min, max); is this a *.fooocus.patch file?")
+    codes, low, high = parts
+    if not _spans(low.shape, codes.shape) or not _spans(high.shape, codes.shape):
+        raise FileFormatError(
+            f"{path}: {key!r} has ranges of shape {low.shape} and {high.shape}, "
+            f"which do not fit its tensor of shape {codes.shape}"
+        )
+    return codes, low, high
+
+
+def _patched(patch: Mapping[str, PatchEntry], key: str, scale: np.float32, weight: Floats) -> Floats:
+    delta = patch[key].delta()
+    delta *= scale
+    delta += weight
+    return delta
+
+
+def _shape(patch: Mapping[str, PatchEntry], key: str) -> tuple[int, ...]:
+    return patch.shape(key) if isinstance(patch, Patch) else patch[key].codes.shape
+
+
+def _spans(limits: tuple[int, ...], codes: tuple[int, ...]) -> bool:
     """Whether a range is one number or one per output channel."""
-    return limits.size == 1 or limits.shape == (codes.shape[0],) + (1,) * (codes.ndim - 1)
+    return set(limits) <= {1} or limits == codes[:1] + (1,) * (len(codes) - 1)
 
 
 def _some(items: list[str], most: int = 8) -> str:

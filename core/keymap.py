@@ -1,8 +1,9 @@
-"""The UNet's two naming schemes: sgm (single-file checkpoints, Fooocus patches) and diffusers.
+"""The two naming schemes of UNet and VAE: sgm (single-file checkpoints, Fooocus patches) and diffusers.
 
 sgm numbers everything that ends in a skip connection: `input_blocks.<i>` is the first convolution, then each resnet
 (`.0`, with its attention `.1`), then each downsampler. `output_blocks.<i>` holds one resnet, its attention, and in the
-last entry of a block the upsampler.
+last entry of a block the upsampler. The VAE's names follow the blocks in both schemes; sgm numbers the decoder's from
+the picture inwards.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ _RESNET = {
     "out_layers.3": "conv2",
 }
 _WITHOUT_BIAS = ("to_q", "to_k", "to_v")
+_VAE_RESNET = ("norm1", "conv1", "norm2", "conv2")
+_VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 Pairs = Iterator[tuple[str, str]]
 
 
@@ -46,6 +49,16 @@ def sgm_to_diffusers(unet_config: Mapping[str, Any]) -> dict[str, str]:
         if not diffusers.endswith(_WITHOUT_BIAS):
             names[f"{PREFIX}{sgm}.bias"] = f"{diffusers}.bias"
     return names
+
+
+def vae_to_diffusers(vae_config: Mapping[str, Any]) -> dict[str, str]:
+    """Every tensor of the VAE: `<sgm name>.weight|bias` (without `first_stage_model.`) -> diffusers name.
+
+    vae_config: the diffusers `vae/config.json`; SDXL's own gives 248 names. The weights of the attention's four
+    projections are 1x1 convolutions (C, C, 1, 1) under sgm names and matrices (C, C) in diffusers.
+    """
+    modules = _vae_modules(list(vae_config["block_out_channels"]), int(vae_config.get("layers_per_block", 1)))
+    return {f"{sgm}.{part}": f"{ours}.{part}" for sgm, ours in modules for part in ("weight", "bias")}
 
 
 def attention_depths(config: Mapping[str, Any]) -> tuple[list[list[int]], list[list[int]], int]:
@@ -97,6 +110,37 @@ def _modules(config: Mapping[str, Any]) -> Pairs:
             width, entry = out, entry + 1
         if block + 1 < len(ups):
             yield f"output_blocks.{entry - 1}.{2 if depths[-1] else 1}.conv", f"up_blocks.{block}.upsamplers.0.conv"
+
+
+def _vae_modules(channels: list[int], layers: int) -> Pairs:
+    last = len(channels) - 1
+    for side, way, per_block in (("encoder", "down", layers), ("decoder", "up", layers + 1)):
+        yield f"{side}.conv_in", f"{side}.conv_in"
+        widths = channels if way == "down" else channels[::-1]
+        width = widths[0]
+        for block, out in enumerate(widths):
+            sgm = f"{side}.{way}.{block if way == 'down' else last - block}"
+            ours = f"{side}.{way}_blocks.{block}"
+            for layer in range(per_block):
+                yield from _vae_resnet(f"{sgm}.block.{layer}", f"{ours}.resnets.{layer}", width != out)
+                width = out
+            if block < last:
+                yield f"{sgm}.{way}sample.conv", f"{ours}.{way}samplers.0.conv"
+        for number in (0, 1):
+            yield from _vae_resnet(f"{side}.mid.block_{number + 1}", f"{side}.mid_block.resnets.{number}", False)
+        for theirs, name in _VAE_ATTENTION.items():
+            yield f"{side}.mid.attn_1.{theirs}", f"{side}.mid_block.attentions.0.{name}"
+        yield f"{side}.norm_out", f"{side}.conv_norm_out"
+        yield f"{side}.conv_out", f"{side}.conv_out"
+    for name in ("quant_conv", "post_quant_conv"):
+        yield name, name
+
+
+def _vae_resnet(sgm: str, diffusers: str, shortcut: bool) -> Pairs:
+    for name in _VAE_RESNET:
+        yield f"{sgm}.{name}", f"{diffusers}.{name}"
+    if shortcut:
+        yield f"{sgm}.nin_shortcut", f"{diffusers}.conv_shortcut"
 
 
 def _resnet(sgm: str, diffusers: str, shortcut: bool) -> Pairs:

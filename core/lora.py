@@ -1,47 +1,38 @@
-"""LoRA files in the dialects people hold, read into one form: module -> (A, B) with the scale folded in.
+"""LoRA files in the dialects people hold, read into one form: module -> (A, B) with alpha / rank folded in.
 
 Dialects: diffusers and the reference (`unet.<module>.lora.down.weight`, and the older `...processor.to_k_lora.down`),
-PEFT (`unet.<module>.lora_A.weight`), kohya with diffusers block names (`lora_unet_<module_with_underscores>.lora_down`,
-`.alpha`). See reference/dreammix.md section 5.
+PEFT (`unet.<module>.lora_A.weight`), kohya with diffusers or sgm block names (`lora_unet_<module_with_underscores>.
+lora_down`, `.alpha`); see reference/dreammix.md section 5. LoHa, LoKr, DoRA, OFT, GLoRA, (IA)3 and whole differences
+are refused by name.
+
+A LoRA reaches a base in two ways: as a subject's factors in an engine's slots (`core/subject.py`), or merged into the
+weights (`weight_changes`), which alone takes convolutions and feed-forward layers.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dreammix_trt.core.errors import FileFormatError
+from dreammix_trt.core.errors import FileFormatError, InputError
+from dreammix_trt.core.lora_names import family_of, flat_modules, foreign_kind, place_of, some
+from dreammix_trt.core.lora_parts import AdapterScales, pair_of, read_tensors
 
 Floats = NDArray[np.float32]
 Factors = dict[str, dict[str, tuple[Floats, Floats]]]
-NETWORKS = ("unet", "text_encoder", "text_encoder_2")
+Target = Literal["patched", "raw", "both"]
+TARGETS: tuple[Target, ...] = get_args(Target)
 FILE_NAME = "pytorch_lora_weights.safetensors"
 
-_PART = re.compile(
-    r"(?P<module>.+?)(?:\.lora\.|\.lora_linear_layer\.|_lora\.|\.)"
-    r"(?P<part>down|up|lora_down|lora_up|lora_A|lora_B|alpha)(?:\.default)?(?:\.weight)?$"
-)
-_ROLE: dict[str, Literal["down", "up", "alpha"]] = {
-    "down": "down", "lora_down": "down", "lora_A": "down",
-    "up": "up", "lora_up": "up", "lora_B": "up", "alpha": "alpha",
-}  # fmt: skip
-_FOREIGN = {"hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "oft_": "OFT"}
-_KOHYA = {"lora_unet_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te_": "text_encoder"}
-# kohya writes every dot as an underscore; the names that hold underscores themselves are known and finite
-_UNDERSCORED = (
-    "down_blocks", "up_blocks", "mid_block", "transformer_blocks", "to_q", "to_k", "to_v", "to_out", "proj_in",
-    "proj_out", "text_model", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj", "time_emb_proj",
-    "time_embedding", "add_embedding",
-    "linear_1", "linear_2", "conv_shortcut", "conv_in", "conv_out",
-)  # fmt: skip
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_FORM = "FILE[:scale[:target]]"
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,8 @@ class Lora:
 
     factors: network ("unet", "text_encoder", "text_encoder_2") -> module by its diffusers name
     ("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0", "text_model.encoder.layers.0.self_attn.q_proj")
-    -> A float32 (in, r), B float32 (r, out), with alpha / rank folded into B;
+    -> A float32 (in, r), B float32 (r, out), with alpha / rank folded into B. A convolution's A is (in * kh * kw, r),
+    and `kernels` has its (kh, kw) under "<network>.<module>" where that is not 1x1;
     rank: the largest r; source_path: the file; metadata: its safetensors metadata.
     """
 
@@ -58,153 +50,202 @@ class Lora:
     rank: int
     source_path: Path
     metadata: dict[str, str]
+    kernels: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
-def read_lora(path: str | Path) -> Lora:
+@dataclass(frozen=True)
+class LoraSpec:
+    """A LoRA as a user asks for it: the file or folder, its strength, and the UNet weights that get it."""
+
+    file: Path
+    scale: float = 1.0
+    target: Target = "patched"
+
+
+def parse_lora(text: str, default_target: Target = "patched") -> LoraSpec:
+    """`FILE[:scale[:target]]`; scale any finite number, target "patched", "raw" or "both".
+
+    Read from the right, so FILE may hold colons. Raises InputError naming what is no scale or target.
+    """
+    file, scale, target = text, "", str(default_target)
+    parts = text.rsplit(":", 2)
+    if len(parts) == 3 and _is_number(parts[1]) and not re.search(r"[/\\]|\.safetensors$", parts[2]):
+        file, scale, target = parts
+    elif len(parts) > 1 and _is_number(parts[-1]):
+        file, scale = text.rsplit(":", 1)
+    else:
+        _, mark, rest = text.partition(".safetensors:")
+        if mark or parts[-1] in TARGETS:
+            raise InputError(f"{text!r}: no scale in {rest or parts[-1]!r}; give {_FORM}, for example FILE:0.8:both")
+    if target not in TARGETS:
+        raise InputError(f"{text!r}: unknown target {target!r}; allowed: {', '.join(TARGETS)} ({_FORM})")
+    strength = float(scale or 1)
+    if not math.isfinite(strength):
+        raise InputError(f"{text!r}: scale is {scale}; it must be a finite number ({_FORM})")
+    if not file:
+        raise InputError(f"{text!r} names no file; give {_FORM}")
+    return LoraSpec(Path(file), strength, target)
+
+
+def read_lora(path: str | Path, unet_config: Mapping[str, Any] | None = None) -> Lora:
     """Read a LoRA file, or the one in a directory as training leaves it.
 
-    Raises `FileFormatError` for a missing or truncated file, names that are no LoRA's, half a pair, LoHa, LoKr, DoRA
-    and convolution LoRA (the names are listed).
+    unet_config: the base's diffusers `unet/config.json`, by which names with underscores are understood; None: SDXL's.
+    Numbers may be float16, bfloat16 or float32. Raises `FileFormatError` for a missing or truncated file, names that
+    are no LoRA's (listed, with the model family where they tell it), half a pair, values that are not finite, and every
+    kind of adapter that is not a LoRA.
     """
     path = lora_file(path)
-    tensors, metadata = _read_tensors(path)
-    _refuse_foreign(path, tensors)
-    modules: dict[tuple[str, str], dict[str, Floats]] = {}
-    unmatched = []
-    for key, value in tensors.items():
-        place = _place_of(key)
-        if place is None:
-            unmatched.append(key)
-        else:
-            network, module, role = place
-            modules.setdefault((network, module), {})[role] = value
-    if unmatched:
-        raise FileFormatError(f"{path}: {len(unmatched)} names are not understood as a LoRA's: {_some(unmatched)}")
-    if not modules:
-        raise FileFormatError(f"{path}: holds no tensors")
-    alphas = _peft_scales(path, metadata)
+    tensors, metadata = read_tensors(path)
+    foreign = foreign_kind(tensors)
+    if foreign:
+        raise FileFormatError(f"{path}: a {foreign[0]} file ({some(foreign[1], 3)}); only plain LoRA can be used")
+    modules = _by_module(path, tensors, flat_modules(unet_config))
+    scales = AdapterScales.of(path, metadata)
     factors: Factors = {}
+    kernels: dict[str, tuple[int, int]] = {}
     for (network, module), parts in sorted(modules.items()):
-        factors.setdefault(network, {})[module] = _pair(path, f"{network}.{module}", parts, alphas)
+        pair, kernel = pair_of(path, network, module, parts, scales)
+        factors.setdefault(network, {})[module] = pair
+        if kernel != (1, 1):
+            kernels[f"{network}.{module}"] = kernel
+    scales.check_used(path)
     rank = max(a.shape[1] for by_module in factors.values() for a, _ in by_module.values())
-    return Lora(factors, rank, path, metadata)
+    return Lora(factors, rank, path, metadata, kernels)
 
 
 def lora_file(path: str | Path) -> Path:
-    """The LoRA file itself: `path`, or in a directory `pytorch_lora_weights.safetensors` (or its only safetensors)."""
+    """The LoRA file itself: `path`, or in a directory `pytorch_lora_weights.safetensors` (or its only safetensors).
+
+    A directory without either is searched for `checkpoint-N/`, as accelerate leaves them; the highest N counts.
+    """
     path = Path(path)
-    if path.is_dir():
-        found = [path / FILE_NAME] if (path / FILE_NAME).is_file() else sorted(path.glob("*.safetensors"))
-        if len(found) != 1:
-            raise FileFormatError(f"{path}: holds no {FILE_NAME}; name the LoRA file itself")
-        return found[0]
-    if not path.is_file():
+    if path.is_file():
+        return path
+    if not path.is_dir():
         raise FileFormatError(f"{path}: no such LoRA file or directory")
-    return path
+    checkpoints = [(int(found[1]), each) for each in path.iterdir() if (found := _CHECKPOINT.fullmatch(each.name))]
+    for folder in (path, *(each for _, each in sorted(checkpoints, reverse=True))):
+        files = [folder / FILE_NAME] if (folder / FILE_NAME).is_file() else sorted(folder.glob("*.safetensors"))
+        if len(files) == 1:
+            return files[0]
+        if files:
+            raise FileFormatError(f"{folder}: holds no {FILE_NAME} but {len(files)} others; name the LoRA file itself")
+    raise FileFormatError(f"{path}: holds no {FILE_NAME}; name the LoRA file itself")
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Floats], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
+def weight_changes(lora: Lora, network: str, scale: float) -> dict[str, Callable[[Floats], Floats]]:
+    """What merging the LoRA does to a network: "<module>.weight" -> the function W -> W + scale * (A B)^T, float32.
 
-    try:
-        with safe_open(path, framework="numpy") as file:
-            names = list(file.keys())
-            return {name: file.get_tensor(name).astype(np.float32) for name in names}, dict(file.metadata() or {})
-    except TypeError as error:
-        raise FileFormatError(f"{path}: {error}; save the LoRA as fp16 or fp32") from error
-    except (SafetensorError, OSError) as error:
-        raise FileFormatError(f"{path}: truncated, or not a safetensors file ({error})") from error
+    network: "unet" or "unet_raw" (both take the LoRA's UNet part), "text_encoder", "text_encoder_2". W (out, in) or
+    (out, in, kh, kw), float32, is not changed. A function raises `FileFormatError` for a W of another shape; whether
+    every module has a weight at all, `check_weights` tells beforehand.
+    """
+    changes: dict[str, Callable[[Floats], Floats]] = {}
+    for module, (a, b) in lora.factors.get(network_part(network), {}).items():
+        shape = _weight_shape(lora, network, module)
+        changes[f"{module}.weight"] = _Merge(f"{lora.source_path}: {network}.{module}", a, b, shape, scale)
+    return changes
 
 
-def _refuse_foreign(path: Path, tensors: Mapping[str, Floats]) -> None:
-    for mark, kind in _FOREIGN.items():
-        named = [key for key in tensors if mark in key]
-        if named:
-            raise FileFormatError(f"{path}: a {kind} file ({_some(named, 3)}); only plain LoRA can be used")
-    conv = [key for key, value in tensors.items() if value.ndim > 2 and max(value.shape[2:]) > 1]
-    if conv:
+def check_weights(lora: Lora, network: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `FileFormatError` listing the LoRA's modules that the network lacks or has in another shape.
+
+    shapes: tensor name -> shape, of the whole network.
+    """
+    factors = lora.factors.get(network_part(network), {})
+    wrong = []
+    for module in factors:
+        needed, found = _weight_shape(lora, network, module), shapes.get(f"{module}.weight")
+        if found is None:
+            wrong.append(f"{module} {needed}, which the base lacks")
+        elif not _same_shape(found, needed):
+            wrong.append(f"{module} {needed}, here {tuple(found)}")
+    if wrong:
+        here = {name: shape[1] for name, shape in shapes.items() if len(shape) > 1}
         raise FileFormatError(
-            f"{path}: holds LoRA of convolutions ({_some(conv, 3)}), which have no slot in the engine"
+            f"{lora.source_path}: this LoRA is for {another_base(factors, here)}; "
+            f"{len(wrong)} modules of {network} do not fit: {some(wrong)}"
         )
 
 
-def _place_of(key: str) -> tuple[str, str, Literal["down", "up", "alpha"]] | None:
-    """(network, diffusers module, role) of a tensor name, or None when it is no LoRA's."""
-    match = _PART.match(key)
-    if match is None:
-        return None
-    module, role = match["module"], _ROLE[match["part"]]
-    for prefix, network in _KOHYA.items():
-        if module.startswith(prefix):
-            return network, _normal(_dotted(module.removeprefix(prefix))), role
-    for network in ("text_encoder_2", "text_encoder", "unet"):
-        if module.startswith(f"{network}."):
-            return network, _normal(module.removeprefix(f"{network}.")), role
-    return None
+def network_part(network: str) -> str:
+    """The part of a LoRA that an engine's network takes: "unet" also for "unet_raw"."""
+    return "unet" if network == "unet_raw" else network
 
 
-def _dotted(name: str) -> str:
-    """`down_blocks_1_attentions_0_..._to_out_0` -> `down_blocks.1.attentions.0....to_out.0`."""
-    for word in _UNDERSCORED:
-        name = re.sub(rf"(?<![a-z]){word}(?![a-z])", word.replace("_", "\0"), name)
-    return name.replace("_", ".").replace("\0", "_")
+def another_base(factors: Mapping[str, tuple[Floats, Floats]], here: Mapping[str, int]) -> str:
+    """The words "another base", and its family where the factors tell one: "another base (Stable Diffusion 1.x)".
+
+    here: module or weight -> inputs, of the present base, whose own family is not said.
+    """
+    family = family_of({module: a.shape[0] for module, (a, _) in factors.items()})
+    return f"another base ({family})" if family and family != family_of(here) else "another base"
 
 
-def _normal(module: str) -> str:
-    """One spelling: no `processor`, `to_out.0`, `text_model.` in front of a text encoder's layers."""
-    module = module.replace(".processor.", ".")
-    if module.startswith("encoder.layers."):
-        module = f"text_model.{module}"
-    return f"{module}.0" if module.endswith(".to_out") else module
+@dataclass(frozen=True)
+class _Merge:
+    """W -> W + scale * (A B)^T for one module."""
+
+    name: str
+    a: Floats
+    b: Floats
+    shape: tuple[int, ...]
+    scale: float
+
+    def __call__(self, weight: Floats) -> Floats:
+        if not _same_shape(weight.shape, self.shape):
+            raise FileFormatError(
+                f"{self.name} changes a weight of shape {self.shape}, the base's is {weight.shape}; "
+                "the LoRA is for another base"
+            )
+        merged: Floats = (self.b.T @ self.a.T).reshape(weight.shape)
+        merged *= np.float32(self.scale)
+        merged += weight
+        return merged
 
 
-def _pair(path: Path, name: str, parts: Mapping[str, Floats], alphas: Mapping[str, float]) -> tuple[Floats, Floats]:
-    missing = {"down", "up"} - parts.keys()
-    if missing:
-        raise FileFormatError(f"{path}: {name} has no '{missing.pop()}' factor; the file is incomplete")
-    down, up = _matrix(parts["down"]), _matrix(parts["up"])
-    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or 0 in (*down.shape, *up.shape):
+def _weight_shape(lora: Lora, network: str, module: str) -> tuple[int, ...]:
+    part = network_part(network)
+    a, b = lora.factors[part][module]
+    kernel = lora.kernels.get(f"{part}.{module}", ())
+    return (b.shape[1], a.shape[0] // math.prod(kernel), *kernel)
+
+
+def _same_shape(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Equal but for the 1x1 of a convolution that another file has as a linear layer."""
+    return tuple(one) in (other, (*other, 1, 1)) or tuple(other) == (*one, 1, 1)
+
+
+def _by_module(
+    path: Path, tensors: Mapping[str, Floats], flat: Mapping[str, str]
+) -> dict[tuple[str, str], dict[str, Floats]]:
+    """(network, module) -> role -> tensor; every name must be understood, and none said twice."""
+    modules: dict[tuple[str, str], dict[str, Floats]] = {}
+    unmatched, twice = [], []
+    for key, value in tensors.items():
+        place = place_of(key, flat)
+        if place is None:
+            unmatched.append(key)
+            continue
+        parts = modules.setdefault((place.network, place.module), {})
+        if place.role in parts:
+            twice.append(key)
+        parts[place.role] = value
+    if unmatched:
+        family = family_of({key: value.shape[1] for key, value in tensors.items() if value.ndim > 1})
         raise FileFormatError(
-            f"{path}: {name} has factors of shapes {down.shape} and {up.shape}, which do not multiply"
+            f"{path}: {len(unmatched)} names are not understood as a LoRA's of this base: {some(unmatched)}"
+            + (f"; it looks like a LoRA for {family}" if family else "")
         )
-    if not (np.isfinite(down).all() and np.isfinite(up).all()):
-        raise FileFormatError(f"{path}: {name} holds values that are not finite; the training diverged")
-    rank = down.shape[0]
-    if "alpha" in parts and parts["alpha"].size != 1:
-        raise FileFormatError(f"{path}: {name} has an alpha of shape {parts['alpha'].shape}, expected one number")
-    alpha = float(parts["alpha"].flat[0]) if "alpha" in parts else alphas.get(name.split(".")[0], 1.0) * rank
-    if not math.isfinite(alpha):
-        raise FileFormatError(f"{path}: {name} has alpha {alpha}, which is no number to scale with")
-    return np.ascontiguousarray(down.T), np.ascontiguousarray(up.T) * np.float32(alpha / rank)
+    if twice:
+        raise FileFormatError(f"{path}: {len(twice)} factors stand there twice, in two spellings: {some(twice)}")
+    return modules
 
 
-def _matrix(factor: Floats) -> Floats:
-    """Without the 1x1 axes that factors of 1x1 convolutions carry."""
-    matrix: Floats = factor.reshape(factor.shape[:2])
-    return matrix
-
-
-def _peft_scales(path: Path, metadata: Mapping[str, str]) -> dict[str, float]:
-    """network -> alpha / rank from the adapter metadata newer diffusers files carry (absent: 1)."""
-    text = metadata.get("lora_adapter_metadata")
-    if text is None:
-        return {}
+def _is_number(text: str) -> bool:
     try:
-        fields: dict[str, Any] = dict(json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise FileFormatError(f"{path}: its lora_adapter_metadata is not a JSON object ({error})") from error
-    if any(fields.get(f"{network}.use_dora") for network in NETWORKS):
-        raise FileFormatError(f"{path}: a DoRA file; only plain LoRA can be used, train without use_dora")
-    try:
-        return {
-            network: float(fields[f"{network}.lora_alpha"]) / float(fields[f"{network}.r"])
-            for network in NETWORKS
-            if fields.get(f"{network}.lora_alpha") and fields.get(f"{network}.r")
-        }
-    except (ValueError, TypeError) as error:
-        raise FileFormatError(f"{path}: its lora_adapter_metadata has no usable alpha and rank ({error})") from error
-
-
-def _some(items: list[str], most: int = 6) -> str:
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(sorted(items)[:most]) + more
+        float(text)
+    except ValueError:
+        return False
+    return True

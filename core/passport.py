@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 from dreammix_trt.core.errors import DreamMixError, EngineError
 from dreammix_trt.core.files import read_json, write_json
 
-SCHEMA = 1
+SCHEMA = 2
 FILE_NAME = "passport.json"
 PLACES: Final = ("store", "networks")
 Rows = list[tuple[str, ...]]
@@ -34,31 +34,36 @@ class SubjectEntry:
 
 @dataclass(frozen=True)
 class NetworkEntry:
-    """One network of the base: its files, dynamic inputs, LoRA slots, and how well it agreed with torch."""
+    """One network of the base: its file (ONNX, or a plan), dynamic inputs, how many LoRA slots, how well it agreed with
+    torch, and what its build was (a plan's; empty for ONNX)."""
 
     name: str
-    graph: str
-    weights: str
+    file: str
     inputs: dict[str, list[int | str]]
     slots: int
     parity: dict[str, Any]
+    build: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Passport:
     """Everything `inspect` prints and `load` checks.
 
-    base_key: the base's key in the store. networks_at: "store", or the directory below this one that holds the base
-    ("networks"). base: name, hashes of the source files, native side, slot rank, merged subject if any. versions: of
-    the packages that made it. files: hashes of the base's files.
+    backend, backend_version: what runs it; targets: the GPUs its plans are for ("sm_89"). base_key: which weights and
+    slots these are, whatever the back end. parts: part -> its key in the store. networks_at: "store", or the directory
+    below this one that holds the parts ("networks"). base: name, hashes of the source files, native side, slot rank,
+    LoRAs in the weights. versions: of the packages that made it. files: "PART/FILE" -> hash.
     """
 
     schema: int
     created_by: str
     backend: str
+    backend_version: str
+    targets: list[str]
     precision: str
     platform: str
     base_key: str
+    parts: dict[str, str]
     networks_at: str
     base: dict[str, Any]
     versions: dict[str, str]
@@ -125,14 +130,16 @@ class Passport:
         base = self.base
         facts: Rows = [
             ("made by", self.created_by),
-            ("back end", f"{self.backend}, {self.precision}, {self.platform}"),
+            ("back end", f"{self.backend} {self.backend_version}, {self.precision}, {self.platform}"),
+            *([("GPUs", ", ".join(self.targets))] if self.targets else []),
             ("base", f"{base.get('name')}, native {base.get('native_side')}x{base.get('native_side')}"),
             (
                 "base engine",
                 f"{self.base_key[:16]} in the {'store' if self.networks_at == 'store' else 'directory itself'}",
             ),
             ("LoRA slots", f"rank {base.get('slot_rank')}"),
-            ("merged subject", str(base.get("merged") or "none")),
+            ("LoRAs in the weights", ", ".join(base.get("loras", ())) or "none"),
+            ("request defaults", ", ".join(f"{k} {v}" for k, v in base.get("defaults", {}).items()) or "the usual"),
             ("built with", self.command),
         ]
         subjects: Rows = [
@@ -150,6 +157,7 @@ class Passport:
                 ", ".join(f"{name} {'x'.join(str(side) for side in shape)}" for name, shape in entry.inputs.items()),
                 f"{entry.slots} LoRA slots" if entry.slots else "",
                 _parity(entry.parity),
+                _build(entry.build),
             )
             for entry in self.networks
         ]
@@ -165,8 +173,16 @@ class Passport:
 
 
 def _parity(record: Mapping[str, Any]) -> str:
-    error = record.get("max_rel", record.get("relative"))
-    return f"against torch: {error:.1e} of the maximum" if isinstance(error, float) else ""
+    error = record.get("max_rel")
+    return f"against torch: {error:.1e} of the maximum" if isinstance(error, float) else "not compared with torch"
+
+
+def _build(record: Mapping[str, Any]) -> str:
+    if "seconds" not in record:
+        return ""
+    peak = record.get("peak_anonymous")
+    memory = f", {peak / (1 << 30):.1f} GiB of memory" if isinstance(peak, int) else ""
+    return f"{record['engine_bytes'] / (1 << 20):.0f} MiB, built in {record['seconds']:.0f} s{memory}"
 
 
 def _typed(kind: type[_T], record: Mapping[str, Any]) -> _T:

@@ -18,7 +18,9 @@ from dreammix_trt.core.errors import InputError
 SCHEMA = 1
 Mode = Literal["native", "reference"]
 Indexing = Literal["bpe", "words"]
+Sampler = Literal["dpmpp_2m_sde", "euler", "lcm"]
 TasStage = Literal["tokens_lcg", "tokens_gch", "pooled_lcg", "pooled_gch"]
+LCM_STEPS = 50
 _SEEDS = 1 << 64
 
 
@@ -32,11 +34,14 @@ class Request:
     "a photo of a TOKEN"); tas_stages: where the decomposed tokens and pooled vector are used (the authors' code leaves
     pooled_gch out); tas_indexing: "bpe" tokens or the authors' "words" (None: the mode's).
 
+    sampler: "dpmpp_2m_sde" (Karras noise levels, the authors'), or what a few-step base was distilled for: "euler" on
+    trailing timesteps (Lightning, Hyper-SD) or "lcm", which has at most 50 steps; those take guidance_scale 1.
     num_inference_steps 1..1000, strength (0, 1]: shortens the steps to int(steps * strength), as in the authors' code.
     seed 0..2^64-1. num_images_per_prompt: picture k equals seed + k alone.
     guidance_scale: at most 1 switches guidance off. guidance_rescale 0..1. sharpness: weight of blur guidance.
 
-    lcg_steps: how many steps are local (LCG), the rest is global (GCH); None: round(lcg_fraction * steps).
+    lcg_steps: how many steps are local (LCG), the rest is global (GCH); None: round(lcg_fraction * steps), but at least
+    one step for each stage where the fraction lies between 0 and 1 and there are two steps or more.
     lcg_field, gch_field: least share of the picture's sides in each stage's crop; 1 is the whole picture.
     lcg_mask_dilate: pixels by which the local stage repaints more than the mask. patched_fraction: share of the steps
     on the inpainting UNet. size_guidance_positive, _negative, _end: factors on the original size told to the UNet, and
@@ -52,6 +57,7 @@ class Request:
     subject: str | None = None
     substitute: tuple[str, ...] = ()
     substitute_prefix: str | None = None
+    sampler: Sampler = "dpmpp_2m_sde"
     num_inference_steps: int = 30
     guidance_scale: float = 4.0
     seed: int = 0
@@ -89,6 +95,11 @@ class Request:
                 f"strength is {self.strength}: of {self.num_inference_steps} steps none is left; "
                 f"give at least {1 / self.num_inference_steps:.4g}"
             )
+        if self.sampler == "lcm" and self.steps > LCM_STEPS:
+            raise InputError(
+                f"num_inference_steps is {self.num_inference_steps}: sampler 'lcm' has at most {LCM_STEPS} steps; "
+                f"give 4 .. 8, or another sampler"
+            )
         if self.lcg_steps is not None and self.lcg_steps > self.num_inference_steps:
             raise InputError(f"lcg_steps is {self.lcg_steps}; allowed: 0 .. {self.num_inference_steps} (all steps)")
         if self.reference_resize and self.mode != "reference":
@@ -102,8 +113,11 @@ class Request:
     @property
     def local_steps(self) -> int:
         """How many of them are local."""
-        wanted = round(self.lcg_fraction * self.steps) if self.lcg_steps is None else self.lcg_steps
-        return min(wanted, self.steps)
+        if self.lcg_steps is not None:
+            return min(self.lcg_steps, self.steps)
+        local = round(self.lcg_fraction * self.steps)
+        both = 0 < self.lcg_fraction < 1 and self.steps > 1
+        return min(max(local, 1), self.steps - 1) if both else local
 
     @property
     def indexing(self) -> Indexing:
@@ -249,6 +263,7 @@ _CHECKS: dict[str, Check] = {
     "subject": _or_none(_text),
     "substitute": _several(_text, "words"),
     "substitute_prefix": _or_none(_text),
+    "sampler": _one_of(Sampler),
     "num_inference_steps": _whole(1, 1000),
     "guidance_scale": _number(0, 100),
     "seed": _whole(0, _SEEDS - 1),

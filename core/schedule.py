@@ -4,6 +4,10 @@ The tables are the reference's (golden/README.md steps 9 to 11, reference/dreamm
 timestep of each, which UNet, the size-conditioning trick, and DPM-Solver++(2M) SDE (midpoint, eta 1) as coefficients
 
     x_next = c_x x + c_x0 x0 + c_dx0 (x0 - x0_previous) + c_noise n.
+
+Few-step bases are sampled as they were distilled, on training steps: Euler with trailing spacing (Lin et al.
+2305.08891, table 2) or a latent consistency model's multistep sampling (Luo et al. 2310.04378), in the same form.
+Everywhere x = x0 + sigma n; a variance-preserving latent is x / sqrt(1 + sigma^2).
 """
 
 from __future__ import annotations
@@ -17,21 +21,24 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from dreammix_trt.core.request import Request
+from dreammix_trt.core.request import LCM_STEPS, Request, Sampler
 
 F32 = npt.NDArray[np.float32]
 Stage = Literal["lcg", "gch"]
 Draw = tuple[str, int]
+Coefficients = tuple[float, float, float, float]
 
 SIGMA_MAX, SIGMA_MIN, RHO = 14.6146, 0.0292, 7.0
 TRAINING_STEPS = 1000
+LCM_TIMESTEP_SCALING, LCM_SIGMA_DATA = 10.0, 0.5
 
 
 @dataclass(frozen=True)
 class Step:
     """One row. sigma falls to sigma_next; the UNet `network` sees `timestep` and the size scaled by size_scale_*.
 
-    blend_draw and solver_draw are the noise label and step to draw; no solver noise in the last step, which returns x0.
+    blend_draw and solver_draw are the noise label and step to draw; None where the solver adds no noise: in the last
+    step, which returns x0 (of "lcm": the consistency function of it), and in every step of "euler".
     """
 
     index: int
@@ -104,18 +111,22 @@ def _line(s: Step) -> str:
     )
 
 
-def make_schedule(request: Request) -> Schedule:
-    """The table of a request. lcg_steps 0 makes every step global, lcg_steps = steps every step local."""
+def make_schedule(request: Request, raw_unet: bool = True) -> Schedule:
+    """The table of a request. lcg_steps 0 makes every step global, lcg_steps = steps every step local.
+
+    raw_unet: whether the base has a UNet without the inpaint patch; if not, every step runs on "unet" (a 9-channel
+    base is for inpainting in all its steps), whatever patched_fraction says.
+    """
     count, local = request.steps, request.local_steps
-    sigmas = karras_sigmas(count)
-    patched = int(count * request.patched_fraction * request.strength) if request.patched_fraction < 1 else count
+    sigmas, timesteps = noise_levels(request.sampler, count)
+    share = request.patched_fraction if raw_unet else 1
+    patched = int(count * share * request.strength) if share < 1 else count
     scaled = int(count * request.size_guidance_end)
     rows = []
     for i in range(count):
-        sigma, following = float(sigmas[i]), float(sigmas[i + 1])
-        timestep = timestep_of(sigma)
-        fresh_start = i in (0, local)
-        c_x, c_x0, c_dx0, c_noise = solver_coefficients(sigma, following, None if fresh_start else float(sigmas[i - 1]))
+        sigma, following, timestep = sigmas[i], sigmas[i + 1], timesteps[i]
+        previous = None if i in (0, local) else sigmas[i - 1]
+        c_x, c_x0, c_dx0, c_noise = coefficients(request.sampler, timestep, sigma, following, previous)
         blended = i if request.blend_noise == "fresh" else 0
         trick = i <= scaled
         rows.append(
@@ -139,12 +150,45 @@ def make_schedule(request: Request) -> Schedule:
                 solver_draw=(f"solver_noise_step{i:02d}", i) if c_noise else None,
             )
         )
-    first = float(sigmas[0])
-    start = math.sqrt(1 + first * first) if request.strength > 0.9999 else first
+    first = sigmas[0]
+    unit_variance = request.strength > 0.9999 and request.sampler != "euler"  # trailing spacing starts at sigma itself
+    start = math.sqrt(1 + first * first) if unit_variance else first
     return Schedule(tuple(rows), start, request.strength > 0.99, request.blend_output)
 
 
-def solver_coefficients(sigma: float, following: float, previous: float | None) -> tuple[float, float, float, float]:
+def noise_levels(sampler: Sampler, count: int) -> tuple[list[float], list[float]]:
+    """A sampler's noise levels (count + 1, the last one 0) and timesteps (count); count 1..1000, of "lcm" 1..50."""
+    if sampler == "dpmpp_2m_sde":
+        sigmas = [float(sigma) for sigma in karras_sigmas(count)]
+        return sigmas, [timestep_of(sigma) for sigma in sigmas[:-1]]
+    steps = lcm_timesteps(count) if sampler == "lcm" else trailing_timesteps(count)
+    return [*(float(model_sigmas()[step]) for step in steps), 0.0], [float(step) for step in steps]
+
+
+def coefficients(
+    sampler: Sampler, timestep: float, sigma: float, following: float, previous: float | None
+) -> Coefficients:
+    """(c_x, c_x0, c_dx0, c_noise) of the step from `sigma` to `following`; `previous` None: no history."""
+    if sampler == "euler":
+        return following / sigma, 1 - following / sigma, 0.0, 0.0
+    if sampler == "lcm":
+        return lcm_coefficients(timestep, sigma, following)
+    return solver_coefficients(sigma, following, previous)
+
+
+def lcm_coefficients(timestep: float, sigma: float, following: float) -> Coefficients:
+    """(c_x, c_x0, c_dx0, c_noise): the consistency function at `timestep`, and noise of the level `following` on it.
+
+    The function is c_skip x / sqrt(1 + sigma^2) + c_out x0 with the boundary scalings of Luo et al. 2310.04378, as the
+    published models have them: timestep_scaling 10, sigma_data 0.5.
+    """
+    scaled = timestep * LCM_TIMESTEP_SCALING
+    total = scaled * scaled + LCM_SIGMA_DATA * LCM_SIGMA_DATA
+    c_skip, c_out = LCM_SIGMA_DATA * LCM_SIGMA_DATA / total, scaled / math.sqrt(total)
+    return c_skip / math.sqrt(1 + sigma * sigma), c_out, 0.0, following
+
+
+def solver_coefficients(sigma: float, following: float, previous: float | None) -> Coefficients:
     """(c_x, c_x0, c_dx0, c_noise) of the step from `sigma` to `following`; `previous` None: no history.
 
     DPM-Solver++(2M) SDE, midpoint, eta 1 (Lu et al. 2211.01095), as golden/README.md step 11 states it.
@@ -172,6 +216,17 @@ def karras_sigmas(count: int) -> F32:
     low, high = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
     base = np.float32(high) + ramp * np.float32(low - high)
     return np.append((base.astype(np.float64) ** RHO).astype(np.float32), np.float32(0))
+
+
+def trailing_timesteps(count: int) -> list[int]:
+    """`count` (1..1000) training steps evenly down from the last one, 999: halves are rounded to even."""
+    return [round(TRAINING_STEPS * (count - i) / count) - 1 for i in range(count)]
+
+
+def lcm_timesteps(count: int) -> list[int]:
+    """`count` (1..50) of the 50 training steps 999, 979, .. 19 that consistency models are distilled on."""
+    stride = TRAINING_STEPS // LCM_STEPS
+    return [(LCM_STEPS - i * LCM_STEPS // count) * stride - 1 for i in range(count)]
 
 
 @cache

@@ -1,29 +1,35 @@
 """A subject as data: the LoRA factors of one object, named and unpadded, and how they enter an engine.
 
 The file does not depend on an engine's slots or rank; `pack` lays the factors out for one network of one base. The
-engine adds `x @ A @ B` to each slot's output, so zeros switch a slot off.
+engine adds `x @ A @ B` to each slot's output, so zeros switch a slot off. Several LoRAs become one subject by stacking
+their factors along the rank, as x A1 B1 + x A2 B2 = x [A1 A2] [B1; B2].
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dreammix_trt.core.errors import FileFormatError
-from dreammix_trt.core.lora import NETWORKS, Factors, Lora
+from dreammix_trt.core.lora import TARGETS, Factors, Lora, Target, another_base
 
 Floats = NDArray[np.float32]
-Target = Literal["patched", "raw", "both"]
-SCHEMA = 1
+SCHEMA = 2
+_BOTH = "unets"  # in the file: factors that the patched and the raw UNet share
+_ENGINE_NETWORKS: dict[str, tuple[str, ...]] = {
+    "unet": ("unet",), "unet_raw": ("unet_raw",), _BOTH: ("unet", "unet_raw"),
+    "text_encoder": ("text_encoder",), "text_encoder_2": ("text_encoder_2",),
+}  # fmt: skip
+_UNETS: dict[str, tuple[str, ...]] = {"patched": ("unet",), "raw": ("unet_raw",), "both": ("unet", "unet_raw")}
+_FACTS = ("name", "token", "class_name", "scale", "base_key", "source_sha256")
 _LARGEST = float(np.finfo(np.float16).max)
-_TARGETS: dict[str, tuple[str, ...]] = {"patched": ("unet",), "raw": ("unet_raw",), "both": ("unet", "unet_raw")}
 
 
 class Slot(NamedTuple):
@@ -45,8 +51,8 @@ class Subject:
     """One object the engine can draw.
 
     name: how a request calls it; token: its word in prompts ("sks"); class_name: what it is ("mug");
-    factors: network -> module -> (A float32 (in, r), B float32 (r, out)), alpha / rank folded in;
-    target: the UNet weights it was trained on (the raw UNet of the last steps gets none unless "raw" or "both");
+    factors: engine network ("unet" with the patch, "unet_raw" without, "text_encoder", "text_encoder_2") -> module ->
+    (A float32 (in, r), B float32 (r, out)), alpha / rank folded in;
     scale: strength, multiplied in by `pack`; base_key: the base it was made for; source_sha256: of the LoRA file.
     """
 
@@ -54,39 +60,62 @@ class Subject:
     token: str
     class_name: str
     factors: Factors = field(repr=False)
-    target: Target = "patched"
     scale: float = 1.0
     base_key: str = ""
     source_sha256: str = ""
 
     def factors_for(self, network: str) -> dict[str, tuple[Floats, Floats]]:
-        """The factors an engine network takes: `network` may be "unet", "unet_raw" or a text encoder."""
-        if network in ("unet", "unet_raw"):
-            return self.factors.get("unet", {}) if network in _TARGETS[self.target] else {}
+        """The factors an engine network takes."""
         return self.factors.get(network, {})
 
+    @property
+    def target(self) -> Target:
+        """Which UNet weights its factors change, to show: "patched", "raw" or "both"."""
+        if not self.factors.get("unet_raw"):
+            return "patched"
+        return "both" if self.factors.get("unet") else "raw"
 
-def subject_from_lora(lora: Lora, name: str, token: str = "sks", class_name: str = "", **more: Any) -> Subject:
-    """A subject of a LoRA's factors; `more`: the remaining fields of `Subject`."""
-    return Subject(name, token, class_name, lora.factors, **more)
+
+def subject_from_lora(
+    lora: Lora, name: str, token: str = "sks", class_name: str = "", *, target: Target = "patched", **more: Any
+) -> Subject:
+    """A subject of one LoRA's factors, on the UNet weights `target`; `more`: the remaining fields of `Subject`."""
+    return subject_from_loras([(lora, 1.0, target)], name, token, class_name, **more)
+
+
+def subject_from_loras(
+    loras: Sequence[tuple[Lora, float, Target]], name: str, token: str = "sks", class_name: str = "", **more: Any
+) -> Subject:
+    """A subject of several LoRAs, each with its scale and the UNet weights it acts on; text encoders get all of them.
+
+    On a module that several change, A = [A1 A2 ...] and B = [s1 B1; s2 B2; ...]: ranks add up. `more`: the remaining
+    fields of `Subject`.
+    """
+    on_unets = {network: [each for each in loras if network in _UNETS[each[2]]] for network in _UNETS["both"]}
+    factors: Factors = {network: _stacked(chosen, "unet") for network, chosen in on_unets.items()}
+    if len(on_unets["unet"]) == len(on_unets["unet_raw"]) == len(loras):
+        factors["unet_raw"] = factors["unet"]
+    for network in ("text_encoder", "text_encoder_2"):
+        factors[network] = _stacked(loras, network)
+    return Subject(name, token, class_name, {network: found for network, found in factors.items() if found}, **more)
 
 
 def write_subject(path: str | Path, subject: Subject) -> None:
     """Write the subject as safetensors, float16, whole or not at all.
 
-    Names are `<network>.<module>.A|B`; A and B are balanced to equal Frobenius norm before rounding, so that neither
-    leaves float16's range.
+    Names are `<network>.<module>.A|B`, network `unets` for factors that both UNets share; the columns of A and
+    the rows of B are balanced to equal norms before rounding, so that none leaves float16's range, not even those of a
+    weak LoRA stacked beside a strong one.
     """
     from safetensors.numpy import save_file
 
     path = Path(path)
     tensors = {}
-    for network, modules in subject.factors.items():
-        for module, (a, b) in modules.items():
-            for side, factor in zip("AB", _balanced(a, b), strict=True):
-                if not np.abs(factor).max(initial=0) <= _LARGEST:
-                    raise FileFormatError(f"{network}.{module} has factors beyond float16; the LoRA is damaged")
-                tensors[f"{network}.{module}.{side}"] = np.ascontiguousarray(factor, dtype=np.float16)
+    for name, pair in _stored(subject.factors):
+        for side, factor in zip("AB", _balanced(*pair), strict=True):
+            if not np.abs(factor).max(initial=0) <= _LARGEST:
+                raise FileFormatError(f"{name} has factors beyond float16; the LoRA is damaged")
+            tensors[f"{name}.{side}"] = np.ascontiguousarray(factor, dtype=np.float16)
     facts = {name: getattr(subject, name) for name in _FACTS}
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -97,7 +126,7 @@ def write_subject(path: str | Path, subject: Subject) -> None:
 
 
 def read_subject(path: str | Path) -> Subject:
-    """Read what `write_subject` wrote; `FileFormatError` for anything else, and for a newer schema."""
+    """Read what `write_subject` wrote, schema 1 too; `FileFormatError` for anything else, and for a newer schema."""
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -114,14 +143,17 @@ def read_subject(path: str | Path) -> Subject:
         raise FileFormatError(
             f"{path}: subject schema {facts['schema']}, this version reads {SCHEMA}; update dreammix-trt"
         )
-    if facts.get("target") not in _TARGETS:
-        raise FileFormatError(f"{path}: unknown target {facts.get('target')!r}, expected one of {', '.join(_TARGETS)}")
+    if not all(isinstance(facts.get(name), str) for name in ("name", "token", "class_name")):
+        raise FileFormatError(f"{path}: damaged, it says no name, token and class; build the subject again")
+    places = _places(path, facts)
     factors: Factors = {}
-    for name in sorted(key.removesuffix(".A") for key in tensors if key.endswith(".A")):
-        network, module = name.split(".", 1)
-        if network not in NETWORKS or f"{name}.B" not in tensors:
-            raise FileFormatError(f"{path}: {name} is not a pair of factors of {', '.join(NETWORKS)}")
-        factors.setdefault(network, {})[module] = (tensors[f"{name}.A"], tensors[f"{name}.B"])
+    for name in sorted({key.removesuffix(".A").removesuffix(".B") for key in tensors}):
+        stored, _, module = name.partition(".")
+        a, b = tensors.get(f"{name}.A"), tensors.get(f"{name}.B")
+        if stored not in places or a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
+            raise FileFormatError(f"{path}: {name} is not a pair of factors of {', '.join(places)}")
+        for network in places[stored]:
+            factors.setdefault(network, {})[module] = (a, b)
     return Subject(factors=factors, **{name: facts[name] for name in _FACTS if name in facts})
 
 
@@ -138,30 +170,16 @@ def packed_size(slots: Sequence[Slot]) -> int:
 def pack(factors: Mapping[str, tuple[Floats, Floats]], slots: Sequence[Slot], scale: float = 1.0) -> Floats:
     """One picture's packed `lora` row, float32 (P,): per slot A (in, rank) then B (rank, out), zero-padded in rank.
 
-    scale multiplies B. Raises `FileFormatError` listing the modules without slot or of other shape (a LoRA for another
-    base), or when the LoRA's rank exceeds the slots'.
+    scale multiplies B. Raises `FileFormatError` listing the modules of other shape (a LoRA for another base) or of a
+    kind that has no slots (feed-forward, convolution), or when the rank exceeds the slots'.
     """
+    _check_modules(factors, slots)
     by_module = {slot.module: slot for slot in slots}
-    strangers = [
-        f"{module} ({a.shape[0]} -> {b.shape[1]}"
-        + (
-            f", here {by_module[module].inputs} -> {by_module[module].outputs})"
-            if module in by_module
-            else ", no such slot)"
-        )
-        for module, (a, b) in sorted(factors.items())
-        if module not in by_module or (a.shape[0], b.shape[1]) != by_module[module][1:3]
-    ]
-    if strangers:
-        more = f" and {len(strangers) - 8} more" if len(strangers) > 8 else ""
-        raise FileFormatError(
-            f"this LoRA is for another base; {len(strangers)} modules do not fit: {', '.join(strangers[:8])}{more}"
-        )
     rank = max((a.shape[1] for a, _ in factors.values()), default=0)
     room = min((by_module[module].rank for module in factors), default=rank)
     if rank > room:
         raise FileFormatError(
-            f"this LoRA has rank {rank}, the engine's slots take {room}; "
+            f"this LoRA has rank {rank}, the engine's slots take {room} (ranks of several LoRAs on one layer add up); "
             f"rebuild with `dreammix-trt build --slot-rank {rank}`"
         )
     row = np.zeros(packed_size(slots), np.float32)
@@ -176,12 +194,71 @@ def pack(factors: Mapping[str, tuple[Floats, Floats]], slots: Sequence[Slot], sc
     return row
 
 
-_FACTS = ("name", "token", "class_name", "target", "scale", "base_key", "source_sha256")
+def _check_modules(factors: Mapping[str, tuple[Floats, Floats]], slots: Sequence[Slot]) -> None:
+    by_module = {slot.module: slot for slot in slots}
+    kinds = {_kind(slot.module) for slot in slots}
+    wrong, without = [], []
+    for module, (a, b) in sorted(factors.items()):
+        here, shape = by_module.get(module), (a.shape[0], b.shape[1])
+        if here is None:
+            wrong.append(f"{module} ({shape[0]} -> {shape[1]}, no such slot)")
+            without.append(_kind(module) not in kinds)
+        elif shape != here[1:3]:
+            wrong.append(f"{module} ({shape[0]} -> {shape[1]}, here {here.inputs} -> {here.outputs})")
+            without.append(False)
+    if not wrong:
+        return
+    listed = ", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+    if all(without):
+        raise FileFormatError(
+            f"{len(wrong)} modules of this LoRA have no slots in the engine, which takes attention layers: {listed}; "
+            "merge the LoRA into the base with `dreammix-trt build --base-lora FILE`"
+        )
+    base = another_base(factors, {slot.module: slot.inputs for slot in slots})
+    raise FileFormatError(f"this LoRA is for {base}; {len(wrong)} modules do not fit: {listed}")
+
+
+def _kind(module: str) -> tuple[str, ...]:
+    """What sort of layer it is, wherever it stands: its last two words without numbers ("attn1", "to_out")."""
+    return tuple([word for word in module.split(".") if not word.isdigit()][-2:])
+
+
+def _stacked(loras: Sequence[tuple[Lora, float, Target]], part: str) -> dict[str, tuple[Floats, Floats]]:
+    """module -> ([A1 A2 ...], [s1 B1; s2 B2; ...]) of one part of the LoRAs."""
+    found: dict[str, list[tuple[Floats, Floats]]] = {}
+    for lora, scale, _ in loras:
+        for module, (a, b) in lora.factors.get(part, {}).items():
+            found.setdefault(module, []).append((a, b * np.float32(scale)))
+    return {
+        module: (np.concatenate([a for a, _ in pairs], axis=1), np.concatenate([b for _, b in pairs]))
+        for module, pairs in found.items()
+    }
+
+
+def _stored(factors: Factors) -> Iterator[tuple[str, tuple[Floats, Floats]]]:
+    """(name in the file, factors); what both UNets share stands there once."""
+    for network, modules in factors.items():
+        for module, pair in modules.items():
+            other = factors.get({"unet": "unet_raw", "unet_raw": "unet"}.get(network, ""), {}).get(module)
+            if other is None or not all(map(np.array_equal, pair, other)):
+                yield f"{network}.{module}", pair
+            elif network == "unet":
+                yield f"{_BOTH}.{module}", pair
+
+
+def _places(path: Path, facts: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Network in the file -> engine networks that take its factors; in schema 1 a target says it of the UNet."""
+    if facts["schema"] > 1:
+        return _ENGINE_NETWORKS
+    if facts.get("target") not in TARGETS:
+        raise FileFormatError(f"{path}: unknown target {facts.get('target')!r}, expected one of {', '.join(TARGETS)}")
+    return {**_ENGINE_NETWORKS, "unet": _UNETS[facts["target"]]}
 
 
 def _balanced(a: Floats, b: Floats) -> tuple[Floats, Floats]:
-    norm_a, norm_b = float(np.linalg.norm(a)), float(np.linalg.norm(b))
-    if norm_a == 0.0 or norm_b == 0.0:
-        return np.zeros_like(a), np.zeros_like(b)
-    ratio = np.float32(np.sqrt(norm_b / norm_a))
-    return a * ratio, b / ratio
+    """The same product with column j of A and row j of B of equal norm; a rank without effect becomes zeros."""
+    norms_a, norms_b = (np.linalg.norm(each.astype(np.float64), axis=axis) for each, axis in ((a, 0), (b, 1)))
+    live = (norms_a > 0) & (norms_b > 0)
+    ratio = np.sqrt(np.divide(norms_b, norms_a, out=np.ones_like(norms_a), where=live))
+    up, down = ratio * live, live / ratio
+    return (a * up).astype(np.float32), (b * down[:, None]).astype(np.float32)

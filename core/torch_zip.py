@@ -1,9 +1,9 @@
 """Reading tensors out of `torch.save` files without torch, and without ever running what a pickle asks for.
 
-A `torch.save` file is a zip: `<name>/data.pkl` describes the objects, `<name>/data/<key>` holds raw storages. The
-reader below lets the pickle name exactly the few globals a plain dict of tensors needs and refuses all others, so a
-hostile file can at worst be rejected. (Format: torch/serialization.py, `_save` and `torch/_utils.py`,
-`_rebuild_tensor_v2`.)
+A `torch.save` file is a zip: `<name>/data.pkl` describes the objects, `<name>/data/<key>` holds raw storages, not
+compressed, so they can be mapped where they lie. The reader below lets the pickle name exactly the few globals a plain
+dict of tensors needs and refuses all others, so a hostile file can at worst be rejected. (Format:
+torch/serialization.py, `_save` and `torch/_utils.py`, `_rebuild_tensor_v2`.)
 """
 
 from __future__ import annotations
@@ -14,39 +14,44 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dreammix_trt.core.errors import FileFormatError
+from dreammix_trt.core.stored import LAYOUTS, Array, MappedFile, Stored
 
-Array = NDArray[Any]
-_DTYPES = {"FloatStorage": np.float32, "HalfStorage": np.float16, "ByteStorage": np.uint8}
+MAGIC = b"PK\x03\x04"
+_STORAGES = {
+    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64", "IntStorage": "int32", "ByteStorage": "uint8",
+}  # fmt: skip
+_LOCAL_HEADER = 30  # bytes before a zip member's name
 
 
-def read_torch_zip(path: Path) -> dict[str, Any]:
-    """The dict a `torch.save` file holds, tensors as contiguous numpy arrays (float32, float16 or uint8).
+def read_torch_zip(path: str | Path) -> dict[str, Any]:
+    """The dict a `torch.save` file holds, with every tensor as a `Stored`: nothing but the description is read.
 
     Values may be nested in tuples, lists and dicts. Raises `FileFormatError` for a missing or truncated file, another
-    format (the pre-2020 non-zip format too), or a pickle that names anything but tensors of these three types.
+    format (the pre-2020 non-zip format too), or a pickle that names anything but tensors.
     """
+    file = MappedFile.open(path)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file.path) as archive:
             pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             if len(pickles) != 1:
-                raise FileFormatError(f"{path}: not a torch.save file (no data.pkl inside)")
+                raise FileFormatError("not a torch.save file (no data.pkl inside)")
             root = pickles[0].removesuffix("data.pkl")
+            members = {item.filename.removeprefix(f"{root}data/"): item for item in archive.infolist()}
             with archive.open(pickles[0]) as stream:
-                loaded = _TensorUnpickler(stream, lambda key: archive.read(f"{root}data/{key}")).load()
-    except FileNotFoundError as error:
-        raise FileFormatError(f"{path}: no such file") from error
+                reader = _TensorUnpickler(stream, lambda key: _place(file, members[key]))
+                loaded = _with_tensors(reader.load(), reader.tensors, file, "")
     except FileFormatError as error:
-        raise FileFormatError(f"{path}: {error}") from error
+        raise FileFormatError(f"{file.path}: {error}") from error
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise FileFormatError(f"{path}: truncated, or not a file written by torch.save ({error})") from error
+        raise FileFormatError(f"{file.path}: truncated, or not a file written by torch.save ({error})") from error
     if not isinstance(loaded, dict):
-        raise FileFormatError(f"{path}: holds a {type(loaded).__name__}, expected a dict of tensors")
+        raise FileFormatError(f"{file.path}: holds a {type(loaded).__name__}, expected a dict of tensors")
     return loaded
 
 
@@ -54,44 +59,103 @@ class _Storage(str):
     """The name of an allowed storage class, standing in for the class."""
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """Knows tensors and dicts, nothing else; `read(key)` gives a storage's bytes."""
+class _Number(int):
+    """The number of a tensor: all that a pickle gets hold of, since it may set attributes of what it is given."""
 
-    def __init__(self, stream: Any, read: Callable[[str], bytes]) -> None:
+
+class _Flat(NamedTuple):
+    """A storage: its dtype, first byte and length in numbers."""
+
+    dtype: str
+    offset: int
+    length: int
+
+
+class _View(NamedTuple):
+    """A tensor: a storage, and offset, shape and stride in numbers."""
+
+    flat: _Flat
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Knows tensors and dicts, nothing else; `place(key)` gives a storage's first byte and its bytes."""
+
+    def __init__(self, stream: Any, place: Callable[[str], tuple[int, int]]) -> None:
         super().__init__(stream)
-        self._read = read
-        self._storages: dict[str, Array] = {}
+        self._place = place
+        self._storages: list[_Flat] = []
+        self.tensors: list[_View] = []
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild_tensor
-        if module == "torch" and name in _DTYPES:
+            return self._tensor
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda tensor, *_unused: tensor
+        if module == "torch" and name in _STORAGES:
             return _Storage(name)
-        raise FileFormatError(
-            f"the file names {module}.{name}, which a dict of float, half or uint8 tensors never does"
-        )
+        raise FileFormatError(f"the file names {module}.{name}, which a dict of tensors never does; it is not read")
 
-    def persistent_load(self, pid: Any) -> Array:
+    def persistent_load(self, pid: Any) -> int:
         kind, storage, key, _device, count = pid
         if kind != "storage" or not isinstance(storage, _Storage):
             raise FileFormatError(f"unexpected reference {pid!r}")
-        if key not in self._storages:
-            flat = np.frombuffer(self._read(key), np.dtype(_DTYPES[storage]).newbyteorder("<"))
-            if flat.size != count:
-                raise FileFormatError(f"storage {key} holds {flat.size} numbers, expected {count}")
-            self._storages[key] = flat
-        return self._storages[key]
+        dtype = _STORAGES[str(storage)]
+        offset, size = self._place(key)
+        if size != count * LAYOUTS[dtype].itemsize:
+            raise FileFormatError(f"storage {key} holds {size // LAYOUTS[dtype].itemsize} numbers, expected {count}")
+        self._storages.append(_Flat(dtype, offset, count))
+        return len(self._storages) - 1
+
+    def _tensor(
+        self, storage: int, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_unused: Any
+    ) -> _Number:
+        flat, shape, stride = self._storages[storage], tuple(map(int, shape)), tuple(map(int, stride))
+        last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+        inside = min((offset, *shape, *stride)) >= 0 and (0 in shape or last < flat.length)
+        if not inside or math.prod(shape) > flat.length:
+            raise FileFormatError(f"a tensor of shape {shape} reaches outside its storage of {flat.length} numbers")
+        self.tensors.append(_View(flat, int(offset), shape, stride))
+        return _Number(len(self.tensors) - 1)
 
 
-def _rebuild_tensor(
-    storage: Array, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_unused: Any
-) -> Array:
-    """A contiguous copy of the view (offset, shape, stride: in elements) into a flat storage."""
-    last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-    inside = min((offset, *shape, *stride)) >= 0 and (0 in shape or last < storage.size)
-    if not inside or math.prod(shape) > storage.size:
-        raise FileFormatError(f"a tensor of shape {shape} reaches outside its storage of {storage.size} numbers")
-    view = np.lib.stride_tricks.as_strided(storage[offset:], shape, [s * storage.itemsize for s in stride])
-    return view.astype(storage.dtype.newbyteorder("="), order="C")
+def _with_tensors(value: Any, tensors: list[_View], file: MappedFile, name: str) -> Any:
+    """The unpickled value in plain dicts, lists and tuples, with tensors in the place of their numbers."""
+    if isinstance(value, _Number):
+        view = tensors[value]
+        return Stored(f"{file.path}: tensor {name!r}", view.flat.dtype, view.shape, lambda: _strided(file, view))
+    if isinstance(value, dict):
+        return {key: _with_tensors(item, tensors, file, str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_with_tensors(item, tensors, file, name) for item in value)
+    return value
+
+
+def _strided(file: MappedFile, view: _View) -> Array:
+    if 0 in view.shape:
+        return np.empty(view.shape, LAYOUTS[view.flat.dtype])
+    last = view.offset + sum((n - 1) * s for n, s in zip(view.shape, view.stride, strict=True))
+    size = LAYOUTS[view.flat.dtype].itemsize
+    flat = file.numbers(view.flat.dtype, view.flat.offset + view.offset * size, last - view.offset + 1)
+    return np.lib.stride_tricks.as_strided(flat, view.shape, [s * size for s in view.stride])
+
+
+def _place(file: MappedFile, member: zipfile.ZipInfo) -> tuple[int, int]:
+    """First byte in the file and number of bytes of a storage."""
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise FileFormatError(f"{member.filename} is compressed, which torch.save never does; save the file anew")
+    with file.path.open("rb") as stream:
+        stream.seek(member.header_offset)
+        header = stream.read(_LOCAL_HEADER)
+    if not header.startswith(MAGIC) or len(header) < _LOCAL_HEADER:
+        raise FileFormatError(f"{member.filename} is not where the file's list has it; the file is damaged")
+    offset = (
+        member.header_offset + _LOCAL_HEADER + sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+    )
+    if offset + member.file_size > file.size:
+        raise FileFormatError(f"{member.filename} reaches beyond the end; the file is truncated")
+    return offset, member.file_size

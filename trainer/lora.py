@@ -350,7 +350,7 @@ def _write_merged(folder: Path, base: BaseFiles, factors: dict[str, tuple[Tensor
     """The patched UNet with the LoRA added to its weights, float32, in diffusers' layout."""
     from safetensors.numpy import save_file
 
-    state = base.unet_patched_state()
+    state = dict(base.unet_patched_state())
     for name, (down, up) in factors.items():
         key = f"{name}.weight"
         state[key] = state[key] + (up @ down).numpy()

@@ -5,6 +5,7 @@ Imports torch, diffusers and transformers: reach it from inside functions.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from dreammix_trt.core.checkpoint import BaseFiles
+from dreammix_trt.core.checkpoint import BaseFiles, State
 from dreammix_trt.core.errors import FileFormatError, InputError
 
 TEXT_LENGTH = 77
@@ -34,7 +35,7 @@ class TrainingNetworks:
         self._vae: Any = _filled(AutoencoderKL.from_config(vae), base.state("vae"))
         self._encoders = [_text_encoder(base, name) for name in ("text_encoder", "text_encoder_2")]
         self._tokenizers = [_tokenizer(base, name) for name in ("tokenizer", "tokenizer_2")]
-        self._head = torch.from_numpy(base.head()) if base.head_file else None
+        self._head = torch.from_numpy(base.head()) if base.has_head else None
         self._feature: Tensor | None = None
         self.unet.conv_in.register_forward_hook(self._add_feature)
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -55,7 +56,8 @@ class TrainingNetworks:
         """The inpaint head on mask (N, 1, h, w) and masked latent (N, 4, h, w); None for a base without head."""
         if self._head is None:
             return None
-        both = torch.nn.functional.pad(torch.cat([mask, masked], 1), (1, 1, 1, 1), mode="replicate")
+        mode = "constant" if self.base.head_padding == "zeros" else "replicate"
+        both = torch.nn.functional.pad(torch.cat([mask, masked], 1), (1, 1, 1, 1), mode=mode)
         return torch.nn.functional.conv2d(both, self._head)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -91,7 +93,7 @@ def to_latent_range(pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32
     return np.asarray(np.stack(pictures).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1, np.float32)
 
 
-def _filled(module: Any, state: dict[str, NDArray[np.float32]]) -> Any:
+def _filled(module: Any, state: State) -> Any:
     tensors = {name: torch.from_numpy(value) for name, value in state.items()}
     try:
         missing, _ = module.float().load_state_dict(tensors, strict=False)
@@ -106,14 +108,16 @@ def _filled(module: Any, state: dict[str, NDArray[np.float32]]) -> Any:
 def _text_encoder(base: BaseFiles, name: str) -> Any:
     kind = CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
     module = kind(CLIPTextConfig(**base.configs[name]))
-    state = base.state(name)
+    state: State = base.state(name)
     if not any(key.startswith("text_model.") for key in module.state_dict()):  # transformers 5 for the first encoder
         state = {key.removeprefix("text_model."): value for key, value in state.items()}
     return _filled(module, state)
 
 
 def _tokenizer(base: BaseFiles, name: str) -> Any:
-    try:
-        return CLIPTokenizer.from_pretrained(base.folder / name, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise FileFormatError(f"{base.folder / name}: not a CLIP tokenizer ({error})") from error
+    with tempfile.TemporaryDirectory() as folder:
+        base.write_tokenizer(name, folder)
+        try:
+            return CLIPTokenizer.from_pretrained(folder, pad_token=base.pad_token(name), local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise FileFormatError(f"{base.folder}: its {name} is not CLIP's ({error})") from error

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dreammix_trt.core.checkpoint import BaseFiles
+from dreammix_trt.core.checkpoint import COMPONENTS, BaseFiles
 from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.fooocus import read_patch
 from dreammix_trt.core.keymap import sgm_to_diffusers
@@ -74,6 +74,126 @@ def test_both_spellings_of_text_encoder_names_are_read(tiny: TinyModel) -> None:
     assert BaseFiles.open(tiny.folder).state("text_encoder").keys() == before.keys()
 
 
+def as_torch(folder: Path, stem: str, dtype: str, spelling: str) -> None:
+    """Replace a component's safetensors by torch files, one or two with an index."""
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    (source,) = folder.glob("*.safetensors")
+    state = {name: value.to(getattr(torch, dtype)) for name, value in load_file(source).items()}
+    source.unlink()
+    if "index" not in spelling:
+        torch.save(state, folder / f"{stem}{spelling}")
+        return
+    parts = {name: f"{stem}-{number % 2}.bin" for number, name in enumerate(state)}
+    for part in set(parts.values()):
+        torch.save({name: state[name] for name in state if parts[name] == part}, folder / part)
+    (folder / f"{stem}{spelling}").write_text(json.dumps({"weight_map": parts}))
+
+
+@pytest.mark.parametrize("spelling", [".bin", ".fp16.bin", ".bin.index.json", ".bin.index.fp16.json"])
+def test_torch_files_hold_the_same(tiny: TinyModel, spelling: str) -> None:
+    before = {name: dict(BaseFiles.open(tiny.folder).state(name)) for name in COMPONENTS}
+    for name in COMPONENTS:
+        stem = "pytorch_model" if name.startswith("text") else "diffusion_pytorch_model"
+        as_torch(tiny.folder / name, stem, "float16", spelling)
+    base = BaseFiles.open(tiny.folder)
+    for name in COMPONENTS:
+        after = base.state(name)
+        assert after.keys() == before[name].keys()
+        assert all(np.array_equal(after[key], before[name][key]) for key in after)
+    assert any(key.endswith(".bin") for key in base.content_hashes("vae"))
+
+
+def test_bfloat16_is_read_as_torch_widens_it(tiny: TinyModel) -> None:
+    before = dict(BaseFiles.open(tiny.folder).state("vae"))
+    as_torch(tiny.folder / "vae", "diffusion_pytorch_model", "bfloat16", ".bin")
+    after = BaseFiles.open(tiny.folder).state("vae")
+    torch = pytest.importorskip("torch")
+    for name, value in before.items():
+        assert np.array_equal(after[name], torch.from_numpy(value).bfloat16().float().numpy())
+
+
+def test_full_precision_comes_before_fp16(tiny: TinyModel) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    whole = tiny.folder / "unet/diffusion_pytorch_model.safetensors"
+    state = {name: value.astype(np.float32) + np.float32(1e-6) for name, value in load_file(whole).items()}
+    whole.rename(whole.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    assert np.array_equal(BaseFiles.open(tiny.folder).state("unet")["conv_out.bias"], state["conv_out.bias"] - 1e-6)
+    save_file(state, whole)
+    assert np.array_equal(BaseFiles.open(tiny.folder).state("unet")["conv_out.bias"], state["conv_out.bias"])
+
+
+def test_a_nine_channel_folder_is_read_as_a_base_with_its_head(tiny: TinyModel) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    path = tiny.folder / "unet/diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    wide = np.random.default_rng(0).standard_normal((32, 9, 3, 3)).astype(np.float16)
+    save_file({**state, "conv_in.weight": wide}, path)
+    edit(tiny.folder / "unet/config.json", in_channels=9)
+    with pytest.raises(FileFormatError, match="brings its own head"):
+        BaseFiles.open(tiny.folder)
+    tiny.patch.unlink(), tiny.head.unlink()
+    base = BaseFiles.open(tiny.folder)
+    assert base.nine_channels and base.has_head and base.patch is None and base.configs["unet"]["in_channels"] == 4
+    assert base.unet_patched_state().shape("conv_in.weight") == (32, 4, 3, 3)
+    assert np.array_equal(base.state("unet")["conv_in.weight"], wide[:, :4].astype(np.float32))
+    assert np.array_equal(base.head(), wide[:, 4:].astype(np.float32))
+    assert np.array_equal(base.state("unet")["conv_out.bias"], state["conv_out.bias"].astype(np.float32))
+
+
+def test_a_vae_given_beside_replaces_the_folders(tiny: TinyModel, tmp_path: Path) -> None:
+    other = write_tiny_model(tmp_path / "other", seed=1)
+    edit(other.folder / "vae/config.json", scaling_factor=0.5)
+    for given in (other.folder, other.folder / "vae"):
+        base = BaseFiles.open(tiny.folder, vae=given)
+        truth = BaseFiles.open(other.folder)
+        assert base.scaling_factor == 0.5
+        assert all(np.array_equal(value, truth.state("vae")[name]) for name, value in base.state("vae").items())
+        assert base.content_hashes("vae") == truth.content_hashes("vae")
+        assert base.content_hashes("unet") != truth.content_hashes("unet")
+
+
+def test_hashes_of_a_component_are_its_own_files(tiny: TinyModel) -> None:
+    base = BaseFiles.open(tiny.folder)
+    unet = {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
+    assert base.content_hashes("unet").keys() == {*unet, "patch"}
+    assert base.content_hashes("unet_raw").keys() == unet
+    assert base.content_hashes("inpaint_head").keys() == {"inpaint_head"}
+    assert "tokenizer_2/merges.txt" in base.content_hashes("tokenizer")
+    parts = (*COMPONENTS, "tokenizer", "inpaint_head")
+    assert base.content_hashes() == {key: value for part in parts for key, value in base.content_hashes(part).items()}
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "diffusion_pytorch_model.safetensors.index.json",
+        "diffusion_pytorch_model.safetensors.index.fp16.json",
+        "diffusion_pytorch_model.fp16.safetensors.index.json",
+    ],
+)
+def test_every_spelling_of_an_index_is_read(tiny: TinyModel, index: str) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    whole = tiny.folder / "vae/diffusion_pytorch_model.safetensors"
+    tensors = load_file(whole)
+    whole.unlink()
+    place = {name: f"part-{number % 3}.safetensors" for number, name in enumerate(sorted(tensors))}
+    for part in set(place.values()):
+        save_file({name: tensors[name] for name in tensors if place[name] == part}, whole.parent / part)
+    (whole.parent / index).write_text(json.dumps({"weight_map": place}))
+    state = BaseFiles.open(tiny.folder).state("vae")
+    assert {name: np.array_equal(state[name], tensors[name].astype(np.float32)) for name in state} == dict.fromkeys(
+        tensors, True
+    )
+    (whole.parent / index).write_text(json.dumps({"weight_map": {"a": "../../elsewhere.safetensors"}}))
+    with pytest.raises(FileFormatError, match="does not name"):
+        BaseFiles.open(tiny.folder)
+
+
 def test_shards_are_joined(tiny: TinyModel) -> None:
     from safetensors.numpy import load_file, save_file
 
@@ -94,7 +214,15 @@ def test_shards_are_joined(tiny: TinyModel) -> None:
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("unet/config.json", {"in_channels": 9}, "9 input channels, expected 4"),
+        ("unet/config.json", {"in_channels": 9}, r"shape \(32, 4, 3, 3\), its config says 9"),
+        ("unet/config.json", {"in_channels": 8}, "8 input channels, expected 4"),
+        ("vae/config.json", {"latent_channels": 16}, "its VAE is not SDXL's"),
+        ("vae/config.json", {"scaling_factor": None}, "no scaling_factor"),
+        ("model_index.json", {"_class_name": "StableDiffusionPipeline"}, r"Stable Diffusion 1\.x or 2\.x"),
+        ("model_index.json", {"_class_name": "StableDiffusion3Pipeline"}, "Stable Diffusion 3 model"),
+        ("model_index.json", {"_class_name": "FluxPipeline"}, "a Flux model"),
+        ("model_index.json", {"_class_name": "KolorsPipeline"}, "a KolorsPipeline model"),
+        ("model_index.json", {"text_encoder": [None, None]}, "an SDXL refiner"),
         ("unet/config.json", {"addition_embed_type": None}, "not an SDXL UNet"),
         ("unet/config.json", {"cross_attention_dim": 768}, "cross_attention_dim is 768"),
         ("unet/config.json", {"mid_block_type": None}, "block types None"),
@@ -110,8 +238,14 @@ def test_other_models_are_refused(tiny: TinyModel, file: str, changes: dict[str,
 def test_missing_parts_are_named(tiny: TinyModel, tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match=r"no model_index\.json"):
         BaseFiles.open(tmp_path)
+    with pytest.raises(FileFormatError, match="it does not exist"):
+        BaseFiles.open(tmp_path / "none")
+    with pytest.raises(FileFormatError, match="one component of a model; give the folder above"):
+        BaseFiles.open(tiny.folder / "unet")
     (tmp_path / "model.safetensors").write_bytes(b"x")
-    with pytest.raises(FileFormatError, match="is a single file"):
+    with pytest.raises(FileFormatError, match=r"name the file: model\.safetensors"):
+        BaseFiles.open(tmp_path)
+    with pytest.raises(FileFormatError, match=r"model\.safetensors: truncated, or neither"):
         BaseFiles.open(tmp_path / "model.safetensors")
     with pytest.raises(FileFormatError, match=r"none\.patch: no such file"):
         BaseFiles.open(tiny.folder, patch=tmp_path / "none.patch")

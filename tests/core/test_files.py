@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -9,8 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from dreammix_trt.core.errors import FileFormatError, InputError
-from dreammix_trt.core.files import atomic_directory, atomic_file, check_place, read_json, sha256_of, write_json
+from dreammix_trt.core.errors import BuildError, FileFormatError, InputError
+from dreammix_trt.core.files import (
+    atomic_directory,
+    atomic_file,
+    check_place,
+    digest_of,
+    folder_bytes,
+    is_full,
+    read_json,
+    refusing,
+    remember_sha256,
+    sha256_of,
+    size_text,
+    write_json,
+)
 
 
 def names(folder: Path) -> set[str]:
@@ -84,13 +98,13 @@ def test_a_full_disk_is_an_error_of_ours() -> None:
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("no /dev/full here")
-    from dreammix_trt.core.errors import BuildError
-
-    with pytest.raises(BuildError, match="no space left"):
-        from dreammix_trt.core.files import _refusing
-
-        with _refusing(full), full.open("wb", buffering=0) as stream:
-            stream.write(b"x")
+    with (
+        pytest.raises(BuildError, match="no space left") as caught,
+        refusing(full),
+        full.open("wb", buffering=0) as stream,
+    ):
+        stream.write(b"x")
+    assert is_full(caught.value) and not is_full(ValueError("no"))
 
 
 def test_hashes_of_large_files_are_remembered_until_verified(tmp_path: Path) -> None:
@@ -104,6 +118,38 @@ def test_hashes_of_large_files_are_remembered_until_verified(tmp_path: Path) -> 
     assert sha256_of(file, verify=True) != first
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert sha256_of(file) != first
+
+
+def test_a_hash_is_remembered_across_a_move(tmp_path: Path) -> None:
+    made, moved = tmp_path / "made", tmp_path / "moved"
+    made.write_bytes(b"a" * (1 << 20))
+    assert digest_of(made) == hashlib.sha256(b"a" * (1 << 20)).hexdigest()
+    made.rename(moved)
+    remember_sha256(moved, "as if it were read")
+    assert sha256_of(moved) == "as if it were read"
+    assert sha256_of(moved, verify=True) == sha256_of(moved) == digest_of(moved)
+    moved.write_bytes(b"small")
+    remember_sha256(moved, "not looked up")
+    assert sha256_of(moved) == hashlib.sha256(b"small").hexdigest()
+
+
+def test_a_home_that_cannot_be_written_only_costs_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home").write_text("")
+    monkeypatch.setenv("DREAMMIX_HOME", str(tmp_path / "home"))
+    (tmp_path / "large").write_bytes(bytes(1 << 20))
+    assert sha256_of(tmp_path / "large") == hashlib.sha256(bytes(1 << 20)).hexdigest()
+    with atomic_directory(tmp_path / "engine") as folder:
+        (folder / "mark").write_text("")
+    assert names(tmp_path / "engine") == {"mark"}
+
+
+def test_sizes_are_counted_and_said(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("x", "a/y", "a/b/z"):
+        (tmp_path / name).write_bytes(bytes(1000))
+    assert folder_bytes(tmp_path) == 3000
+    said = [size_text(count) for count in (0, 1023, 1024, 3 << 19, 5 << 30, 1 << 60)]
+    assert said == ["0 bytes", "1023 bytes", "1.0 KiB", "1.5 MiB", "5.0 GiB", "1048576.0 TiB"]
 
 
 def test_json_that_is_none_is_named(tmp_path: Path) -> None:

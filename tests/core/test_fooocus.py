@@ -12,6 +12,7 @@ import pytest
 
 from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.fooocus import PatchEntry, apply_patch, read_head, read_patch
+from dreammix_trt.core.tensors import Weights
 
 NAMES = {"diffusion_model.a.weight": "x.weight", "diffusion_model.a.bias": "x.bias"}
 
@@ -66,7 +67,7 @@ def test_apply_takes_any_subset_and_biases_only_when_told(biases: bool) -> None:
     expected = 1 + 2 * (np.arange(6, dtype=np.float32).reshape(2, 3) / 255 * 2 + low)
     np.testing.assert_allclose(patched["x.weight"], expected, atol=2e-3)
     assert patched["x.bias"].tolist() == ([2.0, 2.0] if biases else [1.0, 1.0])
-    assert patched["y"] is base["y"] and base["x.weight"].min() == 1.0
+    assert patched["y"].tolist() == [1.0] and base["x.weight"].min() == 1.0
 
 
 def test_unknown_names_and_other_widths_are_listed() -> None:
@@ -74,6 +75,58 @@ def test_unknown_names_and_other_widths_are_listed() -> None:
         apply_patch(state(), {"diffusion_model.z.weight": entry((2, 3), 0, 1)}, NAMES)
     with pytest.raises(FileFormatError, match=r"\(4, 3\) against \(2, 3\)"):
         apply_patch(state(), {"diffusion_model.a.weight": entry((4, 3), 0, 1)}, NAMES)
+
+
+def test_the_count_of_what_is_applied_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    patch = {"diffusion_model.a.weight": entry((2, 3), 0, 1), "diffusion_model.a.bias": entry((2,), 0, 1)}
+    with caplog.at_level("INFO"):
+        apply_patch(state(), patch, NAMES)
+    assert "1 tensors applied, 1 biases left out; 1 of the UNet's 3 are not in the patch" in caplog.text
+
+
+class Unread(Weights):
+    """Weights that must not be read."""
+
+    def __getitem__(self, name: str) -> Any:
+        raise AssertionError(f"{name} was read")
+
+
+def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A patch of 960 tensors on 1680 costs their names; each tensor costs itself."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    names = {f"diffusion_model.l{n}.{part}": f"m{n}.{part}" for n in range(840) for part in ("weight", "bias")}
+    shapes = {key: (4, 3) if key.endswith("weight") else (4,) for key in names}
+    chosen = list(names)[::-1][:960]
+    saved = {}
+    for number, key in enumerate(chosen):
+        spread = (4, *(1,) * (len(shapes[key]) - 1)) if number % 2 else ()
+        low = rng.normal(-1, 0.1, spread).astype(np.float16)
+        saved[key] = (rng.integers(0, 256, shapes[key], np.uint8), low, low + np.float16(2))
+    torch.save({key: tuple(map(torch.from_numpy, map(np.asarray, parts))) for key, parts in saved.items()},
+               tmp_path / "v26.fooocus.patch")  # fmt: skip
+    raw = {name: np.ones(shapes[key], np.float32) for key, name in names.items()}
+    monkeypatch.setattr(PatchEntry, "delta", lambda self: pytest.fail("a delta was computed"))
+    patch = read_patch(tmp_path / "v26.fooocus.patch")
+    patched = apply_patch(Unread(Weights.of(raw)._tensors), patch, names, biases=True)
+    monkeypatch.undo()
+    patched = apply_patch(Weights.of(raw), patch, names, biases=True)
+    assert len(patch) == 960 and len(patched) == 1680
+    for key, name in names.items():
+        delta = PatchEntry(*saved[key]).delta() if key in saved else np.zeros(shapes[key], np.float32)
+        assert np.array_equal(patched[name], 1 + delta), key
+
+
+def test_a_damaged_range_is_named(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    key = "diffusion_model.a.weight"
+    broken = torch.tensor(float("nan")).half()
+    torch.save({key: (torch.zeros(2, 3, dtype=torch.uint8), broken, broken)}, tmp_path / "x.patch")
+    with pytest.raises(FileFormatError, match=r"x\.patch: tensor 'diffusion_model\.a\.weight' holds NaN"):
+        apply_patch(state(), read_patch(tmp_path / "x.patch"), NAMES)["x.weight"]
+    torch.save({key: (torch.zeros(2, 3, dtype=torch.uint8), torch.zeros(3).half(), broken)}, tmp_path / "x.patch")
+    with pytest.raises(FileFormatError, match=r"ranges of shape \(3,\) and \(\), which do not fit"):
+        read_patch(tmp_path / "x.patch")
 
 
 def torch_file(path: Path, value: Any, storages: dict[str, bytes] | None = None) -> Path:
@@ -135,9 +188,33 @@ class Evil:
 def test_a_pickle_that_wants_to_run_code_is_refused(
     tmp_path: Path, payload: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(FileFormatError, match="which a dict of float, half or uint8 tensors never does"):
+    with pytest.raises(FileFormatError, match="which a dict of tensors never does"):
         read_head(torch_file(tmp_path / "evil.pth", payload))
     assert "executed" not in capsys.readouterr().out
+
+
+def test_a_pickle_cannot_reach_into_what_it_is_given(tmp_path: Path) -> None:
+    """BUILD sets attributes of any object a pickle holds; a tensor's place in the file must not be among them."""
+    tensor = tensor_pickle(90, 0, (1, 5, 3, 3), (45, 9, 3, 1))
+    build = tensor.removesuffix(b"s.") + pickle.dumps({"shape": (9000, 5, 3, 3), "offset": 10**9}, 2)[2:-1] + b"bs."
+    halves = np.arange(90, dtype=np.float16)
+    path = torch_file(tmp_path / "h.pth", build, {"0": halves.tobytes()})
+    assert read_head(path).ravel().tolist() == list(range(45))
+
+
+def test_compressed_and_displaced_storages_are_refused(tmp_path: Path) -> None:
+    whole = tensor_pickle(90, 0, (1, 5, 3, 3), (45, 9, 3, 1))
+    with zipfile.ZipFile(tmp_path / "z.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("f/data.pkl", whole)
+        archive.writestr("f/data/0", bytes(180))
+    with pytest.raises(FileFormatError, match="is compressed"):
+        read_head(tmp_path / "z.pth")
+    path = torch_file(tmp_path / "h.pth", whole, {"0": bytes(180)})
+    data = bytearray(path.read_bytes())
+    data[data.find(b"PK\x03\x04", 4)] = 0
+    path.write_bytes(data)
+    with pytest.raises(FileFormatError, match="damaged"):
+        read_head(path)
 
 
 def test_files_of_other_formats_say_so(tmp_path: Path, golden: Path) -> None:

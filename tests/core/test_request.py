@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.core.request import SCHEMA, Request, TasStage
+from dreammix_trt.core.request import LCM_STEPS, SCHEMA, Request, Sampler, TasStage
 
 share = st.floats(0, 1)
 text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=30)
@@ -23,6 +23,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "subject": st.none() | text,
     "substitute": st.lists(text, max_size=3),
     "substitute_prefix": st.none() | text,
+    "sampler": st.sampled_from(get_args(Sampler)),
     "num_inference_steps": st.integers(20, 1000),
     "guidance_scale": st.floats(0, 100),
     "seed": st.integers(0, 2**64 - 2000),
@@ -53,6 +54,8 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
 
 @given(st.fixed_dictionaries({"prompt": text}, optional={name: FIELDS[name] for name in FIELDS if name != "prompt"}))
 def test_json_gives_the_same_request_back(fields: dict[str, Any]) -> None:
+    if fields.get("sampler") == "lcm":
+        fields["num_inference_steps"] = min(fields.get("num_inference_steps", 30), LCM_STEPS)
     request = Request(**fields)
     again = Request.from_json(request.to_json())
     assert again == request
@@ -76,6 +79,8 @@ REFUSED = [
     ("prompt", "\ud800", "text"),
     ("negative_prompt", 3, "text"),
     ("substitute", "clay", "list of words"),
+    ("sampler", "ddim", "'dpmpp_2m_sde' or 'euler' or 'lcm'"),
+    ("sampler", None, "'dpmpp_2m_sde' or 'euler' or 'lcm'"),
     ("num_inference_steps", 0, "1 to 1000"),
     ("num_inference_steps", 1001, "1 to 1000"),
     ("num_inference_steps", 30.0, "whole number"),
@@ -122,6 +127,10 @@ def test_a_refusal_names_field_value_and_what_is_allowed(name: str, value: Any, 
     [
         ({"num_inference_steps": 5, "lcg_steps": 6}, "lcg_steps is 6"),
         ({"num_inference_steps": 5, "strength": 0.1}, "strength is 0.1"),
+        (
+            {"num_inference_steps": 51, "sampler": "lcm"},
+            "num_inference_steps is 51: sampler 'lcm' has at most 50 steps",
+        ),
         ({"seed": 2**64 - 1, "num_images_per_prompt": 2}, "seed is 18446744073709551615"),
         ({"reference_resize": (512, 512)}, "reference_resize"),
     ],
@@ -182,8 +191,20 @@ def test_what_the_mode_decides() -> None:
         ({"lcg_steps": 0}, 30, 0),
         ({"lcg_steps": 30, "strength": 0.5}, 15, 15),
         ({"lcg_fraction": 1}, 30, 30),
+        ({"sampler": "lcm", "num_inference_steps": 100, "strength": 0.5}, 50, 33),
     ],
 )
 def test_counts_of_steps(fields: dict[str, Any], steps: int, local: int) -> None:
     request = Request("x", **fields)
     assert (request.steps, request.local_steps) == (steps, local)
+
+
+@pytest.mark.parametrize("steps", range(1, 9))
+def test_few_steps_are_shared_by_both_stages(steps: int) -> None:
+    shared = [1, 1, 2, 3, 3, 4, 5, 5][steps - 1]  # of the default two thirds
+    assert Request("x", num_inference_steps=steps).local_steps == shared
+    for fraction in (1e-6, 0.02, 0.5, 0.98, 1 - 1e-6):
+        local = Request("x", num_inference_steps=steps, lcg_fraction=fraction).local_steps
+        assert (1 <= local < steps) if steps > 1 else local in (0, 1)
+    assert Request("x", num_inference_steps=steps, lcg_fraction=0).local_steps == 0
+    assert Request("x", num_inference_steps=steps, lcg_fraction=1).local_steps == steps

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dreammix_trt.core.request import Request
-from dreammix_trt.core.schedule import karras_sigmas, make_schedule, model_sigmas, solver_coefficients, timestep_of
+from dreammix_trt.core.request import LCM_STEPS, Request, Sampler
+from dreammix_trt.core.schedule import (
+    coefficients,
+    karras_sigmas,
+    lcm_timesteps,
+    make_schedule,
+    model_sigmas,
+    solver_coefficients,
+    timestep_of,
+    trailing_timesteps,
+)
+
+SHAPE = (1, 4, 6, 5)
+OLD_NUMPY = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
+TRAINING = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
 def test_tables_equal_the_recorded_ones(golden: Path) -> None:
@@ -110,3 +124,118 @@ def test_equal_requests_have_equal_schedules_that_print() -> None:
     assert len(lines) == 31
     assert lines[1].split()[:3] == ["0", "lcg", "unet"]
     assert lines[30].split()[:3] == ["29", "gch", "unet_raw"]
+
+
+@pytest.mark.parametrize("steps", range(1, 9))
+@pytest.mark.parametrize("sampler", get_args(Sampler))
+def test_few_steps_have_whole_tables(steps: int, sampler: Sampler) -> None:
+    request = Request("", sampler=sampler, num_inference_steps=steps, guidance_scale=1)
+    schedule = make_schedule(request)
+    assert len(schedule) == steps
+    assert (np.diff(schedule.sigmas) < 0).all() and schedule.sigmas[-1] == 0
+    assert (np.diff(schedule.timesteps) < 0).all() and schedule.timesteps[0] == 999
+    assert schedule.hand_over_index == (request.local_steps if steps > 1 else None)
+    patched = [1, 2, 3, 4, 5, 5, 6, 7][steps - 1]
+    assert [step.network for step in schedule] == ["unet"] * patched + ["unet_raw"] * (steps - patched)
+    assert schedule[-1].solver_draw is None
+    wanted = [] if sampler == "euler" else [(f"solver_noise_step{i:02d}", i) for i in range(steps - 1)]
+    assert [step.solver_draw for step in schedule if step.solver_draw] == wanted
+    assert [step.blend_draw for step in schedule] == [(f"blend_noise_step{i:02d}", i) for i in range(steps)]
+
+
+def test_a_base_without_a_raw_unet_never_names_it() -> None:
+    for fields in ({}, {"patched_fraction": 0.0}, {"strength": 0.4}, {"sampler": "lcm", "num_inference_steps": 8}):
+        request = Request("", **fields)  # type: ignore[arg-type]
+        alone, both = make_schedule(request, raw_unet=False), make_schedule(request)
+        assert {step.network for step in alone} == {"unet"}
+        assert {step.network for step in both} == {"unet", "unet_raw"}
+        assert alone == make_schedule(request.replace(patched_fraction=1))
+
+
+@pytest.mark.parametrize("sampler", ["euler", "lcm"])
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_strength_shortens_few_steps_too(sampler: Sampler, strength: float) -> None:
+    schedule = make_schedule(Request("", sampler=sampler, num_inference_steps=8, strength=strength))
+    fewer = make_schedule(Request("", sampler=sampler, num_inference_steps=int(8 * strength)))
+    assert schedule.timesteps.tolist() == fewer.timesteps.tolist()
+    assert schedule.fills == (strength == 1)
+    unit = sampler == "lcm" and strength == 1
+    assert schedule.start_scale == pytest.approx(math.sqrt(14.61464**2 + unit), rel=1e-5)
+
+
+@given(st.sampled_from(["euler", "lcm"]), st.floats(19, 999), st.floats(0.03, 14), st.floats(0, 0.99))
+def test_few_step_rows_keep_a_prediction_that_is_right(
+    sampler: Sampler, timestep: float, sigma: float, fall: float
+) -> None:
+    c_x, c_x0, c_dx0, c_noise = coefficients(sampler, timestep, sigma, sigma * fall, None)
+    assert c_dx0 == 0
+    assert c_x + c_x0 == pytest.approx(1, abs=1e-5)
+    assert (c_x * sigma) ** 2 + c_noise**2 == pytest.approx((sigma * fall) ** 2, rel=1e-6, abs=1e-9)
+
+
+def analytic(x: Any, sigma: float) -> Any:
+    """The exact noise prediction for x = x0 + sigma n, where x0 has mean 0.3 and deviation 0.7."""
+    return sigma * (x - 0.3) / (sigma**2 + 0.49)
+
+
+def by_rows(sampler: Sampler, steps: int, start: Any, noise: list[Any]) -> list[Any]:
+    """Each latent after a step, by our rows in double precision; background 0 and everything masked."""
+    schedule = make_schedule(Request("", sampler=sampler, num_inference_steps=steps, lcg_steps=steps))
+    x, found = start * schedule.start_scale, []
+    for step in schedule:
+        x0 = x - step.sigma * analytic(x, step.sigma)
+        x = step.c_x * x + step.c_x0 * x0 + (step.c_noise * noise[step.index] if step.solver_draw else 0)
+        found.append(x)
+    return found
+
+
+@OLD_NUMPY
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 30])
+@pytest.mark.parametrize("sampler", ["euler", "lcm"])
+def test_few_step_rows_do_what_diffusers_schedulers_do(
+    sampler: Sampler, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    rng = np.random.default_rng(steps)
+    start, *noise = rng.standard_normal((steps + 1, *SHAPE))
+    drawn = iter(noise)
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, **__: torch.from_numpy(next(drawn))
+    )
+    kind = diffusers.LCMScheduler if sampler == "lcm" else diffusers.EulerDiscreteScheduler
+    scheduler = kind(**TRAINING) if sampler == "lcm" else kind(**TRAINING, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    x = torch.from_numpy(start) * scheduler.init_noise_sigma
+    ours = by_rows(sampler, steps, start, noise)
+    for i, t in enumerate(scheduler.timesteps):
+        kept = float(scheduler.alphas_cumprod[int(t)])
+        sigma = math.sqrt((1 - kept) / kept)
+        told = scheduler.scale_model_input(x, t)
+        eps = analytic(told.double() * math.sqrt(1 + sigma**2), sigma)
+        x = scheduler.step(eps, t, x, return_dict=False)[0]
+        preserved = 1.0  # diffusers' LCM latents have unit variance, except the finished one
+        if sampler == "lcm" and i + 1 < steps:
+            preserved = 1 / math.sqrt(float(scheduler.alphas_cumprod[int(scheduler.timesteps[i + 1])]))
+        wanted = x.double().numpy() * preserved
+        assert np.abs(ours[i] - wanted).max() < 1e-5 * np.abs(wanted).max()
+
+
+@OLD_NUMPY
+def test_few_step_timesteps_and_scalings_are_those_of_diffusers() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    euler = diffusers.EulerDiscreteScheduler(**TRAINING, timestep_spacing="trailing")
+    lcm = diffusers.LCMScheduler(**TRAINING)
+    for count in range(1, LCM_STEPS + 1):
+        lcm.set_timesteps(count)
+        assert lcm_timesteps(count) == lcm.timesteps.tolist()
+        for t in lcm_timesteps(count):
+            sigma = float(model_sigmas()[t])
+            c_x, c_x0, _, c_noise = coefficients("lcm", t, sigma, 0.25 * sigma, None)
+            scalings = (c_x * math.sqrt(1 + sigma**2), c_x0)
+            assert scalings == pytest.approx(lcm.get_scalings_for_boundary_condition_discrete(t), rel=1e-12)
+            assert c_noise == 0.25 * sigma
+        if count != 48:  # there diffusers adds up 1000/48 and misses a half by 1e-13
+            euler.set_timesteps(count)
+            assert trailing_timesteps(count) == euler.timesteps.tolist()
+    assert trailing_timesteps(1000) == list(range(999, -1, -1))

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from dreammix_trt.core.errors import FileFormatError
-from dreammix_trt.core.lora import read_lora
+from dreammix_trt.core.lora import Factors, Lora, Target, read_lora
+from dreammix_trt.core.lora_names import SDXL
 from dreammix_trt.core.subject import (
     Slot,
     Subject,
@@ -16,9 +18,10 @@ from dreammix_trt.core.subject import (
     read_subject,
     slots_of,
     subject_from_lora,
+    subject_from_loras,
     write_subject,
 )
-from tests.support.tiny_model import random_factors, write_tiny_lora
+from tests.support.tiny_model import random_factors, unet_attention_modules, write_tiny_lora
 
 MODULES = {"a.to_k": (6, 5), "a.to_v": (7, 5), "b.to_out.0": (5, 5)}
 SLOTS = tuple(Slot(module, inputs, outputs, 8) for module, (inputs, outputs) in MODULES.items())
@@ -61,6 +64,28 @@ def test_a_lora_for_another_base_lists_what_does_not_fit() -> None:
         pack(random_factors({"a.to_k": (9, 5), "z": (2, 2), "a.to_v": (7, 5)}), SLOTS)
 
 
+@pytest.mark.parametrize(("width", "family"), [(768, "Stable Diffusion 1.x"), (1024, "Stable Diffusion 2.x")])
+def test_a_lora_for_another_model_is_recognised(width: int, family: str) -> None:
+    slots = tuple(Slot(f"x.{name}.to_k", width, 5, 4) for name, width in (("attn1", 5), ("attn2", 2048)))
+    factors = random_factors({"x.attn1.to_k": (5, 5), "x.attn2.to_k": (width, 5)})
+    with pytest.raises(
+        FileFormatError, match=rf"another base \({family}\); 1 modules do not fit: x\.attn2\.to_k \({width}"
+    ):
+        pack(factors, slots)
+    with pytest.raises(FileFormatError, match="another base; 1 modules"):
+        pack(random_factors({"x.attn1.to_k": (7, 5), "x.attn2.to_k": (2048, 5)}), slots)
+
+
+def test_layers_without_slots_ask_for_the_base() -> None:
+    others = {"b.ff.net.0.proj": (5, 9), "b.resnets.1.conv1": (45, 5)}
+    with pytest.raises(
+        FileFormatError, match=r"2 modules.*no slots.*ff\.net\.0\.proj.*resnets\.1\.conv1.*build --base-lora FILE"
+    ):
+        pack(random_factors({**MODULES, **others}), SLOTS)
+    with pytest.raises(FileFormatError, match=r"another base; 1 modules do not fit: b\.to_out\.1"):
+        pack(random_factors({"b.to_out.1": (5, 5)}), SLOTS)
+
+
 def test_too_high_a_rank_names_the_command() -> None:
     with pytest.raises(FileFormatError, match=r"rank 16, the engine's slots take 8.*dreammix-trt build --slot-rank 16"):
         pack(random_factors(MODULES, rank=16), SLOTS)
@@ -75,10 +100,9 @@ def test_the_file_keeps_everything(tmp_path: Path) -> None:
     again = read_subject(tmp_path / "mug.safetensors")
     for name in ("name", "token", "class_name", "target", "scale", "base_key", "source_sha256"):
         assert getattr(again, name) == getattr(subject, name)
-    for module, (a, b) in subject.factors["unet"].items():
-        found_a, found_b = again.factors["unet"][module]
-        product = a @ b
-        np.testing.assert_allclose(found_a @ found_b, product, atol=2e-3 * np.abs(product).max())
+    assert again.factors.keys() == subject.factors.keys() == {"unet", "unet_raw"}
+    for network in ("unet", "unet_raw"):
+        assert_products(again.factors_for(network), subject.factors_for(network))
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 
@@ -90,13 +114,122 @@ def test_balancing_keeps_lopsided_factors_in_range(tmp_path: Path) -> None:
     assert not read_subject(tmp_path / "x.safetensors").factors["unet"]["zero"][1].any()
 
 
+def lora_of(**parts: dict[str, tuple[np.ndarray, np.ndarray]]) -> Lora:
+    return Lora(dict(parts), 4, Path("x.safetensors"), {})
+
+
+def assert_products(
+    found: dict[str, tuple[np.ndarray, np.ndarray]], wanted: dict[str, tuple[np.ndarray, np.ndarray]]
+) -> None:
+    assert found.keys() == wanted.keys()
+    for module, (a, b) in wanted.items():
+        product = a @ b
+        np.testing.assert_allclose(found[module][0] @ found[module][1], product, atol=2e-3 * np.abs(product).max())
+
+
 @pytest.mark.parametrize(
     ("target", "patched", "raw"), [("patched", True, False), ("raw", False, True), ("both", True, True)]
 )
-def test_target_chooses_the_unet(target: str, patched: bool, raw: bool) -> None:
-    subject = Subject("x", "sks", "mug", {"unet": random_factors(MODULES)}, target=target)  # type: ignore[arg-type]
-    assert bool(subject.factors_for("unet")) == patched and bool(subject.factors_for("unet_raw")) == raw
-    assert subject.factors_for("text_encoder") == {}
+def test_target_chooses_the_unet(target: Target, patched: bool, raw: bool, tmp_path: Path) -> None:
+    lora = lora_of(unet=random_factors(MODULES), text_encoder=random_factors({"t": (3, 3)}))
+    subject = subject_from_lora(lora, "x", target=target)
+    write_subject(tmp_path / "x.safetensors", subject)
+    for each in (subject, read_subject(tmp_path / "x.safetensors")):
+        assert bool(each.factors_for("unet")) == patched and bool(each.factors_for("unet_raw")) == raw
+        assert each.factors_for("text_encoder").keys() == {"t"} and each.factors_for("text_encoder_2") == {}
+        assert each.target == target
+
+
+def test_several_loras_add_up(tmp_path: Path) -> None:
+    """x (s1 A1 B1 + s2 A2 B2) for whom it is meant, in memory, from the file, and packed."""
+    first, second = random_factors(MODULES, seed=1), random_factors({"a.to_k": (6, 5)}, rank=3, seed=2)
+    text = random_factors({"t": (3, 3)}, seed=3)
+    style = random_factors({"b.to_out.0": (5, 5)}, seed=4)
+    loras: list[tuple[Lora, float, Target]] = [
+        (lora_of(unet=first, text_encoder=text), 0.5, "both"),
+        (lora_of(unet=second, text_encoder=text, text_encoder_2=text), -2.0, "raw"),
+        (lora_of(unet=style), 3.0, "patched"),
+    ]
+    made = subject_from_loras(loras, "mug", "sks", "mug", base_key="k")
+    assert made.target == "both" and made.scale == 1 and made.base_key == "k"
+    wanted: Factors = {"unet": {}, "unet_raw": {}}
+
+    def product(factors: dict[str, tuple[np.ndarray, np.ndarray]], module: str) -> np.ndarray:
+        a, b = factors.get(module, (np.zeros((MODULES[module][0], 1)), np.zeros((1, MODULES[module][1]))))
+        return a.astype(np.float64) @ b
+
+    write_subject(tmp_path / "mug.safetensors", made)
+    for subject in (made, read_subject(tmp_path / "mug.safetensors")):
+        rows = {network: unpacked(pack(subject.factors_for(network), SLOTS), SLOTS) for network in wanted}
+        for module in MODULES:
+            for network, other, scale in (("unet", style, 3.0), ("unet_raw", second, -2.0)):
+                expected = 0.5 * product(first, module) + scale * product(other, module)
+                np.testing.assert_allclose(rows[network][module], expected, atol=2e-3 * np.abs(expected).max())
+        for encoder, scale in (("text_encoder", 0.5 - 2.0), ("text_encoder_2", -2.0)):
+            a, b = subject.factors_for(encoder)["t"]
+            np.testing.assert_allclose(a @ b, scale * text["t"][0] @ text["t"][1], atol=5e-3)
+    a, _ = made.factors["unet_raw"]["a.to_k"]
+    assert a.shape == (6, 4 + 3) and made.factors["unet"]["a.to_k"][0].shape == (6, 4)
+
+
+def test_ranks_that_add_up_beyond_the_slot_are_refused() -> None:
+    lora = lora_of(unet=random_factors(MODULES))
+    subject = subject_from_loras([(lora, 1.0, "patched")] * 3, "x")
+    with pytest.raises(
+        FileFormatError, match=r"rank 12, .*slots take 8 \(ranks of several LoRAs.*add up\).*--slot-rank 12"
+    ):
+        pack(subject.factors_for("unet"), SLOTS)
+
+
+def test_what_both_unets_share_is_stored_once(tmp_path: Path) -> None:
+    shared, alone = random_factors(MODULES), random_factors({"a.to_k": (6, 5)}, seed=2)
+    patched = subject_from_lora(lora_of(unet=shared), "x")
+    both = subject_from_loras([(lora_of(unet=shared), 1.0, "both"), (lora_of(unet=alone), 1.0, "raw")], "x")
+    for name, subject, count in (("patched", patched, 6), ("both", both, 8)):
+        write_subject(tmp_path / f"{name}.safetensors", subject)
+        assert len(load_file(tmp_path / f"{name}.safetensors")) == count
+    names = load_file(tmp_path / "both.safetensors").keys()
+    assert {"unet.a.to_k.A", "unet_raw.a.to_k.B", "unets.a.to_v.A", "unets.b.to_out.0.B"} < names
+    again = read_subject(tmp_path / "both.safetensors")
+    for network in ("unet", "unet_raw"):
+        assert_products(again.factors_for(network), both.factors_for(network))
+    assert again.factors["unet"]["a.to_v"][0] is again.factors["unet_raw"]["a.to_v"][0]
+
+
+def test_both_unets_cost_as_much_as_one(tmp_path: Path) -> None:
+    """Two bytes for every number, once: what SDXL's attention of rank 4 weighs follows from its shapes."""
+    shapes = unet_attention_modules({**SDXL, "cross_attention_dim": 2048})
+    numbers = 4 * sum(inputs + outputs for inputs, outputs in shapes.values())
+    assert len(shapes) == 420 and numbers == 4_474_880  # as the reference trains them
+    factors = random_factors(shapes)
+    write_subject(tmp_path / "x.safetensors", subject_from_lora(lora_of(unet=factors), "x", target="both"))
+    assert numbers * 2 < (tmp_path / "x.safetensors").stat().st_size < numbers * 2 + 200_000
+
+
+def test_a_weak_lora_beside_a_strong_one_keeps_its_digits(tmp_path: Path) -> None:
+    strong, weak = random_factors(MODULES, seed=1, size=1e4), random_factors(MODULES, seed=2, size=1e-6)
+    subject = subject_from_loras([(lora_of(unet=strong), 1.0, "patched"), (lora_of(unet=weak), 1.0, "patched")], "x")
+    write_subject(tmp_path / "x.safetensors", subject)
+    for module, (a, b) in read_subject(tmp_path / "x.safetensors").factors["unet"].items():
+        for part, ranks in ((strong, slice(0, 4)), (weak, slice(4, 8))):
+            product = part[module][0] @ part[module][1]
+            np.testing.assert_allclose(a[:, ranks] @ b[ranks], product, atol=2e-3 * np.abs(product).max())
+
+
+@pytest.mark.parametrize(
+    ("target", "networks"), [("patched", {"unet"}), ("raw", {"unet_raw"}), ("both", {"unet", "unet_raw"})]
+)
+def test_files_of_the_first_schema_are_read(tmp_path: Path, target: str, networks: set[str]) -> None:
+    tensors = {f"{part}.m.{side}": np.ones((2, 2), np.float16) for part in ("unet", "text_encoder") for side in "AB"}
+    facts = {"schema": 1, "name": "mug", "token": "sks", "class_name": "mug", "target": target, "scale": 0.5,
+             "base_key": "k", "source_sha256": "s"}  # fmt: skip
+    save_file(tensors, tmp_path / "x.safetensors", {"dreammix_subject": json.dumps(facts)})
+    subject = read_subject(tmp_path / "x.safetensors")
+    assert subject.factors.keys() == {*networks, "text_encoder"} and subject.target == target
+    assert (subject.name, subject.scale, subject.base_key) == ("mug", 0.5, "k")
+    save_file(tensors, tmp_path / "x.safetensors", {"dreammix_subject": json.dumps({**facts, "target": "all"})})
+    with pytest.raises(FileFormatError, match="unknown target 'all', expected one of patched, raw, both"):
+        read_subject(tmp_path / "x.safetensors")
 
 
 def test_slots_come_from_the_table() -> None:
@@ -111,5 +244,19 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     save_file({"x": np.ones(1, np.float32)}, tmp_path / "y.safetensors", {"dreammix_subject": '{"schema": 99}'})
     with pytest.raises(FileFormatError, match=r"schema 99.*update"):
         read_subject(tmp_path / "y.safetensors")
+    save_file({"x": np.ones(1, np.float32)}, tmp_path / "w.safetensors", {"dreammix_subject": '{"schema": 2}'})
+    with pytest.raises(FileFormatError, match="says no name, token and class"):
+        read_subject(tmp_path / "w.safetensors")
+    facts = {"dreammix_subject": json.dumps({"schema": 2, "name": "x", "token": "sks", "class_name": ""})}
+    one, two = np.ones((1, 1), np.float32), np.ones((2, 2), np.float32)
+    for tensors in (
+        {"unet.m.A": one},
+        {"unet.m.B": one},
+        {"vae.m.A": one, "vae.m.B": one},
+        {"unet.m.A": one, "unet.m.B": two},
+    ):
+        save_file(tensors, tmp_path / "z.safetensors", facts)
+        with pytest.raises(FileFormatError, match=r"m is not a pair of factors of unet, "):
+            read_subject(tmp_path / "z.safetensors")
     with pytest.raises(FileFormatError, match="missing"):
         read_subject(tmp_path / "none.safetensors")

@@ -1,0 +1,151 @@
+"""What LoRA files call their tensors: from a tensor's name to network, module and role.
+
+Trainers write a module's diffusers name (`unet.down_blocks.1...to_k.lora_A.weight`), or flatten its dots to underscores
+(kohya: `lora_unet_down_blocks_1_..._to_k.lora_down.weight`), with diffusers' or sgm's module names. Underscores cannot
+be undone by rule, so flat names are looked up in a table of every module the base's UNet has.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+from dreammix_trt.core.keymap import PREFIX, sgm_to_diffusers
+
+Role = Literal["down", "up", "mid", "alpha"]
+NETWORKS = ("unet", "text_encoder", "text_encoder_2")
+SDXL: dict[str, Any] = {
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [320, 640, 1280],
+    "layers_per_block": 2,
+    "transformer_layers_per_block": [1, 2, 10],
+}
+
+_ROLES: dict[str, Role] = {
+    ".lora_down.weight": "down", ".lora_up.weight": "up", ".lora_mid.weight": "mid", ".alpha": "alpha",
+    ".lora.down.weight": "down", ".lora.up.weight": "up",
+    ".lora_A.weight": "down", ".lora_B.weight": "up",
+    ".lora_A.default.weight": "down", ".lora_B.default.weight": "up",
+    ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up",
+    "_lora.down.weight": "down", "_lora.up.weight": "up",
+}  # fmt: skip
+_DOTTED = {f"{network}.": network for network in NETWORKS}
+_FLAT = {
+    "lora_unet_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te_": "text_encoder",
+}  # fmt: skip
+_FLAT_TEXT = re.compile(r"text_model_encoder_layers_(\d+)_(self_attn|mlp)_([qkv]_proj|out_proj|fc1|fc2)")
+_OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out.0": "out_proj"}
+
+_FOREIGN = {
+    r"\.hada_": "LoHa", r"\.lokr_": "LoKr", r"\.dora_scale$|\.lora_magnitude_vector": "DoRA", r"\.oft_": "OFT",
+    r"\.[ab][12]\.weight$": "GLoRA", r"\.on_input$": "(IA)3", r"\.diff(_b)?$": "full-difference",
+    r"\.[wb]_norm$": "norm-training", r"\.(lora_B|lora_up|lora\.up)\.bias$": "LoRA-with-biases",
+    r"\.lora_embedding_": "embedding-LoRA",
+}  # fmt: skip
+_CONTEXTS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "the SDXL refiner", 2048: "SDXL"}
+_OTHER_MODELS = {
+    "double_blocks": "Flux", "single_transformer_blocks": "Flux", "joint_blocks": "Stable Diffusion 3",
+    "transformer.transformer_blocks": "Stable Diffusion 3 or Flux",
+    "down_blocks.0.attentions.": "Stable Diffusion 1.x or 2.x", "input_blocks.1.1.": "Stable Diffusion 1.x or 2.x",
+}  # fmt: skip
+
+
+class Place(NamedTuple):
+    """Where a tensor belongs: network of `NETWORKS`, module by its diffusers name, and its part in the pair."""
+
+    network: str
+    module: str
+    role: Role
+
+
+def flat_modules(unet_config: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Every module of a UNet by its flat name, of both naming schemes: `input_blocks_4_1_proj_in` and
+    `down_blocks_1_attentions_0_proj_in` -> `down_blocks.1.attentions.0.proj_in`.
+
+    unet_config: the base's diffusers `unet/config.json`; None: SDXL's topology.
+    """
+    table = {}
+    for sgm, name in sgm_to_diffusers(SDXL if unet_config is None else unet_config).items():
+        module, kind = name.rsplit(".", 1)
+        if kind == "weight":
+            table[module.replace(".", "_")] = module
+            table[sgm.removeprefix(PREFIX).removesuffix(".weight").replace(".", "_")] = module
+    return table
+
+
+def place_of(key: str, flat: Mapping[str, str]) -> Place | None:
+    """The place of a tensor called `key`, or None when the name is no LoRA's; `flat`: from `flat_modules`."""
+    ending = next((each for each in _ROLES if key.endswith(each)), None)
+    if ending is None:
+        return None
+    name, role = key.removesuffix(ending), _ROLES[ending]
+    for prefix, network in _FLAT.items():
+        if name.startswith(prefix):
+            module = _from_flat(network, name[len(prefix) :], flat)
+            return Place(network, module, role) if module else None
+    if name.startswith(PREFIX):  # sgm names with their dots
+        module = flat.get(name[len(PREFIX) :].replace(".", "_"))
+        return Place("unet", module, role) if module else None
+    for prefix, network in _DOTTED.items():
+        if name.startswith(prefix):
+            return Place(network, _normal(network, name[len(prefix) :]), role)
+    module = _normal("unet", name)
+    return Place("unet", module, role) if flat.get(module.replace(".", "_")) == module else None
+
+
+def foreign_kind(keys: Iterable[str]) -> tuple[str, list[str]] | None:
+    """(kind, its names) where a file holds something else than LoRA pairs: LoHa, LoKr, DoRA, ...; else None."""
+    keys = list(keys)
+    for pattern, kind in _FOREIGN.items():
+        named = [key for key in keys if re.search(pattern, key)]
+        if named:
+            return kind, named
+    return None
+
+
+def family_of(inputs: Mapping[str, int]) -> str:
+    """The model family a LoRA was trained on, "" where its modules do not tell.
+
+    inputs: module or tensor name, dotted or flat -> the module's inputs. The width of the text that cross attention
+    reads decides (768: Stable Diffusion 1.x), else names that only one family has.
+    """
+    names = {name.replace("_", "."): width for name, width in inputs.items()}
+    for name, width in names.items():
+        if (".attn2.to.k" in name or ".attn2.to.v" in name) and width in _CONTEXTS:
+            return _CONTEXTS[width]
+    for mark, family in _OTHER_MODELS.items():
+        if any(mark.replace("_", ".") in name for name in names):
+            return family
+    return ""
+
+
+def some(items: list[str], most: int = 6) -> str:
+    """The first of them in order, and how many more there are."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(sorted(items)[:most]) + more
+
+
+def _from_flat(network: str, name: str, flat: Mapping[str, str]) -> str | None:
+    if network == "unet":
+        return flat.get(name)
+    match = _FLAT_TEXT.fullmatch(name)
+    if match:
+        return "text_model.encoder.layers.{}.{}.{}".format(*match.groups())
+    return name if name == "text_projection" else None
+
+
+def _normal(network: str, module: str) -> str:
+    """One spelling: no `processor`, `to_out.0`; in text encoders `text_model.` in front and `q_proj` for `to_q`."""
+    module = module.replace(".processor.", ".")
+    if module.endswith(".to_out"):
+        module = f"{module}.0"
+    if network == "unet":
+        return module
+    if module.startswith("encoder.layers."):
+        module = f"text_model.{module}"
+    for old, new in _OLD_TEXT.items():
+        if module.endswith(f".{old}"):
+            return f"{module.removesuffix(old)}{new}"
+    return module

@@ -1,0 +1,77 @@
+"""Which engine directories use which parts of a store: one small record a directory, and the passports themselves."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from dreammix_trt.core.errors import DreamMixError
+from dreammix_trt.core.files import atomic_file, read_json
+
+_PASSPORT = "passport.json"
+
+
+@dataclass(frozen=True)
+class User:
+    """An engine directory that used the store, and the keys of the parts it needs.
+
+    present: it holds a readable passport. One that does not may lie on a disk that is not mounted now, or may be about
+    to be built for the first time; its keys are those of the record then.
+    """
+
+    engine: Path
+    keys: frozenset[str]
+    present: bool
+
+
+def record_user(folder: Path, engine: Path, keys: Collection[str]) -> None:
+    """Remember in `folder` that `engine`, an absolute path, needs the parts `keys`; none: forget it. Never raises."""
+    with contextlib.suppress(DreamMixError, OSError):
+        file = folder / f"{hashlib.sha256(os.fsencode(engine)).hexdigest()[:32]}.json"
+        if not keys:
+            file.unlink(missing_ok=True)
+        elif _read(file) != (engine, frozenset(keys)):
+            with atomic_file(file) as temporary:
+                temporary.write_text(json.dumps({"engine": str(engine), "keys": sorted(keys)}), encoding="utf-8")
+
+
+def recorded_users(folder: Path) -> list[User]:
+    """Every directory that is recorded in `folder` and needs the store, in the order of the paths."""
+    users = []
+    for file in folder.glob("*.json"):
+        record = _read(file)
+        user = _judged(file, *record) if record else None
+        if user:
+            users.append(user)
+    return sorted(users, key=lambda user: user.engine)
+
+
+def _judged(file: Path, engine: Path, recorded: frozenset[str]) -> User | None:
+    """What the directory's own passport says; None when it is self-contained."""
+    passport = engine / _PASSPORT
+    try:
+        facts = read_json(passport)
+        parts = facts.get("parts")
+        if not isinstance(parts, dict):
+            return User(engine, recorded, False)
+        # A record that is newer than the passport was made by a build that is about to replace that passport.
+        building = file.stat().st_mtime_ns >= passport.stat().st_mtime_ns
+    except (DreamMixError, OSError):
+        return User(engine, recorded, False)
+    own = frozenset(str(key) for key in parts.values()) if facts.get("networks_at", "store") == "store" else frozenset()
+    keys = own | recorded if building else own
+    return User(engine, keys, True) if keys else None
+
+
+def _read(file: Path) -> tuple[Path, frozenset[str]] | None:
+    with contextlib.suppress(DreamMixError, OSError):
+        record = read_json(file)
+        engine, keys = record.get("engine"), record.get("keys")
+        if isinstance(engine, str) and isinstance(keys, list):
+            return Path(engine), frozenset(str(key) for key in keys)
+    return None

@@ -1,0 +1,114 @@
+"""Numbers that lie in a file and are read, by a map of just their bytes, when somebody asks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dreammix_trt.core.errors import FileFormatError
+
+Array = NDArray[Any]
+Floats = NDArray[np.float32]
+View = Callable[[Array], Array]
+
+#: dtype name -> how its numbers lie in a file; numpy has no bfloat16, its 16 bits are the upper half of a float32's
+LAYOUTS: dict[str, np.dtype[Any]] = {
+    "float64": np.dtype("<f8"), "float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2"),
+    "int64": np.dtype("<i8"), "int32": np.dtype("<i4"), "uint8": np.dtype("u1"),
+}  # fmt: skip
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as it is stored.
+
+    origin: where it lies, for messages; dtype: a key of `LAYOUTS`, or the file's own name of a type that cannot be
+    read; raw(): its numbers of layout `LAYOUTS[dtype]`, by map or view, any strides.
+    """
+
+    origin: str
+    dtype: str
+    shape: tuple[int, ...]
+    raw: Callable[[], Array]
+
+    def viewed(self, view: View) -> Stored:
+        """The same numbers seen through a view (slice, transpose, reshape), which is also taken when read."""
+        mould = np.broadcast_to(np.zeros((), np.bool_), self.shape)  # finds the shape without any memory
+        return Stored(self.origin, self.dtype, view(mould).shape, lambda: view(self.raw()))
+
+    def floats(self) -> Floats:
+        """The numbers as float32 in C order, always a copy; `FileFormatError` for NaN, infinity or another type."""
+        if self.dtype not in FLOATS:
+            raise FileFormatError(f"{self.origin} is stored as {self.dtype}; save the weights as fp16, bf16 or fp32")
+        with np.errstate(over="ignore"):  # a float64 beyond float32 shows as infinity below
+            if self.dtype == "bfloat16":
+                bits = self.raw().astype(np.uint32, order="C")
+                bits <<= 16
+                wide: Floats = bits.view(np.float32)
+            else:
+                wide = self.raw().astype(np.float32, order="C")
+        return check_finite(wide, self.origin)
+
+
+def is_finite(values: Array) -> bool:
+    """Whether floats hold neither NaN nor infinity."""
+    if values.dtype.itemsize == 2:  # numpy finds extremes of halves slowly
+        return bool(np.isfinite(values).all())
+    with np.errstate(invalid="ignore"):  # extremes carry NaN along, and need no memory
+        return not values.size or bool(np.isfinite(values.min()) and np.isfinite(values.max()))
+
+
+def check_finite(values: Floats, origin: str) -> Floats:
+    """The values themselves, or `FileFormatError` naming their origin when one is NaN or infinite."""
+    if not is_finite(values):
+        raise FileFormatError(
+            f"{origin} holds NaN or infinite values: the file is damaged, or was saved in a precision too small for it"
+        )
+    return values
+
+
+@dataclass(frozen=True)
+class MappedFile:
+    """A file whose parts are mapped one at a time, so that neither memory nor a handle is held in between.
+
+    size, changed: its bytes and modification time when it was opened; a file changed since is not read.
+    """
+
+    path: Path
+    size: int
+    changed: int
+
+    @classmethod
+    def open(cls, path: str | Path) -> MappedFile:
+        """`FileFormatError` when there is no such file, or it is a directory."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileFormatError(f"{path}: {'a directory, expected a file' if path.is_dir() else 'no such file'}")
+        status = path.stat()
+        return cls(path, status.st_size, status.st_mtime_ns)
+
+    def numbers(self, dtype: str, offset: int, count: int) -> Array:
+        """`count` numbers from byte `offset` on, mapped read-only, flat."""
+        try:
+            status = self.path.stat()
+            if (status.st_size, status.st_mtime_ns) != (self.size, self.changed):
+                raise FileFormatError(f"{self.path}: changed while it was being read; start again")
+            if not count:
+                return np.empty(0, LAYOUTS[dtype])
+            return np.asarray(np.memmap(self.path, LAYOUTS[dtype], "r", offset, (count,)))
+        except (OSError, ValueError) as error:
+            raise FileFormatError(f"{self.path}: cannot be read any more ({error})") from error
+
+    def tensor(self, name: str, dtype: str, shape: tuple[int, ...], offset: int) -> Stored:
+        """A tensor in C order from byte `offset` on."""
+        count = math.prod(shape)
+        return Stored(
+            f"{self.path}: tensor {name!r}", dtype, shape, lambda: self.numbers(dtype, offset, count).reshape(shape)
+        )

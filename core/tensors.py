@@ -1,0 +1,274 @@
+"""Weights in files: read one tensor at a time, written one tensor at a time, never held twice.
+
+Formats: safetensors (https://github.com/huggingface/safetensors: 8 bytes of header length, a JSON header, the tensors
+without gaps) and torch's zip (`core/torch_zip.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dreammix_trt.core.errors import FileFormatError
+from dreammix_trt.core.files import atomic_file
+from dreammix_trt.core.stored import FLOATS, LAYOUTS, Array, Floats, MappedFile, Stored, View, check_finite, is_finite
+from dreammix_trt.core.torch_zip import MAGIC, read_torch_zip
+
+Change = Callable[[Floats], Floats]
+ALIGNMENT = 64
+
+_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "I64": "int64", "I32": "int32", "U8": "uint8",
+}  # fmt: skip
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_LONGEST_HEADER = 100_000_000  # the format's own limit
+
+
+class Weights(Mapping[str, Floats]):
+    """Tensors by name, as float32 arrays in C order; each is read when asked for, and not kept.
+
+    Reading raises `FileFormatError` naming file and tensor when it holds NaN or infinity, or is of a type that is not
+    a float. metadata: what the file says of itself (a safetensors file's `__metadata__`).
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Stored],
+        changes: Mapping[str, tuple[Change, ...]] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self._tensors = dict(tensors)
+        self._changes = dict(changes or {})
+        self.metadata = dict(metadata or {})
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, NDArray[Any]]) -> Weights:
+        """Arrays in memory in the same clothes; a `Weights` as it is."""
+        if isinstance(arrays, Weights):
+            return arrays
+        return cls({name: _in_memory(name, np.asarray(array)) for name, array in arrays.items()})
+
+    @classmethod
+    def joined(cls, parts: list[Weights]) -> Weights:
+        """The tensors of several files, as of shards; of equal names the later counts."""
+        tensors = {name: stored for part in parts for name, stored in part._tensors.items()}
+        changes = {name: made for part in parts for name, made in part._changes.items()}
+        return cls(tensors, changes, parts[0].metadata if parts else None)
+
+    def __getitem__(self, name: str) -> Floats:
+        stored = self._tensors[name]
+        values = stored.floats()
+        if name not in self._changes:
+            return values
+        for change in self._changes[name]:
+            values = change(values)
+        if values.shape != stored.shape:
+            raise ValueError(f"{name}: a change made {values.shape} of {stored.shape}")
+        return check_finite(np.ascontiguousarray(values, np.float32), f"{stored.origin}, once changed,")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape; reads nothing."""
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> str:
+        """The type a tensor is stored in ("float16", "bfloat16", ...; others as the file names them)."""
+        return self._tensors[name].dtype
+
+    def renamed(self, new: Callable[[str], str | None]) -> Weights:
+        """The same tensors under new names; those for which `new` gives None are left out."""
+        names = {name: named for name in self if (named := new(name)) is not None}
+        if len(set(names.values())) != len(names):
+            raise ValueError("two tensors would have the same name")
+        tensors = {names[name]: self._tensors[name] for name in names}
+        changes = {names[name]: made for name, made in self._changes.items() if name in names}
+        return Weights(tensors, changes, self.metadata)
+
+    def under(self, prefix: str) -> Weights:
+        """The tensors whose names begin with a prefix, without it."""
+        return self.renamed(lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None)
+
+    def arranged(self, plan: Mapping[str, tuple[str, View | None]]) -> Weights:
+        """New names -> (a name of this, a view of it: slice, transpose, reshape). Not after `changed`."""
+        if self._changes:
+            raise ValueError("arrange the tensors first, then change them")
+        tensors = {
+            new: self._tensors[name] if view is None else self._tensors[name].viewed(view)
+            for new, (name, view) in plan.items()
+        }
+        return Weights(tensors, None, self.metadata)
+
+    def changed(self, changes: Mapping[str, Change]) -> Weights:
+        """The same tensors, some of which pass through a function (equal shapes) when read, after earlier changes.
+
+        Raises `KeyError` for a name that is not here.
+        """
+        absent = [name for name in changes if name not in self._tensors]
+        if absent:
+            raise KeyError(f"no tensors {', '.join(absent[:4])} to change")
+        stacked = {**self._changes, **{name: (*self._changes.get(name, ()), made) for name, made in changes.items()}}
+        return Weights(self._tensors, stacked, self.metadata)
+
+
+def open_tensors(path: str | Path) -> Weights:
+    """The tensors of a `.safetensors` or torch file (`.bin`, `.pt`, `.pth`, `.ckpt`); only its header is read.
+
+    The format is told by the content. Of a torch file the `state_dict` is taken where it has one, and everything
+    in it that is no tensor is left out. Raises `FileFormatError` when it is neither format, or truncated.
+    """
+    file = MappedFile.open(path)
+    with file.path.open("rb") as stream:
+        start = stream.read(len(MAGIC))
+    if start == MAGIC:
+        loaded = read_torch_zip(file.path)
+        nested = loaded.get("state_dict")
+        state = nested if isinstance(nested, dict) else loaded
+        return Weights({str(name): value for name, value in state.items() if isinstance(value, Stored)})
+    places, metadata = _header(file)
+    tensors = {name: file.tensor(name, dtype, shape, offset) for name, (dtype, shape, offset, _) in places.items()}
+    return Weights(tensors, None, metadata)
+
+
+def tensor_places(path: str | Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """Of a safetensors file: name -> (dtype, shape, first byte in the file, bytes)."""
+    return _header(MappedFile.open(path))[0]
+
+
+def planned_places(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """What `tensor_places` will say of a file that `write_tensors` makes of these tensors without metadata."""
+    header, order = _layout(tensors, None)
+    places, at = {}, len(header)
+    for name in order:
+        dtype, shape = tensors[name]
+        size = LAYOUTS[dtype].itemsize * math.prod(shape)
+        places[name] = (dtype, tuple(shape), at, size)
+        at += size
+    return places
+
+
+def write_tensors(
+    path: str | Path,
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    read: Callable[[str], NDArray[Any]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file, one tensor in memory at a time; it appears when it is complete.
+
+    tensors: name -> (dtype of `LAYOUTS`, shape), both facts known before anything is read; read(name): the numbers of
+    that shape, of any dtype. The tensors stand by what their sizes are divisible by, so that all whose size is a
+    multiple of 64 bytes begin at one. Raises `FileFormatError` naming a tensor that does not fit its dtype, and
+    `ValueError` when `read` gives another shape.
+    """
+    header, order = _layout(tensors, metadata)
+    with atomic_file(path) as temporary, temporary.open("wb") as stream:
+        stream.write(header)
+        for name in order:
+            dtype, shape = tensors[name]
+            values = np.asarray(read(name))
+            if values.shape != tuple(shape):
+                raise ValueError(f"{name} is {values.shape}, announced as {tuple(shape)}")
+            stream.write(_encoded(values, dtype, f"{path}: tensor {name!r}").data)
+            del values  # before the next one is read
+
+
+def _layout(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None
+) -> tuple[bytes, list[str]]:
+    """The header with its length in front, and the tensors in the order of their places."""
+    sizes = {name: LAYOUTS[dtype].itemsize * math.prod(shape) for name, (dtype, shape) in tensors.items()}
+    order = sorted(tensors, key=lambda name: (-math.gcd(sizes[name], ALIGNMENT), name))
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in order:
+        dtype, shape = tensors[name]
+        begin, end = end, end + sizes[name]
+        entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)  # the format allows blanks here
+    return len(text).to_bytes(8, "little") + text, order
+
+
+def _encoded(values: Array, dtype: str, origin: str) -> Array:
+    """The numbers as they lie in a file, in C order; `FileFormatError` when they do not fit."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if dtype != "bfloat16":
+            stored = np.ascontiguousarray(values, LAYOUTS[dtype])
+            fits = dtype not in FLOATS or is_finite(stored)
+        else:
+            bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+            stored = ((bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16).astype("<u2")  # to nearest, ties to even
+            fits = not bool((stored & 0x7F80 == 0x7F80).any()) and is_finite(values)
+    if not fits:
+        check_finite(values, origin)
+        raise FileFormatError(f"{origin} reaches {float(np.abs(values).max()):.6g}, too large for {dtype}")
+    return stored
+
+
+def _header(file: MappedFile) -> tuple[dict[str, tuple[str, tuple[int, ...], int, int]], dict[str, str]]:
+    """A safetensors file's tensors and metadata, checked against its size."""
+    with file.path.open("rb") as stream:
+        first = stream.read(8)
+        length = int.from_bytes(first, "little")
+        if len(first) < 8 or not 2 <= length <= _LONGEST_HEADER:
+            raise FileFormatError(f"{file.path}: {_no_tensors(first, file.path)}")
+        if 8 + length > file.size:
+            raise FileFormatError(f"{file.path}: {_cut(file, 8 + length)}")
+        text = stream.read(length)
+    try:
+        entries = json.loads(text)
+        metadata = {str(key): str(value) for key, value in (entries.pop("__metadata__", None) or {}).items()}
+        places = {name: _place(entry, 8 + length) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileFormatError(f"{file.path}: not a safetensors file, or damaged ({error})") from error
+    end = max((offset + size for _, _, offset, size in places.values()), default=0)
+    if end > file.size:
+        raise FileFormatError(f"{file.path}: {_cut(file, end)}")
+    return places, metadata
+
+
+def _place(entry: Mapping[str, Any], data: int) -> tuple[str, tuple[int, ...], int, int]:
+    shape = tuple(int(side) for side in entry["shape"])
+    begin, end = (int(offset) for offset in entry["data_offsets"])
+    dtype = _DTYPES.get(entry["dtype"], str(entry["dtype"]))
+    if min(begin, end - begin, *shape) < 0:
+        raise ValueError(f"a tensor of shape {shape} from byte {begin} to {end}")
+    if dtype in LAYOUTS and end - begin != math.prod(shape) * LAYOUTS[dtype].itemsize:
+        raise ValueError(f"a {dtype} tensor of shape {shape} in {end - begin} bytes")
+    return dtype, shape, data + begin, end - begin
+
+
+def _cut(file: MappedFile, wanted: int) -> str:
+    return f"truncated: {file.size} bytes, its header tells of {wanted}; copy or download it again"
+
+
+def _no_tensors(first: bytes, path: Path) -> str:
+    """What a file is that is neither safetensors nor torch's zip."""
+    if first.startswith(b"version "):
+        return "a Git LFS pointer, not the file itself; fetch it with git lfs pull"
+    if first.startswith(b"GGUF"):
+        return "a GGUF file; quantised weights cannot be used, take the fp16 .safetensors"
+    if first.startswith(b"\x80"):
+        return "in torch's old format (before 1.6), which cannot be read safely; save it as .safetensors"
+    return f"truncated, or neither a safetensors file nor one written by torch.save ({path.stat().st_size} bytes)"
+
+
+def _in_memory(name: str, array: Array) -> Stored:
+    dtype = array.dtype.name
+    return Stored(f"tensor {name!r}", dtype, array.shape, lambda: array)

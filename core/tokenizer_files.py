@@ -1,0 +1,82 @@
+"""CLIP's tokenizer as files: those of a folder, or CLIP's own vocabulary, which a single-file checkpoint goes without.
+
+The merges come from OpenAI's CLIP as OpenCLIP distributes them (MIT; `models/clip/LICENSE`). The vocabulary follows
+from them: the bytes, the bytes that end a word, the merges in their order, two marks.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dreammix_trt.core.errors import FileFormatError
+from dreammix_trt.core.files import read_json
+
+CLIP_MERGES = Path(__file__).parents[1] / "models" / "clip" / "merges.txt.gz"
+CLIP_TOKENS = 49408
+START, END = "<|startoftext|>", "<|endoftext|>"
+#: what SDXL fills a prompt with up to 77 tokens where nothing is said
+PADS = {"tokenizer": END, "tokenizer_2": "!"}
+
+
+def check_tokenizer(folder: Path) -> None:
+    """`FileFormatError` when a folder holds neither vocab.json with merges.txt nor tokenizer.json."""
+    if not (_has_both(folder) or (folder / "tokenizer.json").is_file()):
+        raise FileFormatError(f"{folder}: neither vocab.json with merges.txt nor tokenizer.json")
+
+
+def pad_token_of(folder: Path) -> str | None:
+    """The padding a folder names: in tokenizer_config.json, else in special_tokens_map.json, else None."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            token = read_json(folder / name).get("pad_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            if token is not None:
+                return str(token)
+    return None
+
+
+def write_tokenizer_files(source: Path | None, target: Path, pad: str) -> None:
+    """Write vocab.json, merges.txt and the padding into `target`; source: a tokenizer's folder, None: CLIP's own."""
+    target.mkdir(parents=True, exist_ok=True)
+    if source is None:
+        _write(target, *clip_vocabulary())
+    elif _has_both(source):
+        for file in ("vocab.json", "merges.txt"):
+            shutil.copyfile(source / file, target / file)
+    else:
+        _write(target, *_from_tokenizer_json(source / "tokenizer.json"))
+    text = json.dumps({"pad_token": pad}, indent=1, ensure_ascii=False)
+    (target / "special_tokens_map.json").write_text(f"{text}\n", encoding="utf-8")
+
+
+def clip_vocabulary() -> tuple[dict[str, int], list[str]]:
+    """CLIP's 49,408 tokens with their ids, and its 48,894 merges ("left right")."""
+    merges = gzip.decompress(CLIP_MERGES.read_bytes()).decode("utf-8").splitlines()
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(code) for code in [*printable, *range(256, 512 - len(printable))]]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
+    tokens += [merge.replace(" ", "") for merge in merges] + [START, END]
+    return {token: number for number, token in enumerate(tokens)}, merges
+
+
+def _from_tokenizer_json(path: Path) -> tuple[dict[str, int], list[str]]:
+    check_tokenizer(path.parent)
+    model: Any = read_json(path).get("model")
+    try:
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        return dict(model["vocab"]), merges
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{path}: not the tokenizer of a CLIP text encoder (no BPE vocab and merges)") from error
+
+
+def _write(target: Path, vocabulary: dict[str, int], merges: list[str]) -> None:
+    (target / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    (target / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+
+
+def _has_both(folder: Path) -> bool:
+    return (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
