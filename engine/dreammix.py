@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from dreammix_trt.core.subject import Subject, pack, packed_size, read_subject
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.canvas import Canvas
 from dreammix_trt.engine.denoiser import Denoiser, EngineDenoiser
-from dreammix_trt.engine.networks import EngineSet
+from dreammix_trt.engine.networks import REBUILD, EngineSet
 from dreammix_trt.engine.pictures import PictureIn, Source, read_image, read_mask
 from dreammix_trt.engine.result import Result, StepEvent, read_request, save
 from dreammix_trt.engine.stages import Clock, Facts, Networks, Painter, Text, Timed, painted
@@ -35,6 +35,7 @@ _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 _UNETS = ("unet", "unet_raw")
 _REMEMBERED_TEXTS = 256
 _TOKEN = "sks"
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Job(NamedTuple):
@@ -47,9 +48,11 @@ class Job(NamedTuple):
 
 
 class DreamMix:
-    """An engine ready to paint. Use it as a context manager, or call `close`.
+    """An engine ready to paint. Use it as a context manager, or call `close`; after that it raises EngineError.
 
-    Not thread-safe: one request at a time per object.
+    defaults: fields of `Request` that its base was made for (a few-step base: sampler, guidance_scale,
+    num_inference_steps); they hold for prompts given as text, where the caller does not say otherwise. Not thread-safe:
+    one request at a time per object.
     """
 
     def __init__(
@@ -60,8 +63,11 @@ class DreamMix:
         subjects: Sequence[Subject] = (),
         *,
         denoiser: Denoiser | None = None,
+        defaults: Mapping[str, Any] = _NOTHING,
     ) -> None:
         self.networks, self.facts = networks, facts
+        self.defaults = _checked(defaults)
+        self._closed = False
         self.tokenizers = tuple(tokenizers)
         self._denoiser = denoiser
         self._subjects: dict[str, tuple[Subject, dict[str, F32]]] = {}
@@ -79,27 +85,34 @@ class DreamMix:
         threads: int | None = None,
         verify: bool = False,
         store: str | os.PathLike[str] | None = None,
+        device: str = "cpu",
     ) -> DreamMix:
         """Load an engine directory that `dreammix-trt build` made.
 
         threads: for the networks and the kernels; None: all cores. verify: hash every file again. store: where the
-        base engines are, when not in the default place. Raises EngineError saying what is wrong and how to rebuild.
+        base engines are, when not in the default place. device: "cpu", or "cuda" for ONNX Runtime's CUDA provider.
+        Raises EngineError saying what is wrong and how to rebuild.
         """
-        from dreammix_trt.engine.build import open_engine
+        from dreammix_trt.engine.build import check_runnable, open_engine
 
         opened = open_engine(Path(path), verify=verify, store=Path(store) if store else None)
-        networks = EngineSet.load(opened.networks, threads)
+        check_runnable(Path(path), opened)
+        networks = EngineSet.load(opened.parts, threads, device)
         kernels.set_threads(networks.threads)
         networks.prepare()
-        tokenizers = [Tokenizer.load(opened.networks / name) for name in ("tokenizer", "tokenizer_2")]
-        return cls(networks, networks.facts, tokenizers, [read_subject(file) for file in opened.subjects])
+        tokenizers = [Tokenizer.load(opened.parts["base"] / name) for name in ("tokenizer", "tokenizer_2")]
+        defaults = getattr(networks.facts, "defaults", None) or _NOTHING
+        subjects = [read_subject(file) for file in opened.subjects]
+        return cls(networks, networks.facts, tokenizers, subjects, defaults=defaults)
 
     def close(self) -> None:
-        """Release the networks."""
+        """Release the networks; any use after this raises EngineError, closing again does nothing."""
+        self._closed = True
         if isinstance(self.networks, EngineSet):
             self.networks.close()
 
     def __enter__(self) -> DreamMix:
+        self._ready()
         return self
 
     def __exit__(
@@ -115,8 +128,10 @@ class DreamMix:
     def add_subject(self, path: str | os.PathLike[str], name: str | None = None) -> str:
         """Load another subject of the same base: a subject file, or an engine directory with subjects in it.
 
-        Returns its name (the first one's). Raises FileFormatError when it does not fit this base.
+        Returns its name (the first one's). A loaded subject of the same name is replaced. Raises FileFormatError when
+        it does not fit this base.
         """
+        self._ready()
         source = Path(path)
         files = sorted((source / "subjects").glob("*.safetensors")) if source.is_dir() else [source]
         if not files:
@@ -125,6 +140,10 @@ class DreamMix:
             raise InputError(f"name is {name!r}, but {source} holds {len(files)} subjects; name one of their files")
         names = [self._add(subject, name or subject.name) for subject in map(read_subject, files)]
         return names[0]
+
+    def request(self, prompt: str, **fields: Any) -> Request:
+        """The request of a prompt: `fields` of `Request` as given, else the base's `defaults`, else Request's own."""
+        return Request.of(**{**self.defaults, **fields, "prompt": prompt})
 
     def inpaint(
         self,
@@ -138,9 +157,10 @@ class DreamMix:
     ) -> Result:
         """Paint the marked region (mask above 127) of a picture of any size.
 
-        image, mask_image: path, PIL image or uint8 array of equal size. prompt: text, or a whole Request; fields: any
-        field of `Request` (seed, substitute, num_inference_steps, ...). noise: where the random numbers come from, one
-        provider a picture; default: the seed. Raises InputError naming the value that cannot be used.
+        image, mask_image: path, PIL image or uint8 array of equal size. prompt: text, which makes a request as
+        `request` does, or a whole Request, taken as it is; fields: any field of `Request` (seed, substitute,
+        num_inference_steps, ...). noise: where the random numbers come from, one provider a picture; default: the
+        seed. Raises InputError naming the value that cannot be used.
         """
         return _last(self.iterate(image, mask_image, prompt, noise=noise, keep_stages=keep_stages, **fields))
 
@@ -163,8 +183,8 @@ class DreamMix:
 
         Bad input is refused here, before the first step.
         """
-        request = prompt if isinstance(prompt, Request) else Request(prompt)
-        return self._events(self._prepared(Job(image, mask_image, request.replace(**fields), noise)), keep_stages)
+        request = prompt.replace(**fields) if isinstance(prompt, Request) else self.request(prompt, **fields)
+        return self._events(self._prepared(Job(image, mask_image, request, noise)), keep_stages)
 
     def rows_of(self, subject: str) -> dict[str, F32]:
         """A loaded subject's packed factors: network -> float32 (P,)."""
@@ -172,16 +192,17 @@ class DreamMix:
 
     def _prepared(self, job: Job) -> _Work:
         """Check everything of a job and do what its pictures share."""
+        self._ready()
         clock, request = Clock(), job.request
         if not isinstance(request, Request):
             raise InputError(f"a job's request is a {type(request).__name__}: give a Request(prompt, ...)")
-        networks = Timed(self.networks, clock)
+        networks = Timed(self.networks, clock, self._ready)
         with clock("read"):
             source = read_image(job.image)
             mask = read_mask(job.mask_image, source.size)
         with clock("canvas"):
             canvas = laid(source.rgb, mask, request, self.facts)
-        schedule = make_schedule(request)
+        schedule = make_schedule(request, raw_unet="unet_raw" in self.networks)
         subject, token, rows = self._chosen(request)
         with clock("text"):
             texts = self._texts_of(request, networks, subject, token, rows)
@@ -207,7 +228,7 @@ class DreamMix:
                 event = StepEvent(number * len(work.schedule) + done, total, taken.step.stage, number, painter, taken)
                 if done + 1 < len(work.schedule):
                     yield event
-            finished = painter.finish(taken.x0)
+            finished = painter.finish(taken.x)
             with clock("write"):
                 same_size = finished.shape[:2] == work.source.size
                 images.append(work.source.with_pixels(finished) if same_size else _rgb(finished))
@@ -216,6 +237,10 @@ class DreamMix:
         shown = {name: _rgb(picture) for name, picture in (work.painters[0].shown or {}).items()}
         result = Result(images, work.request, work.seeds, work.schedule, dict(clock.seconds), shown)
         yield replace(event, result=result)
+
+    def _ready(self) -> None:
+        if self._closed:
+            raise EngineError("this engine was closed: load it again with DreamMix.load, or use it before close()")
 
     def _add(self, subject: Subject, name: str) -> str:
         rows = {each: pack(subject.factors_for(each), self.networks.slots(each), subject.scale) for each in self._names}
@@ -249,7 +274,7 @@ class DreamMix:
             plan = plan_tas(self.tokenizers[0], prompt, words, prefix, request.indexing, token)
             less_tokens, less_pooled = apply_tas(plan, tokens, pooled, *encoded(plan.text))
         negative = np.zeros_like(tokens), np.zeros_like(pooled)
-        if request.negative_prompt is not None:
+        if request.guided and request.negative_prompt is not None:
             negative = encoded(request.negative_prompt)
         texts = {}
         for stage in ("lcg", "gch"):
@@ -289,6 +314,15 @@ class _Work(NamedTuple):
     painters: list[Painter]
     denoiser: Denoiser
     clock: Clock
+
+
+def _checked(defaults: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A base's request defaults, refused as a whole where a request would refuse one of them."""
+    try:
+        Request.of(**{"prompt": "", **defaults})
+    except (InputError, TypeError) as error:
+        raise EngineError(f"the base's request defaults cannot be used: {error}; {REBUILD}") from error
+    return MappingProxyType(dict(defaults))
 
 
 def laid(image: U8, mask: U8, request: Request, facts: Facts) -> Canvas:

@@ -37,7 +37,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Taken:
-    """One step done: the blended latent it began with, the guided prediction x0, the latent after it; (N, 4, h, w)."""
+    """One step done: the blended latent it began with, the guided prediction x0, the latent after it; (N, 4, h, w).
+
+    The latent after the last step is the result: x0 itself, or what the sampler "lcm" makes of it.
+    """
 
     step: Step
     x_in: F32
@@ -51,7 +54,7 @@ HandOver = Callable[[Step, F32], Stage]
 def sample(
     schedule: Schedule, denoiser: Denoiser, noises: Sequence[NoiseProvider], stage: Stage, hand_over: HandOver
 ) -> Iterator[Taken]:
-    """Run the schedule, yielding after each step; the last x0 is the result.
+    """Run the schedule, yielding after each step; the last x is the result.
 
     noises: one provider a picture. hand_over: from the step about to run and the last x0 to the next stage; the noisy
     latent and the solver's history are dropped there. Leaving the iterator stops the work.
@@ -65,7 +68,7 @@ def sample(
         rows = stage.conditioning.rows_per_picture
         noise = draw_all(noises, step.blend_draw, x.shape)
         x_in, doubled = kernels.blend_scale(x, stage.background, stage.mask, noise, step.sigma)
-        eps = denoiser(doubled[2 - rows :: 3 - rows], step, stage.conditioning)
+        eps = denoiser(np.ascontiguousarray(doubled[2 - rows :: 3 - rows]), step, stage.conditioning)
         x, x0 = kernels.guided_step(
             x_in,
             eps,

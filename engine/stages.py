@@ -6,7 +6,7 @@ golden/README.md steps 2 to 7, 10, 12 and 13. A `Painter` handles one picture; `
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -73,10 +73,13 @@ class Clock:
 
 
 class Timed:
-    """Networks whose calls are charged to "network:NAME" on a clock."""
+    """Networks whose calls are charged to "network:NAME" on a clock.
 
-    def __init__(self, networks: Networks, clock: Clock) -> None:
-        self._networks, self._clock = networks, clock
+    ready: called before each run; it raises where the networks may not be used any more.
+    """
+
+    def __init__(self, networks: Networks, clock: Clock, ready: Callable[[], None] = lambda: None) -> None:
+        self._networks, self._clock, self._ready = networks, clock, ready
 
     def __contains__(self, name: str) -> bool:
         return name in self._networks
@@ -87,6 +90,7 @@ class Timed:
 
     def run(self, name: str, **arrays: Any) -> dict[str, npt.NDArray[Any]]:
         """Run and charge."""
+        self._ready()
         with self._clock(f"network:{name}"):
             return self._networks.run(name, **arrays)
 
@@ -172,16 +176,16 @@ class Painter:
         with self._clock("canvas"):
             return self._canvas.global_frame(self._request.gch_field)
 
-    def finish(self, x0: F32) -> U8:
-        """The finished picture, uint8 (H, W, 3) of the canvas' size, from the last x0 (step 13)."""
-        decoded = self.decoded(x0)
+    def finish(self, x: F32) -> U8:
+        """The finished picture, uint8 (H, W, 3) of the canvas' size, from the last latent (step 13)."""
+        decoded = self.decoded(x)
         self._show("last result", decoded)
         with self._clock("canvas"):
             return self._canvas.final(self.frame, decoded, local=self._local)
 
-    def decoded(self, x0: F32) -> U8:
+    def decoded(self, latent: F32) -> U8:
         """A latent (1, 4, h, w) as a picture of the present frame, uint8 (8h, 8w, 3)."""
-        output = self._networks.run("vae_decoder", latent=x0 / np.float32(self._facts.scaling_factor))
+        output = self._networks.run("vae_decoder", latent=latent / np.float32(self._facts.scaling_factor))
         with self._clock("canvas"):
             return from_decoded(output["image"])
 
@@ -232,7 +236,7 @@ def painted(painters: Sequence[Painter], schedule: Schedule, denoiser: Denoiser)
             rest = replace(schedule, steps=tuple(replace(each, stage="lcg") for each in schedule.steps[step.index :]))
             going_on = replace(joined([painter.stage for painter in painters]), latent=taken.x)
             *_, finished = sample(rest, denoiser, noises, going_on, hand_over)
-            x0 = finished.x0
+            x0 = finished.x
         return joined([painter.hand_over(step, x0[k : k + 1]) for k, painter in enumerate(painters)])
 
     start = joined([painter.start() for painter in painters])

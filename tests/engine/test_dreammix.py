@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,28 @@ FAR = np.pad(np.zeros((50 + 10, 60 + 10), bool), ((35, 55), (55, 75)), constant_
 def dm(mug_engine: Path) -> Iterator[DreamMix]:
     with DreamMix.load(mug_engine, threads=1) as loaded:
         yield loaded
+
+
+class Noted:
+    """A base's networks, some of them hidden, and what each was run with."""
+
+    def __init__(self, networks: Any, *hidden: str) -> None:
+        self.networks, self.hidden = networks, hidden
+        self.seen: list[tuple[str, dict[str, Any]]] = []
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.networks and name not in self.hidden
+
+    def slots(self, name: str) -> tuple[Any, ...]:
+        return tuple(self.networks.slots(name))
+
+    def run(self, name: str, **arrays: Any) -> dict[str, Any]:
+        assert name in self
+        self.seen.append((name, arrays))
+        return dict(self.networks.run(name, **arrays))
+
+    def of(self, *names: str) -> list[dict[str, Any]]:
+        return [arrays for name, arrays in self.seen if name in names]
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +166,8 @@ def test_leaving_the_iteration_cancels(mug_engine: Path) -> None:
 
 
 def test_bad_input_is_refused_before_the_first_step(dm: DreamMix) -> None:
-    with pytest.raises(InputError, match="sampler"):
-        dm.iterate(IMAGE, MASK, "a mug", sampler="euler")
+    with pytest.raises(InputError, match="no field smapler"):
+        dm.iterate(IMAGE, MASK, "a mug", smapler="euler")
     with pytest.raises(InputError, match="guidance_scale is nan"):
         dm.iterate(IMAGE, MASK, "a mug", guidance_scale=float("nan"))
     with pytest.raises(InputError, match="repaints nothing"):
@@ -188,6 +210,7 @@ def test_timings_are_disjoint_and_name_the_networks(dm: DreamMix) -> None:
     [
         {"lcg_fraction": 0.0}, {"lcg_fraction": 1.0}, {"substitute": ["blue"]}, {"negative_prompt": None},
         {"guidance_scale": 1.0}, {"patched_fraction": 0.3}, {"soft_blending": True}, {"vae_sample": True},
+        {"sampler": "euler"}, {"sampler": "lcm"}, {"sampler": "lcm", "guidance_scale": 1.0},
         {"gch_background": "intermediate"}, {"blend_noise": "fixed"}, {"blend_output": True}, {"lcg_mask_dilate": 12},
         {"guidance_rescale": 0.7}, {"sharpness": 0.0}, {"strength": 0.5}, {"gch_field": 0.8}, {"lcg_field": 0.9},
         {"substitute": ["blue"], "tas_stages": ["tokens_lcg", "tokens_gch", "pooled_lcg", "pooled_gch"]},
@@ -239,3 +262,84 @@ def test_stages_are_kept_when_asked_for(dm: DreamMix) -> None:
     assert list(kept) == ["crop", "fill", "local result", "handed over", "last result"]
     assert kept["handed over"].size == IMAGE.size
     assert dm.inpaint(IMAGE, MASK, "a mug", num_inference_steps=1).stages == {}
+
+
+@pytest.mark.parametrize("substitute", [(), ("blue",)])
+def test_without_guidance_nothing_runs_for_the_negative_prompt(dm: DreamMix, substitute: tuple[str, ...]) -> None:
+    for guidance, rows in ((1.0, 1), (4.0, 2)):
+        noted = Noted(dm.networks)
+        fresh = DreamMix(noted, dm.facts, dm.tokenizers)
+        fields = {"num_inference_steps": STEPS, "guidance_scale": guidance, "substitute": substitute}
+        fresh.inpaint(IMAGE, MASK, "a red sks mug", negative_prompt="a table", **fields)
+        assert {len(arrays["sample"]) for arrays in noted.of("unet", "unet_raw")} == {rows}
+        assert {len(arrays["encoder_hidden_states"]) for arrays in noted.of("unet", "unet_raw")} == {rows}
+        assert len(noted.of("text_encoder")) == rows + len(substitute)
+
+
+FEW: dict[str, Any] = {"sampler": "lcm", "guidance_scale": 1.0, "num_inference_steps": 3}
+
+
+def test_a_base_says_what_it_was_made_for(dm: DreamMix) -> None:
+    few = DreamMix(dm.networks, dm.facts, dm.tokenizers, defaults=FEW)
+    assert few.request("a mug", seed=4) == Request("a mug", seed=4, **FEW)
+    assert few.request("a mug", num_inference_steps=2, sampler="euler").sampler == "euler"
+    assert dm.request("a mug") == Request("a mug") and dm.defaults == {}
+    result = few.inpaint(IMAGE, MASK, "a mug", num_inference_steps=2)
+    assert result.request == Request("a mug", **{**FEW, "num_inference_steps": 2})
+    assert result.schedule.timesteps.tolist() == [999, 499]
+    given = Request("a mug", num_inference_steps=2)
+    assert few.inpaint(IMAGE, MASK, given, seed=1).request == given.replace(seed=1)
+    with pytest.raises(InputError, match="no field sed"):
+        few.request("a mug", sed=1)
+    with pytest.raises(TypeError):
+        few.defaults["seed"] = 1  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("defaults", "named"),
+    [({"sampler": "ddim"}, "sampler is 'ddim'"), ({"smapler": "lcm"}, "no field smapler"), ([4], "mapping")],
+)
+def test_defaults_that_no_request_takes_are_refused(dm: DreamMix, defaults: Any, named: str) -> None:
+    with pytest.raises(EngineError, match=f"base's request defaults cannot be used.*{named}"):
+        DreamMix(dm.networks, dm.facts, dm.tokenizers, defaults=defaults)
+
+
+def test_defaults_are_read_from_the_base(mug_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Facts:
+        native_side, divisor, scaling_factor, feature_channels, defaults = 128, 8, 0.13025, 32, FEW
+
+    monkeypatch.setattr("dreammix_trt.engine.networks.read_facts", lambda folder: Facts())
+    with DreamMix.load(mug_engine, threads=1) as few:
+        assert few.defaults == FEW
+
+
+def test_a_base_of_one_unet_runs_every_step_on_it(dm: DreamMix) -> None:
+    noted = Noted(dm.networks, "unet_raw")
+    alone = DreamMix(noted, dm.facts, dm.tokenizers)
+    result = alone.inpaint(IMAGE, MASK, "a mug", num_inference_steps=STEPS, patched_fraction=0.2)
+    assert {step.network for step in result.schedule} == {"unet"}
+    assert len(noted.of("unet")) >= STEPS
+    assert all(arrays["inpaint_feature"].any() for arrays in noted.of("unet"))
+    both = dm.inpaint(IMAGE, MASK, "a mug", num_inference_steps=STEPS, patched_fraction=0.2)
+    assert {step.network for step in both.schedule} == {"unet", "unet_raw"}
+
+
+def test_a_closed_engine_is_not_used_again(mug_engine: Path, cup: Path) -> None:
+    dm = DreamMix.load(mug_engine, threads=1)
+    begun = dm.iterate(IMAGE, MASK, "a mug", num_inference_steps=STEPS)
+    event = next(begun)
+    dm.close()
+    dm.close()
+    uses: list[Callable[[], Any]] = [
+        lambda: pixels(dm),
+        lambda: dm.iterate(IMAGE, MASK, "a mug"),
+        lambda: dm.inpaint_batch([Job(IMAGE, MASK, Request("a mug"))]),
+        lambda: dm.add_subject(cup),
+        lambda: next(begun),
+        event.preview,
+        dm.__enter__,
+    ]
+    for use in uses:
+        with pytest.raises(EngineError, match="this engine was closed"):
+            use()
+    assert not dm.networks._sessions  # type: ignore[attr-defined]

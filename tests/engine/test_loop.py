@@ -14,7 +14,7 @@ from dreammix_trt.core.noise import SeededNoise
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import Step, make_schedule
 from dreammix_trt.engine.canvas import Canvas, from_decoded
-from dreammix_trt.engine.denoiser import Conditioning, FakeDenoiser
+from dreammix_trt.engine.denoiser import Conditioning, EngineDenoiser, FakeDenoiser
 from dreammix_trt.engine.loop import Stage, Taken, sample
 from dreammix_trt.engine.networks import BaseFacts
 from dreammix_trt.engine.stages import Painter, Text, painted
@@ -131,6 +131,58 @@ def test_every_step_follows_the_equations(request_: Request, seeds: tuple[int, .
     assert largest_error(request_, seeds) < BOUND
 
 
+def few_steps(request: Request) -> list[tuple[Any, Any]]:
+    """(x0, x) of every step of one picture without guidance, blended and handed over as in `looped`.
+
+    From the papers' equations: Euler's dx/dsigma = eps, or a consistency function of variance-preserving latents.
+    """
+    beta = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    kept = np.append(np.cumprod(1 - beta), 1.0)
+    n, local, lcm = request.steps, request.local_steps, request.sampler == "lcm"
+    times = [999 - 20 * int(i * 50 / n) for i in range(n)] if lcm else [int(1000 * (1 - i / n)) - 1 for i in range(n)]
+    levels = [float(np.sqrt(1 / kept[t] - 1)) for t in [*times, 1000]]
+    stages = {name: stage_of(name, 1, False) for name in SHAPES}
+    at, told = stages["lcg" if local else "gch"], []
+
+    def draw(label: str, step: int = 0) -> Any:
+        return SeededNoise(3).draw(label, at.background.shape, step).astype(np.float64)
+
+    x = at.background + draw("init_noise") * (np.sqrt(1 + levels[0] ** 2) if lcm else levels[0])
+    for i, (t, s, following) in enumerate(zip(times, levels, levels[1:], strict=False)):
+        if i == local and local:
+            at = stages["gch"]
+            x = resized(told[-1][0].astype(np.float32)) + s * draw("renoise_switch")
+        x = x * at.mask + (at.background + s * draw("blend_noise", i)) * (1 - at.mask)
+        eps = s * (x - 0.5) / (s**2 + 0.25)
+        x0 = x - s * eps
+        if lcm:
+            scaled = 10.0 * t
+            preserved = x * np.sqrt(kept[t])
+            x = (0.25 * preserved + scaled * np.sqrt(scaled**2 + 0.25) * x0) / (scaled**2 + 0.25)
+            x = x + following * draw("solver_noise", i) if i + 1 < n else x
+        else:
+            x = x + (following - s) * eps
+        told.append((x0, x))
+    return told
+
+
+@pytest.mark.parametrize("sampler", ["euler", "lcm"])
+@pytest.mark.parametrize(("steps", "local"), [(1, 1), (1, 0), (2, 1), (4, 3), (4, 0), (8, 5), (8, 8)])
+def test_few_step_samplers_follow_their_equations(sampler: Any, steps: int, local: int) -> None:
+    request = PLAIN.replace(sampler=sampler, num_inference_steps=steps, lcg_steps=local, guidance_scale=1)
+    ours, truth = looped(request, FakeDenoiser()), few_steps(request)
+    for taken, row in zip(ours, truth, strict=True):
+        for got, wanted in zip((taken.x0, taken.x), row, strict=True):
+            assert np.abs(got - wanted).max() < BOUND * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m_sde", "euler"])
+@pytest.mark.parametrize("blends", [False, True])
+def test_the_last_step_returns_the_prediction_to_the_bit(sampler: Any, blends: bool) -> None:
+    last = looped(PLAIN.replace(sampler=sampler, blend_output=blends), FakeDenoiser())[-1]
+    np.testing.assert_array_equal(last.x, last.x0)
+
+
 WRONG = [{"guidance_scale": 4.01}, {"sharpness": 1}, {"lcg_steps": 5}, {"blend_output": True}]
 
 
@@ -183,15 +235,23 @@ def test_numbers_that_are_none_are_refused_with_the_step() -> None:
 
 
 class LinearNetworks:
-    """A VAE that averages 8 x 8 blocks and repeats them, and a head that shows what it got."""
+    """A VAE that averages 8 x 8 blocks and repeats them, a head that shows what it got, and UNets that note it."""
+
+    def __init__(self, *absent: str) -> None:
+        self.absent = absent
+        self.seen: list[tuple[str, dict[str, Any]]] = []
 
     def __contains__(self, name: str) -> bool:
-        return name in ("vae_encoder", "vae_decoder", "inpaint_head")
+        return name in {"vae_encoder", "vae_decoder", "inpaint_head", "unet", "unet_raw"} - set(self.absent)
 
     def slots(self, name: str) -> tuple[Any, ...]:
         return ()
 
     def run(self, name: str, **arrays: Any) -> dict[str, F32]:
+        assert name in self
+        if name.startswith("unet"):
+            self.seen.append((name, arrays))
+            return {"eps": np.zeros_like(arrays["sample"])}
         if name == "inpaint_head":
             return {"feature": np.repeat(arrays["masked_latent"], 2, 1)}
         if name == "vae_decoder":
@@ -238,10 +298,58 @@ def test_a_picture_through_both_stages() -> None:
     for taken, (x_in, x0, x) in zip(ours, truth, strict=True):
         for got, wanted in ((taken.x_in, x_in), (taken.x0, x0), (taken.x, x)):
             assert np.abs(got - wanted).max() < BOUND * np.abs(wanted).max()
-    finished = painter.finish(ours[-1].x0)
+    finished = painter.finish(ours[-1].x)
     assert finished.shape == image.shape
     np.testing.assert_array_equal(finished[canvas.feather == 0], image[canvas.feather == 0])
     assert (finished != image).any()
+
+
+def painters_of(networks: LinearNetworks, request: Request, seeds: Sequence[int]) -> list[Painter]:
+    """A picture a seed, of one canvas, whose texts have as many rows as the request's guidance takes."""
+    image, mask = np.random.default_rng(5).integers(0, 256, (64, 64, 3), np.uint8), np.zeros((64, 64), np.uint8)
+    mask[18:34, 24:42] = 255
+    facts = BaseFacts(native_side=64, divisor=8, scaling_factor=0.5, feature_channels=8)
+    rows = 2 if request.guided else 1
+    texts = {name: Text(np.zeros((rows, 77, 2), np.float32), np.zeros((rows, 2), np.float32)) for name in SHAPES}
+    canvas, lora = Canvas.of(image, mask, native=64, divisor=8), dict.fromkeys(("unet", "unet_raw"), np.zeros(3, "f4"))
+    schedule = make_schedule(request, raw_unet="unet_raw" in networks)
+    return [Painter(canvas, request, schedule, texts, lora, SeededNoise(seed), networks, facts) for seed in seeds]
+
+
+@pytest.mark.parametrize("seeds", [(3,), (3, 4, 5)])
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 1.5])
+def test_the_networks_see_one_row_a_picture_where_guidance_is_off(seeds: tuple[int, ...], guidance: float) -> None:
+    networks, request = LinearNetworks(), PLAIN.replace(guidance_scale=guidance, num_inference_steps=8)
+    painters = painters_of(networks, request, seeds)
+    denoiser = EngineDenoiser(networks)
+    list(painted(painters, make_schedule(request), denoiser))
+    rows = len(seeds) * (2 if guidance > 1 else 1)
+    assert len(networks.seen) >= 8
+    for _, arrays in networks.seen:
+        by_row = ("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids")
+        assert {len(arrays[name]) for name in by_row} == {rows}
+        assert {len(arrays[name]) for name in ("inpaint_feature", "lora")} == {len(seeds)}
+        assert arrays["sample"].flags.c_contiguous
+
+
+@pytest.mark.parametrize("absent", [("unet_raw",), ("unet_raw", "inpaint_head"), ()])
+def test_a_base_without_a_raw_unet_is_patched_in_every_step(absent: tuple[str, ...]) -> None:
+    networks, request = LinearNetworks(*absent), PLAIN.replace(patched_fraction=0.2)
+    (painter,) = painters_of(networks, request, (3,))
+    schedule = make_schedule(request, raw_unet="unet_raw" in networks)
+    taken = list(
+        painted([painter], schedule, EngineDenoiser(networks, [n for n in ("unet", "unet_raw") if n in networks]))
+    )
+    told = {
+        name: [bool(a["inpaint_feature"].any()) for each, a in networks.seen if each == name]
+        for name, _ in networks.seen
+    }
+    if absent:
+        assert {each.step.network for each in taken} == {"unet"} == set(told)
+        assert set(told["unet"]) == {"inpaint_head" not in absent}
+    else:
+        assert {each.step.network for each in taken} == {"unet", "unet_raw"} == set(told)
+        assert all(told["unet"]) and not any(told["unet_raw"])
 
 
 def _never(step: Step, x0: F32) -> Stage:

@@ -1,0 +1,185 @@
+"""What the system says of itself: memory, disk, processor, NVIDIA driver. Nothing here raises; None is unknown."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA device: capability as "sm_89", memory in bytes."""
+
+    name: str
+    capability: str
+    memory: int
+
+
+@dataclass(frozen=True)
+class Driver:
+    """The NVIDIA driver: the CUDA version it serves ("13.0"), its devices, and what is wrong with it, if anything."""
+
+    cuda: str | None = None
+    gpus: tuple[Gpu, ...] = ()
+    problem: str | None = None
+
+
+def memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
+    """Bytes of memory in all and free for this process, within the limits of its control groups; (None, None): unknown.
+
+    File pages that the system may drop count as free. root: where /proc and /sys are, for tests.
+    """
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
+        total, available = sizes["MemTotal"], sizes["MemAvailable"]
+    except (OSError, ValueError, KeyError, IndexError):
+        return None, None
+    for limit, used in _group_limits(root):
+        total, available = min(total, limit), min(available, max(limit - used, 0))
+    return total, available
+
+
+def disk_free(place: Path) -> int | None:
+    """Bytes free on the disk of a folder that may not exist yet; None: unknown."""
+    place = place.absolute()
+    for folder in (place, *place.parents):
+        with contextlib.suppress(OSError):
+            return shutil.disk_usage(folder).free
+    return None
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Cores this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def ask_driver(load: Callable[[str], Any] | None = None) -> Driver:
+    """Ask the NVIDIA driver for its version and devices; where there is none, `problem` says so.
+
+    load: gives the driver's library by file name, for tests.
+    """
+    windows = platform.system() == "Windows"
+    name = "nvcuda.dll" if windows else "libcuda.so.1"
+    if load is None:
+        load = ctypes.WinDLL if windows else ctypes.CDLL  # type: ignore[attr-defined,unused-ignore]
+    try:
+        library = load(name)
+        failed = library.cuInit(0)
+    except (OSError, AttributeError):
+        return Driver(problem="there is no NVIDIA driver here")
+    if failed:
+        reason = {100: "finds no device", 803: "does not fit its library", 804: "does not fit this device"}.get(failed)
+        return Driver(problem=f"the NVIDIA driver {reason or 'does not start'} (CUDA error {failed})")
+    version = _whole(lambda out: library.cuDriverGetVersion(out)) or 0
+    count = _whole(lambda out: library.cuDeviceGetCount(out)) or 0
+    gpus = tuple(gpu for index in range(count) if (gpu := _gpu(library, index)))
+    problem = None if gpus else "the NVIDIA driver finds no device"
+    return Driver(f"{version // 1000}.{version % 1000 // 10}", gpus, problem)
+
+
+class MemoryWatch:
+    """The most memory this process held inside a `with` block, sampled; None where the system does not tell.
+
+    rss: bytes in all; anonymous: without mapped files, which the system may drop. That is what must fit.
+    """
+
+    def __init__(self, every: float = 0.02) -> None:
+        self.rss: int | None = None
+        self.anonymous: int | None = None
+        self._every, self._stop = every, threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory watch", daemon=True)
+
+    def __enter__(self) -> MemoryWatch:
+        self._sample()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._sample()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._every):
+            self._sample()
+
+    def _sample(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            pages = [int(count) for count in Path("/proc/self/statm").read_text().split()]
+            page = os.sysconf("SC_PAGE_SIZE")
+            self.rss = max(self.rss or 0, pages[1] * page)
+            self.anonymous = max(self.anonymous or 0, (pages[1] - pages[2]) * page)
+
+
+def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
+    """(limit, used without droppable file pages) of every control group this process is in, versions 1 and 2."""
+    try:
+        entries = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return
+    for entry in entries:
+        if len(entry) != 3:
+            continue
+        _, controllers, path = entry
+        if controllers == "":
+            top, files = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top = root / "sys/fs/cgroup/memory"
+            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # The group's own folder and those above it; inside a container only the top may be visible.
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(top) and (limit := _limit(folder, *files)):
+                yield limit
+
+
+def _limit(folder: Path, limit: str, usage: str, droppable: str) -> tuple[int, int] | None:
+    try:
+        bound = int((folder / limit).read_text())
+        used = int((folder / usage).read_text())
+        for line in (folder / "memory.stat").read_text().splitlines():
+            if line.split()[0] == droppable:
+                used -= int(line.split()[1])
+    except (OSError, ValueError, IndexError):  # "max": no limit
+        return None
+    return bound, max(used, 0)
+
+
+def _gpu(library: Any, index: int) -> Gpu | None:
+    device = _whole(lambda out: library.cuDeviceGet(out, index))
+    if device is None:
+        return None
+    name = ctypes.create_string_buffer(256)
+    library.cuDeviceGetName(name, 256, device)
+    major = _whole(lambda out: library.cuDeviceGetAttribute(out, 75, device))
+    minor = _whole(lambda out: library.cuDeviceGetAttribute(out, 76, device))
+    size = ctypes.c_size_t()
+    library.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+    return Gpu(name.value.decode(errors="replace"), f"sm_{major}{minor}", size.value)
+
+
+def _whole(call: Callable[[Any], int]) -> int | None:
+    """The int a driver call writes, None when it fails."""
+    value = ctypes.c_int()
+    return None if call(ctypes.byref(value)) else value.value

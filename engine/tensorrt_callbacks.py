@@ -1,0 +1,115 @@
+"""What TensorRT calls back while it builds: logger, progress monitor, writer.
+
+The packages swallow whatever a callback raises, Ctrl-C and a full disk included, and end well all the same. So nothing
+here raises: errors are kept for the caller, who asks.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import queue
+import threading
+from typing import Any, BinaryIO
+
+LOGGER = logging.getLogger(__name__)
+Events = queue.SimpleQueue[tuple[float, str] | None]
+
+
+class Heard(threading.local):
+    """What the package said in this thread, (severity, text); None: nobody listens."""
+
+    messages: list[tuple[str, str]] | None = None
+
+
+HEARD = Heard()
+
+
+@functools.cache
+def logger_of(trt: Any) -> Any:
+    """The one logger a package accepts in a process; what it hears goes to the build of the thread that speaks."""
+
+    class Listener(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity.name in ("INFO", "VERBOSE"):
+                return
+            LOGGER.debug("%s: %s", severity.name, message)
+            if HEARD.messages is not None:
+                HEARD.messages.append((severity.name, message))
+
+    return Listener()
+
+
+def monitor_of(trt: Any, events: Events, cancelled: threading.Event) -> Any:
+    """The builder's own progress, put on a queue; it stops the build at the next step once `cancelled` is set."""
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps = Steps()
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            events.put((self.steps.start(phase_name, parent_phase, num_steps), phase_name))
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            events.put((self.steps.complete(phase_name, step), phase_name))
+            return not cancelled.is_set()
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.steps.finish(phase_name)
+
+    return Monitor()
+
+
+class Steps:
+    """Nested phases of so many steps each -> one fraction in 0..1 that never falls."""
+
+    def __init__(self) -> None:
+        self._phases: dict[str, list[Any]] = {}  # name -> [parent, steps, done]
+        self._reached, self._lock = 0.0, threading.Lock()
+
+    def start(self, name: str, parent: str | None, steps: int) -> float:
+        with self._lock:
+            self._phases[name] = [parent, max(1, steps), 0]
+            return self._now(name)
+
+    def complete(self, name: str, step: int) -> float:
+        with self._lock:
+            if name in self._phases:
+                self._phases[name][2] = step + 1
+            return self._now(name)
+
+    def finish(self, name: str) -> None:
+        with self._lock:
+            self._phases.pop(name, None)
+
+    def _now(self, name: str | None) -> float:
+        fraction = 0.0
+        while name is not None and name in self._phases:
+            name, steps, done = self._phases[name]
+            fraction = min(1.0, (done + fraction) / steps)
+        self._reached = max(self._reached, fraction)
+        return self._reached
+
+
+def writer_of(trt: Any, stream: BinaryIO) -> Any:
+    """Takes the plan in pieces; the first error is kept, for the builder swallows what is raised and ends well."""
+
+    class Writer(trt.IStreamWriter):
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.error: BaseException | None = None
+
+        def write(self, data: bytes) -> int:
+            if self.error is None:
+                try:
+                    stream.write(data)
+                    return len(data)
+                except BaseException as error:
+                    self.error = error
+            return 0
+
+    return Writer()

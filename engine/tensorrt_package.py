@@ -1,0 +1,88 @@
+"""The two packages, TensorRT-RTX and TensorRT: where they differ, what is used of them, and how they are refused."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from dreammix_trt.core.errors import EngineError, InputError, MissingExtraError
+
+
+@dataclass(frozen=True)
+class Package:
+    """Where the two packages differ. ahead: builds for GPUs named by compute capability, without a driver."""
+
+    title: str
+    module: str
+    extra: str
+    oldest: tuple[int, int]
+    ahead: bool
+
+
+PACKAGES: Final[Mapping[str, Package]] = {
+    "tensorrt-rtx": Package("TensorRT-RTX", "tensorrt_rtx", "rtx", (1, 7), True),
+    "tensorrt": Package("TensorRT", "tensorrt", "trt", (11, 0), False),
+}
+
+# Every name of the packages that is used here; a package that lacks one is refused before it fails half-way.
+NAMES: Final = (
+    "Builder.build_serialized_network_to_stream", "Builder.create_builder_config", "Builder.create_network",
+    "Builder.create_optimization_profile", "BuilderFlag.TF32", "DataType.HALF", "IAttention.decomposable",
+    "IAttentionInputLayer.attention", "IBuilderConfig.add_optimization_profile", "IBuilderConfig.progress_monitor",
+    "IBuilderConfig.set_flag", "IBuilderConfig.set_memory_pool_limit", "ILogger", "INetworkDefinition.get_input",
+    "INetworkDefinition.get_layer", "INetworkDefinition.get_output", "INetworkDefinition.num_inputs",
+    "INetworkDefinition.num_layers", "INetworkDefinition.num_outputs", "IOptimizationProfile.set_shape",
+    "IProgressMonitor", "IStreamWriter", "LayerType.ATTENTION_INPUT", "MemoryPoolType.WORKSPACE",
+    "NetworkDefinitionCreationFlag.STRONGLY_TYPED", "OnnxParser.get_error", "OnnxParser.num_errors",
+    "OnnxParser.parse_from_file", "ParserError.desc", "ParserError.node_name", "ParserError.node_operator",
+    "Runtime.engine_host_code_allowed",
+)  # fmt: skip
+NAMES_AHEAD: Final = (
+    "ComputeCapability.CURRENT", "IBuilderConfig.num_compute_capabilities", "IBuilderConfig.set_compute_capability",
+)  # fmt: skip
+
+
+def load(backend: str) -> Any:
+    """The package of a back end; InputError for an unknown one, MissingExtraError or EngineError without it."""
+    if backend not in PACKAGES:
+        raise InputError(f"there is no TensorRT back end {backend!r}; choose one of {', '.join(PACKAGES)}")
+    package = PACKAGES[backend]
+    install = f"`pip install 'dreammix-trt[{package.extra}]'`"
+    try:
+        trt = importlib.import_module(package.module)
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f"{package.title} is not installed ({error.name} is missing); {install}") from error
+    except (ImportError, OSError, RuntimeError) as error:
+        raise EngineError(
+            f"{package.title} is installed but does not load ({error}); install it again: {install}"
+        ) from error
+    check_package(trt, package)
+    return trt
+
+
+def check_package(trt: Any, package: Package) -> None:
+    """Raise EngineError when the package is too old or lacks a name that is used here."""
+    version = str(getattr(trt, "__version__", "0"))
+    oldest = ".".join(str(part) for part in package.oldest)
+    install = f"`pip install 'dreammix-trt[{package.extra}]'`"
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < package.oldest:
+        raise EngineError(f"{package.title} {version} is too old, {oldest} is needed; {install}")
+    missing = [name for name in (*NAMES, *(NAMES_AHEAD if package.ahead else ())) if not _has(trt, name)]
+    if missing:
+        raise EngineError(f"{package.title} {version} lacks {', '.join(missing)}, unlike {oldest}; {install}")
+
+
+def known_targets(trt: Any) -> dict[str, Any]:
+    """The GPUs a package builds for without having them: "sm_89" -> its name for it."""
+    members = getattr(trt, "ComputeCapability", None)
+    found = {name: getattr(members, name) for name in dir(members) if re.fullmatch(r"SM\d+", name)}
+    return {f"sm_{name[2:]}": value for name, value in sorted(found.items(), key=lambda item: int(item[0][2:]))}
+
+
+def _has(trt: Any, name: str) -> bool:
+    missing = object()
+    return functools.reduce(lambda found, part: getattr(found, part, missing), name.split("."), trt) is not missing

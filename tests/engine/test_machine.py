@@ -1,0 +1,270 @@
+"""What a machine is said to be able to do: from fakes of the driver, the system's files and the installed packages."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dreammix_trt.engine import hardware, machine
+from dreammix_trt.engine.hardware import Driver, Gpu, MemoryWatch, ask_driver, disk_free, memory
+from dreammix_trt.engine.machine import Machine, examine, explain_mismatch
+
+GIB = 1 << 30
+ADA = Gpu("NVIDIA GeForce RTX 4090", "sm_89", 24 * GIB)
+HOPPER = Gpu("NVIDIA H200", "sm_90", 139 * GIB)
+NONE = Driver(problem="there is no NVIDIA driver here")
+BARE = Machine(
+    platform="Linux x86_64", system="Linux-6.1", cpu="a processor", cores=2, memory_total=24 * GIB,
+    memory_available=8 * GIB, store="store", disk_free=9 * GIB, driver=NONE,
+    versions={"onnxruntime": "1.31.1", "tensorrt-rtx": "1.7.1.116"}, extension=True,
+)  # fmt: skip
+
+
+def states(here: Machine) -> dict[str, tuple[bool, bool]]:
+    return {state.name: (state.can_build, state.can_run) for state in here.backends()}
+
+
+def why(here: Machine, backend: str) -> str:
+    return next(state.why for state in here.backends() if state.name == backend)
+
+
+def with_gpu(gpu: Gpu, **versions: str) -> Machine:
+    return replace(BARE, driver=Driver("13.0", (gpu,)), versions={**BARE.versions, **versions})
+
+
+class FakeDriver:
+    """The driver's library as far as it is asked, with the given devices (name, major, minor, memory)."""
+
+    def __init__(self, *devices: tuple[str, int, int, int], starts: int = 0) -> None:
+        self.devices, self.starts = devices, starts
+
+    def cuInit(self, flags: int) -> int:
+        return self.starts
+
+    def cuDriverGetVersion(self, out: Any) -> int:
+        out._obj.value = 12080
+        return 0
+
+    def cuDeviceGetCount(self, out: Any) -> int:
+        out._obj.value = len(self.devices)
+        return 0
+
+    def cuDeviceGet(self, out: Any, index: int) -> int:
+        out._obj.value = index
+        return 0
+
+    def cuDeviceGetName(self, buffer: Any, length: int, device: int) -> int:
+        buffer.value = self.devices[device][0].encode()
+        return 0
+
+    def cuDeviceGetAttribute(self, out: Any, attribute: int, device: int) -> int:
+        # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of cuda.h
+        out._obj.value = self.devices[device][{75: 1, 76: 2}[attribute]]
+        return 0
+
+    def cuDeviceTotalMem_v2(self, out: Any, device: int) -> int:
+        assert isinstance(out._obj, ctypes.c_size_t)
+        out._obj.value = self.devices[device][3]
+        return 0
+
+
+def test_a_machine_without_a_gpu_builds_for_one() -> None:
+    assert states(BARE) == {
+        "onnxruntime": (True, True),
+        "onnxruntime (CUDA)": (True, False),
+        "tensorrt-rtx": (True, False),
+        "tensorrt": (False, False),
+    }
+    assert "no NVIDIA driver" in why(BARE, "tensorrt-rtx")
+    assert "dreammix-trt[trt]" in why(BARE, "tensorrt")
+    assert "onnxruntime-gpu" in why(BARE, "onnxruntime (CUDA)")
+
+
+def test_a_gpu_lets_every_installed_back_end_run() -> None:
+    here = with_gpu(ADA, tensorrt="11.4.0.106")
+    assert states(here)["tensorrt-rtx"] == (True, True)
+    assert states(here)["tensorrt"] == (True, True)
+    assert states(here)["onnxruntime (CUDA)"] == (True, False)
+    cuda = replace(here, versions={"onnxruntime-gpu": "1.31.1"})
+    assert states(cuda) == {
+        "onnxruntime": (True, True),
+        "onnxruntime (CUDA)": (True, True),
+        "tensorrt-rtx": (False, False),
+        "tensorrt": (False, False),
+    }
+
+
+def test_a_gpu_that_tensorrt_rtx_does_not_know_can_only_build_with_it() -> None:
+    here = with_gpu(HOPPER, tensorrt="11.4.0.106")
+    assert states(here)["tensorrt-rtx"] == (True, False)
+    assert "sm_90" in why(here, "tensorrt-rtx") and "sm_89" in why(here, "tensorrt-rtx")
+    assert states(here)["tensorrt"] == (True, True)
+
+
+def test_faults_of_the_installation_come_with_a_remedy() -> None:
+    assert BARE.faults() == []
+    both = replace(BARE, versions={"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.31.1"})
+    assert "overwrite" in both.faults()[0] and "pip uninstall" in both.faults()[0]
+    old = with_gpu(ADA, tensorrt="10.16.2")
+    assert "10.16.2" in old.faults()[0] and states(old)["tensorrt"] == (False, False)
+
+
+def test_tables_and_json_say_the_same() -> None:
+    here = with_gpu(ADA)
+    tables = dict(here.describe())
+    assert set(tables) == {"Machine", "NVIDIA", "Back ends", "Versions"}
+    assert ("NVIDIA GeForce RTX 4090", "sm_89", "24.0 GiB") in tables["NVIDIA"]
+    assert ("memory", "8.0 GiB free of 24.0 GiB") in tables["Machine"]
+    record = json.loads(json.dumps(here.to_dict()))
+    assert record["driver"]["gpus"][0]["capability"] == "sm_89"
+    assert [row[0] for row in tables["Back ends"]] == [state["name"] for state in record["backends"]]
+    unknown = replace(BARE, memory_total=None, memory_available=None, disk_free=None, versions={"tensorrt": "9.0"})
+    tables = dict(unknown.describe())
+    assert ("memory", "unknown free of unknown") in tables["Machine"] and "Faults" in tables
+
+
+def test_this_machine_is_examined_without_loading_what_it_is_about(tmp_path: Path) -> None:
+    here = examine(tmp_path / "not" / "there")
+    assert here.cores >= 1 and here.disk_free and here.store and here.store.endswith("there")
+    assert examine().disk_free is None
+    json.dumps(here.to_dict())
+    heavy = "torch", "diffusers", "onnxruntime", "tensorrt_rtx", "tensorrt", "numpy"
+    probe = (
+        "import sys; from dreammix_trt.engine.machine import examine; examine().describe(); "
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_the_driver_is_asked_for_its_devices() -> None:
+    library = FakeDriver(("RTX 4090", 8, 9, 24 * GIB), ("RTX 5090", 12, 0, 32 * GIB))
+    assert ask_driver(lambda name: library) == Driver(
+        "12.8", (Gpu("RTX 4090", "sm_89", 24 * GIB), Gpu("RTX 5090", "sm_120", 32 * GIB))
+    )
+
+
+@pytest.mark.parametrize("starts, said", [(100, "no device"), (999, "does not start"), (803, "library")])
+def test_a_driver_that_does_not_start_says_so(starts: int, said: str) -> None:
+    driver = ask_driver(lambda name: FakeDriver(starts=starts))
+    assert driver.gpus == () and driver.problem and said in driver.problem and str(starts) in driver.problem
+
+
+def test_a_driver_without_devices_or_without_a_library_says_so() -> None:
+    def absent(name: str) -> Any:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    assert ask_driver(lambda name: FakeDriver()).problem == "the NVIDIA driver finds no device"
+    assert ask_driver(absent) == NONE
+    assert ask_driver(lambda name: object()) == NONE
+
+
+def system(root: Path, groups: str, **files: str) -> Path:
+    """A system's memory files: 16 GiB in all, 12 of them free."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text("MemTotal: 16777216 kB\nMemFree: 1 kB\nMemAvailable: 12582912 kB\n")
+    (root / "proc/self/cgroup").write_text(groups)
+    for name, text in files.items():
+        path = root / "sys/fs/cgroup" / name.replace("__", "/").replace("_DOT_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_memory_without_groups_is_what_the_system_says(tmp_path: Path) -> None:
+    assert memory(system(tmp_path, "")) == (16 * GIB, 12 * GIB)
+    assert memory(tmp_path / "nothing") == (None, None)
+
+
+def test_memory_keeps_to_the_limit_of_a_group_and_counts_droppable_pages_as_free(tmp_path: Path) -> None:
+    version2 = system(
+        tmp_path / "2", "0::/app\n", app__memory_DOT_max=str(4 * GIB), app__memory_DOT_current=str(3 * GIB),
+        app__memory_DOT_stat=f"anon 1\ninactive_file {GIB}\n",
+    )  # fmt: skip
+    assert memory(version2) == (4 * GIB, 2 * GIB)
+    version1 = system(
+        tmp_path / "1", "9:name=systemd:/\n4:cpu,memory:/host/path\n", memory__memory_DOT_limit_in_bytes=str(6 * GIB),
+        memory__memory_DOT_usage_in_bytes=str(5 * GIB), memory__memory_DOT_stat=f"total_inactive_file {2 * GIB}\n",
+    )  # fmt: skip
+    assert memory(version1) == (6 * GIB, 3 * GIB)
+
+
+def test_the_tightest_of_nested_groups_counts(tmp_path: Path) -> None:
+    root = system(
+        tmp_path, "0::/a/b\n", a__b__memory_DOT_max="max", a__b__memory_DOT_current="5", a__b__memory_DOT_stat="",
+        a__memory_DOT_max=str(GIB), a__memory_DOT_current=str(2 * GIB), a__memory_DOT_stat="",
+    )  # fmt: skip
+    assert memory(root) == (GIB, 0)
+
+
+def test_disk_is_measured_where_the_folder_will_be(tmp_path: Path) -> None:
+    assert disk_free(tmp_path / "a" / "b") == pytest.approx(disk_free(tmp_path), rel=0.2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux tells a process its memory")
+def test_the_watch_sees_memory_that_is_gone_afterwards() -> None:
+    with MemoryWatch(every=0.001) as before:
+        pass
+    with MemoryWatch(every=0.001) as watch:
+        held = bytearray(64 << 20)
+        held[::4096] = b"x" * len(held[::4096])
+        watch._sample()
+        del held
+    assert before.anonymous and watch.anonymous and watch.rss
+    assert watch.anonymous - before.anonymous > 60 << 20
+    assert watch.rss > watch.anonymous
+
+
+BUILT: dict[str, Any] = {
+    "backend": "tensorrt-rtx", "version": "1.7.1.116", "targets": ["sm_86", "sm_89"], "platform": "Linux x86_64",
+    "command": "dreammix-trt build --target sm_89",
+}  # fmt: skip
+
+
+def test_nothing_differs_where_nothing_does() -> None:
+    assert explain_mismatch(BUILT, with_gpu(ADA)) is None
+    assert explain_mismatch({"backend": "tensorrt-rtx"}, with_gpu(ADA)) is None
+    assert explain_mismatch({"backend": "onnxruntime", "version": "0", "platform": "Windows AMD64"}, BARE) is None
+
+
+@pytest.mark.parametrize(
+    "change, here, said",
+    [
+        ({}, with_gpu(HOPPER), ["built for sm_86, sm_89", "NVIDIA H200 (sm_90)"]),
+        ({"version": "1.6.1.120"}, with_gpu(ADA), ["1.6.1.120", "1.7.1.116"]),
+        ({}, BARE, ["no NVIDIA driver"]),
+        ({}, replace(with_gpu(ADA), versions={}), ["not installed", "dreammix-trt[rtx]"]),
+        ({}, replace(with_gpu(ADA), platform="Linux aarch64"), ["Linux x86_64", "Linux aarch64"]),
+        ({"backend": "tensorrt", "version": "11.4"}, replace(with_gpu(ADA, tensorrt="11.4"), platform="Windows AMD64"),
+         ["Windows AMD64"]),
+    ],
+)  # fmt: skip
+def test_what_differs_is_said_with_the_command(change: dict[str, Any], here: Machine, said: list[str]) -> None:
+    text = explain_mismatch(BUILT | change, here)
+    assert text and text.endswith("`dreammix-trt build --target sm_89`")
+    for part in said:
+        assert part in text
+
+
+def test_tensorrt_rtx_moves_between_linux_and_windows() -> None:
+    assert explain_mismatch(BUILT, replace(with_gpu(ADA), platform="Windows AMD64")) is None
+
+
+def test_versions_are_read_from_the_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"onnxruntime": "1.31.1", "tensorrt-cu13": "11.4.0.106"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise machine.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(machine.metadata, "version", version)
+    assert machine.installed_versions() == {"onnxruntime": "1.31.1", "tensorrt": "11.4.0.106"}
+    assert hardware.processor()
