@@ -21,7 +21,7 @@ VENV = ROOT / ".venv"
 FLOORS = ("core", "export", "engine", "trainer")
 # Named first and alone: a plain "torch" would take the newest build with gigabytes of CUDA libraries.
 TORCH = "torch==2.13.0"
-EXTRAS = "train,export,dev"
+EXTRAS = "train,export,rtx,dev"
 
 
 def python() -> Path:

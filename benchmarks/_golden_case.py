@@ -14,14 +14,15 @@ import numpy.typing as npt
 from PIL import Image
 
 from dreammix_trt.core import fooocus, keymap
-from dreammix_trt.core.checkpoint import BaseFiles, State
+from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.files import home
-from dreammix_trt.core.lora import Factors, read_lora
+from dreammix_trt.core.lora import Lora, Target, read_lora
 from dreammix_trt.core.noise import ReplayNoise
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import RHO, SIGMA_MAX, SIGMA_MIN, Schedule
 from dreammix_trt.core.store import Store
-from dreammix_trt.core.subject import Subject
+from dreammix_trt.core.subject import Subject, subject_from_loras
+from dreammix_trt.core.tensors import Weights
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.dreammix import DreamMix
 from dreammix_trt.engine.loop import Stage, Taken
@@ -31,7 +32,7 @@ from dreammix_trt.engine.text import Tokenizer
 
 Array = npt.NDArray[Any]
 BACKENDS = ("onnxruntime", "torch")
-_UNETS = {"unet": ("fooocus", "both"), "unet_raw": ("raw", "both")}
+_TARGETS: dict[str, Target] = {"fooocus": "patched", "raw": "raw", "both": "both"}
 
 
 class Case:
@@ -112,22 +113,21 @@ class Case:
     @property
     def subject(self) -> Subject:
         """Every LoRA of the case, each on its UNets, as one subject."""
-        return Loras("golden", self._token, "", {}, loras=tuple(self.loras(0)))
+        return subject_from_loras(self.loras(0), "golden", self._token)
 
-    def loras(self, encoding: int) -> list[tuple[str, float, Factors]]:
-        """(target, scale, factors) of each LoRA, read from one of its interchangeable files."""
+    def loras(self, encoding: int) -> list[tuple[Lora, float, Target]]:
+        """Each LoRA, read from one of its interchangeable files, with its scale and target."""
         found = []
         for entry in self.config["loras"]:
             files = entry["files"]
-            factors = read_lora(self.path(files[min(encoding, len(files) - 1)])).factors
-            found.append((entry["target"], float(entry["scale"]), factors))
+            lora = read_lora(self.path(files[min(encoding, len(files) - 1)]))
+            found.append((lora, float(entry["scale"]), _TARGETS[entry["target"]]))
         return found
 
     @property
     def rank(self) -> int:
         """Rank the slots need for all LoRAs at once, at least the usual 8."""
-        ranks = [a.shape[1] for _, _, f in self.loras(0) for modules in f.values() for a, _ in modules.values()]
-        return max(8, len(self.config["loras"]) * max(ranks, default=0))
+        return max(8, sum(lora.rank for lora, _, _ in self.loras(0)))
 
     @property
     def _token(self) -> str:
@@ -147,31 +147,12 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Loras(Subject):
-    """Several LoRAs with scales and targets of their own; on one module they are stacked along the rank."""
-
-    loras: tuple[tuple[str, float, Factors], ...] = ()
-
-    def factors_for(self, network: str) -> dict[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
-        stacked: dict[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]] = {}
-        for target, scale, factors in self.loras:
-            if network in _UNETS and target not in _UNETS[network]:
-                continue
-            for module, (a, b) in factors.get("unet" if network in _UNETS else network, {}).items():
-                b = b * np.float32(scale)
-                if module in stacked:
-                    a, b = np.concatenate([stacked[module][0], a], 1), np.concatenate([stacked[module][1], b])
-                stacked[module] = a, b
-        return stacked
-
-
-@dataclass(frozen=True)
 class WeakPatch(BaseFiles):
     """A base whose patch is added with a weight."""
 
     alpha: float = 1.0
 
-    def unet_patched_state(self) -> State:
+    def unet_patched_state(self) -> Weights:
         assert self.patch is not None
         names = keymap.sgm_to_diffusers(self.configs["unet"])
         patch = fooocus.read_patch(self.patch)
@@ -179,7 +160,7 @@ class WeakPatch(BaseFiles):
 
 
 def networks_for(case: Case, backend: str, rank: int, threads: int | None = None) -> Networks:
-    """The case's model on a back end; ONNX sets are exported once and kept beside the store."""
+    """The case's model on a back end; its ONNX parts are exported once and kept beside the store."""
     base = case.base
     if backend == "torch":
         from dreammix_trt.export.torch_set import TorchEngineSet

@@ -70,7 +70,7 @@ def _encodings(case: Case, networks: Networks) -> list[Row]:
     rows = []
     slots = networks.slots("unet")
     for n, lora in enumerate(case.config["loras"]):
-        packed = [pack(case.loras(k)[n][2].get("unet", {}), slots) for k in range(len(lora["files"]))]
+        packed = [pack(case.loras(k)[n][0].factors.get("unet", {}), slots) for k in range(len(lora["files"]))]
         error = max(float(abs(other - packed[0]).max()) for other in packed)
         rows.append(Row(f"lora {n}: encodings agree", error, 1e-6, error <= 1e-6))
     return rows

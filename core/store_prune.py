@@ -46,8 +46,7 @@ def prune_plan(
 
     A part that an engine directory needs always stays. everything: what is small and saves work goes too, where nobody
     needs it: traced graphs, the ranges of VAEs. keep_onnx: the ONNX that engines here were made from stays, for
-    building them for other GPUs.
-    forget_missing: directories that are not where they were need nothing.
+    building them for other GPUs. forget_missing: directories that are not where they were need nothing.
     """
     missing = {user.engine: user.keys for user in store.recorded() if not user.present}
     awaited = {} if forget_missing else missing

@@ -167,6 +167,18 @@ def packed_size(slots: Sequence[Slot]) -> int:
     return sum(slot.size for slot in slots)
 
 
+def unpacked(rows: Floats, slots: Sequence[Slot]) -> dict[str, Floats]:
+    """Packed rows (N, P) as a tensor a factor, for engines that take them so: "<module>.lora_A" (N, in, rank) and
+    "<module>.lora_B" (N, rank, out). Of one row these are views."""
+    found, at = {}, 0
+    for slot in slots:
+        for side, shape in (("lora_A", (slot.inputs, slot.rank)), ("lora_B", (slot.rank, slot.outputs))):
+            size = shape[0] * shape[1]
+            found[f"{slot.module}.{side}"] = rows[:, at : at + size].reshape(len(rows), *shape)
+            at += size
+    return found
+
+
 def pack(factors: Mapping[str, tuple[Floats, Floats]], slots: Sequence[Slot], scale: float = 1.0) -> Floats:
     """One picture's packed `lora` row, float32 (P,): per slot A (in, rank) then B (rank, out), zero-padded in rank.
 

@@ -1,16 +1,17 @@
-"""Build: base checkpoint -> ONNX engine set in the store; LoRA -> subject; both -> engine directory.
+"""Build: base checkpoint -> parts in the store; LoRAs -> subject; both -> engine directory.
 
-The only place that knows the exporter and the engine. A base is exported once per store; after that a subject costs
+The only place that knows the exporter and the engine. Every network is a part with a key of its own, so that a build
+goes on where another ended, and bases share what they have in common. After a base's parts are there, a subject costs
 seconds and needs no torch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
-from collections.abc import Callable
-from dataclasses import replace
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,92 +19,144 @@ from dreammix_trt import __version__
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.files import check_place, sha256_of
-from dreammix_trt.core.lora import Lora, read_lora
+from dreammix_trt.core.lora import Lora, LoraSpec, parse_lora, read_lora
 from dreammix_trt.core.passport import FILE_NAME as PASSPORT
 from dreammix_trt.core.store import Store
-from dreammix_trt.core.subject import Subject, pack, slots_of, subject_from_lora
-from dreammix_trt.engine.build import BACKEND, PRECISION, check_fit, read_networks, write_engine
+from dreammix_trt.core.subject import Subject, subject_from_loras
+from dreammix_trt.engine.build import write_engine
+from dreammix_trt.export.networks import BaseLora
+from dreammix_trt.parts import EngineOptions, Parts
 
 if TYPE_CHECKING:
     from dreammix_trt.core.passport import Passport
 
 Update = Callable[[str, float, str], None]
-_ENGINE_SET = 1  # the layout and meaning of an engine set; part of the key
+LoraOption = str | Path | LoraSpec
+_SAMPLERS = ("dpmpp_2m_sde", "euler", "lcm")
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Fields of a request that suit a base, where they differ from the usual; None: the usual."""
+
+    sampler: str | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Those that are given."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def build(
-    lora: str | Path | None = None,
+    lora: LoraOption | Sequence[LoraOption] | None = None,
     *,
     out: str | Path,
     base: str | Path | None = None,
     patch: str | Path | None = None,
     head: str | Path | None = None,
+    vae: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     name: str | None = None,
     merge: bool = False,
     slot_rank: int = 8,
     patch_biases: bool = False,
+    base_loras: Sequence[LoraOption] = (),
+    defaults: Defaults | None = None,
+    engine: EngineOptions | None = None,
+    verify: bool | None = None,
     store: str | Path | None = None,
     self_contained: bool = False,
     progress: Update | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> Passport:
     """Make the engine directory `out` and return its passport.
 
-    lora: file or folder of the subject; None: a base alone. base: diffusers folder, default the embedded model; patch,
-    head: default those beside the base. name: the subject's, default from the LoRA's folder. merge: bake the subject
-    into weights of its own. slot_rank: largest LoRA rank that subjects of this base may have. self_contained: copy the
-    base's engines into `out`. progress(name, fraction, message) is told of each network.
+    lora: file or folder of the subject, or several, each as "FILE[:scale[:target]]" (target: "patched", "raw" or "both"
+    UNets); None: a base alone. base: diffusers folder or single file, default the embedded model; patch, head: default
+    those beside the base; vae, tokenizer: instead of the base's. name: the subject's, default from the LoRA's folder.
+    merge: bake the subject into weights of its own. slot_rank: largest LoRA rank that subjects of this base may have
+    (0: no slots). base_loras: merged into the base (few-step, style), given as `lora` is, target "both" by default.
+    defaults: what requests to this base use unless they say otherwise; filled in for LCM, Lightning and Hyper-SD
+    LoRAs. engine: back end, precision, GPUs, shapes. verify: compare every network with torch, or none (None: those
+    that are small enough). self_contained: copy the base's parts into `out`. progress(part, fraction, message) is told
+    of each part, notice(text) what a person should know.
 
     Raises FileFormatError, InputError, BuildError; `out` is then as it was.
     """
-    update = progress or (lambda *_: None)
-    if not 1 <= slot_rank <= 256:
-        raise InputError(f"slot_rank is {slot_rank}; allowed: 1 to 256")
+    update, tell = progress or (lambda *_: None), notice or (lambda _: None)
+    engine = engine or EngineOptions()
+    if not 0 <= slot_rank <= 256:
+        raise InputError(f"slot_rank is {slot_rank}; allowed: 0 (no slots) to 256")
     check_place(out, PASSPORT)
-    shelf = Store(Path(store) if store else None)
-    files = BaseFiles.open(base, patch, head, patch_biases)
-    if merge and lora is None:
+    engine.check()
+    specs = _specs([] if lora is None else [lora] if isinstance(lora, LoraOption) else list(lora), "patched")
+    if merge and not specs:
         raise InputError("merge needs a LoRA to bake in: give --lora, or leave --merge")
-    factors = read_lora(lora) if lora is not None else None
-    subject = _subject(factors, Path(lora), name) if factors and lora is not None else None
-    parts = _key_parts(files, slot_rank, subject if merge else None)
-    key = shelf.key(parts)
-    networks = shelf.sound(key)
-    if networks is None:
-        _export(shelf, key, parts, files, slot_rank, factors if merge else None, update)
-        networks = shelf.get(key)
-    assert networks is not None
-    update("base", 1.0, "in the store")
+    shelf = Store(Path(store) if store else None)
+    files = BaseFiles.open(base, patch, head, patch_biases, vae=vae, tokenizer=tokenizer)
+    given = [(read_lora(spec.file, files.configs["unet"]), spec) for spec in specs]
+    merged = [(read_lora(spec.file, files.configs["unet"]), spec) for spec in _specs(base_loras, "both")]
+    defaults = _suiting(defaults or Defaults(), [spec for _, spec in merged], tell)
+    subject = _subject(given, name) if given else None
+    baked = [*merged, *given] if merge else merged
+    parts = Parts(
+        shelf, Path(out).resolve(), files, slot_rank=slot_rank, engine=engine, defaults=defaults.to_dict(),
+        loras=[(BaseLora(lora, spec.scale, spec.target), sha256_of(lora.source_path)) for lora, spec in baked],
+        verify=verify, update=update, tell=tell,
+    )  # fmt: skip
     kept: list[tuple[Subject, str]] = []
     if subject is not None and not merge:
-        check_fit(networks, subject)
-        kept = [(replace(subject, base_key=key), str(lora))]
+        parts.check_fit(subject)
+        kept = [(replace(subject, base_key=parts.base_key), ", ".join(str(spec.file) for spec in specs))]
+    folders = parts.made()
     facts = {
-        "name": files.folder.name, "native_side": files.native_side, "slot_rank": slot_rank, "files": parts["base"],
-        "merged": subject.name if merge and subject else None,
+        "name": files.folder.name, "native_side": files.native_side, "slot_rank": slot_rank,
+        "files": files.content_hashes(), "head": files.head_padding if files.has_head else None,
+        "loras": [_described(spec, "both") for _, spec in baked], "merged": subject.name if merge and subject else None,
+        "defaults": defaults.to_dict(),
     }  # fmt: skip
-    return write_engine(
-        Path(out), networks=networks, base_key=key, files=shelf.files(key), base=facts, subjects=kept,
-        created_by=f"dreammix-trt {__version__}", self_contained=self_contained,
+    passport = write_engine(
+        Path(out), parts=folders, keys=parts.keys, files=parts.files(), subjects=kept, self_contained=self_contained,
+        created_by=f"dreammix-trt {__version__}", base_key=parts.base_key, base=facts, backend=engine.backend,
+        backend_version=engine.version, targets=list(engine.targets), precision=engine.precision,
         command=_command(
-            lora=lora, out=out, base=base, patch=patch, head=head, name=name, merge=merge, slot_rank=slot_rank,
-            patch_biases=patch_biases, self_contained=self_contained, store=store,
+            lora=[_described(spec, "patched") for spec in specs], out=out, base=base, patch=patch, head=head, vae=vae,
+            tokenizer=tokenizer, name=name, merge=merge, slot_rank=slot_rank, patch_biases=patch_biases,
+            base_lora=[_described(spec, "both") for _, spec in merged], self_contained=self_contained, store=store,
+            **engine.words(), **{"sampler": defaults.sampler, "steps": defaults.num_inference_steps,
+            "guidance_scale": defaults.guidance_scale},
         ),
     )  # fmt: skip
+    shelf.register(Path(out).resolve(), () if self_contained else set(parts.keys.values()))
+    return passport
 
 
-def _subject(lora: Lora, path: Path, name: str | None) -> Subject:
-    facts = lora.metadata
-    chosen = name or _file_name(path)
+def _specs(given: Sequence[LoraOption], target: Any) -> list[LoraSpec]:
+    return [each if isinstance(each, LoraSpec) else parse_lora(str(each), target) for each in given]
+
+
+def _described(spec: LoraSpec, usual: str) -> str:
+    """The option that means this LoRA; usual: the target where none is given."""
+    target = f":{spec.target}" if spec.target != usual else ""
+    scale = f":{spec.scale:g}" if spec.scale != 1 or target else ""
+    return f"{spec.file}{scale}{target}"
+
+
+def _subject(loras: Sequence[tuple[Lora, LoraSpec]], name: str | None) -> Subject:
+    first, spec = loras[0]
+    chosen = name or _file_name(spec.file)
     if not re.fullmatch(r"[\w.-]+", chosen) or chosen.startswith("."):
         raise InputError(
             f"--name {chosen!r}: a subject's name has letters, digits, '_', '-' and '.' only, as it names a file"
         )
-    return subject_from_lora(
-        lora,
+    hashes = [sha256_of(lora.source_path, verify=True) for lora, _ in loras]
+    return subject_from_loras(
+        [(lora, each.scale, each.target) for lora, each in loras],
         chosen,
-        facts.get("token", "sks"),
-        facts.get("class_name", ""),
-        source_sha256=sha256_of(lora.source_path, verify=True),
+        first.metadata.get("token", "sks"),
+        first.metadata.get("class_name", ""),
+        source_sha256=hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
     )
 
 
@@ -115,59 +168,40 @@ def _file_name(path: Path) -> str:
     return re.sub(r"[^\w.-]+", "-", told[0]).strip("-.") or "subject" if told else "subject"
 
 
-def _key_parts(files: BaseFiles, slot_rank: int, merged: Subject | None) -> dict[str, Any]:
-    """Everything that changes the engine set, and nothing else."""
-    return {
-        "engine_set": _ENGINE_SET,
-        "version": __version__,
-        "base": files.content_hashes(),
-        "patch_biases": files.patch_biases,
-        "slot_rank": slot_rank,
-        "backend": BACKEND,
-        "precision": PRECISION,
-        "merged": merged.source_sha256 if merged else None,
-    }
-
-
-def _export(
-    shelf: Store, key: str, parts: dict[str, Any], files: BaseFiles, slot_rank: int, merged: Lora | None, update: Update
-) -> None:
-    """Export the base into the store; graphs are compared with torch where torch is installed."""
-    from dreammix_trt.export.onnx_export import export_base
-
-    with shelf.put(key, parts) as folder:
-        if folder is None:  # another process has just built it
-            return
-        export_base(
-            files, folder, slot_rank=slot_rank, verify=find_spec("torch") is not None,
-            progress=lambda what, done, total: update(what, done / max(1, total), f"{done}/{total}"),
-        )  # fmt: skip
-        if merged is not None:
-            _merge(folder, merged)
-
-
-def _merge(networks: Path, lora: Lora) -> None:
-    """Bake a LoRA into the weight files of an engine set: W + B A in float32, where W lies as the graph wants it."""
-    from safetensors.numpy import load_file, save_file
-
-    table = read_networks(networks)
-    for name, factors in lora.factors.items():
-        entry = table[name]
-        pack(factors, slots_of(entry))  # refuses what does not fit, with names and shapes
-        weights = load_file(networks / entry["weights"])
-        for module, (a, b) in factors.items():
-            weight, delta = f"{module}.weight", a @ b
-            weights[weight] += delta if entry["initializers"][weight]["transposed"] else delta.T
-        save_file(weights, networks / entry["weights"])
+def _suiting(given: Defaults, loras: Sequence[LoraSpec], tell: Callable[[str], None]) -> Defaults:
+    """The defaults, filled in from the name of a few-step LoRA: nothing else in such a file tells its kind."""
+    if given.sampler is not None and given.sampler not in _SAMPLERS:
+        raise InputError(f"sampler is {given.sampler!r}; allowed: {', '.join(_SAMPLERS)}")
+    for spec in loras:
+        text = spec.file.name.lower()
+        steps = re.search(r"(\d+)[-_ ]?step", text)
+        sampler = "lcm" if "lcm" in text else "euler" if "lightning" in text or "hyper" in text else None
+        if sampler:
+            found = Defaults(
+                given.sampler or sampler,
+                given.num_inference_steps or (int(steps[1]) if steps else 8),
+                1.0 if given.guidance_scale is None else given.guidance_scale,
+            )
+            tell(
+                f"{spec.file.name}: a few-step LoRA by its name; requests use sampler {found.sampler}, "
+                f"{found.num_inference_steps} steps and guidance {found.guidance_scale:g} unless they say otherwise "
+                "(--sampler, --steps, --guidance-scale change that)"
+            )
+            return found
+    return given
 
 
 def _command(**options: Any) -> str:
     """The command line that makes this engine again."""
     words = ["dreammix-trt", "build"]
     for option, value in options.items():
-        if value is None or value is False or (option, value) == ("slot_rank", 8):
+        if value is None or value is False or value == [] or (option, value) == ("slot_rank", 8):
             continue
-        words.append(f"--{option.replace('_', '-')}")
-        if value is not True:
-            words.append(str(value))
+        for each in value if isinstance(value, list | tuple) else [value]:
+            words.append(f"--{option.replace('_', '-')}")
+            if each is not True:
+                words.append(str(each))
     return shlex.join(words)
+
+
+__all__ = ["Defaults", "EngineOptions", "build"]

@@ -19,6 +19,8 @@ from rich.console import Console
 
 from dreammix_trt import __version__
 from dreammix_trt.core.errors import Cancelled, DreamMixError, InputError
+from dreammix_trt.doctor_cli import doctor
+from dreammix_trt.store_cli import store_app
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -38,7 +40,10 @@ err_console = Console(stderr=True)
 
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all cores.", min=1, max=1024)]
 Store = Annotated[Path | None, typer.Option("--store", help="Where base engines are kept (default: DREAMMIX_HOME).")]
-Base = Annotated[Path | None, typer.Option(help="Diffusers folder of the base; default: the embedded micro-SDXL.")]
+Base = Annotated[
+    Path | None,
+    typer.Option(help="The base: diffusers folder or single-file checkpoint; default: the embedded micro-SDXL."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 
@@ -52,6 +57,10 @@ def main() -> None:
     except KeyboardInterrupt:
         err_console.print("stopped")
         sys.exit(Cancelled.exit_code)
+
+
+app.add_typer(store_app, name="store")
+app.command("doctor")(doctor)
 
 
 def _say_version(wanted: bool) -> None:
@@ -105,26 +114,74 @@ def train(
 @app.command()
 def build(
     out: Annotated[Path, typer.Option(help="The engine directory to make.")],
-    lora: Annotated[Path | None, typer.Option(help="LoRA file or folder of the subject; none: a base alone.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="LoRA of the subject, FILE[:scale[:target]]; target: patched, raw or both UNets. None: a base alone; "
+            "several: they work together."
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The subject's name; default: the LoRA folder's.")] = None,
     base: Base = None,
     patch: Annotated[Path | None, typer.Option(help="*.fooocus.patch; default: the one in the base's folder.")] = None,
     head: Annotated[Path | None, typer.Option(help="inpaint_head.pth; default: the one in the base's folder.")] = None,
+    vae: Annotated[Path | None, typer.Option(help="Another VAE: folder or file.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Another tokenizer's folder; default: the base's, or CLIP's.")
+    ] = None,
+    base_lora: Annotated[
+        list[str] | None, typer.Option(help="A few-step or style LoRA for the base's weights, FILE[:scale[:target]].")
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="What requests use by default: dpmpp_2m_sde, euler (trailing) or lcm.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps that requests use by default.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Guidance that requests use by default.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="onnxruntime, tensorrt-rtx or tensorrt; default: tensorrt-rtx with --target.")
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="GPU to build for, e.g. sm_89 (RTX 4090); several allowed; no GPU needed.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="float32 or float16; default: float16 for TensorRT.")] = None,
+    shapes: Annotated[
+        str, typer.Option(help="static: the base's native square; dynamic: other aspects of its area, too.")
+    ] = "static",
+    pictures: Annotated[int, typer.Option(min=1, help="Most pictures in a batch.")] = 1,
+    workspace: Annotated[
+        int | None, typer.Option(min=1, help="Most MiB of scratch memory the engines may take on the GPU.")
+    ] = None,
+    vae_image: Annotated[
+        list[Path] | None, typer.Option(help="A picture on which a float16 VAE is looked at for overflow, too.")
+    ] = None,
+    verify: Annotated[
+        bool | None,
+        typer.Option(
+            "--verify/--no-verify", help="Compare every network with torch, or none; default: the small ones."
+        ),
+    ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Bake the subject into weights of its own.")] = False,
-    slot_rank: Annotated[int, typer.Option(min=1, max=256, help="Largest LoRA rank the base takes.")] = 8,
+    slot_rank: Annotated[int, typer.Option(min=0, max=256, help="Largest LoRA rank the base takes; 0: no slots.")] = 8,
     patch_biases: Annotated[
         bool, typer.Option("--patch-biases", help="Apply the patch's biases too (Fooocus).")
     ] = False,
-    self_contained: Annotated[bool, typer.Option("--self-contained", help="Copy the base's engines into OUT.")] = False,
+    self_contained: Annotated[bool, typer.Option("--self-contained", help="Copy the base's parts into OUT.")] = False,
     store: Store = None,
 ) -> None:
     """Turn a base and a subject's LoRA into an engine directory."""
+    from dreammix_trt.building import Defaults, EngineOptions
     from dreammix_trt.building import build as build_engine
 
+    options = EngineOptions(
+        backend=backend or "", precision=precision or "", targets=tuple(target or ()), shapes=shapes, pictures=pictures,
+        workspace=workspace * (1 << 20) if workspace else None, vae_images=tuple(vae_image or ()),
+    )  # fmt: skip
     with _bar("building") as update:
         passport = build_engine(
-            lora, out=out, base=base, patch=patch, head=head, name=name, merge=merge, slot_rank=slot_rank,
-            patch_biases=patch_biases, store=store, self_contained=self_contained, progress=update,
+            lora, out=out, base=base, patch=patch, head=head, vae=vae, tokenizer=tokenizer, name=name, merge=merge,
+            slot_rank=slot_rank, patch_biases=patch_biases, base_loras=base_lora or (), engine=options, verify=verify,
+            defaults=Defaults(sampler, steps, guidance_scale), store=store, self_contained=self_contained,
+            progress=update, notice=lambda text: err_console.print(_escaped(text), highlight=False, soft_wrap=True),
         )  # fmt: skip
     subjects = ", ".join(subject.name for subject in passport.subjects) or "no subject"
     err_console.print(f"{out}: {subjects}")
@@ -170,6 +227,7 @@ def inpaint(
     substitute: Annotated[list[str] | None, typer.Option(help="Attribute words to take out of the subject.")] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
+    sampler: Annotated[str | None, typer.Option(help="dpmpp_2m_sde, euler or lcm.")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Pictures; the k-th has seed + k.")] = None,
     guidance_scale: Annotated[float | None, typer.Option()] = None,
     mode: Annotated[str | None, typer.Option(help="native or reference.")] = None,
@@ -194,9 +252,10 @@ def inpaint(
         missing = "--image" if image is None else "--mask"
         raise InputError(f"{missing} is missing: give the picture and a mask of the same size (white is repainted)")
     request = _request(
-        from_request, _fields(set_field or []),
+        from_request, _defaults_of(engine), _fields(set_field or []),
         prompt=prompt, negative_prompt=negative_prompt, subject=subject, substitute=substitute, seed=seed,
-        num_inference_steps=steps, num_images_per_prompt=count, guidance_scale=guidance_scale, mode=mode,
+        num_inference_steps=steps, sampler=sampler, num_images_per_prompt=count, guidance_scale=guidance_scale,
+        mode=mode,
     )  # fmt: skip
     _check_output(out)
     if save_stages:
@@ -247,8 +306,16 @@ def train_base(context: typer.Context) -> None:
     train_micro(context.args)
 
 
-def _request(source: Path | None, assigned: Mapping[str, Any], **given: Any) -> Request:
-    """The request of a file, overridden by the `assigned` fields (--set) and the options `given` (None: not given)."""
+def _defaults_of(engine: Path) -> dict[str, Any]:
+    """What requests to an engine use unless they say otherwise."""
+    from dreammix_trt.core.passport import Passport
+
+    return dict(Passport.read(engine).base.get("defaults", {}))
+
+
+def _request(source: Path | None, defaults: Mapping[str, Any], assigned: Mapping[str, Any], **given: Any) -> Request:
+    """The request of a file, or a new one with an engine's `defaults`, overridden by the `assigned` fields (--set) and
+    the options `given` (None: not given)."""
     from dreammix_trt.core.request import Request
 
     options = {name: value for name, value in given.items() if value is not None}
@@ -262,7 +329,7 @@ def _request(source: Path | None, assigned: Mapping[str, Any], **given: Any) -> 
         return read_request(source).replace(**fields)
     if "prompt" not in fields:
         raise InputError("--prompt is missing: say what to paint, with the subject's token: 'a red sks mug'")
-    return Request(fields.pop("prompt")).replace(**fields)
+    return Request(fields.pop("prompt")).replace(**{**defaults, **fields})
 
 
 def _fields(pairs: list[str]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 engine/
   passport.json              what it was made from, hashes of everything
   subjects/NAME.safetensors  factors of each subject
-  networks/                  the base's engine set, when self-contained; else it lies in the store
+  networks/PART/             the base's parts, when self-contained; else they lie in the store
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from pathlib import Path
 from typing import Any
 
 from dreammix_trt.core.errors import EngineError
-from dreammix_trt.core.files import atomic_directory, read_json, sha256_of
+from dreammix_trt.core.files import atomic_directory, sha256_of
 from dreammix_trt.core.passport import FILE_NAME, SCHEMA, NetworkEntry, Passport, SubjectEntry
 from dreammix_trt.core.store import Store, check_files
-from dreammix_trt.core.subject import Subject, pack, slots_of, write_subject
+from dreammix_trt.core.subject import Subject, write_subject
+from dreammix_trt.engine.networks import read_network
 
-BACKEND, PRECISION = "onnxruntime", "float32"
-_PACKAGES = ("dreammix-trt", "numpy", "onnxruntime", "safetensors", "tokenizers")
+BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
+_PACKAGES = ("dreammix-trt", "numpy", "onnxruntime", "safetensors", "tokenizers", "tensorrt-rtx", "tensorrt")
 
 
 @dataclass(frozen=True)
 class OpenedEngine:
-    """A checked engine directory: its passport, the folder of the base's networks, the subjects' files."""
+    """A checked engine directory: its passport, the folder of each of its base's parts, the subjects' files."""
 
     passport: Passport
-    networks: Path
+    parts: dict[str, Path]
     subjects: tuple[Path, ...]
 
 
@@ -44,20 +45,42 @@ def open_engine(path: Path, *, verify: bool = False, store: Path | None = None) 
     passport = Passport.read(path)
     remedy = f"build it again: `{passport.command}`"
     check_files(path, {entry.file: entry.sha256 for entry in passport.subjects}, verify=verify, remedy=remedy)
-    if passport.backend != BACKEND:
-        raise EngineError(f"{path} was built for {passport.backend!r}, this version runs {BACKEND!r}; {remedy}")
+    if passport.backend not in BACKENDS:
+        raise EngineError(
+            f"{path} was built for {passport.backend!r}, this version runs {', '.join(BACKENDS)}; {remedy}"
+        )
+    parts = _found(path, passport, Store(store), remedy)
+    for name, folder in parts.items():
+        files = {file: digest for file, digest in passport.files.items() if file.startswith(f"{name}/")}
+        check_files(
+            folder, {file.partition("/")[2]: digest for file, digest in files.items()}, verify=verify, remedy=remedy
+        )
     if passport.networks_at == "store":
-        found = Store(store).get(passport.base_key)
-        if found is None:
-            raise EngineError(
-                f"{path} needs the base engine {passport.base_key[:12]}, which {Store(store).root} lacks; {remedy}, "
-                "or ship engines built with --self-contained"
-            )
-        networks = found
-    else:
-        networks = path / passport.networks_at
-    check_files(networks, passport.files, verify=verify, remedy=remedy)
-    return OpenedEngine(passport, networks, tuple(path / entry.file for entry in passport.subjects))
+        Store(store).register(path.resolve(), set(passport.parts.values()))
+    return OpenedEngine(passport, parts, tuple(path / entry.file for entry in passport.subjects))
+
+
+def check_runnable(path: Path, opened: OpenedEngine) -> None:
+    """Raise EngineError when plans cannot run here: other GPU, version or platform, or code for the host in them."""
+    passport = opened.passport
+    if passport.backend == "onnxruntime":
+        return
+    from dreammix_trt.engine.machine import examine, explain_mismatch
+    from dreammix_trt.engine.plans import refuse_host_code
+
+    for entry in passport.networks:
+        refuse_host_code(opened.parts[entry.name] / entry.file)
+    built_for = {
+        "backend": passport.backend, "version": passport.backend_version, "targets": passport.targets,
+        "platform": passport.platform, "command": passport.command,
+    }  # fmt: skip
+    why = explain_mismatch(built_for, examine())
+    if why:
+        raise EngineError(f"{path}: {why}")
+    raise EngineError(
+        f"{path}: this version builds {passport.backend} engines and does not run them yet; "
+        "`--backend onnxruntime` builds one that runs"
+    )
 
 
 def check_engine(path: Path, *, verify: bool = False, store: Path | None = None) -> Passport:
@@ -65,51 +88,50 @@ def check_engine(path: Path, *, verify: bool = False, store: Path | None = None)
     return open_engine(path, verify=verify, store=store).passport
 
 
-def read_networks(networks: Path) -> dict[str, dict[str, Any]]:
-    """The table `networks.json` of an engine set: network name -> its files, tensors, slots and parity figures."""
-    return dict(read_json(networks / "networks.json")["networks"])
-
-
-def check_fit(networks: Path, subject: Subject) -> None:
-    """Raise FileFormatError (names and shapes listed) for a subject that does not fit the base's slots."""
-    table = read_networks(networks)
-    for name in subject.factors:
-        pack(subject.factors[name], slots_of(table[name]))
-
-
 def write_engine(
     out: Path,
     *,
-    networks: Path,
-    base_key: str,
+    parts: Mapping[str, Path],
+    keys: Mapping[str, str],
     files: Mapping[str, str],
-    base: Mapping[str, Any],
     subjects: Sequence[tuple[Subject, str]],
-    created_by: str,
-    command: str,
     self_contained: bool = False,
+    **facts: Any,
 ) -> Passport:
     """Write an engine directory, atomically, and return its passport.
 
-    networks: folder of the base's engine set; files: its files' hashes; base: what the passport says of the base;
-    subjects: each with the path of the LoRA it came from; command: what makes this engine again.
+    parts, keys: each part's folder and key in the store; files: "PART/FILE" -> hash; subjects: each with the path of
+    the LoRA it came from; facts: the passport's fields that are not found here.
     """
-    table = read_networks(networks)
+    networks = [(name, read_network(folder)) for name, folder in parts.items() if name != "base"]
     passport = Passport(
-        schema=SCHEMA, created_by=created_by, backend=BACKEND, precision=PRECISION,
-        platform=f"{platform.system()} {platform.machine()}", base_key=base_key,
-        networks_at="networks" if self_contained else "store", base=dict(base), versions=_versions(),
-        networks=tuple(_entry(name, entry) for name, entry in table.items()), subjects=(), files=dict(files),
-        command=command,
+        schema=SCHEMA, platform=f"{platform.system()} {platform.machine()}", parts=dict(keys), files=dict(files),
+        networks_at="networks" if self_contained else "store", versions=_versions(),
+        networks=tuple(_entry(name, entry) for name, entry in networks), subjects=(), **facts,
     )  # fmt: skip
     with atomic_directory(out, marker=FILE_NAME) as folder:
         (folder / "subjects").mkdir()
         entries = tuple(_write(folder, subject, source) for subject, source in subjects)
         if self_contained:
-            shutil.copytree(networks, folder / "networks", ignore=shutil.ignore_patterns("manifest.json"))
+            for name, part in parts.items():
+                shutil.copytree(part, folder / "networks" / name, ignore=shutil.ignore_patterns("manifest.json"))
         passport = replace(passport, subjects=entries)
         passport.write(folder)
     return passport
+
+
+def _found(path: Path, passport: Passport, store: Store, remedy: str) -> dict[str, Path]:
+    """The folder of every part."""
+    if passport.networks_at != "store":
+        return {name: path / passport.networks_at / name for name in passport.parts}
+    found = {name: store.get(key) for name, key in passport.parts.items()}
+    for name, folder in found.items():
+        if folder is None:
+            raise EngineError(
+                f"{path} needs {name} ({passport.parts[name][:12]}), which the store {store.root} lacks; {remedy}, "
+                "or ship engines built with --self-contained"
+            )
+    return {name: folder for name, folder in found.items() if folder is not None}
 
 
 def _write(folder: Path, subject: Subject, source: str) -> SubjectEntry:
@@ -124,9 +146,9 @@ def _write(folder: Path, subject: Subject, source: str) -> SubjectEntry:
 
 def _entry(name: str, entry: Mapping[str, Any]) -> NetworkEntry:
     return NetworkEntry(
-        name=name, graph=entry["graph"], weights=entry["weights"],
+        name=name, file=entry.get("engine") or entry["graph"],
         inputs={spec["name"]: list(spec["shape"]) for spec in entry["inputs"]}, slots=len(entry.get("slots", ())),
-        parity=dict(entry.get("parity", {})),
+        parity=dict(entry.get("parity", {})), build=dict(entry.get("build", {})),
     )  # fmt: skip
 
 

@@ -1,19 +1,18 @@
 """The networks of one base on ONNX Runtime: name in, named arrays in, named arrays out.
 
-The folder's layout is that of docs/architecture.md. Graphs hold no weights: they are mapped from safetensors and handed
-to the session, so that `unet` and `unet_raw` share one graph file and float32 weights are never copied.
+A base's parts are folders, one a network and one named `base` (docs/architecture.md): below one folder, or each in its
+own place in the store.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +20,18 @@ import numpy as np
 import numpy.typing as npt
 
 from dreammix_trt.core.errors import EngineError, InputError
-from dreammix_trt.core.subject import Slot, slots_of
+from dreammix_trt.core.subject import Slot, slots_of, unpacked
 
 if TYPE_CHECKING:
     import onnxruntime
 
-SCHEMA = 1
+SCHEMA = 2
 Array = npt.NDArray[Any]
 REBUILD = "build it again with `dreammix-trt build`"
-_DTYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "U8": np.uint8, "BOOL": np.bool_}
+_PROVIDERS = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+}
 
 
 @dataclass(frozen=True)
@@ -37,42 +39,53 @@ class BaseFacts:
     """What the runtime must know of a base (base.json).
 
     native_side: pixels it was trained at; divisor: what picture sides must be multiples of; scaling_factor: of the
-    VAE's latents; feature_channels: of the inpaint head.
+    VAE's latents; feature_channels: of the inpaint head; defaults: fields of a request that suit the base.
     """
 
     native_side: int
     divisor: int
     scaling_factor: float
     feature_channels: int
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 class EngineSet:
     """A base's networks. Sessions are made when first asked for (or by `prepare`) and live until `close`.
 
-    facts: of the base. entries: the table of networks.json. threads: of each network call.
+    parts: name -> folder; facts: of the base; entries: each network's `network.json`; threads: of each network call;
+    device: "cpu", or "cuda" for ONNX Runtime's CUDA provider.
     """
 
-    def __init__(self, folder: Path, facts: BaseFacts, entries: Mapping[str, Mapping[str, Any]], threads: int) -> None:
-        self.folder, self.facts, self.entries, self.threads = folder, facts, entries, threads
+    def __init__(
+        self,
+        parts: Mapping[str, Path],
+        facts: BaseFacts,
+        entries: Mapping[str, Mapping[str, Any]],
+        threads: int,
+        device: str = "cpu",
+    ) -> None:
+        self.parts, self.facts, self.entries, self.threads, self.device = parts, facts, entries, threads, device
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
-        self._kept: dict[str, Any] = {}
         self._lock = threading.Lock()
 
     @classmethod
-    def load(cls, folder: str | Path, threads: int | None = None) -> EngineSet:
-        """Open the set in `folder`. threads: per network call; None: every core this process may use.
+    def load(cls, parts: str | Path | Mapping[str, Path], threads: int | None = None, device: str = "cpu") -> EngineSet:
+        """Open the parts of a base: a mapping, or the folder that holds them all.
 
-        Raises EngineError for a folder that is no engine set or lacks a file, InputError for threads < 1.
+        threads: per network call; None: every core this process may use. Raises EngineError for parts that are none or
+        lack a file, InputError for threads < 1 and unknown devices.
         """
-        folder = Path(folder)
+        places = parts if isinstance(parts, Mapping) else parts_in(Path(parts))
         if threads is not None and threads < 1:
             raise InputError(f"threads is {threads}; it must be at least 1")
-        entries = read_networks(folder)
+        if device not in _PROVIDERS:
+            raise InputError(f"device is {device!r}; allowed: {', '.join(_PROVIDERS)}")
+        entries = {name: read_network(folder) for name, folder in places.items() if name != "base"}
         for name, entry in entries.items():
-            for file in (entry["graph"], entry["weights"]):
-                if not (folder / file).is_file():
-                    raise EngineError(f"{folder / file}: missing, so {name} cannot run; {REBUILD}")
-        return cls(folder, read_facts(folder), entries, threads or available_cores())
+            for file in filter(None, (entry.get("graph"), entry.get("weights"))):
+                if not (places[name] / file).is_file():
+                    raise EngineError(f"{places[name] / file}: missing, so {name} cannot run; {REBUILD}")
+        return cls(places, read_facts(places["base"]), entries, threads or available_cores(), device)
 
     def __enter__(self) -> EngineSet:
         return self
@@ -87,7 +100,6 @@ class EngineSet:
         """Free every session."""
         with self._lock:
             self._sessions.clear()
-            self._kept.clear()
 
     def slots(self, name: str) -> tuple[Slot, ...]:
         """The LoRA slots of a network, in packed order."""
@@ -99,88 +111,94 @@ class EngineSet:
             list(pool.map(self._session, names if names is not None else list(self.entries)))
 
     def run(self, name: str, **arrays: Array) -> dict[str, Array]:
-        """Run a network: its inputs as contiguous arrays of the recorded dtypes, its outputs by name."""
-        outputs = self._session(name).run(None, arrays)
-        return dict(zip((spec["name"] for spec in self.entries[name]["outputs"]), outputs, strict=True))
+        """Run a network: its inputs as contiguous arrays, its outputs by name; floats are float32 on both sides.
+
+        `lora` is packed, whatever form the graph takes the factors in. Inputs that the network does not have (the
+        factors of one without slots) are left out.
+        """
+        session, entry = self._session(name), self.entries[name]
+        if "lora" in arrays and all(spec["name"] != "lora" for spec in entry["inputs"]):
+            arrays |= unpacked(arrays["lora"], self.slots(name))
+        given = {
+            spec["name"]: arrays[spec["name"]].astype(spec["dtype"], copy=False)
+            for spec in entry["inputs"]
+            if spec["name"] in arrays
+        }
+        outputs = [
+            output.astype(np.float32) if output.dtype == np.float16 else output for output in session.run(None, given)
+        ]
+        return dict(zip((spec["name"] for spec in entry["outputs"]), outputs, strict=True))
 
     def _session(self, name: str) -> onnxruntime.InferenceSession:
         if name not in self.entries:
-            raise EngineError(f"{self.folder}: this base has no network {name!r}; it has {', '.join(self.entries)}")
+            raise EngineError(f"this base has no network {name!r}; it has {', '.join(self.entries)}")
         session = self._sessions.get(name)
         if session is None:
-            session, kept = self._opened(name)
+            opened = self._opened(name)
             with self._lock:
-                self._kept.setdefault(name, kept)
-                session = self._sessions.setdefault(name, session)
+                session = self._sessions.setdefault(name, opened)
         return session
 
-    def _opened(self, name: str) -> tuple[onnxruntime.InferenceSession, Any]:
+    def _opened(self, name: str) -> onnxruntime.InferenceSession:
         import onnxruntime as ort
 
-        entry = self.entries[name]
-        weights = read_weights(self.folder / entry["weights"])
-        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+        providers = _PROVIDERS[self.device]
+        if providers[0] not in ort.get_available_providers():
+            raise EngineError(
+                f"ONNX Runtime has no {providers[0]} here; install onnxruntime-gpu in onnxruntime's place "
+                "(`dreammix-trt doctor` tells more), or load with device='cpu'"
+            )
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_external_initializers(list(weights), values)
+        graph = self.parts[name] / self.entries[name]["graph"]
         try:
-            graph = str(self.folder / entry["graph"])
-            session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(str(graph), options, providers=providers)
         except Exception as error:  # ONNX Runtime raises its own unrelated classes
-            file = self.folder / entry["graph"]
-            raise EngineError(f"{file}: {name} cannot be loaded ({error}); {REBUILD}") from error
+            raise EngineError(f"{graph}: {name} cannot be loaded ({error}); {REBUILD}") from error
         logging.getLogger(__name__).debug("%s: session ready", name)
-        return session, (weights, values)
+        return session
 
 
-def read_networks(folder: Path) -> dict[str, dict[str, Any]]:
-    """The table of `networks.json`: network -> graph, weights, inputs, outputs, slots, parity."""
-    record = _json(folder / "networks.json")
-    if record.get("schema") != SCHEMA or not isinstance(record.get("networks"), dict):
+def parts_in(folder: Path) -> dict[str, Path]:
+    """The parts below one folder: name -> folder, in the order of their names."""
+    found = {place.name: place for place in sorted(folder.iterdir()) if place.is_dir()} if folder.is_dir() else {}
+    if "base" not in found:
+        raise EngineError(f"{folder}: holds no base's parts (no folder `base`); {REBUILD}")
+    return found
+
+
+def read_network(folder: Path) -> dict[str, Any]:
+    """A part's `network.json`: graph or engine, weights, inputs, outputs, slots, parity."""
+    record = _json(folder / "network.json")
+    if record.get("schema") != SCHEMA or not isinstance(record.get("inputs"), list):
         raise EngineError(
-            f"{folder / 'networks.json'}: schema {record.get('schema')!r}, this version reads {SCHEMA}; {REBUILD}"
+            f"{folder / 'network.json'}: schema {record.get('schema')!r}, this version reads {SCHEMA}; {REBUILD}"
         )
-    return dict(record["networks"])
+    return record
 
 
 def read_facts(folder: Path) -> BaseFacts:
     """What `base.json` says of the base."""
     record = _json(folder / "base.json")
     try:
-        return BaseFacts(**{field.name: record[field.name] for field in fields(BaseFacts)})
+        return BaseFacts(
+            native_side=record["native_side"],
+            divisor=record["divisor"],
+            scaling_factor=record["scaling_factor"],
+            feature_channels=record["feature_channels"],
+            defaults=record.get("defaults", {}),
+        )
     except KeyError as error:
         raise EngineError(f"{folder / 'base.json'}: {error} is missing; {REBUILD}") from error
-
-
-def read_weights(path: Path) -> dict[str, Array]:
-    """The tensors of a safetensors file: mapped, not read; float16 widened to float32. EngineError if damaged."""
-    try:
-        data = np.memmap(path, np.uint8, "r")
-        length = int.from_bytes(data[:8].tobytes(), "little")
-        header = json.loads(data[8 : 8 + length].tobytes())
-        header.pop("__metadata__", None)
-        return {name: _tensor(data[8 + length :], entry) for name, entry in header.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EngineError(f"{path}: truncated, or not a weight file ({error}); {REBUILD}") from error
 
 
 def available_cores() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _tensor(data: Array, entry: Mapping[str, Any]) -> Array:
-    first, last = entry["data_offsets"]
-    dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
-    if not 0 <= first <= last <= len(data) or last - first != math.prod(shape) * dtype.itemsize:
-        raise ValueError("a tensor lies outside the file")
-    raw = data[first:last]
-    values = np.frombuffer(raw, dtype) if raw.ctypes.data % dtype.itemsize == 0 else np.frombuffer(raw.tobytes(), dtype)
-    return (values.astype(np.float32) if dtype == np.float16 else values).reshape(shape)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -189,5 +207,5 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise EngineError(f"{path}: missing or damaged ({error}); {REBUILD}") from error
     if not isinstance(value, dict):
-        raise EngineError(f"{path}: not an engine set's file; {REBUILD}")
+        raise EngineError(f"{path}: not a part's file; {REBUILD}")
     return value

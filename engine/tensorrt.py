@@ -203,6 +203,7 @@ class _Build:
             config.num_compute_capabilities = len(self.capabilities)
             for index, capability in enumerate(self.capabilities):
                 config.set_compute_capability(capability, index)
+        self._fix_sides(network)
         for profile in self.profiles:
             self._check(profile, network)
             ranges = builder.create_optimization_profile()
@@ -211,11 +212,26 @@ class _Build:
             config.add_optimization_profile(ranges)
         return config
 
+    def _fix_sides(self, network: Any) -> None:
+        """Make sides static that no profile varies: the builder then computes with them."""
+        for index in range(network.num_inputs):
+            tensor = network.get_input(index)
+            spans = [profile.shapes.get(tensor.name) for profile in self.profiles]
+            if not spans or any(span is None or len(span[0]) != len(tensor.shape) for span in spans):
+                continue  # `_check` says what is wrong
+            sides = zip(*(shape for span in spans if span for shape in span), strict=True)
+            tensor.shape = [
+                values[0] if have == -1 and len(set(values)) == 1 else have
+                for have, values in zip(tuple(tensor.shape), sides, strict=True)
+            ]
+
     def _check(self, profile: Profile, network: Any) -> None:
         wanted = {tensor.name: tensor.shape for tensor in _tensors(network.get_input, network.num_inputs)}
         if profile.shapes.keys() != wanted.keys():
+            alone = [sorted(names) for names in (wanted.keys() - profile.shapes.keys(), profile.shapes.keys() - wanted)]
             raise BuildError(
-                f"{self.onnx} has the inputs {', '.join(wanted)}; the profile is for {', '.join(profile.shapes)}"
+                f"{self.onnx} and the profile differ: inputs without one are {', '.join(alone[0][:6]) or 'none'}, "
+                f"profiles without an input {', '.join(alone[1][:6]) or 'none'}"
             )
         for name, shape in wanted.items():
             for given in profile.shapes[name]:

@@ -13,6 +13,7 @@ import threading
 from typing import Any, BinaryIO
 
 LOGGER = logging.getLogger(__name__)
+NOTICEABLE = 0.002
 Events = queue.SimpleQueue[tuple[float, str] | None]
 
 
@@ -49,14 +50,19 @@ def monitor_of(trt: Any, events: Events, cancelled: threading.Event) -> Any:
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.steps = Steps()
+            self.steps, self.told = Steps(), -1.0
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            events.put((self.steps.start(phase_name, parent_phase, num_steps), phase_name))
+            self.tell(self.steps.start(phase_name, parent_phase, num_steps), phase_name)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            events.put((self.steps.complete(phase_name, step), phase_name))
+            self.tell(self.steps.complete(phase_name, step), phase_name)
             return not cancelled.is_set()
+
+        def tell(self, fraction: float, phase: str) -> None:
+            if fraction >= self.told + NOTICEABLE:  # a large network has a hundred thousand steps
+                self.told = fraction
+                events.put((fraction, phase))
 
         def phase_finish(self, phase_name: str) -> None:
             self.steps.finish(phase_name)

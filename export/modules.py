@@ -7,15 +7,22 @@ Imports torch and diffusers: reach it through `networks.torch_module`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from dreammix_trt.core.subject import Slot
+
+#: operators of the trace that `onnx_graph` turns into standard ones
+DOMAIN = "dreammix"
 
 
 class UNet(nn.Module):
@@ -24,10 +31,12 @@ class UNet(nn.Module):
     def __init__(self, config: dict[str, Any], slots: Sequence[Slot]) -> None:
         super().__init__()
         self.network = UNet2DConditionModel.from_config(config)
-        _use_plain_attention(self.network)
-        self.lora = PackedLora(self.network, slots)
+        _use_own_operators(self.network)
+        self.lora = LoraInputs(self.network, slots)
         self._feature: Tensor | None = None
         self.network.conv_in.register_forward_hook(self._add_feature)
+        for embedding in (self.network.time_proj, self.network.add_time_proj):  # angles up to 1000 need float32
+            embedding.register_forward_hook(lambda _module, _inputs, out: narrow(out))
 
     def forward(
         self,
@@ -37,10 +46,10 @@ class UNet(nn.Module):
         text_embeds: Tensor,
         time_ids: Tensor,
         inpaint_feature: Tensor,
-        lora: Tensor,
+        *lora: Tensor,
     ) -> Tensor:
         self._feature = inpaint_feature
-        self.lora.unpack(lora, sample)
+        self.lora.take(lora, sample)
         conditions = {"text_embeds": text_embeds, "time_ids": time_ids}
         eps: Tensor = self.network(
             sample, timestep, encoder_hidden_states, added_cond_kwargs=conditions, return_dict=False
@@ -68,10 +77,10 @@ class TextEncoder(nn.Module):
             self.network.text_projection = nn.Linear(config["hidden_size"], config["projection_dim"], bias=False)
         self.pooled = pooled
         self.end = config.get("eos_token_id", 2)
-        self.lora = PackedLora(self.network, slots)
+        self.lora = LoraInputs(self.network, slots)
 
-    def forward(self, input_ids: Tensor, lora: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        self.lora.unpack(lora, input_ids)
+    def forward(self, input_ids: Tensor, *lora: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        self.lora.take(lora, input_ids)
         text: Any = self.network.text_model
         hidden, last = text(input_ids)
         if not self.pooled:
@@ -79,31 +88,34 @@ class TextEncoder(nn.Module):
         # transformers: configs of old (eos_token_id 2, wrong) find the end mark as the largest id, others by its id
         marks = input_ids if self.end == 2 else input_ids == self.end
         place = marks.to(torch.int32).argmax(-1, keepdim=True).unsqueeze(-1).expand(-1, 1, last.shape[-1])
-        return hidden, self.network.text_projection(torch.gather(last, 1, place).squeeze(1))
+        return hidden, self.network.text_projection(reshaped(torch.gather(last, 1, place), (0, -1)))
 
 
 class InpaintHead(nn.Module):
-    """Fooocus' head: a 3x3 convolution of [mask, masked latent] with replicated border."""
+    """Fooocus' head: a 3x3 convolution of [mask, masked latent]; padding "replicate", or "zeros" for a head that was
+    part of a 9-channel UNet's first convolution."""
 
-    def __init__(self, channels: int, latent_channels: int) -> None:
+    def __init__(self, channels: int, latent_channels: int, padding: str) -> None:
         super().__init__()
+        self.mode = {"replicate": "replicate", "zeros": "constant"}[padding]
         self.network = nn.Module()
         self.network.head = nn.Conv2d(1 + latent_channels, channels, 3, bias=False)
 
     def forward(self, mask: Tensor, masked_latent: Tensor) -> Tensor:
         both = torch.cat([mask, masked_latent], 1)
-        feature: Tensor = self.network.head(nn.functional.pad(both, (1, 1, 1, 1), mode="replicate"))
+        feature: Tensor = self.network.head(nn.functional.pad(both, (1, 1, 1, 1), mode=self.mode))
         return feature
 
 
 class VaeEncoder(nn.Module):
-    """Image in [-1, 1] -> mean and standard deviation of the latent, both unscaled."""
+    """Image in [-1, 1] -> mean and standard deviation of the latent, both unscaled; wide: see `_widen`."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], wide: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.network: Any = AutoencoderKL.from_config(config)
         del self.network.decoder, self.network.post_quant_conv
-        _use_plain_attention(self.network)
+        _use_own_operators(self.network)
+        _widen(vae_units("vae_encoder", self.network), wide)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         moments = self.network.encoder(image)
@@ -114,13 +126,14 @@ class VaeEncoder(nn.Module):
 
 
 class VaeDecoder(nn.Module):
-    """Latent, already divided by the scaling factor -> image in about [-1, 1]."""
+    """Latent, already divided by the scaling factor -> image in about [-1, 1]; wide: see `_widen`."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], wide: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.network: Any = AutoencoderKL.from_config(config)
         del self.network.encoder, self.network.quant_conv
-        _use_plain_attention(self.network)
+        _use_own_operators(self.network)
+        _widen(vae_units("vae_decoder", self.network), wide)
 
     def forward(self, latent: Tensor) -> Tensor:
         if self.network.post_quant_conv is not None:
@@ -129,22 +142,33 @@ class VaeDecoder(nn.Module):
         return image
 
 
-class PackedLora:
-    """Adds `x @ A @ B` to the output of each slot's linear layer; A and B come from one packed row a picture."""
+class LoraInputs:
+    """Adds `x @ A @ B` to the output of each slot's linear layer; A and B are inputs, one entry a picture.
+
+    They come as one packed row a picture, or as a tensor a factor: what is best differs by back end
+    (docs/architecture.md).
+    """
 
     def __init__(self, network: nn.Module, slots: Sequence[Slot]) -> None:
         self.slots = tuple(slots)
         self._factors: list[Tensor] = []
+        self._sides: tuple[Any, Any] | None = None
         for number, slot in enumerate(self.slots):
             network.get_submodule(slot.module).register_forward_hook(self._hook(number))
 
-    def unpack(self, lora: Tensor, batch: Tensor) -> None:
-        """Take the rows for the coming pass. lora (N, P); batch: any tensor whose first axis has k*N rows.
+    def take(self, given: Sequence[Tensor], batch: Tensor) -> None:
+        """The factors for the coming pass: nothing (no slots), one packed (N, P), or A (N, in, rank) and B (N, rank,
+        out) of every slot; batch: any tensor of k*N rows.
 
-        The row is repeated for the k rows of its picture before it is cut up: one small copy here spares every slot two
-        reshapes with shapes known only at run time.
+        A packed row is repeated for the k rows of its picture before it is cut up: one small copy here spares every
+        slot two reshapes with shapes known only at run time.
         """
-        rows = _to_rows(lora, batch)
+        if len(given) != 1:
+            self._factors = list(given)
+            self._sides = (given[0].shape[0], batch.shape[0]) if given else None
+            return
+        self._sides = None
+        rows = _to_rows(given[0], batch)
         sizes = [size for slot in self.slots for size in (slot.inputs * slot.rank, slot.rank * slot.outputs)]
         heights = [height for slot in self.slots for height in (slot.inputs, slot.rank)]
         parts = torch.split(rows, sizes, dim=1)
@@ -152,8 +176,15 @@ class PackedLora:
 
     def _hook(self, number: int) -> Any:
         def add(_module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            if not self._factors:
+                return out
             a, b = self._factors[2 * number : 2 * number + 2]
-            return out + inputs[0] @ a @ b
+            x = inputs[0]
+            if self._sides is None:  # a row has factors of its own
+                return out + x @ a @ b
+            pictures, rows = self._sides
+            below = x.reshape(pictures, -1, int(x.shape[-1]))  # the rows of a picture, one below the other
+            return out + (below @ a @ b).reshape(rows, -1, int(b.shape[-1]))
 
         return add
 
@@ -178,7 +209,7 @@ class _Reshape(torch.autograd.Function):
 
 
 class PlainAttention:
-    """diffusers attention written out, so that the graph holds MatMul, Softmax, MatMul and constants only."""
+    """diffusers attention written out, so that the graph holds few nodes and no shape arithmetic."""
 
     def __call__(
         self,
@@ -201,16 +232,115 @@ class PlainAttention:
         return (x + picture if attn.residual_connection else x) / attn.rescale_output_factor
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d) + mask) v for q (B, T, C), k and v (B, S, C)."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for q (B, T, C), k and v (B, S, C); causal: nobody looks ahead."""
     width = int(q.shape[-1]) // heads
+    if _fused and width <= 256:  # TensorRT has no kernel for wider heads (the VAE's single one)
+        attended: Tensor = _Attention.apply(q, k, v, heads, causal)
+        return attended
+    length = int(q.shape[1])
     q, k, v = (reshaped(x, (0, 0, heads, -1)).transpose(1, 2) for x in (q, k, v))
     if torch.jit.is_tracing():
         scores = (q * width**-0.5) @ k.transpose(-1, -2)
-        x = torch.softmax(scores if mask is None else scores + mask, dim=-1) @ v
+        if causal:  # a bound that float16 holds too; exp(-30000) is 0 in both
+            scores = scores + torch.from_numpy(np.triu(np.full((length, length), -30000.0, np.float32), 1))
+        x = torch.softmax(scores, dim=-1) @ v
     else:  # torch's own kernel: quicker, and an independent judge of the lines above
-        x = nn.functional.scaled_dot_product_attention(q, k, v, mask)
+        x = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
     return reshaped(x.transpose(1, 2), (0, 0, -1))
+
+
+_fused = False
+
+
+@contextmanager
+def fused_operators(on: bool = True) -> Iterator[None]:
+    """Trace attention and group norm as single operators (opset 23) instead of writing them out."""
+    global _fused
+    before, _fused = _fused, on
+    try:
+        yield
+    finally:
+        _fused = before
+
+
+class _Attention(torch.autograd.Function):
+    """ONNX's Attention on (B, T, C) tensors; computed here by torch's own kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool) -> Tensor:
+        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+        x = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return x.transpose(1, 2).flatten(2)
+
+    @staticmethod
+    def symbolic(g: Any, q: Any, k: Any, v: Any, heads: int, causal: bool) -> Any:
+        out = g.op(f"{DOMAIN}::Attention", q, k, v, q_num_heads_i=heads, kv_num_heads_i=heads, is_causal_i=int(causal))
+        return out.setType(q.type())
+
+
+class _GroupNorm(torch.autograd.Function):
+    """ONNX's GroupNormalization (opset 21)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        return nn.functional.group_norm(x, groups, weight, bias, eps)
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, weight: Any, bias: Any, groups: int, eps: float) -> Any:
+        out = g.op(f"{DOMAIN}::GroupNormalization", x, weight, bias, num_groups_i=groups, epsilon_f=eps)
+        return out.setType(x.type())
+
+
+def narrow(x: Tensor) -> Tensor:
+    """Mark in the graph that from here on the network's own precision serves; `wide`: that float32 is needed."""
+    marked: Tensor = _Mark.apply(x, "Narrow")
+    return marked
+
+
+def wide(x: Tensor) -> Tensor:
+    """See `narrow`."""
+    marked: Tensor = _Mark.apply(x, "Wide")
+    return marked
+
+
+class _Mark(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kind: str) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, kind: str) -> Any:
+        return g.op(f"{DOMAIN}::{kind}", x).setType(x.type())
+
+
+def vae_units(kind: str, network: Any) -> dict[str, nn.Module]:
+    """The modules that a picture passes one after the other: name -> module; kind: "vae_encoder" or "vae_decoder"."""
+    half: Any = network.encoder if kind == "vae_encoder" else network.decoder
+    blocks = half.down_blocks if kind == "vae_encoder" else half.up_blocks
+    samplers = "downsamplers" if kind == "vae_encoder" else "upsamplers"
+    sides: dict[str, nn.Module] = {}
+    for number, block in enumerate(blocks):
+        parts = [*(("resnets", layer) for layer in block.resnets)]
+        parts += [(samplers, layer) for layer in getattr(block, samplers) or ()]
+        for place, (part, layer) in enumerate(parts):
+            sides[f"blocks.{number}.{place}.{part}"] = layer
+    mid = half.mid_block
+    middle = {"mid.0": mid.resnets[0], "mid.1": mid.attentions[0], "mid.2": mid.resnets[1]}
+    body = {**sides, **middle} if kind == "vae_encoder" else {**middle, **sides}
+    units = {"conv_in": half.conv_in, **body, "conv_norm_out": half.conv_norm_out, "conv_out": half.conv_out}
+    if kind == "vae_encoder":
+        return units if network.quant_conv is None else {**units, "quant_conv": network.quant_conv}
+    return units if network.post_quant_conv is None else {"post_quant_conv": network.post_quant_conv, **units}
+
+
+def _widen(units: dict[str, nn.Module], names: tuple[str, ...]) -> None:
+    """Mark the units from the first to the last of `names` as float32 (`export/vae_range.py` says which need it)."""
+    if not names:
+        return
+    chosen = [name for name in units if name in names]
+    units[chosen[0]].register_forward_pre_hook(lambda _module, inputs: (wide(inputs[0]), *inputs[1:]))
+    units[chosen[-1]].register_forward_hook(lambda _module, _inputs, out: narrow(out))
 
 
 def _to_rows(x: Tensor, batch: Tensor) -> Tensor:
@@ -221,10 +351,29 @@ def _to_rows(x: Tensor, batch: Tensor) -> Tensor:
     return wide.reshape(-1, *shape)
 
 
-def _use_plain_attention(network: nn.Module) -> None:
+def _use_own_operators(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, Attention):
             module.set_processor(PlainAttention())
+        elif isinstance(module, nn.GroupNorm):
+            module.forward = partial(_group_norm, module)
+        elif isinstance(module, GEGLU):
+            module.forward = partial(_geglu, module)
+
+
+def _geglu(layer: GEGLU, x: Tensor) -> Tensor:
+    """Half of the projection gated by the other: one Split, where `chunk` leaves shape arithmetic."""
+    half = layer.proj.out_features // 2
+    value, gate = torch.split(layer.proj(x), [half, half], dim=-1)
+    result: Tensor = value * nn.functional.gelu(gate)
+    return result
+
+
+def _group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    if _fused:
+        result: Tensor = _GroupNorm.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+        return result
+    return nn.functional.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
 class _ClipText(nn.Module):
@@ -240,7 +389,6 @@ class _ClipText(nn.Module):
         self.encoder = nn.Module()
         self.encoder.layers = nn.ModuleList(_ClipLayer(config) for _ in range(config["num_hidden_layers"]))
         self.final_layer_norm = nn.LayerNorm(width, eps=config.get("layer_norm_eps", 1e-5))
-        self.register_buffer("mask", torch.full((length, length), -1e9).triu(1), persistent=False)
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """ids (B, 77) -> penultimate states, final-normed last states, both (B, 77, width)."""
@@ -249,7 +397,7 @@ class _ClipText(nn.Module):
         penultimate = x
         for layer in layers:
             penultimate = x
-            x = layer(x, self.mask)
+            x = layer(x)
         return penultimate, self.final_layer_norm(x)
 
 
@@ -263,9 +411,9 @@ class _ClipLayer(nn.Module):
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, wide), "fc2": nn.Linear(wide, width)})
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         y, attn = self.layer_norm1(x), self.self_attn
-        y = attn["out_proj"](_attend(attn["q_proj"](y), attn["k_proj"](y), attn["v_proj"](y), self.heads, mask))
+        y = attn["out_proj"](_attend(attn["q_proj"](y), attn["k_proj"](y), attn["v_proj"](y), self.heads, causal=True))
         x = x + y
         wide = self.mlp["fc1"](self.layer_norm2(x))
         act = wide * torch.sigmoid(1.702 * wide) if self.quick else nn.functional.gelu(wide)

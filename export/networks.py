@@ -5,19 +5,24 @@ Describing a network and reading its weights needs no torch; `torch_module` does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dreammix_trt.core.checkpoint import BaseFiles, State
+from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import FileFormatError, MissingExtraError
 from dreammix_trt.core.keymap import sgm_to_diffusers
+from dreammix_trt.core.lora import Lora, Target, check_weights, weight_changes
 from dreammix_trt.core.subject import Slot, packed_size
+from dreammix_trt.core.tensors import Weights
 
+Precision = Literal["float32", "float16"]
 TEXT_LENGTH = 77
+LORA_SIDES = (".lora_A", ".lora_B")
+_ALWAYS_FLOAT32 = ("timestep", "time_ids")
 SLOT_RANK = 8
 _ATTENTION_LINEARS = (".to_q", ".to_k", ".to_v", ".to_out.0")
 
@@ -36,7 +41,9 @@ class Network:
     """One network of a base.
 
     graph: name of its graph (`unet_raw` shares `unet`'s); inputs, outputs in call order; slots: its LoRA slots in
-    packed order; configs: the component configs its graph is made of.
+    packed order; configs: the component configs its graph is made of; precision: of its arithmetic; fused: attention
+    and group norm as single operators and an input for each LoRA factor (what TensorRT wants) instead of written out
+    and one packed input (what ONNX Runtime does best); wide: units of a float16 VAE that stay float32.
     """
 
     name: str
@@ -45,11 +52,17 @@ class Network:
     outputs: tuple[TensorSpec, ...]
     slots: tuple[Slot, ...]
     configs: Mapping[str, Mapping[str, Any]]
+    precision: Precision = "float32"
+    fused: bool = False
+    wide: tuple[str, ...] = ()
 
     def described(self) -> dict[str, Any]:
         """The network's part of `networks.json` that its graph decides."""
         slots = [{"module": s.module, "in": s.inputs, "out": s.outputs, "rank": s.rank} for s in self.slots]
         return {
+            "precision": self.precision,
+            "fused": self.fused,
+            "wide": list(self.wide),
             "inputs": [{**asdict(spec), "shape": list(spec.shape)} for spec in self.inputs],
             "outputs": [{**asdict(spec), "shape": list(spec.shape)} for spec in self.outputs],
             "slots": slots,
@@ -58,7 +71,7 @@ class Network:
     def example(self, sizes: Mapping[str, int], seed: int = 0) -> dict[str, NDArray[Any]]:
         """Random inputs for given dynamic axes, e.g. {"pictures": 1, "rows": 2, "h": 16, "w": 24}; LoRA not zero."""
         rng = np.random.default_rng(seed)
-        return {spec.name: self._example_of(rng, spec, sizes) for spec in self.inputs}
+        return {spec.name: self._example_of(rng, spec, sizes).astype(spec.dtype) for spec in self.inputs}
 
     def _example_of(self, rng: np.random.Generator, spec: TensorSpec, sizes: Mapping[str, int]) -> NDArray[Any]:
         shape = tuple(sizes[side] if isinstance(side, str) else side for side in spec.shape)
@@ -72,8 +85,8 @@ class Network:
         values: NDArray[Any] = rng.standard_normal(shape)
         if spec.name == "time_ids":
             values = 128 * np.abs(values)
-        elif spec.name == "lora":
-            values = 0.1 * values
+        elif spec.name == "lora" or spec.name.endswith(LORA_SIDES):
+            values = 0.03 * values  # several times a trained LoRA; more, and rounding errors grow a hundredfold
         elif spec.name == "mask":
             values = values > 0
         elif spec.name == "image":
@@ -81,13 +94,46 @@ class Network:
         return values.astype(np.float32)
 
 
-def networks_of(base: BaseFiles, slot_rank: int = SLOT_RANK) -> tuple[Network, ...]:
-    """Every network of a base. Without a patch there is neither `unet_raw` nor `inpaint_head`."""
+def networks_of(
+    base: BaseFiles, slot_rank: int = SLOT_RANK, precision: Precision = "float32", fused: bool = False
+) -> tuple[Network, ...]:
+    """Every network of a base, in float32 or float16.
+
+    slot_rank 0: without LoRA slots. Without a patch there is no `unet_raw`, without a head (a patch's, or a 9-channel
+    UNet's own) no `inpaint_head`.
+    """
+    return tuple(_in_precision(network, precision, fused) for network in _networks(base, slot_rank))
+
+
+def _in_precision(network: Network, precision: Precision, fused: bool) -> Network:
+    """Tensors in the network's precision, but for times and sizes: float16 cannot count to 1000 in thirds. A fused
+    network takes its LoRA factors one by one."""
+    if fused and network.slots:
+        kept = tuple(spec for spec in network.inputs if spec.name != "lora")
+        network = replace(network, inputs=(*kept, *_factor_inputs(network.slots)))
+    inputs, outputs = (
+        tuple(
+            replace(spec, dtype=precision) if spec.dtype == "float32" and spec.name not in _ALWAYS_FLOAT32 else spec
+            for spec in specs
+        )
+        for specs in (network.inputs, network.outputs)
+    )
+    return replace(network, inputs=inputs, outputs=outputs, precision=precision, fused=fused)
+
+
+def _factor_inputs(slots: Sequence[Slot]) -> Iterator[TensorSpec]:
+    """A and B of every slot as inputs of their own, in packed order: a packed row is what lies behind them."""
+    for slot in slots:
+        for side, shape in zip(LORA_SIDES, ((slot.inputs, slot.rank), (slot.rank, slot.outputs)), strict=True):
+            yield TensorSpec(f"{slot.module}{side}", "float32", ("pictures", *shape))
+
+
+def _networks(base: BaseFiles, slot_rank: int) -> tuple[Network, ...]:
     config, channels = base.configs["unet"], base.feature_channels
     latent = base.latent_channels
     text_width, pooled = config["cross_attention_dim"], int(base.configs["text_encoder_2"]["projection_dim"])
-    slots = tuple(_unet_slots(config, slot_rank))
-    lora = TensorSpec("lora", "float32", ("pictures", packed_size(slots)))
+    slots = tuple(_unet_slots(config, slot_rank)) if slot_rank else ()
+    lora = (TensorSpec("lora", "float32", ("pictures", packed_size(slots))),) if slots else ()
     unet_inputs = (
         TensorSpec("sample", "float32", ("rows", latent, "h", "w")),
         TensorSpec("timestep", "float32", ("rows",)),
@@ -95,7 +141,7 @@ def networks_of(base: BaseFiles, slot_rank: int = SLOT_RANK) -> tuple[Network, .
         TensorSpec("text_embeds", "float32", ("rows", pooled)),
         TensorSpec("time_ids", "float32", ("rows", 6)),
         TensorSpec("inpaint_feature", "float32", ("pictures", channels, "h", "w")),
-        lora,
+        *lora,
     )
     unet_outputs = (TensorSpec("eps", "float32", ("rows", latent, "h", "w")),)
     latents = ("pictures", latent, "h", "w")
@@ -103,13 +149,15 @@ def networks_of(base: BaseFiles, slot_rank: int = SLOT_RANK) -> tuple[Network, .
     unets = ("unet", "unet_raw") if base.patch else ("unet",)
     networks = [_text_network(base, name, slot_rank) for name in ("text_encoder", "text_encoder_2")]
     networks += [Network(name, "unet", unet_inputs, unet_outputs, slots, {"unet": config}) for name in unets]
-    if base.patch:
+    if base.has_head:
         head_inputs = (
             TensorSpec("mask", "float32", ("pictures", 1, "h", "w")),
             TensorSpec("masked_latent", "float32", latents),
         )
         feature = (TensorSpec("feature", "float32", ("pictures", channels, "h", "w")),)
-        sizes = {"inpaint_head": {"channels": channels, "latent_channels": latent}}
+        sizes = {
+            "inpaint_head": {"channels": channels, "latent_channels": latent, "padding": base.head_padding},
+        }
         networks.append(Network("inpaint_head", "inpaint_head", head_inputs, feature, (), sizes))
     vae = {"vae": base.configs["vae"]}
     moments = (TensorSpec("mean", "float32", latents), TensorSpec("std", "float32", latents))
@@ -120,25 +168,53 @@ def networks_of(base: BaseFiles, slot_rank: int = SLOT_RANK) -> tuple[Network, .
     return tuple(networks)
 
 
-def weights_of(base: BaseFiles, network: str) -> State:
-    """The weights of a network, float32, by torch name."""
+@dataclass(frozen=True)
+class BaseLora:
+    """A LoRA that is part of a base's weights: W + scale * (A B)^T. target: "patched", "raw" or "both" UNets; the text
+    encoders always get their part."""
+
+    lora: Lora
+    scale: float = 1.0
+    target: Target = "both"
+
+    def touches(self, network: str) -> bool:
+        """Whether the LoRA changes a network's weights."""
+        if network in ("unet", "unet_raw"):
+            chosen = {"patched": ("unet",), "raw": ("unet_raw",), "both": ("unet", "unet_raw")}[self.target]
+            return network in chosen and bool(self.lora.factors.get("unet"))
+        return bool(self.lora.factors.get(network))
+
+
+def weights_of(base: BaseFiles, network: str, loras: Sequence[BaseLora] = ()) -> Weights:
+    """The weights of a network by torch name, float32, read one at a time when asked for: base, patch and LoRAs are
+    added in float32. `FileFormatError` when a LoRA names modules that the base lacks or has in another shape."""
+    weights = _own_weights(base, network)
+    for each in loras:
+        if each.touches(network):
+            check_weights(each.lora, network, {name: weights.shape(name) for name in weights})
+            weights = weights.changed(weight_changes(each.lora, network, each.scale))
+    return weights
+
+
+def _own_weights(base: BaseFiles, network: str) -> Weights:
     if network == "unet":
         return base.unet_patched_state()
     if network == "unet_raw":
         return base.state("unet")
     if network == "inpaint_head":
-        return {"head.weight": base.head()}
+        return Weights.of({"head.weight": base.head()})
     if network.startswith("vae_"):
         parts = {"vae_encoder": ("encoder.", "quant_conv."), "vae_decoder": ("decoder.", "post_quant_conv.")}[network]
-        return {name: value for name, value in base.state("vae").items() if name.startswith(parts)}
+        return base.state("vae").renamed(lambda name: name if name.startswith(parts) else None)
     return base.state(network)
 
 
-def torch_module(network: Network, weights: State | None = None) -> Any:
+def torch_module(network: Network, weights: Weights | None = None) -> Any:
     """The network as a torch module in eval mode, float32; its `.network` holds the parameters by torch name.
 
-    weights None: random values, all tensors different, as tracing a graph wants. Raises `MissingExtraError` without
-    torch and diffusers, `FileFormatError` when the weights do not fit the config.
+    weights None: a hollow module for tracing. Every parameter has its full shape and one number of storage, so a
+    2.6-billion-parameter UNet takes no memory, and no two parameters are equal, so the exporter cannot merge them.
+    Raises `MissingExtraError` without torch and diffusers, `FileFormatError` when the weights do not fit the config.
     """
     try:
         import torch
@@ -148,35 +224,45 @@ def torch_module(network: Network, weights: State | None = None) -> Any:
         raise MissingExtraError(
             f"{error.name} is not installed, exporting needs it: pip install dreammix-trt[export]"
         ) from error
-    configs = {name: dict(config) for name, config in network.configs.items()}
+    configs: dict[str, Any] = {name: dict(config) for name, config in network.configs.items()}
     makers: dict[str, Callable[[], Any]] = {
         "unet": lambda: modules.UNet(configs["unet"], network.slots),
         "text_encoder": lambda: modules.TextEncoder(configs["text_encoder"], network.slots, pooled=False),
         "text_encoder_2": lambda: modules.TextEncoder(configs["text_encoder_2"], network.slots, pooled=True),
-        "inpaint_head": lambda: modules.InpaintHead(**cast(dict[str, int], configs["inpaint_head"])),
-        "vae_encoder": lambda: modules.VaeEncoder(configs["vae"]),
-        "vae_decoder": lambda: modules.VaeDecoder(configs["vae"]),
+        "inpaint_head": lambda: modules.InpaintHead(**configs["inpaint_head"]),
+        "vae_encoder": lambda: modules.VaeEncoder(configs["vae"], network.wide),
+        "vae_decoder": lambda: modules.VaeDecoder(configs["vae"], network.wide),
     }
-    module = makers[network.graph]().eval().requires_grad_(False)
-    if weights is None:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            for parameter in module.parameters():
-                parameter.uniform_(-0.05, 0.05)
-        return module
-    check_fit(network.name, weights, {name: tuple(value.shape) for name, value in module.network.state_dict().items()})
-    module.network.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+    with torch.device("meta"):
+        module = makers[network.graph]().eval().requires_grad_(False)
+    if weights is not None:
+        shapes = {name: tuple(value.shape) for name, value in module.network.state_dict().items()}
+        check_fit(network.name, {name: weights.shape(name) for name in weights}, shapes)
+    for number, (name, place, part, parameter) in enumerate(_parameters(module.network)):
+        if weights is None:
+            one = torch.full((1,) * parameter.ndim, 0.02 + 1e-6 * number)
+            value = one.expand(parameter.shape)
+        else:
+            value = torch.from_numpy(np.array(weights[name]))
+        setattr(place, part, torch.nn.Parameter(value, requires_grad=False))
     return module
 
 
-def check_fit(network: str, weights: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _parameters(root: Any) -> Iterator[tuple[str, Any, str, Any]]:
+    """(full name, module, its attribute, parameter) of every parameter."""
+    for name, parameter in list(root.named_parameters()):
+        place, _, part = name.rpartition(".")
+        yield name, root.get_submodule(place), part, parameter
+
+
+def check_fit(network: str, given: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """`FileFormatError` naming the tensors that are missing, left over or of another shape."""
-    wrong = [f"{name} is missing" for name in shapes if name not in weights]
-    wrong += [f"{name} is not in the network" for name in weights if name not in shapes]
+    wrong = [f"{name} is missing" for name in shapes if name not in given]
+    wrong += [f"{name} is not in the network" for name in given if name not in shapes]
     wrong += [
-        f"{name} is {weights[name].shape}, expected {shape}"
+        f"{name} is {given[name]}, expected {shape}"
         for name, shape in shapes.items()
-        if name in weights and tuple(weights[name].shape) != tuple(shape)
+        if name in given and tuple(given[name]) != tuple(shape)
     ]
     if wrong:
         more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
@@ -192,11 +278,11 @@ def _text_network(base: BaseFiles, name: str, rank: int) -> Network:
         Slot(f"text_model.encoder.layers.{layer}.self_attn.{part}_proj", width, width, rank)
         for layer in range(layers)
         for part in ("q", "k", "v", "out")
+        if rank
     )
-    inputs = (
-        TensorSpec("input_ids", "int64", ("rows", TEXT_LENGTH)),
-        TensorSpec("lora", "float32", ("pictures", packed_size(slots))),
-    )
+    ids = TensorSpec("input_ids", "int64", ("rows", TEXT_LENGTH))
+    lora = (TensorSpec("lora", "float32", ("pictures", packed_size(slots))),) if slots else ()
+    inputs = (ids, *lora)
     outputs = [TensorSpec("hidden", "float32", ("rows", TEXT_LENGTH, width))]
     if name == "text_encoder_2":
         outputs.append(TensorSpec("pooled", "float32", ("rows", int(config["projection_dim"]))))

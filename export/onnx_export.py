@@ -1,7 +1,8 @@
-"""A base model -> the directory of ONNX graphs, weights and tables an engine is built from (docs/architecture.md).
+"""A base model -> the parts engines are built from: a folder a network, and one for what they share.
 
-Graphs depend on the configuration alone, so a base whose graphs were made before (the embedded model's are shipped)
-only needs its weights written; then torch is not imported.
+A network's part is `GRAPH.onnx` (weights outside, at places of the next file that it knows; any ONNX tool opens it),
+`GRAPH.safetensors` and `network.json`. Part `base` is `base.json` and both tokenizers. A graph depends on the
+configuration alone: traced once, it serves both UNets, every checkpoint of that shape, and machines without torch.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dreammix_trt.core.checkpoint import TOKENIZERS, BaseFiles
-from dreammix_trt.core.errors import FileFormatError
-from dreammix_trt.export.networks import SLOT_RANK, Network, check_fit, networks_of, torch_module, weights_of
+from dreammix_trt.core.files import read_json, write_json
+from dreammix_trt.core.tensors import Weights, write_tensors
+from dreammix_trt.export.networks import (
+    SLOT_RANK,
+    BaseLora,
+    Network,
+    Precision,
+    check_fit,
+    networks_of,
+    torch_module,
+    weights_of,
+)
 from dreammix_trt.export.parity import check_parity, check_sizes
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 #: raised when the exporter's code gives other graphs for the same configuration
-GRAPH_REVISION = 1
-GRAPHS_TABLE = "graphs.json"
+GRAPH_REVISION = 2
+#: torch and ONNX Runtime side by side want eight bytes a parameter; larger networks are checked by
+#: `benchmarks/full_size.py` in two processes
+CHECKED_PARAMETERS = 200_000_000
 #: config entries that do not change a graph
 _NO_MATTER = {
     "architectures", "dtype", "torch_dtype", "transformers_version", "sample_size", "scaling_factor", "force_upcast",
@@ -42,147 +56,128 @@ def export_base(
     out_dir: str | Path,
     *,
     slot_rank: int = SLOT_RANK,
-    graphs: str | Path | None = None,
+    precision: Precision = "float32",
+    fused: bool = False,
     verify: bool | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Write `graphs/`, `weights/`, `networks.json`, `base.json` and both tokenizers into `out_dir`.
+) -> dict[str, dict[str, Any]]:
+    """Write every part of a base into folders of `out_dir`; returns network -> its `network.json`.
 
-    graphs: a directory of graphs made before (None: `graphs/` in the base's folder, if any), used when it was made of
-    equal configurations and slot rank; verify: compare every graph with torch (None: when graphs are newly exported;
-    otherwise the figures of their export are carried along, marked "at export"); progress: called with
-    (what, done, total). Gives the content of `networks.json`. Raises `BuildError` when a graph differs from torch by
-    more than its bound, `MissingExtraError` when torch is needed and absent.
+    The graphs shipped with the base are used where they fit. verify: see `export_network`; progress: called with
+    (what, done, total). Builds use the functions below one by one, so that each part is kept when it is done.
     """
-    out = Path(out_dir)
-    for folder in ("graphs", "weights"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
+    out, networks = Path(out_dir), networks_of(base, slot_rank, precision, fused)
     report = progress or (lambda what, done, total: None)
-    networks = networks_of(base, slot_rank)
-    table = _reused_graphs(base.folder / "graphs" if graphs is None else Path(graphs), networks, out / "graphs")
-    reused = table is not None
-    if table is None:
-        table = _exported_graphs(networks, out / "graphs", report)
-    check = not reused if verify is None else verify
-    entries: dict[str, Any] = {}
-    for number, network in enumerate(networks):
-        report(f"{network.name}: weights" + (" and check" if check else ""), number, len(networks))
-        entries[network.name] = _written_network(base, network, table, out, check, reused)
-    if check:
-        table["parity"] = {name: entry["parity"] for name, entry in entries.items()}
-    _write_json(out / "graphs" / GRAPHS_TABLE, table)
-    _copy_tokenizers(base, out)
-    described = {"schema": SCHEMA, "slot_rank": slot_rank, "exporter": table["exporter"], "networks": entries}
-    _write_json(out / "networks.json", described)
-    _write_json(out / "base.json", _base_facts(base, networks, slot_rank))
+    entries = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, network in enumerate(networks):
+            report(network.name, number, len(networks))
+            graph = shipped_graph(base, network) or Path(scratch) / network.graph
+            if not graph.exists():
+                graph.mkdir()
+                write_graph(network, graph)
+            (out / network.name).mkdir(parents=True)
+            entries[network.name] = export_network(base, network, graph, out / network.name, verify=verify)
+        (out / "base").mkdir()
+        export_facts(base, slot_rank, out / "base")
     report("done", len(networks), len(networks))
-    return described
+    return entries
+
+
+def write_graph(network: Network, folder: Path) -> None:
+    """Trace a network: `graph.onnx` without weights, `graph.json` with what it wants of them. Needs torch."""
+    from dreammix_trt.export.onnx_graph import exporter_versions, graph_of
+
+    graph = graph_of(network)
+    data = graph.proto.SerializeToString()
+    log.info("%s: %d nodes, %d bytes", network.graph, len(graph.proto.graph.node), len(data))
+    (folder / "graph.onnx").write_bytes(data)
+    facts = {
+        "schema": SCHEMA,
+        "digest": graph_digest(network),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "exporter": exporter_versions(),
+        "inputs": [item.name for item in graph.proto.graph.input],
+        "weights": {name: list(weight) for name, weight in graph.weights.items()},
+        "parity": {},
+    }
+    write_json(folder / "graph.json", facts)
+
+
+def shipped_graph(base: BaseFiles, network: Network) -> Path | None:
+    """The folder of a graph that lies beside the base and was made of equal configurations and slots."""
+    folder = base.folder / "graphs" / network.graph
+    if not (folder / "graph.json").is_file() or not (folder / "graph.onnx").is_file():
+        return None
+    facts = read_json(folder / "graph.json")
+    if facts.get("digest") != graph_digest(network):
+        log.info("%s: made of other configurations or slots; exporting anew", folder)
+        return None
+    if hashlib.sha256((folder / "graph.onnx").read_bytes()).hexdigest() != facts["sha256"]:
+        log.warning("%s: changed since it was made; exporting anew", folder)
+        return None
+    return folder
 
 
 def make_shipped_graphs(base: BaseFiles, out: str | Path, *, slot_rank: int = SLOT_RANK) -> None:
-    """Export and check a base's graphs and put them, without weights, where `export_base(graphs=out)` finds them."""
+    """Trace and check a base's graphs and put them, without weights, where `shipped_graph` finds them."""
     out = Path(out)
-    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        export_base(base, scratch, slot_rank=slot_rank, graphs=Path(scratch) / "none", verify=True)
-        if out.exists():
-            shutil.rmtree(out)
-        shutil.copytree(Path(scratch) / "graphs", out)
+    with tempfile.TemporaryDirectory(dir=out.parent) as name:
+        scratch = Path(name)
+        for network in networks_of(base, slot_rank):
+            graph = scratch / "graphs" / network.graph
+            if not graph.exists():
+                graph.mkdir(parents=True)
+                write_graph(network, graph)
+            (scratch / network.name).mkdir()
+            entry = export_network(base, network, graph, scratch / network.name, verify=True)
+            facts = read_json(graph / "graph.json")
+            write_json(graph / "graph.json", {**facts, "parity": {**facts["parity"], network.name: entry["parity"]}})
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(scratch / "graphs", out)
 
 
-def graphs_digest(networks: tuple[Network, ...]) -> str:
-    """sha256 of all that decides the graphs: configurations, inputs, outputs, slots, and the exporter's revision."""
-    facts = {network.graph: [network.described(), _canonical(network.configs)] for network in networks}
-    return hashlib.sha256(json.dumps([GRAPH_REVISION, facts], sort_keys=True, default=list).encode()).hexdigest()
-
-
-def _canonical(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {
-        name: {key: value for key, value in config.items() if key not in _NO_MATTER and not key.startswith("_")}
-        for name, config in configs.items()
-    }
-
-
-def _reused_graphs(folder: Path, networks: tuple[Network, ...], out: Path) -> dict[str, Any] | None:
-    """Copy graphs made before into `out`; None when there are none for these configurations."""
-    path = folder / GRAPHS_TABLE
-    if not path.is_file():
-        return None
-    table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if table.get("digest") != graphs_digest(networks):
-        log.info("%s: made of other configurations or slots; exporting anew", folder)
-        return None
-    for graph, facts in table["graphs"].items():
-        source = folder / f"{graph}.onnx"
-        if not source.is_file() or hashlib.sha256(source.read_bytes()).hexdigest() != facts["sha256"]:
-            log.warning("%s: missing or changed; exporting anew", source)
-            return None
-        shutil.copyfile(source, out / source.name)
-    return table
-
-
-def _exported_graphs(networks: tuple[Network, ...], out: Path, report: Progress) -> dict[str, Any]:
-    from dreammix_trt.export.onnx_graph import exporter_versions, graph_of
-
-    by_graph = {network.graph: network for network in networks[::-1]}
-    graphs: dict[str, Any] = {}
-    for number, (name, network) in enumerate(reversed(by_graph.items())):
-        report(f"{name}: graph", number, len(by_graph))
-        graph = graph_of(network)
-        data = graph.proto.SerializeToString()
-        (out / f"{name}.onnx").write_bytes(data)
-        log.info("%s: %d nodes, %d bytes", name, len(graph.proto.graph.node), len(data))
-        stored = {item.name: list(item.dims) for item in graph.proto.graph.initializer}
-        weights = {
-            weight: {"shape": stored[weight][::-1] if flipped else stored[weight], "transposed": flipped}
-            for weight, flipped in graph.transposed.items()
-        }
-        graphs[name] = {"sha256": hashlib.sha256(data).hexdigest(), "initializers": weights}
-    return {
-        "schema": SCHEMA,
-        "digest": graphs_digest(networks),
-        "exporter": exporter_versions(),
-        "graphs": graphs,
-        "parity": {},
-    }
-
-
-def _written_network(
-    base: BaseFiles, network: Network, table: Mapping[str, Any], out: Path, check: bool, reused: bool
+def export_network(
+    base: BaseFiles,
+    network: Network,
+    graph: Path,
+    out: Path,
+    *,
+    loras: Sequence[BaseLora] = (),
+    verify: bool | None = None,
 ) -> dict[str, Any]:
-    from safetensors.numpy import save_file
+    """Write one network's part into the folder `out`, its graph from the folder `graph`; returns its `network.json`.
 
-    graph, weights_file = f"graphs/{network.graph}.onnx", f"weights/{network.name}.safetensors"
-    weights = weights_of(base, network.name)
-    initializers = table["graphs"][network.graph]["initializers"]
-    used = {name: weights[name] for name in initializers if name in weights}
-    check_fit(network.name, used, {name: tuple(facts["shape"]) for name, facts in initializers.items()})
-    save_file(
-        {name: _stored(used[name], facts["transposed"]) for name, facts in initializers.items()}, out / weights_file
-    )
-    entry = {"graph": graph, "weights": weights_file, **network.described(), "initializers": initializers}
-    if check:
-        module = torch_module(network, weights)
-        figures = check_parity(network, out / graph, out / weights_file, module, check_sizes(base.divisor))
-        return {**entry, "parity": {**figures, "checked": "at build"}}
-    recorded = table["parity"].get(network.name)
-    if recorded is None:
-        log.warning("%s: its graph was never compared with torch; export with verify", network.name)
-        return {**entry, "parity": {"checked": "never"}}
-    return {**entry, "parity": {**recorded, "checked": "at export" if reused else "at build"}}
-
-
-def _stored(weight: NDArray[np.float32], transposed: bool) -> NDArray[np.float32]:
-    return np.ascontiguousarray(weight.T if transposed else weight, dtype=np.float32)
-
-
-def _base_facts(base: BaseFiles, networks: tuple[Network, ...], slot_rank: int) -> dict[str, Any]:
-    """What the loop must know of a base; `slots`: network -> number of slots and packed size."""
-    slots = {
-        network.name: {"count": len(network.slots), "packed": sum(slot.size for slot in network.slots)}
-        for network in networks
-        if network.slots
+    Weights stream from the checkpoint to the part, one tensor in memory at a time; loras: merged into them. verify:
+    compare with torch in ONNX Runtime (None: where torch is installed and the network is small enough; else the figures
+    of the graph's making are carried along, marked "at export"). Raises `BuildError` when the graph differs from torch
+    by more than its bound, `FileFormatError` for weights that do not fit or do not fit in float16.
+    """
+    facts = read_json(graph / "graph.json")
+    weights, file = weights_of(base, network.name, loras), out / f"{network.graph}.safetensors"
+    _write_weights(network, weights, facts["weights"], file)
+    shutil.copyfile(graph / "graph.onnx", file.with_suffix(".onnx"))
+    described = network.described()  # without inputs that have no effect: factors of a text encoder's unused last layer
+    described["inputs"] = [spec for spec in described["inputs"] if spec["name"] in facts["inputs"]]
+    entry = {
+        "schema": SCHEMA,
+        "graph": f"{network.graph}.onnx",
+        "weights": file.name,
+        "exporter": facts["exporter"],
+        **described,
+        "initializers": {name: transposed for name, (_, _, transposed) in facts["weights"].items()},
     }
-    return {
+    entry["parity"] = _parity(base, network, weights, facts, out, verify)
+    write_json(out / "network.json", entry)
+    return entry
+
+
+def export_facts(base: BaseFiles, slot_rank: int, out: Path, defaults: Mapping[str, Any] | None = None) -> None:
+    """Write the part `base`: what the loop must know (`base.json`) and both tokenizers.
+
+    defaults: fields of a request that suit this base (a few-step LoRA's sampler, steps and guidance).
+    """
+    facts = {
         "schema": SCHEMA,
         "native_side": base.native_side,
         "latent_factor": 8,
@@ -192,43 +187,51 @@ def _base_facts(base: BaseFiles, networks: tuple[Network, ...], slot_rank: int) 
         "scaling_factor": base.scaling_factor,
         "patched": base.patch is not None,
         "patch_biases": base.patch_biases,
-        "pad_tokens": {name: _pad_token(base.folder / name) for name in TOKENIZERS},
+        "head": base.head_padding if base.has_head else None,
+        "pad_tokens": {name: base.pad_token(name) for name in TOKENIZERS},
         "slot_rank": slot_rank,
-        "slots": slots,
+        "defaults": dict(defaults or {}),
+    }
+    write_json(out / "base.json", facts)
+    for name in TOKENIZERS:
+        (out / name).mkdir()
+        base.write_tokenizer(name, out / name)
+
+
+def graph_digest(network: Network) -> str:
+    """sha256 of all that decides a graph: configurations, tensors, slots, precision, and the exporter's revision."""
+    facts = [GRAPH_REVISION, network.described(), _canonical(network.configs)]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=list).encode()).hexdigest()
+
+
+def _canonical(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        name: {key: value for key, value in config.items() if key not in _NO_MATTER and not key.startswith("_")}
+        for name, config in configs.items()
     }
 
 
-def _copy_tokenizers(base: BaseFiles, out: Path) -> None:
-    """vocab.json and merges.txt (taken out of tokenizer.json where a folder has only that) and the pad token."""
-    for name in TOKENIZERS:
-        source, target = base.folder / name, out / name
-        target.mkdir(exist_ok=True)
-        if (source / "vocab.json").is_file() and (source / "merges.txt").is_file():
-            for file in ("vocab.json", "merges.txt"):
-                shutil.copyfile(source / file, target / file)
-        else:
-            _split_tokenizer(source / "tokenizer.json", target)
-        _write_json(target / "special_tokens_map.json", {"pad_token": _pad_token(source)})
+def _write_weights(network: Network, weights: Weights, wanted: Mapping[str, Any], file: Path) -> None:
+    """The weights as the graph wants them; those without effect (a text encoder's last layer) are left out."""
+    straight = {name: tuple(shape[::-1] if turned else shape) for name, (_, shape, turned) in wanted.items()}
+    check_fit(network.name, {name: weights.shape(name) for name in wanted if name in weights}, straight)
+
+    def read(name: str) -> NDArray[np.float32]:
+        return weights[name].T if wanted[name][2] else weights[name]
+
+    write_tensors(file, {name: (dtype, tuple(shape)) for name, (dtype, shape, _) in wanted.items()}, read)
 
 
-def _split_tokenizer(path: Path, target: Path) -> None:
-    if not path.is_file():
-        raise FileFormatError(f"{path.parent}: neither vocab.json with merges.txt nor tokenizer.json")
-    model = json.loads(path.read_text(encoding="utf-8"))["model"]
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    (target / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
-    (target / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+def _parity(
+    base: BaseFiles, network: Network, weights: Weights, facts: Mapping[str, Any], out: Path, verify: bool | None
+) -> dict[str, Any]:
+    from importlib.util import find_spec
 
-
-def _pad_token(folder: Path) -> str:
-    """What fills a prompt up to 77: by tokenizer_config.json, else special_tokens_map.json, else the end mark."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / name).is_file():
-            token = json.loads((folder / name).read_text(encoding="utf-8")).get("pad_token")
-            if token is not None:
-                return str(token["content"] if isinstance(token, dict) else token)
-    return "<|endoftext|>"
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    size = sum(math.prod(weights.shape(name)) for name in weights)
+    possible = find_spec("torch") is not None and find_spec("diffusers") is not None
+    if verify or (verify is None and possible and size <= CHECKED_PARAMETERS):
+        model = out / f"{network.graph}.onnx"
+        figures = check_parity(network, model, torch_module(network, weights), check_sizes(base.divisor))
+        return {**figures, "checked": "at build"}
+    recorded = facts["parity"].get(network.name)
+    return {**recorded, "checked": "at export"} if recorded else {"checked": "not", "parameters": size}

@@ -1,0 +1,202 @@
+"""Does a real-size SDXL go through: checkpoint, patch, head and LoRAs in, engines for an RTX 4090 out, without a GPU?
+
+Writes the files a user would hold (random weights, exact formats), builds a base and two subjects by the command line,
+and runs the UNet once in torch and in ONNX Runtime, in processes of their own. `--width 0.2` is the same in miniature.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _common import Benchmark
+from _sdxl_files import sdxl_configs, write_head, write_lora, write_patch, write_single_file, write_tokenizers
+
+GIB, MIB = 1 << 30, 1 << 20
+LATENT = 32
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--width", type=float, default=1.0, help="1.0: SDXL itself; 0.2: miniature, some minutes")
+    parser.add_argument("--folder", type=Path, help="where files, store and engines go, and stay (default: temporary)")
+    parser.add_argument("--target", action="append", help="GPUs to build for (default: sm_89)")
+    parser.add_argument("--shapes", default="static", choices=("static", "dynamic"))
+    parser.add_argument("--no-call", action="store_true", help="without the UNet call")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    name = "full_size" if given.width == 1 else f"full_size_{given.width:g}"
+    bench = Benchmark(name if given.shapes == "static" else f"{name}_{given.shapes}")
+    folder = given.folder or Path(tempfile.mkdtemp(prefix="full-size-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        files = written(bench, folder, given.width)
+        engines(bench, folder, files, given.target or ["sm_89"], given.shapes)
+        if not given.no_call:
+            unet_call(bench, folder, files)
+    finally:
+        if given.folder is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    return bench.finish(as_json=given.json)
+
+
+def written(bench: Benchmark, folder: Path, width: float) -> dict[str, Path]:
+    """What a user would hold, by option name; files that are there are kept."""
+    configs = sdxl_configs(width)
+    files = {
+        "base": folder / "sdxl.safetensors",
+        "patch": folder / "inpaint_v26.fooocus.patch",
+        "head": folder / "fooocus_inpaint_head.pth",
+        "mug": folder / "mug.safetensors",
+        "teapot": folder / "teapot.safetensors",
+    }
+    started = time.perf_counter()
+    if not files["teapot"].exists():
+        write_single_file(files["base"], configs)
+        write_patch(files["patch"], configs)
+        write_head(files["head"], configs)
+        write_lora(files["mug"], configs)
+        write_lora(files["teapot"], configs, seed=9, dialect="kohya_sgm")
+        bench.add("files: written [s]", time.perf_counter() - started)
+    if width != 1:
+        write_tokenizers(folder / "tokenizers", configs)
+        files["tokenizer"] = folder / "tokenizers"
+    for key in ("base", "patch", "mug"):
+        bench.add(f"files: {key} [MiB]", files[key].stat().st_size / MIB)
+    return files
+
+
+def engines(bench: Benchmark, folder: Path, files: dict[str, Path], targets: list[str], shapes: str) -> None:
+    """A base with its first subject, then a second subject, each by the command line."""
+    common = ["--base", files["base"], "--patch", files["patch"], "--head", files["head"]]
+    common += ["--tokenizer", files["tokenizer"]] if "tokenizer" in files else []
+    common += ["--store", folder / "store", "--shapes", shapes]
+    common += [word for target in targets for word in ("--target", target)]
+    first = seconds_of("build", "--out", folder / "engine-mug", "--lora", files["mug"], *common, folder=folder)
+    bench.add("whole set: wall [s]", first, bound="<= 1500")
+    passport = json.loads((folder / "engine-mug" / "passport.json").read_text())
+    for network in passport["networks"]:
+        parts_of(bench, folder, passport, network)
+    kinds = {"graph": "tracing", "onnx": "export", "engine": "engines"}
+    costs = all_costs(folder / "store")
+    for kind, said in kinds.items():
+        if costs[kind]:
+            peak = max(cost["peak_anonymous"] for cost in costs[kind]) / GIB
+            bench.add(f"{said}: wall of all [s]", sum(cost["seconds"] for cost in costs[kind]))
+            bench.add(f"{said}: peak anonymous memory [GiB]", peak, bound="<= 12")
+    stored = sum(file.stat().st_size for file in (folder / "store").rglob("*") if file.is_file())
+    bench.add("store: all parts [GiB]", stored / GIB)
+    second = seconds_of("build", "--out", folder / "engine-teapot", "--lora", files["teapot"], *common, folder=folder)
+    bench.add("second subject: wall [s]", second, bound="<= 10")
+    size = sum(file.stat().st_size for file in (folder / "engine-teapot").rglob("*") if file.is_file())
+    bench.add("second subject: bytes [MB]", size / 1e6, bound="<= 25")
+
+
+def parts_of(bench: Benchmark, folder: Path, passport: dict[str, Any], network: dict[str, Any]) -> None:
+    """The rows of one network: what its export and its engine took and weigh."""
+    name, build = network["name"], network["build"]
+    manifest = json.loads((folder / "store" / passport["parts"][name] / "manifest.json").read_text())
+    onnx = folder / "store" / manifest["parts"]["onnx"]
+    size = sum(file.stat().st_size for file in onnx.iterdir() if file.suffix in (".onnx", ".safetensors"))
+    rows = {
+        "export [s]": build["export"]["seconds"],
+        "ONNX [MiB]": size / MIB,
+        "engine [s]": build["seconds"],
+        "engine: peak memory [GiB]": build["peak_rss"] / GIB,
+        "engine: of that anonymous [GiB]": build["peak_anonymous"] / GIB,
+        "engine [MiB]": build["engine_bytes"] / MIB,
+    }
+    for what, value in rows.items():
+        bench.add(f"{name}: {what}", value)
+    if build["messages"]:
+        bench.add(f"{name}: builder's warnings", "; ".join(build["messages"])[:200])
+
+
+def all_costs(store: Path) -> dict[str, list[dict[str, float]]]:
+    """What making the parts took, by kind; an export's own, without the tracing inside it."""
+    found: dict[str, list[dict[str, float]]] = {"graph": [], "onnx": [], "engine": []}
+    for manifest in store.glob("*/manifest.json"):
+        kind = json.loads(manifest.read_text())["parts"].get("kind")
+        if kind in found:
+            found[kind].append(json.loads((manifest.parent / "cost.json").read_text()))
+    return found
+
+
+def seconds_of(*words: object, folder: Path) -> float:
+    """Wall seconds of one `dreammix-trt` command."""
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "dreammix_trt", *map(str, words)]
+    subprocess.run(command, check=True, env={**os.environ, "DREAMMIX_HOME": str(folder / "home")})
+    return time.perf_counter() - started
+
+
+def unet_call(bench: Benchmark, folder: Path, files: dict[str, Path]) -> None:
+    """One call of the patched UNet with a LoRA in its slots: torch in float32 against the float16 graph."""
+    passport = json.loads((folder / "engine-mug" / "passport.json").read_text())
+    manifest = json.loads((folder / "store" / passport["parts"]["unet"] / "manifest.json").read_text())
+    onnx = folder / "store" / manifest["parts"]["onnx"]
+    inputs = folder / "inputs.npz"
+    paths = [str(files[key]) for key in ("base", "patch", "head", "mug")] + [str(files.get("tokenizer", ""))]
+    for kind, source in (("make inputs", ""), ("torch", ""), ("onnxruntime", str(onnx))):
+        code = f"import full_size; full_size.child({kind!r}, {str(inputs)!r}, {source!r}, {paths!r})"
+        done = subprocess.run(
+            [sys.executable, "-c", code], check=True, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "DREAMMIX_HOME": str(folder / "home")},
+        )  # fmt: skip
+        if kind != "make inputs":
+            figures = json.loads(done.stdout.splitlines()[-1])
+            bench.add(f"UNet call at {LATENT}x{LATENT}, {kind} [s]", figures["seconds"])
+            bench.add(f"UNet call, {kind}: peak memory [GiB]", figures["peak"] / GIB)
+    truth, found = (np.load(inputs.with_suffix(f".{kind}.npy")) for kind in ("torch", "onnxruntime"))
+    error = float(np.abs(found - truth).max() / np.abs(truth).max())
+    bench.add("UNet call: largest difference / largest value", error, bound="<= 0.02")
+    rms = float(np.sqrt(np.mean((found - truth) ** 2) / np.mean(truth**2)))
+    bench.add("UNet call: rms difference / rms value", rms)
+    bench.add("UNet call: rms of eps", float(np.sqrt(np.mean(truth**2))))
+
+
+def child(kind: str, inputs: str, onnx: str, paths: list[str]) -> None:
+    """One side of `unet_call`, in a process of its own."""
+    from dreammix_trt.core.checkpoint import BaseFiles
+    from dreammix_trt.core.lora import read_lora
+    from dreammix_trt.core.subject import pack, unpacked
+    from dreammix_trt.export.networks import networks_of, torch_module, weights_of
+    from dreammix_trt.export.parity import OnnxNetwork, run_torch
+
+    base = BaseFiles.open(*paths[:3], tokenizer=paths[4] or None)
+    network = next(each for each in networks_of(base, precision="float16", fused=True) if each.name == "unet")
+    if kind == "make inputs":
+        made = network.example({"pictures": 1, "rows": 2, "h": LATENT, "w": LATENT})
+        factors = read_lora(paths[3], base.configs["unet"]).factors["unet"]
+        made |= {
+            name: rows.astype(np.float16)
+            for name, rows in unpacked(pack(factors, network.slots)[None], network.slots).items()
+        }
+        np.savez(inputs, **made)
+        return
+    arrays = dict(np.load(inputs))
+    run = (
+        (lambda: run_torch(torch_module(network, weights_of(base, "unet")), network, arrays))
+        if kind == "torch"
+        else (lambda: OnnxNetwork(Path(onnx) / "unet.onnx", light=True).run(**arrays))
+    )
+    started = time.perf_counter()
+    eps = run()["eps"]
+    seconds = time.perf_counter() - started
+    np.save(Path(inputs).with_suffix(f".{kind}.npy"), eps.astype(np.float32))
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"seconds": seconds, "peak": peak}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""The types of a graph: everything in the network's precision, float32 where the trace marked it so.
+
+TensorRT's networks are strongly typed: the graph says which type each value has. The trace is made in float32, as a CPU
+can, with two marks in it (`modules.narrow`, `modules.wide`); here they become casts, and weights and constants take the
+type of the values they meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dreammix_trt.core.errors import BuildError
+from dreammix_trt.export.networks import Network, TensorSpec
+
+if TYPE_CHECKING:
+    import onnx
+
+NARROW, WIDE = "Narrow", "Wide"
+_DTYPES = ("float32", "float16")
+_SHAPING = ("Identity", "Reshape", "Shape", "Size", "Squeeze", "Transpose", "Unsqueeze")
+
+
+def typed(graph: onnx.GraphProto, network: Network, weights: Mapping[str, object]) -> dict[str, str]:
+    """Give every value of a float32 trace its type; returns the dtype of each weight.
+
+    graph: nodes in topological order, weights among its inputs under the names of `weights`. Raises `BuildError` when
+    float32 and float16 values meet in one operator without a mark: a bug in the network's torch form.
+    """
+    marks = {NARROW: network.precision, WIDE: "float32"}
+    return _Types(graph, network, set(weights), marks).run()
+
+
+class _Types:
+    def __init__(self, graph: onnx.GraphProto, network: Network, weights: set[str], marks: Mapping[str, str]) -> None:
+        self.graph, self.network, self.weights, self.marks = graph, network, weights, marks
+        self.known = {spec.name: spec.dtype for spec in network.inputs if spec.dtype in _DTYPES}
+        self.free = {item.name for item in graph.initializer if item.data_type == 1} | weights
+        self.constants = {item.name: item for item in graph.initializer}
+        self.numbers = set(self.constants)
+        self.weight_types: dict[str, str] = {}
+        self.weight_of: dict[str, str] = {}
+        self.nodes: list[onnx.NodeProto] = []
+        self.casts: dict[tuple[str, str], str] = {}
+
+    def run(self) -> dict[str, str]:
+        for node in list(self.graph.node):
+            self._visit(node)
+        del self.graph.node[:], self.graph.value_info[:]
+        self.graph.node.extend(self.nodes)
+        for spec in self.network.outputs:
+            self._declare_output(spec)
+        for item in self.graph.input:
+            dtype = self.known.get(item.name) or self.weight_types.get(item.name)
+            if dtype:
+                item.type.tensor_type.elem_type = _code(dtype)
+        return {name: self.weight_types.get(name, self.network.precision) for name in self.weights}
+
+    def _visit(self, node: onnx.NodeProto) -> None:
+        if node.op_type in self.marks and node.domain:
+            self._cast(node, self.marks[node.op_type])
+            return
+        if node.op_type == "Constant":
+            self.numbers.add(node.output[0])
+            if any(a.name == "value" and a.t.data_type == 1 for a in node.attribute):
+                self.free.add(node.output[0])
+                self.constants[node.output[0]] = next(a.t for a in node.attribute if a.name == "value")
+            self.nodes.append(node)
+            return
+        if node.op_type == "Cast":
+            self._keep_cast(node)
+            return
+        if node.op_type == "ConstantOfShape":
+            if any(a.t.data_type == 1 for a in node.attribute):
+                self.free.add(node.output[0])
+            self.nodes.append(node)
+            return
+        counted = list(range(1)) if node.op_type == "Resize" else list(range(len(node.input)))
+        met = {self.known[node.input[k]] for k in counted if node.input[k] in self.known}
+        if len(met) > 1:
+            raise BuildError(f"{node.name}: float16 and float32 meet without a mark; this is a bug, please report it")
+        if not met and node.op_type not in _SHAPING and any(self._weight(node.input[k]) for k in counted):
+            met = {self.network.precision}  # weights among themselves: a text encoder's embeddings
+        if met:
+            dtype = met.pop()
+            for k in counted:
+                if node.input[k] in self.free:
+                    node.input[k] = self._of_type(node.input[k], dtype)
+            if node.op_type not in ("Shape", "Size", "ArgMax", "Equal", "Greater", "Less"):
+                self.known.update(dict.fromkeys(node.output, dtype))
+        elif any(node.input[k] in self.free for k in counted) and node.op_type not in ("Shape", "Size"):
+            self.free.update(node.output)
+            if node.op_type in _SHAPING:  # a weight in another shape is still that weight
+                self.weight_of[node.output[0]] = self.weight_of.get(node.input[0], node.input[0])
+        self.nodes.append(node)
+
+    def _cast(self, node: onnx.NodeProto, dtype: str) -> None:
+        """A mark becomes a cast, or nothing where the type is right already."""
+        import onnx
+
+        same = self.known.get(node.input[0]) == dtype
+        made = onnx.helper.make_node("Identity" if same else "Cast", node.input, node.output, node.name)
+        if not same:
+            made.attribute.append(onnx.helper.make_attribute("to", _code(dtype)))
+        self.nodes.append(made)
+        self.known[node.output[0]] = dtype
+
+    def _keep_cast(self, node: onnx.NodeProto) -> None:
+        """A cast that the trace holds: from float to float it did nothing there, and does nothing here."""
+        if next(a.i for a in node.attribute if a.name == "to") == _code("float32"):
+            source = node.input[0]
+            if source in self.known or source in self.free:
+                node.op_type = "Identity"
+                del node.attribute[:]
+            if source in self.free or source in self.numbers:
+                self.free.add(node.output[0])
+            else:
+                self.known[node.output[0]] = self.known.get(source, "float32")
+        self.nodes.append(node)
+
+    def _of_type(self, name: str, dtype: str) -> str:
+        """The weight or constant `name` in the type of what it meets."""
+        import onnx
+
+        weight = self._weight(name)
+        if weight:
+            if self.weight_types.setdefault(weight, dtype) != dtype:
+                raise BuildError(f"weight {weight} meets float16 and float32; this is a bug, please report it")
+            return name
+        if dtype == "float32":
+            return name
+        if (name, dtype) not in self.casts:
+            new = f"{name}_{dtype}"
+            if name in self.constants:
+                values = onnx.numpy_helper.to_array(self.constants[name])
+                limit = np.finfo(dtype).max
+                half = np.clip(values, -limit, limit).astype(dtype)
+                self.graph.initializer.append(onnx.numpy_helper.from_array(half, new))
+            else:
+                self.nodes.append(onnx.helper.make_node("Cast", [name], [new], new, to=_code(dtype)))
+            self.casts[name, dtype] = new
+        return self.casts[name, dtype]
+
+    def _weight(self, name: str) -> str | None:
+        """The weight that a value is, perhaps in another shape."""
+        weight = self.weight_of.get(name, name)
+        return weight if weight in self.weights else None
+
+    def _declare_output(self, spec: TensorSpec) -> None:
+        import onnx
+
+        item = next(item for item in self.graph.output if item.name == spec.name)
+        if spec.dtype in _DTYPES:
+            item.type.tensor_type.elem_type = _code(spec.dtype)
+            if self.known.get(spec.name, spec.dtype) != spec.dtype:
+                for node in self.graph.node:
+                    node.output[:] = [f"{spec.name}_wide" if name == spec.name else name for name in node.output]
+                cast = onnx.helper.make_node(
+                    "Cast", [f"{spec.name}_wide"], [spec.name], spec.name, to=_code(spec.dtype)
+                )
+                self.graph.node.append(cast)
+
+
+def _code(dtype: str) -> int:
+    return {"float32": 1, "float16": 10}[dtype]
