@@ -12,8 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from dreammix_trt.export.networks import Network, networks_of
 from dreammix_trt.export.onnx_export import export_network, write_graph
 
 MIB, GIB = 1 << 20, 1 << 30
-FORMS = ("packed", "stacked", "single")
+FORMS = ("single", "stacked", "packed")
 
 
 def main() -> int:
@@ -42,15 +41,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.folder or Path(scratch)
         base = opened(folder, given.width)
-        for fused, forms in ((True, FORMS), (False, FORMS[:1])):
-            if not given.no_build:
-                network = exported(base, folder, "float16", fused)
-                for form in forms:
-                    build(bench, folder, network, form, base, "single operators" if fused else "written out")
+        if not given.no_build:
+            for form in FORMS:
+                build(bench, folder, exported(base, folder, "float16", True), form, base)
+            build(bench, folder, exported(base, folder, "float16", False), "single", base)
         if not given.no_run:
-            for fused in (False, True):
-                network = exported(base, folder, "float32", fused)
-                run(bench, folder, network, FORMS if not fused else FORMS[:1])
+            run(bench, folder, [exported(base, folder, "float32", fused) for fused in (False, True)])
     return bench.finish(as_json=given.json)
 
 
@@ -84,22 +80,37 @@ def place(folder: Path, network: Network) -> Path:
 
 
 def formed(folder: Path, network: Network, form: str) -> tuple[Path, list[dict[str, Any]]]:
-    """The graph in a form, beside its weights, and its inputs."""
+    """The graph in a form, beside its weights, and its inputs; a fused graph has single factors, another one packed."""
     out = place(folder, network)
     inputs = [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in network.inputs]
-    if form == "packed":
+    if form == ("single" if network.fused else "packed"):
         return out / "unet.onnx", inputs
     model = onnx.load(out / "unet.onnx", load_external_data=False)
-    factors = _cut_out_factors(model.graph, network)
-    made = _single(model.graph, factors) if form == "single" else _stacked(model.graph, factors)
-    _drop_idle(model.graph)
+    graph, side = model.graph, "pictures" if network.fused else "rows"
+    factors = _without_inputs(graph, network) if network.fused else _cut_out(graph, network)
+    made = {"single": _single, "stacked": _stacked, "packed": _packed}[form](graph, factors, side)
+    _drop_idle(graph)
     onnx.save(model, out / f"unet-{form}.onnx")
-    kept = [entry for entry in inputs if entry["name"] != "lora"]
+    kept = [entry for entry in inputs if entry["name"] in KEPT]
     return out / f"unet-{form}.onnx", kept + [{"name": n, "dtype": network.precision, "shape": s} for n, s in made]
 
 
-def _cut_out_factors(graph: onnx.GraphProto, network: Network) -> list[tuple[str, int, int]]:
-    """Remove the packed input and what unpacks it; (value, height, width) of every factor, now without source."""
+Factors = list[tuple[str, int, int]]
+Made = list[tuple[str, list[Any]]]
+
+
+def _without_inputs(graph: onnx.GraphProto, network: Network) -> Factors:
+    """Remove the inputs of the factors; (value, height, width) of each, now without source."""
+    shapes = {spec.name: spec.shape[1:] for spec in network.inputs if spec.name not in KEPT}
+    inputs = [item for item in graph.input if item.name in KEPT]
+    found = [(item.name, *map(int, shapes[item.name])) for item in graph.input if item.name not in KEPT]
+    del graph.input[:]
+    graph.input.extend(inputs)
+    return found  # type: ignore[return-value]
+
+
+def _cut_out(graph: onnx.GraphProto, network: Network) -> Factors:
+    """The same for a packed input and what unpacks it."""
     split = max((node for node in graph.node if node.op_type == "Split"), key=lambda node: len(node.output))
     reshapes = {node.input[0]: node for node in graph.node if node.op_type == "Reshape"}
     shapes = [side for slot in network.slots for side in ((slot.inputs, slot.rank), (slot.rank, slot.outputs))]
@@ -109,42 +120,60 @@ def _cut_out_factors(graph: onnx.GraphProto, network: Network) -> list[tuple[str
     return [(node.output[0], *shape) for node, shape in zip(nodes, shapes, strict=True)]
 
 
-def _single(graph: onnx.GraphProto, factors: list[tuple[str, int, int]]) -> Iterator[tuple[str, list[Any]]]:
+def _single(graph: onnx.GraphProto, factors: Factors, side: str) -> Made:
     """One input a factor."""
-    dtype = graph.input[0].type.tensor_type.elem_type
-    made = []
-    for name, height, width in factors:
-        graph.input.append(onnx.helper.make_tensor_value_info(name, dtype, ["rows", height, width]))
-        made.append((name, ["rows", height, width]))
-    return iter(made)
+    made = [(name, [side, height, width]) for name, height, width in factors]
+    _add_inputs(graph, made)
+    return made
 
 
-def _stacked(graph: onnx.GraphProto, factors: list[tuple[str, int, int]]) -> Iterator[tuple[str, list[Any]]]:
-    """One input a shape: (factors, rows, height, width), split and squeezed."""
-    dtype = graph.input[0].type.tensor_type.elem_type
+def _stacked(graph: onnx.GraphProto, factors: Factors, side: str) -> Made:
+    """One input a shape: (factors, side, height, width), split and squeezed."""
     groups: dict[tuple[int, int], list[str]] = {}
     for name, height, width in factors:
         groups.setdefault((height, width), []).append(name)
     graph.initializer.append(onnx.numpy_helper.from_array(np.array([0], np.int64), "first_axis"))
     made, nodes = [], []
     for (height, width), names in groups.items():
-        stack, shape = f"factors_{height}x{width}", [len(names), "rows", height, width]
-        graph.input.append(onnx.helper.make_tensor_value_info(stack, dtype, shape))
-        made.append((stack, shape))
-        parts = [f"{name}_of_stack" for name in names]
+        stack, parts = f"factors_{height}x{width}", [f"{name}_of_stack" for name in names]
+        made.append((stack, [len(names), side, height, width]))
         nodes.append(onnx.helper.make_node("Split", [stack], parts, axis=0, num_outputs=len(parts)))
-        nodes += [
-            onnx.helper.make_node("Squeeze", [part, "first_axis"], [name])
-            for part, name in zip(parts, names, strict=True)
-        ]
+        for part, name in zip(parts, names, strict=True):
+            nodes.append(onnx.helper.make_node("Squeeze", [part, "first_axis"], [name]))
+    _add_inputs(graph, made)
+    _put_first(graph, nodes)
+    return made
+
+
+def _packed(graph: onnx.GraphProto, factors: Factors, side: str) -> Made:
+    """One input: every factor flattened, one after the other."""
+    sizes = [height * width for _, height, width in factors]
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array(sizes, np.int64), "factor_sizes"))
+    parts = [f"{name}_packed" for name, _, _ in factors]
+    nodes = [onnx.helper.make_node("Split", ["lora", "factor_sizes"], parts, axis=1)]
+    for part, (name, height, width) in zip(parts, factors, strict=True):
+        shape = onnx.numpy_helper.from_array(np.array([0, height, width], np.int64), f"{name}_shape")
+        graph.initializer.append(shape)
+        nodes.append(onnx.helper.make_node("Reshape", [part, shape.name], [name]))
+    made: Made = [("lora", [side, sum(sizes)])]
+    _add_inputs(graph, made)
+    _put_first(graph, nodes)
+    return made
+
+
+def _add_inputs(graph: onnx.GraphProto, made: Made) -> None:
+    dtype = graph.input[0].type.tensor_type.elem_type
+    graph.input.extend(onnx.helper.make_tensor_value_info(name, dtype, shape) for name, shape in made)
+
+
+def _put_first(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
     rest = list(graph.node)
     del graph.node[:]
     graph.node.extend([*nodes, *rest])
-    return iter(made)
 
 
 def _drop_idle(graph: onnx.GraphProto) -> None:
-    """Drop nodes and the input `lora` whose results nobody uses."""
+    """Drop nodes and inputs whose results nobody uses."""
     wanted = {item.name for item in graph.output}
     kept = []
     for node in reversed(graph.node):
@@ -153,12 +182,12 @@ def _drop_idle(graph: onnx.GraphProto) -> None:
             wanted |= set(node.input)
     del graph.node[:]
     graph.node.extend(reversed(kept))
-    inputs = [item for item in graph.input if item.name != "lora"]
+    inputs = [item for item in graph.input if item.name in wanted]
     del graph.input[:]
     graph.input.extend(inputs)
 
 
-def build(bench: Benchmark, folder: Path, network: Network, form: str, base: BaseFiles, said: str) -> None:
+def build(bench: Benchmark, folder: Path, network: Network, form: str, base: BaseFiles) -> None:
     """Build one form for SM89."""
     from dreammix_trt.engine.tensorrt import build_engine, profiles_for
 
@@ -168,7 +197,7 @@ def build(bench: Benchmark, folder: Path, network: Network, form: str, base: Bas
     report = build_engine(graph, plan, backend="tensorrt-rtx", profiles=profiles, targets=["sm_89"])
     plan.unlink()
     weights = (place(folder, network) / "unet.safetensors").stat().st_size
-    name = f"TensorRT-RTX, {form} factors, attention in {said}"
+    name = f"TensorRT-RTX, {form} factors, {said(network)}"
     bench.add(f"{name}: build [s]", report.seconds)
     bench.add(f"{name}: anonymous memory [GiB]", (report.peak_anonymous or 0) / GIB)
     bench.add(f"{name}: plan beyond weights [MiB]", (report.engine_bytes - weights) / MIB)
@@ -176,38 +205,49 @@ def build(bench: Benchmark, folder: Path, network: Network, form: str, base: Bas
     bench.add(f"{name}: attentions without a fused kernel", float(report.decomposed))
 
 
-def run(bench: Benchmark, folder: Path, network: Network, forms: tuple[str, ...]) -> None:
+def run(bench: Benchmark, folder: Path, networks: list[Network]) -> None:
     """Calls at a small latent, where what a form costs by itself shows; the forms take turns."""
+    works = {}
+    for network in networks:
+        for form in FORMS if not network.fused else ("packed",):
+            works[f"ONNX Runtime, {form} factors, {said(network)}"] = bound(folder, network, form)
+    calls: dict[str, list[float]] = {name: [] for name in works}
+    swaps: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(12):
+        for name, (session, binding, factors) in works.items():
+            calls[name].append(_timed(partial(session.run_with_iobinding, binding)))
+            swaps[name].append(_timed(partial(_swap, factors)))
+    for name in works:
+        bench.add(f"{name}: call at 8x8 [ms]", 1000 * statistics.median(calls[name][2:]))
+        bench.add(f"{name}: swap of the factors [ms]", 1000 * statistics.median(swaps[name][2:]))
+
+
+def bound(folder: Path, network: Network, form: str) -> tuple[Any, Any, list[tuple[Any, Any]]]:
+    """A session with every input bound, and the bound factors with what to copy into them."""
     import onnxruntime as ort
 
-    works: dict[str, Any] = {}
-    said = "single operators" if network.fused else "written out"
-    for form in forms:
-        graph, inputs = formed(folder, network, form)
-        session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
-        sizes = {"pictures": 1, "rows": 2, "h": 8, "w": 8}
-        arrays = replace(network, inputs=()).example(sizes)
-        rng = np.random.default_rng(0)
-        for entry in inputs:
-            shape = [sizes.get(side, side) for side in entry["shape"]]
-            arrays[entry["name"]] = (0.05 * rng.standard_normal(shape)).astype(entry["dtype"])
-        binding = session.io_binding()
-        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
-        for name, value in values.items():
-            binding.bind_ortvalue_input(name, value)
-        binding.bind_output("eps", "cpu")
-        factors = [(values[name], arrays[name]) for name in arrays if name not in KEPT]
-        works[form] = (session, binding, factors)
-    calls: dict[str, list[float]] = {form: [] for form in works}
-    swaps: dict[str, list[float]] = {form: [] for form in works}
-    for _ in range(12):
-        for form, (session, binding, factors) in works.items():
-            calls[form].append(_timed(lambda s=session, b=binding: s.run_with_iobinding(b)))
-            swaps[form].append(_timed(lambda f=factors: [value.update_inplace(array) for value, array in f]))
-    for form in works:
-        name = f"ONNX Runtime, {form} factors, attention {said}"
-        bench.add(f"{name}: call at 8x8 [ms]", 1000 * statistics.median(calls[form][2:]))
-        bench.add(f"{name}: swap of the factors [ms]", 1000 * statistics.median(swaps[form][2:]))
+    graph, inputs = formed(folder, network, form)
+    session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    sizes, rng = {"pictures": 1, "rows": 2, "h": 8, "w": 8}, np.random.default_rng(0)
+    arrays = {}
+    for entry in inputs:
+        shape = [sizes.get(side, side) for side in entry["shape"]]
+        arrays[entry["name"]] = (0.05 * rng.standard_normal(shape)).astype(entry["dtype"])
+    binding = session.io_binding()
+    values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
+    binding.bind_output("eps", "cpu")
+    return session, binding, [(values[name], arrays[name]) for name in arrays if name not in KEPT]
+
+
+def said(network: Network) -> str:
+    return f"attention {'as single operators' if network.fused else 'written out'}"
+
+
+def _swap(factors: list[tuple[Any, Any]]) -> None:
+    for value, array in factors:
+        value.update_inplace(array)
 
 
 KEPT = ("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids", "inpaint_feature")

@@ -162,7 +162,10 @@ class Parts:
                     f"subject {subject.name}: has factors for {name}, which this base does not have; "
                     "give its LoRA the target 'patched'"
                 )
-            pack(factors, slots[name])
+            try:
+                pack(factors, slots[name])
+            except FileFormatError as error:
+                raise FileFormatError(f"subject {subject.name}: {error}") from error
 
     def _networks(self) -> tuple[Network, ...]:
         return networks_of(self.base, self.slot_rank, self._precision(), self.engine.fused)
@@ -200,13 +203,16 @@ class Parts:
         facts = self._onnx_facts(network)
         if not self.engine.plans:
             return self._part(network.name, "onnx", facts, lambda out: self._export(network, out))
-        built = {
-            "onnx": self._key(network.name, "onnx", facts), "backend": self.engine.backend,
+        built = self._plan_facts(network, facts)
+        return self._part(network.name, "engine", built, lambda out: self._build(network, facts, out))
+
+    def _plan_facts(self, network: Network, onnx_facts: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "onnx": self._key(network.name, "onnx", onnx_facts), "backend": self.engine.backend,
             "version": self.engine.version, "targets": sorted(self.engine.targets), "shapes": self.engine.shapes,
             "pictures": self.engine.pictures, "workspace": self.engine.workspace,
             "latent_side": self.base.native_side // 8, **self._machine(),
         }  # fmt: skip
-        return self._part(network.name, "engine", built, lambda out: self._build(network, facts, out))
 
     def _machine(self) -> dict[str, Any]:
         """What else decides a plan that is built for the GPU at hand."""
@@ -304,7 +310,7 @@ class Parts:
 
     def _costed(self, make: Callable[[Path], None], folder: Path) -> None:
         """Make a part and note beside it what that took, without the parts made on the way."""
-        from dreammix_trt.engine.hardware import MemoryWatch
+        from dreammix_trt.engine.hardware import MemoryWatch, give_back_memory
 
         started = time.perf_counter()
         self._inner.append(0.0)
@@ -313,6 +319,7 @@ class Parts:
         spent, inner = time.perf_counter() - started, self._inner.pop()
         if self._inner:
             self._inner[-1] += spent
+        give_back_memory()
         cost = {"seconds": spent - inner, "peak_rss": watch.rss, "peak_anonymous": watch.anonymous}
         write_json(folder / COST, cost)
 
@@ -320,22 +327,23 @@ class Parts:
         """Say before the start what is to be made and what that needs; refuse when it is not there."""
         from dreammix_trt.engine.tensorrt import Estimate, check_room, estimate
 
-        needs, missing = [], []
+        needs = []
         for network in networks:
-            size = 2 if network.precision == "float16" else 4
-            weights = weights_of(self.base, network.name, [lora for lora, _ in self.loras])
-            count = size * sum(math.prod(weights.shape(name)) for name in weights)
-            facts = self._onnx_facts(network)
+            weights = weights_of(self.base, network.name, [lora for lora, _ in self.loras])  # refuses what does not fit
             if network.name.startswith("vae_"):  # small, and which units are float32 is not known yet
-                pass
-            elif self.shelf.get(self._key(network.name, "onnx", facts)) is None:
-                tracing = _TRACING if count > GIB else 0
-                needs.append(Estimate(tracing, count))
-                missing.append(network.name)
+                continue
+            facts = self._onnx_facts(network)
+            if self.engine.plans and self.shelf.get(
+                self._key(network.name, "engine", self._plan_facts(network, facts))
+            ):
+                continue
+            size = 2 if network.precision == "float16" else 4
+            count = size * sum(math.prod(weights.shape(name)) for name in weights)
+            if self.shelf.get(self._key(network.name, "onnx", facts)) is None:
+                needs.append(Estimate(_TRACING if count > GIB else 0, count))
             if self.engine.plans:
                 needs.append(estimate(4 << 20, count, self.engine.backend))
-                missing.append(network.name)
-        if not missing:
+        if not needs:
             return
         total = Estimate(max(need.host_bytes for need in needs), sum(need.disk_bytes for need in needs))
         if total.disk_bytes > GIB:

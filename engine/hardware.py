@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import platform
 import shutil
@@ -94,6 +95,13 @@ def ask_driver(load: Callable[[str], Any] | None = None) -> Driver:
     gpus = tuple(gpu for index in range(count) if (gpu := _gpu(library, index)))
     problem = None if gpus else "the NVIDIA driver finds no device"
     return Driver(f"{version // 1000}.{version % 1000 // 10}", gpus, problem)
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system where the C library keeps it (glibc does: gigabytes, after a large build)."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class MemoryWatch:
