@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -117,7 +118,18 @@ class Passport:
             raise ValueError(f"networks_at is {passport.networks_at!r}, expected one of {', '.join(PLACES)}")
         if not isinstance(passport.base.get("files", {}), dict):
             raise TypeError(f"base.files is {passport.base['files']!r}, not of type dict")
+        if not isinstance(passport.base.get("defaults", {}), dict):
+            raise TypeError(f"base.defaults is {passport.base['defaults']!r}, not of type dict")
+        if not all(isinstance(each, str) for each in passport.base.get("loras", [])):
+            raise TypeError(f"base.loras is {passport.base['loras']!r}, not a list of texts")
+        if passport.parts.keys() != {"base", *(entry.name for entry in passport.networks)}:
+            raise ValueError(f"its parts are {', '.join(passport.parts)}, its networks others")
+        for name, key in passport.parts.items():
+            if not re.fullmatch(r"\w+", name) or not re.fullmatch(r"[0-9a-f]{64}", key):
+                raise ValueError(f"part {name!r} with the key {key!r}")
         for entry in passport.networks:
+            if Path(entry.file).name != entry.file:
+                raise ValueError(f"{entry.file!r} lies outside its part")
             if not all(isinstance(shape, list) for shape in entry.inputs.values()):
                 raise TypeError(f"the inputs of {entry.name} are {entry.inputs!r}, not lists of sides")
         for file in (*passport.files, *(entry.file for entry in passport.subjects)):
@@ -173,16 +185,26 @@ class Passport:
 
 
 def _parity(record: Mapping[str, Any]) -> str:
-    error = record.get("max_rel")
-    return f"against torch: {error:.1e} of the maximum" if isinstance(error, float) else "not compared with torch"
+    error, when = record.get("max_rel"), record.get("checked", "")
+    return (
+        f"against torch, {when}: {error:.1e} of the maximum" if isinstance(error, float) else "not compared with torch"
+    )
 
 
 def _build(record: Mapping[str, Any]) -> str:
-    if "seconds" not in record:
-        return ""
-    peak = record.get("peak_anonymous")
-    memory = f", {peak / (1 << 30):.1f} GiB of memory" if isinstance(peak, int) else ""
-    return f"{record['engine_bytes'] / (1 << 20):.0f} MiB, built in {record['seconds']:.0f} s{memory}"
+    """What the network's making took: its export, and its plan."""
+    export, said = record.get("export"), []
+    if isinstance(export, dict):
+        said.append(f"exported in {_cost(export)}")
+    if isinstance(record.get("engine_bytes"), int):
+        said.append(f"{record['engine_bytes'] / (1 << 20):.0f} MiB, built in {_cost(record)}")
+    return "; ".join(said)
+
+
+def _cost(record: Mapping[str, Any]) -> str:
+    seconds, peak = record.get("seconds"), record.get("peak_anonymous")
+    memory = f" with {peak / (1 << 30):.1f} GiB" if isinstance(peak, int) else ""
+    return f"{seconds:.0f} s{memory}" if isinstance(seconds, int | float) else "unknown time"
 
 
 def _typed(kind: type[_T], record: Mapping[str, Any]) -> _T:

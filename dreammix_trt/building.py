@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 from dreammix_trt import __version__
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.core.files import check_place, sha256_of
+from dreammix_trt.core.files import check_place, folder_bytes, sha256_of
 from dreammix_trt.core.lora import Lora, LoraSpec, parse_lora, read_lora
 from dreammix_trt.core.passport import FILE_NAME as PASSPORT
+from dreammix_trt.core.request import Request
 from dreammix_trt.core.store import Store
 from dreammix_trt.core.subject import Subject, subject_from_loras
 from dreammix_trt.engine.build import write_engine
+from dreammix_trt.engine.tensorrt import Estimate, check_room
 from dreammix_trt.export.networks import BaseLora
 from dreammix_trt.parts import EngineOptions, Parts
 
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
 
 Update = Callable[[str, float, str], None]
 LoraOption = str | Path | LoraSpec
-_SAMPLERS = ("dpmpp_2m_sde", "euler", "lcm")
+#: marks in the name of a few-step LoRA -> its sampler
+_FEW_STEP = ((r"(?<![a-z])lcm(?![a-z])", "lcm"), (r"lightning|hyper[-_ ]?sd", "euler"))
 
 
 @dataclass(frozen=True)
@@ -90,11 +93,26 @@ def build(
         raise InputError(f"slot_rank is {slot_rank}; allowed: 0 (no slots) to 256")
     check_place(out, PASSPORT)
     engine.check()
+    if name is not None and lora is None:
+        raise InputError(f"name is {name!r}, but there is no LoRA to make a subject of: give --lora")
     specs = _specs([] if lora is None else [lora] if isinstance(lora, LoraOption) else list(lora), "patched")
     if merge and not specs:
         raise InputError("merge needs a LoRA to bake in: give --lora, or leave --merge")
     shelf = Store(Path(store) if store else None)
     files = BaseFiles.open(base, patch, head, patch_biases, vae=vae, tokenizer=tokenizer)
+    if patch_biases and files.patch is None:
+        raise InputError("patch_biases is given, but this base has no patch: give --patch, or leave it")
+    _check_outside(
+        Path(out),
+        [
+            files.folder,
+            files.patch,
+            files.head_file,
+            files.vae,
+            files.tokenizer,
+            *(spec.file for spec in (*specs, *_specs(base_loras, "both"))),
+        ],
+    )
     given = [(read_lora(spec.file, files.configs["unet"]), spec) for spec in specs]
     merged = [(read_lora(spec.file, files.configs["unet"]), spec) for spec in _specs(base_loras, "both")]
     defaults = _suiting(defaults or Defaults(), [spec for _, spec in merged], tell)
@@ -116,20 +134,32 @@ def build(
         "loras": [_described(spec, "both") for _, spec in baked], "merged": subject.name if merge and subject else None,
         "defaults": defaults.to_dict(),
     }  # fmt: skip
+    if self_contained:
+        size = sum(folder_bytes(folder) for folder in folders.values())
+        check_room(Estimate(0, size), Path(out).resolve().parent)
     passport = write_engine(
         Path(out), parts=folders, keys=parts.keys, files=parts.files(), subjects=kept, self_contained=self_contained,
         created_by=f"dreammix-trt {__version__}", base_key=parts.base_key, base=facts, backend=engine.backend,
-        backend_version=engine.version, targets=list(engine.targets), precision=engine.precision,
+        backend_version=engine.version, targets=list(engine.gpus), precision=engine.precision,
         command=_command(
             lora=[_described(spec, "patched") for spec in specs], out=out, base=base, patch=patch, head=head, vae=vae,
             tokenizer=tokenizer, name=name, merge=merge, slot_rank=slot_rank, patch_biases=patch_biases,
             base_lora=[_described(spec, "both") for _, spec in merged], self_contained=self_contained, store=store,
+            verify=verify or None, no_verify=verify is False,
             **engine.words(), **{"sampler": defaults.sampler, "steps": defaults.num_inference_steps,
             "guidance_scale": defaults.guidance_scale},
         ),
     )  # fmt: skip
     shelf.register(Path(out).resolve(), () if self_contained else set(parts.keys.values()))
     return passport
+
+
+def _check_outside(out: Path, sources: Sequence[Path | None]) -> None:
+    """Raise InputError for a source inside the directory that is about to be replaced."""
+    place = out.resolve()
+    for source in sources:
+        if source is not None and source.resolve().is_relative_to(place):
+            raise InputError(f"{source} lies in {out}, which this build replaces; move it, or choose another --out")
 
 
 def _specs(given: Sequence[LoraOption], target: Any) -> list[LoraSpec]:
@@ -139,7 +169,8 @@ def _specs(given: Sequence[LoraOption], target: Any) -> list[LoraSpec]:
 def _described(spec: LoraSpec, usual: str) -> str:
     """The option that means this LoRA; usual: the target where none is given."""
     target = f":{spec.target}" if spec.target != usual else ""
-    scale = f":{spec.scale:g}" if spec.scale != 1 or target else ""
+    plain = f"{spec.scale:g}" if float(f"{spec.scale:g}") == spec.scale else repr(spec.scale)
+    scale = f":{plain}" if spec.scale != 1 or target or ":" in spec.file.name else ""
     return f"{spec.file}{scale}{target}"
 
 
@@ -170,18 +201,18 @@ def _file_name(path: Path) -> str:
 
 def _suiting(given: Defaults, loras: Sequence[LoraSpec], tell: Callable[[str], None]) -> Defaults:
     """The defaults, filled in from the name of a few-step LoRA: nothing else in such a file tells its kind."""
-    if given.sampler is not None and given.sampler not in _SAMPLERS:
-        raise InputError(f"sampler is {given.sampler!r}; allowed: {', '.join(_SAMPLERS)}")
+    Request.of(prompt="any", **given.to_dict())  # refuses what no request could have
     for spec in loras:
         text = spec.file.name.lower()
         steps = re.search(r"(\d+)[-_ ]?step", text)
-        sampler = "lcm" if "lcm" in text else "euler" if "lightning" in text or "hyper" in text else None
+        sampler = next((name for mark, name in _FEW_STEP if re.search(mark, text)), None)
         if sampler:
             found = Defaults(
                 given.sampler or sampler,
                 given.num_inference_steps or (int(steps[1]) if steps else 8),
                 1.0 if given.guidance_scale is None else given.guidance_scale,
             )
+            Request.of(prompt="any", **found.to_dict())
             tell(
                 f"{spec.file.name}: a few-step LoRA by its name; requests use sampler {found.sampler}, "
                 f"{found.num_inference_steps} steps and guidance {found.guidance_scale:g} unless they say otherwise "

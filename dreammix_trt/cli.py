@@ -108,7 +108,7 @@ def train(
             photos, class_name, out, base=base, token=token, prompt=prompt, rank=rank, steps=steps,
             learning_rate=learning_rate, loss=loss, merged=merged, seed=seed, threads=threads, progress=update,
         )  # fmt: skip
-    err_console.print(f"{record.steps} steps in {record.seconds:.0f} s; LoRA in {out}")
+    err_console.print(f"{record.steps} steps in {record.seconds:.0f} s; LoRA in {out}", markup=False)
 
 
 @app.command()
@@ -157,7 +157,8 @@ def build(
     verify: Annotated[
         bool | None,
         typer.Option(
-            "--verify/--no-verify", help="Compare every network with torch, or none; default: the small ones."
+            "--verify/--no-verify",
+            help="Compare every network that is exported with torch, or none; default: the small ones.",
         ),
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Bake the subject into weights of its own.")] = False,
@@ -184,7 +185,7 @@ def build(
             progress=update, notice=lambda text: err_console.print(_escaped(text), highlight=False, soft_wrap=True),
         )  # fmt: skip
     subjects = ", ".join(subject.name for subject in passport.subjects) or "no subject"
-    err_console.print(f"{out}: {subjects}")
+    err_console.print(f"{out}: {subjects}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -209,7 +210,7 @@ def inspect(
     for title, rows in passport.describe():
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 2))
         for row in rows:
-            table.add_row(*(str(cell) for cell in row))
+            table.add_row(*(_escaped(str(cell)) for cell in row))
         out_console.print(table)
     if verify:
         out_console.print("every file agrees with its hash")
@@ -240,6 +241,7 @@ def inpaint(
     save_stages: Annotated[Path | None, typer.Option(help="Also write a sheet of what each stage did.")] = None,
     no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Do not store the request in the PNG.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Hash every engine file again before loading.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for ONNX Runtime's CUDA provider.")] = "cpu",
     threads: Threads = None,
     store: Store = None,
     as_json: AsJson = False,
@@ -260,7 +262,10 @@ def inpaint(
     _check_output(out)
     if save_stages:
         _check_output(save_stages, "--save-stages")
-    with DreamMix.load(engine, threads=threads, verify=verify, store=store) as dm, _bar("inpainting") as update:
+    with (
+        DreamMix.load(engine, threads=threads, verify=verify, store=store, device=device) as dm,
+        _bar("inpainting") as update,
+    ):
         events = dm.iterate(image, mask, request, keep_stages=save_stages is not None)
         result = None
         for event in events:
@@ -281,7 +286,8 @@ def inpaint(
         typer.echo(json.dumps(record))
         return
     spent = sum(result.timings.values())
-    err_console.print(f"{', '.join(str(name) for name in names)} ({spent:.2f} s, seed {result.seeds[0]})")
+    told = f"{', '.join(str(name) for name in names)} ({spent:.2f} s, seed {result.seeds[0]})"
+    err_console.print(told, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -295,7 +301,7 @@ def demo(
 
     with _bar("demo") as update:
         pages = run_demo(out, seed=seed, threads=threads, progress=update)
-    out_console.print(f"contact sheet: {pages.sheet}\nreport:        {pages.report}", highlight=False)
+    out_console.print(f"contact sheet: {pages.sheet}\nreport:        {pages.report}", markup=False, highlight=False)
 
 
 @app.command("train-base", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from dreammix_trt.core.checkpoint import BaseFiles
-from dreammix_trt.core.errors import FileFormatError, InputError, MissingExtraError
+from dreammix_trt.core.errors import BuildError, FileFormatError, InputError, MissingExtraError
 from dreammix_trt.core.files import read_json, sha256_of, write_json
 from dreammix_trt.core.store import Store
 from dreammix_trt.core.subject import Subject, pack
 from dreammix_trt.engine.build import BACKENDS
-from dreammix_trt.engine.profiles import profiles_for
+from dreammix_trt.engine.profiles import Profile, profiles_for
 from dreammix_trt.export.networks import BaseLora, Network, Precision, networks_of, weights_of
 from dreammix_trt.export.onnx_export import (
     SCHEMA,
@@ -36,8 +36,8 @@ from dreammix_trt.export.onnx_export import (
 )
 
 GIB = 1 << 30
-#: what tracing a full-size UNet holds at once (measured: 5.3 GB)
-_TRACING = 6 * GIB
+#: what tracing a full-size UNet holds at once (measured: 4.9 GiB, with what the networks before it left 7)
+_TRACING = 7 * GIB
 #: in every part: what making it took; anonymous memory is what must fit, the rest are mapped files
 COST = "cost.json"
 _MESSAGES = {"graph": "tracing", "onnx": "weights", "range": "looking for overflow", "base": "tokenizers"}
@@ -100,13 +100,31 @@ class EngineOptions:
                 raise InputError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         if self.targets and not self.plans:
             raise InputError(f"targets are {', '.join(self.targets)}, but onnxruntime builds for no GPU in particular")
-        if self.pictures < 1:
-            raise InputError(f"pictures is {self.pictures}; it must be at least 1")
+        if not 1 <= self.pictures <= 64:
+            raise InputError(f"pictures is {self.pictures}; allowed: 1 to 64")
+        for image in self.vae_images:
+            if not Path(image).is_file():
+                raise InputError(f"{image}: no such picture (vae_images)")
+        if self.vae_images and self.precision != "float16":
+            raise InputError("vae_images are given, but only a float16 VAE is looked at for overflow")
         if self.plans:
             from dreammix_trt.engine.tensorrt import check_targets
 
             _ = self.version
             check_targets(self.backend, self.targets)
+        elif (self.shapes, self.pictures, self.workspace) != ("static", 1, None):
+            raise InputError(
+                "shapes, pictures and workspace are TensorRT's; graphs for onnxruntime take any shape and batch"
+            )
+
+    @property
+    def gpus(self) -> tuple[str, ...]:
+        """The GPUs that plans are for, by name also where "current" was asked for."""
+        if not self.plans:
+            return ()
+        from dreammix_trt.engine.tensorrt import named_targets
+
+        return named_targets(self.targets)
 
     def words(self) -> dict[str, Any]:
         """The options of the command line that say the same."""
@@ -115,7 +133,7 @@ class EngineOptions:
         given["precision"] = self.precision if self.precision != usual.precision else None
         given["shapes"] = self.shapes if self.shapes != usual.shapes else None
         given["pictures"] = self.pictures if self.pictures != usual.pictures else None
-        given["workspace"] = self.workspace
+        given["workspace"] = self.workspace >> 20 if self.workspace else None  # the option counts MiB
         given["vae_image"] = [str(image) for image in self.vae_images]
         return given
 
@@ -173,6 +191,12 @@ class Parts:
     def made(self) -> dict[str, Path]:
         """Folder of every part the runtime needs, made where the store lacked it."""
         networks = self._networks()
+        for lora, _ in self.loras:
+            if not any(lora.touches(network.name) for network in networks):
+                raise FileFormatError(
+                    f"{lora.lora.source_path}: changes nothing here: its target is {lora.target!r}, and this base has "
+                    f"the networks {', '.join(network.name for network in networks)}"
+                )
         self._announce(networks)
         folders = {network.name: self._network(network) for network in networks}
         facts = {
@@ -209,10 +233,16 @@ class Parts:
     def _plan_facts(self, network: Network, onnx_facts: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "onnx": self._key(network.name, "onnx", onnx_facts), "backend": self.engine.backend,
-            "version": self.engine.version, "targets": sorted(self.engine.targets), "shapes": self.engine.shapes,
-            "pictures": self.engine.pictures, "workspace": self.engine.workspace,
-            "latent_side": self.base.native_side // 8, **self._machine(),
+            "version": self.engine.version, "targets": sorted(self.engine.gpus), "workspace": self.engine.workspace,
+            "profiles": [profile.to_dict() for profile in self._profiles(network.described()["inputs"])],
+            **self._machine(),
         }  # fmt: skip
+
+    def _profiles(self, inputs: Sequence[Mapping[str, Any]]) -> tuple[Profile, ...]:
+        return profiles_for(
+            inputs, pictures=self.engine.pictures, shapes=self.engine.shapes,
+            latent_side=self.base.native_side // 8, step=self.base.divisor // 8,
+        )  # fmt: skip
 
     def _machine(self) -> dict[str, Any]:
         """What else decides a plan that is built for the GPU at hand."""
@@ -256,11 +286,13 @@ class Parts:
         return replace(network, wide=tuple(report["units"]))
 
     def _export(self, network: Network, out: Path) -> None:
-        loras = [lora for lora, _ in self.loras]
+        loras, before = [lora for lora, _ in self.loras], self._sources(network.name)
         export_network(self.base, network, self._graph(network), out, loras=loras, verify=self.verify)
+        if self._sources(network.name) != before:
+            raise BuildError(f"{network.name}: its files changed while they were read; build again")
 
     def _graph(self, network: Network) -> Path:
-        shipped = shipped_graph(self.base, network)
+        shipped = shipped_graph(network)
         if shipped:
             return shipped
         facts = {"digest": graph_digest(network)}
@@ -272,17 +304,16 @@ class Parts:
 
         source = self._part(network.name, "onnx", onnx_facts, lambda folder: self._export(network, folder))
         entry = read_json(source / "network.json")
-        profiles = profiles_for(
-            entry["inputs"], pictures=self.engine.pictures, shapes=self.engine.shapes,
-            latent_side=self.base.native_side // 8, step=self.base.divisor // 8,
-        )  # fmt: skip
+        profiles = self._profiles(entry["inputs"])
         report = build_engine(
             source / entry["graph"], out / f"{network.graph}.engine", backend=self.engine.backend, profiles=profiles,
             targets=self.engine.targets, workspace=self.engine.workspace,
             progress=lambda fraction, phase: self.update(network.name, fraction, phase),
         )  # fmt: skip
+        if report.decomposed:
+            self.tell(f"{network.name}: no fused kernel for some attention; {report.decomposed} may be taken apart")
         kept = {key: value for key, value in entry.items() if key not in ("graph", "weights", "initializers")}
-        shapes = [{name: list(map(list, span)) for name, span in profile.shapes.items()} for profile in profiles]
+        shapes = [profile.to_dict() for profile in profiles]
         build = {**report.to_dict(), "profiles": shapes, "export": read_json(source / COST)}
         write_json(out / "network.json", {**kept, "engine": f"{network.graph}.engine", "build": build})
 

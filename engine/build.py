@@ -9,6 +9,7 @@ engine/
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dreammix_trt.core.errors import EngineError
-from dreammix_trt.core.files import atomic_directory, sha256_of
+from dreammix_trt.core.files import atomic_directory, read_json, sha256_of
 from dreammix_trt.core.passport import FILE_NAME, SCHEMA, NetworkEntry, Passport, SubjectEntry
 from dreammix_trt.core.store import Store, check_files
 from dreammix_trt.core.subject import Subject, write_subject
@@ -49,14 +50,13 @@ def open_engine(path: Path, *, verify: bool = False, store: Path | None = None) 
         raise EngineError(
             f"{path} was built for {passport.backend!r}, this version runs {', '.join(BACKENDS)}; {remedy}"
         )
-    parts = _found(path, passport, Store(store), remedy)
+    shelf = Store(store)
+    parts = _found(path, passport, shelf, remedy)
     for name, folder in parts.items():
-        files = {file: digest for file, digest in passport.files.items() if file.startswith(f"{name}/")}
-        check_files(
-            folder, {file.partition("/")[2]: digest for file, digest in files.items()}, verify=verify, remedy=remedy
-        )
+        files = _files_of(path, passport, name, folder, shelf)
+        check_files(folder, files, verify=verify, remedy=remedy)
     if passport.networks_at == "store":
-        Store(store).register(path.resolve(), set(passport.parts.values()))
+        shelf.register(path.resolve(), set(passport.parts.values()))
     return OpenedEngine(passport, parts, tuple(path / entry.file for entry in passport.subjects))
 
 
@@ -70,11 +70,15 @@ def check_runnable(path: Path, opened: OpenedEngine) -> None:
 
     for entry in passport.networks:
         refuse_host_code(opened.parts[entry.name] / entry.file)
+    here = examine()
+    command = passport.command
+    if here.driver.gpus and passport.targets:
+        command = re.sub(r"(--target \S+ ?)+", f"--target {here.driver.gpus[0].capability} ", command).strip()
     built_for = {
         "backend": passport.backend, "version": passport.backend_version, "targets": passport.targets,
-        "platform": passport.platform, "command": passport.command,
+        "platform": passport.platform, "command": command,
     }  # fmt: skip
-    why = explain_mismatch(built_for, examine())
+    why = explain_mismatch(built_for, here)
     if why:
         raise EngineError(f"{path}: {why}")
     raise EngineError(
@@ -107,7 +111,7 @@ def write_engine(
     passport = Passport(
         schema=SCHEMA, platform=f"{platform.system()} {platform.machine()}", parts=dict(keys), files=dict(files),
         networks_at="networks" if self_contained else "store", versions=_versions(),
-        networks=tuple(_entry(name, entry) for name, entry in networks), subjects=(), **facts,
+        networks=tuple(_entry(name, entry, parts[name]) for name, entry in networks), subjects=(), **facts,
     )  # fmt: skip
     with atomic_directory(out, marker=FILE_NAME) as folder:
         (folder / "subjects").mkdir()
@@ -118,6 +122,23 @@ def write_engine(
         passport = replace(passport, subjects=entries)
         passport.write(folder)
     return passport
+
+
+def _files_of(path: Path, passport: Passport, name: str, folder: Path, shelf: Store) -> dict[str, str]:
+    """A part's files and hashes: the store's own record, or in a self-contained engine the passport's.
+
+    A part that was made again under its key serves every engine that names the key, whatever its bytes are.
+    """
+    if passport.networks_at == "store":
+        return {file: digest for file, digest in shelf.files(passport.parts[name]).items() if file != "cost.json"}
+    files = {file.partition("/")[2]: digest for file, digest in passport.files.items() if file.startswith(f"{name}/")}
+    unknown = [file.name for file in folder.iterdir() if file.is_file() and file.name not in {*files, "cost.json"}]
+    if unknown or not files:
+        raise EngineError(
+            f"{folder}: {', '.join(unknown) or 'the part'} is not in the passport of {path}; "
+            f"build it again: `{passport.command}`"
+        )
+    return files
 
 
 def _found(path: Path, passport: Passport, store: Store, remedy: str) -> dict[str, Path]:
@@ -144,11 +165,12 @@ def _write(folder: Path, subject: Subject, source: str) -> SubjectEntry:
     )  # fmt: skip
 
 
-def _entry(name: str, entry: Mapping[str, Any]) -> NetworkEntry:
+def _entry(name: str, entry: Mapping[str, Any], folder: Path) -> NetworkEntry:
+    cost = {"export": read_json(folder / "cost.json")} if (folder / "cost.json").is_file() else {}
     return NetworkEntry(
         name=name, file=entry.get("engine") or entry["graph"],
         inputs={spec["name"]: list(spec["shape"]) for spec in entry["inputs"]}, slots=len(entry.get("slots", ())),
-        parity=dict(entry.get("parity", {})), build=dict(entry.get("build", {})),
+        parity=dict(entry.get("parity", {})), build=dict(entry.get("build", cost)),
     )  # fmt: skip
 
 

@@ -17,6 +17,10 @@ class Profile:
 
     shapes: Mapping[str, tuple[Shape, Shape, Shape]]
 
+    def to_dict(self) -> dict[str, list[list[int]]]:
+        """Plain JSON values: input -> its three shapes."""
+        return {name: [list(shape) for shape in span] for name, span in self.shapes.items()}
+
     def holds(self, shapes: Mapping[str, Sequence[int]]) -> bool:
         """Whether inputs of these shapes lie within the profile."""
         return self.shapes.keys() == shapes.keys() and all(

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dreammix_trt.core.checkpoint import TOKENIZERS, BaseFiles
+from dreammix_trt.core.checkpoint import EMBEDDED, TOKENIZERS, BaseFiles
 from dreammix_trt.core.files import read_json, write_json
 from dreammix_trt.core.tensors import Weights, write_tensors
 from dreammix_trt.export.networks import (
@@ -72,7 +72,7 @@ def export_base(
     with tempfile.TemporaryDirectory() as scratch:
         for number, network in enumerate(networks):
             report(network.name, number, len(networks))
-            graph = shipped_graph(base, network) or Path(scratch) / network.graph
+            graph = shipped_graph(network) or Path(scratch) / network.graph
             if not graph.exists():
                 graph.mkdir()
                 write_graph(network, graph)
@@ -104,14 +104,16 @@ def write_graph(network: Network, folder: Path) -> None:
     write_json(folder / "graph.json", facts)
 
 
-def shipped_graph(base: BaseFiles, network: Network) -> Path | None:
-    """The folder of a graph that lies beside the base and was made of equal configurations and slots."""
-    folder = base.folder / "graphs" / network.graph
+def shipped_graph(network: Network) -> Path | None:
+    """The folder of a graph that comes with this package, if it has one of equal configurations and slots.
+
+    Graphs beside a user's checkpoint are never taken: a part's key would not tell them from honest ones.
+    """
+    folder = EMBEDDED / "graphs" / network.graph
     if not (folder / "graph.json").is_file() or not (folder / "graph.onnx").is_file():
         return None
     facts = read_json(folder / "graph.json")
     if facts.get("digest") != graph_digest(network):
-        log.info("%s: made of other configurations or slots; exporting anew", folder)
         return None
     if hashlib.sha256((folder / "graph.onnx").read_bytes()).hexdigest() != facts["sha256"]:
         log.warning("%s: changed since it was made; exporting anew", folder)
@@ -233,5 +235,5 @@ def _parity(
         model = out / f"{network.graph}.onnx"
         figures = check_parity(network, model, torch_module(network, weights), check_sizes(base.divisor))
         return {**figures, "checked": "at build"}
-    recorded = facts["parity"].get(network.name)
+    recorded = facts["parity"].get(network.name) if base.folder == EMBEDDED else None
     return {**recorded, "checked": "at export"} if recorded else {"checked": "not", "parameters": size}
