@@ -14,9 +14,9 @@ from typing import Any, Literal
 from dreammix_trt.core import fooocus, keymap
 from dreammix_trt.core.diffusers_folder import read_config, read_configs, read_state, weight_files
 from dreammix_trt.core.errors import FileFormatError
-from dreammix_trt.core.files import sha256_of
+from dreammix_trt.core.files import reading, sha256_of
 from dreammix_trt.core.recognise import check_sdxl, check_weights
-from dreammix_trt.core.single_file import read_single_file, read_vae
+from dreammix_trt.core.single_file import odd_tensors, read_single_file, read_vae
 from dreammix_trt.core.stored import Array, Floats
 from dreammix_trt.core.tensors import Weights, open_tensors
 from dreammix_trt.core.tokenizer_files import (
@@ -25,6 +25,7 @@ from dreammix_trt.core.tokenizer_files import (
     END,
     PADS,
     check_tokenizer,
+    check_vocabulary,
     pad_token_of,
     write_tokenizer_files,
 )
@@ -72,14 +73,16 @@ class BaseFiles:
 
         path: a diffusers folder, or a single `.safetensors` or `.ckpt` file; vae: a folder with config.json and
         weights (or with such a folder `vae/`), or a file; tokenizer: a folder with `tokenizer/` and `tokenizer_2/`, or
-        with the files of one tokenizer for both encoders. Only headers are read.
+        with the files of one tokenizer for both encoders. Only headers are read, and of tokenizers the vocabulary.
 
-        Raises `FileFormatError` when this is no epsilon-predicting SDXL, saying what it is; when a part is missing or
-        truncated; and when only one of patch and head is there, or either with a UNet that has its own head.
+        Raises `FileFormatError` when this is no epsilon-predicting SDXL, saying what it is; when a part is missing,
+        truncated, damaged or cannot be read; when a tokenizer is not the text encoders'; and when only one of patch and
+        head is there, or either with a UNet that has its own head.
         """
-        base = cls._found(path, vae, tokenizer)
-        patch_file = _given_or_beside(patch, base.folder, "*.fooocus.patch")
-        head_file = _given_or_beside(head, base.folder, "*inpaint_head.*")
+        with reading(EMBEDDED if path is None else path):
+            base = cls._found(path, vae, tokenizer)
+            patch_file = _given_or_beside(patch, base.folder, "*.fooocus.patch")
+            head_file = _given_or_beside(head, base.folder, "*inpaint_head.*")
         if base.nine_channels and (patch_file or head_file):
             raise FileFormatError(f"{patch_file or head_file}: does not go with {base.folder}: {_PATCHED}")
         if (patch_file is None) != (head_file is None):
@@ -98,9 +101,9 @@ class BaseFiles:
         own_vae = _vae_place(Path(vae)) if vae is not None else None
         own_tokenizer = Path(tokenizer) if tokenizer is not None else None
         configs = _configs(folder, own_vae)
-        check_sdxl(folder, configs)
+        check_sdxl(folder, configs, own_vae)
         base = cls(folder, None, None, False, configs, vae=own_vae, tokenizer=own_tokenizer)
-        channels = check_weights(folder, configs["unet"], {name: base._state(name) for name in COMPONENTS})
+        channels = check_weights(folder, configs, {name: base._state(name) for name in COMPONENTS})
         configs["unet"] = {**configs["unet"], "in_channels": 4}
         base._check_tokenizers()
         return replace(base, nine_channels=channels == 9)
@@ -145,8 +148,9 @@ class BaseFiles:
         or of "inpaint_head". Of a single file every component depends on the whole file.
         """
         names = (*COMPONENTS, "tokenizer", "inpaint_head") if component is None else (component,)
-        files = {key: file for name in names for key, file in self._files(name).items()}
-        return {key: sha256_of(file) for key, file in sorted(files.items())}
+        with reading(self.folder):
+            files = {key: file for name in names for key, file in self._files(name).items()}
+            return {key: sha256_of(file) for key, file in sorted(files.items())}
 
     def state(self, component: str) -> Weights:
         """A component's weights under diffusers' and transformers' classic names (`text_model....`), read as float32.
@@ -209,12 +213,14 @@ class BaseFiles:
     def _check_tokenizers(self) -> None:
         for name in TOKENIZERS:
             source = self._tokenizer_folder(name)
+            encoder = name.replace("tokenizer", "text_encoder")
+            tokens = self.configs[encoder]["vocab_size"]
             if source is not None:
                 if not source.is_dir():
                     raise FileFormatError(f"{source.parent}: {source.name}/ is missing")
                 check_tokenizer(source)
+                check_vocabulary(source, self.pad_token(name), encoder, tokens)
                 continue
-            tokens = self.configs[name.replace("tokenizer", "text_encoder")]["vocab_size"]
             if tokens != CLIP_TOKENS:
                 raise FileFormatError(
                     f"{self.folder}: its text encoders know {tokens} tokens, CLIP's tokenizer {CLIP_TOKENS}; "
@@ -272,6 +278,8 @@ def _vae_file_config(path: Path) -> Config:
         return read_vae(weights)[0]
     except FileFormatError as error:
         raise FileFormatError(f"{path}: {error}") from error
+    except (IndexError, ValueError) as error:
+        raise odd_tensors(path, error) from error
 
 
 def _given_or_beside(given: str | Path | None, folder: Path, pattern: str) -> Path | None:

@@ -9,7 +9,7 @@ from dreammix_trt.core.clip_names import classic_text_name
 from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.files import read_json
 from dreammix_trt.core.recognise import foreign_folder
-from dreammix_trt.core.single_file import modern_vae
+from dreammix_trt.core.single_file import modern_vae, odd_tensors
 from dreammix_trt.core.tensors import Weights, open_tensors
 
 Config = dict[str, Any]
@@ -59,9 +59,12 @@ def read_config(folder: Path) -> Config:
 def read_state(folder: Path, component: str) -> Weights:
     """A component's weights by diffusers' and transformers' classic names; folder: the component's own."""
     weights = Weights.joined([open_tensors(file) for file in weight_files(folder, component)])
-    if component == "vae":
-        return modern_vae(weights)
-    return weights.renamed(classic_text_name) if component.startswith("text_encoder") else weights
+    try:
+        if component == "vae":
+            return modern_vae(weights)
+        return weights.renamed(classic_text_name) if component.startswith("text_encoder") else weights
+    except ValueError as error:
+        raise odd_tensors(folder, error) from error
 
 
 def weight_files(folder: Path, component: str) -> list[Path]:
@@ -76,8 +79,8 @@ def weight_files(folder: Path, component: str) -> list[Path]:
 
 def _shards(index: Path, kind: str) -> list[Path]:
     placed = read_json(index).get("weight_map")
-    names = sorted(set(placed.values())) if isinstance(placed, dict) else []
-    if not names or any(Path(name).name != name or not name.endswith(kind) for name in names):
+    names = sorted({str(name) for name in placed.values()}) if isinstance(placed, dict) else []
+    if not names or any(Path(name).name != name or not name.endswith(kind) or "\0" in name for name in names):
         raise FileFormatError(f"{index}: its weight_map does not name {kind} files beside it")
     absent = [name for name in names if not (index.parent / name).is_file()]
     if absent:

@@ -101,7 +101,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileFormatError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FileFormatError(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(record, dict):
         raise FileFormatError(f"{path} holds a JSON {type(record).__name__}, not an object")
@@ -112,9 +112,11 @@ def sha256_of(path: str | os.PathLike[str], *, verify: bool = False) -> str:
     """SHA-256 of a file in hex.
 
     Hashes of large files are remembered by path, size, modification time and inode; `verify` reads the file again.
+    Raises `FileFormatError` when the file is missing or cannot be read.
     """
     file = Path(path).resolve()
-    status = file.stat()
+    with reading(file):
+        status = file.stat()
     if status.st_size < _REMEMBERED_FROM:
         return digest_of(file)
     mark = _mark(file, status)
@@ -129,8 +131,11 @@ def sha256_of(path: str | os.PathLike[str], *, verify: bool = False) -> str:
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256 of a file in hex, read now and not remembered: for a file that is yet to be moved to its place."""
-    with path.open("rb") as stream:
+    """SHA-256 of a file in hex, read now and not remembered: for a file that is yet to be moved to its place.
+
+    Raises `FileFormatError` when the file is missing or cannot be read.
+    """
+    with reading(path), path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -261,14 +266,30 @@ def _alive(process: int) -> bool:
 
 
 def _sync(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
+    # Windows flushes only what is open for writing; elsewhere a file that is not ours to write can be flushed, too.
+    writable = os.access(file, os.W_OK)
+    if writable or os.name != "nt":
+        with file.open("r+b" if writable else "rb") as stream:
+            os.fsync(stream.fileno())
 
 
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what the system says of a file it does not let us read into a `FileFormatError` naming the file."""
+    try:
+        yield
+    except OSError as error:
+        name = error.filename if isinstance(error.filename, str) else os.fspath(path)
+        remedy = (
+            "give yourself the right to read it" if isinstance(error, PermissionError) else "check that it is there"
+        )
+        raise FileFormatError(f"{name}: cannot be read ({error.strerror or error}); {remedy}") from error
 
 
 @contextlib.contextmanager

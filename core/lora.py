@@ -1,7 +1,8 @@
 """LoRA files in the dialects people hold, read into one form: module -> (A, B) with alpha / rank folded in.
 
 Dialects: diffusers and the reference (`unet.<module>.lora.down.weight`, and the older `...processor.to_k_lora.down`),
-PEFT (`unet.<module>.lora_A.weight`), kohya with diffusers or sgm block names (`lora_unet_<module_with_underscores>.
+PEFT (`unet.<module>.lora_A.weight`, or its own `base_model.model.<module>.lora_A.weight`, scaled by the
+adapter_config.json beside it), kohya with diffusers or sgm block names (`lora_unet_<module_with_underscores>.
 lora_down`, `.alpha`); see reference/dreammix.md section 5. LoHa, LoKr, DoRA, OFT, GLoRA, (IA)3 and whole differences
 are refused by name.
 
@@ -22,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dreammix_trt.core.errors import FileFormatError, InputError
+from dreammix_trt.core.files import reading
 from dreammix_trt.core.lora_names import family_of, flat_modules, foreign_kind, place_of, some
-from dreammix_trt.core.lora_parts import AdapterScales, pair_of, read_tensors
+from dreammix_trt.core.lora_parts import PEFT_FILE, AdapterScales, pair_of, read_tensors
 
 Floats = NDArray[np.float32]
 Factors = dict[str, dict[str, tuple[Floats, Floats]]]
@@ -115,18 +117,25 @@ def read_lora(path: str | Path, unet_config: Mapping[str, Any] | None = None) ->
 
 
 def lora_file(path: str | Path) -> Path:
-    """The LoRA file itself: `path`, or in a directory `pytorch_lora_weights.safetensors` (or its only safetensors).
+    """The LoRA file itself: `path`, or in a directory `pytorch_lora_weights.safetensors`, PEFT's
+    `adapter_model.safetensors`, or its only safetensors.
 
-    A directory without either is searched for `checkpoint-N/`, as accelerate leaves them; the highest N counts.
+    A directory without any is searched for `checkpoint-N/`, as accelerate leaves them; the highest N counts.
     """
     path = Path(path)
+    with reading(path):
+        return _found(path)
+
+
+def _found(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
         raise FileFormatError(f"{path}: no such LoRA file or directory")
     checkpoints = [(int(found[1]), each) for each in path.iterdir() if (found := _CHECKPOINT.fullmatch(each.name))]
     for folder in (path, *(each for _, each in sorted(checkpoints, reverse=True))):
-        files = [folder / FILE_NAME] if (folder / FILE_NAME).is_file() else sorted(folder.glob("*.safetensors"))
+        usual = [folder / name for name in (FILE_NAME, PEFT_FILE) if (folder / name).is_file()]
+        files = usual[:1] or sorted(folder.glob("*.safetensors"))
         if len(files) == 1:
             return files[0]
         if files:

@@ -35,6 +35,7 @@ _DOTTED = {f"{network}.": network for network in NETWORKS}
 _FLAT = {
     "lora_unet_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te_": "text_encoder",
 }  # fmt: skip
+_PEFT, _TEXT_PARTS = "base_model.model.", ("text_model.", "encoder.layers.", "text_projection")
 _FLAT_TEXT = re.compile(r"text_model_encoder_layers_(\d+)_(self_attn|mlp)_([qkv]_proj|out_proj|fc1|fc2)")
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out.0": "out_proj"}
 
@@ -85,6 +86,10 @@ def place_of(key: str, flat: Mapping[str, str]) -> Place | None:
         if name.startswith(prefix):
             module = _from_flat(network, name[len(prefix) :], flat)
             return Place(network, module, role) if module else None
+    if name.startswith(_PEFT):  # PEFT's own files do not say the network; text encoders have names of their own
+        name = name.removeprefix(_PEFT)
+        if name.startswith(_TEXT_PARTS):
+            return Place("text_encoder", _normal("text_encoder", name), role)
     if name.startswith(PREFIX):  # sgm names with their dots
         module = flat.get(name[len(PREFIX) :].replace(".", "_"))
         return Place("unet", module, role) if module else None

@@ -1,4 +1,4 @@
-"""What stands in a LoRA file: its tensors as float32, the scales its metadata gives, and the pairs they make up."""
+"""What stands in a LoRA file: its tensors as float32, the scales told beside them, and the pairs they make up."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dreammix_trt.core.errors import FileFormatError
+from dreammix_trt.core.files import read_json, reading
 from dreammix_trt.core.lora_names import NETWORKS, some
 
 Floats = NDArray[np.float32]
+#: what PEFT's `save_pretrained` writes into a folder
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_REBASED = ("pissa", "olora", "loftq", "corda")  # trainings whose LoRA belongs to a base changed beforehand
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}
 
 
@@ -23,6 +27,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Floats], dict[str, str]]:
     """(tensors as float32, metadata) of a safetensors file of any usual type; `FileFormatError` for anything else."""
     from safetensors import SafetensorError, safe_open
 
+    with reading(path), path.open("rb"):  # only the attempt tells whether we may
+        pass
     try:
         with safe_open(path, framework="numpy") as file:  # checks names, shapes, places; cannot read bfloat16
             metadata = dict(file.metadata() or {})
@@ -38,7 +44,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Floats], dict[str, str]]:
         if entry["dtype"] not in _DTYPES:
             raise FileFormatError(f"{path}: {name} is of type {entry['dtype']}; save the LoRA as fp16, bf16 or fp32")
         first, end = entry["data_offsets"]
-        numbers = data[start + first : start + end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        try:
+            numbers = data[start + first : start + end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        except ValueError as error:  # more sides than numpy has
+            raise FileFormatError(f"{path}: {name} cannot be read ({error})") from error
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity, which `pair_of` names
             tensors[name] = _from_bfloat16(numbers) if entry["dtype"] == "BF16" else np.array(numbers, np.float32)
     if not tensors:
@@ -55,40 +64,55 @@ def _from_bfloat16(bits: NDArray[np.uint16]) -> Floats:
 
 @dataclass
 class AdapterScales:
-    """alpha / rank by the `lora_adapter_metadata` that newer diffusers files carry; absent: 1.
+    """alpha / rank by the `lora_adapter_metadata` that newer diffusers files carry, or by the adapter_config.json that
+    PEFT writes beside its adapter_model.safetensors; absent: 1.
 
-    The rank is the factor's own. An `alpha_pattern` names a module by its end, in whole words, the longest first; PEFT
-    takes regular expressions there, which are refused for matching nothing.
+    The rank is the factor's own, which an adapter_config.json must agree with. An `alpha_pattern` names a module by its
+    end, in whole words, the longest first; PEFT takes regular expressions there, refused for matching nothing.
     """
 
     alphas: dict[str, float]  # by network
     patterns: dict[str, float]  # by "<network>.<end of module>"
     by_root: dict[str, bool]  # rsLoRA networks: alpha / sqrt(rank)
+    peft: bool = False  # told by an adapter_config.json, which does not say which network it means
+    ranks: dict[str, int] = field(default_factory=dict)  # of adapter_config.json, by end of module; "": of all others
     used: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, path: Path, metadata: Mapping[str, str]) -> AdapterScales:
-        """Of a file's metadata; DoRA is refused."""
+        """Of a file's metadata, else of the PEFT config beside it; DoRA is refused, as is what only looks like LoRA."""
+        config = path.with_name(PEFT_CONFIG)
+        peft = "lora_adapter_metadata" not in metadata and path.name == PEFT_FILE and config.is_file()
+        told = _peft_config(config) if peft else {}
         try:
-            fields: dict[str, Any] = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
+            fields: dict[str, Any] = {f"{network}.{key}": told[key] for network in NETWORKS for key in told}
+            fields |= json.loads(metadata.get("lora_adapter_metadata", "{}"))
             found = {network: fields.get(f"{network}.lora_alpha") for network in NETWORKS}
             scales = cls(
-                {network: float(alpha) for network, alpha in found.items() if alpha},
+                {network: float(alpha) for network, alpha in found.items() if alpha is not None},
                 {
                     f"{network}.{end}": float(alpha)
                     for network in NETWORKS
                     for end, alpha in dict(fields.get(f"{network}.alpha_pattern") or {}).items()
                 },
                 {network: bool(fields.get(f"{network}.use_rslora")) for network in NETWORKS},
+                peft,
+                {end: int(r) for end, r in {"": told.get("r"), **(told.get("rank_pattern") or {})}.items() if r},
             )
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
-            raise FileFormatError(f"{path}: its lora_adapter_metadata is not what PEFT writes ({error})") from error
+            raise FileFormatError(f"{path}: {_source(peft)} is not what PEFT writes ({error})") from error
         if any(fields.get(f"{network}.use_dora") for network in NETWORKS):
             raise FileFormatError(f"{path}: a DoRA file; only plain LoRA can be used, train without use_dora")
         return scales
 
-    def scale(self, network: str, module: str, rank: int) -> float:
-        """What B A is multiplied with."""
+    def scale(self, path: Path, network: str, module: str, rank: int) -> float:
+        """What B A is multiplied with; `FileFormatError` where the rank is not the one told."""
+        told = next((self.ranks[end] for end in (*_ends(module), "") if end in self.ranks), rank)
+        if told != rank:
+            raise FileFormatError(
+                f"{path}: {network}.{module} has rank {rank}, by {_source(self.peft)} {told}; "
+                "the files do not belong together"
+            )
         alpha = self.alphas.get(network)
         for pattern in (f"{network}.{end}" for end in _ends(module)):
             if pattern in self.patterns:
@@ -101,11 +125,33 @@ class AdapterScales:
 
     def check_used(self, path: Path) -> None:
         """Raise `FileFormatError` for alphas that `scale` was never asked for."""
-        idle = sorted(self.patterns.keys() - self.used)
+        idle = self.patterns.keys() - self.used
+        if self.peft:
+            met = {pattern.partition(".")[2] for pattern in self.used}
+            idle = {end for pattern in idle if (end := pattern.partition(".")[2]) not in met}
         if idle:
             raise FileFormatError(
-                f"{path}: its lora_adapter_metadata has alphas for modules that the file lacks: {some(idle)}"
+                f"{path}: {_source(self.peft)} has alphas for modules that the file lacks: {some(sorted(idle))}"
             )
+
+
+def _source(peft: bool) -> str:
+    return f"{PEFT_CONFIG} beside it" if peft else "its lora_adapter_metadata"
+
+
+def _peft_config(path: Path) -> dict[str, Any]:
+    """adapter_config.json; `FileFormatError` for another kind of adapter, or one for a base changed beforehand."""
+    config = read_json(path)
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise FileFormatError(f"{path}: peft_type is {kind!r}; only plain LoRA can be used")
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(_REBASED):
+        raise FileFormatError(
+            f"{path}: init_lora_weights is {start!r}: the LoRA belongs to a base that its training changed; "
+            "save it converted to a plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
+        )
+    return config
 
 
 def _ends(module: str) -> Iterator[str]:
@@ -134,13 +180,15 @@ def pair_of(
             f"{path}: {name} has factors of shapes {down.shape} and {up.shape}, which do not multiply"
         )
     rank = down.shape[0]
-    scale = scales.scale(network, module, rank)
+    scale = scales.scale(path, network, module, rank)
     if "alpha" in parts:
         if parts["alpha"].size != 1:
             raise FileFormatError(f"{path}: {name} has an alpha of shape {parts['alpha'].shape}, expected one number")
         scale = float(parts["alpha"].flat[0]) / rank
     if not math.isfinite(scale):
         raise FileFormatError(f"{path}: {name} has alpha / rank {scale}, which is no number to scale with")
+    if scale == 0:
+        raise FileFormatError(f"{path}: {name} has alpha 0 (lora_alpha, or .alpha), which turns it off; give its rank")
     kernel = (down.shape[2], down.shape[3]) if down.ndim == 4 else (1, 1)
     a = down.reshape(rank, -1).T
     with np.errstate(over="ignore", invalid="ignore"):

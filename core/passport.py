@@ -157,7 +157,7 @@ class Passport:
         subjects: Rows = [
             (
                 entry.name,
-                f'"a {entry.token} {entry.class_name}"'.replace("  ", " "),
+                f'"a {f"{entry.token} {entry.class_name}".strip()}"',
                 f"{entry.bytes / 1024:.0f} KiB",
                 entry.source,
             )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dreammix_trt.core import keymap
+from dreammix_trt.core.config_fields import check_fields, check_together
 from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.stored import FLOATS
 from dreammix_trt.core.tensors import Weights
@@ -74,8 +75,36 @@ def prediction_of(names: Iterable[str], metadata: Mapping[str, str]) -> str:
     return marked or ("v_prediction" if stated == "v" else stated)
 
 
-def check_sdxl(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise `FileFormatError` when the configs are not those of an epsilon-predicting SDXL."""
+def check_sdxl(folder: Path, configs: Mapping[str, Mapping[str, Any]], vae_place: Path | None = None) -> None:
+    """Raise `FileFormatError` when the configs are not those of an epsilon-predicting SDXL, or cannot be used.
+
+    folder: the base's folder or single file; vae_place: the folder or file of a VAE used instead of its own.
+    """
+    _check_kind(folder, configs)
+    places = {name: _config_file(folder, name) for name in configs}
+    if vae_place is not None:
+        places["vae"] = vae_place / "config.json" if vae_place.is_dir() else vae_place
+    for name, config in configs.items():
+        check_fields(name, config, places[name])
+    width = sum(int(configs[name]["hidden_size"]) for name in ("text_encoder", "text_encoder_2"))
+    if configs["unet"]["cross_attention_dim"] != width:
+        raise FileFormatError(
+            f"{folder}: the UNet's cross_attention_dim is {configs['unet']['cross_attention_dim']}, but both text "
+            f"encoders together give {width} (an SDXL refiner, or mixed components?)"
+        )
+    check_together(configs, places["unet"])
+    keymap.attention_depths(configs["unet"])
+
+
+def _config_file(folder: Path, component: str) -> Path:
+    """Where a component's config stands; in a single file, whose shapes tell it, the file itself."""
+    if not folder.is_dir():
+        return folder
+    return folder / component / ("scheduler_config.json" if component == "scheduler" else "config.json")
+
+
+def _check_kind(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """The facts that tell other models from SDXL."""
     unet, vae = configs["unet"], configs["vae"]
     if unet.get("addition_embed_type") != "text_time":
         raise FileFormatError(
@@ -87,12 +116,6 @@ def check_sdxl(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
             f"{folder}: the UNet takes {unet.get('in_channels')} input channels, expected 4 (text-to-image) "
             "or 9 (inpainting)"
         )
-    width = sum(int(configs[name]["hidden_size"]) for name in ("text_encoder", "text_encoder_2"))
-    if unet.get("cross_attention_dim") != width:
-        raise FileFormatError(
-            f"{folder}: the UNet's cross_attention_dim is {unet.get('cross_attention_dim')}, but both text encoders "
-            f"together give {width} (an SDXL refiner, or mixed components?)"
-        )
     prediction = configs.get("scheduler", {}).get("prediction_type", "epsilon")
     if prediction != "epsilon":
         raise FileFormatError(f"{folder}: its prediction_type is {prediction!r}; only epsilon models can be used")
@@ -102,13 +125,13 @@ def check_sdxl(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
         raise FileFormatError(
             f"{folder}: its VAE's config.json has no scaling_factor; SDXL's is 0.13025, write it there"
         )
-    keymap.attention_depths(unet)
 
 
-def check_weights(base: Path, unet_config: Mapping[str, Any], weights: Mapping[str, Weights]) -> int:
+def check_weights(base: Path, configs: Mapping[str, Mapping[str, Any]], weights: Mapping[str, Weights]) -> int:
     """Look at the headers of every component: the number of the UNet's input channels.
 
-    Raises `FileFormatError` for a type of tensor that cannot be read, and a UNet that its config does not describe.
+    Raises `FileFormatError` for a type of tensor that cannot be read, and for a UNet or text encoder that its config
+    does not describe, as far as its first and last layers tell.
     """
     for component, tensors in weights.items():
         odd = next((name for name in tensors if tensors.dtype(name) not in FLOATS), None)
@@ -116,11 +139,28 @@ def check_weights(base: Path, unet_config: Mapping[str, Any], weights: Mapping[s
             raise FileFormatError(
                 f"{base}: {component}: {odd} is stored as {tensors.dtype(odd)}; save the weights as fp16, bf16 or fp32"
             )
-    unet, channels = weights["unet"], int(unet_config["in_channels"])
+    unet, channels = weights["unet"], int(configs["unet"]["in_channels"])
     shape = unet.shape("conv_in.weight") if "conv_in.weight" in unet else ()
     if len(shape) != 4 or shape[1] != channels:
         raise FileFormatError(
             f"{base}: the UNet's conv_in.weight has shape {shape}, its config says {channels} input channels; "
             "weights and config.json do not belong together"
         )
+    _check_shape(base, "unet", unet, "conv_in.weight", (configs["unet"]["block_out_channels"][0], channels, 3, 3))
+    for component in ("text_encoder", "text_encoder_2"):
+        config, tensors = configs[component], weights[component]
+        wide, width, last = config["intermediate_size"], config["hidden_size"], config["num_hidden_layers"] - 1
+        words = (config["vocab_size"], width)
+        _check_shape(base, component, tensors, "text_model.embeddings.token_embedding.weight", words)
+        _check_shape(base, component, tensors, f"text_model.encoder.layers.{last}.mlp.fc1.weight", (wide, width))
     return channels
+
+
+def _check_shape(base: Path, component: str, tensors: Weights, name: str, told: tuple[int, ...]) -> None:
+    if name not in tensors:
+        raise FileFormatError(f"{base}: {component}: {name} is missing; weights and config.json do not belong together")
+    if tensors.shape(name) != told:
+        raise FileFormatError(
+            f"{base}: {component}: {name} has shape {tensors.shape(name)}, by its config.json {told}; "
+            "weights and config.json do not belong together"
+        )

@@ -60,7 +60,16 @@ def read_single_file(path: Path, *, vae: bool = True) -> dict[str, tuple[Config,
             found["vae"] = read_vae(parts["vae"])
     except FileFormatError as error:
         raise FileFormatError(f"{path}: {error}") from error
+    except (IndexError, ValueError) as error:
+        raise odd_tensors(path, error) from error
     return found
+
+
+def odd_tensors(path: Path, error: Exception) -> FileFormatError:
+    """What to say of a file whose tensors have the right names but too few sides, or stand there twice."""
+    return FileFormatError(
+        f"{path}: it holds tensors of shapes or names that SDXL's have not ({error}); is it damaged?"
+    )
 
 
 def read_vae(weights: Weights) -> tuple[Config, Weights]:
@@ -94,7 +103,7 @@ def modern_vae(weights: Weights) -> Weights:
         new = name
         for old, modern in _OLD_ATTENTION.items():
             new = new.replace(old, modern) if ".attentions." in name else new
-        conv = ".attentions." in name and len(weights.shape(name)) == 4
+        conv = ".attentions." in name and weights.shape(name)[2:] == (1, 1)
         plan[new] = (name, _matrix if conv else None)
     return weights.arranged(plan)
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dreammix_trt.core.errors import FileFormatError
+from dreammix_trt.core.files import reading
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
@@ -87,11 +88,13 @@ class MappedFile:
 
     @classmethod
     def open(cls, path: str | Path) -> MappedFile:
-        """`FileFormatError` when there is no such file, or it is a directory."""
+        """`FileFormatError` when there is no such file, it is a directory, or it cannot be read."""
         path = Path(path)
-        if not path.is_file():
-            raise FileFormatError(f"{path}: {'a directory, expected a file' if path.is_dir() else 'no such file'}")
-        status = path.stat()
+        with reading(path):
+            if not path.is_file():
+                raise FileFormatError(f"{path}: {'a directory, expected a file' if path.is_dir() else 'no such file'}")
+            with path.open("rb"):  # only the attempt tells whether we may
+                status = path.stat()
         return cls(path, status.st_size, status.st_mtime_ns)
 
     def numbers(self, dtype: str, offset: int, count: int) -> Array:

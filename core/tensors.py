@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dreammix_trt.core.errors import FileFormatError
-from dreammix_trt.core.files import atomic_file
+from dreammix_trt.core.files import atomic_file, reading
 from dreammix_trt.core.stored import FLOATS, LAYOUTS, Array, Floats, MappedFile, Stored, View, check_finite, is_finite
 from dreammix_trt.core.torch_zip import MAGIC, read_torch_zip
 
@@ -29,6 +29,7 @@ _DTYPES = {
 }  # fmt: skip
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # the format's own limit
+_MOST_SIDES, _LONGEST_SIDE = 32, 1 << 48  # far beyond any weight, within what numpy takes
 
 
 class Weights(Mapping[str, Floats]):
@@ -132,7 +133,7 @@ def open_tensors(path: str | Path) -> Weights:
     in it that is no tensor is left out. Raises `FileFormatError` when it is neither format, or truncated.
     """
     file = MappedFile.open(path)
-    with file.path.open("rb") as stream:
+    with reading(file.path), file.path.open("rb") as stream:
         start = stream.read(len(MAGIC))
     if start == MAGIC:
         loaded = read_torch_zip(file.path)
@@ -223,7 +224,7 @@ def _encoded(values: Array, dtype: str, origin: str) -> Array:
 
 def _header(file: MappedFile) -> tuple[dict[str, tuple[str, tuple[int, ...], int, int]], dict[str, str]]:
     """A safetensors file's tensors and metadata, checked against its size."""
-    with file.path.open("rb") as stream:
+    with reading(file.path), file.path.open("rb") as stream:
         first = stream.read(8)
         length = int.from_bytes(first, "little")
         if len(first) < 8 or not 2 <= length <= _LONGEST_HEADER:
@@ -235,7 +236,7 @@ def _header(file: MappedFile) -> tuple[dict[str, tuple[str, tuple[int, ...], int
         entries = json.loads(text)
         metadata = {str(key): str(value) for key, value in (entries.pop("__metadata__", None) or {}).items()}
         places = {name: _place(entry, 8 + length) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise FileFormatError(f"{file.path}: not a safetensors file, or damaged ({error})") from error
     end = max((offset + size for _, _, offset, size in places.values()), default=0)
     if end > file.size:
@@ -247,7 +248,7 @@ def _place(entry: Mapping[str, Any], data: int) -> tuple[str, tuple[int, ...], i
     shape = tuple(int(side) for side in entry["shape"])
     begin, end = (int(offset) for offset in entry["data_offsets"])
     dtype = _DTYPES.get(entry["dtype"], str(entry["dtype"]))
-    if min(begin, end - begin, *shape) < 0:
+    if min(begin, end - begin, *shape) < 0 or len(shape) > _MOST_SIDES or max((0, *shape)) > _LONGEST_SIDE:
         raise ValueError(f"a tensor of shape {shape} from byte {begin} to {end}")
     if dtype in LAYOUTS and end - begin != math.prod(shape) * LAYOUTS[dtype].itemsize:
         raise ValueError(f"a {dtype} tensor of shape {shape} in {end - begin} bytes")

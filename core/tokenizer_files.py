@@ -28,6 +28,35 @@ def check_tokenizer(folder: Path) -> None:
         raise FileFormatError(f"{folder}: neither vocab.json with merges.txt nor tokenizer.json")
 
 
+def check_vocabulary(folder: Path, pad: str, encoder: str, tokens: int) -> None:
+    """`FileFormatError` when a tokenizer in a folder gives ids that its text encoder does not know, or lacks marks.
+
+    pad: what fills a prompt; encoder: the text encoder's name, tokens: its vocab_size.
+    """
+    vocabulary = _vocabulary_of(folder)
+    largest = max(vocabulary.values())
+    if largest >= tokens:
+        raise FileFormatError(
+            f"{folder}: its largest token id is {largest}, {encoder} knows {tokens} tokens (its vocab_size); "
+            "give the tokenizer that belongs to this base"
+        )
+    absent = [token for token in (START, END, pad) if token not in vocabulary]
+    if absent:
+        raise FileFormatError(f"{folder}: its vocabulary lacks {absent[0]!r}; it is not a CLIP text encoder's")
+
+
+def _vocabulary_of(folder: Path) -> dict[str, int]:
+    """token -> id, of vocab.json or tokenizer.json."""
+    whole = not _has_both(folder)
+    path = folder / ("tokenizer.json" if whole else "vocab.json")
+    vocabulary = _from_tokenizer_json(path)[0] if whole else read_json(path)
+    odd = [token for token, number in vocabulary.items() if type(number) is not int or number < 0]
+    if odd or not vocabulary:
+        what = f"the id of {odd[0]!r} is {vocabulary[odd[0]]!r}" if odd else "it is empty"
+        raise FileFormatError(f"{path}: not a vocabulary ({what}); expected an object of tokens with their ids")
+    return vocabulary
+
+
 def pad_token_of(folder: Path) -> str | None:
     """The padding a folder names: in tokenizer_config.json, else in special_tokens_map.json, else None."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):

@@ -16,7 +16,7 @@ from dreammix_trt.engine.machine import GIB, RTX_TARGETS, Machine, examine
 
 NOT_READY = 1
 # What a full-size SDXL takes: the exporter's peak (benchmarks/full_size.py), and ONNX and plans of all its networks.
-_FULL_SIZE_MEMORY, _FULL_SIZE_DISK = 12 * GIB, 26 * GIB
+_FULL_SIZE_MEMORY, _FULL_SIZE_DISK = 12 * GIB, 24 * GIB
 _RUNTIMES = ("onnxruntime", "onnxruntime (CUDA)")  # what `DreamMix` runs today
 _NOT_YET = "this version builds such engines and does not run them yet"
 _BUILD = "dreammix-trt build --out ENGINE"
@@ -65,6 +65,8 @@ def _to_plan(machine: Machine) -> str:
     other = machine.driver.gpus[0] if machine.driver.gpus and not gpu else None
     found = gpu or other
     where = f"the {found.name}" if found else "an RTX card elsewhere"
+    if ("tensorrt" if other else "tensorrt-rtx") in machine.versions.keys() - able and not machine.faults():
+        return f"For {where}: `pip install 'dreammix-trt[export]'` brings what building its engines takes."
     if other and "tensorrt" in able:
         return f"For {where}: `{_BUILD} --backend tensorrt`; {_NOT_YET}."
     if other:

@@ -25,7 +25,7 @@ from dreammix_trt.core.store import Store
 from dreammix_trt.core.subject import Subject, pack
 from dreammix_trt.engine.build import BACKENDS
 from dreammix_trt.engine.profiles import Profile, profiles_for
-from dreammix_trt.export.networks import BaseLora, Network, Precision, networks_of, weights_of
+from dreammix_trt.export.networks import LORA_SIDES, BaseLora, Network, Precision, networks_of, weights_of
 from dreammix_trt.export.onnx_export import (
     SCHEMA,
     export_facts,
@@ -313,8 +313,13 @@ class Parts:
         if report.decomposed:
             self.tell(f"{network.name}: no fused kernel for some attention; {report.decomposed} may be taken apart")
         kept = {key: value for key, value in entry.items() if key not in ("graph", "weights", "initializers")}
-        shapes = [profile.to_dict() for profile in profiles]
-        build = {**report.to_dict(), "profiles": shapes, "export": read_json(source / COST)}
+        told = report.to_dict()
+        told["inputs"] = [tensor for tensor in told["inputs"] if not tensor["name"].endswith(LORA_SIDES)]
+        told["profiles"] = [
+            {name: span for name, span in profile.to_dict().items() if not name.endswith(LORA_SIDES)}
+            for profile in profiles
+        ]  # of a thousand LoRA factors the slots say enough
+        build = {**told, "export": read_json(source / COST)}
         write_json(out / "network.json", {**kept, "engine": f"{network.graph}.engine", "build": build})
 
     def _key(self, name: str, kind: str, facts: Mapping[str, Any]) -> str:

@@ -169,7 +169,11 @@ def _entry(name: str, entry: Mapping[str, Any], folder: Path) -> NetworkEntry:
     cost = {"export": read_json(folder / "cost.json")} if (folder / "cost.json").is_file() else {}
     return NetworkEntry(
         name=name, file=entry.get("engine") or entry["graph"],
-        inputs={spec["name"]: list(spec["shape"]) for spec in entry["inputs"]}, slots=len(entry.get("slots", ())),
+        inputs={
+            spec["name"]: list(spec["shape"])
+            for spec in entry["inputs"]
+            if not spec["name"].endswith((".lora_A", ".lora_B"))  # there are a thousand, and the slots say it
+        }, slots=len(entry.get("slots", ())),
         parity=dict(entry.get("parity", {})), build=dict(entry.get("build", cost)),
     )  # fmt: skip
 

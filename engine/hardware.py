@@ -36,8 +36,14 @@ class Driver:
 def memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
     """Bytes of memory in all and free for this process, within the limits of its control groups; (None, None): unknown.
 
-    File pages that the system may drop count as free. root: where /proc and /sys are, for tests.
+    File pages that the system may drop count as free. Windows and macOS know no groups, and macOS tells the whole only.
+    root: where /proc and /sys are, for tests.
     """
+    elsewhere = {"Windows": _windows_memory, "Darwin": _mac_memory}.get(platform.system())
+    if elsewhere:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            return elsewhere()
+        return None, None
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
         sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
@@ -136,6 +142,27 @@ class MemoryWatch:
             page = os.sysconf("SC_PAGE_SIZE")
             self.rss = max(self.rss or 0, pages[1] * page)
             self.anonymous = max(self.anonymous or 0, (pages[1] - pages[2]) * page)
+
+
+class _MemoryStatus(ctypes.Structure):
+    """Windows' MEMORYSTATUSEX (sysinfoapi.h)."""
+
+    _fields_ = (
+        ("length", ctypes.c_uint32), ("load", ctypes.c_uint32), ("total", ctypes.c_uint64),
+        ("available", ctypes.c_uint64), ("rest", ctypes.c_uint64 * 5),
+    )  # fmt: skip
+
+
+def _windows_memory() -> tuple[int | None, int | None]:
+    status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
+    kernel: Any = getattr(ctypes, "windll").kernel32  # noqa: B009  only there on Windows
+    done = kernel.GlobalMemoryStatusEx(ctypes.byref(status))
+    return (int(status.total), int(status.available)) if done else (None, None)
+
+
+def _mac_memory() -> tuple[int | None, int | None]:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return (total, None) if total > 0 else (None, None)
 
 
 def _group_limits(root: Path) -> Iterator[tuple[int, int]]:

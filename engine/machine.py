@@ -30,13 +30,23 @@ _DISTRIBUTIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "torch": ("torch",),
     "diffusers": ("diffusers",),
+    "onnx": ("onnx",),
+    "onnxslim": ("onnxslim",),
     "cuda-python": ("cuda-python",),
 }
 
 
+_TRACING: Final = ("torch", "diffusers", "onnx", "onnxslim")
+_EXPORT: Final = "`pip install 'dreammix-trt[export]'`"
+_NOT_RUN: Final = "this version builds its engines and does not run them yet"
+
+
 @dataclass(frozen=True)
 class BackendState:
-    """Whether a back end can build and run here; why: what is missing and how to get it, or what it works with."""
+    """Whether a back end can build and run here with this version of the program.
+
+    why: what is missing and how to get it, or what it works with.
+    """
 
     name: str
     can_build: bool
@@ -112,8 +122,9 @@ class Machine:
 
     def _onnxruntime(self) -> BackendState:
         version = self.versions.get("onnxruntime") or self.versions.get("onnxruntime-gpu")
-        why = f"onnxruntime {version}" if version else "not installed; `pip install onnxruntime`"
-        return BackendState("onnxruntime", bool(version), bool(version), why)
+        if not version:
+            return BackendState("onnxruntime", False, False, "not installed; `pip install onnxruntime`")
+        return BackendState("onnxruntime", True, True, f"onnxruntime {version}{self._embedded_only()}")
 
     def _onnxruntime_cuda(self) -> BackendState:
         name, version = "onnxruntime (CUDA)", self.versions.get("onnxruntime-gpu")
@@ -122,17 +133,19 @@ class Machine:
             return BackendState(
                 name, builds, False, "not installed; `pip install onnxruntime-gpu` in onnxruntime's place"
             )
-        return BackendState(name, builds, bool(self.driver.gpus), self._gpu_or(f"onnxruntime-gpu {version}"))
+        why = self._gpu_or(f"onnxruntime-gpu {version}") + self._embedded_only()
+        return BackendState(name, builds, bool(self.driver.gpus), why)
 
     def _tensorrt_rtx(self) -> BackendState:
         name, version = "tensorrt-rtx", self.versions.get("tensorrt-rtx")
         if not version:
             return BackendState(name, False, False, "not installed; `pip install 'dreammix-trt[rtx]'`")
         known = [gpu for gpu in self.driver.gpus if gpu.capability in RTX_TARGETS]
-        why = self._gpu_or(f"tensorrt-rtx {version}")
         if self.driver.gpus and not known:
-            why = f"{self.driver.gpus[0].capability} is not among its GPUs ({', '.join(RTX_TARGETS)})"
-        return BackendState(name, True, bool(known), why)
+            gpu = f"{self.driver.gpus[0].capability} is not among its GPUs ({', '.join(RTX_TARGETS)})"
+        else:
+            gpu = self._gpu_or(f"the {known[0].name} would do" if known else "")
+        return self._builds_only(name, version, gpu)
 
     def _tensorrt(self) -> BackendState:
         name, version = "tensorrt", self.versions.get("tensorrt")
@@ -140,11 +153,31 @@ class Machine:
             return BackendState(name, False, False, "not installed; `pip install 'dreammix-trt[trt]'`")
         if self._old_tensorrt():
             return BackendState(name, False, False, f"tensorrt {version} is too old, 11 is needed")
-        able = bool(self.driver.gpus)
-        return BackendState(name, able, able, self._gpu_or(f"tensorrt {version}"))
+        if not self.driver.gpus:
+            return BackendState(
+                name, False, False, f"tensorrt {version}: builds on the GPU only, {self.driver.problem}"
+            )
+        return self._builds_only(name, version, f"the {self.driver.gpus[0].name} would do")
+
+    def _builds_only(self, name: str, version: str, gpu: str) -> BackendState:
+        """The state of a back end that `DreamMix` does not run; gpu: what is to be said of the GPU."""
+        missing = self._untraceable()
+        lacks = f"; building needs {', '.join(missing)}: {_EXPORT}" if missing else ""
+        return BackendState(name, not missing, False, f"{name} {version}: {_NOT_RUN} ({gpu}){lacks}")
+
+    def _embedded_only(self) -> str:
+        missing = self._untraceable()
+        if not missing:
+            return ""
+        return f"; builds the embedded model, another base needs {', '.join(missing)}: {_EXPORT}"
+
+    def _untraceable(self) -> list[str]:
+        return [name for name in _TRACING if name not in self.versions]
 
     def _gpu_or(self, well: str) -> str:
-        return well if self.driver.gpus else f"{well}, but {self.driver.problem}"
+        if self.driver.gpus:
+            return well
+        return f"{well}, but {self.driver.problem}" if well else str(self.driver.problem)
 
     def _old_tensorrt(self) -> bool:
         version = self.versions.get("tensorrt", "11").split(".")[0]

@@ -12,8 +12,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {"core": set(), "export": {"core"}, "engine": {"core"}, "trainer": {"core"}}
-FACE = {"cli", "building", "demo", "report"}
-HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "onnx", "polygraphy"}
+FACE = {"cli", "building", "parts", "demo", "report", "store_cli", "doctor_cli"}
+HEAVY = {
+    "torch", "diffusers", "transformers", "peft", "accelerate", "onnx", "onnxslim", "polygraphy", "tensorrt",
+    "tensorrt_rtx",
+}  # fmt: skip
 
 
 def imports_of(path: Path, *, top_level_only: bool) -> Iterator[str]:
@@ -76,6 +79,26 @@ def test_core_loads_nothing_heavy_at_import() -> None:
         if name.split(".")[0] in HEAVY | {"onnxruntime"}
     ]
     assert not wrong
+
+
+def test_every_module_of_core_and_engine_loads_without_the_heavy_packages() -> None:
+    """And so do the command line and the build: nothing is imported before it is needed."""
+    names = [f"dreammix_trt.{path.parent.name}.{path.stem}" for floor in ("core", "engine") for path in files(floor)]
+    names += ["dreammix_trt.cli", "dreammix_trt.building", "dreammix_trt.parts", "dreammix_trt.export.onnx_export"]
+    names = [name.removesuffix(".__init__") for name in names]
+    code = (
+        "import importlib, sys\n"
+        f"for name in {names}: importlib.import_module(name)\n"
+        f"print(sorted(set(sys.modules) & {HEAVY | {'onnxruntime'}}))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.strip() == "[]"
+
+
+def test_the_face_is_known() -> None:
+    """What stands on the top floor; a new module there is to be named here."""
+    found = {path.stem for path in (ROOT / "dreammix_trt").glob("*.py")}
+    assert found == FACE | {"__init__", "__main__"}
 
 
 def test_importing_the_package_is_free() -> None:

@@ -6,16 +6,21 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
-from dreammix_trt.building import build
+from dreammix_trt.building import Defaults, EngineOptions, build
+from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import EngineError, FileFormatError, InputError
-from dreammix_trt.core.files import folder_bytes
+from dreammix_trt.core.files import folder_bytes, write_json
 from dreammix_trt.core.passport import Passport
+from dreammix_trt.core.store import Store
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.build import check_engine
 from tests.conftest import write_lora
@@ -29,6 +34,19 @@ def picture(engine: Path, **fields: object) -> np.ndarray:  # type: ignore[type-
         return np.asarray(dm.inpaint(IMAGE, MASK, "a sks mug", num_inference_steps=4, seed=3, **fields).images[0])
 
 
+def parts_of(passport: Passport, store: Path | None = None) -> dict[str, Path]:
+    folders = {name: Store(store).get(key) for name, key in passport.parts.items()}
+    return {name: folder for name, folder in folders.items() if folder is not None}
+
+
+def weights_of(passport: Passport, name: str) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+    """A part's weights by torch name, as torch has them."""
+    folder = parts_of(passport)[name]
+    entry = json.loads((folder / "network.json").read_text())
+    held = load_file(folder / entry["weights"])
+    return {key: held[key].T if turned else held[key] for key, turned in entry["initializers"].items()}
+
+
 def test_the_passport_says_what_the_engine_was_made_from(mug_engine: Path, mug_lora: Path) -> None:
     passport = Passport.read(mug_engine)
     assert [subject.name for subject in passport.subjects] == ["mug"]
@@ -37,8 +55,11 @@ def test_the_passport_says_what_the_engine_was_made_from(mug_engine: Path, mug_l
     assert {"unet", "unet_raw", "vae_decoder", "text_encoder_2"} <= {entry.name for entry in passport.networks}
     for entry in passport.networks:
         assert entry.parity["max_rel"] < 1e-4
-    graphs = {entry.name: entry.graph for entry in passport.networks}
-    assert graphs["unet"] == graphs["unet_raw"]
+    assert passport.parts.keys() == {"base", *(entry.name for entry in passport.networks)}
+    assert (passport.backend, passport.precision, passport.targets) == ("onnxruntime", "float32", [])
+    assert passport.backend_version == passport.versions["onnxruntime"]
+    assert passport.files["unet/unet.onnx"] == passport.files["unet_raw/unet.onnx"], "both UNets share one graph"
+    assert passport.files["unet/unet.safetensors"] != passport.files["unet_raw/unet.safetensors"]
 
 
 SECOND = """
@@ -155,10 +176,11 @@ def test_a_missing_subject_is_found(spoiled: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"schema": 2}, "schema 2"),
+        ({"schema": 3}, "schema 3"),
+        ({"schema": 1}, "schema 1"),
         ({"schema": 0}, "schema 0"),
         ({"networks": 3}, "damaged"),
-        ({"base_key": "0" * 64}, "lacks"),
+        ({"parts": {"base": "0" * 64}}, "damaged"),
     ],
 )
 def test_passports_that_do_not_fit(spoiled: Path, change: dict[str, object], told: str) -> None:
@@ -169,6 +191,319 @@ def test_passports_that_do_not_fit(spoiled: Path, change: dict[str, object], tol
     assert "dreammix-trt build" in str(caught.value)
 
 
+def test_a_passport_whose_part_is_nowhere_names_it(spoiled: Path) -> None:
+    record = json.loads((spoiled / "passport.json").read_text())
+    record["parts"]["unet"] = "0" * 64
+    (spoiled / "passport.json").write_text(json.dumps(record))
+    with pytest.raises(EngineError, match=r"needs unet \(000000000000\), which the store .* lacks.*dreammix-trt build"):
+        DreamMix.load(spoiled)
+
+
 def test_building_again_gives_the_same_passport(mug_engine: Path, mug_lora: Path) -> None:
     before = Passport.read(mug_engine)
     assert build(mug_lora, out=mug_engine, name="mug") == before
+
+
+# LoRAs that are part of the base
+
+
+@pytest.fixture
+def style(tmp_path: Path) -> Path:
+    """A LoRA as style and few-step ones are: convolutions, feed-forward, all of attention, both text encoders."""
+    pytest.importorskip("torch")
+    from benchmarks._sdxl_files import write_lora as write
+
+    configs = dict(BaseFiles.open().configs)
+    return write(
+        tmp_path / "style.safetensors", configs, convs=True, feed_forward=True, text_encoders=True, dtype="float32",
+        modules=("to_q", "to_k", "to_v", "to_out.0"),
+    )  # fmt: skip
+
+
+def change_of(file: Path, network: str, name: str) -> np.ndarray | float:  # type: ignore[type-arg]
+    """B A of a weight as torch would add it, from the file itself; 0 where the LoRA leaves the weight alone."""
+    held, module = load_file(file), f"{network}.{name.removesuffix('.weight')}"
+    inner = ".lora_linear_layer" if network.startswith("text") else ".lora"
+    if not name.endswith(".weight") or f"{module}{inner}.down.weight" not in held:
+        return 0.0
+    down, up = (held[f"{module}{inner}.{side}.weight"].astype(np.float64) for side in ("down", "up"))
+    return np.einsum("or,r...->o...", up.reshape(up.shape[:2]), down)
+
+
+@pytest.mark.parametrize(("target", "changed"), [("both", ("unet", "unet_raw")), ("raw", ("unet_raw",)),
+                                                 ("patched", ("unet",))])  # fmt: skip
+def test_a_base_lora_is_added_to_the_weights_it_is_meant_for(
+    target: str, changed: tuple[str, ...], style: Path, mug_engine: Path, tmp_path: Path
+) -> None:
+    """W + s B A in every linear layer and convolution, held against the file by plain arithmetic."""
+    plain = Passport.read(mug_engine)
+    option = f"{style}:0.5" + (f":{target}" if target != "both" else "")
+    passport = build(out=tmp_path / "out", base_loras=[option], verify=False)
+    assert f"--base-lora {option}" in passport.command and passport.base["loras"] == [option]
+    differing = {name for name, key in passport.parts.items() if plain.parts[name] != key}
+    assert differing == {*changed, "text_encoder", "text_encoder_2"}
+    assert passport.base_key != plain.base_key
+    for name in differing:
+        network = "unet" if name == "unet_raw" else name
+        before, after = weights_of(plain, name), weights_of(passport, name)
+        moved = {key for key, value in after.items() if not np.array_equal(value, before[key])}
+        assert len(moved) >= (100 if network == "unet" else 6), "every layer that the LoRA names"
+        for key, value in after.items():
+            wanted = before[key] + 0.5 * change_of(style, network, key)
+            np.testing.assert_allclose(value, wanted, atol=1e-6 * max(1, np.abs(wanted).max()), err_msg=key)
+            assert (key in moved) == (not np.array_equal(wanted, before[key])), key
+        kernels = {value.shape[2:] for key, value in after.items() if key in moved and value.ndim == 4}
+        assert network != "unet" or (3, 3) in kernels, "convolutions are changed too"
+
+
+def test_two_base_loras_add_up(style: Path, tmp_path: Path) -> None:
+    two = Path(shutil.copy(style, tmp_path / "two.safetensors"))
+    once = build(out=tmp_path / "once", base_loras=[f"{style}:1.5"], verify=False)
+    twice = build(out=tmp_path / "twice", base_loras=[style, f"{two}:0.5"], verify=False)
+    one, other = weights_of(once, "unet"), weights_of(twice, "unet")
+    for key, value in one.items():
+        np.testing.assert_allclose(value, other[key], atol=1e-5)
+
+
+def test_unknown_modules_of_a_base_lora_are_named_before_anything_is_made(style: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    held = load_file(style)
+    name = next(name for name in held if name.endswith("to_q.lora.down.weight") and "down_blocks" in name)
+    module, foreign = name.removesuffix(".lora.down.weight"), "unet.down_blocks.7.attentions.0.proj_in"
+    for side in ("down", "up"):
+        held[f"{foreign}.lora.{side}.weight"] = held.pop(f"{module}.lora.{side}.weight")
+    save_file(held, tmp_path / "foreign.safetensors")
+    with pytest.raises(FileFormatError, match=r"foreign\.safetensors.*down_blocks\.7\.attentions\.0\.proj_in"):
+        build(out=tmp_path / "out", base_loras=[tmp_path / "foreign.safetensors"], store=tmp_path / "store")
+    assert not (tmp_path / "out").exists() and Store(tmp_path / "store").entries() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("lcm-lora-sdxl.safetensors", {"sampler": "lcm", "num_inference_steps": 8, "guidance_scale": 1.0}),
+        (
+            "sdxl_lightning_4step_lora.safetensors",
+            {"sampler": "euler", "num_inference_steps": 4, "guidance_scale": 1.0},
+        ),
+        ("Hyper-SDXL-8steps-lora.safetensors", {"sampler": "euler", "num_inference_steps": 8, "guidance_scale": 1.0}),
+        ("watercolour.safetensors", {}),
+    ],
+)
+def test_a_few_step_lora_brings_its_schedule(
+    name: str, expected: dict[str, Any], mug_lora: Path, mug_engine: Path, tmp_path: Path
+) -> None:
+    """Into the passport, into the base's facts, and into every request that does not say otherwise."""
+    file = Path(shutil.copy(mug_lora / "pytorch_lora_weights.safetensors", tmp_path / name))
+    told: list[str] = []
+    passport = build(out=tmp_path / "out", base_loras=[file], verify=False, notice=told.append)
+    assert passport.base["defaults"] == expected
+    facts = json.loads((parts_of(passport)["base"] / "base.json").read_text())
+    assert facts["defaults"] == expected
+    assert [name in text and "--sampler" in text for text in told] == ([True] if expected else [])
+    with DreamMix.load(tmp_path / "out", threads=1) as dm:
+        assert dict(dm.defaults) == expected
+        request = dm.request("a mug", guidance_scale=2.0)
+        assert request.sampler == expected.get("sampler", "dpmpp_2m_sde")
+        assert request.num_inference_steps == expected.get("num_inference_steps", 30)
+        assert request.guidance_scale == 2.0
+        if expected:
+            result = dm.inpaint(IMAGE, MASK, "a mug", seed=3)
+            assert len(result.schedule) == expected["num_inference_steps"]
+
+
+def test_what_is_asked_for_counts_more_than_a_lora_s_name(mug_lora: Path, mug_engine: Path, tmp_path: Path) -> None:
+    file = Path(shutil.copy(mug_lora / "pytorch_lora_weights.safetensors", tmp_path / "lcm.safetensors"))
+    passport = build(
+        out=tmp_path / "out",
+        base_loras=[file],
+        verify=False,
+        defaults=Defaults(num_inference_steps=3, guidance_scale=1.5),
+    )
+    wanted = {"sampler": "lcm", "num_inference_steps": 3, "guidance_scale": 1.5}
+    assert passport.base["defaults"] == wanted
+    assert all(option in passport.command for option in ("--sampler lcm", "--steps 3", "--guidance-scale 1.5"))
+    with pytest.raises(InputError, match="sampler is 'ddim'; allowed: 'dpmpp_2m_sde'"):
+        build(out=tmp_path / "out", defaults=Defaults(sampler="ddim"))
+
+
+# Keys: everything that changes a part, and nothing else
+
+
+class Held:
+    """A base of files that may be changed, and its parts' keys as `build` makes them; nothing is really built."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.number = 0
+
+    def keys(self, **given: Any) -> dict[str, str]:
+        self.number += 1
+        out = self.folder.parent / f"out-{self.number}"
+        passport = build(out=out, store=self.folder.parent / "store", verify=False, **{"base": self.folder, **given})
+        return passport.parts
+
+    def differing(self, before: dict[str, str], **given: Any) -> set[str]:
+        after = self.keys(**given)
+        return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+
+
+@pytest.fixture
+def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    """The embedded base, its parts made of next to nothing."""
+    from dreammix_trt import parts
+    from dreammix_trt.engine.tensorrt import BuildReport
+    from dreammix_trt.export import vae_range
+
+    folder = tmp_path / "base"
+    shutil.copytree(BaseFiles.open().folder, folder, ignore=shutil.ignore_patterns("graphs"))
+
+    def traced(network: Any, out: Path) -> None:
+        (out / "graph.onnx").write_bytes(b"")
+
+    def exported(base: Any, network: Any, graph: Path, out: Path, **_: Any) -> None:
+        (out / "x.onnx").write_bytes(b"")
+        write_json(out / "network.json", {"schema": 2, "graph": "x.onnx", "weights": "x.onnx", **network.described()})
+
+    def planned(onnx: Path, out: Path, *, backend: str, **_: Any) -> BuildReport:
+        out.write_bytes(b"plan")
+        return BuildReport(0.1, 4, 1, 0, backend, "1", (), (), (), ())
+
+    class Calm:
+        def to_dict(self) -> dict[str, Any]:
+            return {"units": [], "peaks": {}}
+
+    monkeypatch.setattr(parts, "write_graph", traced)
+    monkeypatch.setattr(parts, "export_network", exported)
+    monkeypatch.setattr("dreammix_trt.engine.tensorrt.build_engine", planned)
+    monkeypatch.setattr(vae_range, "wide_units", lambda *_: Calm())
+    yield Held(folder)
+
+
+UNETS, TEXTS, VAES = {"unet", "unet_raw"}, {"text_encoder", "text_encoder_2"}, {"vae_encoder", "vae_decoder"}
+EVERYTHING = {*UNETS, *TEXTS, *VAES, "inpaint_head"}
+
+
+def test_parts_depend_on_their_own_files_alone(held: Held, tmp_path: Path) -> None:
+    before = held.keys()
+    assert before.keys() == {*EVERYTHING, "base"}
+
+    def damage(name: str) -> None:
+        """Another model: one weight differs."""
+        from safetensors.numpy import save_file
+
+        file = next((held.folder / name).glob("*.safetensors"))
+        tensors = load_file(file)
+        first = next(iter(tensors.values())).reshape(-1)
+        first[0] += np.asarray(0.5, first.dtype)
+        save_file(tensors, file)
+
+    for name, parts in {"unet": UNETS, "vae": VAES, "text_encoder": {"text_encoder"}}.items():
+        damage(name)
+        assert held.differing(before) == parts, name
+        before = held.keys()
+    words = held.folder / "tokenizer" / "merges.txt"
+    words.write_text(words.read_text() + "z z\n")
+    assert held.differing(before) == {"base"}
+    before = held.keys()
+    (held.folder / "README.md").write_text("a model")
+    shutil.move(held.folder, tmp_path / "elsewhere")
+    held.folder = tmp_path / "elsewhere"
+    assert held.differing(before) == set(), "its place and what else lies there do not matter"
+
+
+def test_parts_depend_on_the_options_that_change_them(held: Held, tmp_path: Path) -> None:
+    before = held.keys()
+    other = tmp_path / "vae"
+    shutil.copytree(held.folder / "vae", other)
+    file = next(other.glob("*.safetensors"))
+    assert held.differing(before, vae=other) == set(), "the same VAE from elsewhere"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert held.differing(before, vae=other) == VAES
+    patch = Path(shutil.copy(next(held.folder.glob("*.fooocus.patch")), tmp_path / "other.patch"))
+    assert held.differing(before, patch=patch) == set()
+    assert held.differing(before, patch_biases=True) == {"unet", "base"}
+    assert held.differing(before, slot_rank=16) == {*UNETS, *TEXTS, "base"}
+    assert held.differing(before, slot_rank=0) == {*UNETS, *TEXTS, "base"}
+    assert held.differing(before, engine=EngineOptions(precision="float16")) == EVERYTHING
+    assert held.differing(before, defaults=Defaults(sampler="euler")) == {"base"}
+    assert held.differing(before, self_contained=True) == set()
+    mug = write_lora(tmp_path / "mug", seed=1)
+    assert held.differing(before, lora=mug, name="mug") == set(), "a subject is data"
+    assert held.differing(before, lora=mug, name="mug", merge=True) == {"unet"}
+    assert held.differing(before, base_loras=[f"{mug}:1:raw"]) == {"unet_raw"}
+    assert held.keys(base_loras=[mug]) != held.keys(base_loras=[f"{mug}:0.5"])
+
+
+def test_another_patch_changes_the_patched_unet_alone(held: Held, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from benchmarks._sdxl_files import write_patch
+
+    before = held.keys()
+    other = write_patch(tmp_path / "other.fooocus.patch", dict(BaseFiles.open(held.folder).configs), keys="all")
+    assert held.differing(before, patch=other) == {"unet"}
+
+
+def test_plans_depend_on_what_they_are_built_for(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install dreammix-trt[rtx]")
+    store = Store(held.folder.parent / "store")
+
+    def options(**given: Any) -> EngineOptions:
+        return EngineOptions(**{"targets": ("sm_89",), **given})
+
+    before = held.keys(engine=options())
+    plain = {entry.key for entry in store.entries() if entry.kind == "onnx"}
+    changes = [
+        (options(targets=("sm_86",)), EVERYTHING), (options(targets=("sm_89", "sm_86")), EVERYTHING),
+        (options(shapes="dynamic"), EVERYTHING - TEXTS), (options(pictures=2), EVERYTHING),
+        (options(workspace=1 << 30), EVERYTHING),
+    ]  # fmt: skip
+    for changed, parts in changes:
+        assert held.differing(before, engine=changed) == parts, changed
+    assert {entry.key for entry in store.entries() if entry.kind == "onnx"} == plain, "and their networks do not"
+    assert held.keys(engine=options(targets=("sm_89", "sm_86"))) == held.keys(
+        engine=options(targets=("sm_86", "sm_89"))
+    )
+    versions = {"tensorrt-rtx": "9.9", "onnxruntime": "9.9"}
+    monkeypatch.setattr("dreammix_trt.engine.machine.installed_versions", lambda: versions)
+    assert held.differing(before, engine=options()) == EVERYTHING, "plans are of a version"
+    assert {entry.key for entry in store.entries() if entry.kind == "onnx"} == plain
+
+
+def test_networks_for_onnx_runtime_are_of_no_version(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = held.keys()
+    monkeypatch.setattr("dreammix_trt.engine.machine.installed_versions", lambda: {"onnxruntime": "9.9"})
+    assert held.differing(before) == set()
+
+
+def test_a_base_s_key_is_that_of_its_weights_and_slots(held: Held, tmp_path: Path) -> None:
+    """A subject says which base it was made for; it fits every precision and back end of that base."""
+
+    def key(**given: Any) -> str:
+        held.number += 1
+        out = tmp_path / f"b{held.number}"
+        return build(out=out, store=tmp_path / "store", **{"base": held.folder, **given}).base_key
+
+    plain = key()
+    assert key(engine=EngineOptions(precision="float16")) == plain == key(defaults=Defaults(sampler="lcm"))
+    assert len({plain, key(slot_rank=4), key(patch_biases=True)}) == 3
+
+
+def test_options_that_contradict_each_other_are_refused(tmp_path: Path, mug_lora: Path) -> None:
+    for options, told in (
+        (EngineOptions(backend="openvino"), "backend is 'openvino'; allowed: onnxruntime, tensorrt-rtx, tensorrt"),
+        (EngineOptions(precision="int8"), "precision is 'int8'; allowed: float32, float16"),
+        (EngineOptions(shapes="any"), "shapes is 'any'; allowed: static, dynamic"),
+        (EngineOptions(backend="onnxruntime", targets=("sm_89",)), "onnxruntime builds for no GPU in particular"),
+        (EngineOptions(pictures=0), "pictures is 0"),
+    ):
+        with pytest.raises(InputError, match=told):
+            build(out=tmp_path / "out", engine=options)
+    with pytest.raises(InputError, match="slot_rank is 999; allowed: 0"):
+        build(out=tmp_path / "out", slot_rank=999)
+    with pytest.raises(InputError, match="merge needs a LoRA"):
+        build(out=tmp_path / "out", merge=True)
+    assert not (tmp_path / "out").exists()

@@ -133,11 +133,67 @@ def test_an_engine_that_is_none(place: Path) -> None:
 
 
 def test_the_readme_names_only_commands_that_exist() -> None:
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
     lines = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("dreammix-trt ")]
     assert len(lines) >= 5
-    for _, command, *options in lines:
-        shown = run(command, "--help")
-        assert shown.returncode == 0
-        for option in options:
-            assert not option.startswith("--") or option in shown.stdout, f"{command} {option}"
+    shown: dict[tuple[str, ...], str] = {}
+    for _, *words in lines:
+        command = tuple(words[: 2 if words[0] == "store" else 1])
+        if command not in shown:
+            helped = run(*command, "--help")
+            assert helped.returncode == 0, command
+            shown[command] = helped.stdout
+        for option in words:
+            assert not option.startswith("--") or option in shown[command], f"{command} {option}"
+
+
+def test_the_build_tells_its_options() -> None:
+    shown = run("build", "--help")
+    assert shown.returncode == 0
+    options = (
+        "--base", "--patch", "--head", "--vae", "--tokenizer", "--lora", "--base-lora", "--sampler", "--steps",
+        "--guidance-scale", "--backend", "--target", "--precision", "--shapes", "--pictures", "--workspace",
+        "--vae-image", "--verify", "--no-verify", "--merge", "--slot-rank", "--patch-biases", "--self-contained",
+        "--store",
+    )  # fmt: skip
+    for option in options:
+        assert option in shown.stdout, option
+    for word in ("sm_89", "FILE[:scale[:target]]", "tensorrt-rtx", "dynamic"):
+        assert word in re.sub(r"[\s│]+", " ", shown.stdout), word
+
+
+BAD_BUILDS: dict[str, tuple[list[str], str]] = {
+    "no target": (["--backend", "tensorrt-rtx"], "name the GPUs to build for with --target: sm_"),
+    "an unknown target": (["--target", "sm_12"], "cannot build for 'sm_12'; it knows sm_75"),
+    "a target twice": (["--target", "sm_89", "--target", "sm_89"], "name each once"),
+    "the GPU at hand and another": (["--target", "current", "--target", "sm_89"], "current cannot stand beside others"),
+    "an unknown back end": (["--backend", "openvino"], "backend is 'openvino'; allowed: onnxruntime, tensorrt-rtx"),
+    "a target for onnxruntime": (["--backend", "onnxruntime", "--target", "sm_89"], "builds for no GPU in particular"),
+    "a precision": (["--precision", "int8"], "precision is 'int8'; allowed: float32, float16"),
+    "a scale": (["--lora", "mug.safetensors:much"], "no scale in 'much'"),
+    "a sampler": (["--sampler", "ddim"], "sampler is 'ddim'; allowed: 'dpmpp_2m_sde' or 'euler'"),
+    "a base that is none": (["--base", "nowhere.safetensors"], "nowhere.safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BUILDS)
+def test_a_build_that_cannot_be_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    options, told = BAD_BUILDS[name]
+    if "target" in name or "GPU" in name:
+        pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install dreammix-trt[rtx]")
+    done = run("build", "--out", tmp_path / "out", "--store", tmp_path / "store", *options, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert told in re.sub(r"\s+", " ", done.stderr) and done.stderr.strip().startswith("error:")
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    assert not (tmp_path / "out").exists() and not (tmp_path / "store").exists()
+
+
+def test_a_base_alone_is_built_without_a_subject(mug_engine: Path, tmp_path: Path) -> None:
+    done = run("build", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "no subject" in done.stderr
+    record = json.loads(run("inspect", tmp_path / "out", "--json").stdout)
+    assert record["subjects"] == [] and record["command"] == f"dreammix-trt build --out {tmp_path / 'out'}"
+    again = run(*shlex.split(record["command"])[1:])
+    assert again.returncode == 0, "the command of a passport builds it again"
+    assert json.loads(run("inspect", tmp_path / "out", "--json").stdout) == record

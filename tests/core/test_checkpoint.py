@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from dreammix_trt.core.checkpoint import COMPONENTS, BaseFiles
+from dreammix_trt.core.checkpoint import COMPONENTS, EMBEDDED, BaseFiles
 from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.fooocus import read_patch
 from dreammix_trt.core.keymap import sgm_to_diffusers
@@ -273,3 +276,139 @@ def test_a_patch_of_another_width_lists_shapes(tiny: TinyModel, golden: Path) ->
         base.unet_patched_state()
     with pytest.raises(FileFormatError, match="320 channels does not fit the base's 32"):
         BaseFiles.open(tiny.folder, head=golden / "inpaint_head.pth").head()
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("text_encoder", {"hidden_size": None}, "hidden_size is None, expected a whole number"),
+        ("text_encoder_2", {"hidden_act": "relu"}, "hidden_act is 'relu', expected 'quick_gelu' or 'gelu'"),
+        ("text_encoder", {"num_attention_heads": 3}, "num_attention_heads is 3, expected a divisor of hidden_size 16"),
+        ("text_encoder", {"max_position_embeddings": 64}, "max_position_embeddings is 64, expected 77"),
+        ("text_encoder", {"num_hidden_layers": 3}, "layers.2.mlp.fc1.weight is missing; weights and config"),
+        ("text_encoder_2", {"eos_token_id": None}, "eos_token_id is None"),
+        ("unet", {"sample_size": "128"}, "sample_size is '128', expected a whole number"),
+        ("unet", {"sample_size": 9}, "sample_size is 9, expected a multiple of 4"),
+        ("unet", {"block_out_channels": [32, 32]}, "down_block_types is .*expected 2 entries"),
+        ("unet", {"block_out_channels": "wide"}, "block_out_channels is 'wide', expected a list"),
+        ("unet", {"block_out_channels": [64, 32, 32]}, "conv_in.weight has shape .*, by its config.json"),
+        ("unet", {"down_block_types": [["x"], 1, 2]}, "down_block_types is"),
+        ("unet", {"norm_num_groups": 5}, "norm_num_groups is 5, expected a divisor"),
+        ("unet", {"attention_head_dim": [3, 2, 4]}, "attention_head_dim is .* that divide"),
+        ("unet", {"layers_per_block": 10**9}, "layers_per_block is 1000000000"),
+        ("unet", {"transformer_layers_per_block": [1, [1], [2]]}, "reverse_transformer_layers_per_block is None"),
+        ("unet", {"transformer_layers_per_block": [1, [1, 1], 2]}, "one for each layer of a block"),
+        ("unet", {"projection_class_embeddings_input_dim": 60}, "60, expected 64: text_encoder_2's projection_dim"),
+        ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim is 256, expected null"),
+        ("vae", {"block_out_channels": [8, 8]}, "block_out_channels is .*expected 4 entries"),
+        ("vae", {"scaling_factor": True}, "scaling_factor is True, expected a number above 0"),
+        ("vae", {"mid_block_add_attention": False}, "mid_block_add_attention is False, expected true"),
+        ("scheduler", {"beta_schedule": "linear"}, "beta_schedule is 'linear', expected 'scaled_linear'"),
+        ("scheduler", {"beta_start": 0.0001}, "beta_start is 0.0001, expected SDXL's 0.00085"),
+        ("scheduler", {"beta_end": 0.02}, "beta_end is 0.02"),
+        ("scheduler", {"num_train_timesteps": 4000}, "num_train_timesteps is 4000, expected 1000"),
+        ("scheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
+        ("scheduler", {"_class_name": "EDMEulerScheduler"}, "_class_name is 'EDMEulerScheduler'"),
+    ],
+)  # fmt: skip
+def test_damaged_configs_are_named(tiny: TinyModel, file: str, changes: dict[str, Any], message: str) -> None:
+    name = "scheduler_config.json" if file == "scheduler" else "config.json"
+    edit(tiny.folder / file / name, **changes)
+    with pytest.raises(FileFormatError, match=message) as caught:
+        BaseFiles.open(tiny.folder)
+    assert file in str(caught.value)
+
+
+REQUIRED = {
+    "unet": ["sample_size", "block_out_channels", "down_block_types", "up_block_types", "cross_attention_dim",
+             "addition_time_embed_dim", "projection_class_embeddings_input_dim"],
+    "vae": ["block_out_channels", "down_block_types", "up_block_types"],
+    "text_encoder": ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+                     "max_position_embeddings", "hidden_act"],
+    "text_encoder_2": ["hidden_size", "projection_dim"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("component", "field"), [(name, field) for name in REQUIRED for field in REQUIRED[name]])
+def test_absent_fields_are_named(embedded: Path, component: str, field: str) -> None:
+    path = embedded / component / "config.json"
+    config = json.loads(path.read_text())
+    del config[field]
+    path.write_text(json.dumps(config))
+    with pytest.raises(FileFormatError, match=rf"{component}/config\.json: {field} is missing, expected "):
+        BaseFiles.open(embedded)
+
+
+@pytest.fixture
+def embedded(tmp_path: Path) -> Path:
+    """A copy of the embedded base that may be damaged."""
+    return Path(shutil.copytree(EMBEDDED, tmp_path / "embedded"))
+
+
+ODD: list[Any] = [None, True, 0, -1, 10**30, 1e400, 2.5, "", "x", [], [1], [[1]], {}]
+FILES = ["unet/config.json", "vae/config.json", "text_encoder_2/config.json", "scheduler/scheduler_config.json"]
+
+
+@pytest.mark.parametrize("file", [*FILES, "tokenizer/tokenizer_config.json", "model_index.json"])
+def test_no_value_of_a_config_is_a_traceback(embedded: Path, file: str) -> None:
+    path = embedded / file
+    text = path.read_text()
+    record = json.loads(text)
+    changed = [{**record, field: ODD[(number + step) % len(ODD)]} for step, field in enumerate(record)
+               for number in (0, 5, 9)]  # fmt: skip
+    for damaged in [*map(json.dumps, changed), "", "[]", text[: len(text) // 2], "[" * 100_000, "1" * 5000]:
+        path.write_text(damaged)
+        with contextlib.suppress(FileFormatError):
+            base = BaseFiles.open(embedded)
+            assert base.native_side > 0 and base.divisor > 0 and base.pad_token("tokenizer")
+
+
+def test_deeply_nested_json_is_a_damaged_file(embedded: Path) -> None:
+    (embedded / "unet" / "config.json").write_text("[" * 100_000)
+    with pytest.raises(FileFormatError, match=r"unet/config\.json cannot be read as JSON"):
+        BaseFiles.open(embedded)
+
+
+def test_a_damaged_vae_override_is_named_by_its_own_file(tiny: TinyModel, embedded: Path) -> None:
+    edit(embedded / "vae" / "config.json", norm_num_groups="x")
+    with pytest.raises(FileFormatError, match=r"embedded/vae/config\.json: norm_num_groups is 'x'"):
+        BaseFiles.open(tiny.folder, vae=embedded)
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As if files of a name were another user's: the tests may run as one whom no permission stops."""
+    usual = Path.open
+
+    def refused(self: Path, *args: Any, **options: Any) -> Any:
+        if self.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return usual(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "inpaint_head.pth", "vocab.json"])
+def test_files_that_may_not_be_read_are_named(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    base = BaseFiles.open(tiny.folder)
+    forbid(monkeypatch, name)
+    with pytest.raises(FileFormatError, match=rf"{name}: cannot be read \(Permission denied\); give yourself"):
+        base.content_hashes()
+    if name.endswith(".safetensors"):
+        with pytest.raises(FileFormatError, match=rf"unet/{name}: cannot be read \(Permission denied\)"):
+            BaseFiles.open(tiny.folder)
+    elif name.endswith(".pth"):
+        with pytest.raises(FileFormatError, match=rf"{name}: cannot be read \(Permission denied\)"):
+            base.head()
+
+
+def test_a_folder_that_may_not_be_entered_is_named(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = Path.is_file
+
+    def refused(self: Path) -> bool:
+        if self.parent.name == "vae":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return usual(self)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    with pytest.raises(FileFormatError, match=r"vae/config\.json: cannot be read \(Permission denied\)"):
+        BaseFiles.open(tiny.folder)

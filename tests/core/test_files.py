@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -188,3 +189,34 @@ def test_a_place_is_judged_before_the_work(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=told):
             check_place(tmp_path / place, "mark")
     assert names(tmp_path) == {"file"}
+
+
+def test_files_are_flushed_where_only_writers_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    flushed = []
+
+    def fsync(handle: int) -> None:  # Windows': EBADF for a file that is open for reading
+        if not fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_RDWR:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flushed.append(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_json(tmp_path / "a.json", {"a": 1})
+    with atomic_directory(tmp_path / "folder") as temporary:
+        (temporary / "b").write_text("kept")
+    assert len(flushed) == 2
+    assert read_json(tmp_path / "a.json") == {"a": 1} and (tmp_path / "folder" / "b").read_text() == "kept"
+
+
+def test_hashes_of_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileFormatError, match=r"none: cannot be read \(No such file or directory\); check that"):
+        sha256_of(tmp_path / "none")
+    (tmp_path / "a").write_text("x")
+
+    def refused(self: Path, mode: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refused)
+    for hashed in (sha256_of, digest_of):
+        with pytest.raises(FileFormatError, match=r"a: cannot be read \(Permission denied\); give yourself"):
+            hashed(tmp_path / "a")

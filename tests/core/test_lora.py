@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -517,3 +518,100 @@ def test_a_1x1_convolution_fits_a_linear_layer_and_the_reverse(tmp_path: Path) -
         save_file(tensors, tmp_path / "x.safetensors")
         change = weight_changes(read_lora(tmp_path / "x.safetensors"), "unet", 1)["conv_in.weight"]
         assert np.array_equal(change(np.zeros(weight, np.float32)), np.full(weight, 2, np.float32))
+
+
+def write_peft(folder: Path, config: Any, prefix: str = "base_model.model.") -> dict[str, tuple[Any, Any]]:
+    """A folder as PEFT's save_pretrained leaves it, with the factors of `MODULES`."""
+    folder.mkdir(exist_ok=True)
+    factors = random_factors(MODULES)
+    tensors = {}
+    for module, (a, b) in factors.items():
+        tensors[f"{prefix}{module}.lora_A.weight"] = np.ascontiguousarray(a.T)
+        tensors[f"{prefix}{module}.lora_B.weight"] = np.ascontiguousarray(b.T)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return factors
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.", "unet."])
+@pytest.mark.parametrize(
+    ("config", "scales"),
+    [
+        ({"r": 4, "lora_alpha": 8}, {K: 2, V: 2, OUT: 2}),
+        ({"r": 4, "lora_alpha": 8, "use_rslora": True}, {K: 4, V: 4, OUT: 4}),
+        ({"r": 4, "lora_alpha": 4, "alpha_pattern": {"to_v": 12, OUT: 2}}, {K: 1, V: 3, OUT: 0.5}),
+        ({"r": 9, "lora_alpha": 4, "rank_pattern": {"to_v": 4, "to_k": 4, "to_out.0": 4}}, {K: 1, V: 1, OUT: 1}),
+    ],
+)
+def test_a_peft_folder_gives_its_scale(tmp_path: Path, prefix: str, config: Any, scales: dict[str, float]) -> None:
+    factors = write_peft(tmp_path / "peft", {"peft_type": "LORA", **config}, prefix)
+    for given in (tmp_path / "peft", tmp_path / "peft" / "adapter_model.safetensors"):
+        lora = read_lora(given)
+        assert lora.factors.keys() == {"unet"}
+        for module, scale in scales.items():
+            np.testing.assert_allclose(lora.factors["unet"][module][1], scale * factors[module][1], rtol=1e-6)
+            assert np.array_equal(lora.factors["unet"][module][0], factors[module][0])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"r": 8, "lora_alpha": 8}, r"has rank 4, by adapter_config\.json beside it 8; the files do not belong"),
+        ({"r": 4, "lora_alpha": 0}, "alpha 0 .lora_alpha, or .alpha., which turns it off"),
+        ({"r": 4, "lora_alpha": "x"}, r"adapter_config\.json beside it is not what PEFT writes"),
+        ({"r": 4, "rank_pattern": [1]}, r"adapter_config\.json beside it is not what PEFT writes"),
+        ({"r": 4, "lora_alpha": 4, "alpha_pattern": {"nowhere": 2}}, "alphas for modules that the file lacks: nowhere"),
+        ({"r": 4, "lora_alpha": 4, "use_dora": True}, "DoRA"),
+        ({"peft_type": "LOHA", "r": 4}, "peft_type is 'LOHA'"),
+        ({"r": 4, "lora_alpha": 4, "init_lora_weights": "pissa_niter_16"}, "init_lora_weights is 'pissa_niter_16'"),
+        ([], "a JSON list, not an object"),
+    ],
+)
+def test_peft_configs_that_cannot_be_used(tmp_path: Path, config: Any, message: str) -> None:
+    write_peft(tmp_path, config)
+    with pytest.raises(FileFormatError, match=message):
+        read_lora(tmp_path)
+
+
+def test_a_text_encoder_of_peft_is_told_by_its_names(tmp_path: Path) -> None:
+    for prefix in ("text_model.", ""):
+        name = f"base_model.model.{prefix}encoder.layers.1.self_attn.q_proj.lora_"
+        tensors = {f"{name}A.weight": np.ones((2, 8), "f"), f"{name}B.weight": np.ones((8, 2), "f")}
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
+        assert list(read_lora(tmp_path).factors["text_encoder"]) == ["text_model.encoder.layers.1.self_attn.q_proj"]
+
+
+@pytest.mark.parametrize("fields", [{"unet.lora_alpha": 0}, {"unet.alpha_pattern": {"to_k": 0}}])
+def test_an_alpha_of_zero_is_refused(tmp_path: Path, fields: dict[str, Any]) -> None:
+    tensors = load_file(write_tiny_lora(tmp_path / "x.safetensors", random_factors(MODULES), dialect="peft"))
+    save_file(tensors, tmp_path / "y.safetensors", {"lora_adapter_metadata": json.dumps(fields)})
+    with pytest.raises(FileFormatError, match=r"attn1\.to_k has alpha 0"):
+        read_lora(tmp_path / "y.safetensors")
+
+
+def test_peft_itself_means_the_same(tmp_path: Path) -> None:
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    inner = torch.nn.ModuleDict({"conv_in": torch.nn.Conv2d(4, 8, 3), "conv_out": torch.nn.Conv2d(8, 4, 3)})
+    config = peft.LoraConfig(
+        r=3, lora_alpha=6, target_modules=["conv_in", "conv_out"], init_lora_weights=False,
+        alpha_pattern={"conv_in": 1.5}, rank_pattern={"conv_in": 2},
+    )  # fmt: skip
+    model = peft.get_peft_model(inner, config)
+    model.save_pretrained(tmp_path)
+    lora = read_lora(tmp_path)
+    for name in ("conv_in", "conv_out"):
+        layer = model.base_model.model[name]
+        a, b = lora.factors["unet"][name]
+        wanted = layer.get_delta_weight("default").detach().numpy()
+        np.testing.assert_allclose((a @ b).T.reshape(wanted.shape), wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_a_lora_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tiny_lora(tmp_path / "x.safetensors", random_factors(MODULES))
+
+    def refused(self: Path, mode: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(FileFormatError, match=r"x\.safetensors: cannot be read \(Permission denied\)"):
+        read_lora(path)

@@ -382,7 +382,7 @@ class Shelf:
         self.engine = write_engine(place / "mug", {"base": self.base, "unet": self.plan})
         store.register(self.engine, [self.base, self.plan])
 
-    def keys(self) -> set[str]:
+    def present(self) -> set[str]:
         return {entry.key for entry in self.store.entries()}
 
 
@@ -405,7 +405,7 @@ def test_what_an_engine_needs_stays_and_says_so(shelf: Shelf) -> None:
     assert plan.bytes == sum(entry.bytes for entry in plan.goes)
     freed, left = prune(shelf.store, plan)
     assert (freed, left) == (plan.bytes, [])
-    assert shelf.keys() == reasons.keys()
+    assert shelf.present() == reasons.keys()
     assert not any(path.name.startswith((shelf.onnx, f".{shelf.onnx}")) for path in shelf.store.root.iterdir())
 
 
@@ -435,7 +435,7 @@ def test_an_engine_on_a_disk_that_is_not_mounted_keeps_its_parts(shelf: Shelf) -
     assert keys_of(prune(shelf.store, forgetting)[1]) == {shelf.base, shelf.plan}
     shelf.engine.rename(away)
     prune(shelf.store, forgetting)
-    assert shelf.keys() == {shelf.graph} and shelf.store.recorded() == []
+    assert shelf.present() == {shelf.graph} and shelf.store.recorded() == []
 
 
 def test_what_comes_to_be_needed_after_the_plan_stays(shelf: Shelf, tmp_path: Path) -> None:

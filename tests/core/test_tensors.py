@@ -231,3 +231,28 @@ def test_numbers_that_do_not_fit_are_refused_and_nothing_is_left(
     with pytest.raises(ValueError, match="announced"):
         write_tensors(tmp_path / "o.safetensors", {"big": (dtype, (3,))}, lambda name: np.zeros(2))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [1] * 70, "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [0, 10**30], "data_offsets": [0, 0]},
+        {"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 4]},
+        {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": 1, "data_offsets": [0, 4]},
+        [],
+    ],
+)
+def test_headers_that_make_no_sense(tmp_path: Path, entry: Any) -> None:
+    text = json.dumps({"a": entry}).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(FileFormatError, match=r"x\.safetensors: not a safetensors file, or damaged"):
+        open_tensors(tmp_path / "x.safetensors")
+
+
+def test_a_header_nested_too_deeply(tmp_path: Path) -> None:
+    text = b"[" * 100_000
+    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(FileFormatError, match="not a safetensors file, or damaged"):
+        open_tensors(tmp_path / "x.safetensors")

@@ -94,3 +94,31 @@ def test_another_kind_of_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram", "vocab": []}}))
     with pytest.raises(FileFormatError, match="not the tokenizer of a CLIP text encoder"):
         write_tokenizer_files(tmp_path, tmp_path / "out", "!")
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    write_tokenizer_files(None, tmp_path / "clip", "!")
+    message = r"clip: its largest token id is 49407, text_encoder knows 956 tokens .*give the tokenizer that belongs"
+    with pytest.raises(FileFormatError, match=message):
+        BaseFiles.open(tokenizer=tmp_path / "clip")
+    whole = Path(shutil.copytree(EMBEDDED, tmp_path / "base"))
+    shutil.copy(tmp_path / "clip" / "vocab.json", whole / "tokenizer_2" / "vocab.json")
+    with pytest.raises(FileFormatError, match="tokenizer_2: its largest token id is 49407, text_encoder_2 knows 956"):
+        BaseFiles.open(whole)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "message"),
+    [
+        ({}, "it is empty"),
+        ({"a": "1"}, "the id of 'a' is '1'"),
+        ({"a": -1}, "the id of 'a' is -1"),
+        ({"a": 1}, r"lacks '<\|startoftext\|>'"),
+        ([], "a JSON list, not an object"),
+    ],
+)
+def test_damaged_vocabularies_are_named(tmp_path: Path, vocabulary: object, message: str) -> None:
+    one = Path(shutil.copytree(EMBEDDED / "tokenizer", tmp_path / "one"))
+    (one / "vocab.json").write_text(json.dumps(vocabulary))
+    with pytest.raises(FileFormatError, match=message):
+        BaseFiles.open(tokenizer=one)

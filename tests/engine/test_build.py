@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,8 @@ from dreammix_trt.core.errors import EngineError, InputError
 from dreammix_trt.core.passport import Passport
 from dreammix_trt.core.store import Store
 from dreammix_trt.engine.build import check_engine
+from dreammix_trt.export.networks import Network
+from dreammix_trt.export.onnx_export import export_network
 from tests.conftest import write_lora
 
 BUILDER = """
@@ -59,25 +62,47 @@ def test_builds_of_one_place_at_once_leave_one_whole_engine(mug_engine: Path, tm
     assert {file.name for file in tmp_path.iterdir()} == {"engine", "lora"}
 
 
-def test_a_damaged_base_is_found_and_the_remedy_works(
-    mug_engine: Path, mug_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_damaged_part_is_found_and_the_remedy_makes_that_part_alone(
+    mug_engine: Path, mug_lora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    passport = Passport.read(mug_engine)
-    folder = Store().get(passport.base_key)
+    from dreammix_trt import parts
+
+    passport, store = Passport.read(mug_engine), Store()
+    folder = store.get(passport.parts["inpaint_head"])
     assert folder is not None
-    whole = shutil.copytree(folder, tmp_path / "whole", ignore=shutil.ignore_patterns("manifest.json"))
-    victim = folder / "weights" / "inpaint_head.safetensors"
+    victim = folder / "inpaint_head.safetensors"
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
     victim.write_bytes(content)
     with pytest.raises(EngineError, match=r"inpaint_head\.safetensors is not what was built.*dreammix-trt build"):
         check_engine(mug_engine)
-    monkeypatch.setattr(
-        "dreammix_trt.export.onnx_export.export_base",  # the real one takes long and has tests of its own
-        lambda _, out, **__: shutil.copytree(whole, out, dirs_exist_ok=True),
-    )
-    assert build(mug_lora, out=mug_engine, name="mug") == passport
+    made: list[str] = []
+
+    def told(base: object, network: Network, *rest: Any, **options: Any) -> dict[str, Any]:
+        made.append(network.name)
+        return export_network(base, network, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(parts, "export_network", told)
+    again = build(mug_lora, out=mug_engine, name="mug")
+    assert (again.parts, again.files) == (passport.parts, passport.files)
+    assert made == ["inpaint_head"]
     check_engine(mug_engine, verify=True)
+
+
+def test_a_part_that_is_gone_from_the_store_is_named_with_the_command(mug_engine: Path, tmp_path: Path) -> None:
+    passport = Passport.read(mug_engine)
+    with pytest.raises(EngineError, match=r"needs text_encoder .*, which the store .* lacks.*dreammix-trt build"):
+        check_engine(mug_engine, store=tmp_path / "other")
+    assert Store(tmp_path / "other").entries() == []
+    assert {entry.key for entry in Store().entries() if mug_engine in entry.users} == set(passport.parts.values())
+
+
+def test_opening_an_engine_tells_the_store_who_needs_its_parts(mug_engine: Path, tmp_path: Path) -> None:
+    """A copy made by hand protects its parts from the moment it is used."""
+    copy = Path(shutil.copytree(mug_engine, tmp_path / "copy"))
+    assert copy not in Store().users()
+    check_engine(copy)
+    assert Store().users()[copy] == frozenset(Passport.read(copy).parts.values())
 
 
 def test_a_place_that_cannot_be_used_is_told_before_any_work(tmp_path: Path, mug_lora: Path) -> None:
@@ -102,6 +127,6 @@ def test_an_engine_for_another_back_end_is_refused(mug_engine: Path, tmp_path: P
     from dataclasses import replace
 
     passport = Passport.read(mug_engine)
-    replace(passport, backend="tensorrt", subjects=()).write(tmp_path)
-    with pytest.raises(EngineError, match=r"'tensorrt'.*dreammix-trt build"):
+    replace(passport, backend="openvino", subjects=()).write(tmp_path)
+    with pytest.raises(EngineError, match=r"'openvino'.*dreammix-trt build"):
         check_engine(tmp_path)

@@ -23,7 +23,10 @@ NONE = Driver(problem="there is no NVIDIA driver here")
 BARE = Machine(
     platform="Linux x86_64", system="Linux-6.1", cpu="a processor", cores=2, memory_total=24 * GIB,
     memory_available=8 * GIB, store="store", disk_free=9 * GIB, driver=NONE,
-    versions={"onnxruntime": "1.31.1", "tensorrt-rtx": "1.7.1.116"}, extension=True,
+    versions={
+        "onnxruntime": "1.31.1", "tensorrt-rtx": "1.7.1.116", "torch": "2.13.0", "diffusers": "0.42.1",
+        "onnx": "1.23.2", "onnxslim": "0.1.98",
+    }, extension=True,
 )  # fmt: skip
 
 
@@ -87,10 +90,11 @@ def test_a_machine_without_a_gpu_builds_for_one() -> None:
     assert "onnxruntime-gpu" in why(BARE, "onnxruntime (CUDA)")
 
 
-def test_a_gpu_lets_every_installed_back_end_run() -> None:
+def test_a_gpu_lets_onnx_runtime_run_and_tensorrt_build() -> None:
     here = with_gpu(ADA, tensorrt="11.4.0.106")
-    assert states(here)["tensorrt-rtx"] == (True, True)
-    assert states(here)["tensorrt"] == (True, True)
+    for name in ("tensorrt-rtx", "tensorrt"):
+        assert states(here)[name] == (True, False)
+        assert "does not run them yet" in why(here, name) and "4090 would do" in why(here, name)
     assert states(here)["onnxruntime (CUDA)"] == (True, False)
     cuda = replace(here, versions={"onnxruntime-gpu": "1.31.1"})
     assert states(cuda) == {
@@ -105,7 +109,18 @@ def test_a_gpu_that_tensorrt_rtx_does_not_know_can_only_build_with_it() -> None:
     here = with_gpu(HOPPER, tensorrt="11.4.0.106")
     assert states(here)["tensorrt-rtx"] == (True, False)
     assert "sm_90" in why(here, "tensorrt-rtx") and "sm_89" in why(here, "tensorrt-rtx")
-    assert states(here)["tensorrt"] == (True, True)
+    assert states(here)["tensorrt"] == (True, False)
+
+
+def test_without_what_tracing_needs_only_the_embedded_model_is_built() -> None:
+    lacks = {name: version for name, version in BARE.versions.items() if name not in ("torch", "onnxslim")}
+    here = replace(with_gpu(ADA), versions={**lacks, "tensorrt": "11.4.0.106"})
+    for name in ("tensorrt-rtx", "tensorrt"):
+        assert states(here)[name] == (False, False)
+        assert "building needs torch, onnxslim: `pip install 'dreammix-trt[export]'`" in why(here, name)
+    assert states(here)["onnxruntime"] == (True, True)
+    assert "builds the embedded model, another base needs torch, onnxslim" in why(here, "onnxruntime")
+    assert "another base" not in why(BARE, "onnxruntime")
 
 
 def test_faults_of_the_installation_come_with_a_remedy() -> None:
@@ -181,6 +196,38 @@ def system(root: Path, groups: str, **files: str) -> Path:
 def test_memory_without_groups_is_what_the_system_says(tmp_path: Path) -> None:
     assert memory(system(tmp_path, "")) == (16 * GIB, 12 * GIB)
     assert memory(tmp_path / "nothing") == (None, None)
+
+
+class FakeKernel:
+    """Windows' kernel32 as far as it is asked: 16 GiB, 5 of them free."""
+
+    def __init__(self, works: bool) -> None:
+        self.kernel32, self.works = self, works
+
+    def GlobalMemoryStatusEx(self, out: Any) -> int:
+        raw = (ctypes.c_char * 64).from_address(ctypes.addressof(out._obj))
+        assert int.from_bytes(raw[:4], "little") == 64 == ctypes.sizeof(out._obj)  # sizeof(MEMORYSTATUSEX)
+        raw[8:16], raw[16:24] = (16 * GIB).to_bytes(8, "little"), (5 * GIB).to_bytes(8, "little")
+        return int(self.works)
+
+
+def test_memory_of_windows_and_macos(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware.platform, "system", lambda: "Windows")
+    for works, told in ((True, (16 * GIB, 5 * GIB)), (False, (None, None))):
+        monkeypatch.setattr(hardware.ctypes, "windll", FakeKernel(works), raising=False)
+        assert memory() == told
+    monkeypatch.delattr(hardware.ctypes, "windll")
+    assert memory() == (None, None)
+    monkeypatch.setattr(hardware.platform, "system", lambda: "Darwin")
+    pages = {"SC_PHYS_PAGES": 1 << 20, "SC_PAGE_SIZE": 16384}
+    monkeypatch.setattr(hardware.os, "sysconf", pages.__getitem__)
+    assert memory() == (16 * GIB, None)
+
+    def unknown(name: str) -> int:
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr(hardware.os, "sysconf", unknown)
+    assert memory() == (None, None)
 
 
 def test_memory_keeps_to_the_limit_of_a_group_and_counts_droppable_pages_as_free(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The engine set: weights mapped from safetensors, sessions on demand, and what is wrong with a folder."""
+"""The engine set: parts in the store or in one folder, sessions on demand, and what is wrong with a part."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from dreammix_trt.core.errors import DreamMixError, EngineError, InputError
 from dreammix_trt.engine.build import open_engine
-from dreammix_trt.engine.networks import EngineSet, read_weights
+from dreammix_trt.engine.networks import EngineSet, parts_in
 
 
 @pytest.fixture(scope="module")
-def folder(mug_engine: Path) -> Path:
-    """The embedded base's engine set."""
-    return open_engine(mug_engine).networks
+def parts(mug_engine: Path) -> dict[str, Path]:
+    """The embedded base's parts, each in its place in the store."""
+    return open_engine(mug_engine).parts
 
 
 @pytest.fixture(scope="module")
-def networks(folder: Path) -> Iterator[EngineSet]:
-    with EngineSet.load(folder, threads=1) as opened:
+def networks(parts: dict[str, Path]) -> Iterator[EngineSet]:
+    with EngineSet.load(parts, threads=1) as opened:
         yield opened
 
 
@@ -38,27 +38,29 @@ def unet_inputs(networks: EngineSet, pictures: int = 1) -> dict[str, np.ndarray]
     return arrays
 
 
-def test_weights_are_mapped_and_halves_widened(tmp_path: Path) -> None:
-    single, half = np.arange(6, dtype=np.float32).reshape(2, 3), np.array([0.5, -2], np.float16)
-    save_file({"single": single, "half": half, "count": np.array([3], np.int64)}, tmp_path / "w.safetensors")
-    weights = read_weights(tmp_path / "w.safetensors")
-    assert weights["single"].dtype == np.float32 and not weights["single"].flags.owndata
-    assert weights["half"].dtype == np.float32 and weights["half"].tolist() == [0.5, -2]
-    np.testing.assert_array_equal(weights["single"], single)
-    assert weights["count"].tolist() == [3]
+def test_parts_below_one_folder_are_those_of_the_mapping(
+    parts: dict[str, Path], networks: EngineSet, tmp_path: Path
+) -> None:
+    for name, folder in parts.items():
+        shutil.copytree(folder, tmp_path / name)
+    assert parts_in(tmp_path) == {name: tmp_path / name for name in sorted(parts)}
+    inputs = {"mask": np.ones((1, 1, 8, 8), np.float32), "masked_latent": np.ones((1, 4, 8, 8), np.float32)}
+    with EngineSet.load(tmp_path, threads=1) as moved:
+        assert moved.facts == networks.facts
+        found = moved.run("inpaint_head", **inputs)["feature"]
+    np.testing.assert_array_equal(found, networks.run("inpaint_head", **inputs)["feature"])
 
 
-@pytest.mark.parametrize("length", [0, 5, 60, -3])
-def test_a_truncated_weight_file_is_refused(tmp_path: Path, length: int) -> None:
-    path = tmp_path / "w.safetensors"
-    save_file({"a": np.ones((4, 4), np.float32)}, path)
-    path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(EngineError, match=r"w\.safetensors"):
-        read_weights(path)
+def test_a_folder_without_a_base_is_no_set_of_parts(parts: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(parts["unet"], tmp_path / "unet")
+    for folder in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(EngineError, match=r"no folder `base`.*dreammix-trt build"):
+            EngineSet.load(folder)
 
 
-def test_both_unets_run_one_graph_with_two_weight_sets(networks: EngineSet) -> None:
-    assert networks.entries["unet"]["graph"] == networks.entries["unet_raw"]["graph"]
+def test_both_unets_run_one_graph_with_two_weight_sets(parts: dict[str, Path], networks: EngineSet) -> None:
+    graphs = [(parts[name] / networks.entries[name]["graph"]).read_bytes() for name in ("unet", "unet_raw")]
+    assert graphs[0] == graphs[1]
     inputs = unet_inputs(networks)
     patched, raw = (networks.run(name, **inputs)["eps"] for name in ("unet", "unet_raw"))
     assert patched.shape == inputs["sample"].shape and patched.dtype == np.float32
@@ -87,33 +89,106 @@ def test_an_unknown_network_is_named(networks: EngineSet) -> None:
         networks.run("asuka")
 
 
-def test_threads_below_one_are_refused(folder: Path) -> None:
+def half_part(folder: Path) -> dict[str, Path]:
+    """A base whose head is a float16 network of one node without slots: feature = masked_latent * mask."""
+    from onnx import TensorProto, helper
+
+    half, sides = TensorProto.FLOAT16, ["pictures", 4, "h", "w"]
+    graph = helper.make_graph(
+        [helper.make_node("Mul", ["masked_latent", "mask"], ["feature"])], "half",
+        [helper.make_tensor_value_info(name, half, sides) for name in ("mask", "masked_latent")],
+        [helper.make_tensor_value_info("feature", half, sides)],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    (folder / "inpaint_head").mkdir()
+    (folder / "inpaint_head/inpaint_head.onnx").write_bytes(model.SerializeToString())
+    entry = {
+        "schema": 2, "graph": "inpaint_head.onnx",
+        "inputs": [{"name": name, "dtype": "float16", "shape": sides} for name in ("mask", "masked_latent")],
+        "outputs": [{"name": "feature", "dtype": "float16", "shape": sides}], "slots": [],
+    }  # fmt: skip
+    (folder / "inpaint_head/network.json").write_text(json.dumps(entry))
+    facts = {"native_side": 64, "divisor": 32, "scaling_factor": 0.13, "feature_channels": 4}
+    (folder / "base").mkdir()
+    (folder / "base/base.json").write_text(json.dumps(facts))
+    return parts_in(folder)
+
+
+def test_float16_networks_take_and_give_float32(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    rng = np.random.default_rng(0)
+    mask, latent = (rng.standard_normal((1, 4, 3, 5), np.float32) for _ in range(2))
+    with EngineSet.load(half_part(tmp_path), threads=1) as networks:
+        found = networks.run("inpaint_head", mask=mask, masked_latent=latent)["feature"]
+        assert networks.facts.defaults == {}
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, (mask.astype(np.float16) * latent.astype(np.float16)).astype(np.float32))
+
+
+def test_inputs_a_network_does_not_have_are_left_out(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    ones = np.ones((1, 4, 2, 2), np.float32)
+    with EngineSet.load(half_part(tmp_path), threads=1) as networks:
+        given: dict[str, Any] = {"mask": ones, "masked_latent": ones, "lora": np.zeros((1, 0), np.float32)}
+        assert networks.run("inpaint_head", **given)["feature"].shape == ones.shape
+
+
+def test_a_part_with_a_plan_needs_no_onnx_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet/network.json").write_text(json.dumps({"schema": 2, "engine": "unet.engine", "inputs": []}))
+    (tmp_path / "base").mkdir()
+    facts = {"native_side": 64, "divisor": 32, "scaling_factor": 0.13, "feature_channels": 4}
+    (tmp_path / "base/base.json").write_text(json.dumps({**facts, "defaults": {"sampler": "lcm"}}))
+    with EngineSet.load(tmp_path) as networks:
+        assert networks.slots("unet") == () and networks.facts.defaults == {"sampler": "lcm"}
+
+
+def test_threads_below_one_and_unknown_devices_are_refused(parts: dict[str, Path]) -> None:
     with pytest.raises(InputError, match="threads is 0"):
-        EngineSet.load(folder, threads=0)
+        EngineSet.load(parts, threads=0)
+    with pytest.raises(InputError, match="device is 'tpu'; allowed: cpu, cuda"):
+        EngineSet.load(parts, device="tpu")
+
+
+def test_a_device_that_onnx_runtime_lacks_is_refused_with_the_remedy(parts: dict[str, Path]) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("ONNX Runtime has its CUDA provider here")
+    with EngineSet.load(parts, device="cuda") as networks, pytest.raises(EngineError, match=r"onnxruntime-gpu.*cpu"):
+        networks.prepare(["inpaint_head"])
 
 
 def _newer(folder: Path) -> None:
-    table = json.loads((folder / "networks.json").read_text())
-    (folder / "networks.json").write_text(json.dumps({**table, "schema": 99}))
+    table = json.loads((folder / "unet/network.json").read_text())
+    (folder / "unet/network.json").write_text(json.dumps({**table, "schema": 99}))
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no table": (lambda folder: (folder / "networks.json").unlink(), "networks.json"),
-    "broken table": (lambda folder: (folder / "networks.json").write_text("{"), "networks.json"),
-    "newer table": (_newer, "schema 99"),
-    "no base": (lambda folder: (folder / "base.json").write_text("{}"), "native_side"),
-    "no weights": (lambda folder: (folder / "weights/vae_encoder.safetensors").unlink(), "vae_encoder.safetensors"),
-    "no graph": (lambda folder: (folder / "graphs/unet.onnx").unlink(), "unet.onnx"),
-    "broken graph": (lambda folder: (folder / "graphs/vae_encoder.onnx").write_bytes(b"x"), "vae_encoder.onnx"),
+    "no entry": (lambda folder: (folder / "unet/network.json").unlink(), "network.json"),
+    "broken entry": (lambda folder: (folder / "unet/network.json").write_text("{"), "network.json"),
+    "a list for an entry": (lambda folder: (folder / "unet/network.json").write_text("[]"), "network.json"),
+    "newer entry": (_newer, "schema 99"),
+    "no facts": (lambda folder: (folder / "base/base.json").write_text("{}"), "native_side"),
+    "no weights": (lambda folder: (folder / "vae_encoder/vae_encoder.safetensors").unlink(), "vae_encoder.safetensors"),
+    "no graph": (lambda folder: (folder / "unet/unet.onnx").unlink(), "unet.onnx"),
+    "broken graph": (lambda folder: (folder / "vae_encoder/vae_encoder.onnx").write_bytes(b"x"), "vae_encoder.onnx"),
+    "cut weights": (lambda folder: _cut(folder / "vae_encoder/vae_encoder.safetensors"), "vae_encoder"),
+    "empty weights": (lambda folder: _cut(folder / "vae_encoder/vae_encoder.safetensors", 0), "vae_encoder"),
 }
 
 
+def _cut(file: Path, share: float = 0.5) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_folder_is_refused_with_the_remedy(folder: Path, tmp_path: Path, damage: str) -> None:
-    broken = tmp_path / "networks"
-    shutil.copytree(folder, broken)
+def test_a_damaged_folder_is_refused_with_the_remedy(parts: dict[str, Path], tmp_path: Path, damage: str) -> None:
+    for name, folder in parts.items():
+        shutil.copytree(folder, tmp_path / name)
     act, named = DAMAGES[damage]
-    act(broken)
-    with pytest.raises(DreamMixError, match=named) as caught, EngineSet.load(broken, threads=1) as networks:
+    act(tmp_path)
+    with pytest.raises(DreamMixError, match=named) as caught, EngineSet.load(tmp_path, threads=1) as networks:
         networks.prepare(["vae_encoder"])
     assert "dreammix-trt build" in str(caught.value)

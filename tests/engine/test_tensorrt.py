@@ -273,7 +273,7 @@ def test_files_that_are_no_networks_are_named(rtx: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "profile, named",
     [
-        (Profile({"z": ((1, 64), (2, 64), (4, 64))}), "inputs x; the profile is for z"),
+        (Profile({"z": ((1, 64), (2, 64), (4, 64))}), "inputs without one are x, profiles without an input z"),
         (Profile({"x": ((1, 32), (2, 32), (4, 32))}), r"its input x is \[-1, 64\]"),
         (Profile({"x": ((1,), (2,), (4,))}), r"its input x is \[-1, 64\]"),
         (Profile({"x": ((1, 64), (8, 64), (4, 64))}), "shapes of x do not grow"),
@@ -490,11 +490,12 @@ def test_tensorrt_refuses_other_gpus_and_none_with_the_way_out(
         (1_000_000, 1_393_000_000, 0, 1_396_000_000),
         (300_000, 100_000_000, 0, 104_000_000),
         (300_000, 69_000_000, 0, 72_000_000),
+        (1_000_000, 5_135_000_000, 12_930_000_000, 5_194_000_000),
     ],
 )
 def test_the_estimate_bounds_what_was_measured(graph: int, weights: int, held: int, plan: int) -> None:
     need = estimate(graph, weights, "tensorrt-rtx")
-    assert held < need.host_bytes < 1.3 * weights + (1200 << 20)
+    assert held < need.host_bytes < 2.5 * weights + (1200 << 20)
     assert plan < need.disk_bytes
     assert estimate(graph, weights, "tensorrt").host_bytes > need.host_bytes
 

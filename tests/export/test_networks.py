@@ -68,10 +68,8 @@ def test_onnx_reproduces_the_recorded_networks(recorded: TorchEngineSet, golden:
     from dreammix_trt.export.onnx_export import export_base
     from dreammix_trt.export.parity import OnnxNetwork
 
-    table = export_base(recorded.base, tmp_path, verify=False)["networks"]
-    sessions = {
-        name: OnnxNetwork(tmp_path / entry["graph"], tmp_path / entry["weights"]) for name, entry in table.items()
-    }
+    table = export_base(recorded.base, tmp_path, verify=False)
+    sessions = {name: OnnxNetwork(tmp_path / name / entry["graph"]) for name, entry in table.items()}
     for step in (0, 9):
         name, inputs, truth = unet_inputs(recorded, golden, step)
         assert difference(sessions[name].run(**inputs)["eps"], truth) <= 1e-4

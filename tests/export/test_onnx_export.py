@@ -1,6 +1,9 @@
+"""Parts of the tiny model: graphs against torch, weights outside, slots, reuse of graphs, and what is refused."""
+
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +15,11 @@ from safetensors.numpy import load_file, save_file
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import BuildError, FileFormatError
 from dreammix_trt.core.subject import pack, slots_of
-from dreammix_trt.export.networks import networks_of, torch_module, weights_of
-from dreammix_trt.export.onnx_export import export_base, make_shipped_graphs
-from dreammix_trt.export.parity import BOUND, OnnxNetwork, check_parity, check_sizes
+from dreammix_trt.core.tensors import Weights
+from dreammix_trt.export import onnx_export
+from dreammix_trt.export.networks import Network, networks_of, torch_module, weights_of
+from dreammix_trt.export.onnx_export import export_network, shipped_graph
+from dreammix_trt.export.parity import BOUNDS, OnnxNetwork, check_parity, check_sizes
 from tests.export.conftest import Exported
 from tests.support.tiny_model import random_factors, write_tiny_model
 
@@ -23,29 +28,38 @@ NAMES = ["text_encoder", "text_encoder_2", "unet", "unet_raw", "inpaint_head", "
 
 
 def opened(exported: Exported, name: str) -> OnnxNetwork:
-    entry = exported.table["networks"][name]
-    return OnnxNetwork(exported.folder / entry["graph"], exported.folder / entry["weights"], threads=1)
+    return OnnxNetwork(exported.graph(name), threads=1)
+
+
+def network_of(exported: Exported, name: str) -> Network:
+    return next(network for network in networks_of(exported.base) if network.name == name)
 
 
 def test_the_set_is_complete(exported: Exported) -> None:
-    entries = exported.table["networks"]
-    assert list(entries) == NAMES
-    assert entries["unet"]["graph"] == entries["unet_raw"]["graph"] != entries["vae_decoder"]["graph"]
-    assert entries["unet"]["weights"] != entries["unet_raw"]["weights"]
-    assert json.loads((exported.folder / "networks.json").read_text()) == exported.table
-    facts = json.loads((exported.folder / "base.json").read_text())
+    table = exported.table
+    assert list(table) == NAMES
+    assert sorted(path.name for path in exported.folder.iterdir()) == sorted([*NAMES, "base"])
+    for name, entry in table.items():
+        graph = "unet" if name == "unet_raw" else name
+        held = {path.name for path in (exported.folder / name).iterdir()}
+        assert held == {"network.json", f"{graph}.onnx", f"{graph}.safetensors"}
+        assert json.loads((exported.folder / name / "network.json").read_text()) == entry
+    assert exported.graph("unet").read_bytes() == exported.graph("unet_raw").read_bytes()
+    assert exported.weights("unet").read_bytes() != exported.weights("unet_raw").read_bytes()
+    facts = json.loads((exported.folder / "base/base.json").read_text())
     assert facts["pad_tokens"] == {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}
     assert (facts["native_side"], facts["divisor"], facts["feature_channels"], facts["patched"]) == (64, 32, 32, True)
+    assert (facts["head"], facts["slot_rank"], facts["defaults"]) == ("replicate", 8, {})
     for name in ("tokenizer", "tokenizer_2"):
         source = exported.base.folder / name
-        assert (exported.folder / name / "merges.txt").read_bytes() == (source / "merges.txt").read_bytes()
-    assert sum(path.stat().st_size for path in (exported.folder / "graphs").iterdir()) < 1_200_000
+        assert (exported.folder / "base" / name / "merges.txt").read_bytes() == (source / "merges.txt").read_bytes()
+    assert sum(exported.graph(name).stat().st_size for name in NAMES if name != "unet_raw") < 1_200_000
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_graph_agrees_with_torch(exported: Exported, name: str) -> None:
-    parity = exported.table["networks"][name]["parity"]
-    assert 0 <= parity["max_rel"] <= BOUND == parity["bound"]
+    parity = exported.table[name]["parity"]
+    assert 0 <= parity["max_rel"] <= BOUNDS["float32"] == parity["bound"]
     assert parity["checked"] == "at build"
     sizes = {(case["pictures"], case["h"] == case["w"]) for case in parity["sizes"]}
     assert {1, 2} == {pictures for pictures, _ in sizes} and {True, False} == {square for _, square in sizes}
@@ -55,27 +69,26 @@ def test_every_graph_agrees_with_torch(exported: Exported, name: str) -> None:
 def test_weights_stand_outside_under_their_torch_names(exported: Exported, name: str) -> None:
     import onnx
 
-    entry = exported.table["networks"][name]
-    model = onnx.load(exported.folder / entry["graph"], load_external_data=False)
+    model = onnx.load(exported.graph(name), load_external_data=False)
     external = {item.name for item in model.graph.initializer if item.data_location == onnx.TensorProto.EXTERNAL}
-    weights, truth = load_file(exported.folder / entry["weights"]), weights_of(exported.base, name)
-    assert external == weights.keys() == entry["initializers"].keys()
+    weights, truth = load_file(exported.weights(name)), weights_of(exported.base, name)
+    transposed = exported.table[name]["initializers"]
+    assert external == weights.keys() == transposed.keys()
     for key, stored in weights.items():
-        expected = truth[key].T if entry["initializers"][key]["transposed"] else truth[key]
-        assert np.array_equal(stored, expected)
-    inside = sum(len(item.raw_data) for item in model.graph.initializer)
+        assert np.array_equal(stored, truth[key].T if transposed[key] else truth[key])
+    inside = sum(len(item.raw_data) for item in model.graph.initializer if item.name not in external)
     assert inside < 40_000, "a weight was baked into the graph"
 
 
 def test_zero_lora_is_no_lora_and_one_unet_differs_from_the_other(exported: Exported) -> None:
-    network = {network.name: network for network in networks_of(exported.base)}["unet"]
+    network = network_of(exported, "unet")
     patched, raw = opened(exported, "unet"), opened(exported, "unet_raw")
     inputs = network.example({"pictures": 1, "rows": 2, "h": 8, "w": 8})
     inputs["lora"][:] = 0
     off = patched.run(**inputs)["eps"]
     assert np.abs(off - raw.run(**inputs)["eps"]).max() > 1e-3
     factors = random_factors({slot.module: (slot.inputs, slot.outputs) for slot in network.slots})
-    inputs["lora"] = pack(factors, slots_of(exported.table["networks"]["unet"]))[None]
+    inputs["lora"] = pack(factors, slots_of(exported.table["unet"]))[None]
     on = patched.run(**inputs)["eps"]
     assert np.abs(on - off).max() > 1e-3
     inputs["lora"] = 0 * inputs["lora"]
@@ -86,24 +99,24 @@ def test_packed_factors_equal_merged_weights(exported: Exported) -> None:
     """The engine's `x @ A @ B` is the W + (A B)^T that a merge would give, in every slot."""
     import torch
 
-    network = {network.name: network for network in networks_of(exported.base)}["unet"]
+    network = network_of(exported, "unet")
     factors = random_factors({slot.module: (slot.inputs, slot.outputs) for slot in network.slots}, rank=3)
-    weights = weights_of(exported.base, "unet")
+    weights = dict(weights_of(exported.base, "unet"))
     for module, (a, b) in factors.items():
         weights[f"{module}.weight"] = weights[f"{module}.weight"] + (a @ b).T
-    merged = torch_module(network, weights)
+    merged = torch_module(network, Weights.of(weights))
     inputs = network.example({"pictures": 1, "rows": 2, "h": 8, "w": 12})
     inputs["lora"] = pack(factors, network.slots)[None]
     found = opened(exported, "unet").run(**inputs)["eps"]
     inputs["lora"][:] = 0
     with torch.inference_mode():
         truth = merged(*(torch.from_numpy(value) for value in inputs.values())).numpy()
-    assert np.abs(found - truth).max() <= BOUND * np.abs(truth).max()
+    assert np.abs(found - truth).max() <= BOUNDS["float32"] * np.abs(truth).max()
 
 
 def test_a_batch_carries_two_subjects(exported: Exported) -> None:
     """Rows [neg0, pos0, neg1, pos1] with a LoRA row and a feature each: as if the pictures ran alone."""
-    network = {network.name: network for network in networks_of(exported.base)}["unet"]
+    network = network_of(exported, "unet")
     session = opened(exported, "unet")
     both = network.example({"pictures": 2, "rows": 4, "h": 8, "w": 8})
     together = session.run(**both)["eps"]
@@ -113,76 +126,134 @@ def test_a_batch_carries_two_subjects(exported: Exported) -> None:
         np.testing.assert_allclose(session.run(**alone)["eps"], together[rows], atol=2e-5)
 
 
-def test_graphs_are_reused_without_torch(exported: Exported, tmp_path: Path) -> None:
+REUSE = """
+import sys
+from pathlib import Path
+from dreammix_trt.core.checkpoint import BaseFiles
+from dreammix_trt.export.networks import networks_of
+from dreammix_trt.export.onnx_export import export_network
+base, graphs, out = BaseFiles.open(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+for network in networks_of(base):
+    (out / network.name).mkdir(parents=True)
+    export_network(base, network, graphs / network.graph, out / network.name, verify=False)
+sys.exit(bool({"torch", "diffusers", "transformers", "onnx"} & sys.modules.keys()))
+"""
+
+
+def test_graphs_are_reused_without_torch(exported: Exported, graphs: Path, tmp_path: Path) -> None:
+    """Another checkpoint of the same shape: its parts are the shared graphs and its own weights."""
     other = write_tiny_model(tmp_path / "other", seed=5)
-    code = (
-        "import sys\n"
-        "from dreammix_trt.core.checkpoint import BaseFiles\n"
-        "from dreammix_trt.export.onnx_export import export_base\n"
-        f"base = BaseFiles.open({str(other.folder)!r})\n"
-        f"export_base(base, {str(tmp_path / 'out')!r}, graphs={str(exported.folder / 'graphs')!r})\n"
-        "sys.exit(bool({'torch', 'diffusers', 'transformers', 'onnx'} & sys.modules.keys()))\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-    table = json.loads((tmp_path / "out/networks.json").read_text())
-    assert table["networks"]["unet"]["parity"]["checked"] == "at export"
-    same = (tmp_path / "out/graphs/unet.onnx").read_bytes() == (exported.folder / "graphs/unet.onnx").read_bytes()
-    assert same and table["networks"].keys() == exported.table["networks"].keys()
+    command = [sys.executable, "-c", REUSE, str(other.folder), str(graphs), str(tmp_path / "out")]
+    subprocess.run(command, check=True, cwd=ROOT)
     base = BaseFiles.open(other.folder)
     for network in networks_of(base):
-        entry = table["networks"][network.name]
-        check_parity(
-            network, tmp_path / "out" / entry["graph"], tmp_path / "out" / entry["weights"],
-            torch_module(network, weights_of(base, network.name)), check_sizes(base.divisor)[:1],
-        )  # fmt: skip
+        part = tmp_path / "out" / network.name
+        entry = json.loads((part / "network.json").read_text())
+        assert entry["parity"]["checked"] == "not", "what was found for another checkpoint says nothing of this one"
+        assert (part / entry["graph"]).read_bytes() == exported.graph(network.name).read_bytes()
+        module = torch_module(network, weights_of(base, network.name))
+        check_parity(network, part / entry["graph"], module, check_sizes(base.divisor)[:1])
 
 
-def test_verify_compares_reused_graphs_anew(exported: Exported, tmp_path: Path) -> None:
-    table = export_base(exported.base, tmp_path / "out", graphs=exported.folder / "graphs", verify=True)
-    assert table["networks"]["vae_encoder"]["parity"]["checked"] == "at build"
+def test_verify_compares_reused_graphs_anew(exported: Exported, graphs: Path, tmp_path: Path) -> None:
+    network = network_of(exported, "vae_encoder")
+    entry = export_network(exported.base, network, graphs / network.graph, tmp_path, verify=True)
+    assert entry["parity"]["checked"] == "at build"
 
 
-def test_shipped_graphs_hold_no_weights(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dreammix_trt.export import onnx_export
-
-    monkeypatch.setattr(onnx_export, "_exported_graphs", lambda networks, out, report: _copied(exported, out))
-    (tmp_path / "graphs").mkdir()
-    (tmp_path / "graphs/stale.onnx").write_bytes(b"")
-    make_shipped_graphs(exported.base, tmp_path / "graphs")
-    found = sorted(path.name for path in (tmp_path / "graphs").iterdir())
-    assert found == ["graphs.json", *(f"{name}.onnx" for name in sorted(set(NAMES) - {"unet_raw"}))]
-    assert [path.name for path in tmp_path.iterdir()] == ["graphs"]
+def test_large_networks_are_not_compared_unless_asked(
+    exported: Exported, graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_export, "CHECKED_PARAMETERS", 10)
+    network = network_of(exported, "vae_encoder")
+    size = sum(value.size for value in load_file(exported.weights("vae_encoder")).values())
+    entry = export_network(exported.base, network, graphs / network.graph, tmp_path)
+    assert entry["parity"] == {"checked": "not", "parameters": size}
 
 
-def _copied(exported: Exported, out: Path) -> dict[str, object]:
-    for path in (exported.folder / "graphs").glob("*.onnx"):
-        (out / path.name).write_bytes(path.read_bytes())
-    table: dict[str, object] = json.loads((exported.folder / "graphs/graphs.json").read_text())
-    return table
+def test_the_embedded_base_carries_the_figures_of_its_making(tmp_path: Path) -> None:
+    base = BaseFiles.open()
+    network = next(network for network in networks_of(base) if network.name == "vae_encoder")
+    graph = shipped_graph(network)
+    assert graph is not None
+    entry = export_network(base, network, graph, tmp_path, verify=False)
+    recorded = json.loads((graph / "graph.json").read_text())["parity"]["vae_encoder"]
+    assert entry["parity"] == {**recorded, "checked": "at export"} and recorded["max_rel"] < BOUNDS["float32"]
+
+
+@pytest.fixture(scope="module")
+def graphs(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's graphs as a base ships them, with the parity that was found."""
+    folder = tmp_path_factory.mktemp("shipped") / "graphs"
+    folder.mkdir()
+    (folder / "stale.onnx").write_bytes(b"")
+
+    def copied(network: Network, out: Path) -> None:  # tracing takes seconds and is done
+        shutil.copytree(exported.traces / network.graph, out, dirs_exist_ok=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_export, "write_graph", copied)
+        onnx_export.make_shipped_graphs(exported.base, folder)
+    return folder
+
+
+def test_shipped_graphs_hold_no_weights(exported: Exported, graphs: Path) -> None:
+    assert sorted(path.name for path in graphs.iterdir()) == sorted(set(NAMES) - {"unet_raw"})
+    assert [path.name for path in graphs.parent.iterdir()] == ["graphs"]
+    for folder in graphs.iterdir():
+        assert {path.name for path in folder.iterdir()} == {"graph.json", "graph.onnx"}
+        assert (folder / "graph.onnx").stat().st_size < 800_000
+    assert set(json.loads((graphs / "unet/graph.json").read_text())["parity"]) == {"unet", "unet_raw"}
+
+
+def test_a_shipped_graph_is_used_only_while_it_fits(
+    exported: Exported, graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the configuration, whatever base has it; changed, it is not used."""
+    assert shipped_graph(network_of(exported, "vae_decoder")) is None
+    shutil.copytree(graphs, tmp_path / "graphs")
+    monkeypatch.setattr(onnx_export, "EMBEDDED", tmp_path)
+    base = exported.base
+    assert shipped_graph(network_of(exported, "vae_decoder")) == tmp_path / "graphs/vae_decoder"
+    assert shipped_graph(networks_of(base, precision="float16")[-1]) is None
+    unets = {rank: next(each for each in networks_of(base, rank) if each.name == "unet") for rank in (8, 16)}
+    assert shipped_graph(unets[8]) == tmp_path / "graphs/unet" and shipped_graph(unets[16]) is None
+    (tmp_path / "graphs/vae_decoder/graph.onnx").write_bytes(b"changed")
+    assert shipped_graph(network_of(exported, "vae_decoder")) is None
+
+
+def test_graphs_beside_a_users_checkpoint_are_not_taken(exported: Exported, graphs: Path, tmp_path: Path) -> None:
+    """They could compute anything, and the part's key would be that of an honest one."""
+    base = BaseFiles.open(shutil.copytree(exported.base.folder, tmp_path / "model"))
+    shutil.copytree(graphs, base.folder / "graphs")
+    assert [shipped_graph(network) for network in networks_of(base)] == [None] * len(NAMES)
 
 
 def test_a_graph_that_computes_something_else_is_refused(exported: Exported, tmp_path: Path) -> None:
-    network = next(network for network in networks_of(exported.base) if network.name == "vae_encoder")
-    entry = exported.table["networks"]["vae_encoder"]
-    weights = load_file(exported.folder / entry["weights"])
+    network = network_of(exported, "vae_encoder")
+    part = Path(shutil.copytree(exported.folder / "vae_encoder", tmp_path / "part"))
+    weights = dict(weights_of(exported.base, "vae_encoder"))
     weights["quant_conv.bias"] = weights["quant_conv.bias"] + np.float32(0.01)
-    save_file(weights, tmp_path / "wrong.safetensors")
-    module = torch_module(network, weights_of(exported.base, "vae_encoder"))
+    module = torch_module(network, Weights.of(weights))
     with pytest.raises(BuildError, match=r"vae_encoder.*differs from torch by .*'mean'"):
-        check_parity(
-            network, exported.folder / entry["graph"], tmp_path / "wrong.safetensors", module, check_sizes(32)[:1]
-        )
+        check_parity(network, part / "vae_encoder.onnx", module, check_sizes(32)[:1])
 
 
-def test_weights_that_do_not_fit_their_config_are_listed(exported: Exported) -> None:
-    network = next(network for network in networks_of(exported.base) if network.name == "text_encoder")
-    weights = weights_of(exported.base, "text_encoder")
+def test_weights_that_do_not_fit_their_config_are_listed(exported: Exported, graphs: Path, tmp_path: Path) -> None:
+    base = BaseFiles.open(shutil.copytree(exported.base.folder, tmp_path / "model"))
+    file = base.folder / "text_encoder/model.safetensors"
+    weights = load_file(file)
     del weights["text_model.final_layer_norm.bias"]
-    weights["text_model.embeddings.position_embedding.weight"] = np.zeros((70, 16), np.float32)
-    with pytest.raises(
-        FileFormatError, match=r"final_layer_norm\.bias is missing, .*is \(70, 16\), expected \(77, 16\)"
-    ):
-        torch_module(network, weights)
+    weights["text_model.embeddings.position_embedding.weight"] = np.zeros((70, 16), np.float16)
+    del weights["text_model.encoder.layers.0.mlp.fc1.bias"]
+    save_file(weights, file)
+    network = network_of(exported, "text_encoder")
+    listed = r"layers\.0\.mlp\.fc1\.bias is missing.*is \(70, 16\), expected \(77, 16\)"
+    with pytest.raises(FileFormatError, match=r"final_layer_norm\.bias is missing"):
+        torch_module(network, weights_of(base, "text_encoder"))
+    with pytest.raises(FileFormatError, match=listed):
+        export_network(base, network, graphs / "text_encoder", tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_a_base_without_patch_has_one_unet(tmp_path: Path) -> None:

@@ -1,0 +1,231 @@
+"""A network's part as a file others open, what decides its graph, and how little memory its making takes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+pytest.importorskip("torch")
+onnx = pytest.importorskip("onnx")
+
+from benchmarks import _sdxl_files as files  # noqa: E402
+from dreammix_trt.core.checkpoint import BaseFiles  # noqa: E402
+from dreammix_trt.core.tensors import tensor_places  # noqa: E402
+from dreammix_trt.export.networks import Network, networks_of, torch_module, weights_of  # noqa: E402
+from dreammix_trt.export.onnx_export import export_network, graph_digest, write_graph  # noqa: E402
+from dreammix_trt.export.onnx_graph import graph_of  # noqa: E402
+from dreammix_trt.export.parity import BOUNDS, OnnxNetwork  # noqa: E402
+from tests.export.conftest import Exported  # noqa: E402
+from tests.support.mini_sdxl import small_configs  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ["text_encoder", "text_encoder_2", "unet", "unet_raw", "inpaint_head", "vae_encoder", "vae_decoder"]
+
+
+# Parts as files
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_part_is_plain_onnx_wherever_it_lies(exported: Exported, tmp_path: Path, name: str) -> None:
+    """onnx.checker accepts it with its data, onnx.load finds every weight, ONNX Runtime gives the same numbers."""
+    network = next(each for each in networks_of(exported.base) if each.name == name)
+    inputs = network.example({"pictures": 1, "rows": 2, "h": 8, "w": 12, "H": 64, "W": 96})
+    before = OnnxNetwork(exported.graph(name), threads=1).run(**inputs)
+    moved = Path(shutil.move(shutil.copytree(exported.folder / name, tmp_path / "copy"), tmp_path / "elsewhere"))
+    file = moved / exported.graph(name).name
+    onnx.checker.check_model(str(file), full_check=True)
+    loaded = {item.name: onnx.numpy_helper.to_array(item) for item in onnx.load(file).graph.initializer}
+    truth, turned = weights_of(exported.base, name), exported.table[name]["initializers"]
+    assert turned.keys() <= loaded.keys()
+    for key, transposed in turned.items():
+        np.testing.assert_array_equal(loaded[key], truth[key].T if transposed else truth[key])
+    after = OnnxNetwork(file, threads=1).run(**inputs)
+    assert before.keys() == after.keys() and all(np.array_equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", ["unet", "vae_decoder"])
+def test_places_in_the_graph_are_those_of_the_weight_file(exported: Exported, name: str) -> None:
+    """And the file is a safetensors file like any other; tensors of 64 bytes and more stand where copying is fast."""
+    model = onnx.load(exported.graph(name), load_external_data=False)
+    places = tensor_places(exported.weights(name))
+    for item in model.graph.initializer:
+        if item.data_location == onnx.TensorProto.EXTERNAL:
+            told = {entry.key: entry.value for entry in item.external_data}
+            _, shape, offset, length = places[item.name]
+            assert (told["location"], int(told["offset"]), int(told["length"])) == (
+                exported.weights(name).name, offset, length,
+            )  # fmt: skip
+            assert shape == tuple(item.dims)
+            assert offset % 64 == 0 or length % 64
+    with safe_open(exported.weights(name), "numpy") as opened:
+        assert set(opened.keys()) == set(places)
+
+
+def test_no_slots_is_the_same_as_slots_full_of_zeros(small: Any, tmp_path: Path) -> None:
+    sizes = {"pictures": 1, "rows": 2, "h": 8, "w": 6}
+    outputs = {}
+    for rank in (0, 4):
+        network = next(each for each in networks_of(small, rank) if each.name == "unet")
+        (tmp_path / f"{rank}").mkdir()
+        write_graph(network, tmp_path / f"{rank}")
+        entry = export_network(small, network, tmp_path / f"{rank}", tmp_path / f"{rank}", verify=False)
+        inputs = network.example(sizes)
+        assert ("lora" in inputs) == bool(entry["slots"]) == bool(rank)
+        session = OnnxNetwork(tmp_path / f"{rank}" / entry["graph"], threads=1)
+        outputs[rank] = session.run(**{**inputs, "lora": np.zeros_like(inputs.get("lora", np.zeros(1)))})["eps"]
+        if rank:
+            assert np.abs(session.run(**inputs)["eps"] - outputs[rank]).max() > 1e-4
+    np.testing.assert_allclose(outputs[0], outputs[4], atol=1e-6)
+
+
+@pytest.mark.slow
+def test_sdxl_at_a_fifth_of_its_width_agrees_with_torch(tmp_path: Path) -> None:
+    """UNet 64/128/256 with heads of 64 and all of SDXL's layers but the repeated transformers, VAE at a quarter."""
+    base = BaseFiles.open(files.write_folder(tmp_path / "base", files.sdxl_configs(0.2, depth=1, side=64)))
+    for name in ("unet", "vae_encoder", "vae_decoder"):
+        (tmp_path / name).mkdir()
+        network = of(base, name)
+        write_graph(network, tmp_path / name)
+        parity = export_network(base, network, tmp_path / name, tmp_path / name, verify=True)["parity"]
+        assert parity["max_rel"] < BOUNDS["float32"] / 4 and len(parity["sizes"]) == 3
+
+
+# What decides a graph
+
+
+def of(base: Any, name: str, rank: int = 8, **options: Any) -> Network:
+    return next(network for network in networks_of(base, rank, **options) if network.name == name)
+
+
+def changed(base: Any, component: str, **entries: Any) -> Any:
+    return replace(base, configs={**base.configs, component: {**base.configs[component], **entries}})
+
+
+CHANGES_NOTHING: dict[str, tuple[str, dict[str, Any]]] = {
+    "text_encoder": ("text_encoder", {
+        "torch_dtype": "bfloat16", "dtype": "bfloat16", "transformers_version": "9", "_name_or_path": "elsewhere",
+        "initializer_range": 3.0, "initializer_factor": 9.0, "attention_dropout": 0.5, "bos_token_id": 5,
+        "pad_token_id": 6, "architectures": ["Other"],
+    }),
+    "vae_decoder": ("vae", {
+        "sample_size": 512, "scaling_factor": 0.2, "force_upcast": False, "_diffusers_version": "9",
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES_NOTHING)
+def test_the_digest_ignores_what_does_not_change_the_graph(small: Any, name: str) -> None:
+    """And truly: the graph is the same to the byte."""
+    component, entries = CHANGES_NOTHING[name]
+    one, other = of(small, name), of(changed(small, component, **entries), name)
+    assert graph_digest(one) == graph_digest(other)
+    assert graph_of(one).proto.SerializeToString() == graph_of(other).proto.SerializeToString()
+
+
+def test_both_unets_and_every_checkpoint_of_a_shape_share_a_graph(small: Any, tmp_path: Path) -> None:
+    assert graph_digest(of(small, "unet")) == graph_digest(of(small, "unet_raw"))
+    other = files.write_single_file(tmp_path / "other.safetensors", small_configs(), seed=9)
+    base = BaseFiles.open(other, tokenizer=small.tokenizer)
+    assert [graph_digest(of(base, name)) for name in NAMES if name not in ("unet_raw", "inpaint_head")] == [
+        graph_digest(of(small, name)) for name in NAMES if name not in ("unet_raw", "inpaint_head")
+    ]
+
+
+def test_the_digest_tells_apart_what_the_graph_does(small: Any) -> None:
+    unets = [
+        of(small, "unet"), of(small, "unet", 16), of(small, "unet", 0), of(small, "unet", precision="float16"),
+        of(small, "unet", fused=True), of(small, "unet", precision="float16", fused=True),
+        of(changed(small, "unet", norm_eps=1e-4), "unet"), of(changed(small, "unet", norm_num_groups=16), "unet"),
+    ]  # fmt: skip
+    heads = [of(small, "inpaint_head"), of(replace(small, nine_channels=True), "inpaint_head")]
+    vaes = [of(small, "vae_decoder", precision="float16"), of(small, "vae_encoder", precision="float16")]
+    vaes.append(replace(vaes[0], wide=("mid.0",)))
+    texts = [of(small, "text_encoder"), of(changed(small, "text_encoder", hidden_act="gelu"), "text_encoder")]
+    texts += [of(changed(small, "text_encoder_2", eos_token_id=7), "text_encoder_2"), of(small, "text_encoder_2")]
+    digests = [graph_digest(network) for network in (*unets, *heads, *vaes, *texts)]
+    assert len(set(digests)) == len(digests)
+
+
+# Memory
+
+
+def full_size() -> BaseFiles:
+    configs = files.sdxl_configs()
+    return BaseFiles(Path("none"), Path("none.patch"), None, False, {**configs, "scheduler": {}})
+
+
+@pytest.mark.parametrize("name", ["unet", "text_encoder_2", "vae_decoder"])
+def test_a_hollow_module_of_full_size_holds_next_to_nothing(name: str) -> None:
+    """Every parameter has its shape and one number; no two have the same, so that none can be merged."""
+    module = torch_module(of(full_size(), name))
+    parameters = dict(module.network.named_parameters())
+    assert sum(value.numel() for value in parameters.values()) == {
+        "unet": 2_567_463_684, "text_encoder_2": 694_659_840, "vae_decoder": 49_490_199,
+    }[name]  # fmt: skip
+    stored = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in parameters.values()}
+    stored |= {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in module.buffers()}
+    assert sum(stored.values()) < 1_000_000
+    assert len({float(value.flatten()[0]) for value in parameters.values()}) == len(parameters)
+
+
+STREAM = """
+import json, sys
+from pathlib import Path
+from types import SimpleNamespace
+from dreammix_trt.core.lora import read_lora
+from dreammix_trt.core.tensors import open_tensors
+from dreammix_trt.engine.hardware import MemoryWatch
+from dreammix_trt.export.networks import BaseLora
+from dreammix_trt.export.onnx_export import export_network
+folder = Path(sys.argv[1])
+base = SimpleNamespace(folder=folder, state=lambda name: open_tensors(folder / "model.safetensors"))
+network = SimpleNamespace(name="text_encoder", graph="text_encoder", described=lambda: {"inputs": [], "slots": []})
+lora = BaseLora(read_lora(folder / "lora.safetensors"))
+with MemoryWatch(0.001) as watch:
+    before = watch.anonymous
+    export_network(base, network, folder / "graph", folder / "out", loras=[lora], verify=False)
+print(watch.anonymous - before, sorted({"torch", "onnx"} & sys.modules.keys()))
+"""
+
+
+def test_weights_stream_from_the_checkpoint_to_the_part(tmp_path: Path) -> None:
+    """62 MB of float16 (124 as float32) with a LoRA merged: a few of the largest tensor's size at any time."""
+    module, count, side = "text_model.encoder.layers.{}.self_attn.q_proj", 31, 1024
+    entries = {
+        f"{module.format(n)}.weight": files.Entry("float16", (side, side), lambda: np.ones((side, side), np.float16))
+        for n in range(count)
+    }
+    files.write_safetensors(tmp_path / "model.safetensors", entries, {})
+    factors = {
+        f"text_encoder.{module.format(n)}.lora.{part}.weight": files.Entry(
+            "float16", shape, lambda shape=shape: np.ones(shape, np.float16)
+        )
+        for n in range(count)
+        for part, shape in {"down": (4, side), "up": (side, 4)}.items()
+    }
+    files.write_safetensors(tmp_path / "lora.safetensors", factors, {})
+    (tmp_path / "graph").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "graph/graph.onnx").write_bytes(b"")
+    wanted = {name: ["float16", list(entry.shape), True] for name, entry in entries.items()}
+    facts = {"weights": wanted, "inputs": [], "exporter": {}, "parity": {}}
+    (tmp_path / "graph/graph.json").write_text(json.dumps(facts))
+    done = subprocess.run(
+        [sys.executable, "-c", STREAM, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    peak, heavy = done.stdout.split(" ", 1)
+    assert heavy.strip() == "[]"
+    assert int(peak) < 32 << 20, f"{int(peak) >> 20} MiB at once"
+    with safe_open(tmp_path / "out/text_encoder.safetensors", "numpy") as out:
+        assert len(list(out.keys())) == count
+        assert set(out.get_tensor(f"{module.format(7)}.weight").ravel()) == {np.float16(5)}

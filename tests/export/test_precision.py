@@ -1,0 +1,276 @@
+"""float16 graphs: the type of every value, float32 only where it was marked, and how close they stay to torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+onnx = pytest.importorskip("onnx")
+
+from dreammix_trt.core.errors import BuildError  # noqa: E402
+from dreammix_trt.core.tensors import Weights  # noqa: E402
+from dreammix_trt.export.networks import Network, TensorSpec, networks_of, torch_module, weights_of  # noqa: E402
+from dreammix_trt.export.onnx_export import export_network, write_graph  # noqa: E402
+from dreammix_trt.export.parity import BOUNDS, OnnxNetwork, check_sizes, compared, run_torch  # noqa: E402
+from dreammix_trt.export.precision import NARROW, WIDE, typed  # noqa: E402
+
+FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+NAMES = ["text_encoder", "text_encoder_2", "unet", "inpaint_head", "vae_encoder", "vae_decoder"]
+FORMS = {"written out": False, "fused": True}
+
+
+class Half(NamedTuple):
+    network: Network
+    model: Any
+    entry: dict[str, Any]
+    file: Path
+
+
+def exported(base: Any, network: Network, folder: Path, verify: bool = True) -> Half:
+    part, graph = folder / f"{network.name}", folder / f"{network.name}-graph"
+    part.mkdir(parents=True)
+    graph.mkdir()
+    write_graph(network, graph)
+    entry = export_network(base, network, graph, part, verify=verify)
+    file = part / entry["graph"]
+    return Half(network, onnx.load(file, load_external_data=False), entry, file)
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def halves(request: pytest.FixtureRequest, small: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Half]:
+    """Every network of the small base in float16, compared with torch as it is exported."""
+    folder = tmp_path_factory.mktemp("half")
+    networks = networks_of(small, 8, "float16", FORMS[request.param])
+    return {network.name: exported(small, network, folder) for network in networks if network.name != "unet_raw"}
+
+
+COUNTS = {"ArgMax": onnx.TensorProto.INT64, "Shape": onnx.TensorProto.INT64, "Equal": onnx.TensorProto.BOOL}
+
+
+def types_of(model: Any) -> dict[str, int]:
+    """Value -> element type, and that no operator gets floats of two types: strongly typed, as TensorRT wants it."""
+    found = {item.name: item.data_type for item in model.graph.initializer}
+    found |= {item.name: item.type.tensor_type.elem_type for item in model.graph.input}
+    for node in model.graph.node:
+        attributes = {item.name: item for item in node.attribute}
+        taken = [found[name] for name in node.input if name]
+        if node.op_type == "Cast":
+            kind = attributes["to"].i
+        elif node.op_type == "ConstantOfShape":
+            kind = attributes["value"].t.data_type
+        else:
+            kind = COUNTS.get(node.op_type, taken[1 if node.op_type == "Where" else 0])
+            floats = set(taken[:1] if node.op_type == "Resize" else taken) & {FLOAT, HALF}
+            assert len(floats) < 2, f"{node.name}: {node.op_type} of {taken}"
+        found |= dict.fromkeys(node.output, kind)
+    for item in model.graph.output:
+        assert found[item.name] == item.type.tensor_type.elem_type, item.name
+    return found
+
+
+def wide_values(half: Half) -> set[str]:
+    """The float32 values of a graph that are no constants."""
+    constants = {item.name for item in half.model.graph.initializer}
+    return {name for name, kind in types_of(half.model).items() if kind == FLOAT and name not in constants}
+
+
+def casts(half: Half) -> Iterator[tuple[str, str, int]]:
+    for node in half.model.graph.node:
+        if node.op_type == "Cast":
+            yield node.input[0], node.output[0], next(a.i for a in node.attribute if a.name == "to")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_weight_is_float16(halves: dict[str, Half], name: str) -> None:
+    half = halves[name]
+    external = {i.name: i.data_type for i in half.model.graph.initializer if i.data_location == i.EXTERNAL}
+    assert len(external) > 0 and set(external.values()) == {HALF}
+    assert {value.dtype for value in load_file(half.file.with_suffix(".safetensors")).values()} == {np.dtype("float16")}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_are_float16_but_for_times_sizes_and_tokens(halves: dict[str, Half], name: str) -> None:
+    half = halves[name]
+    kinds = {spec.name: spec.dtype for spec in (*half.network.inputs, *half.network.outputs)}
+    odd = {key: kind for key, kind in kinds.items() if kind != "float16"}
+    assert odd == {
+        "unet": {"timestep": "float32", "time_ids": "float32"},
+        "text_encoder": {"input_ids": "int64"}, "text_encoder_2": {"input_ids": "int64"},
+    }.get(name, {})  # fmt: skip
+    codes = {"float16": HALF, "float32": FLOAT, "int64": onnx.TensorProto.INT64}
+    for item in (*half.model.graph.input, *half.model.graph.output):
+        assert item.type.tensor_type.elem_type == codes[kinds[item.name]], item.name
+
+
+def test_only_times_and_sizes_are_computed_in_float32(halves: dict[str, Half]) -> None:
+    """In the UNet, what lies between timestep or time_ids and the two casts; elsewhere nothing at all."""
+    for name, half in halves.items():
+        narrowed = [(source, to) for source, _, to in casts(half) if to in (HALF, FLOAT)]  # others count tokens
+        if name != "unet":
+            assert narrowed == [] and wide_values(half) == set()
+            continue
+        assert [to for _, to in narrowed] == [HALF, HALF]
+        made = {output: node for node in half.model.graph.node for output in node.output}
+        above, todo = set(), [source for source, _ in narrowed]
+        while todo:
+            value = todo.pop()
+            above.add(value)
+            if value in made and made[value].op_type != "Shape":
+                todo += made[value].input
+        assert {"timestep", "time_ids"} < above
+        assert wide_values(half) <= above
+        assert "sample" not in above
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_stays_close_to_torch(halves: dict[str, Half], name: str) -> None:
+    parity = halves[name].entry["parity"]
+    assert 1e-6 < parity["max_rel"] < BOUNDS["float16"] / 2 and parity["checked"] == "at build"
+    assert len(parity["sizes"]) == 3
+
+
+def test_fused_graphs_hold_single_operators_and_plain_ones_none(halves: dict[str, Half]) -> None:
+    for name, half in halves.items():
+        count = Counter(node.op_type for node in half.model.graph.node)
+        fused = half.network.fused and name != "inpaint_head"
+        opset = next(item.version for item in half.model.opset_import if item.domain in ("", "ai.onnx"))
+        assert opset == (23 if fused else 20)
+        assert {item.domain for item in half.model.opset_import} <= {"", "ai.onnx"}
+        assert not {node.domain for node in half.model.graph.node} - {"", "ai.onnx"}
+        assert (count["GroupNormalization"] > 0) == (fused and not name.startswith("text"))
+        assert (count["Attention"] > 0) == fused and (count["Softmax"] == 0 or not fused)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_text_encoder_without_slots_is_float16_too(small: Any, tmp_path: Path, fused: bool) -> None:
+    """Nothing but weights and token ids goes into it: no input says what type the rest has."""
+    network = networks_of(small, 0, "float16", fused)[0]
+    half = exported(small, network, tmp_path)
+    assert list(casts(half)) == [] and wide_values(half) == set()
+    assert half.entry["parity"]["max_rel"] < BOUNDS["float16"] / 2
+
+
+def test_factors_one_by_one_are_the_packed_row(small: Any, tmp_path: Path) -> None:
+    """The fused form takes a tensor a factor, the other one row: of the same numbers they give the same answer."""
+    from dreammix_trt.core.subject import unpacked
+
+    packed, single = (
+        next(network for network in networks_of(small, 4, "float32", fused) if network.name == "text_encoder_2")
+        for fused in (False, True)
+    )
+    one, other = (exported(small, each, tmp_path / str(each.fused), verify=False) for each in (packed, single))
+    inputs = packed.example({"pictures": 2, "rows": 4})
+    expected = OnnxNetwork(one.file).run(**inputs)
+    factors = unpacked(inputs["lora"], packed.slots)
+    assert {"input_ids", *factors} >= {item.name for item in other.model.graph.input}
+    found = OnnxNetwork(other.file).run(input_ids=inputs["input_ids"], **factors)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, atol=2e-5)
+    nothing = OnnxNetwork(one.file).run(**{**inputs, "lora": 0 * inputs["lora"]})
+    assert np.abs(nothing["hidden"] - expected["hidden"]).max() > 1e-3
+
+
+# float32 in a float16 network
+
+
+def loud_vae(base: Any) -> Weights:
+    """The decoder with activations beyond float16 from its first layer on, until its last norm scales them down."""
+
+    def louder(value: np.ndarray) -> np.ndarray:
+        return np.float32(5e4) * value
+
+    weights = weights_of(base, "vae_decoder")
+    return weights.changed(dict.fromkeys(("decoder.conv_in.weight", "decoder.conv_in.bias"), louder))
+
+
+@pytest.fixture(scope="module")
+def marked(small: Any, tmp_path_factory: pytest.TempPathFactory) -> Half:
+    """A float16 decoder whose middle is marked float32."""
+    (network,) = (each for each in networks_of(small, 0, "float16") if each.name == "vae_decoder")
+    network = replace(network, wide=("mid.0", "mid.2"))
+    return exported(small, network, tmp_path_factory.mktemp("marked"))
+
+
+def test_marks_become_casts(marked: Half) -> None:
+    """One into float32 before the first marked unit and one back behind the last; the weights between are float32."""
+    assert [to for _, _, to in casts(marked)] == [FLOAT, HALF]
+    stored = {name: value.dtype.name for name, value in load_file(marked.file.with_suffix(".safetensors")).items()}
+    wide = {name for name, dtype in stored.items() if dtype == "float32"}
+    assert wide == {name for name in stored if name.startswith("decoder.mid_block.")}
+    assert {stored[name] for name in stored.keys() - wide} == {"float16"}
+    assert marked.entry["wide"] == ["mid.0", "mid.2"]
+    assert marked.entry["parity"]["max_rel"] < BOUNDS["float16"] / 2
+
+
+def test_marked_units_survive_what_float16_does_not(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (plain,) = (each for each in networks_of(small, 0, "float16") if each.name == "vae_decoder")
+    weights = loud_vae(small)
+    monkeypatch.setattr("dreammix_trt.export.onnx_export.weights_of", lambda *_: weights)
+    inputs = plain.example(check_sizes(small.divisor)[0])
+    truth = run_torch(torch_module(plain, weights), plain, inputs)
+    pictures = {}
+    for name, network in {"plain": plain, "marked": replace(plain, wide=("conv_in", "conv_norm_out"))}.items():
+        made = exported(small, network, tmp_path / name, verify=False)
+        pictures[name] = OnnxNetwork(made.file).run(**inputs)
+    assert not np.isfinite(pictures["plain"]["image"]).all()
+    (_, relative, passed) = compared(truth, pictures["marked"], BOUNDS["float16"])["image"]
+    assert passed and relative < BOUNDS["float16"] / 2
+
+
+def graph(nodes: list[tuple[str, list[str], str]], inputs: dict[str, str]) -> tuple[Any, Any]:
+    """A trace in float32 of nodes (operator, inputs, output) and the network it would be of."""
+    helper = onnx.helper
+    made = [
+        helper.make_node(kind, taken, [given], name=given, domain="dreammix" if kind in (NARROW, WIDE) else "")
+        for kind, taken, given in nodes
+    ]
+    values = [helper.make_tensor_value_info(name, FLOAT, ["n"]) for name in inputs]
+    out = [helper.make_tensor_value_info("y", FLOAT, ["n"])]
+    specs = tuple(TensorSpec(name, dtype, ("n",)) for name, dtype in inputs.items() if not name.endswith("weight"))
+    network = SimpleNamespace(inputs=specs, outputs=(TensorSpec("y", "float16", ("n",)),), precision="float16")
+    return helper.make_graph(made, "g", values, out), network
+
+
+def test_types_that_meet_without_a_mark_are_refused() -> None:
+    inputs = {"time": "float32", "x": "float16"}
+    bad, network = graph([("Add", ["time", "x"], "y")], inputs)
+    with pytest.raises(BuildError, match=r"y: float16 and float32 meet without a mark"):
+        typed(bad, network, {})
+    good, network = graph([(NARROW, ["time"], "narrow"), ("Add", ["narrow", "x"], "y")], inputs)
+    typed(good, network, {})
+    assert [node.op_type for node in good.node] == ["Cast", "Add"]
+
+
+def test_a_weight_takes_the_type_of_what_it_meets() -> None:
+    inputs = {"time": "float32", "x": "float16", "a.weight": "", "b.weight": ""}
+    nodes = [("Mul", ["time", "a.weight"], "t"), (NARROW, ["t"], "n"), ("Mul", ["x", "b.weight"], "u"),
+             ("Add", ["n", "u"], "y")]  # fmt: skip
+    trace, network = graph(nodes, inputs)
+    assert typed(trace, network, {"a.weight": 0, "b.weight": 0}) == {"a.weight": "float32", "b.weight": "float16"}
+    twice = [*nodes[:3], ("Mul", ["u", "a.weight"], "v"), ("Add", ["n", "v"], "y")]
+    trace, network = graph(twice, inputs)
+    with pytest.raises(BuildError, match=r"weight a\.weight meets float16 and float32"):
+        typed(trace, network, {"a.weight": 0, "b.weight": 0})
+
+
+def test_a_mark_that_changes_nothing_leaves_no_cast() -> None:
+    trace, network = graph([(NARROW, ["x"], "n"), ("Neg", ["n"], "y")], {"x": "float16"})
+    typed(trace, network, {})
+    assert [node.op_type for node in trace.node] == ["Identity", "Neg"]
+
+
+def test_a_float32_end_is_narrowed_to_the_output_that_was_promised() -> None:
+    trace, network = graph([(WIDE, ["x"], "w"), ("Neg", ["w"], "y")], {"x": "float16"})
+    typed(trace, network, {})
+    assert [node.op_type for node in trace.node] == ["Cast", "Neg", "Cast"]
+    assert trace.node[-1].output[0] == "y" and trace.output[0].type.tensor_type.elem_type == HALF

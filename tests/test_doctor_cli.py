@@ -1,0 +1,106 @@
+"""`dreammix-trt doctor`: its exit code, and advice that fits the machine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from dreammix_trt import doctor_cli
+from dreammix_trt.core.store import Store
+from dreammix_trt.doctor_cli import advice, doctor, notes
+from dreammix_trt.engine.hardware import Driver, Gpu
+from dreammix_trt.engine.machine import Machine
+from tests.core.test_store import add
+
+GIB = 1 << 30
+NONE = Driver(problem="there is no NVIDIA driver here")
+BARE = Machine(
+    platform="Linux x86_64", system="Linux-6.1", cpu="a processor", cores=2, memory_total=64 * GIB,
+    memory_available=64 * GIB, store="store", disk_free=90 * GIB, driver=NONE,
+    versions={"onnxruntime": "1.31.1"}, extension=True,
+)  # fmt: skip
+ADA = Gpu("RTX 4090", "sm_89", 24 * GIB)
+BLACKWELL = Gpu("RTX 5090", "sm_120", 32 * GIB)
+HOPPER = Gpu("H200", "sm_90", 139 * GIB)
+
+
+def run(*words: str) -> Any:
+    app = typer.Typer()
+    app.command()(doctor)
+    return CliRunner().invoke(app, list(words), env={"COLUMNS": "300", "NO_COLOR": "1"})
+
+
+def machine(*gpus: Gpu, **packages: str) -> Machine:
+    versions = {name.replace("_", "-"): version for name, version in packages.items()}
+    return replace(BARE, versions=versions, driver=Driver("13.0", gpus) if gpus else NONE)
+
+
+EXPORT = {"torch": "2.13.0", "diffusers": "0.42.1", "onnx": "1.23.2", "onnxslim": "0.1.98"}
+ORT, BARE_RTX, TRT, CUDA = (
+    {"onnxruntime": "1.31.1"}, {"tensorrt_rtx": "1.7.1.116"}, {"tensorrt": "11.4.0.106"}, {"onnxruntime_gpu": "1.31.1"},
+)  # fmt: skip
+RTX = {**BARE_RTX, **EXPORT}
+
+
+@pytest.mark.parametrize(
+    "here, told",
+    [
+        (machine(**ORT, **RTX), ["on the processor: `dreammix-trt build", "--backend tensorrt-rtx --target sm_89`"]),
+        (machine(**ORT), ["on the processor", "elsewhere: `pip install 'dreammix-trt[rtx]'`"]),
+        (machine(**RTX), ["Nothing can run here yet: `pip install onnxruntime`", "--target sm_89`"]),
+        (machine(BLACKWELL, **ORT, **RTX), ["on the processor", "For the RTX 5090", "--target sm_120`"]),
+        (machine(HOPPER, ADA, **CUDA, **RTX), ["on the H200", "For the RTX 4090", "--target sm_89`"]),
+        (machine(HOPPER, **CUDA, **RTX, **TRT), ["For the H200", "--backend tensorrt`"]),
+        (machine(HOPPER, **ORT, **RTX), ["For the H200: `pip install 'dreammix-trt[trt]'`"]),
+        (machine(HOPPER, **ORT, **TRT), ["For the H200: `pip install 'dreammix-trt[export]'`"]),
+        (machine(**ORT, **BARE_RTX), ["on the processor", "elsewhere: `pip install 'dreammix-trt[export]'`"]),
+        (machine(ADA, **ORT), ["For the RTX 4090: `pip install 'dreammix-trt[rtx]'`"]),
+    ],
+)
+def test_advice_fits_the_machine(here: Machine, told: list[str]) -> None:
+    said = advice(here)
+    for words in told:
+        assert words in said
+    assert said.count("`") % 2 == 0
+
+
+def test_what_is_too_small_for_a_full_size_base_is_noted() -> None:
+    assert notes(BARE) == []
+    # the measured store of a full-size base is 22.6 GiB
+    assert notes(replace(BARE, memory_available=12 * GIB, disk_free=24 * GIB)) == []
+    assert ["24.0 GiB of disk" in note for note in notes(replace(BARE, disk_free=24 * GIB - 1))] == [True]
+    small = replace(BARE, memory_available=8 * GIB, disk_free=None)
+    assert len(notes(small)) == 1 and "8.0 GiB are free" in notes(small)[0] and "memory" in notes(small)[0]
+
+
+def test_this_machine_is_shown_with_its_store(tmp_path: Path) -> None:
+    add(Store(tmp_path), "onnx", "unet")
+    done = run("--store", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    for words in ("Back ends", "onnxruntime", "can be written; 1 part,", "Build and run here with ONNX Runtime"):
+        assert words in done.stdout
+    record = json.loads(run("--store", str(tmp_path), "--json").stdout)
+    assert record["ready"] is True and record["store"]["parts"] == 1 and record["store"]["fault"] is None
+    assert record["advice"] == done.stdout.splitlines()[-1]
+    assert {state["name"] for state in record["backends"]} >= {"onnxruntime", "tensorrt-rtx", "tensorrt"}
+
+
+def test_a_store_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = run("--store", str(tmp_path / "file" / "store"))
+    assert done.exit_code == 1
+    assert "is a file, not a directory" in done.stdout
+
+
+def test_a_machine_where_nothing_runs_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_cli, "examine", lambda store: machine(**RTX))
+    done = run("--store", str(tmp_path / "new"), "--json")
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["ready"] is False
+    assert list(tmp_path.iterdir()) == []
