@@ -306,6 +306,8 @@ def refusing(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BuildError(f"{target}: no space left there; free some or choose another place") from error
+        if error.errno == errno.EFBIG:
+            raise BuildError(f"{target}: too large a file for that file system or its limit; choose another") from error
         if error.errno == errno.ENAMETOOLONG:
             raise InputError(f"{target} cannot be written: its name is too long; choose a shorter one") from error
         if error.errno == errno.EROFS:
