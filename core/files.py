@@ -166,6 +166,15 @@ def folder_bytes(folder: Path) -> int:
     return total
 
 
+def disk_free(place: Path) -> int | None:
+    """Bytes free on the disk of a folder that may not exist yet; None: unknown."""
+    place = place.absolute()
+    for folder in (place, *place.parents):
+        with contextlib.suppress(OSError):
+            return shutil.disk_usage(folder).free
+    return None
+
+
 def size_text(count: int) -> str:
     """A number of bytes as a person reads it: "812 bytes", "3.4 MiB"."""
     size, unit = float(count), "bytes"

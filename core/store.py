@@ -30,6 +30,7 @@ from dreammix_trt.core.errors import BuildError, DreamMixError, EngineError, Inp
 from dreammix_trt.core.files import (
     atomic_directory,
     digest_of,
+    disk_free,
     folder_bytes,
     home,
     is_full,
@@ -151,10 +152,7 @@ class Store:
 
     def free(self) -> int | None:
         """Bytes free on the store's disk; None: unknown."""
-        for folder in (self.root, *self.root.parents):
-            with suppress(OSError):
-                return shutil.disk_usage(folder).free
-        return None
+        return disk_free(self.root)
 
     def check_writable(self) -> None:
         """Raise InputError when nothing could be put here; leaves no trace."""

@@ -22,6 +22,7 @@ from dreammix_trt.core.lora import TARGETS, Factors, Lora, Target, another_base
 
 Floats = NDArray[np.float32]
 SCHEMA = 2
+LORA_SIDES = (".lora_A", ".lora_B")  # what the names of factors end in where they are inputs of their own
 _BOTH = "unets"  # in the file: factors that the patched and the raw UNet share
 _ENGINE_NETWORKS: dict[str, tuple[str, ...]] = {
     "unet": ("unet",), "unet_raw": ("unet_raw",), _BOTH: ("unet", "unet_raw"),
@@ -39,6 +40,12 @@ class Slot(NamedTuple):
     inputs: int
     outputs: int
     rank: int
+
+    @property
+    def factors(self) -> tuple[tuple[str, tuple[int, int]], ...]:
+        """Name and shape of A and B as inputs of their own, in packed order."""
+        shapes = (self.inputs, self.rank), (self.rank, self.outputs)
+        return tuple((f"{self.module}{side}", shape) for side, shape in zip(LORA_SIDES, shapes, strict=True))
 
     @property
     def size(self) -> int:
@@ -172,9 +179,9 @@ def unpacked(rows: Floats, slots: Sequence[Slot]) -> dict[str, Floats]:
     "<module>.lora_B" (N, rank, out). Of one row these are views."""
     found, at = {}, 0
     for slot in slots:
-        for side, shape in (("lora_A", (slot.inputs, slot.rank)), ("lora_B", (slot.rank, slot.outputs))):
+        for name, shape in slot.factors:
             size = shape[0] * shape[1]
-            found[f"{slot.module}.{side}"] = rows[:, at : at + size].reshape(len(rows), *shape)
+            found[name] = rows[:, at : at + size].reshape(len(rows), *shape)
             at += size
     return found
 

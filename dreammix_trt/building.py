@@ -96,6 +96,7 @@ def build(
     if name is not None and lora is None:
         raise InputError(f"name is {name!r}, but there is no LoRA to make a subject of: give --lora")
     specs = _specs([] if lora is None else [lora] if isinstance(lora, LoraOption) else list(lora), "patched")
+    base_specs = _specs(base_loras, "both")
     if merge and not specs:
         raise InputError("merge needs a LoRA to bake in: give --lora, or leave --merge")
     shelf = Store(Path(store) if store else None)
@@ -110,11 +111,11 @@ def build(
             files.head_file,
             files.vae,
             files.tokenizer,
-            *(spec.file for spec in (*specs, *_specs(base_loras, "both"))),
+            *(spec.file for spec in (*specs, *base_specs)),
         ],
     )
     given = [(read_lora(spec.file, files.configs["unet"]), spec) for spec in specs]
-    merged = [(read_lora(spec.file, files.configs["unet"]), spec) for spec in _specs(base_loras, "both")]
+    merged = [(read_lora(spec.file, files.configs["unet"]), spec) for spec in base_specs]
     defaults = _suiting(defaults or Defaults(), [spec for _, spec in merged], tell)
     subject = _subject(given, name) if given else None
     baked = [*merged, *given] if merge else merged

@@ -22,10 +22,10 @@ from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import BuildError, FileFormatError, InputError, MissingExtraError
 from dreammix_trt.core.files import read_json, sha256_of, write_json
 from dreammix_trt.core.store import Store
-from dreammix_trt.core.subject import Subject, pack
-from dreammix_trt.engine.build import BACKENDS
+from dreammix_trt.core.subject import LORA_SIDES, Subject, pack
+from dreammix_trt.engine.build import BACKENDS, COST
 from dreammix_trt.engine.profiles import Profile, profiles_for
-from dreammix_trt.export.networks import LORA_SIDES, BaseLora, Network, Precision, networks_of, weights_of
+from dreammix_trt.export.networks import BaseLora, Network, Precision, networks_of, weights_of
 from dreammix_trt.export.onnx_export import (
     SCHEMA,
     export_facts,
@@ -38,8 +38,6 @@ from dreammix_trt.export.onnx_export import (
 GIB = 1 << 30
 #: what tracing a full-size UNet holds at once (measured: 4.9 GiB, with what the networks before it left 7)
 _TRACING = 7 * GIB
-#: in every part: what making it took; anonymous memory is what must fit, the rest are mapped files
-COST = "cost.json"
 _MESSAGES = {"graph": "tracing", "onnx": "weights", "range": "looking for overflow", "base": "tokenizers"}
 
 

@@ -1,4 +1,4 @@
-"""Engine directories: written from an engine set in the store and subjects, opened and checked for the runtime.
+"""Engine directories: written from parts in the store and subjects, opened and checked for the runtime.
 
 engine/
   passport.json              what it was made from, hashes of everything
@@ -21,10 +21,12 @@ from dreammix_trt.core.errors import EngineError
 from dreammix_trt.core.files import atomic_directory, read_json, sha256_of
 from dreammix_trt.core.passport import FILE_NAME, SCHEMA, NetworkEntry, Passport, SubjectEntry
 from dreammix_trt.core.store import Store, check_files
-from dreammix_trt.core.subject import Subject, write_subject
+from dreammix_trt.core.subject import LORA_SIDES, Subject, write_subject
 from dreammix_trt.engine.networks import read_network
 
 BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
+#: in every part: what making it took; not part of what the part is
+COST = "cost.json"
 _PACKAGES = ("dreammix-trt", "numpy", "onnxruntime", "safetensors", "tokenizers", "tensorrt-rtx", "tensorrt")
 
 
@@ -130,9 +132,9 @@ def _files_of(path: Path, passport: Passport, name: str, folder: Path, shelf: St
     A part that was made again under its key serves every engine that names the key, whatever its bytes are.
     """
     if passport.networks_at == "store":
-        return {file: digest for file, digest in shelf.files(passport.parts[name]).items() if file != "cost.json"}
+        return {file: digest for file, digest in shelf.files(passport.parts[name]).items() if file != COST}
     files = {file.partition("/")[2]: digest for file, digest in passport.files.items() if file.startswith(f"{name}/")}
-    unknown = [file.name for file in folder.iterdir() if file.is_file() and file.name not in {*files, "cost.json"}]
+    unknown = [file.name for file in folder.iterdir() if file.is_file() and file.name not in {*files, COST}]
     if unknown or not files:
         raise EngineError(
             f"{folder}: {', '.join(unknown) or 'the part'} is not in the passport of {path}; "
@@ -166,13 +168,13 @@ def _write(folder: Path, subject: Subject, source: str) -> SubjectEntry:
 
 
 def _entry(name: str, entry: Mapping[str, Any], folder: Path) -> NetworkEntry:
-    cost = {"export": read_json(folder / "cost.json")} if (folder / "cost.json").is_file() else {}
+    cost = {"export": read_json(folder / COST)} if (folder / COST).is_file() else {}
     return NetworkEntry(
         name=name, file=entry.get("engine") or entry["graph"],
         inputs={
             spec["name"]: list(spec["shape"])
             for spec in entry["inputs"]
-            if not spec["name"].endswith((".lora_A", ".lora_B"))  # there are a thousand, and the slots say it
+            if not spec["name"].endswith(LORA_SIDES)  # there are a thousand, and the slots say it
         }, slots=len(entry.get("slots", ())),
         parity=dict(entry.get("parity", {})), build=dict(entry.get("build", cost)),
     )  # fmt: skip

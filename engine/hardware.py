@@ -7,12 +7,13 @@ import ctypes
 import gc
 import os
 import platform
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dreammix_trt.core.files import disk_free as disk_free
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,6 @@ def memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
     for limit, used in _group_limits(root):
         total, available = min(total, limit), min(available, max(limit - used, 0))
     return total, available
-
-
-def disk_free(place: Path) -> int | None:
-    """Bytes free on the disk of a folder that may not exist yet; None: unknown."""
-    place = place.absolute()
-    for folder in (place, *place.parents):
-        with contextlib.suppress(OSError):
-            return shutil.disk_usage(folder).free
-    return None
 
 
 def processor() -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ import numpy.typing as npt
 
 from dreammix_trt.core.errors import EngineError, InputError
 from dreammix_trt.core.subject import Slot, slots_of, unpacked
+from dreammix_trt.engine.hardware import cores
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -85,7 +85,7 @@ class EngineSet:
             for file in filter(None, (entry.get("graph"), entry.get("weights"))):
                 if not (places[name] / file).is_file():
                     raise EngineError(f"{places[name] / file}: missing, so {name} cannot run; {REBUILD}")
-        return cls(places, read_facts(places["base"]), entries, threads or available_cores(), device)
+        return cls(places, read_facts(places["base"]), entries, threads or cores(), device)
 
     def __enter__(self) -> EngineSet:
         return self
@@ -107,7 +107,7 @@ class EngineSet:
 
     def prepare(self, names: Iterable[str] | None = None) -> None:
         """Make the sessions of these networks (default: all) now, side by side."""
-        with ThreadPoolExecutor(max_workers=min(4, available_cores())) as pool:
+        with ThreadPoolExecutor(max_workers=min(4, cores())) as pool:
             list(pool.map(self._session, names if names is not None else list(self.entries)))
 
     def run(self, name: str, **arrays: Array) -> dict[str, Array]:
@@ -194,11 +194,6 @@ def read_facts(folder: Path) -> BaseFacts:
         )
     except KeyError as error:
         raise EngineError(f"{folder / 'base.json'}: {error} is missing; {REBUILD}") from error
-
-
-def available_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _json(path: Path) -> dict[str, Any]:

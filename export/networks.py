@@ -16,12 +16,11 @@ from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import FileFormatError, MissingExtraError
 from dreammix_trt.core.keymap import sgm_to_diffusers
 from dreammix_trt.core.lora import Lora, Target, check_weights, weight_changes
-from dreammix_trt.core.subject import Slot, packed_size
+from dreammix_trt.core.subject import LORA_SIDES, Slot, packed_size
 from dreammix_trt.core.tensors import Weights
 
 Precision = Literal["float32", "float16"]
 TEXT_LENGTH = 77
-LORA_SIDES = (".lora_A", ".lora_B")
 _ALWAYS_FLOAT32 = ("timestep", "time_ids")
 SLOT_RANK = 8
 _ATTENTION_LINEARS = (".to_q", ".to_k", ".to_v", ".to_out.0")
@@ -124,8 +123,8 @@ def _in_precision(network: Network, precision: Precision, fused: bool) -> Networ
 def _factor_inputs(slots: Sequence[Slot]) -> Iterator[TensorSpec]:
     """A and B of every slot as inputs of their own, in packed order: a packed row is what lies behind them."""
     for slot in slots:
-        for side, shape in zip(LORA_SIDES, ((slot.inputs, slot.rank), (slot.rank, slot.outputs)), strict=True):
-            yield TensorSpec(f"{slot.module}{side}", "float32", ("pictures", *shape))
+        for name, shape in slot.factors:
+            yield TensorSpec(name, "float32", ("pictures", *shape))
 
 
 def _networks(base: BaseFiles, slot_rank: int) -> tuple[Network, ...]:

@@ -63,7 +63,7 @@ def export_base(
 ) -> dict[str, dict[str, Any]]:
     """Write every part of a base into folders of `out_dir`; returns network -> its `network.json`.
 
-    The graphs shipped with the base are used where they fit. verify: see `export_network`; progress: called with
+    The graphs shipped with this package are used where they fit. verify: see `export_network`; progress: called with
     (what, done, total). Builds use the functions below one by one, so that each part is kept when it is done.
     """
     out, networks = Path(out_dir), networks_of(base, slot_rank, precision, fused)

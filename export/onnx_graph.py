@@ -1,13 +1,12 @@
 """One torch module -> one ONNX graph whose weights stand outside, under their torch names.
 
-The graph depends on the configuration only, never on the weights' values: during all clean-up the weights are graph
-inputs, so nothing can be folded into them, merged because two happen to be equal, or lost.
+The graph depends on the configuration only, never on the weights' values: the trace has none, and during all clean-up
+the weights are values nobody knows, so nothing can be folded into them, merged because two happen to be equal, or lost.
 """
 
 from __future__ import annotations
 
 import io
-import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,14 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dreammix_trt.core.errors import BuildError, MissingExtraError
+from dreammix_trt.core.subject import LORA_SIDES
 from dreammix_trt.core.tensors import planned_places
-from dreammix_trt.export.networks import LORA_SIDES, Network, torch_module
+from dreammix_trt.export.networks import Network, torch_module
 from dreammix_trt.export.precision import typed
 
 if TYPE_CHECKING:
     import onnx
-
-log = logging.getLogger(__name__)
 
 #: of the trace, and of the graph with single operators for attention and group norm
 OPSET, FUSED_OPSET = 20, 23
