@@ -21,7 +21,7 @@ VENV = ROOT / ".venv"
 FLOORS = ("core", "export", "engine", "trainer")
 # Named first and alone: a plain "torch" would take the newest build with gigabytes of CUDA libraries.
 TORCH = "torch==2.13.0"
-EXTRAS = "train,export,rtx,dev"
+EXTRAS = "train,export,rtx,cuda,dev"
 
 
 def python() -> Path:
@@ -53,10 +53,10 @@ def link_floors() -> None:
 
 
 def recipe() -> str:
-    """What an up-to-date environment was made from: it changes with the build files and the C++ sources."""
-    digest = hashlib.sha256(sys.version.encode())
+    """What an up-to-date environment was made from: the build files, the C++ and CUDA sources, which nvcc there is."""
+    digest = hashlib.sha256(f"{sys.version} {shutil.which('nvcc')}".encode())
     sources = [ROOT / name for name in ("pyproject.toml", "constraints.txt", "CMakeLists.txt", "dev.py")]
-    sources += sorted((ROOT / "cpp_ext").rglob("*.[ch]pp"))
+    sources += sorted(path for path in (ROOT / "cpp_ext").rglob("*") if path.is_file())
     for path in sources:
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -26,7 +26,7 @@ DMX_HD inline float exp_of_negative(float x) {
     series = series * r + 0.5F;
     series = series * r + 1.0F;
     series = series * r + 1.0F;
-    const std::int32_t bits = (power + 127) << 23;
+    const std::uint32_t bits = static_cast<std::uint32_t>(power + 127) << 23;
     float scale;
     std::memcpy(&scale, &bits, sizeof scale);
     return series * scale;

@@ -1,5 +1,6 @@
-// The Python module dreammix_trt._cpp: the only file here that knows Python. Arguments arrive checked and contiguous
-// from engine/kernels.py; what memory safety needs is checked again. The GIL is released while numbers are worked on.
+// The Python module dreammix_trt._cpp; only this file and bindings_*.cpp, which fill its part `gpu`, know Python.
+// Arguments arrive checked and contiguous from engine/kernels.py; what memory safety needs is checked again. The GIL is
+// released while numbers are worked on.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -13,8 +14,10 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings.hpp"
 #include "feather.hpp"
 #include "fill.hpp"
+#include "gpu/build_info.hpp"
 #include "latent_mask.hpp"
 #include "paste.hpp"
 #include "philox.hpp"
@@ -34,9 +37,7 @@ template <typename T>
 using Out = nb::ndarray<nb::numpy, T>;
 using Shape = std::vector<size_t>;
 
-void require(bool fits, const char* message) {
-    if (!fits) throw std::invalid_argument(message);
-}
+using dmx::require;
 
 template <typename Array>
 Shape shape_of(const Array& array) {
@@ -255,6 +256,24 @@ void set_threads(int count) {
     dmx::thread_setting() = count;
 }
 
+// {"version", "compiler", "host_features": [...], "cuda": {"toolkit", "architectures": [...], "ptx"} or None}
+nb::dict build_info() {
+    const dmx::BuildInfo built = dmx::build_info();
+    nb::dict info;
+    info["version"] = built.version;
+    info["compiler"] = built.compiler;
+    info["host_features"] = built.host_features;
+    info["cuda"] = nb::none();
+    if (!built.toolkit.empty()) {
+        nb::dict cuda;
+        cuda["toolkit"] = built.toolkit;
+        cuda["architectures"] = built.architectures;
+        cuda["ptx"] = built.ptx;
+        info["cuda"] = cuda;
+    }
+    return info;
+}
+
 }  // namespace
 
 NB_MODULE(_cpp, module) {
@@ -274,4 +293,8 @@ NB_MODULE(_cpp, module) {
     module.def("normals", &normals, "seed"_a, "draw"_a, "step"_a, "shape"_a);
     module.def("philox", &philox, "counter"_a, "key"_a);
     module.def("set_threads", &set_threads, "count"_a);
+    module.def("build_info", &build_info);
+    nb::module_ gpu = module.def_submodule("gpu", "Kernels of the device runtime, in a CUDA stream or on the host.");
+    dmx::bind_pictures(gpu);
+    dmx::bind_numbers(gpu);
 }

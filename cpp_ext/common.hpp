@@ -15,8 +15,10 @@
 // Host loops carry DMX_CLONES: a portable wheel holds them for plain x86-64, AVX2 and AVX-512; the loader chooses.
 #if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__) && defined(__x86_64__) && defined(__GLIBC__)
 #define DMX_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define DMX_HAS_CLONES 1
 #else
 #define DMX_CLONES
+#define DMX_HAS_CLONES 0
 #endif
 
 #if defined(_MSC_VER)

@@ -62,14 +62,17 @@ inline void paste(const std::uint8_t* original, const std::uint8_t* content, Box
 }
 
 // 0.1 at the rim to 1 at the centre: alpha = 0.1 + 0.9 G/max G, G a Gaussian of a quarter of the short side.
+// A GPU's exp may differ in the last of 53 bits, which single precision hides.
+DMX_HD inline float soft_share(int y, int x, int height, int width) {
+    const double deviation = (height < width ? height : width) / 4.0;
+    const double dy = y - height / 2, dx = x - width / 2;  // G is 1 at the centre, which is always a pixel
+    const double gauss = std::exp(-(dy * dy + dx * dx) / (2.0 * deviation * deviation));
+    return 0.1F + 0.9F * static_cast<float>(gauss);
+}
+
 inline void soft_alpha(float* out, int height, int width) {
-    const double deviation = std::min(height, width) / 4.0;
     for (int y = 0; y < height; ++y) {
-        for (int x = 0; x < width; ++x) {
-            const double dy = y - height / 2, dx = x - width / 2;  // G is 1 at the centre, which is always a pixel
-            const double gauss = std::exp(-(dy * dy + dx * dx) / (2.0 * deviation * deviation));
-            *out++ = 0.1F + 0.9F * static_cast<float>(gauss);
-        }
+        for (int x = 0; x < width; ++x) *out++ = soft_share(y, x, height, width);
     }
 }
 

@@ -1,0 +1,25 @@
+// The number kernels as Python calls them: each enqueued in a stream, or run on the host at once.
+#pragma once
+
+#include "latents.hpp"
+#include "launch.hpp"
+#include "lora.hpp"
+#include "steps.hpp"
+#include "text.hpp"
+
+namespace dmx {
+
+void launch(const StepBefore& kernel, Place place);
+void launch(const StepAfter& kernel, Place place);
+void launch(const EncodeLatent& kernel, Place place);
+void launch(const Noised& kernel, Place place);
+void launch(const Scaled& kernel, Place place);
+void launch(const Convert& kernel, Place place);
+void launch(const CheckFinite& kernel, Place place);
+void launch(const JoinText& kernel, Place place);
+void launch(const Tas& kernel, Place place);
+void launch(const PlaceFactors& kernel, Place place);
+void launch(const PackFactors& kernel, Place place);
+void launch(const MergeLora& kernel, Place place);
+
+}  // namespace dmx

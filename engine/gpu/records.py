@@ -1,0 +1,66 @@
+"""The records kernels read from device memory: geometry, steps and pictures as data, so that captured graphs serve any.
+
+Each dtype repeats a struct of cpp_ext/gpu/records.hpp; a test compares their sizes and offsets.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+_I, _F = np.int32, np.float32
+
+#: How a picture (height, width) is cut (box row0..col1, ends exclusive) and resampled to (out_height, out_width).
+#: rows_at, cols_at: where in the int32 tables an axis' resampling stands, -1 where it keeps its size: first (outputs),
+#: count (outputs), weights (outputs, most): Pillow's Lanczos, 22 fractional bits. vertically_first: which pass leads.
+CUT: Final = np.dtype(
+    [(name, _I) for name in (
+        "height", "width", "row0", "row1", "col0", "col1", "out_height", "out_width", "vertically_first",
+        "rows_at", "rows_most", "cols_at", "cols_most", "unused0", "unused1", "unused2",
+    )]
+)  # fmt: skip
+
+#: How a stage's content is pasted: the canvas' size, the content's box in it, whether a soft alpha goes first,
+#: and, where the local result is kept inside (keeps_local), the local content's box.
+SHEET: Final = np.dtype(
+    [(name, _I) for name in (
+        "height", "width", "row0", "row1", "col0", "col1", "soft", "keeps_local",
+        "local_row0", "local_row1", "local_col0", "local_col1", "unused0", "unused1", "unused2", "unused3",
+    )]
+)  # fmt: skip
+
+#: What distances are wanted around a mask: its size, how far in pixels (1..32767), and the box where there are any
+#: (for a seam: the ring around the mask's bounds; else the whole mask).
+FIELD: Final = np.dtype([(name, _I) for name in ("height", "width", "reach", "row0", "row1", "col0", "col1", "unused")])
+
+#: One picture of a batch. size_height, size_width, target: what the UNet is told, in pixels.
+JOB: Final = np.dtype(
+    [("seed", np.uint64), ("start_scale", _F), ("hand_over_sigma", _F), ("samples_vae", _I), ("blends_output", _I),
+     ("size_height", _I), ("size_width", _I), ("target", _I), ("unused", _I)]
+)  # fmt: skip
+
+#: One row of the schedule (core/schedule.py). solver_step: -1 where the solver draws no noise.
+STEP: Final = np.dtype(
+    [(name, _F) for name in (
+        "sigma", "timestep", "size_scale_positive", "size_scale_negative", "guidance_scale", "guidance_rescale",
+        "blur_alpha", "c_x", "c_x0", "c_dx0", "c_noise",
+    )] + [(name, _I) for name in ("blend_step", "solver_step", "unused0", "unused1", "unused2")]
+)  # fmt: skip
+
+#: Where one LoRA factor lies: (rows, columns) at `source` numbers into the subject's packed row; at `target` numbers
+#: into the bound buffer of a batch of one, where it starts at target * pictures.
+SEGMENT: Final = np.dtype([("source", np.int64), ("target", np.int64), ("size", np.int64)])
+
+#: One factor as a file has it (rows, cols) at `source`, to be laid out (target_rows, target_cols) at `target`, zeros
+#: where the file has less; scale multiplies it.
+FACTOR: Final = np.dtype(
+    [("source", np.int64), ("target", np.int64), ("rows", _I), ("cols", _I), ("target_rows", _I), ("target_cols", _I),
+     ("scale", _F), ("unused", _I)]
+)  # fmt: skip
+
+#: Bits of the flag word that collects values that are not finite, by the network they came from.
+FLAGS: Final = {
+    "text_encoder": 1, "text_encoder_2": 2, "unet": 4, "unet_raw": 8, "inpaint_head": 16, "vae_encoder": 32,
+    "vae_decoder": 64,
+}  # fmt: skip
