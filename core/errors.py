@@ -37,3 +37,15 @@ class Cancelled(DreamMixError):
     """The caller stopped the work."""
 
     exit_code = 130
+
+
+class QueueFull(DreamMixError):
+    """As many requests wait as the queue takes: try again later (sysexits.h calls this EX_TEMPFAIL)."""
+
+    exit_code = 75
+
+
+class TimedOut(DreamMixError):
+    """A request had not ended when its time was over (the exit code is that of timeout(1))."""
+
+    exit_code = 124

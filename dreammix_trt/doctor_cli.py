@@ -12,13 +12,16 @@ from rich.console import Console
 from dreammix_trt.core.errors import DreamMixError
 from dreammix_trt.core.files import size_text
 from dreammix_trt.core.store import Store
-from dreammix_trt.engine.machine import GIB, RTX_TARGETS, Machine, examine
+from dreammix_trt.engine.machine import GIB, PLANS, RTX_TARGETS, Machine, examine
 
 NOT_READY = 1
 # What a full-size SDXL takes: the exporter's peak (benchmarks/full_size.py), and ONNX and plans of all its networks.
 _FULL_SIZE_MEMORY, _FULL_SIZE_DISK = 12 * GIB, 24 * GIB
-_RUNTIMES = ("onnxruntime", "onnxruntime (CUDA)")  # what `DreamMix` runs today
-_NOT_YET = "this version builds such engines and does not run them yet"
+# What runs, the fastest first: how it is called, and what builds it.
+_RUNTIMES = {
+    "tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT", "onnxruntime (CUDA)": "ONNX Runtime",
+    "onnxruntime": "ONNX Runtime",
+}  # fmt: skip
 _BUILD = "dreammix-trt build --out ENGINE"
 _out = Console()
 
@@ -31,9 +34,7 @@ def doctor(
     shelf = Store(store)
     machine = examine(shelf.root)
     (parts, size), fault = _store_state(shelf)
-    ready = fault is None and any(
-        state.can_build and state.can_run for state in machine.backends() if state.name in _RUNTIMES
-    )
+    ready = fault is None and _best(machine) is not None
     if as_json:
         state = {"path": str(shelf.root), "fault": fault, "parts": parts, "bytes": size}
         record = {"store": state, "notes": notes(machine), "advice": advice(machine), "ready": ready}
@@ -46,35 +47,44 @@ def doctor(
 
 def advice(machine: Machine) -> str:
     """What to build with on this machine and where that runs, in plain words with the commands."""
-    return f"{_to_run(machine)} {_to_plan(machine)}"
+    best = _best(machine)
+    runs = _to_run(machine, best)
+    return runs if best in PLANS else f"{runs} {_to_plan(machine)}"
 
 
-def _to_run(machine: Machine) -> str:
+def _best(machine: Machine) -> str | None:
+    """The fastest back end that both builds and runs here."""
     able = {state.name for state in machine.backends() if state.can_build and state.can_run}
-    command = f"`{_BUILD} --backend onnxruntime`"
-    if not able & set(_RUNTIMES):
-        return f"Nothing can run here yet: `pip install onnxruntime`, then {command}."
-    where = machine.driver.gpus[0].name if "onnxruntime (CUDA)" in able else "processor"
-    return f"Build and run here with ONNX Runtime, on the {where}: {command}."
+    return next((name for name in _RUNTIMES if name in able), None)
+
+
+def _to_run(machine: Machine, best: str | None) -> str:
+    if best is None:
+        return f"Nothing can run here yet: `pip install onnxruntime`, then `{_BUILD} --backend onnxruntime`."
+    backend, target = best.partition(" ")[0], ""
+    where, after = "processor", ""
+    if best != "onnxruntime":
+        gpu = machine.gpu_for(RTX_TARGETS if best == "tensorrt-rtx" else None)
+        where, after = gpu.name, ", and `--device cuda` when you paint"
+        target = f" --target {gpu.capability}" if best == "tensorrt-rtx" else ""
+    return f"Build and run here with {_RUNTIMES[best]}, on the {where}: `{_BUILD} --backend {backend}{target}`{after}."
 
 
 def _to_plan(machine: Machine) -> str:
     """How to get TensorRT engines: for the GPU here, else for a usual one elsewhere."""
-    able = {state.name for state in machine.backends() if state.can_build}
-    gpu = next((gpu for gpu in machine.driver.gpus if gpu.capability in RTX_TARGETS), None)
-    other = machine.driver.gpus[0] if machine.driver.gpus and not gpu else None
-    found = gpu or other
-    where = f"the {found.name}" if found else "an RTX card elsewhere"
-    if ("tensorrt" if other else "tensorrt-rtx") in machine.versions.keys() - able and not machine.faults():
+    states = {state.name: state for state in machine.backends()}
+    gpu = machine.gpu_for(RTX_TARGETS) if machine.driver.gpus else None
+    # TensorRT-RTX has no engines for the GPUs of data centres
+    name = "tensorrt" if gpu and gpu.capability not in RTX_TARGETS else "tensorrt-rtx"
+    where = f"the {gpu.name}" if gpu else "an RTX card elsewhere"
+    if name not in machine.versions or (name == "tensorrt" and machine.tensorrt_is_old()):
+        extra, freely = PLANS[name], ", which builds without a GPU, too" if name == "tensorrt-rtx" else ""
+        return f"For {where}: `pip install 'dreammix-trt[{extra}]'` brings {_RUNTIMES[name]}{freely}."
+    if not states[name].can_build:
         return f"For {where}: `pip install 'dreammix-trt[export]'` brings what building its engines takes."
-    if other and "tensorrt" in able:
-        return f"For {where}: `{_BUILD} --backend tensorrt`; {_NOT_YET}."
-    if other:
-        return f"For {where}: `pip install 'dreammix-trt[trt]'` brings TensorRT."
-    if "tensorrt-rtx" in able:
-        target = gpu.capability if gpu else "sm_89"
-        return f"For {where}: `{_BUILD} --backend tensorrt-rtx --target {target}`; {_NOT_YET}."
-    return f"For {where}: `pip install 'dreammix-trt[rtx]'` brings TensorRT-RTX, which builds without a GPU, too."
+    target = f" --target {gpu.capability if gpu else 'sm_89'}" if name == "tensorrt-rtx" else ""
+    lacks = f"; running them here: {'; and '.join(machine.lacks_for_gpu())}" if gpu else ""
+    return f"For {where}: `{_BUILD} --backend {name}{target}`{lacks}."
 
 
 def notes(machine: Machine) -> list[str]:

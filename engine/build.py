@@ -9,7 +9,6 @@ engine/
 from __future__ import annotations
 
 import platform
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,21 +71,13 @@ def check_runnable(path: Path, opened: OpenedEngine) -> None:
 
     for entry in passport.networks:
         refuse_host_code(opened.parts[entry.name] / entry.file)
-    here = examine()
-    command = passport.command
-    if here.driver.gpus and passport.targets:
-        command = re.sub(r"(--target \S+ ?)+", f"--target {here.driver.gpus[0].capability} ", command).strip()
     built_for = {
         "backend": passport.backend, "version": passport.backend_version, "targets": passport.targets,
-        "platform": passport.platform, "command": command,
+        "platform": passport.platform, "command": passport.command,
     }  # fmt: skip
-    why = explain_mismatch(built_for, here)
+    why = explain_mismatch(built_for, examine())
     if why:
         raise EngineError(f"{path}: {why}")
-    raise EngineError(
-        f"{path}: this version builds {passport.backend} engines and does not run them yet; "
-        "`--backend onnxruntime` builds one that runs"
-    )
 
 
 def check_engine(path: Path, *, verify: bool = False, store: Path | None = None) -> Passport:

@@ -7,13 +7,20 @@ import ctypes
 import gc
 import os
 import platform
+import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from dreammix_trt.core.files import disk_free as disk_free
+
+#: The CUDA version that a driver must serve (1000 major + 10 minor), the first driver that does, and the least GPU.
+CUDA_NEEDED: Final = 13000
+DRIVER_NEEDED: Final = "580"
+LEAST_CAPABILITY: Final = (7, 5)
+_AGAIN: Final = "install dreammix-trt again from its sources where nvcc is found: `pip install ."
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,54 @@ def ask_driver(load: Callable[[str], Any] | None = None) -> Driver:
     count = _whole(lambda out: library.cuDeviceGetCount(out)) or 0
     gpus = tuple(gpu for index in range(count) if (gpu := _gpu(library, index)))
     problem = None if gpus else "the NVIDIA driver finds no device"
-    return Driver(f"{version // 1000}.{version % 1000 // 10}", gpus, problem)
+    return Driver(cuda_text(version), gpus, problem)
+
+
+def cuda_text(version: int) -> str:
+    """A CUDA version as it is written: 13000 -> "13.0"."""
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def cuda_number(text: str) -> int:
+    """The other way."""
+    major, _, minor = text.partition(".")
+    return 1000 * int(major) + 10 * int(minor or 0)
+
+
+def why_kernels_do_not_fit(cuda: Mapping[str, Any] | None, capability: str, driver: int) -> str | None:
+    """Why the extension's CUDA kernels do not run on a GPU, with the remedy; None when they do.
+
+    cuda: of the extension's `build_info()`; None without kernels. capability: "sm_89"; driver: the CUDA version it
+    serves. Code for a GPU runs on those of the same major and no smaller minor number, PTX on every later one whose
+    driver knows its toolkit (CUDA C++ Programming Guide, compute capabilities and PTX compatibility).
+    """
+    if not cuda:
+        return f"the C++ extension is missing or has no CUDA kernels; {_AGAIN} -C cmake.define.DREAMMIX_CUDA=ON`"
+    toolkit, ptx, here = cuda_number(str(cuda["toolkit"])), cuda.get("ptx"), capability_of(capability)
+    if toolkit // 1000 > driver // 1000:
+        return (
+            f"its driver serves CUDA {cuda_text(driver)}, the extension was built with {cuda_text(toolkit)}; install "
+            f"an NVIDIA driver {DRIVER_NEEDED} or newer"
+        )
+    built = [capability_of(each) for each in cuda["architectures"]]
+    if any(each[0] == here[0] and each[1] <= here[1] for each in built):
+        return None
+    number = f"{here[0]}{here[1]}"
+    with_this = f"{_AGAIN} -C cmake.define.DREAMMIX_CUDA_ARCHITECTURES={number}-real`"
+    if not ptx or capability_of(ptx) > here:
+        known = ", ".join(filter(None, [*cuda["architectures"], ptx]))
+        return f"the extension has kernels for {known}, none of which run on an sm_{number}; {with_this}"
+    if toolkit > driver:
+        return (
+            f"only the extension's PTX of CUDA {cuda_text(toolkit)} fits an sm_{number}, and its driver serves CUDA "
+            f"{cuda_text(driver)}; update the driver, or {with_this}"
+        )
+    return None
+
+
+def capability_of(name: str) -> tuple[int, int]:
+    """sm_89, compute_120 -> (8, 9), (12, 0)."""
+    return divmod(int(re.sub(r"\D", "", name)), 10)
 
 
 def give_back_memory() -> None:

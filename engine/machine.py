@@ -8,19 +8,38 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import platform
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-from dreammix_trt.engine.hardware import Driver, ask_driver, cores, disk_free, memory, processor
+from dreammix_trt.engine.hardware import (
+    CUDA_NEEDED,
+    DRIVER_NEEDED,
+    LEAST_CAPABILITY,
+    Driver,
+    Gpu,
+    ask_driver,
+    capability_of,
+    cores,
+    cuda_number,
+    cuda_text,
+    disk_free,
+    memory,
+    processor,
+    why_kernels_do_not_fit,
+)
 
 GIB: Final = 1 << 30
 Tables = list[tuple[str, list[tuple[str, ...]]]]
 
 # The GPUs whose plans TensorRT-RTX 1.7 can make; a test compares this with the package.
 RTX_TARGETS: Final = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
+
+#: Back ends that build plans -> the extra that brings them.
+PLANS: Final = {"tensorrt-rtx": "rtx", "tensorrt": "trt"}
 
 # Package as this project calls it -> distributions that bring it.
 _DISTRIBUTIONS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -32,13 +51,13 @@ _DISTRIBUTIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "diffusers": ("diffusers",),
     "onnx": ("onnx",),
     "onnxslim": ("onnxslim",),
-    "cuda-python": ("cuda-python",),
+    "cuda-python": ("cuda-python", "cuda-bindings"),
 }
 
 
 _TRACING: Final = ("torch", "diffusers", "onnx", "onnxslim")
 _EXPORT: Final = "`pip install 'dreammix-trt[export]'`"
-_NOT_RUN: Final = "this version builds its engines and does not run them yet"
+_CUDA: Final = "`pip install 'dreammix-trt[cuda]'`"
 
 
 @dataclass(frozen=True)
@@ -56,7 +75,10 @@ class BackendState:
 
 @dataclass(frozen=True)
 class Machine:
-    """Facts of a computer. Sizes in bytes, None where unknown; memory as this process may use it (container limits)."""
+    """Facts of a computer. Sizes in bytes, None where unknown; memory as this process may use it (container limits).
+
+    extension: whether the C++ extension is there; kernels: its CUDA kernels, as `_cpp.build_info()["cuda"]` has them.
+    """
 
     platform: str
     system: str
@@ -69,6 +91,7 @@ class Machine:
     driver: Driver
     versions: Mapping[str, str] = field(default_factory=dict)
     extension: bool = False
+    kernels: Mapping[str, Any] | None = None
 
     def backends(self) -> list[BackendState]:
         """What each back end can do here, in the order in which a user should try them."""
@@ -82,7 +105,7 @@ class Machine:
                 "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; "
                 "`pip uninstall onnxruntime onnxruntime-gpu`, then install the one you want"
             )
-        if self._old_tensorrt():
+        if self.tensorrt_is_old():
             faults.append(
                 f"tensorrt {self.versions['tensorrt']} is too old; `pip install 'dreammix-trt[trt]'` brings 11"
             )
@@ -106,6 +129,8 @@ class Machine:
             facts.append(("store", f"{self.store}, {_size(self.disk_free)} free"))
         gpus: list[tuple[str, ...]] = [(gpu.name, gpu.capability, _size(gpu.memory)) for gpu in self.driver.gpus]
         driver = self.driver.problem or f"driver for CUDA {self.driver.cuda}"
+        gpus.append(("cuda-python", self.versions.get("cuda-python", f"missing: {_CUDA}")))
+        gpus.append(("CUDA kernels", self._kernels_told()))
         states: list[tuple[str, ...]] = [
             (state.name, "builds" if state.can_build else "-", "runs" if state.can_run else "-", state.why)
             for state in self.backends()
@@ -133,37 +158,75 @@ class Machine:
             return BackendState(
                 name, builds, False, "not installed; `pip install onnxruntime-gpu` in onnxruntime's place"
             )
-        why = self._gpu_or(f"onnxruntime-gpu {version}") + self._embedded_only()
-        return BackendState(name, builds, bool(self.driver.gpus), why)
+        lacks = self.lacks_for_gpu()
+        why = self._runs_told(f"onnxruntime-gpu {version}", lacks) + self._embedded_only()
+        return BackendState(name, builds, not lacks, why)
 
     def _tensorrt_rtx(self) -> BackendState:
         name, version = "tensorrt-rtx", self.versions.get("tensorrt-rtx")
         if not version:
             return BackendState(name, False, False, "not installed; `pip install 'dreammix-trt[rtx]'`")
-        known = [gpu for gpu in self.driver.gpus if gpu.capability in RTX_TARGETS]
-        if self.driver.gpus and not known:
-            gpu = f"{self.driver.gpus[0].capability} is not among its GPUs ({', '.join(RTX_TARGETS)})"
-        else:
-            gpu = self._gpu_or(f"the {known[0].name} would do" if known else "")
-        return self._builds_only(name, version, gpu)
+        lacks = self.lacks_for_gpu(RTX_TARGETS)
+        return self._with_plans(name, f"{name} {version}", lacks)
 
     def _tensorrt(self) -> BackendState:
         name, version = "tensorrt", self.versions.get("tensorrt")
         if not version:
             return BackendState(name, False, False, "not installed; `pip install 'dreammix-trt[trt]'`")
-        if self._old_tensorrt():
+        if self.tensorrt_is_old():
             return BackendState(name, False, False, f"tensorrt {version} is too old, 11 is needed")
         if not self.driver.gpus:
             return BackendState(
                 name, False, False, f"tensorrt {version}: builds on the GPU only, {self.driver.problem}"
             )
-        return self._builds_only(name, version, f"the {self.driver.gpus[0].name} would do")
+        return self._with_plans(name, f"{name} {version}", self.lacks_for_gpu())
 
-    def _builds_only(self, name: str, version: str, gpu: str) -> BackendState:
-        """The state of a back end that `DreamMix` does not run; gpu: what is to be said of the GPU."""
+    def _with_plans(self, name: str, package: str, lacks: Sequence[str]) -> BackendState:
+        """The state of a back end with plans, which it runs where nothing is lacking."""
         missing = self._untraceable()
-        lacks = f"; building needs {', '.join(missing)}: {_EXPORT}" if missing else ""
-        return BackendState(name, not missing, False, f"{name} {version}: {_NOT_RUN} ({gpu}){lacks}")
+        needs = f"; building needs {', '.join(missing)}: {_EXPORT}" if missing else ""
+        return BackendState(name, not missing, not lacks, self._runs_told(package, lacks) + needs)
+
+    def lacks_for_gpu(self, targets: Collection[str] | None = None) -> list[str]:
+        """What running on a GPU here lacks, each with its remedy; nothing: it runs on the `gpu_for` these targets.
+
+        targets: the only GPUs that would do, as "sm_89"; None: all that the program's kernels can run on.
+        """
+        if not self.driver.gpus:
+            return [str(self.driver.problem)]
+        gpu = self.gpu_for(targets)
+        if targets is not None and gpu.capability not in targets:
+            return [f"{gpu.capability} is not among its GPUs ({', '.join(targets)})"]
+        if capability_of(gpu.capability) < LEAST_CAPABILITY:
+            return [f"the {gpu.name} is an {gpu.capability}, GPUs from sm_75 on are needed"]
+        served = cuda_number(self.driver.cuda or "0")
+        if served < CUDA_NEEDED:
+            return [
+                f"the NVIDIA driver serves CUDA {self.driver.cuda}, {cuda_text(CUDA_NEEDED)} is needed: install "
+                f"driver {DRIVER_NEEDED} or newer"
+            ]
+        lacks = [] if "cuda-python" in self.versions else [f"cuda-python is not installed: {_CUDA}"]
+        why = why_kernels_do_not_fit(self.kernels, gpu.capability, served)
+        return [*lacks, why] if why else lacks
+
+    def gpu_for(self, targets: Collection[str] | None = None) -> Gpu:
+        """The first GPU that is one of `targets`, else the first of all; only where there is one."""
+        gpus = self.driver.gpus
+        return next((gpu for gpu in gpus if targets is not None and gpu.capability in targets), gpus[0])
+
+    def _runs_told(self, package: str, lacks: Sequence[str]) -> str:
+        if lacks:
+            return f"{package}: to run, {'; and '.join(lacks)}" if self.driver.gpus else f"{package}, but {lacks[0]}"
+        targets = RTX_TARGETS if package.startswith("tensorrt-rtx") else None
+        return f"{package}, on the {self.gpu_for(targets).name}"
+
+    def _kernels_told(self) -> str:
+        if not self.extension:
+            return "missing, like the C++ extension"
+        if not self.kernels:
+            return "none in the C++ extension; it gets them where nvcc is found when it is built"
+        known = ", ".join(filter(None, [*self.kernels["architectures"], self.kernels.get("ptx")]))
+        return f"{known} (CUDA {self.kernels['toolkit']})"
 
     def _embedded_only(self) -> str:
         missing = self._untraceable()
@@ -174,12 +237,8 @@ class Machine:
     def _untraceable(self) -> list[str]:
         return [name for name in _TRACING if name not in self.versions]
 
-    def _gpu_or(self, well: str) -> str:
-        if self.driver.gpus:
-            return well
-        return f"{well}, but {self.driver.problem}" if well else str(self.driver.problem)
-
-    def _old_tensorrt(self) -> bool:
+    def tensorrt_is_old(self) -> bool:
+        """Whether the installed TensorRT is one whose API this program does not use."""
         version = self.versions.get("tensorrt", "11").split(".")[0]
         return version.isdigit() and int(version) < 11
 
@@ -187,6 +246,7 @@ class Machine:
 def examine(store: Path | None = None) -> Machine:
     """Look at this computer; `store` is the folder whose disk matters (it need not exist)."""
     total, available = memory()
+    extension, kernels = _extension()
     return Machine(
         platform=f"{platform.system()} {platform.machine()}",
         system=platform.platform(),
@@ -198,7 +258,8 @@ def examine(store: Path | None = None) -> Machine:
         disk_free=None if store is None else disk_free(store),
         driver=ask_driver(),
         versions=installed_versions(),
-        extension=importlib.util.find_spec("dreammix_trt._cpp") is not None,
+        extension=extension,
+        kernels=kernels,
     )
 
 
@@ -209,18 +270,25 @@ def explain_mismatch(built_for: Mapping[str, Any], here: Machine) -> str | None:
     "command" that builds it again. Absent keys are not compared.
     """
     backend = str(built_for.get("backend", ""))
-    if backend not in ("tensorrt-rtx", "tensorrt"):
+    if backend not in PLANS:
         return None
+    if not here.driver.gpus:
+        return (
+            f"this {backend} engine cannot run here: {here.driver.problem}; "
+            f"`--backend onnxruntime` builds one that runs on the processor{_command(built_for, here)}"
+        )
     differences = [
         *_version_differs(backend, built_for.get("version"), here),
         *_gpu_differs(built_for.get("targets"), here),
         *_platform_differs(backend, built_for.get("platform"), here),
     ]
+    lacks = _package_lacks(backend, here)
     if not differences:
+        lacks += here.lacks_for_gpu(built_for.get("targets"))
+    if not differences and not lacks:
         return None
-    command = built_for.get("command")
-    remedy = f"; build it again here: `{command}`" if command else "; build it again here"
-    return f"this {backend} engine cannot run here: {'; '.join(differences)}{remedy}"
+    remedy = f"; build it again here{_command(built_for, here)}" if differences else ""
+    return f"this {backend} engine cannot run here: {'; '.join((*lacks, *differences))}{remedy}"
 
 
 def installed_versions() -> dict[str, str]:
@@ -233,21 +301,63 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
+def _extension() -> tuple[bool, Mapping[str, Any] | None]:
+    """Whether the C++ extension is there, and its CUDA kernels. Loading it loads neither numpy nor a driver."""
+    if importlib.util.find_spec("dreammix_trt._cpp") is None:
+        return False, None
+    try:
+        info = importlib.import_module("dreammix_trt._cpp").build_info()
+    except (ImportError, AttributeError):  # of another Python, or of an older version of the program
+        return True, None
+    return True, info["cuda"]
+
+
+def _package_lacks(backend: str, here: Machine) -> list[str]:
+    if backend in here.versions:
+        return []
+    return [f"{backend} is not installed (`pip install 'dreammix-trt[{PLANS[backend]}]'`)"]
+
+
 def _version_differs(backend: str, built: Any, here: Machine) -> Iterator[str]:
     installed = here.versions.get(backend)
-    if installed is None:
-        extra = {"tensorrt-rtx": "rtx", "tensorrt": "trt"}[backend]
-        yield f"{backend} is not installed (`pip install 'dreammix-trt[{extra}]'`)"
-    elif built is not None and built != installed:
+    if installed and built is not None and built != installed:
         yield f"it was built with {backend} {built}, installed is {installed}"
 
 
 def _gpu_differs(targets: Any, here: Machine) -> Iterator[str]:
-    if not here.driver.gpus:
-        yield str(here.driver.problem)
-    elif targets and not any(gpu.capability in targets for gpu in here.driver.gpus):
+    if targets and not any(gpu.capability in targets for gpu in here.driver.gpus):
         gpus = ", ".join(f"{gpu.name} ({gpu.capability})" for gpu in here.driver.gpus)
         yield f"it was built for {', '.join(targets)}, here is {gpus}"
+
+
+def _command(built_for: Mapping[str, Any], here: Machine) -> str:
+    """The command that builds the engine again, changed so that the new one runs here; ": " before it, or nothing."""
+    command, instead = str(built_for.get("command") or ""), _instead(built_for, here)
+    if not command:
+        return ""
+    if instead == "--backend onnxruntime":
+        plans_alone = ("precision", "shapes", "pictures", "workspace", "vae-image")
+        command = _without(command.replace("--no-safe-vae ", ""), "backend", "target", *plans_alone)
+    elif instead.startswith("--backend"):
+        command = _without(command, "backend", "target")
+    elif "--target" in command:
+        command = _without(command, "target")
+    else:
+        return f": `{command}`"
+    return f": `{command} {instead}`"
+
+
+def _instead(built_for: Mapping[str, Any], here: Machine) -> str:
+    """What to ask for instead of what was built, as an option."""
+    if not here.driver.gpus:
+        return "--backend onnxruntime"
+    targets = RTX_TARGETS if built_for["backend"] == "tensorrt-rtx" else None
+    capability = here.gpu_for(targets).capability
+    return f"--target {capability}" if targets is None or capability in targets else "--backend tensorrt"
+
+
+def _without(command: str, *options: str) -> str:
+    return re.sub(rf"--({'|'.join(options)}) \S+ ?", "", command).strip()
 
 
 def _platform_differs(backend: str, built: Any, here: Machine) -> Iterator[str]:

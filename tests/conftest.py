@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -41,9 +42,17 @@ def _own_store(test_home: Path) -> None:
 
 @pytest.fixture
 def gpu() -> None:
-    """For tests that need an NVIDIA GPU."""
-    if not Path("/proc/driver/nvidia").exists():
-        pytest.skip("no NVIDIA GPU here")
+    """For tests that need an NVIDIA GPU: a driver that answers and has one."""
+    problem = _no_gpu()
+    if problem:
+        pytest.skip(problem)
+
+
+@functools.cache
+def _no_gpu() -> str | None:
+    from dreammix_trt.engine.hardware import ask_driver
+
+    return ask_driver().problem
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

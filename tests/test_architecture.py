@@ -83,7 +83,8 @@ def test_core_loads_nothing_heavy_at_import() -> None:
 
 def test_every_module_of_core_and_engine_loads_without_the_heavy_packages() -> None:
     """And so do the command line and the build: nothing is imported before it is needed."""
-    names = [f"dreammix_trt.{path.parent.name}.{path.stem}" for floor in ("core", "engine") for path in files(floor)]
+    paths = [path.relative_to(ROOT).with_suffix("") for floor in ("core", "engine") for path in files(floor)]
+    names = [".".join(("dreammix_trt", *path.parts)) for path in paths]
     names += ["dreammix_trt.cli", "dreammix_trt.building", "dreammix_trt.parts", "dreammix_trt.export.onnx_export"]
     names = [name.removesuffix(".__init__") for name in names]
     code = (

@@ -24,6 +24,7 @@ BARE = Machine(
     platform="Linux x86_64", system="Linux-6.1", cpu="a processor", cores=2, memory_total=64 * GIB,
     memory_available=64 * GIB, store="store", disk_free=90 * GIB, driver=NONE,
     versions={"onnxruntime": "1.31.1"}, extension=True,
+    kernels={"toolkit": "13.0", "architectures": ["sm_75", "sm_86", "sm_90"], "ptx": "compute_120"},
 )  # fmt: skip
 ADA = Gpu("RTX 4090", "sm_89", 24 * GIB)
 BLACKWELL = Gpu("RTX 5090", "sm_120", 32 * GIB)
@@ -45,7 +46,7 @@ EXPORT = {"torch": "2.13.0", "diffusers": "0.42.1", "onnx": "1.23.2", "onnxslim"
 ORT, BARE_RTX, TRT, CUDA = (
     {"onnxruntime": "1.31.1"}, {"tensorrt_rtx": "1.7.1.116"}, {"tensorrt": "11.4.0.106"}, {"onnxruntime_gpu": "1.31.1"},
 )  # fmt: skip
-RTX = {**BARE_RTX, **EXPORT}
+RTX, BINDINGS = {**BARE_RTX, **EXPORT}, {"cuda_python": "13.4.4"}
 
 
 @pytest.mark.parametrize(
@@ -54,15 +55,25 @@ RTX = {**BARE_RTX, **EXPORT}
         (machine(**ORT, **RTX), ["on the processor: `dreammix-trt build", "--backend tensorrt-rtx --target sm_89`"]),
         (machine(**ORT), ["on the processor", "elsewhere: `pip install 'dreammix-trt[rtx]'`"]),
         (machine(**RTX), ["Nothing can run here yet: `pip install onnxruntime`", "--target sm_89`"]),
-        (machine(BLACKWELL, **ORT, **RTX), ["on the processor", "For the RTX 5090", "--target sm_120`"]),
-        (machine(HOPPER, ADA, **CUDA, **RTX), ["on the H200", "For the RTX 4090", "--target sm_89`"]),
-        (machine(HOPPER, **CUDA, **RTX, **TRT), ["For the H200", "--backend tensorrt`"]),
-        (machine(HOPPER, **ORT, **RTX), ["For the H200: `pip install 'dreammix-trt[trt]'`"]),
+        (machine(BLACKWELL, **ORT, **RTX),
+         ["on the processor", "For the RTX 5090", "--target sm_120`; running them here: cuda-python is not installed"]),
+        (machine(BLACKWELL, **ORT, **RTX, **BINDINGS),
+         ["here with TensorRT-RTX, on the RTX 5090: `dreammix-trt build --out ENGINE --backend tensorrt-rtx --target "
+          "sm_120`, and `--device cuda` when you paint."]),
+        (machine(HOPPER, ADA, **CUDA, **RTX, **BINDINGS),
+         ["here with TensorRT-RTX, on the RTX 4090", "--target sm_89`"]),
+        (machine(HOPPER, **CUDA, **RTX, **BINDINGS),
+         ["here with ONNX Runtime, on the H200: `dreammix-trt build --out ENGINE --backend onnxruntime`, and",
+          "For the H200: `pip install 'dreammix-trt[trt]'`"]),
+        (machine(HOPPER, **CUDA, **EXPORT, **TRT, **BINDINGS),
+         ["here with TensorRT, on the H200", "--backend tensorrt`"]),
+        (machine(HOPPER, **ORT, **RTX, tensorrt="10.1"), ["For the H200: `pip install 'dreammix-trt[trt]'`"]),
         (machine(HOPPER, **ORT, **TRT), ["For the H200: `pip install 'dreammix-trt[export]'`"]),
         (machine(**ORT, **BARE_RTX), ["on the processor", "elsewhere: `pip install 'dreammix-trt[export]'`"]),
         (machine(ADA, **ORT), ["For the RTX 4090: `pip install 'dreammix-trt[rtx]'`"]),
+        (machine(ADA, **ORT, **CUDA, **RTX), ["--target sm_89`"]),
     ],
-)
+)  # fmt: skip
 def test_advice_fits_the_machine(here: Machine, told: list[str]) -> None:
     said = advice(here)
     for words in told:

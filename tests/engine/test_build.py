@@ -15,7 +15,8 @@ from dreammix_trt.building import build
 from dreammix_trt.core.errors import EngineError, InputError
 from dreammix_trt.core.passport import Passport
 from dreammix_trt.core.store import Store
-from dreammix_trt.engine.build import check_engine
+from dreammix_trt.engine.build import check_engine, check_runnable, open_engine
+from dreammix_trt.engine.hardware import Driver, Gpu
 from dreammix_trt.export.networks import Network
 from dreammix_trt.export.onnx_export import export_network
 from tests.conftest import write_lora
@@ -130,3 +131,33 @@ def test_an_engine_for_another_back_end_is_refused(mug_engine: Path, tmp_path: P
     replace(passport, backend="openvino", subjects=()).write(tmp_path)
     with pytest.raises(EngineError, match=r"'openvino'.*dreammix-trt build"):
         check_engine(tmp_path)
+
+
+def test_plans_run_where_nothing_speaks_against_it(mug_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from dreammix_trt.engine import machine
+
+    opened = open_engine(mug_engine)
+    check_runnable(mug_engine, opened)
+    plans = replace(
+        opened.passport, backend="tensorrt-rtx", backend_version="1.7", targets=["sm_89"], networks=(),
+        command="dreammix-trt build --out it --target sm_89",
+    )  # fmt: skip
+    opened = replace(opened, passport=plans)
+    here = replace(
+        machine.examine(), versions={"tensorrt-rtx": "1.7", "cuda-python": "13.4.4"}, extension=True,
+        kernels={"toolkit": "13.0", "architectures": ["sm_86"], "ptx": "compute_120"}, platform=plans.platform,
+        driver=Driver("13.0", (Gpu("RTX 4090", "sm_89", 1),)),
+    )  # fmt: skip
+    monkeypatch.setattr(machine, "examine", lambda: here)
+    check_runnable(mug_engine, opened)
+    for change, told in (
+        ({"driver": Driver(problem="there is no NVIDIA driver here")}, r"no NVIDIA.*build --out it --backend onnxrunt"),
+        ({"versions": {"tensorrt-rtx": "1.8", "cuda-python": "13"}}, r"with tensorrt-rtx 1\.7, installed is 1\.8"),
+        ({"kernels": None}, r"no CUDA kernels"),
+    ):
+        monkeypatch.setattr(machine, "examine", lambda change=change: replace(here, **change))
+        with pytest.raises(EngineError, match=told) as caught:
+            check_runnable(mug_engine, opened)
+        assert str(caught.value).startswith(str(mug_engine))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,8 +26,8 @@ BARE = Machine(
     memory_available=8 * GIB, store="store", disk_free=9 * GIB, driver=NONE,
     versions={
         "onnxruntime": "1.31.1", "tensorrt-rtx": "1.7.1.116", "torch": "2.13.0", "diffusers": "0.42.1",
-        "onnx": "1.23.2", "onnxslim": "0.1.98",
-    }, extension=True,
+        "onnx": "1.23.2", "onnxslim": "0.1.98", "cuda-python": "13.4.4",
+    }, extension=True, kernels={"toolkit": "13.0", "architectures": ["sm_75", "sm_86", "sm_90"], "ptx": "compute_120"},
 )  # fmt: skip
 
 
@@ -90,13 +91,13 @@ def test_a_machine_without_a_gpu_builds_for_one() -> None:
     assert "onnxruntime-gpu" in why(BARE, "onnxruntime (CUDA)")
 
 
-def test_a_gpu_lets_onnx_runtime_run_and_tensorrt_build() -> None:
+def test_a_gpu_lets_every_back_end_run() -> None:
     here = with_gpu(ADA, tensorrt="11.4.0.106")
     for name in ("tensorrt-rtx", "tensorrt"):
-        assert states(here)[name] == (True, False)
-        assert "does not run them yet" in why(here, name) and "4090 would do" in why(here, name)
+        assert states(here)[name] == (True, True)
+        assert why(here, name) == f"{name} {here.versions[name]}, on the NVIDIA GeForce RTX 4090"
     assert states(here)["onnxruntime (CUDA)"] == (True, False)
-    cuda = replace(here, versions={"onnxruntime-gpu": "1.31.1"})
+    cuda = replace(here, versions={"onnxruntime-gpu": "1.31.1", "cuda-python": "13.4.4"})
     assert states(cuda) == {
         "onnxruntime": (True, True),
         "onnxruntime (CUDA)": (True, True),
@@ -109,14 +110,34 @@ def test_a_gpu_that_tensorrt_rtx_does_not_know_can_only_build_with_it() -> None:
     here = with_gpu(HOPPER, tensorrt="11.4.0.106")
     assert states(here)["tensorrt-rtx"] == (True, False)
     assert "sm_90" in why(here, "tensorrt-rtx") and "sm_89" in why(here, "tensorrt-rtx")
-    assert states(here)["tensorrt"] == (True, False)
+    assert states(here)["tensorrt"] == (True, True)
+    both = replace(here, driver=Driver("13.0", (HOPPER, ADA)))
+    assert states(both)["tensorrt-rtx"] == (True, True) and "4090" in why(both, "tensorrt-rtx")
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"kernels": None}, "the C++ extension is missing or has no CUDA kernels; install dreammix-trt again"),
+        ({"versions": {"tensorrt": "11.4"}}, "cuda-python is not installed: `pip install 'dreammix-trt[cuda]'`"),
+        ({"driver": Driver("12.8", (ADA,))}, "driver serves CUDA 12.8, 13.0 is needed: install driver 580"),
+        ({"driver": Driver("13.0", (Gpu("GTX 1080", "sm_61", GIB),))}, "GTX 1080 is an sm_61, GPUs from sm_75 on"),
+        ({"driver": Driver("13.0", (Gpu("A100", "sm_80", GIB),))}, "DREAMMIX_CUDA_ARCHITECTURES=80-real"),
+    ],
+)
+def test_what_running_on_a_gpu_lacks_is_said_with_the_remedy(change: dict[str, Any], said: str) -> None:
+    here = replace(with_gpu(ADA, tensorrt="11.4.0.106"), **change)
+    assert states(here)["tensorrt"][1] is False and said in why(here, "tensorrt")
+    (lack,) = here.lacks_for_gpu()
+    assert said in lack
+    assert with_gpu(ADA).lacks_for_gpu() == []
 
 
 def test_without_what_tracing_needs_only_the_embedded_model_is_built() -> None:
     lacks = {name: version for name, version in BARE.versions.items() if name not in ("torch", "onnxslim")}
     here = replace(with_gpu(ADA), versions={**lacks, "tensorrt": "11.4.0.106"})
     for name in ("tensorrt-rtx", "tensorrt"):
-        assert states(here)[name] == (False, False)
+        assert states(here)[name] == (False, True)
         assert "building needs torch, onnxslim: `pip install 'dreammix-trt[export]'`" in why(here, name)
     assert states(here)["onnxruntime"] == (True, True)
     assert "builds the embedded model, another base needs torch, onnxslim" in why(here, "onnxruntime")
@@ -137,6 +158,11 @@ def test_tables_and_json_say_the_same() -> None:
     assert set(tables) == {"Machine", "NVIDIA", "Back ends", "Versions"}
     assert ("NVIDIA GeForce RTX 4090", "sm_89", "24.0 GiB") in tables["NVIDIA"]
     assert ("memory", "8.0 GiB free of 24.0 GiB") in tables["Machine"]
+    assert ("cuda-python", "13.4.4") in tables["NVIDIA"]
+    assert ("CUDA kernels", "sm_75, sm_86, sm_90, compute_120 (CUDA 13.0)") in tables["NVIDIA"]
+    bare = dict(dict(replace(here, versions={}, kernels=None).describe())["NVIDIA"][2:])
+    assert "dreammix-trt[cuda]" in bare["cuda-python"] and "nvcc" in bare["CUDA kernels"]
+    assert "missing" in dict(dict(replace(here, extension=False).describe())["NVIDIA"][2:])["CUDA kernels"]
     record = json.loads(json.dumps(here.to_dict()))
     assert record["driver"]["gpus"][0]["capability"] == "sm_89"
     assert [row[0] for row in tables["Back ends"]] == [state["name"] for state in record["backends"]]
@@ -157,6 +183,29 @@ def test_this_machine_is_examined_without_loading_what_it_is_about(tmp_path: Pat
     )
     out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_the_kernels_of_the_extension_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def importing(found: Any) -> Any:
+        def load(name: str) -> Any:
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        return load
+
+    built = {"toolkit": "13.0", "architectures": ["sm_75"], "ptx": None}
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: object())
+    for found, kernels in (
+        (SimpleNamespace(build_info=lambda: {"cuda": built}), built),
+        (SimpleNamespace(build_info=lambda: {"cuda": None}), None),
+        (SimpleNamespace(), None),
+        (ImportError("of another Python"), None),
+    ):
+        monkeypatch.setattr(machine.importlib, "import_module", importing(found))
+        assert (examine().extension, examine().kernels) == (True, kernels)
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
+    assert (examine().extension, examine().kernels) == (False, None)
 
 
 def test_the_driver_is_asked_for_its_devices() -> None:
@@ -281,21 +330,38 @@ def test_nothing_differs_where_nothing_does() -> None:
     assert explain_mismatch({"backend": "onnxruntime", "version": "0", "platform": "Windows AMD64"}, BARE) is None
 
 
+AGAIN = "build it again here: `dreammix-trt build --target sm_89`"
+UNBUILT = replace(BARE, versions={}, kernels=None)
+
+
 @pytest.mark.parametrize(
-    "change, here, said",
+    "change, here, said, remedy",
     [
-        ({}, with_gpu(HOPPER), ["built for sm_86, sm_89", "NVIDIA H200 (sm_90)"]),
-        ({"version": "1.6.1.120"}, with_gpu(ADA), ["1.6.1.120", "1.7.1.116"]),
-        ({}, BARE, ["no NVIDIA driver"]),
-        ({}, replace(with_gpu(ADA), versions={}), ["not installed", "dreammix-trt[rtx]"]),
-        ({}, replace(with_gpu(ADA), platform="Linux aarch64"), ["Linux x86_64", "Linux aarch64"]),
-        ({"backend": "tensorrt", "version": "11.4"}, replace(with_gpu(ADA, tensorrt="11.4"), platform="Windows AMD64"),
-         ["Windows AMD64"]),
+        ({}, with_gpu(HOPPER), ["built for sm_86, sm_89", "NVIDIA H200 (sm_90)"],
+         "build it again here: `dreammix-trt build --backend tensorrt`"),
+        ({"targets": ["sm_86"], "command": "dreammix-trt build --target sm_86 --target sm_80 --out it"}, with_gpu(ADA),
+         ["built for sm_86, here is NVIDIA GeForce RTX 4090"],
+         "build it again here: `dreammix-trt build --out it --target sm_89`"),
+        ({"version": "1.6.1.120"}, with_gpu(ADA), ["1.6.1.120", "1.7.1.116"], AGAIN),
+        ({"command": "dreammix-trt build --out it --backend tensorrt-rtx --precision float16 "
+          "--vae-image a.png --no-safe-vae --pictures 2 --slot-rank 4"}, BARE,
+         ["no NVIDIA driver"],
+         "one that runs on the processor: `dreammix-trt build --out it --slot-rank 4 --backend onnxruntime`"),
+        ({"command": None}, BARE, ["no NVIDIA driver"], "onnxruntime` builds one that runs on the processor"),
+        ({}, replace(UNBUILT, driver=Driver("13.0", (ADA,))),
+         ["not installed", "dreammix-trt[rtx]", "dreammix-trt[cuda]"],
+         "`pip install . -C cmake.define.DREAMMIX_CUDA=ON`"),
+        ({}, replace(with_gpu(ADA), platform="Linux aarch64"), ["Linux x86_64", "Linux aarch64"], AGAIN),
+        ({"backend": "tensorrt", "version": "11.4", "command": "dreammix-trt build --backend tensorrt"},
+         replace(with_gpu(ADA, tensorrt="11.4"), platform="Windows AMD64"), ["Windows AMD64"],
+         "build it again here: `dreammix-trt build --backend tensorrt`"),
     ],
 )  # fmt: skip
-def test_what_differs_is_said_with_the_command(change: dict[str, Any], here: Machine, said: list[str]) -> None:
+def test_what_differs_is_said_with_what_to_do(
+    change: dict[str, Any], here: Machine, said: list[str], remedy: str
+) -> None:
     text = explain_mismatch(BUILT | change, here)
-    assert text and text.endswith("`dreammix-trt build --target sm_89`")
+    assert text and text.endswith(remedy)
     for part in said:
         assert part in text
 

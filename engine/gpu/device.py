@@ -1,0 +1,180 @@
+"""What the runtime asks of a device: memory, streams, copies, kernels, captured graphs.
+
+`CudaDevice` (engine/gpu/cuda.py) is the real one, `SimulatedDevice` (engine/gpu/simulated.py) runs the same work on the
+host and keeps a record of its order. Everything enqueued in a stream runs later, in order; only `synchronize` waits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dreammix_trt.core.errors import EngineError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Array:
+    """Memory on a device, in C order: where it starts, its shape, its numpy dtype ("float16", "uint8", ...)."""
+
+    pointer: int
+    shape: Shape
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * np.dtype(self.dtype).itemsize
+
+    @property
+    def half(self) -> bool:
+        """Whether kernels must read and write it as float16."""
+        return self.dtype == "float16"
+
+    def __getitem__(self, index: int) -> Array:
+        """Entry `index` of the first axis."""
+        return self.part(index, 1).reshaped(self.shape[1:])
+
+    def part(self, start: int, count: int) -> Array:
+        """`count` entries of the first axis from `start` on."""
+        if not 0 <= start <= start + count <= self.shape[0]:
+            raise ValueError(f"entries {start} to {start + count} of {self.shape}")
+        each = math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
+        return replace(self, pointer=self.pointer + start * each, shape=(count, *self.shape[1:]))
+
+    def reshaped(self, shape: Shape, dtype: str | None = None) -> Array:
+        """The same memory, or its beginning, seen as another shape (and dtype)."""
+        seen = Array(self.pointer, tuple(shape), dtype or self.dtype)
+        if seen.nbytes > self.nbytes:
+            raise ValueError(f"{seen.shape} {seen.dtype} is larger than {self.shape} {self.dtype}")
+        return seen
+
+
+class Memory(Protocol):
+    """One allocation on a device; a context manager that frees it."""
+
+    @property
+    def pointer(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    def free(self) -> None:
+        """Give it back; again does nothing."""
+        ...
+
+    def __enter__(self) -> Memory: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
+class Pinned(Protocol):
+    """Host memory that copies to and from a device run beside other work; `array` is uint8 (nbytes,) over it."""
+
+    @property
+    def array(self) -> npt.NDArray[np.uint8]: ...
+    def free(self) -> None: ...
+
+
+class Stream(Protocol):
+    """Work in order. handle: CUDA's cudaStream_t as an int (None on the simulated device)."""
+
+    @property
+    def handle(self) -> int | None: ...
+    def close(self) -> None: ...
+
+
+class Mark(Protocol):
+    """A point in a stream (an event)."""
+
+    def passed(self) -> bool:
+        """Whether the work before it is done; never waits."""
+        ...
+
+    def seconds_since(self, earlier: Mark) -> float:
+        """Device time between two passed marks."""
+        ...
+
+
+class Graph(Protocol):
+    """Captured work; `launch` enqueues all of it at once."""
+
+    def launch(self, stream: Stream) -> None: ...
+    def close(self) -> None: ...
+
+
+class Device(Protocol):
+    """See the module. Methods that take a stream enqueue and return; arrays must outlive the work."""
+
+    name: str
+    capability: str  # "sm_89"
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes on the device."""
+        ...
+
+    def allocate(self, nbytes: int) -> Memory:
+        """Memory aligned to 256 bytes. Raises OutOfMemoryError; never during a capture."""
+        ...
+
+    def pinned(self, nbytes: int) -> Pinned: ...
+    def stream(self) -> Stream: ...
+
+    def upload(self, to: Array, source: npt.NDArray[Any], stream: Stream) -> None:
+        """Copy contiguous host memory (pinned, or it blocks) of `to`'s size to the device."""
+        ...
+
+    def download(self, to: npt.NDArray[Any], source: Array, stream: Stream) -> None:
+        """The other way."""
+        ...
+
+    def copy(self, to: Array, source: Array, stream: Stream) -> None:
+        """Within the device; both of the same size in bytes."""
+        ...
+
+    def clear(self, to: Array, stream: Stream) -> None:
+        """Set all bytes to zero."""
+        ...
+
+    def kernel(self, name: str, stream: Stream, **arguments: Any) -> None:
+        """Enqueue a kernel of `dreammix_trt._cpp.gpu`; an Array stands for its pointer, None for no pointer."""
+        ...
+
+    def work(self, label: str, stream: Stream, run: Callable[[], None]) -> None:
+        """Enqueue work of a network: on a GPU `run` enqueues it itself, now; the simulated device runs it in order."""
+        ...
+
+    def capture(self, stream: Stream, record: Callable[[], None]) -> Graph:
+        """What `record` enqueues in `stream`, as a graph; none of it runs now."""
+        ...
+
+    def mark(self, stream: Stream, *, timed: bool = False) -> Mark: ...
+
+    def synchronize(self, stream: Stream) -> None:
+        """Wait for everything in the stream; an error of that work is raised here."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class DeviceError(EngineError):
+    """A device that cannot be used: no driver, one too old, another GPU than the engine's, a failed call.
+
+    lost: True where nothing more can run in this device's context, whatever is asked of it.
+    """
+
+    lost: bool = False
+
+
+class OutOfMemoryError(DeviceError):
+    """The device has too little memory left; the message has the plan. The runtime stays usable."""
+
+
+class NotFiniteError(EngineError):
+    """A network gave values that are not numbers, in the safe precision, too."""
