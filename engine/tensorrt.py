@@ -32,6 +32,7 @@ __all__ = [
 ]  # fmt: skip
 
 GIB: Final = 1 << 30
+REVISION: Final = 2  # of what `build_engine` makes of the same network and options; 2: all memory is the user's
 MESSAGES: Final = 20  # kept of a build, each once
 Progress = Callable[[float, str], None]
 DTYPES: Final = {
@@ -199,6 +200,8 @@ class _Build:
         config.progress_monitor = monitor_of(trt, self.events, self.cancelled)
         if self.workspace is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self.workspace)
+        if PACKAGES[self.backend].ahead:  # contexts then never allocate while they run, so graphs can hold them
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         if self.capabilities:
             config.num_compute_capabilities = len(self.capabilities)
             for index, capability in enumerate(self.capabilities):

@@ -1,4 +1,4 @@
-"""What TensorRT calls back while it builds: logger, progress monitor, writer.
+"""What TensorRT calls back while it builds and runs: logger, progress monitor, writer.
 
 The packages swallow whatever a callback raises, Ctrl-C and a full disk included, and end well all the same. So nothing
 here raises: errors are kept for the caller, who asks.
@@ -6,10 +6,12 @@ here raises: errors are kept for the caller, who asks.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import queue
 import threading
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 LOGGER = logging.getLogger(__name__)
@@ -26,9 +28,19 @@ class Heard(threading.local):
 HEARD = Heard()
 
 
+@contextlib.contextmanager
+def hearing() -> Iterator[list[tuple[str, str]]]:
+    """What the package says in this thread within the block: (severity, text), warnings and errors."""
+    before, HEARD.messages = HEARD.messages, []
+    try:
+        yield HEARD.messages
+    finally:
+        HEARD.messages = before
+
+
 @functools.cache
 def logger_of(trt: Any) -> Any:
-    """The one logger a package accepts in a process; what it hears goes to the build of the thread that speaks."""
+    """The one logger a package accepts in a process; what it hears goes to who listens in the thread that speaks."""
 
     class Listener(trt.ILogger):
         def __init__(self) -> None:

@@ -14,21 +14,26 @@ from dreammix_trt.core.errors import EngineError, InputError, MissingExtraError
 
 @dataclass(frozen=True)
 class Package:
-    """Where the two packages differ. ahead: builds for GPUs named by compute capability, without a driver."""
+    """Where the two packages differ.
+
+    ahead: builds for GPUs named by compute capability, without a driver. jit: finishes kernels when it loads an engine
+    (runtime cache, capture check), tells why an engine does not fit, and gives weights back without losing contexts.
+    """
 
     title: str
     module: str
     extra: str
     oldest: tuple[int, int]
     ahead: bool
+    jit: bool
 
 
 PACKAGES: Final[Mapping[str, Package]] = {
-    "tensorrt-rtx": Package("TensorRT-RTX", "tensorrt_rtx", "rtx", (1, 7), True),
-    "tensorrt": Package("TensorRT", "tensorrt", "trt", (11, 0), False),
+    "tensorrt-rtx": Package("TensorRT-RTX", "tensorrt_rtx", "rtx", (1, 7), ahead=True, jit=True),
+    "tensorrt": Package("TensorRT", "tensorrt", "trt", (11, 0), ahead=False, jit=False),
 }
 
-# Every name of the packages that is used here; a package that lacks one is refused before it fails half-way.
+# Every name of the packages that building uses; a package that lacks one is refused before it fails half-way.
 NAMES: Final = (
     "Builder.build_serialized_network_to_stream", "Builder.create_builder_config", "Builder.create_network",
     "Builder.create_optimization_profile", "BuilderFlag.TF32", "DataType.HALF", "IAttention.decomposable",
@@ -42,7 +47,34 @@ NAMES: Final = (
     "Runtime.engine_host_code_allowed",
 )  # fmt: skip
 NAMES_AHEAD: Final = (
-    "ComputeCapability.CURRENT", "IBuilderConfig.num_compute_capabilities", "IBuilderConfig.set_compute_capability",
+    "BuilderFlag.REQUIRE_USER_ALLOCATION", "ComputeCapability.CURRENT", "IBuilderConfig.num_compute_capabilities",
+    "IBuilderConfig.set_compute_capability",
+)  # fmt: skip
+
+# What running uses. Those of TensorRT 11 were never tried here: no release of it could be installed.
+RUNTIME_NAMES: Final = (
+    "ExecutionContextAllocationStrategy.USER_MANAGED", "ICudaEngine.create_execution_context",
+    "ICudaEngine.get_tensor_dtype", "ICudaEngine.get_tensor_location", "ICudaEngine.get_tensor_mode",
+    "ICudaEngine.get_tensor_name", "ICudaEngine.get_tensor_profile_shape", "ICudaEngine.get_tensor_shape",
+    "ICudaEngine.num_io_tensors", "ICudaEngine.num_optimization_profiles", "IExecutionContext.execute_async_v3",
+    "IExecutionContext.get_tensor_shape", "IExecutionContext.infer_shapes", "IExecutionContext.set_device_memory",
+    "IExecutionContext.set_input_shape", "IExecutionContext.set_optimization_profile_async",
+    "IExecutionContext.set_tensor_address", "IExecutionContext.update_device_memory_size_for_shapes", "ILogger",
+    "Runtime.deserialize_cuda_engine", "Runtime.engine_host_code_allowed", "TensorIOMode.INPUT",
+    "TensorLocation.DEVICE",
+)  # fmt: skip
+RUNTIME_NAMES_JIT: Final = (
+    "CudaGraphStrategy.DISABLED", "DynamicShapesKernelSpecializationStrategy.EAGER",
+    "EngineInvalidityDiagnostics.CUDA_ERROR", "EngineInvalidityDiagnostics.INSUFFICIENT_GPU_MEMORY",
+    "EngineInvalidityDiagnostics.MALFORMED_ENGINE", "EngineInvalidityDiagnostics.OLD_CUDA_DRIVER",
+    "EngineInvalidityDiagnostics.OLD_CUDA_RUNTIME", "EngineInvalidityDiagnostics.UNSUPPORTED_CC",
+    "EngineInvalidityDiagnostics.VERSION_MISMATCH", "EngineValidity.INVALID", "EngineValidity.SUBOPTIMAL",
+    "ICudaEngine.create_runtime_config", "ICudaEngine.load_weights", "ICudaEngine.unload_weights",
+    "IExecutionContext.is_stream_capturable", "IRuntimeCache.deserialize", "IRuntimeCache.serialize",
+    "IRuntimeConfig.create_runtime_cache", "IRuntimeConfig.cuda_graph_strategy",
+    "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+    "IRuntimeConfig.set_execution_context_allocation_strategy", "IRuntimeConfig.set_runtime_cache",
+    "Runtime.defer_weights_loading", "Runtime.get_engine_validity",
 )  # fmt: skip
 
 
@@ -71,9 +103,22 @@ def check_package(trt: Any, package: Package) -> None:
     install = f"`pip install 'dreammix-trt[{package.extra}]'`"
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < package.oldest:
         raise EngineError(f"{package.title} {version} is too old, {oldest} is needed; {install}")
-    missing = [name for name in (*NAMES, *(NAMES_AHEAD if package.ahead else ())) if not _has(trt, name)]
+    _check_names(trt, package, (*NAMES, *(NAMES_AHEAD if package.ahead else ())))
+
+
+def check_runtime(trt: Any, package: Package) -> None:
+    """Raise EngineError when the package lacks a name that running an engine uses."""
+    _check_names(trt, package, (*RUNTIME_NAMES, *(RUNTIME_NAMES_JIT if package.jit else ())))
+
+
+def _check_names(trt: Any, package: Package, names: tuple[str, ...]) -> None:
+    missing = [name for name in names if not _has(trt, name)]
     if missing:
-        raise EngineError(f"{package.title} {version} lacks {', '.join(missing)}, unlike {oldest}; {install}")
+        oldest = ".".join(str(part) for part in package.oldest)
+        raise EngineError(
+            f"{package.title} {getattr(trt, '__version__', '0')} lacks {', '.join(missing)}, unlike {oldest}; "
+            f"`pip install 'dreammix-trt[{package.extra}]'`"
+        )
 
 
 def known_targets(trt: Any) -> dict[str, Any]:

@@ -397,6 +397,26 @@ def test_everything_used_of_the_package_is_there(rtx: Any) -> None:
     assert not hasattr(rtx.BuilderFlag, "FP16")
 
 
+@pytest.mark.parametrize("backend", ["tensorrt-rtx", "tensorrt"])
+def test_contexts_of_tensorrt_rtx_never_allocate_while_they_run(
+    rtx: Any, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else no graph could hold them; of TensorRT 11 nothing like it is asked. The revision is in the parts' keys."""
+    seen: list[bool] = []
+    make = tensorrt._Build._config
+
+    def noted(self: Any, builder: Any, network: Any) -> Any:
+        config = make(self, builder, network)
+        seen.append(bool(config.get_flag(rtx.BuilderFlag.REQUIRE_USER_ALLOCATION)))
+        return config
+
+    monkeypatch.setattr(tensorrt._Build, "_config", noted)
+    monkeypatch.setattr(hardware, "ask_driver", lambda: ADA)
+    monkeypatch.setitem(sys.modules, "tensorrt", rtx_as_eleven(rtx))
+    built(linear(tmp_path / "n.onnx"), ROWS, backend=backend)
+    assert seen == [backend == "tensorrt-rtx"] and tensorrt.REVISION >= 2
+
+
 def package(version: str, names: tuple[str, ...]) -> ModuleType:
     """A module with the given dotted names and nothing else."""
     module: Any = ModuleType("package")
@@ -443,14 +463,19 @@ def test_packages_that_are_absent_or_broken_are_told_apart(monkeypatch: pytest.M
         load("tensorrt")
 
 
-@pytest.fixture
-def eleven(rtx: Any, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def rtx_as_eleven(rtx: Any) -> ModuleType:
     """A stand-in for TensorRT 11: TensorRT-RTX without what only that has."""
     module: Any = ModuleType("tensorrt")
     vars(module).update({name: value for name, value in vars(rtx).items() if name != "ComputeCapability"})
     module.__version__ = "11.4.0.106"
-    monkeypatch.setitem(sys.modules, "tensorrt", module)
     return module  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def eleven(rtx: Any, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = rtx_as_eleven(rtx)
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    return module
 
 
 def test_tensorrt_builds_on_the_same_path_for_the_gpu_at_hand(
