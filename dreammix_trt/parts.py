@@ -24,8 +24,10 @@ from dreammix_trt.core.files import read_json, sha256_of, write_json
 from dreammix_trt.core.store import Store
 from dreammix_trt.core.subject import LORA_SIDES, Subject, pack
 from dreammix_trt.engine.build import BACKENDS, COST
+from dreammix_trt.engine.geometry import FACTOR, profile_sizes
 from dreammix_trt.engine.profiles import Profile, profiles_for
-from dreammix_trt.export.networks import BaseLora, Network, Precision, networks_of, weights_of
+from dreammix_trt.engine.tiles import SIDE, needs_tiles
+from dreammix_trt.export.networks import SAFE, VAES, BaseLora, Network, Precision, networks_of, weights_of
 from dreammix_trt.export.onnx_export import (
     SCHEMA,
     export_facts,
@@ -50,7 +52,7 @@ class EngineOptions:
     GPUs as "sm_89", several if wanted, or "current". shapes: "static" (the base's native square) or "dynamic" (sides
     from 0.69 to 1.31 of it within its area, in two profiles). pictures: most in a batch. workspace: most bytes of
     scratch memory on the GPU. vae_images: pictures on which a float16 VAE is looked at for overflow, besides the
-    built-in ones.
+    built-in ones. safe_vae: build a float16 VAE in float32 too, for pictures that are too much for it.
     """
 
     backend: str = ""
@@ -60,6 +62,7 @@ class EngineOptions:
     pictures: int = 1
     workspace: int | None = None
     vae_images: tuple[Path, ...] = ()
+    safe_vae: bool = True
 
     def __post_init__(self) -> None:
         backend = self.backend or ("tensorrt-rtx" if self.targets else "onnxruntime")
@@ -105,6 +108,8 @@ class EngineOptions:
                 raise InputError(f"{image}: no such picture (vae_images)")
         if self.vae_images and self.precision != "float16":
             raise InputError("vae_images are given, but only a float16 VAE is looked at for overflow")
+        if not self.safe_vae and self.precision != "float16":
+            raise InputError("safe_vae is off, but only a float16 VAE is built in float32 too; leave --no-safe-vae")
         if self.plans:
             from dreammix_trt.engine.tensorrt import check_targets
 
@@ -133,6 +138,7 @@ class EngineOptions:
         given["pictures"] = self.pictures if self.pictures != usual.pictures else None
         given["workspace"] = self.workspace >> 20 if self.workspace else None  # the option counts MiB
         given["vae_image"] = [str(image) for image in self.vae_images]
+        given["no_safe_vae"] = not self.safe_vae
         return given
 
 
@@ -184,7 +190,8 @@ class Parts:
                 raise FileFormatError(f"subject {subject.name}: {error}") from error
 
     def _networks(self) -> tuple[Network, ...]:
-        return networks_of(self.base, self.slot_rank, self._precision(), self.engine.fused)
+        networks = networks_of(self.base, self.slot_rank, self._precision(), self.engine.fused)
+        return tuple(network for network in networks if self.engine.safe_vae or not network.name.endswith(SAFE))
 
     def made(self) -> dict[str, Path]:
         """Folder of every part the runtime needs, made where the store lacked it."""
@@ -229,18 +236,30 @@ class Parts:
         return self._part(network.name, "engine", built, lambda out: self._build(network, facts, out))
 
     def _plan_facts(self, network: Network, onnx_facts: Mapping[str, Any]) -> dict[str, Any]:
+        from dreammix_trt.engine.tensorrt import REVISION
+
         return {
+            "revision": REVISION,
             "onnx": self._key(network.name, "onnx", onnx_facts), "backend": self.engine.backend,
             "version": self.engine.version, "targets": sorted(self.engine.gpus), "workspace": self.engine.workspace,
-            "profiles": [profile.to_dict() for profile in self._profiles(network.described()["inputs"])],
+            "profiles": [profile.to_dict() for profile in self._profiles(network.name, network.described()["inputs"])],
             **self._machine(),
         }  # fmt: skip
 
-    def _profiles(self, inputs: Sequence[Mapping[str, Any]]) -> tuple[Profile, ...]:
-        return profiles_for(
-            inputs, pictures=self.engine.pictures, shapes=self.engine.shapes,
-            latent_side=self.base.native_side // 8, step=self.base.divisor // 8,
-        )  # fmt: skip
+    def _profiles(self, name: str, inputs: Sequence[Mapping[str, Any]]) -> tuple[Profile, ...]:
+        """Of a network with these inputs. Where frames are so large that the VAE gets them in tiles, it takes tiles."""
+        side, divisor, shapes = self.base.native_side, self.base.divisor, self.engine.shapes
+
+        def made(shapes: str, side: int) -> tuple[Profile, ...]:
+            return profiles_for(
+                inputs, pictures=self.engine.pictures, shapes=shapes, latent_side=side // FACTOR, step=divisor // FACTOR
+            )
+
+        frames = [(side, side)] if shapes == "static" else profile_sizes(side, divisor)
+        if not name.startswith(VAES) or not any(needs_tiles(*frame) for frame in frames):
+            return made(shapes, side)
+        tile = made("static", FACTOR * SIDE)
+        return tile if shapes == "static" else (*made(shapes, side), *tile)
 
     def _machine(self) -> dict[str, Any]:
         """What else decides a plan that is built for the GPU at hand."""
@@ -302,7 +321,7 @@ class Parts:
 
         source = self._part(network.name, "onnx", onnx_facts, lambda folder: self._export(network, folder))
         entry = read_json(source / "network.json")
-        profiles = self._profiles(entry["inputs"])
+        profiles = self._profiles(network.name, entry["inputs"])
         report = build_engine(
             source / entry["graph"], out / f"{network.graph}.engine", backend=self.engine.backend, profiles=profiles,
             targets=self.engine.targets, workspace=self.engine.workspace,
@@ -364,7 +383,8 @@ class Parts:
         needs = []
         for network in networks:
             weights = weights_of(self.base, network.name, [lora for lora, _ in self.loras])  # refuses what does not fit
-            if network.name.startswith("vae_"):  # small, and which units are float32 is not known yet
+            if network.name in VAES and network.precision == "float16":
+                # small, and which units are float32 is not known yet
                 continue
             facts = self._onnx_facts(network)
             if self.engine.plans and self.shelf.get(

@@ -9,7 +9,7 @@ follows the authors' arithmetic to the byte (golden/README.md steps 1 to 6, 12, 
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -32,6 +32,7 @@ from dreammix_trt.engine.geometry import (
     mask_bounds,
     profile_sizes,
     reference_work_size,
+    scale_of,
     union,
     work_size,
 )
@@ -111,8 +112,7 @@ class Frame:
     @property
     def scale(self) -> float:
         """Canvas pixels per frame pixel, as a length: above 1 the frame is coarser than the canvas."""
-        r0, r1, c0, c1 = self.box
-        return math.sqrt((r1 - r0) * (c1 - c0) / (self.size[0] * self.size[1]))
+        return scale_of(self.box, self.size)
 
     @cached_property
     def network_mask(self) -> U8:
@@ -143,7 +143,8 @@ class Frame:
 class Canvas:
     """One picture to be inpainted: `image` uint8 (H, W, 3) and `mask` uint8 (H, W), for a base of side `native`.
 
-    snap: what the sides of a native frame are multiples of. Make one with `Canvas.of`.
+    snap: what the sides of a native frame are multiples of. sizes: the only frames there are, in pixels; None: all of
+    `geometry.profile_sizes`, and any in reference mode. Make one with `Canvas.of`.
     """
 
     image: U8
@@ -151,12 +152,24 @@ class Canvas:
     mode: Mode
     native: int
     snap: int
+    sizes: tuple[Size, ...] | None = None
 
     @classmethod
-    def of(cls, image: U8, mask: U8, *, mode: Mode = "native", native: int = 1024, divisor: int = 32) -> Canvas:
+    def of(
+        cls,
+        image: U8,
+        mask: U8,
+        *,
+        mode: Mode = "native",
+        native: int = 1024,
+        divisor: int = 32,
+        sizes: Sequence[Size] | None = None,
+    ) -> Canvas:
         """Lay the canvas: the user's own pixels, or stretched to native x native in reference mode (step 1).
 
-        divisor: the base's least multiple of a side in pixels, 8 * 2^(levels - 1).
+        divisor: the base's least multiple of a side in pixels, 8 * 2^(levels - 1). sizes: the frame sizes (height,
+        width) in pixels that the engines take, where they do not take all: native frames are chosen among them,
+        reference frames that are none of them are refused (`work_size`).
         Raises InputError where nothing of the mask is left to repaint.
         """
         if mode == "reference":
@@ -164,7 +177,8 @@ class Canvas:
             mask = kernels.resize(mask, native, native, "bicubic")
         if not (mask > 127).any():
             raise InputError("mask_image repaints nothing (no value above 127 at the working size): enlarge the region")
-        return cls(image, mask, mode, native, max(64 * native // 1024, divisor))
+        allowed = None if sizes is None else tuple(sizes)
+        return cls(image, mask, mode, native, max(64 * native // 1024, divisor), allowed)
 
     @property
     def size(self) -> Size:
@@ -194,8 +208,28 @@ class Canvas:
             return crop_box(self.mask, field, threshold=0)
         bounds = mask_bounds(self.mask)
         box = grown_box(union(initial_box(bounds, self.size), bounds), field, self.size)
-        longest = max(w / h for h, w in profile_sizes(self.native, self.snap))
-        return fitted_box(box, bounds, self.size, longest)
+        return fitted_box(box, bounds, self.size, self._choices)
+
+    def work_size(self, box: Box) -> Size:
+        """(height, width) in pixels that a crop box is resized to; in reference mode they may be no whole latent cells.
+
+        Raises InputError in reference mode, which has no choice, for a frame that is none of `sizes`.
+        """
+        crop = (box[1] - box[0], box[3] - box[2])
+        if self.mode == "native":
+            return work_size(crop, self.native, self.snap, self._choices)
+        size = reference_work_size(crop, self.native, self.snap)
+        if self.sizes is not None and floored(size) not in self.sizes:
+            raise InputError(
+                f"reference mode needs a frame of {_spelled(floored(size))} pixels here, a request larger than any "
+                f"profile: these engines take {_listed(self.sizes)}; use native mode, or build engines of more sizes "
+                "with `--shapes dynamic`"
+            )
+        return size
+
+    @property
+    def _choices(self) -> Sequence[Size]:
+        return profile_sizes(self.native, self.snap) if self.sizes is None else self.sizes
 
     def local_frame(self, field: float, *, fill: bool = True, dilate: int = 0) -> Frame:
         """The frame of the local stage (LCG), its hole filled from around unless `fill` is False (steps 2 to 4).
@@ -231,7 +265,11 @@ class Canvas:
 
         Native mode only; the reference pastes the global result whatever its scale.
         """
-        return self.mode == "native" and frame.scale > max(1.0, local.scale)
+        return self.keeps_scale(frame.box, frame.size, local.box, local.size)
+
+    def keeps_scale(self, box: Box, size: Size, local_box: Box, local_size: Size) -> bool:
+        """`keeps_local` of frames by their boxes and sizes alone."""
+        return self.mode == "native" and scale_of(box, size) > max(1.0, scale_of(local_box, local_size))
 
     def final(self, frame: Frame, decoded: U8, *, local: tuple[Frame, U8] | None = None) -> U8:
         """The finished picture, uint8 (H, W, 3), from the last stage's frame and picture (step 13).
@@ -266,9 +304,7 @@ class Canvas:
 
     def _frame(self, field: float, dilate: int = 0) -> Frame:
         box, user_mask = self.box(field), dilated(self.mask, dilate)
-        crop = (box[1] - box[0], box[3] - box[2])
-        choose = reference_work_size if self.mode == "reference" else work_size
-        size = choose(crop, self.native, self.snap)
+        size = self.work_size(box)
         mask = _binary(_resized(user_mask, size, box))
         if not mask.any():  # a speck that resampling has lost: keep it
             mask = _nearest(user_mask, size, box)
@@ -285,6 +321,15 @@ def _resized(picture: U8, size: Size, box: Box | None = None) -> U8:
 
 def _to_box(picture: U8, box: Box) -> U8:
     return _resized(picture, (box[1] - box[0], box[3] - box[2]))
+
+
+def _spelled(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _listed(sizes: Sequence[Size]) -> str:
+    told = [_spelled(size) for size in sorted(sizes)]
+    return ", ".join(told) if len(told) <= 6 else f"{told[0]} to {told[-1]} ({len(told)} sizes)"
 
 
 def _binary(mask: U8) -> U8:

@@ -7,6 +7,7 @@ beside those of the native mode; golden/README.md steps 2 and 3 are the referenc
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -99,32 +100,39 @@ def profile_sizes(native: int = 1024, snap: int = 64) -> list[Size]:
     return [(h, w) for h in sides for w in sides if h * w <= native * native]
 
 
-def work_size(size: Size, native: int = 1024, snap: int = 64) -> Size:
+def work_size(size: Size, native: int = 1024, snap: int = 64, sizes: Sequence[Size] | None = None) -> Size:
     """The frame size of the native mode for a crop: least change of aspect, then as near native^2 as can be.
 
-    A tenth of aspect weighs as much as four tenths of area.
+    A tenth of aspect weighs as much as four tenths of area. sizes: what there is to choose from (None:
+    `profile_sizes`).
     """
 
     def cost(candidate: Size) -> float:
         stretch = abs(math.log(candidate[0] * size[1] / (candidate[1] * size[0])))
         return stretch + 0.25 * math.log(native * native / (candidate[0] * candidate[1]))
 
-    return min(profile_sizes(native, snap), key=cost)
+    return min(profile_sizes(native, snap) if sizes is None else sizes, key=cost)
 
 
-def fitted_box(box: Box, bounds: Box, frame: Size, longest: float) -> Box:
-    """`box` with an aspect of at most `longest` : 1, cut around `bounds` and never into it.
+def scale_of(box: Box, size: Size) -> float:
+    """Canvas pixels per pixel of a frame of this size, as a length: above 1 the frame is coarser than the canvas."""
+    return math.sqrt((box[1] - box[0]) * (box[3] - box[2]) / (size[0] * size[1]))
+
+
+def fitted_box(box: Box, bounds: Box, frame: Size, sizes: Sequence[Size]) -> Box:
+    """`box` with an aspect between those of `sizes`, cut around `bounds` and never into it.
 
     Where `bounds` itself is longer, the short side grows as far as the frame allows; what then is still too long is
     squeezed when it is resized.
     """
     height, width = box[1] - box[0], box[3] - box[2]
-    if width > height * longest:
-        cols = _cut(box[2:], bounds[2:], int(height * longest))
-        rows = _stretched(box[:2], math.ceil((cols[1] - cols[0]) / longest), frame[0])
-    elif height > width * longest:
-        rows = _cut(box[:2], bounds[:2], int(width * longest))
-        cols = _stretched(box[2:], math.ceil((rows[1] - rows[0]) / longest), frame[1])
+    widest, tallest = max(w / h for h, w in sizes), max(h / w for h, w in sizes)
+    if width > height * widest:
+        cols = _cut(box[2:], bounds[2:], int(height * widest))
+        rows = _stretched(box[:2], math.ceil((cols[1] - cols[0]) / widest), frame[0])
+    elif height > width * tallest:
+        rows = _cut(box[:2], bounds[:2], int(width * tallest))
+        cols = _stretched(box[2:], math.ceil((rows[1] - rows[0]) / tallest), frame[1])
     else:
         return box
     return *rows, *cols

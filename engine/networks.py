@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 2
 Array = npt.NDArray[Any]
+#: what the name of a float32 twin of a float16 network ends in
+SAFE = "_float32"
 REBUILD = "build it again with `dreammix-trt build`"
 _PROVIDERS = {
     "cpu": ["CPUExecutionProvider"],
@@ -106,9 +108,11 @@ class EngineSet:
         return slots_of(self.entries[name]) if name in self.entries else ()
 
     def prepare(self, names: Iterable[str] | None = None) -> None:
-        """Make the sessions of these networks (default: all) now, side by side."""
+        """Make the sessions of these networks now, side by side; default: all but float32 twins, which may never be
+        needed."""
+        usual = [name for name in self.entries if not name.endswith(SAFE)]
         with ThreadPoolExecutor(max_workers=min(4, cores())) as pool:
-            list(pool.map(self._session, names if names is not None else list(self.entries)))
+            list(pool.map(self._session, names if names is not None else usual))
 
     def run(self, name: str, **arrays: Array) -> dict[str, Array]:
         """Run a network: its inputs as contiguous arrays, its outputs by name; floats are float32 on both sides.

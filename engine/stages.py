@@ -21,6 +21,7 @@ from dreammix_trt.core.schedule import Schedule, Step
 from dreammix_trt.engine.canvas import Canvas, Frame, from_decoded
 from dreammix_trt.engine.denoiser import Conditioning, Denoiser
 from dreammix_trt.engine.loop import Stage, Taken, sample
+from dreammix_trt.engine.tiles import needs_tiles, run_tiled, tiles_of
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -107,7 +108,8 @@ class Painter:
     """One picture on its way through the stages.
 
     texts: of the stages "lcg" and "gch". lora: network -> (P,), the subject's packed rows. frame, stage: the present
-    stage's. shown: pictures of what each stage did, when it is a dictionary and not None.
+    stage's. shown: pictures of what each stage did, when it is a dictionary and not None. Raises InputError where a
+    stage's frame is none that the engines take (`Canvas.work_size`).
     """
 
     def __init__(
@@ -126,6 +128,9 @@ class Painter:
         self._canvas, self._request, self._schedule = canvas, request, schedule
         self._texts, self._lora, self.noise = texts, lora, noise
         self._networks, self._facts, self._clock = networks, facts, clock or Clock()
+        if canvas.sizes is not None:
+            for stage in {step.stage for step in schedule}:  # refused now, not after the first stage
+                canvas.work_size(canvas.box(request.lcg_field if stage == "lcg" else request.gch_field))
         self._local: tuple[Frame, U8] | None = None
         self._size = (0, 0)
         self.frame: Frame
@@ -185,7 +190,7 @@ class Painter:
 
     def decoded(self, latent: F32) -> U8:
         """A latent (1, 4, h, w) as a picture of the present frame, uint8 (8h, 8w, 3)."""
-        output = self._networks.run("vae_decoder", latent=latent / np.float32(self._facts.scaling_factor))
+        output = self._vae("vae_decoder", latent=latent / np.float32(self._facts.scaling_factor))
         with self._clock("canvas"):
             return from_decoded(output["image"])
 
@@ -211,11 +216,21 @@ class Painter:
 
     def _encoded(self, image: F32, label: str) -> F32:
         """The scaled latent of (1, 3, H, W): the posterior's mean, or a sample of it where the request says so."""
-        output = self._networks.run("vae_encoder", image=image)
+        output = self._vae("vae_encoder", image=image)
         latent = output["mean"]
         if self._request.samples_vae:
             latent = latent + output["std"] * self.noise.draw(label, latent.shape, 0)
         return np.float32(self._facts.scaling_factor) * latent
+
+    def _vae(self, name: str, **array: F32) -> dict[str, F32]:
+        """Run a half of the VAE on its one input, in tiles where the frame is large."""
+        ((given, values),) = array.items()
+        if not needs_tiles(*self.frame.size):
+            return self._networks.run(name, **array)
+        tiling = tiles_of(*self.frame.latent_size)
+        return run_tiled(
+            lambda tile: self._networks.run(name, **{given: tile}), values, tiling, decode=name == "vae_decoder"
+        )
 
     def _show(self, name: str, picture: U8 | None) -> None:
         if self.shown is not None and picture is not None:

@@ -21,6 +21,9 @@ from dreammix_trt.core.tensors import Weights
 
 Precision = Literal["float32", "float16"]
 TEXT_LENGTH = 77
+#: what the name of a float32 twin of a float16 network ends in
+SAFE = "_float32"
+VAES = ("vae_encoder", "vae_decoder")
 _ALWAYS_FLOAT32 = ("timestep", "time_ids")
 SLOT_RANK = 8
 _ATTENTION_LINEARS = (".to_q", ".to_k", ".to_v", ".to_out.0")
@@ -98,10 +101,16 @@ def networks_of(
 ) -> tuple[Network, ...]:
     """Every network of a base, in float32 or float16.
 
+    In float16 the VAE comes a second time as `vae_encoder_float32` and `vae_decoder_float32`: what the runtime takes
+    when a picture was too much for float16. Their graphs are those of a float32 base, attention written out.
     slot_rank 0: without LoRA slots. Without a patch there is no `unet_raw`, without a head (a patch's, or a 9-channel
     UNet's own) no `inpaint_head`.
     """
-    return tuple(_in_precision(network, precision, fused) for network in _networks(base, slot_rank))
+    plain = _networks(base, slot_rank)
+    found = [_in_precision(network, precision, fused) for network in plain]
+    if precision == "float16":
+        found += [replace(network, name=network.name + SAFE) for network in plain if network.name in VAES]
+    return tuple(found)
 
 
 def _in_precision(network: Network, precision: Precision, fused: bool) -> Network:
@@ -203,7 +212,8 @@ def _own_weights(base: BaseFiles, network: str) -> Weights:
     if network == "inpaint_head":
         return Weights.of({"head.weight": base.head()})
     if network.startswith("vae_"):
-        parts = {"vae_encoder": ("encoder.", "quant_conv."), "vae_decoder": ("decoder.", "post_quant_conv.")}[network]
+        halves = {"vae_encoder": ("encoder.", "quant_conv."), "vae_decoder": ("decoder.", "post_quant_conv.")}
+        parts = halves[network.removesuffix(SAFE)]
         return base.state("vae").renamed(lambda name: name if name.startswith(parts) else None)
     return base.state(network)
 

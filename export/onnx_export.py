@@ -24,6 +24,7 @@ from dreammix_trt.core.checkpoint import EMBEDDED, TOKENIZERS, BaseFiles
 from dreammix_trt.core.files import read_json, write_json
 from dreammix_trt.core.tensors import Weights, write_tensors
 from dreammix_trt.export.networks import (
+    SAFE,
     SLOT_RANK,
     BaseLora,
     Network,
@@ -235,5 +236,5 @@ def _parity(
         model = out / f"{network.graph}.onnx"
         figures = check_parity(network, model, torch_module(network, weights), check_sizes(base.divisor))
         return {**figures, "checked": "at build"}
-    recorded = facts["parity"].get(network.name) if base.folder == EMBEDDED else None
+    recorded = facts["parity"].get(network.name.removesuffix(SAFE)) if base.folder == EMBEDDED else None
     return {**recorded, "checked": "at export"} if recorded else {"checked": "not", "parameters": size}

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from dreammix_trt.core.passport import Passport
 from dreammix_trt.core.store import Store
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.build import check_engine
+from dreammix_trt.parts import Parts
 from tests.conftest import write_lora
 
 IMAGE = Image.fromarray(np.random.default_rng(3).integers(0, 255, (96, 96, 3), np.uint8))
@@ -383,6 +385,8 @@ def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
 
 UNETS, TEXTS, VAES = {"unet", "unet_raw"}, {"text_encoder", "text_encoder_2"}, {"vae_encoder", "vae_decoder"}
 EVERYTHING = {*UNETS, *TEXTS, *VAES, "inpaint_head"}
+TWINS = {f"{name}_float32" for name in VAES}
+HALF = {*EVERYTHING, *TWINS}
 
 
 def test_parts_depend_on_their_own_files_alone(held: Held, tmp_path: Path) -> None:
@@ -428,7 +432,7 @@ def test_parts_depend_on_the_options_that_change_them(held: Held, tmp_path: Path
     assert held.differing(before, patch_biases=True) == {"unet", "base"}
     assert held.differing(before, slot_rank=16) == {*UNETS, *TEXTS, "base"}
     assert held.differing(before, slot_rank=0) == {*UNETS, *TEXTS, "base"}
-    assert held.differing(before, engine=EngineOptions(precision="float16")) == EVERYTHING
+    assert held.differing(before, engine=EngineOptions(precision="float16")) == HALF
     assert held.differing(before, defaults=Defaults(sampler="euler")) == {"base"}
     assert held.differing(before, self_contained=True) == set()
     mug = write_lora(tmp_path / "mug", seed=1)
@@ -457,9 +461,9 @@ def test_plans_depend_on_what_they_are_built_for(held: Held, monkeypatch: pytest
     before = held.keys(engine=options())
     plain = {entry.key for entry in store.entries() if entry.kind == "onnx"}
     changes = [
-        (options(targets=("sm_86",)), EVERYTHING), (options(targets=("sm_89", "sm_86")), EVERYTHING),
-        (options(shapes="dynamic"), EVERYTHING - TEXTS), (options(pictures=2), EVERYTHING),
-        (options(workspace=1 << 30), EVERYTHING),
+        (options(targets=("sm_86",)), HALF), (options(targets=("sm_89", "sm_86")), HALF),
+        (options(shapes="dynamic"), HALF - TEXTS), (options(pictures=2), HALF),
+        (options(workspace=1 << 30), HALF), (options(safe_vae=False), TWINS),
     ]  # fmt: skip
     for changed, parts in changes:
         assert held.differing(before, engine=changed) == parts, changed
@@ -469,8 +473,77 @@ def test_plans_depend_on_what_they_are_built_for(held: Held, monkeypatch: pytest
     )
     versions = {"tensorrt-rtx": "9.9", "onnxruntime": "9.9"}
     monkeypatch.setattr("dreammix_trt.engine.machine.installed_versions", lambda: versions)
-    assert held.differing(before, engine=options()) == EVERYTHING, "plans are of a version"
+    assert held.differing(before, engine=options()) == HALF, "plans are of a version"
     assert {entry.key for entry in store.entries() if entry.kind == "onnx"} == plain
+
+
+def test_a_float16_vae_has_float32_twins_of_the_same_weights(held: Held, tmp_path: Path) -> None:
+    """Parts of their own, of the graph that a float32 build has, never looked at for overflow; `safe_vae` leaves
+    them out and no other part changes."""
+    half, store = EngineOptions(precision="float16"), Store(held.folder.parent / "store")
+    float32 = held.keys()
+    before = held.keys(engine=half)
+    assert before.keys() == {*HALF, "base"} and float32.keys() == {*EVERYTHING, "base"}
+    described = {
+        name: json.loads((folder / "network.json").read_text())
+        for name in (*VAES, *TWINS)
+        if (folder := store.get(before[name])) is not None
+    }
+    for name in VAES:
+        twin = described[f"{name}_float32"]
+        assert (twin["precision"], twin["fused"], twin["wide"]) == ("float32", False, [])
+        assert described[name]["precision"] == "float16"
+    kinds = [(entry.kind, entry.name) for entry in store.entries()]
+    assert kinds.count(("graph", "vae_decoder")) == 1, "the float16 one; twins and float32 builds share the shipped one"
+    assert {part for kind, part in kinds if kind == "range"} == VAES
+    without = EngineOptions(precision="float16", safe_vae=False)
+    assert held.differing(before, engine=without) == TWINS
+    weights = next((held.folder / "vae").glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert held.differing(before, engine=half) == {*VAES, *TWINS}
+
+
+def test_the_command_says_that_there_are_no_twins(held: Held, tmp_path: Path) -> None:
+    told = {
+        given: build(
+            out=tmp_path / f"{given}", base=held.folder, store=tmp_path / "store", verify=False,
+            engine=EngineOptions(precision="float16", safe_vae=given),
+        ).command
+        for given in (True, False)
+    }  # fmt: skip
+    assert "--no-safe-vae" not in told[True] and told[False].split().count("--no-safe-vae") == 1
+    with pytest.raises(InputError, match=r"safe_vae is off, but only a float16 VAE.*leave --no-safe-vae"):
+        build(out=tmp_path / "out", engine=EngineOptions(safe_vae=False))
+
+
+@pytest.mark.parametrize(
+    ("side", "shapes", "whole", "vae"),
+    [
+        (1024, "static", [(128, 128)], None), (1536, "static", [(192, 192)], None),
+        (2048, "static", [(256, 256)], [(128, 128)]), (1024, "dynamic", [(128, 168), (168, 128)], None),
+        (2048, "dynamic", [(256, 336), (336, 256)], [(256, 336), (336, 256), (128, 128)]),
+    ],
+)  # fmt: skip
+def test_the_vae_takes_tiles_where_frames_are_that_large(
+    held: Held, tmp_path: Path, side: int, shapes: str, whole: list[tuple[int, int]], vae: list[tuple[int, int]] | None
+) -> None:
+    """The largest latent of every profile; the twins' are those of the VAE."""
+    base = BaseFiles.open(held.folder)
+    base = replace(base, configs={**base.configs, "unet": {**base.configs["unet"], "sample_size": side // 8}})
+    engine = EngineOptions(backend="tensorrt-rtx", targets=("sm_89",), shapes=shapes)
+    parts = Parts(Store(tmp_path), tmp_path, base, 8, engine, (), {}, None, lambda *_: None, lambda _: None)
+    found = {
+        network.name: [profile.shapes[spec][2][2:] for profile in parts._profiles(network.name, [described])]
+        for network in parts._networks()
+        for described in network.described()["inputs"]
+        if (spec := described["name"]) in ("sample", "latent", "image")
+    }
+    assert found["unet"] == found["unet_raw"] == whole
+    assert found["vae_decoder"] == found["vae_decoder_float32"] == (vae or whole)
+    pixels = [(8 * h, 8 * w) for h, w in vae or whole]
+    assert found["vae_encoder"] == found["vae_encoder_float32"] == pixels
 
 
 def test_networks_for_onnx_runtime_are_of_no_version(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:

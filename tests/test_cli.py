@@ -153,12 +153,12 @@ def test_the_build_tells_its_options() -> None:
     options = (
         "--base", "--patch", "--head", "--vae", "--tokenizer", "--lora", "--base-lora", "--sampler", "--steps",
         "--guidance-scale", "--backend", "--target", "--precision", "--shapes", "--pictures", "--workspace",
-        "--vae-image", "--verify", "--no-verify", "--merge", "--slot-rank", "--patch-biases", "--self-contained",
-        "--store",
+        "--vae-image", "--no-safe-vae", "--verify", "--no-verify", "--merge", "--slot-rank", "--patch-biases",
+        "--self-contained", "--store",
     )  # fmt: skip
     for option in options:
         assert option in shown.stdout, option
-    for word in ("sm_89", "FILE[:scale[:target]]", "tensorrt-rtx", "dynamic"):
+    for word in ("sm_89", "334 MB", "FILE[:scale[:target]]", "tensorrt-rtx", "dynamic"):
         assert word in re.sub(r"[\s│]+", " ", shown.stdout), word
 
 

@@ -40,6 +40,7 @@ from tests.support.mini_sdxl import Checkpoint, mini_configs, small_configs, wri
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORKS = {"text_encoder", "text_encoder_2", "unet", "unet_raw", "inpaint_head", "vae_encoder", "vae_decoder"}
+TWINS = {"vae_encoder_float32", "vae_decoder_float32"}  # of a float16 VAE
 SIDE = 128
 RNG = np.random.default_rng(1)
 IMAGE = np.kron(RNG.integers(40, 220, (6, 8, 3)), np.ones((16, 16, 1))).astype(np.uint8)
@@ -167,7 +168,7 @@ def test_every_network_becomes_a_plan(plans: Path, shelf: Path) -> None:
     assert (passport.backend, passport.precision, passport.targets) == ("tensorrt-rtx", "float16", ["sm_89"])
     assert passport.backend_version.startswith(tensorrt_rtx.__version__[:3])
     assert "--backend tensorrt-rtx --target sm_89" in passport.command
-    assert {entry.name for entry in passport.networks} == NETWORKS
+    assert {entry.name for entry in passport.networks} == {*NETWORKS, *TWINS}
     for name, folder, entry in entries(passport, shelf):
         plan = folder / entry["engine"]
         assert plan.stat().st_size == entry["build"]["engine_bytes"] > 10_000
@@ -263,7 +264,7 @@ def dynamic(shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_free_sides_are_two_profiles(dynamic: Path, shelf: Path) -> None:
     passport = open_engine(dynamic, store=shelf).passport
     assert passport.targets == ["sm_89", "sm_120"] and passport.subjects == ()
-    assert {entry.name for entry in passport.networks} == NETWORKS - {"unet_raw", "inpaint_head"}
+    assert {entry.name for entry in passport.networks} == {*NETWORKS, *TWINS} - {"unet_raw", "inpaint_head"}
     for option in ("--target sm_89", "--target sm_120", "--shapes dynamic", "--pictures 2"):
         assert option in passport.command
     builds = {entry.name: entry.build for entry in passport.networks}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -202,3 +203,79 @@ def test_a_fine_global_stage_is_taken_whole() -> None:
     local, whole = laid.local_frame(0.5), laid.global_frame(1.0)
     blue = np.zeros((128, 128, 3), np.uint8)
     assert laid.final(whole, blue, local=(local, blue + 200))[60, 60].tolist() == [0, 0, 0]
+
+
+# Engines that do not take every frame
+
+
+def test_a_square_engine_gets_the_square_around_the_mask() -> None:
+    image, mask = scene(200, 1000, (90, 110, 800, 840))
+    laid = Canvas.of(image, mask, native=128, sizes=[(128, 128)])
+    for frame in (laid.local_frame(0.3), laid.global_frame(1.0)):
+        r0, r1, c0, c1 = frame.box
+        assert frame.size == (128, 128) and r1 - r0 == c1 - c0
+        assert r0 <= 90 and r1 >= 110 and c0 <= 800 and c1 >= 840
+    assert laid.global_frame(1.0).box == (0, 200, 720, 920), "as large as the picture has it, the mask in its middle"
+
+
+def test_a_mask_longer_than_the_only_frame_is_squeezed() -> None:
+    image, mask = scene(100, 1000, (40, 60, 100, 700))
+    frame = Canvas.of(image, mask, native=128, sizes=[(128, 128)]).local_frame(0.5)
+    assert frame.box == (0, 100, 100, 700) and frame.size == (128, 128)
+    assert frame.mask[:, [0, -1]].any(axis=0).all()
+
+
+def test_frames_are_chosen_among_the_sizes_that_there_are() -> None:
+    """Boxes have aspects between those of the sizes, on either side alone too; equal aspects take the larger one."""
+    image, mask = scene(300, 400)
+    for sizes, box, size in (
+        ([(64, 128)], (55, 255, 0, 400), (64, 128)), ([(128, 64)], (0, 300, 110, 260), (128, 64)),
+        ([(64, 64), (96, 128)], (0, 300, 0, 400), (96, 128)), ([(64, 64), (128, 128)], (0, 300, 35, 335), (128, 128)),
+    ):  # fmt: skip
+        frame = Canvas.of(image, mask, native=128, sizes=sizes).global_frame(1.0)
+        assert frame.size == size
+        r0, r1, c0, c1 = frame.box
+        assert (r1 - r0, c1 - c0) == (box[1] - box[0], box[3] - box[2]), sizes
+        assert r0 <= 100 and r1 >= 160 and c0 <= 150 and c1 >= 220
+
+
+def test_all_sizes_of_the_profile_are_the_same_as_none_given() -> None:
+    image, mask = scene(300, 400)
+    plain = Canvas.of(image, mask, native=128)
+    given = Canvas.of(image, mask, native=128, sizes=geometry.profile_sizes(128, 32))
+    for field in (0.1, 0.5, 1.0):
+        assert plain.box(field) == given.box(field)
+        assert plain.work_size(plain.box(field)) == given.work_size(given.box(field)) == plain.global_frame(field).size
+
+
+def test_reference_mode_refuses_frames_that_the_engines_do_not_take() -> None:
+    image, mask = scene(300, 400, (100, 220, 100, 220))
+    square = Canvas.of(image, mask, mode="reference", native=128, sizes=[(128, 128)])
+    assert square.global_frame(1.0).size == (128, 128)
+    wide = scene(300, 400, (0, 20, 20, 380))[1]  # the box around it is cut off at the top
+    laid = Canvas.of(image, wide, mode="reference", native=128, sizes=[(128, 128)])
+    told = r"frame of \d+x\d+ pixels.*larger than any profile.*take 128x128;.*--shapes dynamic"
+    with pytest.raises(InputError, match=told):
+        laid.local_frame(0.2)
+    size = Canvas.of(image, wide, mode="reference", native=128).local_frame(0.2).size
+    others = [each for each in geometry.profile_sizes(128, 32) if each != size]
+    many = Canvas.of(image, wide, mode="reference", native=128, sizes=[*others, size])
+    assert many.local_frame(0.2).size == size
+    with pytest.raises(InputError, match="engines take 96x96, 96x128,"):
+        replace(many, sizes=tuple(others)).local_frame(0.2)
+
+
+def test_many_sizes_are_told_by_their_ends() -> None:
+    image, mask = scene(300, 400, (0, 20, 20, 380))
+    sizes = geometry.profile_sizes(1024, 64)
+    laid = Canvas.of(image, mask, mode="reference", native=128, sizes=sizes)
+    with pytest.raises(InputError, match=rf"take 704x704 to 1344x768 \({len(sizes)} sizes\)"):
+        laid.local_frame(0.2)
+
+
+def test_keeping_the_local_result_is_decided_by_boxes_and_sizes() -> None:
+    image, mask = scene(512, 512, (200, 300, 200, 300))
+    laid = Canvas.of(image, mask, native=128)
+    local, whole = laid.local_frame(0.3), laid.global_frame(1.0)
+    assert laid.keeps_scale(whole.box, whole.size, local.box, local.size) and laid.keeps_local(whole, local)
+    assert not laid.keeps_scale(local.box, local.size, whole.box, whole.size)

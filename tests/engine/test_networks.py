@@ -13,7 +13,7 @@ import pytest
 
 from dreammix_trt.core.errors import DreamMixError, EngineError, InputError
 from dreammix_trt.engine.build import open_engine
-from dreammix_trt.engine.networks import EngineSet, parts_in
+from dreammix_trt.engine.networks import SAFE, EngineSet, parts_in
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +157,22 @@ def test_a_device_that_onnx_runtime_lacks_is_refused_with_the_remedy(parts: dict
         pytest.skip("ONNX Runtime has its CUDA provider here")
     with EngineSet.load(parts, device="cuda") as networks, pytest.raises(EngineError, match=r"onnxruntime-gpu.*cpu"):
         networks.prepare(["inpaint_head"])
+
+
+def test_twins_are_opened_when_asked_for_and_not_before(tmp_path: Path) -> None:
+    """Of the suffix that exports give them."""
+    pytest.importorskip("onnx")
+    from dreammix_trt.export import networks as exported
+
+    assert SAFE == exported.SAFE
+    half_part(tmp_path)
+    shutil.copytree(tmp_path / "inpaint_head", tmp_path / f"inpaint_head{SAFE}")
+    (tmp_path / f"inpaint_head{SAFE}" / "inpaint_head.onnx").write_bytes(b"no graph")
+    with EngineSet.load(tmp_path, threads=1) as networks:
+        networks.prepare()
+        assert f"inpaint_head{SAFE}" in networks and networks._sessions.keys() == {"inpaint_head"}
+        with pytest.raises(EngineError, match="inpaint_head_float32 cannot be loaded"):
+            networks.prepare([f"inpaint_head{SAFE}"])
 
 
 def _newer(folder: Path) -> None:

@@ -56,6 +56,21 @@ def test_native_boxes_lie_in_the_picture_and_contain_the_mask(
 
 
 @SETTINGS
+@given(masks(), st.floats(0, 1))
+def test_frames_for_one_square_are_that_square_and_contain_the_mask(mask: canvas.U8, field: float) -> None:
+    """Square boxes wherever the picture is large enough for one around the mask."""
+    laid = canvas.Canvas.of(np.zeros((*mask.shape, 3), np.uint8), mask, native=64, divisor=32, sizes=[(64, 64)])
+    r0, r1, c0, c1 = laid.box(field)
+    top, bottom, left, right = geometry.mask_bounds(mask)
+    assert 0 <= r0 <= top and bottom <= r1 <= mask.shape[0]
+    assert 0 <= c0 <= left and right <= c1 <= mask.shape[1]
+    if max(bottom - top, right - left) <= min(mask.shape):
+        assert r1 - r0 == c1 - c0
+    for frame in (laid.local_frame(field, fill=False), laid.global_frame(field)):
+        assert frame.size == (64, 64) == frame.image.shape[:2] and frame.box == (r0, r1, c0, c1)
+
+
+@SETTINGS
 @given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([(128, 32), (256, 32), (1024, 64)]))
 def test_native_work_sizes_are_those_of_the_profile(height: int, width: int, base: tuple[int, int]) -> None:
     assert geometry.work_size((height, width), *base) in geometry.profile_sizes(*base)

@@ -20,8 +20,8 @@ onnx = pytest.importorskip("onnx")
 from benchmarks import _sdxl_files as files  # noqa: E402
 from dreammix_trt.core.checkpoint import BaseFiles  # noqa: E402
 from dreammix_trt.core.tensors import tensor_places  # noqa: E402
-from dreammix_trt.export.networks import Network, networks_of, torch_module, weights_of  # noqa: E402
-from dreammix_trt.export.onnx_export import export_network, graph_digest, write_graph  # noqa: E402
+from dreammix_trt.export.networks import SAFE, Network, networks_of, torch_module, weights_of  # noqa: E402
+from dreammix_trt.export.onnx_export import export_network, graph_digest, shipped_graph, write_graph  # noqa: E402
 from dreammix_trt.export.onnx_graph import graph_of  # noqa: E402
 from dreammix_trt.export.parity import BOUNDS, OnnxNetwork  # noqa: E402
 from tests.export.conftest import Exported  # noqa: E402
@@ -153,6 +153,44 @@ def test_the_digest_tells_apart_what_the_graph_does(small: Any) -> None:
     texts += [of(changed(small, "text_encoder_2", eos_token_id=7), "text_encoder_2"), of(small, "text_encoder_2")]
     digests = [graph_digest(network) for network in (*unets, *heads, *vaes, *texts)]
     assert len(set(digests)) == len(digests)
+
+
+def test_a_float16_vae_s_twins_are_the_float32_vae(small: Any) -> None:
+    """The same graph and weights as a float32 base has, whatever the form of the float16 one; no other network."""
+    plain = {network.name: network for network in networks_of(small)}
+    assert [name for name in plain if name.endswith(SAFE)] == []
+    for fused in (False, True):
+        half = {network.name: network for network in networks_of(small, precision="float16", fused=fused)}
+        assert half.keys() - plain.keys() == {"vae_encoder_float32", "vae_decoder_float32"}
+        for name in ("vae_encoder", "vae_decoder"):
+            twin = half[f"{name}_float32"]
+            assert (twin.graph, twin.precision, twin.fused, twin.wide) == (name, "float32", False, ())
+            assert graph_digest(twin) == graph_digest(plain[name]) != graph_digest(half[name])
+            weights, truth = weights_of(small, twin.name), weights_of(small, name)
+            assert set(weights) == set(truth)
+            assert all(np.array_equal(weights[key], truth[key]) for key in truth)
+
+
+def test_an_exported_twin_agrees_with_torch_as_float32_does(small: Any, tmp_path: Path) -> None:
+    twin = of(small, "vae_decoder_float32", precision="float16", fused=True)
+    (tmp_path / "graph").mkdir()
+    (tmp_path / "part").mkdir()
+    write_graph(twin, tmp_path / "graph")
+    entry = export_network(small, twin, tmp_path / "graph", tmp_path / "part", verify=True)
+    assert entry["parity"]["bound"] == BOUNDS["float32"] and entry["parity"]["max_rel"] < BOUNDS["float32"] / 4
+    assert (entry["graph"], entry["precision"]) == ("vae_decoder.onnx", "float32")
+
+
+def test_what_is_known_of_a_shipped_graph_holds_for_the_twin(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch is not there to compare: of the embedded model, the figures of the graph's making."""
+    base, twin = BaseFiles.open(), of(BaseFiles.open(), "vae_encoder_float32", precision="float16")
+    graph = shipped_graph(twin)
+    assert graph is not None
+    recorded = json.loads((graph / "graph.json").read_text())["parity"]["vae_encoder"]
+    parity = export_network(base, twin, graph, tmp_path, verify=False)["parity"]
+    assert parity == {**recorded, "checked": "at export"}
 
 
 # Memory
