@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from dreammix_trt.engine.dreammix import DreamMix as DreamMix
     from dreammix_trt.engine.dreammix import Result as Result
     from dreammix_trt.engine.dreammix import StepEvent as StepEvent
+    from dreammix_trt.engine.requests import RequestQueue as RequestQueue
+    from dreammix_trt.engine.requests import Ticket as Ticket
 
 _HOMES = {
     "DreamMix": "dreammix_trt.engine.dreammix",
@@ -19,9 +21,11 @@ _HOMES = {
     "Request": "dreammix_trt.core.request",
     "Denoiser": "dreammix_trt.engine.denoiser",
     "FakeDenoiser": "dreammix_trt.engine.denoiser",
+    "RequestQueue": "dreammix_trt.engine.requests",
+    "Ticket": "dreammix_trt.engine.requests",
 }
 
-__all__ = ["Denoiser", "DreamMix", "FakeDenoiser", "Request", "Result", "StepEvent"]
+__all__ = ["Denoiser", "DreamMix", "FakeDenoiser", "Request", "RequestQueue", "Result", "StepEvent", "Ticket"]
 
 
 def __getattr__(name: str) -> Any:
