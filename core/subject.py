@@ -186,11 +186,21 @@ def unpacked(rows: Floats, slots: Sequence[Slot]) -> dict[str, Floats]:
     return found
 
 
-def pack(factors: Mapping[str, tuple[Floats, Floats]], slots: Sequence[Slot], scale: float = 1.0) -> Floats:
-    """One picture's packed `lora` row, float32 (P,): per slot A (in, rank) then B (rank, out), zero-padded in rank.
+class Placed(NamedTuple):
+    """One factor and where it goes in the packed row: `values` (rows, columns) times `scale`, into the upper left of
+    (target rows, target columns) = `shape` at number `at`; the rest is zeros."""
 
-    scale multiplies B. Raises `FileFormatError` listing the modules of other shape (a LoRA for another base) or of a
-    kind that has no slots (feed-forward, convolution), or when the rank exceeds the slots'.
+    values: Floats
+    at: int
+    shape: tuple[int, int]
+    scale: float
+
+
+def placed(factors: Mapping[str, tuple[Floats, Floats]], slots: Sequence[Slot], scale: float = 1.0) -> Iterator[Placed]:
+    """The factors of one network in the order of the packed row; scale multiplies B.
+
+    Raises `FileFormatError` listing the modules of other shape (a LoRA for another base) or of a kind that has no slots
+    (feed-forward, convolution), or when the rank exceeds the slots'.
     """
     _check_modules(factors, slots)
     by_module = {slot.module: slot for slot in slots}
@@ -201,16 +211,29 @@ def pack(factors: Mapping[str, tuple[Floats, Floats]], slots: Sequence[Slot], sc
             f"this LoRA has rank {rank}, the engine's slots take {room} (ranks of several LoRAs on one layer add up); "
             f"rebuild with `dreammix-trt build --slot-rank {rank}`"
         )
+    return _placed(factors, slots, scale)
+
+
+def pack(factors: Mapping[str, tuple[Floats, Floats]], slots: Sequence[Slot], scale: float = 1.0) -> Floats:
+    """One picture's packed `lora` row, float32 (P,): per slot A (in, rank) then B (rank, out), zero-padded in rank.
+
+    scale and errors: see `placed`.
+    """
     row = np.zeros(packed_size(slots), np.float32)
+    for values, at, shape, times in placed(factors, slots, scale):
+        rows, columns = values.shape
+        row[at : at + shape[0] * shape[1]].reshape(shape)[:rows, :columns] = values * np.float32(times)
+    return row
+
+
+def _placed(factors: Mapping[str, tuple[Floats, Floats]], slots: Sequence[Slot], scale: float) -> Iterator[Placed]:
     at = 0
     for slot in slots:
         if slot.module in factors:
             a, b = factors[slot.module]
-            used, middle = a.shape[1], at + slot.inputs * slot.rank
-            row[at:middle].reshape(slot.inputs, slot.rank)[:, :used] = a
-            row[middle : middle + used * slot.outputs] = np.ravel(b * np.float32(scale))
+            yield Placed(a, at, (slot.inputs, slot.rank), 1.0)
+            yield Placed(b, at + slot.inputs * slot.rank, (slot.rank, slot.outputs), scale)
         at += slot.size
-    return row
 
 
 def _check_modules(factors: Mapping[str, tuple[Floats, Floats]], slots: Sequence[Slot]) -> None:

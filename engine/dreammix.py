@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +23,18 @@ from dreammix_trt.core.subject import Subject, pack, packed_size, read_subject
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.canvas import Canvas
 from dreammix_trt.engine.denoiser import Denoiser, EngineDenoiser
+from dreammix_trt.engine.geometry import Size
 from dreammix_trt.engine.networks import REBUILD, EngineSet
 from dreammix_trt.engine.pictures import PictureIn, Source, read_image, read_mask
 from dreammix_trt.engine.result import Result, StepEvent, read_request, save
 from dreammix_trt.engine.stages import Clock, Facts, Networks, Painter, Text, Timed, painted
 from dreammix_trt.engine.text import Tokenizer, apply_tas, plan_tas
+
+if TYPE_CHECKING:
+    from dreammix_trt.engine.gpu.device import Device, Stream
+    from dreammix_trt.engine.gpu.networks import DeviceNetworks
+    from dreammix_trt.engine.gpu.plan import Options
+    from dreammix_trt.engine.gpu.studio import Studio, Work
 
 __all__ = ["DreamMix", "Job", "Result", "StepEvent", "read_request", "save"]
 
@@ -36,6 +45,12 @@ _UNETS = ("unet", "unet_raw")
 _REMEMBERED_TEXTS = 256
 _TOKEN = "sks"
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Closable(Protocol):
+    """Something with an owner."""
+
+    def close(self) -> None: ...
 
 
 class Job(NamedTuple):
@@ -51,21 +66,25 @@ class DreamMix:
     """An engine ready to paint. Use it as a context manager, or call `close`; after that it raises EngineError.
 
     defaults: fields of `Request` that its base was made for (a few-step base: sampler, guidance_scale,
-    num_inference_steps); they hold for prompts given as text, where the caller does not say otherwise. Not thread-safe:
-    one request at a time per object.
+    num_inference_steps); they hold for prompts given as text, where the caller does not say otherwise. studio: where
+    requests run on a GPU (`on_device` makes both). Not thread-safe: one request at a time per object; `another` gives a
+    second one on the same GPU.
     """
 
     def __init__(
         self,
-        networks: Networks,
+        networks: Networks | DeviceNetworks,
         facts: Facts,
         tokenizers: Sequence[Tokenizer],
         subjects: Sequence[Subject] = (),
         *,
         denoiser: Denoiser | None = None,
         defaults: Mapping[str, Any] = _NOTHING,
+        studio: Studio | None = None,
+        owned: Sequence[Closable] = (),
     ) -> None:
         self.networks, self.facts = networks, facts
+        self._studio, self._owned = studio, tuple(owned)
         self.defaults = _checked(defaults)
         self._closed = False
         self.tokenizers = tuple(tokenizers)
@@ -73,7 +92,8 @@ class DreamMix:
         self._subjects: dict[str, tuple[Subject, dict[str, F32]]] = {}
         self._texts: dict[tuple[str, str, bool], tuple[F32, F32]] = {}
         self._names = [name for name in (*_TEXT_ENCODERS, *_UNETS) if name in networks]
-        self._off = {name: np.zeros(packed_size(networks.slots(name)), np.float32) for name in self._names}
+        if studio is None:
+            self._off = {name: np.zeros(packed_size(networks.slots(name)), np.float32) for name in self._names}
         for subject in subjects:
             self._add(subject, subject.name)
 
@@ -86,28 +106,101 @@ class DreamMix:
         verify: bool = False,
         store: str | os.PathLike[str] | None = None,
         device: str = "cpu",
+        **options: Any,
     ) -> DreamMix:
         """Load an engine directory that `dreammix-trt build` made.
 
         threads: for the networks and the kernels; None: all cores. verify: hash every file again. store: where the
-        base engines are, when not in the default place. device: "cpu", or "cuda" for ONNX Runtime's CUDA provider.
-        Raises EngineError saying what is wrong and how to rebuild.
+        base engines are, when not in the default place. device: "cpu", or "cuda": requests run on the GPU as a whole;
+        then options are those of `engine.gpu.plan.Options` (pictures, largest_picture, subjects, residency, ...).
+        Raises EngineError saying what is wrong and how to rebuild, OutOfMemoryError with the memory plan.
         """
         from dreammix_trt.engine.build import check_runnable, open_engine
 
+        _check_device(device, options)
         opened = open_engine(Path(path), verify=verify, store=Path(store) if store else None)
         check_runnable(Path(path), opened)
+        tokenizers = [Tokenizer.load(opened.parts["base"] / name) for name in ("tokenizer", "tokenizer_2")]
+        subjects = [read_subject(file) for file in opened.subjects]
+        if device == "cuda":
+            from dreammix_trt.engine.gpu.loading import open_device
+            from dreammix_trt.engine.gpu.plan import Options
+
+            owned = open_device(opened, Path(store) if store else None)
+            return cls.on_device(
+                owned.device,
+                owned.networks,
+                tokenizers,
+                subjects,
+                Options(**options),
+                stream=owned.stream,
+                owned=(owned,),
+            )
+        if opened.passport.backend != "onnxruntime":
+            raise EngineError(
+                f"{path} holds {opened.passport.backend} engines, which run on a GPU: load it with device='cuda' "
+                "(`--device cuda`), or build one for the CPU with `--backend onnxruntime`"
+            )
         networks = EngineSet.load(opened.parts, threads, device)
         kernels.set_threads(networks.threads)
         networks.prepare()
-        tokenizers = [Tokenizer.load(opened.parts["base"] / name) for name in ("tokenizer", "tokenizer_2")]
         defaults = getattr(networks.facts, "defaults", None) or _NOTHING
-        subjects = [read_subject(file) for file in opened.subjects]
         return cls(networks, networks.facts, tokenizers, subjects, defaults=defaults)
+
+    @classmethod
+    def on_device(
+        cls,
+        device: Device,
+        networks: DeviceNetworks,
+        tokenizers: Sequence[Tokenizer],
+        subjects: Sequence[Subject] = (),
+        options: Options | None = None,
+        *,
+        stream: Stream | None = None,
+        owned: Sequence[Closable] = (),
+    ) -> DreamMix:
+        """A DreamMix whose requests run on a device as a whole.
+
+        stream: where the networks must run, if it matters to them (`Studio`). owned: closed, in order, when this is
+        closed or cannot be made; device and networks are not, unless they are among them.
+        """
+        from dreammix_trt.engine.gpu.studio import Studio
+
+        studio = None
+        try:
+            studio = Studio(device, networks, tokenizers, options, stream)
+            defaults = getattr(networks.facts, "defaults", None) or _NOTHING
+            everything = (studio, *owned)
+            return cls(
+                networks, networks.facts, tokenizers, subjects, defaults=defaults, studio=studio, owned=everything
+            )
+        except BaseException:
+            for each in (*filter(None, [studio]), *owned):
+                each.close()
+            raise
+
+    def another(self) -> DreamMix:
+        """A second DreamMix on the same GPU: the same weights, memory and a stream of its own, so that both can be
+        used at once, each by one thread. Close it before this one. Raises EngineError on the CPU."""
+        self._ready()
+        if self._studio is None:
+            raise EngineError("another() shares a GPU; on the CPU load the engine a second time")
+        subjects = [replace(subject, name=name) for name, (subject, _) in self._subjects.items()]
+        studio = self._studio
+        return DreamMix.on_device(studio.device, studio.shared, self.tokenizers, subjects, studio.options)
+
+    @property
+    def studio(self) -> Studio | None:
+        """Where requests run on a GPU: its memory plan, timings, residents. None on the CPU."""
+        return self._studio
 
     def close(self) -> None:
         """Release the networks; any use after this raises EngineError, closing again does nothing."""
+        if self._closed:
+            return
         self._closed = True
+        for each in self._owned:
+            each.close()
         if isinstance(self.networks, EngineSet):
             self.networks.close()
 
@@ -166,6 +259,10 @@ class DreamMix:
 
     def inpaint_batch(self, jobs: Sequence[Job]) -> list[Result]:
         """Several requests, one result each, in order. All are checked before the first is painted."""
+        if self._studio is not None:
+            laid_out = [self._laid_out(self._studio, Job(*job)) for job in jobs]
+            events = list(self._device_events(self._studio, laid_out, keep_stages=False))
+            return [event.result for event in events if event.result is not None]
         prepared = [self._prepared(Job(*job)) for job in jobs]
         return [_last(self._events(work, keep_stages=False)) for work in prepared]
 
@@ -184,11 +281,14 @@ class DreamMix:
         Bad input is refused here, before the first step.
         """
         request = prompt.replace(**fields) if isinstance(prompt, Request) else self.request(prompt, **fields)
-        return self._events(self._prepared(Job(image, mask_image, request, noise)), keep_stages)
+        job = Job(image, mask_image, request, noise)
+        if self._studio is not None:
+            return self._device_events(self._studio, [self._laid_out(self._studio, job)], keep_stages)
+        return self._events(self._prepared(job), keep_stages)
 
     def rows_of(self, subject: str) -> dict[str, F32]:
         """A loaded subject's packed factors: network -> float32 (P,)."""
-        return dict(self._subjects[subject][1])
+        return dict(self._subjects[subject][1]) if self._studio is None else self._packed(self._subjects[subject][0])
 
     def _prepared(self, job: Job) -> _Work:
         """Check everything of a job and do what its pictures share."""
@@ -196,7 +296,7 @@ class DreamMix:
         clock, request = Clock(), job.request
         if not isinstance(request, Request):
             raise InputError(f"a job's request is a {type(request).__name__}: give a Request(prompt, ...)")
-        networks = Timed(self.networks, clock, self._ready)
+        networks = Timed(cast(Networks, self.networks), clock, self._ready)  # without a studio they are the host's
         with clock("read"):
             source = read_image(job.image)
             mask = read_mask(job.mask_image, source.size)
@@ -225,39 +325,99 @@ class DreamMix:
             for done in range(len(work.schedule)):
                 with clock("loop"):
                     taken = next(steps)
-                event = StepEvent(number * len(work.schedule) + done, total, taken.step.stage, number, painter, taken)
+                index = number * len(work.schedule) + done
+                look = partial(painter.decoded, taken.x0)
+                event = StepEvent(index, total, taken.step.stage, number, look, painter, taken)
                 if done + 1 < len(work.schedule):
                     yield event
             finished = painter.finish(taken.x)
             with clock("write"):
-                same_size = finished.shape[:2] == work.source.size
-                images.append(work.source.with_pixels(finished) if same_size else _rgb(finished))
+                images.append(_written(work.source, finished))
             if number + 1 < len(work.painters):
                 yield event
         shown = {name: _rgb(picture) for name, picture in (work.painters[0].shown or {}).items()}
         result = Result(images, work.request, work.seeds, work.schedule, dict(clock.seconds), shown)
         yield replace(event, result=result)
 
+    def _laid_out(self, studio: Studio, job: Job) -> _LaidOut:
+        """Check everything of a job that runs on a device, and lay its pictures out; touches no device."""
+        self._ready()
+        clock, request = Clock(), job.request
+        if not isinstance(request, Request):
+            raise InputError(f"a job's request is a {type(request).__name__}: give a Request(prompt, ...)")
+        if job.noise is not None:
+            raise InputError("noise is given, but on a GPU it is drawn there, from the seed: load with device='cpu'")
+        with clock("read"):
+            source = read_image(job.image)
+            mask = read_mask(job.mask_image, source.size)
+        name, token = self._named(request)
+        with clock("canvas"):
+            canvas = laid(source.rgb, mask, request, self.facts, studio.networks.frames())
+            schedule = make_schedule(request, raw_unet=studio.has_raw_unet)
+            seeds = tuple(request.seed + k for k in range(request.num_images_per_prompt))
+            works = [studio.work(canvas, request, schedule, seed, name, token) for seed in seeds]
+        return _LaidOut(source, request, schedule, seeds, works, clock)
+
+    def _device_events(self, studio: Studio, jobs: Sequence[_LaidOut], keep_stages: bool) -> Iterator[StepEvent]:
+        """The pictures of all jobs in batches of equal shape; a job's result comes with its last picture's last
+        step."""
+        total = sum(len(job.schedule) * len(job.works) for job in jobs)
+        images: dict[int, list[Image.Image]] = {}
+        shown: dict[int, dict[str, Image.Image]] = {}
+        index = 0
+        for batch in _batches(jobs, studio.options.pictures):
+            (job, k), count = batch[0], len(batch)
+            finished: list[U8] = []
+            with closing(studio.paint([jobs[j].works[n] for j, n in batch])) as steps:
+                for progress in steps:
+                    if isinstance(progress, list):
+                        finished = progress
+                        break
+                    done, look = count * (progress.step.index + 1) - 1, partial(progress.preview, 0)
+                    event = StepEvent(index + done, total, progress.step.stage, k, look)
+                    if progress.step.index + 1 < len(jobs[job].schedule):
+                        yield event
+            index += len(jobs[job].schedule) * count
+            for place, ((job, k), pixels) in enumerate(zip(batch, finished, strict=True)):
+                with jobs[job].clock("write"):
+                    images.setdefault(job, []).append(_written(jobs[job].source, pixels))
+                if keep_stages and k == 0:
+                    pictures = studio.stages(place, jobs[job].works[k].picture)
+                    shown[job] = {name: _rgb(picture) for name, picture in pictures.items()}
+                jobs[job].charge(studio.timings, len(batch))
+                if len(images[job]) == len(jobs[job].works):
+                    yield replace(event, picture=k, result=jobs[job].result(images[job], shown.get(job, {})))
+                elif place + 1 == len(batch):
+                    yield event
+
     def _ready(self) -> None:
         if self._closed:
             raise EngineError("this engine was closed: load it again with DreamMix.load, or use it before close()")
 
     def _add(self, subject: Subject, name: str) -> str:
-        rows = {each: pack(subject.factors_for(each), self.networks.slots(each), subject.scale) for each in self._names}
-        self._subjects[name] = (subject, rows)
+        if self._studio is not None:
+            self._studio.add_subject(name, subject)
+        self._subjects[name] = (subject, {} if self._studio is not None else self._packed(subject))
         self._texts = {key: value for key, value in self._texts.items() if key[1] != name}
         return name
 
-    def _chosen(self, request: Request) -> tuple[str, str, dict[str, F32]]:
-        """(name, token, packed rows) of the request's subject."""
+    def _packed(self, subject: Subject) -> dict[str, F32]:
+        return {each: pack(subject.factors_for(each), self.networks.slots(each), subject.scale) for each in self._names}
+
+    def _named(self, request: Request) -> tuple[str, str]:
+        """(name, token) of the request's subject; ("", "sks") for none."""
         name = request.subject if request.subject is not None else next(iter(self._subjects), "")
         if name == "":
-            return "", _TOKEN, self._off
+            return "", _TOKEN
         if name not in self._subjects:
             known = ", ".join(map(repr, self._subjects)) or "none"
             raise InputError(f"subject is {name!r}; loaded are: {known}; load it with add_subject, or give '' for none")
-        subject, rows = self._subjects[name]
-        return name, subject.token or _TOKEN, rows
+        return name, self._subjects[name][0].token or _TOKEN
+
+    def _chosen(self, request: Request) -> tuple[str, str, dict[str, F32]]:
+        """(name, token, packed rows) of the request's subject."""
+        name, token = self._named(request)
+        return name, token, self._subjects[name][1] if name else self._off
 
     def _texts_of(
         self, request: Request, networks: Networks, subject: str, token: str, rows: Mapping[str, F32]
@@ -316,6 +476,59 @@ class _Work(NamedTuple):
     clock: Clock
 
 
+@dataclass
+class _LaidOut:
+    """A job for a device: checked, nothing of it uploaded yet."""
+
+    source: PictureIn
+    request: Request
+    schedule: Schedule
+    seeds: tuple[int, ...]
+    works: list[Work]
+    clock: Clock
+
+    def charge(self, timings: Mapping[str, float], pictures: int) -> None:
+        """Add a picture's share of its batch's device seconds."""
+        for phase, seconds in timings.items():
+            self.clock.seconds[phase] = self.clock.seconds.get(phase, 0.0) + seconds / pictures
+
+    def result(self, images: list[Image.Image], shown: dict[str, Image.Image]) -> Result:
+        return Result(images, self.request, self.seeds, self.schedule, dict(self.clock.seconds), shown)
+
+
+def _batches(jobs: Sequence[_LaidOut], most: int) -> Iterator[list[tuple[int, int]]]:
+    """Pictures as (job, number), at most `most` of equal shape and steps together, in order of their first."""
+    waiting = [(job, k) for job, laid_out in enumerate(jobs) for k in range(len(laid_out.works))]
+    while waiting:
+        variant = _variant(jobs, waiting[0])
+        batch = [each for each in waiting if _variant(jobs, each) == variant][:most]
+        waiting = [each for each in waiting if each not in batch]
+        yield batch
+
+
+def _variant(jobs: Sequence[_LaidOut], place: tuple[int, int]) -> tuple[Any, ...]:
+    return jobs[place[0]].works[place[1]].picture.variant
+
+
+def _written(source: PictureIn, pixels: U8) -> Image.Image:
+    """A finished picture as the user's own kind of image."""
+    return source.with_pixels(pixels) if pixels.shape[:2] == source.size else _rgb(pixels)
+
+
+def _check_device(device: str, options: Mapping[str, Any]) -> None:
+    """Refuse unknown devices and options before anything is opened."""
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"device is {device!r}; allowed: cpu, cuda")
+    from dreammix_trt.engine.gpu.plan import Options
+
+    known = [each.name for each in fields(Options)]
+    for name in options:
+        if name not in known:
+            raise InputError(f"there is no option {name!r}; those of device='cuda' are {', '.join(known)}")
+        if device != "cuda":
+            raise InputError(f"{name} is an option of device='cuda'")
+
+
 def _checked(defaults: Mapping[str, Any]) -> Mapping[str, Any]:
     """A base's request defaults, refused as a whole where a request would refuse one of them."""
     try:
@@ -325,14 +538,17 @@ def _checked(defaults: Mapping[str, Any]) -> Mapping[str, Any]:
     return MappingProxyType(dict(defaults))
 
 
-def laid(image: U8, mask: U8, request: Request, facts: Facts) -> Canvas:
-    """The canvas of a request; reference mode stretches to reference_resize, or to the base's native square."""
+def laid(image: U8, mask: U8, request: Request, facts: Facts, sizes: Sequence[Size] | None = None) -> Canvas:
+    """The canvas of a request; reference mode stretches to reference_resize, or to the base's native square.
+
+    sizes: the only frames the engines take, where they do not take all (`Canvas.of`).
+    """
     native, divisor = facts.native_side, facts.divisor
     if request.reference_resize is None or request.reference_resize == (native, native):
-        return Canvas.of(image, mask, mode=request.mode, native=native, divisor=divisor)
+        return Canvas.of(image, mask, mode=request.mode, native=native, divisor=divisor, sizes=sizes)
     height, width = request.reference_resize
     image, mask = (kernels.resize(array, height, width, "bicubic") for array in (image, mask))
-    checked = Canvas.of(image, mask, native=native, divisor=divisor)
+    checked = Canvas.of(image, mask, native=native, divisor=divisor, sizes=sizes)
     return replace(checked, mode=request.mode)
 
 

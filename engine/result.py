@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image, PngImagePlugin
 
 from dreammix_trt.core.errors import InputError
@@ -15,6 +18,7 @@ from dreammix_trt.core.schedule import Schedule
 from dreammix_trt.engine.loop import Taken
 from dreammix_trt.engine.stages import Painter
 
+U8 = npt.NDArray[np.uint8]
 METADATA = "dreammix"  # the PNG text chunk that holds the request
 
 _KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -40,23 +44,26 @@ class Result:
 
 @dataclass(frozen=True)
 class StepEvent:
-    """One step is done. index runs from 0 to total - 1 over all pictures of the request; `picture` says which one.
+    """One step is done (on a GPU: on its way). index runs from 0 to total - 1 over all pictures of the request;
+    `picture` says which one.
 
-    taken: the step's latents, float32 (1, 4, h, w). painter: the picture's stage and frame. result: set in the last
-    event.
+    taken: the step's latents, float32 (1, 4, h, w), and painter: the picture's stage and frame; None on a GPU, where
+    both stay on the device. result: set in the last event.
     """
 
     index: int
     total: int
     stage: str
     picture: int
-    painter: Painter = field(repr=False)
-    taken: Taken = field(repr=False)
+    look: Callable[[], U8] = field(repr=False)
+    painter: Painter | None = field(default=None, repr=False)
+    taken: Taken | None = field(default=None, repr=False)
     result: Result | None = None
 
     def preview(self) -> Image.Image:
-        """What the network now believes the stage's frame looks like; costs one VAE decoding."""
-        return Image.fromarray(self.painter.decoded(self.taken.x0))
+        """What the network now believes the stage's frame looks like; costs one VAE decoding. Ask before the next
+        step."""
+        return Image.fromarray(self.look())
 
 
 def save(result: Result, path: str | os.PathLike[str], *, index: int = 0, metadata: bool = True) -> None:

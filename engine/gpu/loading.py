@@ -1,0 +1,57 @@
+"""Bringing an engine directory's networks onto a GPU, with the back end they were built for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dreammix_trt.core.store import Store
+from dreammix_trt.engine.build import OpenedEngine
+from dreammix_trt.engine.gpu.device import Device, Stream
+from dreammix_trt.engine.gpu.networks import DeviceNetworks
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """A device, a base's networks on it, and the stream they run in; closing it closes all."""
+
+    device: Device
+    networks: DeviceNetworks
+    stream: Stream
+
+    def close(self) -> None:
+        """Free the networks, then the device and what is left on it."""
+        try:
+            self.networks.close()
+            self.stream.close()
+        finally:
+            self.device.close()
+
+
+def open_device(opened: OpenedEngine, store: Path | None = None) -> OnDevice:
+    """The first GPU, and the networks of an opened engine on it. Compiled kernels are kept below the store's root.
+
+    Raises DeviceError (no driver, one too old, another GPU), EngineError, MissingExtraError, OutOfMemoryError.
+    """
+    from dreammix_trt.engine.gpu.cuda import CudaDevice
+
+    device = CudaDevice()
+    try:
+        stream = device.stream()
+        networks = _networks(opened, device, stream, Store(store).root / "compiled")
+    except BaseException:
+        device.close()
+        raise
+    return OnDevice(device, networks, stream)
+
+
+def _networks(opened: OpenedEngine, device: Device, stream: Stream, cache: Path) -> DeviceNetworks:
+    backend = opened.passport.backend
+    if backend == "onnxruntime":
+        from dreammix_trt.engine.gpu.onnx_networks import OnnxNetworks
+
+        return OnnxNetworks.open(opened.parts, stream)
+    from dreammix_trt.engine.gpu.tensorrt_networks import TensorRtNetworks
+
+    # Weights come when the memory plan knows which.
+    return TensorRtNetworks.open(opened.parts, backend, device, cache=cache, resident=())
