@@ -1,6 +1,8 @@
-"""The torch form of every network, with the engine's inputs and outputs: what is exported and what judges the export.
+"""The torch form of every network, with the engine's inputs and outputs: what is exported, what judges the export, and
+what `torch_networks` runs on a GPU.
 
-Imports torch and diffusers: reach it through `networks.torch_module`.
+Outside a trace nothing here waits for a device, copies from the host or depends on a tensor's values, in any precision:
+a pass can be captured as a CUDA graph. Imports torch and diffusers: reach it through `networks.torch_module`.
 """
 
 # mypy: disallow-subclassing-any=False
@@ -54,6 +56,8 @@ class UNet(nn.Module):
         eps: Tensor = self.network(
             sample, timestep, encoder_hidden_states, added_cond_kwargs=conditions, return_dict=False
         )[0]
+        self._feature = None
+        self.lora.drop()
         return eps
 
     def _add_feature(self, _module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
@@ -83,6 +87,7 @@ class TextEncoder(nn.Module):
         self.lora.take(lora, input_ids)
         text: Any = self.network.text_model
         hidden, last = text(input_ids)
+        self.lora.drop()
         if not self.pooled:
             return hidden
         # transformers: configs of old (eos_token_id 2, wrong) find the end mark as the largest id, others by its id
@@ -160,19 +165,22 @@ class LoraInputs:
         """The factors for the coming pass: nothing (no slots), one packed (N, P), or A (N, in, rank) and B (N, rank,
         out) of every slot; batch: any tensor of k*N rows.
 
-        A packed row is repeated for the k rows of its picture before it is cut up: one small copy here spares every
-        slot two reshapes with shapes known only at run time.
+        In a trace a packed row is repeated for the k rows of its picture before it is cut up: one small copy spares
+        every slot two reshapes with shapes known only at run time. In torch itself the factors are views of it.
         """
-        if len(given) != 1:
-            self._factors = list(given)
-            self._sides = (given[0].shape[0], batch.shape[0]) if given else None
-            return
-        self._sides = None
-        rows = _to_rows(given[0], batch)
-        sizes = [size for slot in self.slots for size in (slot.inputs * slot.rank, slot.rank * slot.outputs)]
-        heights = [height for slot in self.slots for height in (slot.inputs, slot.rank)]
-        parts = torch.split(rows, sizes, dim=1)
-        self._factors = [reshaped(part, (0, height, -1)) for part, height in zip(parts, heights, strict=True)]
+        repeated = len(given) == 1 and torch.jit.is_tracing()
+        self._sides = (given[0].shape[0], batch.shape[0]) if given and not repeated else None
+        if len(given) == 1:
+            rows = _to_rows(given[0], batch) if repeated else given[0]
+            sizes = [size for slot in self.slots for size in (slot.inputs * slot.rank, slot.rank * slot.outputs)]
+            heights = [height for slot in self.slots for height in (slot.inputs, slot.rank)]
+            parts = torch.split(rows, sizes, dim=1)
+            given = [reshaped(part, (0, height, -1)) for part, height in zip(parts, heights, strict=True)]
+        self._factors = list(given)
+
+    def drop(self) -> None:
+        """Forget the factors once the pass is over: they are the caller's memory."""
+        self._factors = []
 
     def _hook(self, number: int) -> Any:
         def add(_module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
@@ -184,7 +192,10 @@ class LoraInputs:
                 return out + x @ a @ b
             pictures, rows = self._sides
             below = x.reshape(pictures, -1, int(x.shape[-1]))  # the rows of a picture, one below the other
-            return out + (below @ a @ b).reshape(rows, -1, int(b.shape[-1]))
+            if torch.jit.is_tracing():
+                return out + (below @ a @ b).reshape(rows, -1, int(b.shape[-1]))
+            added = torch.baddbmm(out.reshape(pictures, -1, out.shape[-1]), below @ a, b)  # sums where it multiplies
+            return added.reshape(out.shape)
 
         return add
 
@@ -194,6 +205,8 @@ def reshaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
     torch's own reshape would put the kept axes into the graph as shape arithmetic.
     """
+    if not torch.jit.is_tracing():
+        return x.reshape([x.shape[axis] if side == 0 else side for axis, side in enumerate(shape)])
     result: Tensor = _Reshape.apply(x, tuple(int(side) for side in shape))
     return result
 
@@ -229,7 +242,10 @@ class PlainAttention:
         x = attn.to_out[0](_attend(attn.to_q(x), attn.to_k(context), attn.to_v(context), attn.heads))
         if picture.ndim == 4:
             x = x.transpose(1, 2).reshape_as(picture)
-        return (x + picture if attn.residual_connection else x) / attn.rescale_output_factor
+        x = x + picture if attn.residual_connection else x
+        if attn.rescale_output_factor == 1 and not torch.jit.is_tracing():
+            return x  # a division is a pass over the memory, and torch does not know that it does nothing
+        return x / attn.rescale_output_factor
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
@@ -293,13 +309,20 @@ class _GroupNorm(torch.autograd.Function):
 
 
 def narrow(x: Tensor) -> Tensor:
-    """Mark in the graph that from here on the network's own precision serves; `wide`: that float32 is needed."""
+    """Mark in the graph that from here on the network's own precision serves; `wide`: that float32 is needed.
+
+    In torch itself they do nothing; who runs a module in float16 converts at those places (`torch_networks`).
+    """
+    if not torch.jit.is_tracing():
+        return x
     marked: Tensor = _Mark.apply(x, "Narrow")
     return marked
 
 
 def wide(x: Tensor) -> Tensor:
     """See `narrow`."""
+    if not torch.jit.is_tracing():
+        return x
     marked: Tensor = _Mark.apply(x, "Wide")
     return marked
 

@@ -215,7 +215,9 @@ def test_a_shipped_graph_is_used_only_while_it_fits(
     monkeypatch.setattr(onnx_export, "EMBEDDED", tmp_path)
     base = exported.base
     assert shipped_graph(network_of(exported, "vae_decoder")) == tmp_path / "graphs/vae_decoder"
-    assert shipped_graph(networks_of(base, precision="float16")[-1]) is None
+    halves = {network.name: network for network in networks_of(base, precision="float16")}
+    assert shipped_graph(halves["vae_decoder"]) is None
+    assert shipped_graph(halves["vae_decoder_float32"]) == tmp_path / "graphs/vae_decoder"
     unets = {rank: next(each for each in networks_of(base, rank) if each.name == "unet") for rank in (8, 16)}
     assert shipped_graph(unets[8]) == tmp_path / "graphs/unet" and shipped_graph(unets[16]) is None
     (tmp_path / "graphs/vae_decoder/graph.onnx").write_bytes(b"changed")

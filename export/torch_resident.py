@@ -1,0 +1,136 @@
+"""A network's weights in torch on a device: made there one tensor at a time, sent to the host and brought back."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dreammix_trt.core.errors import FileFormatError
+from dreammix_trt.export.networks import Network, torch_module
+
+Shapes = Mapping[str, tuple[int, ...]]
+#: of a network whose parameters have these shapes, each parameter's values by name, float32, wherever they lie
+Values = Callable[[Network, Shapes], Callable[[str], Tensor]]
+_LARGEST = 65504.0
+_ALWAYS_FLOAT32 = ("timestep", "time_ids")  # 8 bits cannot count to 1000
+
+
+class Resident:
+    """A network's module, its weights on the device or (`loaded` False) on the host.
+
+    dtype: of its arithmetic; a network of float32 arrays in bfloat16 converts them itself. Raises FileFormatError for
+    weights beyond float16's range.
+    """
+
+    def __init__(self, network: Network, values: Values, dtype: torch.dtype, device: torch.device) -> None:
+        self.name, self.device, self.loaded = network.name, device, True
+        self.module: Any = torch_module(network)
+        stays = _widened(self.module, network, dtype)
+        if dtype == torch.bfloat16:
+            _convert_inputs(self.module, network)
+        found = dict(self.module.network.named_parameters())
+        value_of = values(network, {name: tuple(each.shape) for name, each in found.items()})
+        for name in found:
+            value = _placed(value_of(name), torch.float32 if name in stays else dtype, device, f"{self.name}: {name}")
+            place, _, part = name.rpartition(".")
+            setattr(self.module.network.get_submodule(place), part, nn.Parameter(value, requires_grad=False))
+        self.parameters: list[nn.Parameter] = list(self.module.network.parameters())
+        self._host: list[Tensor] = []
+        self._settle()
+
+    def run(self, *given: Tensor) -> tuple[Tensor, ...]:
+        """The network on tensors of its arrays' types."""
+        result = self.module(*given)
+        return result if isinstance(result, tuple) else (result,)
+
+    def unload(self) -> None:
+        """Weights to pinned host memory, where they stay from the first time on."""
+        if not self.loaded or self.device.type == "meta":
+            return
+        self._settle()
+        if not self._host:
+            pinned = self.device.type == "cuda"
+            for each in self.parameters:
+                host = torch.empty_like(each, device="cpu", pin_memory=pinned)
+                self._host.append(host.copy_(each, non_blocking=True))
+            self._settle()
+        self._move(self._host)
+        self.loaded = False
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def load(self) -> None:
+        """And back."""
+        if not self.loaded:
+            back = [torch.empty_like(host, device=self.device) for host in self._host]
+            for place, host in zip(back, self._host, strict=True):
+                place.copy_(host, non_blocking=True)
+            self._move(back)
+            self._settle()
+            self.loaded = True
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.module, self.parameters, self._host, self.loaded = None, [], [], False
+
+    def _move(self, places: Sequence[Tensor]) -> None:
+        for parameter, place in zip(self.parameters, places, strict=True):
+            parameter.data = place
+
+    def _settle(self) -> None:
+        """Wait, as streams that torch does not know use the weights."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def drawn(what: tuple[object, ...], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Random values, float32, decided by `what`, whose end is a parameter's name: matrices of gain 1, norms about 1,
+    biases and embeddings about 0."""
+    name, mean, spread = str(what[-1]), 0.0, 0.02
+    if len(shape) == 1 and not name.endswith("bias"):
+        mean, spread = 1.0, 0.05
+    elif len(shape) > 1 and not name.endswith("_embedding.weight"):
+        spread = 1 / math.sqrt(math.prod(shape[1:]))
+    value = torch.empty(shape, dtype=torch.float32, device=device)
+    if device.type == "meta":
+        return value
+    digest = hashlib.sha256("/".join(map(str, what)).encode()).digest()
+    source = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return value.normal_(mean, spread, generator=source)
+
+
+def _placed(value: Tensor, dtype: torch.dtype, device: torch.device, what: str) -> Tensor:
+    """A weight on the device; those of convolutions as tensor cores want them, channels last."""
+    if dtype == torch.float16 and value.device.type != "meta" and not bool((value.abs() <= _LARGEST).all()):
+        raise FileFormatError(f"{what} has values beyond float16; take bfloat16 or float32")
+    value = value.to(device, dtype)
+    last = value.ndim == 4 and device.type == "cuda"
+    return value.contiguous(memory_format=torch.channels_last) if last else value
+
+
+def _convert_inputs(module: nn.Module, network: Network) -> None:
+    wide = [spec.dtype != "float32" or spec.name in _ALWAYS_FLOAT32 for spec in network.inputs]
+
+    def convert(_module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(x if keep else x.to(torch.bfloat16) for x, keep in zip(given, wide, strict=True))
+
+    module.register_forward_pre_hook(convert)
+
+
+def _widened(module: Any, network: Network, dtype: torch.dtype) -> set[str]:
+    """Let a float16 VAE's wide units compute in float32; the names of their parameters."""
+    if not network.wide:
+        return set()
+    from dreammix_trt.export.modules import vae_units
+
+    units = vae_units(network.graph, module.network)
+    chosen = [unit for name, unit in units.items() if name in network.wide]
+    chosen[0].register_forward_pre_hook(lambda _unit, given: (given[0].float(), *given[1:]))
+    chosen[-1].register_forward_hook(lambda _unit, _given, out: out.to(dtype))
+    inside = {id(parameter) for unit in chosen for parameter in unit.parameters()}
+    return {name for name, parameter in module.network.named_parameters() if id(parameter) in inside}

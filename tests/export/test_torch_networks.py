@@ -1,0 +1,491 @@
+"""Networks in torch behind the device runtime's seam: what they compute, what they are bound to, what they hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
+from benchmarks._sdxl_files import sdxl_configs, shapes_of  # noqa: E402
+from dreammix_trt.core.checkpoint import BaseFiles  # noqa: E402
+from dreammix_trt.core.errors import EngineError, FileFormatError, InputError  # noqa: E402
+from dreammix_trt.core.lora import Lora  # noqa: E402
+from dreammix_trt.core.subject import unpacked  # noqa: E402
+from dreammix_trt.engine.gpu.device import Array  # noqa: E402
+from dreammix_trt.engine.gpu.networks import DeviceNetworks, Sides  # noqa: E402
+from dreammix_trt.export.networks import BaseLora, Network, networks_of, torch_module, weights_of  # noqa: E402
+from dreammix_trt.export.parity import run_torch  # noqa: E402
+from dreammix_trt.export.torch_networks import Facts, TorchNetworks  # noqa: E402
+from dreammix_trt.export.torch_set import TorchEngineSet  # noqa: E402
+from tests.support.mini_sdxl import small_configs  # noqa: E402
+from tests.support.tiny_model import write_tiny_model  # noqa: E402
+
+SIDES = Sides(rows=4, pictures=2, height=8, width=12)
+SIZES = {"rows": 4, "pictures": 2, "h": 8, "w": 12, "H": 64, "W": 96}
+NAMES = ("text_encoder", "text_encoder_2", "unet", "unet_raw", "inpaint_head", "vae_encoder", "vae_decoder")
+#: largest difference to float32, as a share of the largest value: ten roundings or so
+BOUNDS = {"float32": 1e-6, "float16": 6e-3, "bfloat16": 6e-2}
+
+
+@dataclass
+class Here:
+    """The host, where a stream has no handle."""
+
+    handle: int | None = None
+
+
+def difference(found: np.ndarray, truth: np.ndarray) -> float:
+    return float(np.abs(found.astype(np.float32) - truth).max() / np.abs(truth).max())
+
+
+def array(values: np.ndarray) -> Array:
+    return Array(values.ctypes.data, values.shape, str(values.dtype))
+
+
+class Held:
+    """A network bound to numpy arrays: inputs to change in place, outputs to look at."""
+
+    def __init__(self, networks: TorchNetworks, name: str, sides: Sides, inputs: dict[str, np.ndarray]) -> None:
+        self.inputs = {spec.name: inputs[spec.name].astype(spec.dtype) for spec in networks.inputs(name)}
+        self.outputs = {spec.name: np.zeros(sides.shape(spec), spec.dtype) for spec in networks.outputs(name)}
+        arrays = {key: array(value) for key, value in {**self.inputs, **self.outputs}.items()}
+        self.bound = networks.bind(name, sides, arrays)
+
+    def run(self) -> dict[str, np.ndarray]:
+        self.bound.enqueue(Here())
+        return {name: value.copy() for name, value in self.outputs.items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small only wait for each other's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> BaseFiles:
+    return BaseFiles.open(write_tiny_model(tmp_path_factory.mktemp("tiny") / "model").folder)
+
+
+@pytest.fixture(scope="module")
+def plain(base: BaseFiles) -> dict[str, Network]:
+    return {network.name: network for network in networks_of(base)}
+
+
+@pytest.fixture(scope="module")
+def opened(base: BaseFiles) -> Iterator[Callable[[str], TorchNetworks]]:
+    """The base's networks on the CPU by dtype, each made once."""
+    made: dict[str, TorchNetworks] = {}
+
+    def open_as(dtype: str) -> TorchNetworks:
+        if dtype not in made:
+            made[dtype] = TorchNetworks.of(base, device="cpu", dtype=dtype)
+        return made[dtype]
+
+    yield open_as
+    for networks in made.values():
+        networks.close()
+
+
+@pytest.fixture(scope="module")
+def truth(base: BaseFiles) -> TorchEngineSet:
+    return TorchEngineSet(base)
+
+
+# What they compute
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_network_computes_what_the_oracle_does(
+    opened: Callable[[str], TorchNetworks], truth: TorchEngineSet, plain: dict[str, Network], name: str, dtype: str
+) -> None:
+    inputs = plain[name].example(SIZES, seed=3)
+    wanted = truth.run(name, **inputs)
+    found = Held(opened(dtype), name, SIDES, inputs).run()
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert found[key].shape == value.shape
+        assert difference(found[key], value) <= BOUNDS[dtype]
+    if dtype != "float32":
+        assert max(difference(found[key], value) for key, value in wanted.items()) > 1e-6, "nothing was rounded"
+        twin = Held(opened(dtype), f"{name}_float32", SIDES, inputs).run()
+        assert max(difference(twin[key], value) for key, value in wanted.items()) <= BOUNDS["float32"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_times_and_sizes_stay_float32(
+    opened: Callable[[str], TorchNetworks], plain: dict[str, Network], dtype: str
+) -> None:
+    """Between 512 and 1024 float16 knows halves and bfloat16 multiples of four: these times would be one."""
+    given = {spec.name: spec.dtype for spec in opened(dtype).inputs("unet")}
+    other = "float16" if dtype == "float16" else "float32"
+    assert given == {name: "float32" if name in ("timestep", "time_ids") else other for name in given}
+    held = Held(opened(dtype), "unet", SIDES, plain["unet"].example(SIZES))
+    for name, first, second in (("timestep", 700.0, 700.2), ("time_ids", 1000.0, 1000.2)):
+        held.inputs[name][:] = first
+        before = held.run()["eps"]
+        held.inputs[name][:] = second
+        assert np.abs(held.run()["eps"] - before).max() > 0
+        held.inputs[name][:] = first
+        np.testing.assert_array_equal(held.run()["eps"], before)
+
+
+def test_each_picture_has_factors_of_its_own(
+    opened: Callable[[str], TorchNetworks], truth: TorchEngineSet, plain: dict[str, Network]
+) -> None:
+    inputs = plain["unet"].example(SIZES, seed=1)
+    held = Held(opened("float32"), "unet", SIDES, inputs)
+    both = held.run()["eps"]
+    held.inputs["lora"][1] = 0
+    second_off = held.run()["eps"]
+    np.testing.assert_allclose(second_off[:2], both[:2], atol=1e-6)
+    assert np.abs(second_off[2:] - both[2:]).max() > 1e-3
+    alone = {key: value[: len(value) // 2] for key, value in inputs.items()}
+    assert difference(truth.run("unet", **alone)["eps"], both[:2]) < 1e-5
+
+
+def test_factors_equal_merged_weights(
+    base: BaseFiles, opened: Callable[[str], TorchNetworks], plain: dict[str, Network]
+) -> None:
+    """`x @ A @ B` is what W + (A B)^T gives, in every slot."""
+    sides, sizes = Sides(2, 1, 8, 12), {**SIZES, "rows": 2, "pictures": 1}
+    for name, part in (("unet", "unet"), ("text_encoder_2", "text_encoder_2")):
+        inputs = plain[name].example(sizes, seed=4)
+        pieces = unpacked(inputs["lora"], plain[name].slots)
+        factors = {
+            s.module: (pieces[f"{s.module}.lora_A"][0], pieces[f"{s.module}.lora_B"][0]) for s in plain[name].slots
+        }
+        loras = [BaseLora(Lora({part: factors}, 8, Path(), {}))]
+        with TorchNetworks.of(base, device="cpu", dtype="float32", slot_rank=0, names=[name], loras=loras) as merged:
+            wanted = Held(merged, name, sides, inputs).run()
+        found = Held(opened("float32"), name, sides, inputs).run()
+        assert max(difference(found[key], value) for key, value in wanted.items()) < 1e-5
+
+
+def test_factors_one_by_one_compute_the_same(base: BaseFiles, truth: TorchEngineSet, plain: dict[str, Network]) -> None:
+    """The module takes packed rows or a tensor a factor; TensorRT's graphs come of the latter."""
+    inputs = plain["unet"].example(SIZES, seed=2)
+    fused = next(network for network in networks_of(base, fused=True) if network.name == "unet")
+    factors = {**inputs, **unpacked(inputs["lora"], fused.slots)}
+    found = run_torch(torch_module(fused, weights_of(base, "unet")), fused, factors)["eps"]
+    np.testing.assert_allclose(found, truth.run("unet", **inputs)["eps"], atol=1e-6)
+
+
+def test_a_pass_keeps_nothing_of_its_callers(opened: Callable[[str], TorchNetworks], plain: dict[str, Network]) -> None:
+    networks = opened("float32")
+    Held(networks, "unet", SIDES, plain["unet"].example(SIZES)).run()
+    module = networks._made["unet"].module
+    assert module._feature is None and module.lora._factors == []
+
+
+def test_wide_units_of_a_float16_vae_compute_in_float32(base: BaseFiles, plain: dict[str, Network]) -> None:
+    """A stream beyond 65504 in the middle, as SDXL's own VAE has it: infinite in float16, fine where it is widened."""
+    wide = {"vae_decoder": ("mid.0", "mid.1", "mid.2")}
+    inputs = plain["vae_decoder"].example(SIZES)
+    results = {}
+    for label, units in (("narrow", {}), ("wide", wide)):
+        with TorchNetworks.of(base, device="cpu", names=["vae_decoder"], wide=units) as networks:
+            module = networks._made["vae_decoder"].module.network
+            with torch.no_grad():
+                module.decoder.mid_block.resnets[0].conv2.bias.fill_(60000)
+                module.decoder.mid_block.resnets[1].conv2.bias.fill_(30000)
+                module.decoder.mid_block.resnets[1].conv2.bias[::2].neg_()
+            results[label] = Held(networks, "vae_decoder", SIDES, inputs).run()["image"]
+            kinds = {name for name, each in module.named_parameters() if each.dtype == torch.float32}
+            assert kinds == {n for n, _ in module.named_parameters() if "mid_block" in n and label == "wide"}
+    assert not np.isfinite(results["narrow"]).all()
+    assert results["wide"].dtype == np.float16
+
+
+def test_weights_beyond_float16_are_refused(base: BaseFiles) -> None:
+    module = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    width = base.configs["unet"]["block_out_channels"][-1]
+    factors = {"unet": {module: (np.ones((width, 1), np.float32), np.full((1, width), 1e5, np.float32))}}
+    loras = [BaseLora(Lora(factors, 1, Path(), {}), target="raw")]
+    with pytest.raises(FileFormatError, match=rf"unet_raw: {module}\.weight has values beyond float16"):
+        TorchNetworks.of(base, device="cpu", names=["unet_raw"], loras=loras)
+    with TorchNetworks.of(base, device="cpu", names=["unet_raw"], loras=loras, dtype="bfloat16") as networks:
+        weight = dict(networks._made["unet_raw"].module.network.named_parameters())[f"{module}.weight"]
+        assert float(weight.min()) > 9e4
+
+
+# What they are bound to
+
+
+def test_bound_memory_is_read_and_written_in_place(
+    opened: Callable[[str], TorchNetworks], truth: TorchEngineSet, plain: dict[str, Network]
+) -> None:
+    first, second = (plain["vae_encoder"].example(SIZES, seed) for seed in (0, 1))
+    held = Held(opened("float32"), "vae_encoder", SIDES, first)
+    places = {name: value.ctypes.data for name, value in held.outputs.items()}
+    held.run()
+    held.inputs["image"][:] = second["image"]
+    for name, value in truth.run("vae_encoder", **second).items():
+        assert difference(held.run()[name], value) <= 1e-6
+        assert held.outputs[name].ctypes.data == places[name]
+
+
+def test_arrays_that_do_not_fit_are_named(opened: Callable[[str], TorchNetworks]) -> None:
+    networks = opened("float16")
+    mask, latent = (np.zeros((2, channels, 8, 12), np.float16) for channels in (1, 4))
+    feature = np.zeros((2, networks.facts.feature_channels, 8, 12), np.float16)
+    arrays = {"mask": array(mask), "masked_latent": array(latent), "feature": array(feature)}
+    networks.bind("inpaint_head", SIDES, {**arrays, "lora": array(mask)}).close()
+    with pytest.raises(EngineError, match=r"inpaint_head: no array for mask; bind one of \(2, 1, 8, 12\) float16"):
+        networks.bind("inpaint_head", SIDES, {key: value for key, value in arrays.items() if key != "mask"})
+    with pytest.raises(EngineError, match=r"feature is bound to \(2, 32, 8, 12\) float16; it takes \(3, 32, 8, 12\)"):
+        wrong = {"mask": np.zeros((3, 1, 8, 12), np.float16), "masked_latent": np.zeros((3, 4, 8, 12), np.float16)}
+        networks.bind("inpaint_head", Sides(6, 3, 8, 12), {**arrays, **{k: array(v) for k, v in wrong.items()}})
+    with pytest.raises(EngineError, match=r"mask is bound to .* float32; it takes .* float16"):
+        networks.bind("inpaint_head", SIDES, {**arrays, "mask": array(mask.astype(np.float32))})
+    with pytest.raises(EngineError, match=r"no network 'asuka'"):
+        networks.bind("asuka", SIDES, arrays)
+
+
+def test_what_is_closed_or_unloaded_does_not_run(base: BaseFiles, plain: dict[str, Network]) -> None:
+    with TorchNetworks.of(base, device="cpu", dtype="float32", names=["inpaint_head"]) as networks:
+        held = Held(networks, "inpaint_head", SIDES, plain["inpaint_head"].example(SIZES))
+        before = held.run()["feature"]
+        assert networks.loaded == ("inpaint_head",)
+        networks.unload("inpaint_head")
+        networks.unload("inpaint_head")
+        assert networks.loaded == ()
+        with pytest.raises(EngineError, match="inpaint_head cannot run: load it first"):
+            held.run()
+        networks.load("inpaint_head")
+        np.testing.assert_array_equal(held.run()["feature"], before)
+        held.bound.close()
+        held.bound.close()
+        with pytest.raises(EngineError, match="inpaint_head cannot run: it is closed, bind it anew"):
+            held.run()
+        again = Held(networks, "inpaint_head", SIDES, plain["inpaint_head"].example(SIZES))
+    with pytest.raises(EngineError, match="inpaint_head cannot run"):
+        again.run()
+    assert "inpaint_head" not in networks
+
+
+@pytest.mark.slow
+def test_compiled_networks_compute_the_same_at_more_shapes_than_torch_allows_one_function(
+    base: BaseFiles, truth: TorchEngineSet, plain: dict[str, Network], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one graph each; with torch's tracing compilers but without their back end, which takes minutes on a CPU."""
+    asked: list[tuple[str, bool]] = []
+    compile_with = torch.compile
+
+    def traced(run: Any, *, mode: str, fullgraph: bool, dynamic: bool) -> Any:
+        asked.append((mode, dynamic))
+        return compile_with(run, backend="eager", fullgraph=fullgraph, dynamic=dynamic)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    with TorchNetworks.of(base, device="cpu", dtype="float32", compile=True, names=["unet", "vae_decoder"]) as networks:
+        cases = [("unet", 8)] + [("vae_decoder", width) for width in (4, 8, 12)]
+        for name, width in cases:
+            inputs = plain[name].example({**SIZES, "w": width, "W": 8 * width})
+            found = Held(networks, name, Sides(4, 2, 8, width), inputs).run()
+            for key, value in truth.run(name, **inputs).items():
+                assert difference(found[key], value) <= 1e-5
+    assert asked == [("max-autotune-no-cudagraphs", False)] * len(cases)
+
+
+# What they hold
+
+
+def test_it_answers_as_the_seam_wants(opened: Callable[[str], TorchNetworks], base: BaseFiles) -> None:
+    networks: DeviceNetworks = opened("float16")
+    assert all(name in networks and f"{name}_float32" in networks for name in NAMES) and "asuka" not in networks
+    assert "unet_float32" not in opened("float32")
+    assert networks.facts == Facts(64, 32, 0.13025, 32, {})
+    assert networks.frames() is None and networks.most_pictures is None
+    assert networks.workspace_bytes("unet", SIDES) == 0
+    assert len(networks.slots("unet")) == 88 and networks.slots("vae_encoder") == networks.slots("none") == ()
+    assert [spec.name for spec in networks.inputs("unet")][-1] == "lora"
+    numbers = sum(math.prod(shape) for shape in shapes_of("unet", base.configs["unet"]).values())
+    assert networks.weight_bytes("unet") == 2 * numbers
+    assert networks.weight_bytes("unet_float32") == 4 * numbers
+
+
+def test_unknown_options_are_refused(base: BaseFiles) -> None:
+    with pytest.raises(InputError, match="dtype is 'int8'; allowed: float16, bfloat16, float32"):
+        TorchNetworks.of(base, device="cpu", dtype="int8")
+    with pytest.raises(InputError, match="names: unet3; this base has text_encoder"):
+        TorchNetworks.of(base, device="cpu", names=["unet3"])
+    with pytest.raises(InputError, match="device is 'gpu0'"):
+        TorchNetworks.of(base, device="gpu0")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_missing_gpu_is_said(base: BaseFiles) -> None:
+    with pytest.raises(EngineError, match="torch finds no CUDA device"):
+        TorchNetworks.of(base)
+
+
+def test_lack_of_memory_is_a_memory_error(base: BaseFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    with TorchNetworks.of(base, device="cpu", dtype="float32", names=["vae_decoder"]) as networks:
+        held = Held(networks, "vae_decoder", SIDES, {"latent": np.zeros((2, 4, 8, 12), np.float32)})
+
+        def full(*_: Any) -> Any:
+            raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+        monkeypatch.setattr(networks._made["vae_decoder"].module, "forward", full)
+        with pytest.raises(MemoryError, match="vae_decoder: tried to allocate 20 GiB"):
+            held.run()
+        monkeypatch.undo()
+        assert held.run()["image"].any(), "usable afterwards"
+
+
+# Random weights
+
+
+def test_random_networks_are_finite_and_repeatable(base: BaseFiles, plain: dict[str, Network]) -> None:
+    configs = small_configs()
+    found = {}
+    for label, seed, dtype in (
+        ("a", 0, "float16"),
+        ("same", 0, "float16"),
+        ("b", 1, "float16"),
+        ("wide", 0, "float32"),
+    ):
+        with TorchNetworks.random(configs, device="cpu", dtype=dtype, seed=seed) as networks:
+            assert networks.facts.feature_channels == 32
+            for name in NAMES:
+                specs = (networks.inputs(name), networks.outputs(name))
+                made = Network(name, name, *specs, networks.slots(name), _config_of(name, configs))
+                results = Held(networks, name, SIDES, made.example(SIZES)).run()
+                for key, value in results.items():
+                    assert np.isfinite(value).all() and 0.01 < value.std() < 30, (name, key, value.std())
+                    found[label, name, key] = value.astype(np.float32)
+    for name, key in {(name, key) for _, name, key in found}:
+        np.testing.assert_array_equal(found["a", name, key], found["same", name, key])
+        assert difference(found["b", name, key], found["a", name, key]) > 0.1
+        assert difference(found["a", name, key], found["wide", name, key]) < 0.05
+    assert difference(found["a", "unet_raw", "eps"], found["a", "unet", "eps"]) > 0.1
+
+
+def _config_of(name: str, configs: dict[str, Any]) -> dict[str, Any]:
+    return {name: configs[name]} if name.startswith("text") else {"unet": configs["unet"]}
+
+
+def test_a_full_size_sdxl_is_described_without_memory() -> None:
+    configs = sdxl_configs()
+    facts = object()
+    with TorchNetworks.random(configs, facts, device="meta", slot_rank=4) as networks:
+        assert networks.facts is facts
+        for name, component in (("unet", "unet"), ("unet_raw", "unet"), ("text_encoder_2", "text_encoder_2")):
+            shapes = shapes_of(component, configs[component])
+            found = {key: tuple(each.shape) for key, each in networks._made[name].module.network.named_parameters()}
+            assert found == shapes
+            assert networks.weight_bytes(name) == 2 * sum(map(math.prod, shapes.values()))
+        assert 5.1e9 < networks.weight_bytes("unet") < 5.2e9
+        assert len(networks.slots("unet")) == 560
+        arrays = {
+            spec.name: Array(256, SIDES.shape(spec), spec.dtype)
+            for spec in (*networks.inputs("vae_decoder"), *networks.outputs("vae_decoder"))
+        }
+        with pytest.raises(EngineError, match="'meta' are sizes alone"):
+            networks.bind("vae_decoder", SIDES, arrays)
+    with TorchNetworks.random(configs, device="meta", slot_rank=0, patched=False, names=["unet"]) as networks:
+        assert "unet_raw" not in networks and networks.slots("unet") == ()
+
+
+# On a GPU
+
+
+@pytest.fixture
+def device(gpu: None) -> Iterator[Any]:
+    if not torch.cuda.is_available():
+        pytest.skip("torch has no CUDA here")
+    cuda = pytest.importorskip("dreammix_trt.engine.gpu.cuda")
+    device = cuda.CudaDevice()
+    yield device
+    device.close()
+
+
+class OnDevice:
+    """A network bound to memory of a `CudaDevice`."""
+
+    def __init__(
+        self, device: Any, networks: TorchNetworks, name: str, sides: Sides, inputs: dict[str, np.ndarray]
+    ) -> None:
+        self.device, self.stream, self.outputs = device, device.stream(), networks.outputs(name)
+        specs = (*networks.inputs(name), *self.outputs)
+        self.arrays, self.memory = {}, []
+        for spec in specs:
+            empty = Array(0, sides.shape(spec), spec.dtype)
+            self.memory.append(device.allocate(empty.nbytes))
+            self.arrays[spec.name] = Array(self.memory[-1].pointer, empty.shape, empty.dtype)
+        self.give(inputs)
+        self.bound = networks.bind(name, sides, self.arrays)
+
+    def give(self, inputs: dict[str, np.ndarray]) -> None:
+        for name, value in inputs.items():
+            held = np.ascontiguousarray(value.astype(self.arrays[name].dtype))
+            self.device.upload(self.arrays[name], held, self.stream)
+            self.device.synchronize(self.stream)
+
+    def taken(self) -> np.ndarray:
+        place = self.arrays[self.outputs[0].name]
+        host = np.empty(place.shape, place.dtype)
+        self.device.download(host, place, self.stream)
+        self.device.synchronize(self.stream)
+        return host.astype(np.float32)
+
+
+@pytest.mark.parametrize("compile", [False, "default"])
+@pytest.mark.parametrize("name", ["unet", "vae_decoder"])
+def test_a_captured_pass_follows_its_inputs_and_nobody_takes_its_memory(
+    device: Any, base: BaseFiles, truth: TorchEngineSet, plain: dict[str, Network], name: str, compile: bool | str
+) -> None:
+    first, second = (plain[name].example(SIZES, seed) for seed in (0, 1))
+    (key,) = (spec.name for spec in plain[name].outputs)
+    with TorchNetworks.of(base, names=[name], compile=compile) as networks:
+        held = OnDevice(device, networks, name, SIDES, first)
+        assert held.bound.capturable
+        with pytest.raises(EngineError, match="run it once before a capture"):
+            device.capture(held.stream, lambda: held.bound.enqueue(held.stream))
+        held.bound.enqueue(held.stream)
+        plainly = held.taken()
+        assert difference(plainly, truth.run(name, **first)[key]) < 2e-2
+        graph = device.capture(held.stream, lambda: held.bound.enqueue(held.stream))
+        other = OnDevice(device, networks, name, Sides(2, 1, 8, 16), plain[name].example(
+            {"rows": 2, "pictures": 1, "h": 8, "w": 16, "H": 64, "W": 128}))  # fmt: skip
+        for _ in range(3):  # what runs in between must not reach the graph's memory, nor the graph theirs
+            torch.randn(1 << 22, device="cuda").mul_(torch.inf)
+            torch.cuda.empty_cache()
+            other.bound.enqueue(other.stream)
+            alone = other.taken()
+            graph.launch(held.stream)
+            np.testing.assert_array_equal(held.taken(), plainly)
+        held.give(second)
+        graph.launch(held.stream)
+        assert difference(held.taken(), truth.run(name, **second)[key]) < 2e-2
+        other.bound.enqueue(other.stream)
+        np.testing.assert_array_equal(other.taken(), alone)
+        graph.close()
+        held.bound.close()
+
+
+def test_weights_leave_the_device_and_come_back(device: Any, base: BaseFiles, plain: dict[str, Network]) -> None:
+    with TorchNetworks.of(base, names=["unet"]) as networks:
+        held = OnDevice(device, networks, "unet", SIDES, plain["unet"].example(SIZES))
+        held.bound.enqueue(held.stream)
+        before = held.taken()
+        taken = torch.cuda.memory_allocated()
+        for _ in range(2):
+            networks.unload("unet")
+            assert torch.cuda.memory_allocated() <= taken - networks.weight_bytes("unet")
+            networks.load("unet")
+            held.bound.enqueue(held.stream)
+            np.testing.assert_array_equal(held.taken(), before)
