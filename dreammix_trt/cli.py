@@ -250,7 +250,11 @@ def inpaint(
     save_stages: Annotated[Path | None, typer.Option(help="Also write a sheet of what each stage did.")] = None,
     no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Do not store the request in the PNG.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Hash every engine file again before loading.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, or cuda for ONNX Runtime's CUDA provider.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, or cuda: the whole request runs on the GPU.")] = "cpu",
+    residency: Annotated[
+        str | None,
+        typer.Option(help="On a GPU: resident, one-unet or swap; default: the first that fits into its memory."),
+    ] = None,
     threads: Threads = None,
     store: Store = None,
     as_json: AsJson = False,
@@ -271,10 +275,13 @@ def inpaint(
     _check_output(out)
     if save_stages:
         _check_output(save_stages, "--save-stages")
+    options = {} if residency is None else {"residency": residency}
     with (
-        DreamMix.load(engine, threads=threads, verify=verify, store=store, device=device) as dm,
+        DreamMix.load(engine, threads=threads, verify=verify, store=store, device=device, **options) as dm,
         _bar("inpainting") as update,
     ):
+        if dm.studio is not None:
+            err_console.print(str(dm.studio.plan), markup=False, highlight=False, soft_wrap=True)
         events = dm.iterate(image, mask, request, keep_stages=save_stages is not None)
         result = None
         for event in events:

@@ -231,8 +231,8 @@ def test_loading_it_where_it_cannot_run_says_why_and_the_command(
     monkeypatch.setattr("dreammix_trt.engine.machine.ask_driver", lambda: driver)
     with pytest.raises(EngineError, match=told) as caught:
         DreamMix.load(plans, store=shelf)
-    here = driver.gpus[0].capability if driver.gpus else "sm_89"
-    command = Passport.read(plans).command.replace("--target sm_89", f"--target {here}")
+    here = f"tensorrt-rtx --target {driver.gpus[0].capability}" if driver.gpus else "onnxruntime"
+    command = Passport.read(plans).command.replace("tensorrt-rtx --target sm_89", here)
     assert f"`{command}`" in str(caught.value) and str(plans) in str(caught.value)
 
 

@@ -1,0 +1,68 @@
+"""A base in torch on a GPU behind the same runtime: no engines are built, any SDXL base paints at once.
+
+Slower than TensorRT, and what its engines are compared with; needs the extra `export` and a torch with CUDA.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dreammix_trt.core.errors import MissingExtraError
+from dreammix_trt.engine.dreammix import DreamMix
+from dreammix_trt.engine.gpu.plan import Options
+from dreammix_trt.engine.text import Tokenizer
+
+if TYPE_CHECKING:
+    from dreammix_trt.core.checkpoint import BaseFiles
+    from dreammix_trt.core.subject import Subject
+    from dreammix_trt.engine.gpu.device import Device
+
+
+def load_torch(
+    base: BaseFiles,
+    subjects: Sequence[Subject] = (),
+    *,
+    dtype: str = "float16",
+    compile: bool | str = False,
+    options: Options | None = None,
+    device: Device | None = None,
+    torch_device: str = "cuda",
+    **networks: Any,
+) -> DreamMix:
+    """A `DreamMix` that runs a base's networks in torch on the GPU.
+
+    base: of `BaseFiles.open`; subjects: of `core.subject.subject_from_loras`; dtype: "float16", "bfloat16" or
+    "float32"; compile: torch.compile the UNets and the VAE (the first picture of a frame size waits for it); options:
+    what memory is set aside for; device: None: the first GPU, which is torch_device's, too; networks: further arguments of `TorchNetworks.of`.
+    Raises MissingExtraError without torch, DeviceError without a GPU, FileFormatError for a base that does not fit.
+    """
+    try:
+        from dreammix_trt.export.torch_networks import TorchNetworks
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"{error.name} is not installed, running in torch needs it: pip install 'dreammix-trt[export]'"
+        ) from error
+    owned: list[Any] = []
+    if device is None:
+        from dreammix_trt.engine.gpu.cuda import CudaDevice
+
+        device = CudaDevice()
+        owned.append(device)
+    try:
+        made = TorchNetworks.of(base, device=torch_device, dtype=dtype, compile=compile, **networks)
+        owned.insert(0, made)
+    except BaseException:
+        for each in owned:
+            each.close()
+        raise
+    return DreamMix.on_device(device, made, _tokenizers(base), subjects, options, owned=owned)
+
+
+def _tokenizers(base: BaseFiles) -> list[Tokenizer]:
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("tokenizer", "tokenizer_2"):
+            base.write_tokenizer(name, Path(folder) / name)
+        return [Tokenizer.load(Path(folder) / name) for name in ("tokenizer", "tokenizer_2")]

@@ -1,0 +1,539 @@
+"""The GPU suite as far as a machine without one can tell: its numbers, its files, its command, and dry runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import _gpu_clock as clock
+import _gpu_report as report
+import _gpu_setup as setup
+import gpu_suite
+import numpy as np
+import pytest
+from _gpu_models import Setting
+
+TINY = Setting(width=0.1, side=64, steps=2, repeats=1, requests=3, swaps=4, compiled=False, simulate=True)
+ROW = {"metric": "a", "value": 1.0, "bound": None, "pass": None}
+
+
+def record(*rows: dict[str, Any], error: str | None = None) -> dict[str, Any]:
+    return {"rows": list(rows), "notes": [], "error": error, "seconds": 1.0}
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+@pytest.mark.parametrize(("percent", "wanted"), [(50, 50), (99, 99), (100, 100), (1, 1), (0.5, 1)])
+def test_percentiles_are_values_that_occurred(percent: float, wanted: int) -> None:
+    values = np.random.default_rng(0).permutation(np.arange(1, 101)).tolist()
+    assert report.percentile(values, percent) == wanted
+    assert sum(value <= wanted for value in values) >= percent
+
+
+@pytest.mark.parametrize(("values", "percent"), [([], 50), ([1.0], 0), ([1.0], 101)])
+def test_a_percentile_of_nothing_is_refused(values: list[float], percent: float) -> None:
+    with pytest.raises(ValueError, match="percentile"):
+        report.percentile(values, percent)
+
+
+def test_one_slow_swap_in_a_thousand_is_beyond_p99_and_eleven_are_not() -> None:
+    assert report.Spread.of([1.0] * 999 + [50.0]).p99 == 1.0
+    assert report.Spread.of([1.0] * 989 + [50.0] * 11).p99 == 50.0
+
+
+def test_a_whole_job_costs_what_its_networks_cost() -> None:
+    # 30 steps with guidance, two decodes, five encodes, text: 451 TFLOP (13.522, 10.470, 4.879, 0.22 each)
+    assert report.job_tflop(30, rows=2) == pytest.approx(451.215, abs=0.01)
+    assert report.job_tflop(8, rows=1) == pytest.approx(99.64, abs=0.01)
+    assert report.step_tflop(128, 128, rows=1) == pytest.approx(6.761)
+
+
+@pytest.mark.parametrize(("side", "scale"), [(1024, 0.2), (1000, 1.0)])
+def test_flops_nobody_counted_are_not_guessed(side: int, scale: float) -> None:
+    assert report.job_tflop(30, 2, side, scale) is None
+
+
+@pytest.mark.parametrize(
+    ("found", "truth", "wanted"),
+    [([1.0, 2.0], [1.0, 2.0], 0.0), ([1.0, 2.5], [1.0, 2.0], 0.25), ([1.0, math.nan], [1.0, 2.0], math.inf)],
+)
+def test_differences_are_relative_and_never_overlook_a_nan(
+    found: list[float], truth: list[float], wanted: float
+) -> None:
+    assert report.largest_difference(found, truth) == wanted
+
+
+def test_differences_of_other_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match="against"):
+        report.largest_difference(np.zeros(2), np.zeros(3))
+
+
+# ------------------------------------------------------------------------------------------------ parts and files
+
+
+def test_parts_run_once_and_in_order() -> None:
+    assert report.chosen(["soak", "kernels", "soak"]) == ("kernels", "soak")
+    assert report.chosen([]) == report.PARTS
+    with pytest.raises(ValueError, match="colonel"):
+        report.chosen(["colonel"])
+
+
+def test_every_part_has_a_function() -> None:
+    for name in report.PARTS:
+        assert callable(gpu_suite.work_of(name)), name
+
+
+def test_rows_are_kept_as_they_come_and_held_against_their_goals() -> None:
+    kept: list[dict[str, Any]] = []
+    part = report.Part("kernels", keep=lambda part: kept.append(json.loads(json.dumps(part.to_json()))))
+    part.add("fill [ms]", 1.5, goal="<= 2")
+    part.add("swap [ms]", 6.0, goal="<= 5")
+    part.add_share("share", 1.0, None)
+    part.note("said")
+    assert [len(each["rows"]) for each in kept] == [1, 2, 2]
+    assert [row["pass"] for row in part.rows] == [True, False]
+    assert report.failed(part.to_json())
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "wanted"),
+    [([ROW], None, False), ([{**ROW, "pass": True}], None, False), ([{**ROW, "pass": False}], None, True),
+     ([ROW], "stopped", True)],
+)  # fmt: skip
+def test_a_missed_goal_or_an_error_fails(rows: list[dict[str, Any]], error: str | None, wanted: bool) -> None:
+    assert report.failed(record(*rows, error=error)) is wanted
+
+
+def test_simulated_parts_have_no_goals() -> None:
+    part = report.Part("subjects", goals=False)
+    part.add("swap [ms]", 6.0, goal="<= 5")
+    assert part.rows[0]["bound"] is None and not report.failed(part.to_json())
+
+
+def test_results_are_merged_part_by_part(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "suite.json"
+    report.write(path, report.merged(path, {"soak": record()}))
+    report.write(path, report.merged(path, {"kernels": record(ROW)}))
+    report.write(path, report.merged(path, {"soak": record(ROW)}))
+    found = json.loads(path.read_text())
+    assert list(found["parts"]) == ["kernels", "soak"]
+    assert [len(each["rows"]) for each in found["parts"].values()] == [1, 1]
+    assert [each.name for each in path.parent.iterdir()] == ["suite.json"]
+
+
+def test_simulated_results_never_mix_with_real_ones(tmp_path: Path) -> None:
+    path = tmp_path / "suite.json"
+    report.write(path, report.merged(path, {"soak": record(ROW)}, simulated=True))
+    assert json.loads(path.read_text())["simulated"] is True
+    assert list(report.merged(path, {"kernels": record()})["parts"]) == ["kernels"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"name": "fill", "parts": {"soak": {}}}', '{"name": "gpu_suite"}'])
+def test_another_file_or_a_damaged_one_counts_as_empty(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "suite.json"
+    path.write_text(content)
+    assert report.merged(path, {"kernels": record()})["parts"] == {"kernels": record()}
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "suite.json"
+    path.write_text("old")
+    with pytest.raises(TypeError):
+        report.write(path, {"a": object()})
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_table_shows_rows_goals_notes_and_errors() -> None:
+    rows = [{"metric": "swap [ms]", "value": 6.0, "bound": "<= 5", "pass": False}, {**ROW, "value": True}]
+    text = report.table({"subjects": {**record(*rows, error="stopped after 600 s"), "notes": ["rank 4"]}})
+    lines = [line.split() for line in text.splitlines()]
+    assert ["swap", "[ms]", "6.0", "<=", "5", "MISSED"] in lines and ["a", "yes"] in lines
+    assert "note: rank 4" in text and "FAILED: stopped after 600 s" in text
+    assert "MISSED" not in report.table({"subjects": record(*rows)}, goals=False)
+    assert report.table({"rtx": record()}).startswith("rtx")
+
+
+# ------------------------------------------------------------------------------------------------ what must be there
+
+
+def wheel(folder: Path, name: str, files: dict[str, str]) -> None:
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as packed:
+        for path, text in files.items():
+            packed.writestr(path, text)
+
+
+def test_wheels_are_unpacked_and_imported_from(tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    wheel(wheels, "lefty", {"lefty/__init__.py": "HAND = 'left'", "lefty/data.txt": "x"})
+    wheel(wheels, "righty", {"righty-1.0.data/purelib/righty.py": "HAND = 'right'"})
+    environment = setup.with_paths(
+        setup.unpack_wheels(wheels, tmp_path / "to"), {**os.environ, "PYTHONPATH": "/before"}
+    )
+    code = "import lefty, pathlib, righty; print(lefty.HAND, righty.HAND, pathlib.Path(lefty.__file__).parent.exists())"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["left", "right", "True"]
+    assert environment["PYTHONPATH"].endswith(f"{os.pathsep}/before")
+
+
+def test_a_folder_without_wheels_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=tmp_path.name):
+        setup.unpack_wheels(tmp_path, tmp_path / "to")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "capability", "wanted"),
+    [
+        (None, "sm_90", False),
+        ({"architectures": ["sm_89", "sm_90"], "ptx": None}, "sm_90", True),
+        ({"architectures": ["sm_89"], "ptx": None}, "sm_90", False),
+        ({"architectures": ["sm_75"], "ptx": "compute_80"}, "sm_90", True),
+        ({"architectures": ["sm_75"], "ptx": "compute_120"}, "sm_90", False),
+    ],
+)
+def test_an_extension_serves_the_gpus_it_has_code_for(cuda: Any, capability: str, wanted: bool) -> None:
+    assert setup.extension_serves({"cuda": cuda}, capability) is wanted
+    assert not setup.extension_serves(None, capability)
+
+
+def test_the_build_names_the_gpu_at_hand_and_takes_the_module_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[list[str]] = []
+
+    def ran(command: list[str]) -> str:
+        said.append(command)
+        if "--build" in command:
+            (tmp_path / "cpp_ext").mkdir(parents=True)
+            (tmp_path / "cpp_ext" / "_cpp.abi3.so").write_bytes(b"code")
+        return "/nanobind\n"
+
+    monkeypatch.setattr(setup, "_ran", ran)
+    monkeypatch.setattr(setup, "_tool", lambda name: f"/bin/{name}")
+    for _ in range(2):  # again: over what is there
+        alone = setup.build_extension(tmp_path, "sm_90")
+        (tmp_path / "cpp_ext" / "_cpp.abi3.so").unlink()
+        (tmp_path / "cpp_ext").rmdir()
+    assert [file.name for file in alone.iterdir()] == ["_cpp.abi3.so"]
+    assert {"-DDREAMMIX_CUDA=ON", "-DDREAMMIX_CUDA_ARCHITECTURES=90-real", "-Dnanobind_DIR=/nanobind"} <= set(said[1])
+
+
+def test_a_tool_that_fails_is_quoted() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)failed:.*so it broke"):
+        setup._ran([sys.executable, "-c", "raise SystemExit('so it broke')"])
+
+
+def test_an_extension_elsewhere_is_taken_and_the_installed_one_stays(tmp_path: Path) -> None:
+    (tmp_path / "_cpp.py").write_text("def build_info():\n    return {'cuda': {'toolkit': '13.0'}}\n")
+    code = (
+        "import sys; from pathlib import Path; import _gpu_setup as setup; "
+        f"setup.use_extension(Path({str(tmp_path)!r})); import dreammix_trt._cpp as c, dreammix_trt.core.noise; "
+        "print(c.build_info()['cuda']['toolkit'])"
+    )
+    environment = setup.with_paths([setup.ROOT / "benchmarks", setup.ROOT], os.environ)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "13.0"
+
+
+def test_what_nvidia_smi_says_is_read() -> None:
+    line = "NVIDIA H200, 9.0, 143771, 580.159.03, 345, 3201, 1980, 3201, [N/A]\n"
+    assert setup.parsed_state(line) == {
+        "gpu": "NVIDIA H200", "capability": "sm_90", "memory [MiB]": 143771, "driver": "580.159.03",
+        "SM clock [MHz]": 345, "memory clock [MHz]": 3201, "SM clock, most [MHz]": 1980,
+        "memory clock, most [MHz]": 3201,
+    }  # fmt: skip
+    assert setup.parsed_state("") == {} == setup.parsed_state("No devices were found")
+
+
+def test_the_description_names_machine_and_kernels() -> None:
+    told = setup.describe({"cuda": {"toolkit": "13.0"}})
+    assert told["kernels"] == {"toolkit": "13.0"} and told["processor"] and "numpy" not in told["versions"]
+    json.dumps(told)
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def test_without_a_gpu_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_suite, "gpu_capability", lambda: None)
+    out = tmp_path / "suite.json"
+    assert gpu_suite.main(["kernels", "--out", str(out)]) == 2
+    assert not out.exists() and len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--simulate"], ["--simulate", "--out", str(gpu_suite.RESULTS / "x.json")], ["no part"]]
+)
+def test_what_cannot_be_meant_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        gpu_suite.main(arguments)
+    assert refused.value.code == 2 and capsys.readouterr().err
+
+
+def given(**changed: Any) -> Any:
+    return SimpleNamespace(**{**vars(gpu_suite.options().parse_args([])), "simulate": True, **changed})
+
+
+def in_place_of_the_child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> None:
+    script = tmp_path / "child.py"
+    script.write_text(f"import sys, json, time\nout = sys.argv[sys.argv.index('--out') + 1]\n{code}\n")
+    monkeypatch.setattr(gpu_suite, "__file__", str(script))
+
+
+def test_a_part_that_takes_too_long_is_stopped_and_keeps_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = f"open(out, 'w').write(json.dumps({record(ROW)!r})); time.sleep(60)"
+    in_place_of_the_child(monkeypatch, tmp_path, code)
+    started = time.perf_counter()
+    found = gpu_suite.supervised("soak", given(limit=5), os.environ, tmp_path / "suite.json", tmp_path)
+    assert time.perf_counter() - started < 30
+    assert found["rows"] == [ROW] and found["error"] == "stopped after 5 s"
+    assert json.loads((tmp_path / "suite.json").read_text())["parts"]["soak"] == found
+
+
+def test_a_part_that_crashes_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_place_of_the_child(monkeypatch, tmp_path, "sys.exit(9)")
+    found = gpu_suite.supervised("soak", given(), os.environ, tmp_path / "suite.json", tmp_path)
+    assert found["error"] == "the part's process ended with 9" and report.failed(found)
+
+
+def test_an_error_within_a_part_is_kept_with_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(part: report.Part, setting: Any) -> None:
+        part.add("first", 1.0)
+        gpu_suite.logging.getLogger("dreammix_trt.engine").warning("painting again")
+        gpu_suite.logging.getLogger("dreammix_trt.engine").warning("painting again")
+        raise RuntimeError("it broke")
+
+    monkeypatch.setattr(gpu_suite, "work_of", lambda name: work)
+    monkeypatch.setattr(gpu_suite.logging.getLogger("dreammix_trt"), "handlers", [])
+    assert gpu_suite.child("soak", Setting(simulate=True), tmp_path / "soak.json") == 0
+    found = json.loads((tmp_path / "soak.json").read_text())
+    assert [row["metric"] for row in found["rows"]] == ["first"] and found["error"] == "RuntimeError: it broke"
+    assert found["notes"] == ["warning: painting again"] and found["settings"]["simulate"] is True
+
+
+# ------------------------------------------------------------------------------------------------ on a simulated device
+
+
+@pytest.fixture
+def device() -> Any:
+    from dreammix_trt.engine.gpu.simulated import SimulatedDevice
+
+    with SimulatedDevice() as device:
+        yield device
+
+
+def test_a_copy_is_timed_over_all_its_bytes(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "event_seconds", lambda device, stream, work: work() or [0.5, 0.5, 9.0])
+    assert clock.copy_bandwidth(device, nbytes=1 << 20) == 2 * (1 << 20) / 0.5
+    copied = [entry for entry in device.record if entry.kind == "copy"]
+    assert [array.nbytes for array in copied[0].arrays.values()] == [1 << 20] * 2
+    assert device.used == 0
+
+
+def test_a_replay_counts_one_of_its_works(device: Any) -> None:
+    stream, done = device.stream(), []
+
+    def work(number: int) -> None:
+        device.work("network", stream, lambda: done.append(number))
+
+    times = clock.replay_seconds(device, stream, [lambda: work(1), lambda: work(2)], repeats=3, warm=1)
+    assert done == [1, 2] * 5  # once to load, once to warm up, three times measured
+    assert len(times) == 3 and all(0 <= each < 1 for each in times)
+
+
+@pytest.mark.parametrize("fault", [None, "wrong", "unwritten"])
+def test_every_kernel_is_held_against_right_values(
+    device: Any, fault: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import _gpu_cases
+    import _gpu_kernels
+
+    from dreammix_trt import _cpp  # type: ignore[attr-defined,unused-ignore]
+
+    kernel = device.kernel
+
+    def spoilt(name: str, stream: Any, **arguments: Any) -> None:
+        if name == "scaled" and fault == "unwritten":
+            return
+        kernel(name, stream, **arguments)
+        if name == "paste" and fault == "wrong":
+            device.view(arguments["out"])[0, 0, 0] ^= 1
+
+    device.kernel = spoilt
+    monkeypatch.setattr(clock, "REPEATS", 1)
+    part = report.Part("kernels")
+    for case in _gpu_cases.all_cases(64, _cpp.gpu):
+        right, _ = _gpu_kernels.one(part, device, _cpp.gpu, case, 1e9)
+        assert right is not (fault and case.kernel == {"wrong": "paste", "unwritten": "scaled"}[fault]), case.label
+    tried = {case.kernel for case in _gpu_cases.all_cases(64, _cpp.gpu)}
+    assert tried == _gpu_cases.kernels_of(_cpp.gpu)
+    assert device.used == 0
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch on one thread: on so little work several only wait for one another."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def networks() -> Any:
+    """One miniature for all dry runs."""
+    pytest.importorskip("diffusers")
+    import _gpu_models
+
+    from dreammix_trt.export.torch_networks import TorchNetworks
+
+    configs = {name: each for name, each in _gpu_models.configs_of(TINY).items() if name != "scheduler"}
+    with TorchNetworks.random(configs, device="cpu", dtype="float32") as networks:
+        yield networks
+
+
+def run(name: str, networks: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A part's rows by metric, simulated, in this process."""
+    import _gpu_full
+    import _gpu_models
+    import _gpu_parts
+    import _gpu_peers
+    import _gpu_runtime
+
+    @contextmanager
+    def made(setting: Any, device: Any, *, compiled: bool = False) -> Iterator[Any]:
+        yield _gpu_models.on_device(setting, device, networks)
+
+    for module in (_gpu_full, _gpu_parts, _gpu_peers, _gpu_runtime):
+        monkeypatch.setattr(module, "random_networks", made)
+    monkeypatch.setattr(clock, "REPEATS", 1)
+    part = report.Part(name, goals=False)
+    gpu_suite.work_of(name)(part, TINY)
+    return {row["metric"]: row["value"] for row in part.rows} | {"notes": part.notes}
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.slow
+def test_full_measures_steps_and_whole_pictures(networks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = run("full", networks, monkeypatch)
+    jobs = TINY.jobs()
+    assert all(found[f"torch, eager: {name}: whole picture [s]"] > 0 for name in jobs) and len(jobs) == 2
+    assert all(f"torch, eager: {name}: loop beyond the sum of its UNet calls" in found for name in jobs)
+    assert found["notes"] == []
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
+def test_peers_paint_as_many_steps_as_we(networks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    found = run("peers", networks, monkeypatch)
+    assert {f"{name}: diffusers, eager / ours, best" for name in TINY.jobs()} <= found.keys()
+    assert len(found["notes"]) == 1  # diffusers' own pipeline ran
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.slow
+def test_a_captured_step_gives_the_same_bits(networks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("graphs", networks, monkeypatch)["the same bits either way"] is True
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.slow
+def test_subjects_swap_and_come_back(networks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = run("subjects", networks, monkeypatch)
+    assert found["A, B, A: the same bits as before"] is True and found["A, B: another result"] is True
+    assert found["a swap, p50 of 4 [ms]"] <= found["a swap, p99 of 4 [ms]"]
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.slow
+def test_memory_tells_three_plans(networks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = run("memory", networks, monkeypatch)["notes"]
+    assert [plan.splitlines()[0] for plan in plans] == [
+        "plan for this device:", "plan as if the device had 24 GiB:", "plan as if the device had 12 GiB:",
+    ]  # fmt: skip
+    assert "of 12.0 GiB that can be used" in plans[2]
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.slow
+def test_a_soak_holds_memory_against_what_was_there_before(networks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = run("soak", networks, monkeypatch)
+    assert found["requests"] == 3 and found["device memory grown after the first 1 [MiB]"] == 0
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.slow
+def test_the_loop_gives_the_hosts_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    found = run("loop", None, monkeypatch)
+    assert found["two stages: largest difference of 255 levels"] <= 1
+    assert found["two stages: the same bits again"] is True
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.slow
+def test_the_command_runs_a_part_from_its_options_to_its_file(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    out = tmp_path / "suite.json"
+    script = str(setup.ROOT / "benchmarks" / "gpu_suite.py")
+    command = [sys.executable, script, "machine", "--simulate", "--side", "64", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(out.read_text())
+    assert content["simulated"] is True and content["parts"]["machine"]["settings"]["side"] == 64
+    assert content["parts"]["machine"]["machine"]["processor"]
+    assert "device memory, all [MiB]" in done.stdout
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
+def test_the_plain_loop_stands_in_for_a_pipeline_that_cannot_be_imported(
+    networks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    import _gpu_models
+    import _gpu_peers
+
+    def missing(*_: object) -> None:
+        raise ImportError("no transformers")
+
+    monkeypatch.setattr(_gpu_peers, "pipeline_of", missing)
+    part = report.Part("peers")
+    with _gpu_models.device_of(TINY) as device:
+        on = _gpu_models.on_device(TINY, device, networks)
+        paint: Any = _gpu_peers.painter(part, TINY, on, compiled=False)
+        unet = _gpu_peers.unet_of(TINY, on, compiled=False)
+        ours = _gpu_peers.state_of(on, "unet")
+        assert all(value.data_ptr() == ours[name].data_ptr() for name, value in unet.state_dict().items())
+        picture = paint({"num_inference_steps": 2, "guidance_scale": 4.0})
+    assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8 and picture.std() > 0
+    assert "no transformers" in part.notes[0]
+    assert torch.is_grad_enabled()
+
+
+def test_a_job_that_takes_other_steps_is_refused() -> None:
+    import _gpu_peers
+
+    _gpu_peers.check_calls(8, {"num_inference_steps": 8})
+    with pytest.raises(ValueError, match="7 times"):
+        _gpu_peers.check_calls(7, {"num_inference_steps": 8})
