@@ -1,0 +1,446 @@
+"""The kernels of the device runtime on inputs as a request has them, each with what it must give.
+
+What a kernel must give comes from the host's own functions (engine/kernels.py, engine/canvas.py) or from a formula in
+float64, never from the kernel. Frames are those of one request of `side` pixels in two stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dreammix_trt.core.request import Request
+from dreammix_trt.core.schedule import make_schedule
+from dreammix_trt.engine import kernels
+from dreammix_trt.engine.canvas import Canvas, dilated, from_decoded, seam_weight, to_latent_range
+from dreammix_trt.engine.geometry import FACTOR, fill_cascade
+from dreammix_trt.engine.gpu.jobs import MOST_STEPS, PICTURE, Block, Picture
+from dreammix_trt.engine.gpu.records import FACTOR as FACTOR_RECORD
+from dreammix_trt.engine.gpu.records import JOB, SEGMENT, STEP
+
+Array = npt.NDArray[Any]
+U8 = npt.NDArray[np.uint8]
+F32 = npt.NDArray[np.float32]
+CHANNELS, SCALING, SEED = 4, 0.13025, 7
+RANK = 4
+_STEP = 3  # the row of the schedule that is tried: one with history and solver noise
+_OUTPUTS = {"float32": 1e-5, "float16": 1e-2}  # relative; other types must be equal
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a kernel.
+
+    given: arrays it reads, and those it changes in place; wanted: name -> what must stand there afterwards; scratch:
+    bytes by name; plain: arguments that are no arrays. tolerances: where they are not those of the type. least: the
+    fewest bytes it moves, where that is not every input read once and every result written once. times: how often a
+    picture in two stages needs it before, between and after the steps.
+    """
+
+    label: str
+    kernel: str
+    given: Mapping[str, Array]
+    wanted: Mapping[str, Array]
+    plain: Mapping[str, Any] = field(default_factory=dict)
+    scratch: Mapping[str, int] = field(default_factory=dict)
+    tolerances: Mapping[str, float] = field(default_factory=dict)
+    least: int | None = None
+    times: int = 0
+    goal_ms: float | None = None
+
+    @property
+    def moved(self) -> int:
+        """The fewest bytes it moves."""
+        if self.least is not None:
+            return self.least
+        return sum(array.nbytes for arrays in (self.given, self.wanted) for array in arrays.values())
+
+    def tolerance(self, name: str) -> float:
+        """Largest difference over the largest value that is right for a result; 0: equal bits."""
+        return self.tolerances.get(name, _OUTPUTS.get(str(self.wanted[name].dtype), 0.0))
+
+
+class Scene:
+    """A picture of 1.25 x 1 sides, its frames and records."""
+
+    def __init__(self, side: int, gpu: Any) -> None:
+        """side: the base's native side in pixels, a multiple of 64; gpu: `dreammix_trt._cpp.gpu`."""
+        self.side, self.gpu = side, gpu
+        self.rng = np.random.default_rng(0)
+        height, width = 5 * side // 4, side
+        y, x = np.mgrid[0:height, 0:width]
+        waves = np.stack([np.sin(x / 37 + y / 91 + c) for c in range(3)], axis=-1) * 90 + 128
+        self.image: U8 = (waves + self.rng.normal(0, 20, waves.shape)).clip(0, 255).astype(np.uint8)
+        inside = ((y - height * 0.45) / (side * 0.26)) ** 2 + ((x - width * 0.55) / (side * 0.22)) ** 2 < 1
+        self.mask: U8 = np.where(inside, np.uint8(255), np.uint8(0))
+        request = Request(prompt="a mug", num_inference_steps=200, seed=SEED, lcg_mask_dilate=3, blend_output=True)
+        self.canvas = Canvas.of(self.image, self.mask, native=side)
+        self.schedule = make_schedule(request)
+        self.picture = Picture.of(self.canvas, request, self.schedule, SEED, "")
+        facts = SimpleNamespace(native_side=side)
+        ids, plans = np.zeros((3, 2, 77), np.int64), np.zeros((1, 2 + 2 * 77), np.int32)
+        self.block = dict(Block(1).fill([self.picture], ids, plans, facts))
+        self.records = self.block["records"].view(PICTURE).reshape(-1)[0]
+        self.tables = self.block["tables"].view(np.int32)
+        self.frame = self.canvas.local_frame(request.lcg_field, fill=False, dilate=request.lcg_mask_dilate)
+
+    def record(self, name: str) -> U8:
+        """A record's bytes."""
+        return np.ascontiguousarray(self.records[name]).reshape(1).view(np.uint8)
+
+    def floats(self, *shape: int, dtype: str = "float32") -> Array:
+        """Random normals."""
+        return self.rng.standard_normal(shape, np.float32).astype(dtype)
+
+
+def all_cases(side: int, gpu: Any) -> list[Case]:
+    """Every kernel at least once."""
+    scene = Scene(side, gpu)
+    cases = [*_cuts(scene), *_canvas(scene), *_tiles(scene), *_steps(scene), *_latents(scene), *_texts(scene)]
+    return [*cases, *_factors(scene)]
+
+
+def kernels_of(gpu: Any) -> set[str]:
+    """The kernels there are: what takes a stream."""
+    found = {name for name in dir(gpu) if not name.startswith("_") and callable(getattr(gpu, name))}
+    return {name for name in found if "stream" in _told(getattr(gpu, name))}
+
+
+def _told(function: Any) -> str:
+    """What a kernel function says of its arguments."""
+    return str(function.__doc__ or "")
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def _cut(scene: Scene, record: str, **arrays: Any) -> dict[str, Any]:
+    return {"cut": scene.record(record), "tables": scene.tables, **arrays}
+
+
+_NOTHING = {"out": None, "mask": None, "network": None, "masked": None, "found": None}
+
+
+def _cuts(scene: Scene) -> list[Case]:
+    canvas, frame = scene.canvas, scene.frame
+    box, (h, w) = frame.box, frame.size
+    image = kernels.resize(canvas.image, h, w, "lanczos", box)
+    seen = to_latent_range(image)
+    masked = seen * (frame.mask < 128)
+    grown = dilated(canvas.mask, 3)
+    plain = {**_NOTHING, "channels": 3, "half": 1, "threshold": 0}
+    decoded = scene.rng.integers(0, 256, (h, w, 3), np.uint8)
+    crop = (box[1] - box[0], box[3] - box[2])
+    back = kernels.resize(decoded, *crop, "lanczos") if crop != (h, w) else decoded
+    rows, cols = np.nonzero(grown[box[0] : box[1], box[2] : box[3]] > 127)
+    nearest = np.zeros((h, w), np.uint8)
+    nearest[rows * h // crop[0], cols * w // crop[1]] = 255
+    return [
+        Case(
+            "crop, resize, normalise, mask", "cut", _cut(scene, "image_local", source=canvas.image, mask=frame.mask),
+            {"out": image, "network": _half(seen), "masked": _half(masked)}, plain,
+            least=3 * crop[0] * crop[1] + (1 + 3 + 6 + 6) * h * w, times=3,
+        ),
+        Case(
+            "crop and resize a mask", "cut", _cut(scene, "image_local", source=grown, found=np.zeros(1, np.int32)),
+            {"out": frame.mask, "found": np.ones(1, np.int32)},
+            {**plain, "channels": 1, "threshold": 1, "half": 0}, least=crop[0] * crop[1] + h * w, times=2,
+        ),
+        Case(
+            "resize a result to its box", "cut", _cut(scene, "box_local", source=decoded), {"out": back},
+            {**plain, "half": 0}, least=decoded.nbytes + back.nbytes, times=3,
+        ),
+        Case(
+            "keep a speck", "keep_speck",
+            {"source": grown, "cut": scene.record("image_local"), "found": np.zeros(1, np.int32)}, {"out": nearest},
+            least=crop[0] * crop[1] + h * w, times=2,
+        ),
+        Case(
+            "normalise and mask", "normalise", {"picture": image, "mask": frame.mask},
+            {"network": _half(seen), "masked": _half(masked)}, {"height": h, "width": w, "half": 1}, times=1,
+        ),
+    ]  # fmt: skip
+
+
+def _canvas(scene: Scene) -> list[Case]:
+    canvas, frame, gpu = scene.canvas, scene.frame, scene.gpu
+    (h, w), pixels = frame.size, canvas.mask.size
+    cascade = fill_cascade(scene.side)
+    latent = kernels.latent_mask(frame.mask, FACTOR)
+    distances = {"scratch": int(gpu.distance_scratch(pixels))}
+    seam = seam_weight(canvas.mask, canvas.feather_width)
+    decoded = scene.floats(1, 3, h, w, dtype="float16") * np.float16(0.6)
+    content = [scene.rng.integers(0, 256, _box_size(scene, name), np.uint8) for name in ("first", "second")]
+    pasted = kernels.paste(canvas.image, content[0], scene.picture.first.box, canvas.feather)
+    return [
+        Case(
+            "fill the hole", "fill", {"picture": frame.image, "mask": frame.mask},
+            {"picture": kernels.fill(frame.image, frame.mask, cascade)},
+            {"height": h, "width": w, "cascade": cascade}, {"scratch": int(gpu.fill_scratch(height=h, width=w))},
+            times=1, goal_ms=2.0,
+        ),
+        Case(
+            "latent mask", "latent_mask", {"mask": frame.mask}, {"out": latent, "network": _half(latent)},
+            {"height": h, "width": w, "factor": FACTOR, "half": 1}, times=2,
+        ),
+        Case(
+            "feather", "feather", {"mask": canvas.mask, "field": scene.record("feather_field")},
+            {"out": kernels.feather(canvas.mask, canvas.feather_width)}, {"dilate": 0}, distances, times=1,
+        ),
+        Case(
+            "grow a mask", "feather", {"mask": canvas.mask, "field": scene.record("dilate_field")},
+            {"out": dilated(canvas.mask, 3)}, {"dilate": 1}, distances,
+        ),
+        Case(
+            "seam", "seam",
+            {"mask": canvas.mask, "field": scene.record("seam_field"), "deepest": np.zeros(1, np.int32)},
+            {"out": seam}, {}, distances,
+        ),
+        Case(
+            "paste", "paste",
+            {"original": canvas.image, "content": content[0], "weight": canvas.feather,
+             "sheet": scene.record("hand_over_sheet")},
+            {"out": pasted}, {"local": None, "seam": None}, times=2,
+        ),
+        _final_paste(scene, content, seam),
+        Case(
+            "decoded to 8 bit", "decoded", {"image": decoded, "flags": np.zeros(1, np.int32)},
+            {"out": from_decoded(decoded.astype(np.float32)), "flags": np.zeros(1, np.int32)},
+            {"height": h, "width": w, "half": 1, "bit": 64}, times=2,
+        ),
+    ]  # fmt: skip
+
+
+def _final_paste(scene: Scene, content: list[U8], seam: U8) -> Case:
+    """The last paste where the local result stays inside the mask (as `Canvas.final`)."""
+    canvas, records = scene.canvas, scene.records
+    first, second = scene.picture.first.box, scene.picture.last.box
+    whole = [canvas.image.copy() for _ in content]
+    for picture, part, box in zip(whole, content, (first, second), strict=True):
+        picture[box[0] : box[1], box[2] : box[3]] = part
+    everything = (0, canvas.size[0], 0, canvas.size[1])
+    mixed = kernels.paste(whole[0], whole[1], everything, seam)
+    sheet = np.array([records["final_sheet"]])
+    sheet["keeps_local"] = 1
+    for name, value in zip(("local_row0", "local_row1", "local_col0", "local_col1"), first, strict=True):
+        sheet[name] = value
+    return Case(
+        "paste, local inside", "paste",
+        {"original": canvas.image, "content": content[1], "local": content[0], "seam": seam, "weight": canvas.feather,
+         "sheet": sheet.view(np.uint8)},
+        {"out": kernels.paste(canvas.image, mixed, everything, canvas.feather)},
+    )  # fmt: skip
+
+
+def _box_size(scene: Scene, which: str) -> tuple[int, int, int]:
+    crop = (scene.picture.first if which == "first" else scene.picture.last).crop
+    return (*crop, 3)
+
+
+def _tiles(scene: Scene) -> list[Case]:
+    height, width, tile = scene.side, scene.side + scene.side // 4, scene.side // 2
+    row, col = height // 4, width // 4
+    source = scene.floats(1, 3, height, width)
+    values, out = scene.floats(1, 3, tile, tile, dtype="float16"), scene.floats(1, 3, height, width)
+    rows, cols = (np.linspace(0, 1, tile, dtype=np.float32) for _ in range(2))
+    there = np.s_[..., row : row + tile, col : col + tile]
+    summed = out.astype(np.float64)
+    summed[there] += values.astype(np.float64) * rows[:, None].astype(np.float64) * cols.astype(np.float64)
+    place = {
+        "channels": 3, "height": height, "width": width, "row": row, "col": col, "tile_height": tile,
+        "tile_width": tile,
+    }  # fmt: skip
+    return [
+        Case(
+            "take a tile", "take_tile", {"source": source}, {"out": _half(source[there])},
+            {**place, "source_half": 0, "out_half": 1}, least=(4 + 2) * values.size,
+        ),
+        Case(
+            "add a tile", "add_tile", {"tile": values, "ramp_rows": rows, "ramp_cols": cols, "out": out},
+            {"out": summed.astype(np.float32)}, {**place, "half": 1}, least=(2 + 4 + 4) * values.size,
+        ),
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ latents
+
+
+def _steps(scene: Scene) -> list[Case]:
+    h = w = scene.side // FACTOR
+    one, step = (1, CHANNELS, h, w), scene.schedule[_STEP]
+    x, background, previous = (scene.floats(*one) for _ in range(3))
+    mask = (scene.floats(1, 1, h, w) > 0).astype(np.float32)
+    blend, solver = (kernels.normals(SEED, draw, _STEP, one) for draw in (1, 2))
+    x_in, doubled = kernels.blend_scale(x, background, mask, blend, step.sigma)
+    eps = scene.floats(2, *one[1:], dtype="float16")
+    names = ("sigma", "guidance_scale", "guidance_rescale", "blur_alpha", "c_x", "c_x0", "c_dx0", "c_noise")
+    row = {name: getattr(step, name) for name in names}
+    after, x0 = kernels.guided_step(x_in, eps.astype(np.float32), previous, solver, **row)
+    change = (background - x0) * (1 - mask)  # the background is kept in every prediction (engine/loop.py)
+    after, x0 = after + np.float32(step.c_x0 + step.c_dx0) * change, x0 + change
+    table = np.ascontiguousarray(scene.block["steps"].view(STEP).reshape(1, MOST_STEPS)).view(np.uint8)
+    jobs = scene.block["jobs"]
+    (height, width), target = scene.picture.first.size, scene.side
+    scales = (step.size_scale_negative, step.size_scale_positive)
+    ids = [(height * scale, width * scale, 0, 0, target, target) for scale in scales]
+    counter = np.full(1, _STEP, np.int32)
+    shared: dict[str, Array] = {
+        "counter": counter,
+        "table": table,
+        "jobs": jobs,
+        "background": background,
+        "mask": mask,
+    }
+    sides = {
+        "most_steps": MOST_STEPS, "pictures": 1, "channels": CHANNELS, "height": h, "width": w, "rows_per_picture": 2,
+        "half": 1,
+    }  # fmt: skip
+    scratch = {"scratch": int(scene.gpu.step_scratch(pictures=1, channels=CHANNELS, height=h, width=w))}
+    return [
+        Case(
+            "step: blend, noise, scale", "step_before", {**shared, "x": x},
+            {"x_in": x_in, "network_in": _half(doubled), "timestep": np.full(2, step.timestep, np.float32),
+             "time_ids": np.array(ids, np.float32)},
+            sides, least=4 * x.nbytes + mask.nbytes + eps.nbytes,
+        ),
+        Case(
+            "step: guidance, sharpness, solver", "step_after",
+            {**shared, "x_in": x_in, "eps": eps, "x0": previous, "flags": np.zeros(1, np.int32)},
+            {"x": after, "x0": x0, "counter": np.full(1, _STEP + 1, np.int32), "flags": np.zeros(1, np.int32)},
+            {**sides, "bit": 4}, scratch, least=5 * x.nbytes + mask.nbytes + eps.nbytes,
+        ),
+    ]  # fmt: skip
+
+
+def _latents(scene: Scene) -> list[Case]:
+    h = w = scene.side // FACTOR
+    one = (CHANNELS, h, w)
+    job = np.zeros(1, JOB)
+    job["seed"], job["start_scale"], job["hand_over_sigma"], job["samples_vae"] = SEED, 14.6, 2.5, 1
+    mean, std = scene.floats(*one, dtype="float16"), np.abs(scene.floats(*one, dtype="float16"))
+    drawn, init, again = (kernels.normals(SEED, draw, 0, one) for draw in (4, 0, 3))
+    latent = np.float32(SCALING) * (mean.astype(np.float32) + std.astype(np.float32) * drawn)
+    start, flags = scene.floats(*one), np.zeros(1, np.int32)
+    feature = scene.floats(1, 320, h, w, dtype="float16")
+    bytes_of_job = job.view(np.uint8)
+    return [
+        Case(
+            "sample a latent", "encode_latent", {"mean": mean, "std": std, "job": bytes_of_job, "flags": flags},
+            {"latent": latent, "network": _half(latent), "flags": flags},
+            {"scaling": SCALING, "draw": 4, "channels": CHANNELS, "height": h, "width": w, "half": 1,
+             "bit": 32, **({"network_half": 1} if "network_half" in _told(scene.gpu.encode_latent) else {})},
+            times=5,
+        ),
+        Case(
+            "noise on a latent", "noised", {"latent": start, "job": bytes_of_job},
+            {"out": start + init * job["start_scale"]}, {"hand_over": 0, "count": start.size}, times=1,
+        ),
+        Case(
+            "noise at the hand-over", "noised", {"latent": start, "job": bytes_of_job},
+            {"out": start + job["hand_over_sigma"] * again}, {"hand_over": 1, "count": start.size}, times=1,
+        ),
+        Case(
+            "a latent for the decoder", "scaled", {"latent": start}, {"out": _half(start / np.float32(SCALING))},
+            {"factor": SCALING, "count": start.size, "half": 1}, times=2,
+        ),
+        Case(
+            "look for what is no number", "check_finite", {"values": feature, "flags": flags}, {"flags": flags},
+            {"count": feature.size, "half": 1, "bit": 16}, times=2,
+        ),
+        Case(
+            "find what is no number", "check_finite", {"values": _spoilt(feature), "flags": flags},
+            {"flags": np.full(1, 16, np.int32)}, {"count": feature.size, "half": 1, "bit": 16},
+        ),
+        Case(
+            "change the type", "convert", {"source": feature}, {"out": feature.astype(np.float32)},
+            {"source_half": 1, "out_half": 0, "count": feature.size}, tolerances={"out": 0.0}, times=2,
+        ),
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ text, factors
+
+
+def _texts(scene: Scene) -> list[Case]:
+    rows, first, second = 77, 768, 1280
+    a, b = scene.floats(rows, first, dtype="float16"), scene.floats(rows, second, dtype="float16")
+    tokens, removed = scene.floats(rows, first + second), scene.floats(rows, first + second)
+    away, places = np.array([5, 6, 7]), np.arange(1, 12)
+    plan = np.zeros(2 + 2 * rows, np.int32)
+    plan[:2] = len(away), len(places)
+    plan[2 : 2 + len(away)], plan[2 + rows : 2 + rows + len(places)] = away, places
+    less = kernels.tas_project(tokens, removed[away], places)
+    flags = np.zeros(1, np.int32)
+    return [
+        Case(
+            "join two texts", "join_text", {"first": a, "second": b, "flags": flags},
+            {"out": np.concatenate([a, b], axis=1).astype(np.float32), "flags": flags},
+            {"rows": rows, "first_width": first, "second_width": second, "half": 1, "first_bit": 1, "second_bit": 2},
+            tolerances={"out": 0.0}, times=2,
+        ),
+        Case(
+            "take attributes away", "tas", {"tokens": tokens, "removed": removed, "plan": plan}, {"tokens": less},
+            {"rows": rows, "width": first + second}, least=4 * (first + second) * (len(away) + 2 * len(places)),
+            times=1,
+        ),
+    ]  # fmt: skip
+
+
+def _factors(scene: Scene) -> list[Case]:
+    """Attention factors as SDXL's: `RANK` in slots of twice the rank, at miniature sides fewer and narrower."""
+    small = scene.side < 512
+    count, wide = (8, 64) if small else (560, 1280)
+    slot = 2 * wide * 2 * RANK
+    records, raw, at = [], [], 0
+    packed = np.zeros(count * slot, np.float32)
+    for number in range(count):
+        for part, (shape, target) in enumerate((((wide, RANK), (wide, 2 * RANK)), ((RANK, wide), (2 * RANK, wide)))):
+            values = scene.floats(*shape)
+            start = number * slot + part * wide * 2 * RANK
+            scale = (1.0, 0.8)[part]
+            records.append((at, start, *shape, *target, scale, 0))
+            place = packed[start : start + target[0] * target[1]].reshape(target)
+            place[: shape[0], : shape[1]] = values * np.float32(scale)
+            raw.append(values.reshape(-1))
+            at += values.size
+    row = _half(packed)
+    segments = np.array([(n * slot // 2, n * slot // 2, slot // 2) for n in range(2 * count)], SEGMENT)
+    batch = np.zeros((2 * count, 2, slot // 2), np.float16)
+    batch[:, 1] = row.reshape(2 * count, slot // 2)
+    weight = scene.floats(8 * wide, wide, dtype="float16")
+    a, b = scene.floats(wide, RANK), scene.floats(RANK, 8 * wide)
+    merged = weight.astype(np.float64) + 0.5 * (a.astype(np.float64) @ b).T
+    pack = Case(
+        "pack factors", "pack_factors",
+        {"raw": np.concatenate(raw), "factors": np.array(records, FACTOR_RECORD).view(np.uint8),
+         "out": np.zeros(packed.size, np.float16)},
+        {"out": row}, {"count": len(records), "raw_half": 0, "out_half": 1}, least=4 * at + row.nbytes,
+    )  # fmt: skip
+    return [
+        pack,
+        Case(
+            "place a subject in a batch", "place_factors",
+            {"row": row, "segments": segments.view(np.uint8), "out": np.zeros(2 * row.size, np.float16)},
+            {"out": batch.reshape(-1)}, {"count": len(segments), "pictures": 2, "picture": 1, "half": 1},
+            least=2 * row.nbytes,
+        ),
+        Case(
+            "merge a LoRA", "merge_lora", {"weight": weight, "a": a, "b": b}, {"out": _half(merged)},
+            {"outputs": 8 * wide, "inputs": wide, "rank": RANK, "scale": 0.5, "half": 1},
+        ),
+    ]  # fmt: skip
+
+
+def _half(values: Any) -> Array:
+    return np.asarray(values).astype(np.float16)
+
+
+def _spoilt(values: Array) -> Array:
+    spoilt = values.copy()
+    spoilt.reshape(-1)[values.size // 3] = np.inf
+    return spoilt

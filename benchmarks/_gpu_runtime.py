@@ -1,0 +1,182 @@
+"""Parts of `gpu_suite.py`: subjects that swap, memory as planned and as measured, a thousand requests."""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _gpu_clock import event_seconds
+from _gpu_full import paint_often
+from _gpu_models import (
+    PROMPT,
+    Front,
+    Setting,
+    StepRig,
+    device_of,
+    random_networks,
+    random_subject,
+    sample_picture,
+    studio_for,
+    tokenizers_of,
+)
+from _gpu_report import GIB, MIB, Part, Spread
+
+# ------------------------------------------------------------------------------------------------ subjects
+
+
+def subjects(part: Part, setting: Setting) -> None:
+    """How long a swap takes, whether it leaves nothing behind, and what different subjects in one batch cost."""
+    side = setting.side // 8
+    with device_of(setting) as device, random_networks(setting, device) as networks:
+        known = [random_subject(networks, name, seed=seed) for seed, name in enumerate("ABCD")]
+        with StepRig(device, networks, (side, side), subjects=known) as rig:
+            _swaps(part, setting, rig)
+        for pictures in (2, 4):
+            with StepRig(device, networks, (side, side), pictures=pictures, subjects=known) as rig:
+                _batches(part, rig, pictures)
+    part.note("a swap: from the call to the device's answer; the factors lie on the device, rank 4 in slots of 8")
+
+
+def _swaps(part: Part, setting: Setting, rig: StepRig) -> None:
+    from dreammix_trt.engine.gpu.subjects import resident_bytes
+
+    part.add("a subject's row [MB]", resident_bytes(rig.layout)["row"] / 1e6)
+    times = []
+    for turn in range(setting.swaps + 10):
+        rig.device.synchronize(rig.stream)
+        started = time.perf_counter()
+        rig.subjects.enter(["AB"[turn % 2]])
+        rig.device.synchronize(rig.stream)
+        times.append(1e3 * (time.perf_counter() - started))
+    spread = Spread.of(times[10:])
+    part.add(f"a swap, p50 of {setting.swaps} [ms]", spread.p50)
+    part.add(f"a swap, p99 of {setting.swaps} [ms]", spread.p99, goal="<= 5")
+    ends = []
+    for name in "ABA":
+        rig.subjects.enter([name])
+        rig.unet()
+        ends.append(rig.result()["eps"])
+    part.add("A, B, A: the same bits as before", bool(np.array_equal(ends[0], ends[2])), goal="== 1")
+    part.add("A, B: another result", not np.array_equal(ends[0], ends[1]), goal="== 1")
+
+
+def _batches(part: Part, rig: StepRig, pictures: int) -> None:
+    """A batch of different subjects against one of a single subject, swaps included, in turns."""
+    mixed, single = list("ABCD"[:pictures]), ["A"] * pictures
+    graph = rig.capture(rig.step)
+    step = rig.step if graph is None else lambda: graph.launch(rig.stream)
+
+    def work(names: list[str]) -> float:
+        rig.subjects.enter(["D"] * pictures)  # so that both must place all their rows
+        rig.device.synchronize(rig.stream)
+
+        def run() -> None:
+            rig.subjects.enter(names)
+            for _ in range(4):
+                step()
+
+        return event_seconds(rig.device, rig.stream, run, repeats=1, warm=0)[0]
+
+    work(mixed)
+    rounds = [(work(mixed), work(single)) for _ in range(10)]
+    several, one = (statistics.median(times) for times in zip(*rounds, strict=True))
+    part.add(f"batch of {pictures}, one subject, 4 steps [ms]", 1e3 * one)
+    part.add(f"batch of {pictures}: different subjects cost more by", several / one - 1, goal="<= 0.05")
+    if graph is not None:
+        rig.device.synchronize(rig.stream)
+        graph.close()
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def memory(part: Part, setting: Setting) -> None:
+    """The plan for this GPU, plans for smaller ones, and what the device says was taken."""
+    with device_of(setting) as device:
+        before = device.memory()[0]
+        with random_networks(setting, device) as networks:
+            part.add("weights, measured [MiB]", (before - device.memory()[0]) / MIB)
+            held = sum(networks.weight_bytes(name) for name in _own(networks))
+            part.add("weights, as told [MiB]", held / MIB)
+            after = device.memory()[0]
+            with studio_for(device, networks, tokenizers_of(setting), largest_picture=setting.side**2) as front:
+                part.note(f"plan for this device:\n{front.studio.plan}")
+                taken = after - device.memory()[0]
+                part.add("the runtime's own memory, measured [MiB]", taken / MIB)
+                paint_often(front, setting, next(iter(setting.jobs().values())), times=1)
+                taken = after - device.memory()[0]
+                part.add("with rooms and graphs after some pictures, measured [MiB]", taken / MIB)
+                _turns(part, networks)
+                for total in (24, 12):
+                    part.note(f"plan as if the device had {total} GiB:\n{_as_if(front, total * GIB)}")
+
+
+def _turns(part: Part, networks: Any) -> None:
+    """What it costs to have weights leave and come back, where memory is short."""
+    for turn in ("first", "again"):  # the first time takes a copy on the host
+        started = time.perf_counter()
+        networks.unload("unet")
+        left = time.perf_counter()
+        networks.load("unet")
+        part.add(f"the UNet's weights leave, {turn} [s]", left - started)
+        part.add(f"the UNet's weights come back, {turn} [s]", time.perf_counter() - left)
+
+
+def _own(networks: Any) -> list[str]:
+    """The networks that are loaded from the start."""
+    names = ("text_encoder", "text_encoder_2", "unet", "unet_raw", "inpaint_head", "vae_encoder", "vae_decoder")
+    return [name for name in names if name in networks]
+
+
+def _as_if(front: Front, total: int) -> str:
+    """The plan for a device of `total` bytes with as much of it in use beforehand as here, or why there is none."""
+    from dreammix_trt.core.errors import DreamMixError
+
+    try:
+        return str(front.plan_for(total))
+    except DreamMixError as error:
+        return f"none: {error}"
+
+
+# ------------------------------------------------------------------------------------------------ soak
+
+
+def soak(part: Part, setting: Setting) -> None:
+    """Request after request of the reduced-width model: memory of device and host must not grow."""
+    from dreammix_trt.core.request import Request
+
+    reduced = replace(setting, width=min(setting.width, 0.2), side=min(setting.side, 512))
+    image, mask = sample_picture(reduced.side)
+    with device_of(reduced) as device, random_networks(reduced, device) as networks:
+        known = [random_subject(networks, name, seed=seed) for seed, name in enumerate("ABCDE")]
+        with studio_for(device, networks, tokenizers_of(reduced), known, largest_picture=reduced.side**2) as front:
+            warm = min(50, max(reduced.requests // 10, 1))
+            levels: list[tuple[int, int]] = []
+            started = time.perf_counter()
+            for turn in range(reduced.requests):
+                if turn == warm:
+                    levels.append(_levels(device))
+                    started = time.perf_counter()
+                request = Request(prompt=f"{PROMPT} {turn % 7}", seed=turn, num_inference_steps=4 + turn % 3)
+                front.paint(image, mask, request, subject="ABCDE"[turn % 5])
+            spent = time.perf_counter() - started
+            levels.append(_levels(device))
+    (device_before, host_before), (device_after, host_after) = levels[0], levels[-1]
+    part.add("requests", reduced.requests)
+    part.add("a request [ms]", 1e3 * spent / max(reduced.requests - warm, 1))
+    part.add(f"device memory grown after the first {warm} [MiB]", (device_after - device_before) / MIB, goal="<= 0")
+    part.add(f"host memory grown after the first {warm} [MiB]", (host_after - host_before) / MIB, goal="<= 32")
+
+
+def _levels(device: Any) -> tuple[int, int]:
+    """Bytes in use on the device, and of this process on the host."""
+    gc.collect()
+    free, total = device.memory()
+    pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
+    return total - free, pages * os.sysconf("SC_PAGE_SIZE") if pages else 0

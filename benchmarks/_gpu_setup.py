@@ -1,0 +1,179 @@
+"""What must be there before anything is measured on a GPU: wheels laid beside, the extension with CUDA, a description.
+
+The kernels are built for the GPU at hand alone, into a folder of their own; the installed extension stays as it is.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from _common import machine
+
+ROOT = Path(__file__).resolve().parent.parent
+_ASKED = {
+    "name": "gpu", "compute_cap": "capability", "memory.total": "memory [MiB]", "driver_version": "driver",
+    "clocks.sm": "SM clock [MHz]", "clocks.mem": "memory clock [MHz]", "clocks.max.sm": "SM clock, most [MHz]",
+    "clocks.max.mem": "memory clock, most [MHz]", "power.limit": "power limit [W]",
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ wheels
+
+
+def unpack_wheels(wheels: Path, to: Path) -> list[Path]:
+    """Unpack every wheel of a folder below `to`; returns the folders to be imported from, in the files' order.
+
+    Raises FileNotFoundError where the folder has none.
+    """
+    files = sorted(wheels.glob("*.whl"))
+    if not files:
+        raise FileNotFoundError(f"{wheels} holds no wheel (*.whl)")
+    places = []
+    for file in files:
+        place = to / file.name.removesuffix(".whl")
+        with zipfile.ZipFile(file) as packed:
+            packed.extractall(place)
+        for part in ("purelib", "platlib"):  # what a wheel of the other kind keeps aside
+            for folder in place.glob(f"*.data/{part}"):
+                shutil.copytree(folder, place, dirs_exist_ok=True)
+        places.append(place)
+    return places
+
+
+def with_paths(paths: Iterable[Path], environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment with these folders first on Python's path."""
+    before = environment.get("PYTHONPATH", "")
+    return {**environment, "PYTHONPATH": os.pathsep.join([*map(str, paths), *([before] if before else [])])}
+
+
+# ------------------------------------------------------------------------------------------------ extension
+
+
+def extension_serves(info: Mapping[str, Any] | None, capability: str) -> bool:
+    """Whether an extension's `build_info()` has kernels for a GPU ("sm_90"), as machine code or as PTX."""
+    cuda = (info or {}).get("cuda")
+    if not cuda:
+        return False
+    ptx = cuda.get("ptx")
+    return capability in cuda["architectures"] or bool(ptx and _number(ptx) <= _number(capability))
+
+
+def extension_info(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """`build_info()` of the extension as another process finds it; None: there is none, or one without."""
+    code = "import json, dreammix_trt._cpp as c; print(json.dumps(c.build_info()))"
+    done = subprocess.run([sys.executable, "-c", code], env=dict(environment), capture_output=True, text=True)
+    try:
+        found: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        return None
+    return found
+
+
+def build_extension(folder: Path, capability: str) -> Path:
+    """Build the extension with kernels for one GPU ("sm_90"); returns the folder that holds it.
+
+    Needs cmake, nvcc, a C++ compiler and nanobind. Raises RuntimeError with the end of what a tool said.
+    """
+    nanobind = _ran([sys.executable, "-m", "nanobind", "--cmake_dir"]).strip()
+    command = [
+        _tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release", "-DDREAMMIX_CUDA=ON",
+        f"-DDREAMMIX_CUDA_ARCHITECTURES={_number(capability)}-real", f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dnanobind_DIR={nanobind}", f"-DCMAKE_CUDA_COMPILER={_tool('nvcc')}",
+    ]  # fmt: skip
+    _ran(command)
+    _ran([_tool("cmake"), "--build", str(folder), "--config", "Release", "-j", str(min(16, os.cpu_count() or 1))])
+    built = [file for kind in ("so", "pyd") for file in folder.rglob(f"_cpp*.{kind}") if file.parent.name != "alone"]
+    if not built:
+        raise RuntimeError(f"{folder}: cmake built no _cpp module")
+    alone = folder / "alone"
+    alone.mkdir(exist_ok=True)
+    shutil.copy2(max(built, key=lambda file: file.stat().st_mtime), alone)
+    return alone
+
+
+def use_extension(folder: Path) -> None:
+    """From now on this process takes `dreammix_trt._cpp` from `folder`. Call it before anything imports the kernels."""
+    import dreammix_trt
+
+    if "dreammix_trt._cpp" in sys.modules:
+        raise RuntimeError("the extension is already loaded: use_extension comes first")
+    dreammix_trt.__path__.insert(0, str(folder))
+
+
+def _tool(name: str) -> str:
+    places = [os.environ.get("PATH", ""), str(Path(sys.executable).parent), "/usr/local/cuda/bin"]
+    found = shutil.which(name, path=os.pathsep.join(places))
+    if found is None:
+        raise RuntimeError(f"{name} is needed to build the kernels and is not on PATH")
+    return found
+
+
+def _ran(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        last = "\n".join((done.stdout + done.stderr).splitlines()[-30:])
+        raise RuntimeError(f"`{' '.join(command)}` failed:\n{last}")
+    return done.stdout
+
+
+def _number(capability: str) -> int:
+    """ "sm_90", "sm_90a", "compute_120" -> 90, 90, 120."""
+    return int("".join(letter for letter in capability if letter.isdigit()))
+
+
+# ------------------------------------------------------------------------------------------------ description
+
+
+def describe(info: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The machine: processor and system, GPU with driver and clocks as found, toolkit of the kernels, packages.
+
+    info: the extension's `build_info()`.
+    """
+    from dreammix_trt.engine.hardware import ask_driver
+    from dreammix_trt.engine.machine import installed_versions
+
+    driver = ask_driver()
+    found: dict[str, Any] = {**machine(), "driver for CUDA": driver.cuda}
+    for gpu in driver.gpus[:1]:
+        found |= {"gpu": gpu.name, "capability": gpu.capability, "memory [MiB]": gpu.memory >> 20}
+    found |= gpu_state()
+    found["kernels"] = (info or {}).get("cuda")
+    found["versions"] = installed_versions()
+    return found
+
+
+def gpu_state() -> dict[str, Any]:
+    """What nvidia-smi says of the first GPU now; {} where it is not to be had."""
+    command = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(_ASKED)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    return parsed_state(done.stdout) if done.returncode == 0 else {}
+
+
+def parsed_state(line: str) -> dict[str, Any]:
+    """One line of nvidia-smi's answer; fields it does not know ("[N/A]") are left out."""
+    cells = next(csv.reader([line.strip()], skipinitialspace=True), [])
+    if len(cells) != len(_ASKED):
+        return {}
+    told: dict[str, Any] = {}
+    for name, cell in zip(_ASKED.values(), cells, strict=True):
+        if cell.startswith("["):
+            continue
+        if name == "capability":
+            told[name] = f"sm_{cell.replace('.', '')}"
+        elif name.endswith("]"):
+            told[name] = round(float(cell))
+        else:
+            told[name] = cell
+    return told
