@@ -23,6 +23,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no NVIDIA GPU can be used here, so there is nothing to measure", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as scratch:
+        if find_spec("platformdirs") is None:  # torch and nvcc alone: nothing then knows the user's own folder
+            os.environ.setdefault("DREAMMIX_HOME", scratch)
         environment = ready(given, capability, Path(scratch))
         records = {name: supervised(name, given, environment, out, Path(scratch)) for name in names}
     sys.stdout.write(table(records, goals=not given.simulate))

@@ -36,8 +36,9 @@ def load_torch(
 
     base: of `BaseFiles.open`; subjects: of `core.subject.subject_from_loras`; dtype: "float16", "bfloat16" or
     "float32"; compile: torch.compile the UNets and the VAE (the first picture of a frame size waits for it); options:
-    what memory is set aside for; device: None: the first GPU, which is torch_device's, too; networks: further arguments of `TorchNetworks.of`.
-    Raises MissingExtraError without torch, DeviceError without a GPU, FileFormatError for a base that does not fit.
+    what memory is set aside for; device: None: the first GPU, which is torch_device's, too; networks: further arguments
+    of `TorchNetworks.of`. Raises MissingExtraError without torch, DeviceError without a GPU, FileFormatError for a base
+    that does not fit.
     """
     try:
         from dreammix_trt.export.torch_networks import TorchNetworks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -181,13 +181,21 @@ class DreamMix:
 
     def another(self) -> DreamMix:
         """A second DreamMix on the same GPU: the same weights, memory and a stream of its own, so that both can be
-        used at once, each by one thread. Close it before this one. Raises EngineError on the CPU."""
+        used at once, each by one thread. Close it before this one. Raises EngineError on the CPU, and where the memory
+        plan or the back end does not let networks be shared; OutOfMemoryError."""
         self._ready()
         if self._studio is None:
             raise EngineError("another() shares a GPU; on the CPU load the engine a second time")
         subjects = [replace(subject, name=name) for name, (subject, _) in self._subjects.items()]
-        studio = self._studio
-        return DreamMix.on_device(studio.device, studio.shared, self.tokenizers, subjects, studio.options)
+        studio = self._studio.another()
+        try:
+            return DreamMix(
+                studio.shared, self.facts, self.tokenizers, subjects, defaults=self.defaults, studio=studio,
+                owned=(studio,),
+            )  # fmt: skip
+        except BaseException:
+            studio.close()
+            raise
 
     @property
     def studio(self) -> Studio | None:
@@ -199,10 +207,11 @@ class DreamMix:
         if self._closed:
             return
         self._closed = True
-        for each in self._owned:
-            each.close()
-        if isinstance(self.networks, EngineSet):
-            self.networks.close()
+        with ExitStack() as owned:
+            if isinstance(self.networks, EngineSet):
+                owned.callback(self.networks.close)
+            for each in reversed(self._owned):
+                owned.callback(each.close)
 
     def __enter__(self) -> DreamMix:
         self._ready()
@@ -261,8 +270,9 @@ class DreamMix:
         """Several requests, one result each, in order. All are checked before the first is painted."""
         if self._studio is not None:
             laid_out = [self._laid_out(self._studio, Job(*job)) for job in jobs]
-            events = list(self._device_events(self._studio, laid_out, keep_stages=False))
-            return [event.result for event in events if event.result is not None]
+            for _ in self._device_events(self._studio, laid_out, keep_stages=False):
+                pass
+            return [job.finished for job in laid_out if job.finished is not None]
         prepared = [self._prepared(Job(*job)) for job in jobs]
         return [_last(self._events(work, keep_stages=False)) for work in prepared]
 
@@ -355,7 +365,8 @@ class DreamMix:
             canvas = laid(source.rgb, mask, request, self.facts, studio.networks.frames())
             schedule = make_schedule(request, raw_unet=studio.has_raw_unet)
             seeds = tuple(request.seed + k for k in range(request.num_images_per_prompt))
-            works = [studio.work(canvas, request, schedule, seed, name, token) for seed in seeds]
+            first = studio.work(canvas, request, schedule, seeds[0], name, token)
+            works = [replace(first, picture=replace(first.picture, seed=seed)) for seed in seeds]
         return _LaidOut(source, request, schedule, seeds, works, clock)
 
     def _device_events(self, studio: Studio, jobs: Sequence[_LaidOut], keep_stages: bool) -> Iterator[StepEvent]:
@@ -367,28 +378,28 @@ class DreamMix:
         index = 0
         for batch in _batches(jobs, studio.options.pictures):
             (job, k), count = batch[0], len(batch)
-            finished: list[U8] = []
-            with closing(studio.paint([jobs[j].works[n] for j, n in batch])) as steps:
-                for progress in steps:
+            steps = len(jobs[job].schedule)
+            with closing(studio.paint([jobs[j].works[n] for j, n in batch])) as painting:
+                for progress in painting:
                     if isinstance(progress, list):
-                        finished = progress
                         break
                     done, look = count * (progress.step.index + 1) - 1, partial(progress.preview, 0)
                     event = StepEvent(index + done, total, progress.step.stage, k, look)
-                    if progress.step.index + 1 < len(jobs[job].schedule):
+                    if progress.step.index + 1 < steps:
                         yield event
-            index += len(jobs[job].schedule) * count
-            for place, ((job, k), pixels) in enumerate(zip(batch, finished, strict=True)):
-                with jobs[job].clock("write"):
-                    images.setdefault(job, []).append(_written(jobs[job].source, pixels))
-                if keep_stages and k == 0:
-                    pictures = studio.stages(place, jobs[job].works[k].picture)
-                    shown[job] = {name: _rgb(picture) for name, picture in pictures.items()}
-                jobs[job].charge(studio.timings, len(batch))
-                if len(images[job]) == len(jobs[job].works):
-                    yield replace(event, picture=k, result=jobs[job].result(images[job], shown.get(job, {})))
-                elif place + 1 == len(batch):
-                    yield event
+                for place, ((job, k), pixels) in enumerate(zip(batch, cast(list[U8], progress), strict=True)):
+                    with jobs[job].clock("write"):
+                        images.setdefault(job, []).append(_written(jobs[job].source, pixels))
+                    if keep_stages and k == 0:
+                        pictures = studio.stages(place, jobs[job].works[k].picture)
+                        shown[job] = {name: _rgb(picture) for name, picture in pictures.items()}
+                    jobs[job].charge(studio.timings, len(batch))
+                    if len(images[job]) == len(jobs[job].works):
+                        jobs[job].finished = jobs[job].result(images[job], shown.get(job, {}))
+                        yield replace(event, picture=k, result=jobs[job].finished)
+                    elif place + 1 == len(batch):
+                        yield event
+            index += steps * count
 
     def _ready(self) -> None:
         if self._closed:
@@ -486,6 +497,7 @@ class _LaidOut:
     seeds: tuple[int, ...]
     works: list[Work]
     clock: Clock
+    finished: Result | None = None
 
     def charge(self, timings: Mapping[str, float], pictures: int) -> None:
         """Add a picture's share of its batch's device seconds."""
@@ -498,16 +510,12 @@ class _LaidOut:
 
 def _batches(jobs: Sequence[_LaidOut], most: int) -> Iterator[list[tuple[int, int]]]:
     """Pictures as (job, number), at most `most` of equal shape and steps together, in order of their first."""
+    variants = [job.works[0].picture.variant for job in jobs]  # a job's pictures differ in their seeds alone
     waiting = [(job, k) for job, laid_out in enumerate(jobs) for k in range(len(laid_out.works))]
     while waiting:
-        variant = _variant(jobs, waiting[0])
-        batch = [each for each in waiting if _variant(jobs, each) == variant][:most]
+        batch = [each for each in waiting if variants[each[0]] == variants[waiting[0][0]]][:most]
         waiting = [each for each in waiting if each not in batch]
         yield batch
-
-
-def _variant(jobs: Sequence[_LaidOut], place: tuple[int, int]) -> tuple[Any, ...]:
-    return jobs[place[0]].works[place[1]].picture.variant
 
 
 def _written(source: PictureIn, pixels: U8) -> Image.Image:

@@ -57,8 +57,8 @@ class TorchBound:
 
     @property
     def capturable(self) -> bool:
-        """On a GPU, after one call outside: see the class. On the CPU a pass runs at once, so no graph would hold it."""
-        return self._resident.device.type == "cuda"
+        """On a GPU, after one call outside: see the class. On the CPU a pass runs at once; no graph would hold it."""
+        return bool(self._resident.device.type == "cuda")
 
     def enqueue(self, stream: Stream) -> None:
         """Run once in the stream (on the CPU: now).

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {"core": set(), "export": {"core"}, "engine": {"core"}, "trainer": {"core"}}
-FACE = {"cli", "building", "parts", "demo", "report", "store_cli", "doctor_cli"}
+FACE = {"cli", "building", "parts", "demo", "report", "store_cli", "doctor_cli", "on_torch"}
 HEAVY = {
     "torch", "diffusers", "transformers", "peft", "accelerate", "onnx", "onnxslim", "polygraphy", "tensorrt",
     "tensorrt_rtx",

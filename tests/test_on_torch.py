@@ -42,5 +42,5 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
     if ask_driver().gpus:
         pytest.skip("there is a GPU here")
-    with pytest.raises(DreamMixError, match="driver|cuda-python"):
+    with pytest.raises(DreamMixError, match=r"driver|cuda-python"):
         load_torch(BaseFiles.open())

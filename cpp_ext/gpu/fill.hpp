@@ -25,6 +25,16 @@ struct FillPlan {
 
     static int words_of(int width) { return (3 * width + 3) / 4; }
     static std::size_t head(int height) { return (16 + 8 * static_cast<std::size_t>(height) + 15) / 16 * 16; }
+    static std::size_t bytes_for(int height, int width) {
+        return head(height) + 8 * static_cast<std::size_t>(height) * static_cast<std::size_t>(words_of(width));
+    }
+    // The most that `bytes_for` can be for as many pixels with no side below `least_side`: six for every pixel, and for
+    // every row at most eight of its own and six where its words end.
+    static constexpr int least_side = 8;
+    static std::size_t most_bytes(int height, int width) {
+        const std::size_t pixels = static_cast<std::size_t>(height) * static_cast<std::size_t>(width);
+        return 6 * pixels + 14 * (pixels / least_side) + 32;
+    }
 
     static FillPlan of(const FillArgs& args) {
         auto* const box = static_cast<std::int32_t*>(args.scratch);
@@ -182,6 +192,9 @@ struct BlurColumns {
     FillPlan plan;
     int radius, strip;
     BoxWeights weights;
+
+    // Few threads to a block: there may be fewer threads in all than the device has places, and all are bound by reads.
+    static constexpr int threads = 64;
 
     // Starting a window costs as many reads as it is long, which long strips share; short ones keep more threads busy.
     static int strip_for(int radius) { return clamped(radius / 2, 16, 64); }

@@ -1,6 +1,8 @@
 // The picture kernels' launches. Where sizes stand in a record the grid fills the device, whatever they are.
 #include "pictures.hpp"
 
+#include <algorithm>
+
 #include "cut.hpp"
 #include "fill.hpp"
 #include "masks.hpp"
@@ -19,8 +21,7 @@ void keep_speck(const SpeckArgs& args, Place place) { run(Speck{args}, {}, place
 void normalise(const NormaliseArgs& args, Place place) { run(Normalise{args}, {}, place); }
 
 std::size_t fill_scratch(int height, int width) {
-    const std::size_t plane = static_cast<std::size_t>(height) * static_cast<std::size_t>(FillPlan::words_of(width));
-    return FillPlan::head(height) + 2 * plane * sizeof(std::uint32_t);
+    return std::max(FillPlan::bytes_for(height, width), FillPlan::most_bytes(height, width));
 }
 
 void fill(const FillArgs& args, const std::vector<Blur>& cascade, Place place) {
@@ -30,11 +31,11 @@ void fill(const FillArgs& args, const std::vector<Blur>& cascade, Place place) {
     for (const Blur& blur : cascade) {
         const BoxWeights weights = box_weights(blur.radius);
         const int strip = BlurColumns::strip_for(blur.radius);
-        const int column_blocks = parts_of(plan.words * parts_of(args.height, strip), block_threads);
+        const int column_blocks = parts_of(plan.words * parts_of(args.height, strip), BlurColumns::threads);
         for (int repeat = 0; repeat < blur.repeats; ++repeat) {
             run(BlurRows{plan, blur.radius, repeat == 0, BlurRows::grain_bits_for(args.width), weights},
                 {args.height, block_threads, BlurRows::shared_for(args.width)}, place);
-            run(BlurColumns{plan, blur.radius, strip, weights}, {column_blocks, block_threads}, place);
+            run(BlurColumns{plan, blur.radius, strip, weights}, {column_blocks, BlurColumns::threads}, place);
         }
     }
 }

@@ -48,6 +48,7 @@ struct FillArgs {
     void* scratch;
     int height, width;
 };
+// Enough for (height, width), and for every other picture of at most as many pixels whose sides are 8 or more.
 std::size_t fill_scratch(int height, int width);
 void fill(const FillArgs& args, const std::vector<Blur>& cascade, Place place);
 

@@ -71,7 +71,7 @@ class Bindings:
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What a runtime function gives besides its error code. Raises DeviceError or OutOfMemoryError."""
         if self.lost:
-            raise DeviceError(self.lost)
+            raise _lost(self.lost)
         error, *results = function(*arguments)
         if error != self.runtime.cudaError_t.cudaSuccess:
             raise self.failure(function.__name__, error)
@@ -83,7 +83,7 @@ class Bindings:
         self.runtime.cudaGetLastError()  # a later look at the last error must not find this one
         if error.name in _LOSING:
             self.lost = f"{text}; the device's context is lost and nothing runs in it any more: start the program again"
-            return DeviceError(self.lost)
+            return _lost(self.lost)
         if error == self.runtime.cudaError_t.cudaErrorMemoryAllocation:
             return OutOfMemoryError(f"{text}; close what else uses the GPU, or ask for less")
         return DeviceError(text)
@@ -563,6 +563,13 @@ def _check_kernels(extension: Any, name: str, capability: str, driver: int) -> A
     if why:
         raise DeviceError(f"the {name} ({capability}) cannot be used: {why}")
     return extension.gpu
+
+
+def _lost(why: str) -> DeviceError:
+    """An error that says so: who serves requests must not try the next one on this device."""
+    error = DeviceError(why)
+    error.lost = True
+    return error
 
 
 def _handle(stream: Stream) -> int:

@@ -145,12 +145,6 @@ class Block:
             _geometry(records[k : k + 1], picture, tables)
             jobs[k] = _job(picture, facts)
             steps[k, : len(picture.schedule)] = _steps(picture.schedule)
-        room = self._parts["tables"][0][0]
-        if tables.length > room:
-            raise InputError(
-                f"the resampling tables of these pictures take {tables.length} numbers, there is room for {room}: "
-                "make the picture smaller"
-            )
         filled = {
             "records": records, "jobs": jobs, "steps": steps, "ids": ids, "tas plans": plans, "tables": tables.joined(),
         }  # fmt: skip
@@ -192,12 +186,7 @@ def resampling(inputs: int, outputs: int) -> tuple[int, I32]:
 def _geometry(record: np.ndarray, picture: Picture, tables: _Tables) -> None:
     canvas, mask = picture.canvas, picture.canvas.mask
     whole = canvas.size
-    for stage, place in (("local", picture.first), ("global", picture.second)):
-        if place is None:
-            continue
-        record[f"image_{stage}"] = _cut(whole, place.box, place.work, tables)
-        record[f"fit_{stage}"] = _cut(place.work, (0, place.work[0], 0, place.work[1]), place.size, tables)
-        record[f"box_{stage}"] = _cut(place.size, (0, place.size[0], 0, place.size[1]), place.crop, tables)
+    _cuts(record, picture, tables)
     soft = int(picture.request.soft_blending)
     record["hand_over_sheet"] = _record(SHEET, *whole, *picture.first.box, soft, 0)
     kept = picture.first.box if picture.keeps_local else (0, 0, 0, 0)
@@ -208,6 +197,16 @@ def _geometry(record: np.ndarray, picture: Picture, tables: _Tables) -> None:
     record["dilate_field"] = _record(FIELD, *whole, max(picture.dilate, 1), 0, whole[0], 0, whole[1])
     ring = (max(bounds[0] - 1, 0), min(bounds[1] + 1, whole[0]), max(bounds[2] - 1, 0), min(bounds[3] + 1, whole[1]))
     record["seam_field"] = _record(FIELD, *whole, reach, *ring)
+
+
+def _cuts(record: np.ndarray, picture: Picture, tables: _Tables) -> None:
+    whole = picture.canvas.size
+    for stage, place in (("local", picture.first), ("global", picture.second)):
+        if place is None:
+            continue
+        record[f"image_{stage}"] = _cut(whole, place.box, place.work, tables)
+        record[f"fit_{stage}"] = _cut(place.work, (0, place.work[0], 0, place.work[1]), place.size, tables)
+        record[f"box_{stage}"] = _cut(place.size, (0, place.size[0], 0, place.size[1]), place.crop, tables)
 
 
 def _cut(source: Size, box: Box, out: Size, tables: _Tables) -> np.ndarray:
@@ -248,6 +247,18 @@ def check_size(canvas: Canvas, most: int) -> None:
         raise InputError(
             f"image is {width}x{height}; this runtime was loaded for at most {most} pixels: "
             f"load it with largest_picture={height * width}, or make the picture smaller"
+        )
+
+
+def check_tables(picture: Picture) -> None:
+    """Raise InputError for a picture so long that its resampling tables have no room."""
+    tables = _Tables()
+    _cuts(np.zeros(1, PICTURE), picture, tables)
+    if tables.length > TABLE:
+        height, width = picture.canvas.size
+        raise InputError(
+            f"image is {width}x{height}: a side so long takes resampling tables of {tables.length} numbers, and there "
+            f"is room for {TABLE}; cut it into pieces, or make it smaller"
         )
 
 

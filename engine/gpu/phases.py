@@ -145,10 +145,11 @@ class Phases:
         which = "global" if picture.second is not None else "local"
         self._paste(k, which, "final_sheet", last, seam=picture.keeps_local)
 
-    def preview(self, k: int) -> Array:
-        """Picture k's present prediction as a picture of the frame, in "last decoded" (uint8, h, w, 3)."""
+    def preview(self, k: int, source: Literal["x", "x0"] = "x0") -> Array:
+        """Picture k's present prediction as a picture of the frame, in "last decoded" (uint8, h, w, 3). It sets no
+        flag: looking must not change what becomes of a request."""
         last = self._arena["last decoded"].reshaped((*self._room.shape.size, 3))
-        self._decode(k, self._latents("x0")[k], last)
+        self._decode(k, self._latents(source)[k], last, flag=self._arena["found"])
         return last
 
     # ------------------------------------------------------------------------------------------------ parts
@@ -236,8 +237,8 @@ class Phases:
         if network is not None:
             self._convert(latent, network)
 
-    def _decode(self, k: int, latent: Array, out: Array) -> None:
-        """A scaled latent as a picture uint8 (h, w, 3)."""
+    def _decode(self, k: int, latent: Array, out: Array, flag: Array | None = None) -> None:
+        """A scaled latent as a picture uint8 (h, w, 3). flag: None: picture k's."""
         arrays, (height, width) = self._room.arrays["vae_decoder"], self._room.shape.size
         image = arrays["image"]
         if self._room.shape.tiling is None:
@@ -254,8 +255,8 @@ class Phases:
         else:
             image = self._decode_tiles(latent)
         self._kernel(
-            "decoded", image=image, out=out, height=height, width=width, half=image.half, flags=self._flag(k),
-            bit=FLAGS["vae_decoder"],
+            "decoded", image=image, out=out, height=height, width=width, half=image.half,
+            flags=flag or self._flag(k), bit=FLAGS["vae_decoder"],
         )  # fmt: skip
 
     def _encode_tiles(self) -> tuple[Array, Array]:

@@ -214,7 +214,7 @@ def _too_little(plan: MemoryPlan, options: Options, taken: int) -> str:
         f"{name} (now {value})"
         for name, value, least in (
             ("pictures", options.pictures, 1), ("largest_picture", options.largest_picture, 1024 * 1024),
-            ("subjects", options.subjects, 1), ("texts", options.texts, 2), ("shapes", options.shapes, 1),
+            ("subjects", options.subjects, 1), ("texts", options.texts, 3), ("shapes", options.shapes, 1),
         )
         if value > least
     ]  # fmt: skip

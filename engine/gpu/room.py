@@ -16,7 +16,7 @@ import numpy as np
 
 from dreammix_trt.engine.geometry import FACTOR, Size, floored
 from dreammix_trt.engine.gpu.arena import Arena, Regions
-from dreammix_trt.engine.gpu.device import Array, Device, Graph, Memory, Stream
+from dreammix_trt.engine.gpu.device import Array, Device, DeviceError, Graph, Memory, OutOfMemoryError, Stream
 from dreammix_trt.engine.gpu.networks import Bound, DeviceNetworks, Sides, Tensor
 from dreammix_trt.engine.gpu.subjects import Layout
 from dreammix_trt.engine.tiles import Tiling, needs_tiles, tiles_of
@@ -114,6 +114,8 @@ class Room:
         self._device, self._networks, self._workspace = device, networks, workspace
         self._bound: dict[str, Bound] = {}
         self._graphs: dict[Any, Graph] = {}
+        self._used: set[str] = set()  # networks of the phase that is played
+        self._plain: set[Any] = set()  # phases that cannot be captured
         self._arena = arena
         self._memory: list[Memory] = []
         self._ramps: dict[int, Ramps] = {}
@@ -131,13 +133,9 @@ class Room:
             self.close()
             raise
 
-    @property
-    def captured(self) -> int:
-        """How many phases are graphs."""
-        return len(self._graphs)
-
     def enqueue(self, name: str, stream: Stream) -> None:
         """Run a network of the room."""
+        self._used.add(name)
         self._bound[name].enqueue(stream)
 
     def play(self, key: Any, record: Callable[[], None], stream: Stream, *, capture: bool) -> None:
@@ -146,9 +144,15 @@ class Room:
         if graph is not None:
             graph.launch(stream)
             return
+        self._used.clear()
         record()
-        if capture and all(bound.capturable for bound in self._bound.values()):
-            self._graphs[key] = self._device.capture(stream, record)
+        ready = all(self._bound[name].capturable for name in self._used)  # the others may never have run
+        if capture and ready and key not in self._plain:
+            graph = captured(self._device, stream, record)
+            if graph is None:
+                self._plain.add(key)
+            else:
+                self._graphs[key] = graph
 
     def close(self) -> None:
         """Free graphs and bindings; the device must be idle."""
@@ -189,7 +193,24 @@ class Room:
                 arrays[tensor.name] = self._arena[region].reshaped(sides.shape(tensor), tensor.dtype)
         arrays |= layout.arrays(name, self._arena["bound factors"], sides.pictures)
         self.arrays[name] = arrays
+        need = self._networks.workspace_bytes(actual, sides)
+        if need > self._workspace.nbytes:  # a smaller frame may take kernels that want more than the largest frame's
+            self._memory.append(self._device.allocate(need))
+            self._workspace = Array(self._memory[-1].pointer, (need,), "uint8")
         self._bound[name] = self._networks.bind(actual, sides, arrays, self._workspace)
+
+
+def captured(device: Device, stream: Stream, record: Callable[[], None]) -> Graph | None:
+    """A graph of what was just done plainly; None, and a word in the log, where it cannot be captured."""
+    try:
+        return device.capture(stream, record)
+    except OutOfMemoryError:
+        raise
+    except DeviceError as error:
+        if error.lost:
+            raise
+        logging.getLogger(__name__).warning("a phase cannot be captured and goes on running plainly: %s", error)
+        return None
 
 
 def _unet_regions(name: str) -> dict[str, str]:
@@ -201,7 +222,8 @@ class Rooms:
     """The rooms of a runtime, at most `most` of them kept.
 
     A shape gets a room that stays when there is space for it, or when it comes a second time while another was not used
-    for longer; else a guest's room, whose phases run uncaptured and which is closed after the request.
+    for longer; else a guest's room, whose phases run uncaptured and which is closed after the request. No room leaves
+    that the same request has entered.
     """
 
     def __init__(self, make: Callable[[Shape], Room], most: int = 4) -> None:
@@ -209,16 +231,20 @@ class Rooms:
         self._kept: OrderedDict[Shape, Room] = OrderedDict()
         self._seen: OrderedDict[Shape, None] = OrderedDict()
         self._guests: list[Room] = []
+        self._entered: set[Shape] = set()
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def enter(self, shape: Shape) -> tuple[Room, bool]:
         """The room of a shape, and whether its phases may be captured. The device must be idle."""
+        self._entered.add(shape)
         if shape in self._kept:
             self._kept.move_to_end(shape)
             return self._kept[shape], True
-        if len(self._kept) >= self._most and shape not in self._seen:
+        full = len(self._kept) >= self._most
+        oldest = next((each for each in self._kept if each not in self._entered), None)
+        if full and (oldest is None or shape not in self._seen):
             self._seen[shape] = None
             if len(self._seen) > 4 * self._most:
                 self._seen.popitem(last=False)
@@ -226,17 +252,18 @@ class Rooms:
             room = self._make(shape)
             self._guests.append(room)
             return room, False
-        if len(self._kept) >= self._most:
-            self._kept.popitem(last=False)[1].close()
+        if full and oldest is not None:
+            self._kept.pop(oldest).close()
         self._seen.pop(shape, None)
         room = self._kept[shape] = self._make(shape)
         return room, True
 
     def leave(self) -> None:
-        """Close the guests' rooms; the device must be idle."""
+        """A request is over: close the guests' rooms; the device must be idle."""
         for room in self._guests:
             room.close()
         self._guests.clear()
+        self._entered.clear()
 
     def close(self) -> None:
         """Close every room; the device must be idle."""

@@ -2,7 +2,8 @@
 
 For tests of the runtime's order and arithmetic, and for apps that want to try their integration. What a GPU would get
 wrong silently is refused here: allocation, waiting or host copies within a capture, work on freed memory, and copies
-beyond the end of an array.
+beyond the end of an array. Work runs at once, or, for tests of what the host must leave alone meanwhile, as late as a
+GPU may run it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import bisect
 import importlib
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,14 +46,18 @@ class _Task:
 class SimulatedDevice:
     """The `Device` of engine/gpu/device.py on host memory. total: bytes it pretends to have.
 
-    record: what was enqueued and run, in order; entries of a replayed graph carry its number. transferred: bytes
-    "uploaded" and "downloaded". `threads`: host threads (blocks, threads) each kernel runs with.
+    record: what was enqueued, in order; entries of a replayed graph carry its number. transferred: bytes "uploaded" and
+    "downloaded". `threads`: host threads (blocks, threads) each kernel runs with. late: work runs only when somebody
+    waits for it or asks for a mark behind it; pinned memory is read then, and spoilt when it is given back.
     """
 
     name, capability = "simulated device", "sm_89"
 
-    def __init__(self, total: int = 8 << 30, threads: tuple[int, int] = (1, 1)) -> None:
-        self.total, self.threads = total, threads
+    def __init__(self, total: int = 8 << 30, threads: tuple[int, int] = (1, 1), late: bool = False) -> None:
+        self.total, self.threads, self.late = total, threads, late
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._done = 0
+        self._pinned: list[SimulatedPinned] = []
         self.record: list[Entry] = []
         self.transferred = {"uploaded": 0, "downloaded": 0}
         self._live: dict[int, SimulatedMemory] = {}
@@ -83,7 +89,9 @@ class SimulatedDevice:
     def pinned(self, nbytes: int) -> SimulatedPinned:
         self._not_capturing("allocate host memory")
         self.record.append(Entry("pinned", str(nbytes)))
-        return SimulatedPinned(np.zeros(nbytes, np.uint8))
+        pinned = SimulatedPinned(np.zeros(nbytes, np.uint8))
+        self._pinned = [*(each for each in self._pinned if each.array.size), pinned]
+        return pinned
 
     def stream(self) -> SimulatedStream:
         return SimulatedStream()
@@ -94,7 +102,9 @@ class SimulatedDevice:
         if not source.flags.c_contiguous:
             raise DeviceError("only contiguous host memory can be copied to a device")
         self.transferred["uploaded"] += to.nbytes
-        self._enqueue(Entry("upload", "", {"to": to}), lambda: _copy(self.bytes(to), source.reshape(-1).view(np.uint8)))
+        pinned = any(np.may_share_memory(source, each.array) for each in self._pinned)
+        kept = source if pinned or not self.late else source.copy()  # other memory is read before the call returns
+        self._enqueue(Entry("upload", "", {"to": to}), lambda: _copy(self.bytes(to), kept.reshape(-1).view(np.uint8)))
 
     def download(self, to: npt.NDArray[Any], source: Array, stream: Stream) -> None:
         self._not_capturing("copy to the host")
@@ -138,13 +148,21 @@ class SimulatedDevice:
     def mark(self, stream: Stream, *, timed: bool = False) -> SimulatedMark:
         self._not_capturing("mark the stream")
         self.record.append(Entry("mark"))
-        return SimulatedMark(time.perf_counter())
+        return SimulatedMark(self, self._done + len(self._waiting), time.perf_counter())
 
     def synchronize(self, stream: Stream) -> None:
         self._not_capturing("wait")
         self.record.append(Entry("synchronize"))
+        self.reach(self._done + len(self._waiting))
+
+    def reach(self, done: int) -> None:
+        """Run what waits until `done` tasks have run since the device was made; in every stream."""
+        while self._waiting and self._done < done:
+            self._done += 1
+            self._waiting.popleft()()
 
     def close(self) -> None:
+        self._waiting.clear()
         for memory in list(self._live.values()):
             memory.free()
 
@@ -171,6 +189,7 @@ class SimulatedDevice:
     def forget(self, memory: SimulatedMemory) -> None:
         """Called by memory that is given back."""
         self._not_capturing("free memory")
+        self.reach(self._done + len(self._waiting))  # as cudaFree does
         del self._live[memory.pointer]
         self._starts.remove(memory.pointer)
         self.record.append(Entry("free", str(memory.nbytes)))
@@ -182,7 +201,18 @@ class SimulatedDevice:
             self._capturing.append(_Task(entry, run))
             return
         self.record.append(entry)
-        run()
+        self.run(run)
+
+    def run(self, task: Callable[[], None]) -> None:
+        """Run a task in its turn: now, or later."""
+        if self.late:
+            self._waiting.append(task)
+        else:
+            task()
+
+    def idle(self) -> bool:
+        """Whether nothing waits to be run."""
+        return not self._waiting
 
     def _not_capturing(self, what: str) -> None:
         if self._capturing is not None:
@@ -220,6 +250,7 @@ class SimulatedPinned:
     array: npt.NDArray[np.uint8]
 
     def free(self) -> None:
+        self.array[:] = 0xAA  # a copy that is under way copies this
         self.array = np.zeros(0, np.uint8)
 
 
@@ -232,9 +263,12 @@ class SimulatedStream:
 
 @dataclass(frozen=True)
 class SimulatedMark:
+    device: SimulatedDevice
+    done: int
     moment: float
 
     def passed(self) -> bool:
+        self.device.reach(self.done)
         return True
 
     def seconds_since(self, earlier: Any) -> float:
@@ -263,9 +297,11 @@ class SimulatedGraph:
                 self._device.bytes(array)
             entry = task.entry
             self._device.record.append(Entry(entry.kind, entry.name, entry.arrays, self.number))
-            task.run()
+            self._device.run(task.run)
 
     def close(self) -> None:
+        if not self._device.idle():
+            raise DeviceError("a graph is closed while work is under way")
         self.open = False
 
 
@@ -386,12 +422,15 @@ class SimulatedBound:
 
     def __init__(self, networks: SimulatedNetworks, name: str, arrays: dict[str, Array]) -> None:
         self._networks, self._name, self._arrays = networks, name, arrays
+        self._ran = False
 
     @property
     def capturable(self) -> bool:
-        return self._networks.captures
+        """As TensorRT's: not before the first run."""
+        return self._networks.captures and self._ran
 
     def enqueue(self, stream: Stream) -> None:
+        self._ran = True
         self._networks.enqueue(self._name, self._arrays, stream)
 
     def close(self) -> None:

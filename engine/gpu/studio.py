@@ -11,8 +11,9 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,16 +26,25 @@ from dreammix_trt.engine.canvas import Canvas
 from dreammix_trt.engine.geometry import Size
 from dreammix_trt.engine.gpu import jobs, phases, room, texts
 from dreammix_trt.engine.gpu.arena import Arena, Regions, sizes
-from dreammix_trt.engine.gpu.device import Array, Device, DeviceError, Mark, NotFiniteError, OutOfMemoryError, Stream
+from dreammix_trt.engine.gpu.device import (
+    Array,
+    Device,
+    DeviceError,
+    Mark,
+    NotFiniteError,
+    OutOfMemoryError,
+    Stream,
+)
 from dreammix_trt.engine.gpu.jobs import Picture
 from dreammix_trt.engine.gpu.networks import DeviceNetworks
 from dreammix_trt.engine.gpu.phases import Phases
 from dreammix_trt.engine.gpu.plan import MemoryPlan, Options, plan_memory
 from dreammix_trt.engine.gpu.records import FLAGS
-from dreammix_trt.engine.gpu.residency import Planned, Residency
+from dreammix_trt.engine.gpu.residency import Residency, Usable, planned
 from dreammix_trt.engine.gpu.room import Room, Rooms, Shape
-from dreammix_trt.engine.gpu.subjects import NOBODY, Layout, Subjects
-from dreammix_trt.engine.gpu.texts import PictureTexts, Texts
+from dreammix_trt.engine.gpu.staging import Staging, Work
+from dreammix_trt.engine.gpu.subjects import Layout, Subjects
+from dreammix_trt.engine.gpu.texts import Texts
 from dreammix_trt.engine.text import Tokenizer
 
 U8 = npt.NDArray[np.uint8]
@@ -45,16 +55,9 @@ _Given = tuple[list[str], list[U8]]
 
 
 @dataclass(frozen=True)
-class Work:
-    """One picture with all it needs: its pixels are its canvas'."""
-
-    picture: Picture
-    texts: PictureTexts
-
-
-@dataclass(frozen=True)
 class Progress:
-    """A step of a batch was enqueued. preview(k): picture k's present prediction, uint8 (h, w, 3); waits for it."""
+    """A step of a batch was enqueued. preview(k): picture k's present prediction, uint8 (h, w, 3); waits for it.
+    EngineError once the next step is on its way."""
 
     step: Step
     preview: Callable[[int], U8]
@@ -65,7 +68,8 @@ class Studio:
 
     networks: those the memory plan has room for, `shared`: all. They and the device stay their owner's: several studios
     may share them, each with memory and a stream of its own. stream: where the networks must run (ONNX Runtime's are
-    tied to one), its owner's; None: one is made.
+    tied to one), its owner's; None: one is made. shares: other studios use the networks, so their weights stay.
+    Raises InputError, EngineError, OutOfMemoryError with the memory plan.
     """
 
     def __init__(
@@ -75,20 +79,42 @@ class Studio:
         tokenizers: Sequence[Tokenizer],
         options: Options | None = None,
         stream: Stream | None = None,
+        *,
+        shares: bool = False,
     ) -> None:
         self.device, self.shared, self.options = device, networks, options or Options()
-        self.networks = networks
+        networks = self.networks = cast(DeviceNetworks, Usable(networks))
         self.facts: Any = networks.facts
         self._tokenizers = tuple(tokenizers)
         self._check(self.options)
         self._layout = Layout(networks, self.options.pictures)
         regions = self._regions()
         self.plan = self._planned(regions)
-        self._stream, self._owns_stream = stream or device.stream(), stream is None
-        self.residency = Residency(networks, self.plan, lambda: device.synchronize(self._stream))
-        networks = self.networks = cast(DeviceNetworks, Planned(networks, self.plan))
+        networks = self.networks = cast(DeviceNetworks, planned(networks, self.plan))
+        self._marks: list[tuple[str, Mark]] = []
+        self._turn: object | None = None  # the batch that has the device's memory now
+        self._now: tuple[Room, int] | None = None  # its room and the last step enqueued
+        self._weights = 0.0  # seconds spent on weights before it
+        self.lost = self.closed = False
+        with ExitStack() as made:
+            self._stream = stream or device.stream()
+            if stream is None:
+                made.callback(self._stream.close)
+            self._make(regions, made, shares)
+            self._owned = made.pop_all()
+
+    def _make(self, regions: Regions, made: ExitStack, shares: bool) -> None:
+        """What takes memory; each is given back by `made`."""
+        device, networks = self.device, self.networks
+        serves = getattr(networks, "serves", None)
+        if serves is not None and not serves(self._stream):
+            raise EngineError(
+                "ONNX Runtime's networks run in the one stream they were opened with: load the engine a second time"
+            )
+        self.residency = Residency(networks, self.plan, lambda: device.synchronize(self._stream), shared=shares)
         self._arena = Arena(device, regions)
-        self._staging = _Staging(device, self._arena, self.options)
+        made.callback(self._arena.close)
+        self._staging = Staging(device, self._arena, self.options, made)
         self._prepare()
         workspace = self._arena["workspace"]
         self.subjects = Subjects(device, self._stream, self._layout, self._arena)
@@ -97,14 +123,26 @@ class Studio:
             device, self._stream, networks, self._arena, self._layout, self.subjects, workspace,
             flags.part(flags.shape[0] - 1, 1),
         )  # fmt: skip
+        made.callback(self._texts.close)
         self._rooms = Rooms(
             lambda shape: Room(shape, device, networks, self._arena, self._layout, workspace), self.options.shapes
         )
-        self._marks: list[tuple[str, Mark]] = []
-        self._finished = 0  # pictures of the last batch
-        self.closed = False
+        made.callback(self._rooms.close)
 
     # ------------------------------------------------------------------------------------------------ requests
+
+    def another(self) -> Studio:
+        """A second one over the same networks, with memory and a stream of its own; close it before this one.
+
+        Raises EngineError where the networks cannot be shared, OutOfMemoryError with the memory plan.
+        """
+        if self.plan.strategy == "swap":
+            raise EngineError(
+                "the networks take turns in the device's memory (residency 'swap'), so two runtimes would take them "
+                "from each other: use one, or free memory so that all networks stay"
+            )
+        options = replace(self.options, residency=self.plan.strategy)
+        return Studio(self.device, self.shared, self._tokenizers, options, shares=True)
 
     @property
     def has_raw_unet(self) -> bool:
@@ -120,7 +158,13 @@ class Studio:
         """Check and lay out one picture; touches no device. Raises InputError naming what cannot be painted."""
         jobs.check_size(canvas, self.options.largest_picture)
         picture = Picture.of(canvas, request, schedule, seed, subject)
+        jobs.check_tables(picture)
         for place in (picture.first, picture.last):
+            if any(side % self.facts.divisor for side in place.size):
+                raise InputError(
+                    f"reference mode needs a frame of {place.size[0]}x{place.size[1]} pixels here, and this base's "
+                    f"networks take multiples of {self.facts.divisor}; use native mode, or another reference_resize"
+                )
             if place.work[0] * place.work[1] > self._largest.work[0] * self._largest.work[1]:
                 raise InputError(
                     f"the frame of {place.work[1]}x{place.work[0]} is larger than the base's "
@@ -132,41 +176,53 @@ class Studio:
         """Paint up to `options.pictures` pictures of equal shape as one batch: a Progress after each step is enqueued,
         last the finished pictures, uint8 (H, W, 3).
 
-        Where a network gives values that are not finite, the batch runs once more with the float32 twins there are.
-        Raises InputError for pictures that cannot share a batch, NotFiniteError, OutOfMemoryError (the studio stays
-        usable), DeviceError. Leaving the iteration stops the work.
+        Where a network gives values that are not finite, the batch runs once more with the float32 twins there are,
+        and no Progress tells of that. Raises InputError for pictures that cannot share a batch, NotFiniteError,
+        OutOfMemoryError (the studio stays usable), DeviceError. Leaving the iteration stops the work. A batch that is
+        begun meanwhile takes the device's memory over; going on with this one then raises EngineError.
         """
         if self.closed:
             raise EngineError("this runtime was closed: load it again")
+        if self.lost:
+            raise _silent(self.device)
         if not 0 < len(batch) <= self.options.pictures:
             raise InputError(f"{len(batch)} pictures in a batch; this runtime was loaded for {self.options.pictures}")
         jobs.checked_batch([work.picture for work in batch])
+        turn = self._turn = object()
+        self._texts.settle(proven=False)
         try:
             flagged, images = yield from self._attempt(batch, safe=False)
             if flagged:
                 twins = [name for name in flagged if f"{name}_float32" in self.networks]
                 if not twins:
-                    raise NotFiniteError(_not_finite(flagged, "and it has no float32 twin"))
+                    raise NotFiniteError(_not_finite(flagged, "and there is no float32 twin to take instead"))
                 logging.getLogger(__name__).warning("%s; painting again in float32", _not_finite(flagged, "in float16"))
                 self._texts.forget()
                 flagged, images = _last(self._attempt(batch, safe=True))
                 if flagged:
-                    raise NotFiniteError(_not_finite(flagged, "in float32, too"))
-        except OutOfMemoryError as error:
+                    raise NotFiniteError(_not_finite(flagged, "again, with the twins there are in float32"))
+        except (OutOfMemoryError, MemoryError) as error:  # the second is torch's, by way of export/
             self._recover()
             raise OutOfMemoryError(f"{error}\nThe memory plan was:\n{self.plan}") from error
         except NotFiniteError:
             self._texts.forget()
             raise
-        yield images
+        else:
+            self._texts.settle(proven=True)
+            yield images
+        finally:
+            if self._turn is turn:
+                self._turn = None
+                self._wait_quietly()
+                self._rooms.leave()
 
     def stages(self, k: int, picture: Picture) -> dict[str, U8]:
-        """After a batch: what picture k's stages decoded, uint8 (h, w, 3), by name."""
+        """While the finished batch is still open: what picture k's stages decoded, uint8 (h, w, 3), by name."""
         found = {}
         if picture.second is not None:
             found["local result"] = self._host(self._arena["decoded"][k].reshaped((*picture.first.size, 3)))
-        if k == self._finished - 1:
-            found["last result"] = self._host(self._arena["last decoded"].reshaped((*picture.last.size, 3)))
+        if self._now is not None:
+            found["last result"] = self._decoded(k, "x", self._now[0])
         return found
 
     @property
@@ -175,8 +231,8 @@ class Studio:
         seconds: dict[str, float] = {}
         for (_, earlier), (name, mark) in zip(self._marks, self._marks[1:], strict=False):
             seconds[name] = seconds.get(name, 0.0) + mark.seconds_since(earlier)
-        if self.residency.seconds:
-            seconds["weights"] = self.residency.seconds
+        if self.residency.seconds > self._weights:
+            seconds["weights"] = self.residency.seconds - self._weights
         return seconds
 
     @property
@@ -185,19 +241,16 @@ class Studio:
         return len(self._rooms)
 
     def close(self) -> None:
-        """Free everything but networks and device; again does nothing."""
+        """Free everything but networks and device; again does nothing. A device that does not answer is left alone."""
         if self.closed:
             return
-        self.closed = True
+        self.closed, self._turn = True, None
+        if self.lost:
+            return
         try:
             self.device.synchronize(self._stream)
         finally:
-            self._texts.close()
-            self._rooms.close()
-            self._staging.close()
-            self._arena.close()
-            if self._owns_stream:
-                self._stream.close()
+            self._owned.close()
 
     def __enter__(self) -> Studio:
         return self
@@ -212,33 +265,37 @@ class Studio:
         pictures, first = [work.picture for work in batch], batch[0].picture
         rows = 2 if first.request.guided else 1
         shape = Shape(first.first.work, len(batch), rows, safe)
+        turn = self._turn
         self._idle()
-        try:
-            local, keep_local = self._rooms.enter(shape)
-            last, keep_last = local, keep_local
-            if first.second is not None and first.second.work != first.first.work:
-                last, keep_last = self._rooms.enter(replace(shape, work=first.second.work))
-            self._marks = [("", self._mark())]
-            self._upload(batch)
-            self._tell(batch, rows, local, safe)
-            self._start(pictures, local, keep_local)
-            now, keep = local, keep_local
-            queued: deque[Mark] = deque()
-            for step in first.schedule:
-                if step.index == first.schedule.hand_over_index:
-                    self._hand_over(pictures, local, last, keep_local, keep_last)
-                    now, keep = last, keep_last
-                self._step(now, step.network, keep)
-                queued.append(self.device.mark(self._stream))
-                yield Progress(step, self._preview_of(now))
-                while len(queued) > AHEAD:
-                    self._wait_for(queued.popleft())
-            self._marked("loop")
-            self._finish(pictures, now, keep)
-            return self._downloaded(pictures)
-        finally:
-            self._wait_quietly()
-            self._rooms.leave()
+        self._rooms.leave()  # those of a batch that was left open
+        local, keep_local = self._rooms.enter(shape)
+        last, keep_last = local, keep_local
+        if first.second is not None and first.second.work != first.first.work:
+            last, keep_last = self._rooms.enter(replace(shape, work=first.second.work))
+        self._marks, self._weights = [("", self._mark())], self.residency.seconds
+        self._upload(batch)
+        self._tell(batch, rows, local, safe)
+        self._start(pictures, local, keep_local)
+        now, keep = local, keep_local
+        queued: deque[Mark] = deque()
+        for step in first.schedule:
+            if step.index == first.schedule.hand_over_index:
+                self._hand_over(pictures, local, last, keep_local, keep_last)
+                now, keep = last, keep_last
+            self._step(now, step.network, keep)
+            self._now = now, step.index
+            queued.append(self.device.mark(self._stream))
+            yield Progress(step, self._preview_of(turn, step.index))
+            if self._turn is not turn:
+                raise EngineError(
+                    "this runtime was closed, or has begun another request, before this one was done: take one "
+                    "request at a time, or use `another()`"
+                )
+            while len(queued) > AHEAD:
+                self._wait_for(queued.popleft())
+        self._marked("loop")
+        self._finish(pictures, now, keep)
+        return self._downloaded(pictures)
 
     def _upload(self, batch: Sequence[Work]) -> None:
         self._staging.upload(batch, self.facts, self._stream)
@@ -281,13 +338,17 @@ class Studio:
         index = schedule.hand_over_index or 0
         source = "x" if pictures[0].keeps_local else "x0"
         if pictures[0].keeps_local:
+            queued: deque[Mark] = deque()
             for step in schedule.steps[index:]:
                 self._step(local, step.network, keep_local)
+                queued.append(self.device.mark(self._stream))
+                if len(queued) > AHEAD:
+                    self._wait_for(queued.popleft())
         self.residency.need("vae_encoder", "vae_decoder", "inpaint_head", safe=local.shape.safe)
         before, after = self._phases(local), self._phases(last)
         for k, picture in enumerate(pictures):
             self._play(local, ("decode", k, source), lambda k=k: before.decode_local(k, source), keep_local)  # type: ignore
-            key = ("hand over", k, picture.request.gch_background, local.shape.work)
+            key = ("hand over", k, picture.request.gch_background)
             self._play(last, key, lambda k=k, picture=picture: after.hand_over(k, picture), keep_last)  # type: ignore
         self._count_from(index)
         self._marked("hand over")
@@ -298,7 +359,6 @@ class Studio:
         for k, picture in enumerate(pictures):
             key = ("finish", k, picture.keeps_local, picture.second is not None)
             self._play(now, key, lambda k=k, picture=picture: phase.finish(k, picture), keep)  # type: ignore[misc]
-        self._finished = len(pictures)
         self._marked("finish")
 
     def _downloaded(self, pictures: Sequence[Picture]) -> tuple[list[str], list[U8]]:
@@ -311,13 +371,18 @@ class Studio:
         seen = int(np.bitwise_or.reduce(flags))
         return [name for name, bit in FLAGS.items() if seen & bit], images
 
-    def _preview_of(self, now: Room) -> Callable[[int], U8]:
+    def _preview_of(self, turn: object, index: int) -> Callable[[int], U8]:
         def preview(k: int) -> U8:
-            self.residency.need("vae_decoder", safe=now.shape.safe)
-            shown = self._phases(now).preview(k)
-            return self._host(shown)
+            if self._turn is not turn or self._now is None or self._now[1] != index:
+                raise EngineError(f"the preview of step {index} is gone: ask for it before the next step")
+            return self._decoded(k, "x0", self._now[0])
 
         return preview
+
+    def _decoded(self, k: int, source: Literal["x", "x0"], now: Room) -> U8:
+        """Picture k's latent as a picture of the room's frame."""
+        self.residency.need("vae_decoder", safe=now.shape.safe)
+        return self._host(self._phases(now).preview(k, source))
 
     def _host(self, array: Array) -> U8:
         """A copy of an array, once everything before it is done."""
@@ -348,10 +413,8 @@ class Studio:
         started = time.monotonic()
         while not mark.passed():
             if time.monotonic() - started > PATIENCE:
-                raise DeviceError(
-                    f"{self.device.name} has not answered for {PATIENCE:.0f} s; restart the program, and the driver "
-                    "where that does not help"
-                )
+                self.lost = True
+                raise _silent(self.device)
             time.sleep(_POLL)
 
     def _idle(self) -> None:
@@ -362,7 +425,8 @@ class Studio:
     def _wait_quietly(self) -> None:
         """After a request, however it ended: rooms of guests can only be closed when nothing runs in them."""
         try:
-            self._idle()
+            if not self.lost:
+                self._idle()
         except Exception as error:  # the request's own error is on its way already, or the next request will tell
             logging.getLogger(__name__).debug("waiting after a request: %s", error)
 
@@ -414,7 +478,8 @@ class Studio:
         free, total = self.device.memory()
         taken = sizes(regions)
         workspace = taken.pop("workspace")
-        plan = plan_memory(self.networks, free, total, self.options, taken, workspace, loaded=self.networks.loaded)
+        loaded = [name for name in self.networks.loaded if name in self.networks]
+        plan = plan_memory(self.networks, free, total, self.options, taken, workspace, loaded=loaded)
         logging.getLogger(__name__).info("%s", plan)
         return plan
 
@@ -426,58 +491,6 @@ class Studio:
         self.device.upload(self._arena["numbers"].reshaped((numbers.nbytes,), "uint8"), pinned.array, self._stream)
         self.device.synchronize(self._stream)
         pinned.free()
-
-
-class _Staging:
-    """Pinned host memory beside the arena: what a batch uploads, and the pictures it brings back."""
-
-    def __init__(self, device: Device, arena: Arena, options: Options) -> None:
-        self._device, self._arena = device, arena
-        self._block = jobs.Block(options.pictures)
-        names = (*jobs.regions(options.pictures), "image", "mask")
-        self._up = {name: device.pinned(arena[name].nbytes) for name in names}
-        self._down = {name: device.pinned(arena[name].nbytes) for name in ("out", "flags")}
-
-    def upload(self, batch: Sequence[Work], facts: Any, stream: Any) -> None:
-        ids = np.zeros((len(batch) * jobs.PROMPTS, 2, 77), np.int64)
-        for k, work in enumerate(batch):
-            for number, wanted in enumerate(work.texts.all):
-                ids[k * jobs.PROMPTS + number] = wanted.ids
-        plans = np.stack([texts.plan_record(work.texts.plan) for work in batch])
-        for name, data in self._block.fill([work.picture for work in batch], ids, plans, facts):
-            self._copy(name, self._arena[name], 0, data, stream)
-        for k, work in enumerate(batch):
-            canvas = work.picture.canvas
-            for name, data in (("image", canvas.image), ("mask", canvas.mask)):
-                each = self._arena[name].nbytes // self._arena[name].shape[0]
-                flat = np.ascontiguousarray(data).reshape(-1)
-                self._copy(name, self._arena[name][k], k * each, flat, stream)
-
-    def download(self, shapes: Sequence[Size], stream: Any) -> Callable[[], tuple[npt.NDArray[np.int32], list[U8]]]:
-        """Enqueue the way back; the function gives flags and pictures once the device is done."""
-        out, flags = self._arena["out"], self._arena["flags"]
-        each = out.nbytes // out.shape[0]
-        parts = []
-        for k, (height, width) in enumerate(shapes):
-            part = self._down["out"].array[k * each : k * each + 3 * height * width]
-            self._device.download(part, out[k].reshaped((part.nbytes,), "uint8"), stream)
-            parts.append(part.reshape(height, width, 3))
-        self._device.download(
-            self._down["flags"].array[: flags.nbytes], flags.reshaped((flags.nbytes,), "uint8"), stream
-        )
-        return lambda: (
-            self._down["flags"].array[: flags.nbytes].view(np.int32).copy(),
-            [part.copy() for part in parts],
-        )
-
-    def close(self) -> None:
-        for pinned in (*self._up.values(), *self._down.values()):
-            pinned.free()
-
-    def _copy(self, name: str, to: Array, at: int, data: npt.NDArray[np.uint8], stream: Any) -> None:
-        pinned = self._up[name].array[at : at + data.nbytes]
-        pinned[:] = data
-        self._device.upload(to.reshaped((data.nbytes,), "uint8"), pinned, stream)
 
 
 def _scratch(kernel: str, *sides: int) -> int:
@@ -493,8 +506,21 @@ def _scratch(kernel: str, *sides: int) -> int:
     return int(gpu.step_scratch(pictures=pictures, channels=phases.CHANNELS, height=height, width=width))
 
 
+def _silent(device: Device) -> DeviceError:
+    """The error for a device that does not answer: nothing more can be asked of it."""
+    error = DeviceError(
+        f"{device.name} has not answered for {PATIENCE:.0f} s; restart the program, and the driver where that does not "
+        "help"
+    )
+    error.lost = True
+    return error
+
+
 def _not_finite(names: Sequence[str], how: str) -> str:
-    return f"{', '.join(names)} gave values that are not numbers {how}: lower guidance_scale or the subject's scale"
+    remedy = "lower guidance_scale or the subject's scale"
+    if names[0].startswith("vae"):
+        remedy += ", or build with a VAE that stays within float16 (`--vae`)"
+    return f"{', '.join(names)} gave values that are not numbers {how}: {remedy}"
 
 
 def _last(attempt: Generator[Progress, None, _Given]) -> _Given:
@@ -507,4 +533,4 @@ def _last(attempt: Generator[Progress, None, _Given]) -> _Given:
             return given
 
 
-__all__ = ["AHEAD", "NOBODY", "Progress", "Studio", "Work"]
+__all__ = ["AHEAD", "Progress", "Studio", "Work"]

@@ -151,6 +151,7 @@ class Subjects:
         before = (
             self._entered if self._entered is not None and len(self._entered) == len(chosen) else (None,) * len(chosen)
         )
+        self._entered = None  # until all of them are in
         for picture, name in enumerate(chosen):
             if before[picture] != name:
                 self._enter(picture, len(chosen), name)

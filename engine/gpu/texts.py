@@ -15,9 +15,10 @@ import numpy.typing as npt
 from dreammix_trt.core.request import Request
 from dreammix_trt.engine.gpu.arena import Arena, Regions
 from dreammix_trt.engine.gpu.device import Array, Device, Graph, Stream
-from dreammix_trt.engine.gpu.networks import DeviceNetworks, Sides
+from dreammix_trt.engine.gpu.jobs import PROMPTS
+from dreammix_trt.engine.gpu.networks import Bound, DeviceNetworks, Sides
 from dreammix_trt.engine.gpu.records import FLAGS
-from dreammix_trt.engine.gpu.room import named
+from dreammix_trt.engine.gpu.room import captured, named
 from dreammix_trt.engine.gpu.subjects import TEXT_ENCODERS, Layout, Subjects
 from dreammix_trt.engine.text import LENGTH, TasPlan, Tokenizer, plan_tas
 
@@ -82,7 +83,9 @@ def plan_record(plan: TasPlan | None) -> npt.NDArray[np.int32]:
 
 
 def regions(networks: DeviceNetworks, pictures: int, rows: int, kept: int) -> Regions:
-    """Memory for the encoders, `kept` encoded prompts, and the rows of both stages. rows: a picture, 1 or 2."""
+    """Memory for the encoders, `kept` encoded prompts (at least all of one picture's), and the rows of both stages.
+    rows: a picture, 1 or 2."""
+    kept = max(kept, PROMPTS)
     width, pooled = widths(networks)
     unet = {tensor.name: tensor.dtype for tensor in networks.inputs("unet")}
     wide = "float32" if "unet_float32" in networks else unet["encoder_hidden_states"]
@@ -118,6 +121,7 @@ class Texts:
         self._device, self._stream, self._arena, self._subjects, self._flags = device, stream, arena, subjects, flags
         self._networks, self._layout, self._workspace = networks, layout, workspace
         self._kept: OrderedDict[tuple[str, str, bytes], int] = OrderedDict()
+        self._unproven: set[tuple[str, str, bytes]] = set()
         self._encoders: dict[bool, _Encoders] = {}
         self._upload_pooled_plan()
 
@@ -126,6 +130,14 @@ class Texts:
         for key in [key for key in self._kept if subject is None or key[1] == subject]:
             del self._kept[key]
 
+    def settle(self, *, proven: bool) -> None:
+        """Keep what was encoded since the last call, or drop it: of a request that was left, no one has seen whether
+        its values are finite."""
+        if not proven:
+            for key in self._unproven:
+                self._kept.pop(key, None)
+        self._unproven.clear()
+
     def missing(self, texts: PictureTexts) -> bool:
         """Whether something of it is not encoded yet."""
         return any(wanted.key not in self._kept for wanted in texts.all)
@@ -133,7 +145,7 @@ class Texts:
     def tell(
         self, picture: int, rows: int, dtype: str, texts: PictureTexts, request: Request, *, safe: bool, capture: bool
     ) -> None:
-        """Encode what is missing and write picture k's rows of both stages in the UNet's dtype; its prompts' ids and
+        """Encode what is missing and write the picture's rows of both stages in the UNet's dtype; its prompts' ids and
         TAS plan lie in the arena already ("ids", "tas plans")."""
         for number, wanted in enumerate(texts.all):
             if wanted.key in self._kept:
@@ -141,9 +153,10 @@ class Texts:
                 continue
             self._subjects.for_text(wanted.subject)
             slot = self._slot({other.key for other in texts.all})
-            ids = self._arena["ids"][picture * 3 + number]
+            ids = self._arena["ids"][picture * PROMPTS + number]
             self._encode(ids, slot, safe, capture)
             self._kept[wanted.key] = slot
+            self._unproven.add(wanted.key)
         self._compose(picture, rows, dtype, texts, request)
 
     def close(self) -> None:
@@ -239,14 +252,19 @@ class _Encoders:
     ) -> None:  # fmt: skip
         self._device, self._arena, self._flags = device, arena, flags
         self.arrays: dict[str, dict[str, Array]] = {}
-        self._bound = {}
+        self._bound: dict[str, Bound] = {}
         self._graph: Graph | None = None
-        for name in TEXT_ENCODERS:
-            actual = named(networks, name, safe)
-            tensors = [t for t in (*networks.inputs(actual), *networks.outputs(actual)) if "lora" not in t.name]
-            own = {t.name: arena[f"{name} {t.name}"].reshaped(_SIDES.shape(t), t.dtype) for t in tensors}
-            self.arrays[name] = own | layout.arrays(name, arena["bound factors"], 1)
-            self._bound[name] = networks.bind(actual, _SIDES, self.arrays[name], workspace)
+        self._plain = False  # cannot be captured
+        try:
+            for name in TEXT_ENCODERS:
+                actual = named(networks, name, safe)
+                tensors = [t for t in (*networks.inputs(actual), *networks.outputs(actual)) if "lora" not in t.name]
+                own = {t.name: arena[f"{name} {t.name}"].reshaped(_SIDES.shape(t), t.dtype) for t in tensors}
+                self.arrays[name] = own | layout.arrays(name, arena["bound factors"], 1)
+                self._bound[name] = networks.bind(actual, _SIDES, self.arrays[name], workspace)
+        except BaseException:
+            self.close()
+            raise
 
     def play(self, stream: Stream, capture: bool) -> None:
         """Encode the bound ids into "joined" and "joined pooled"."""
@@ -254,8 +272,9 @@ class _Encoders:
             self._graph.launch(stream)
             return
         self._record(stream)
-        if capture and all(bound.capturable for bound in self._bound.values()):
-            self._graph = self._device.capture(stream, lambda: self._record(stream))
+        if capture and not self._plain and all(bound.capturable for bound in self._bound.values()):
+            self._graph = captured(self._device, stream, lambda: self._record(stream))
+            self._plain = self._graph is None
 
     def close(self) -> None:
         if self._graph is not None:

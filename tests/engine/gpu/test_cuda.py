@@ -335,12 +335,16 @@ def test_the_context_is_lost_with_an_illegal_access(fake: FakeCuda, caplog: pyte
     device = CudaDevice(bindings=Bindings(fake, fake), extension=FakeExtension(fake))
     memory, stream = device.allocate(8), device.stream()
     fake.enqueue(stream.handle, fake.lose)
-    with pytest.raises(DeviceError, match=r"cudaErrorIllegalAddress.*context is lost.*start the program again"):
+    with pytest.raises(
+        DeviceError, match=r"cudaErrorIllegalAddress.*context is lost.*start the program again"
+    ) as first:
         device.synchronize(stream)
+    assert first.value.lost
     calls = len(fake.calls)
     for used in (device.memory, lambda: device.allocate(1), lambda: device.kernel("double", stream, count=1)):
-        with pytest.raises(DeviceError, match="context is lost"):
+        with pytest.raises(DeviceError, match="context is lost") as again:
             used()
+        assert again.value.lost
     with caplog.at_level(logging.WARNING):
         memory.free()
         device.close()
@@ -369,13 +373,14 @@ def test_kernels_that_fail_are_told_by_name(fake: FakeCuda) -> None:
         extension.fails = "launch: invalid argument"
         with pytest.raises(DeviceError, match="kernel double: launch: invalid argument") as caught:
             device.kernel("double", stream)
-        assert "lost" not in str(caught.value)
+        assert "lost" not in str(caught.value) and not caught.value.lost
         extension.fails = "launch: out of memory"
         with pytest.raises(OutOfMemoryError):
             device.kernel("double", stream)
         extension.loses = True
-        with pytest.raises(DeviceError, match=r"kernel double: .*context is lost"):
+        with pytest.raises(DeviceError, match=r"kernel double: .*context is lost") as caught:
             device.kernel("double", stream)
+        assert caught.value.lost
 
 
 @pytest.mark.parametrize(

@@ -207,9 +207,9 @@ def aligned(nbytes: int) -> U8:
     return memory[start : start + nbytes + 16]
 
 
-def fill(picture: U8, mask: U8, cascade: list[tuple[int, int]], place: dict[str, int]) -> U8:
+def fill(picture: U8, mask: U8, cascade: list[tuple[int, int]], place: dict[str, int], nbytes: int | None = None) -> U8:
     height, width = mask.shape
-    nbytes = gpu.fill_scratch(height, width)
+    nbytes = nbytes or gpu.fill_scratch(height, width)
     out, scratch = picture.copy(), aligned(nbytes)
     gpu.fill(
         picture=at(out), mask=at(mask), scratch=at(scratch), height=height, width=width, cascade=cascade, **place
@@ -244,6 +244,15 @@ def test_fill_of_rows_too_wide_for_shared_memory() -> None:
         cascade = [(65535, 1), (5000, 1), (300, 1), (7, 2)]
         expected = kernels.fill(picture, mask, cascade)
         np.testing.assert_array_equal(fill(picture, mask, cascade, {"blocks": 2, "threads": 4}), expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 40), (200, 8), (8, 200), (100, 16), (53, 30), (39, 41), (177, 9)])
+def test_scratch_serves_every_picture_of_as_many_pixels(height: int, width: int) -> None:
+    """A runtime sets memory aside for its largest frame; others are smaller, but not in every side."""
+    nbytes = gpu.fill_scratch(40, 40)
+    picture, mask, cascade = noise(height, width, 3), blot(height, width), [(70, 2), (5, 1)]
+    expected = kernels.fill(picture, mask, cascade)
+    np.testing.assert_array_equal(fill(picture, mask, cascade, MANY, nbytes), expected)
 
 
 @settings(max_examples=40, deadline=None)

@@ -14,7 +14,7 @@ from dreammix_trt.core.errors import EngineError, InputError
 from dreammix_trt.core.request import Request
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.dreammix import Job
-from dreammix_trt.engine.gpu.device import Array, NotFiniteError, OutOfMemoryError
+from dreammix_trt.engine.gpu.device import Array, DeviceError, NotFiniteError, OutOfMemoryError
 from dreammix_trt.engine.gpu.simulated import Entry, SimulatedDevice
 from tests.engine.gpu.conftest import scene
 
@@ -212,7 +212,7 @@ class Overflowing:
 def test_a_network_without_a_twin_that_overflows_is_named(simulated: Any, name: str) -> None:
     broken: list[Overflowing] = []
     dm, _, _ = simulated(runner=lambda engines: broken.append(Overflowing(engines, name)) or broken[-1])
-    with pytest.raises(NotFiniteError, match=f"{name}.*no float32 twin"):
+    with pytest.raises(NotFiniteError, match=f"{name}.*there is no float32 twin"):
         pixels(dm)
     broken[0].on = False
     assert pixels(dm).any()
@@ -320,6 +320,53 @@ def test_two_runtimes_share_a_device(simulated: Any) -> None:
         )
     first, other = (np.asarray(event.result.images[0]) for event in both[-1])
     assert (first == other).all()
+
+
+def test_work_that_runs_as_late_as_it_may_paints_the_same(simulated: Any, cup: Path) -> None:
+    """What the host writes, reads and gives back meanwhile is its own: no copy under way sees it."""
+    late, _, _ = simulated(device=SimulatedDevice(late=True), pictures=2)
+    now, _, _ = simulated(pictures=2)
+    for dm in (late, now):
+        dm.add_subject(cup, "cup")
+    requests: list[dict[str, Any]] = [
+        {}, {"seed": 4, "subject": "cup", "prompt": "a green sks cup"}, {"size": (96, 160), "substitute": ("blue",)},
+        {"num_images_per_prompt": 3}, {"gch_background": "intermediate"},
+    ]  # fmt: skip
+    for fields in requests:
+        image, mask = scene(seed=9)
+        for event in late.iterate(image, mask, "a green sks mug", num_inference_steps=STEPS):
+            if event.index == 1:
+                break
+        del event
+        assert (pixels(late, **fields) == pixels(now, **fields)).all(), fields
+    image, mask = scene()
+    shown = [
+        [np.asarray(event.preview()) for event in dm.iterate(image, mask, "a red sks mug", num_inference_steps=STEPS)]
+        for dm in (late, now)
+    ]
+    for one, other in zip(*shown, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_pinned_memory_is_read_late_and_other_memory_at_once() -> None:
+    with SimulatedDevice(late=True) as device:
+        stream, pinned, memory = device.stream(), device.pinned(8), device.allocate(8)
+        array, plain = Array(memory.pointer, (8,), "uint8"), np.full(8, 7, np.uint8)
+        device.upload(array, plain, stream)
+        plain[:] = 8
+        device.synchronize(stream)
+        assert (device.view(array) == 7).all()
+        device.upload(array, pinned.array, stream)
+        pinned.array[:] = 9
+        mark = device.mark(stream)
+        assert (device.view(array) == 7).all() and mark.passed() and (device.view(array) == 9).all()
+        graph = device.capture(stream, lambda: device.clear(array, stream))
+        graph.launch(stream)
+        with pytest.raises(DeviceError, match="under way"):
+            graph.close()
+        device.synchronize(stream)
+        graph.close()
+        assert not device.view(array).any()
 
 
 def test_kernels_of_many_threads_paint_the_same(simulated: Any) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from dreammix_trt.core.errors import EngineError
 from dreammix_trt.engine import hardware, plans, tensorrt_package
-from dreammix_trt.engine.gpu import tensorrt_networks
+from dreammix_trt.engine.gpu import tensorrt_network, tensorrt_networks
 from dreammix_trt.engine.gpu.device import Array, DeviceError, OutOfMemoryError
 from dreammix_trt.engine.gpu.networks import DeviceNetworks, Sides
 from dreammix_trt.engine.gpu.tensorrt_networks import ProfileError, TensorRtNetworks
@@ -581,7 +581,7 @@ SHARED = {"name", "engine"}
 def test_no_attribute_of_the_package_is_used_that_is_not_listed() -> None:
     listed = {*tensorrt_package.NAMES, *RUNTIME_NAMES, *RUNTIME_NAMES_JIT}
     used: set[str] = set()
-    for module in (tensorrt_networks, plans):
+    for module in (tensorrt_network, tensorrt_networks, plans):
         for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and (found := _package_name(node)):
                 used.add(found)
@@ -596,7 +596,7 @@ def test_objects_of_the_package_are_called_by_their_names_only() -> None:
     """Else the test above would not see what is used of them."""
     rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install dreammix-trt[rtx]")
     theirs = {name for kind in RECEIVERS.values() for name in dir(getattr(rtx, kind)) if not name.startswith("_")}
-    for module in (tensorrt_networks, plans):
+    for module in (tensorrt_network, tensorrt_networks, plans):
         for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and node.attr in theirs - SHARED:
                 assert _package_name(node), f"{ast.unparse(node)} in {module.__name__}"
