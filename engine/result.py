@@ -31,7 +31,9 @@ class Result:
 
     images: PIL images of the input's size and kind (RGB, RGBA, L), one a picture; in reference mode RGB at the size it
     worked on. seeds: of each. timings: seconds per phase, summed over the pictures, disjoint; "network:..." are the
-    networks. stages: named pictures of what each stage did, when asked for.
+    networks; on a GPU the device's seconds in "upload", "text", "start", "loop", "hand over", "finish" and "download",
+    networks included. stages: named pictures of what each stage did, when asked for; on a GPU "local result" and
+    "last result".
     """
 
     images: list[Image.Image]
@@ -44,8 +46,8 @@ class Result:
 
 @dataclass(frozen=True)
 class StepEvent:
-    """One step is done (on a GPU: on its way). index runs from 0 to total - 1 over all pictures of the request;
-    `picture` says which one.
+    """One step is done (on a GPU: on its way). index runs from 0 to total - 1 over all pictures of the request,
+    by n for a batch of n pictures; `picture` says which one, of a batch the first.
 
     taken: the step's latents, float32 (1, 4, h, w), and painter: the picture's stage and frame; None on a GPU, where
     both stay on the device. result: set in the last event.
