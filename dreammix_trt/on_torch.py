@@ -34,11 +34,11 @@ def load_torch(
 ) -> DreamMix:
     """A `DreamMix` that runs a base's networks in torch on the GPU.
 
-    base: of `BaseFiles.open`; subjects: of `core.subject.subject_from_loras`; dtype: "float16", "bfloat16" or
-    "float32"; compile: torch.compile the UNets and the VAE (the first picture of a frame size waits for it); options:
-    what memory is set aside for; device: None: the first GPU, which is torch_device's, too; networks: further arguments
-    of `TorchNetworks.of`. Raises MissingExtraError without torch, DeviceError without a GPU, FileFormatError for a base
-    that does not fit.
+    base: of `core.checkpoint.BaseFiles.open(path)`; subjects: of `core.subject.subject_from_loras`; dtype: "float16",
+    "bfloat16" or "float32"; compile: torch.compile the UNets and the VAE (the first picture of a frame size waits for
+    it); options: what memory is set aside for; device: None: the first GPU, which is torch_device's, too; networks:
+    further arguments of `TorchNetworks.of`. Raises MissingExtraError without torch or cuda-python, DeviceError without
+    a GPU, InputError for an unknown dtype, FileFormatError for a base that does not fit.
     """
     try:
         from dreammix_trt.export.torch_networks import TorchNetworks

@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dreammix_trt.core.errors import Cancelled as Cancelled
+    from dreammix_trt.core.errors import QueueFull as QueueFull
+    from dreammix_trt.core.errors import TimedOut as TimedOut
     from dreammix_trt.core.request import Request as Request
     from dreammix_trt.engine.denoiser import Denoiser as Denoiser
     from dreammix_trt.engine.denoiser import FakeDenoiser as FakeDenoiser
     from dreammix_trt.engine.dreammix import DreamMix as DreamMix
+    from dreammix_trt.engine.dreammix import Job as Job
     from dreammix_trt.engine.dreammix import Result as Result
     from dreammix_trt.engine.dreammix import StepEvent as StepEvent
+    from dreammix_trt.engine.gpu.plan import Options as Options
     from dreammix_trt.engine.requests import RequestQueue as RequestQueue
     from dreammix_trt.engine.requests import Ticket as Ticket
 
@@ -23,9 +28,17 @@ _HOMES = {
     "FakeDenoiser": "dreammix_trt.engine.denoiser",
     "RequestQueue": "dreammix_trt.engine.requests",
     "Ticket": "dreammix_trt.engine.requests",
+    "Job": "dreammix_trt.engine.dreammix",
+    "Options": "dreammix_trt.engine.gpu.plan",
+    "QueueFull": "dreammix_trt.core.errors",
+    "TimedOut": "dreammix_trt.core.errors",
+    "Cancelled": "dreammix_trt.core.errors",
 }
 
-__all__ = ["Denoiser", "DreamMix", "FakeDenoiser", "Request", "RequestQueue", "Result", "StepEvent", "Ticket"]
+__all__ = [
+    "Cancelled", "Denoiser", "DreamMix", "FakeDenoiser", "Job", "Options", "QueueFull", "Request", "RequestQueue",
+    "Result", "StepEvent", "Ticket", "TimedOut",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -112,27 +112,30 @@ class DreamMix:
 
         threads: for the networks and the kernels; None: all cores. verify: hash every file again. store: where the
         base engines are, when not in the default place. device: "cpu", or "cuda": requests run on the GPU as a whole;
-        then options are those of `engine.gpu.plan.Options` (pictures, largest_picture, subjects, residency, ...).
-        Raises EngineError saying what is wrong and how to rebuild, OutOfMemoryError with the memory plan.
+        then options are those of `dreammix_trt.engine.gpu.plan.Options` (pictures, largest_picture, subjects,
+        residency, ...). Raises InputError for device and options, EngineError saying what is wrong and how to rebuild,
+        MissingExtraError for packages that a GPU needs, DeviceError for a GPU that cannot be used, OutOfMemoryError
+        with the memory plan.
         """
         from dreammix_trt.engine.build import check_runnable, open_engine
 
-        _check_device(device, options)
+        chosen = _device_options(device, options)
         opened = open_engine(Path(path), verify=verify, store=Path(store) if store else None)
         check_runnable(Path(path), opened)
         tokenizers = [Tokenizer.load(opened.parts["base"] / name) for name in ("tokenizer", "tokenizer_2")]
         subjects = [read_subject(file) for file in opened.subjects]
         if device == "cuda":
             from dreammix_trt.engine.gpu.loading import open_device
-            from dreammix_trt.engine.gpu.plan import Options
 
+            if threads is not None:
+                kernels.set_threads(threads)
             owned = open_device(opened, Path(store) if store else None)
             return cls.on_device(
                 owned.device,
                 owned.networks,
                 tokenizers,
                 subjects,
-                Options(**options),
+                chosen,
                 stream=owned.stream,
                 owned=(owned,),
             )
@@ -267,7 +270,12 @@ class DreamMix:
         return _last(self.iterate(image, mask_image, prompt, noise=noise, keep_stages=keep_stages, **fields))
 
     def inpaint_batch(self, jobs: Sequence[Job]) -> list[Result]:
-        """Several requests, one result each, in order. All are checked before the first is painted."""
+        """Several requests, one result each, in order. All are checked before the first is painted.
+
+        jobs: (image, mask_image, request) each, the request of `request(prompt, ...)`. On a GPU pictures of equal frame
+        and steps share a batch of up to `pictures`, whatever their subjects, prompts and sizes; on the CPU they are
+        painted one after the other. Raises InputError naming the value that cannot be used.
+        """
         if self._studio is not None:
             laid_out = [self._laid_out(self._studio, Job(*job)) for job in jobs]
             for _ in self._device_events(self._studio, laid_out, keep_stages=False):
@@ -305,7 +313,7 @@ class DreamMix:
         self._ready()
         clock, request = Clock(), job.request
         if not isinstance(request, Request):
-            raise InputError(f"a job's request is a {type(request).__name__}: give a Request(prompt, ...)")
+            raise InputError(f"a job's request is a {type(request).__name__}: give dm.request(prompt, ...)")
         networks = Timed(cast(Networks, self.networks), clock, self._ready)  # without a studio they are the host's
         with clock("read"):
             source = read_image(job.image)
@@ -354,13 +362,15 @@ class DreamMix:
         self._ready()
         clock, request = Clock(), job.request
         if not isinstance(request, Request):
-            raise InputError(f"a job's request is a {type(request).__name__}: give a Request(prompt, ...)")
+            raise InputError(f"a job's request is a {type(request).__name__}: give dm.request(prompt, ...)")
         if job.noise is not None:
             raise InputError("noise is given, but on a GPU it is drawn there, from the seed: load with device='cpu'")
         with clock("read"):
             source = read_image(job.image)
             mask = read_mask(job.mask_image, source.size)
         name, token = self._named(request)
+        if "unet_raw" in studio.shared and not studio.has_raw_unet:  # the memory plan left it away: say what is painted
+            request = request.replace(patched_fraction=1.0)
         with clock("canvas"):
             canvas = laid(source.rgb, mask, request, self.facts, studio.networks.frames())
             schedule = make_schedule(request, raw_unet=studio.has_raw_unet)
@@ -523,18 +533,21 @@ def _written(source: PictureIn, pixels: U8) -> Image.Image:
     return source.with_pixels(pixels) if pixels.shape[:2] == source.size else _rgb(pixels)
 
 
-def _check_device(device: str, options: Mapping[str, Any]) -> None:
-    """Refuse unknown devices and options before anything is opened."""
-    if device not in ("cpu", "cuda"):
-        raise InputError(f"device is {device!r}; allowed: cpu, cuda")
+def _device_options(device: str, options: Mapping[str, Any]) -> Options:
+    """The options of a device; unknown devices, options and values are refused before anything is opened."""
     from dreammix_trt.engine.gpu.plan import Options
 
+    if device not in ("cpu", "cuda"):
+        raise InputError(
+            f"device is {device!r}; allowed: cpu, cuda (the first GPU; CUDA_VISIBLE_DEVICES=1 makes it another)"
+        )
     known = [each.name for each in fields(Options)]
     for name in options:
         if name not in known:
             raise InputError(f"there is no option {name!r}; those of device='cuda' are {', '.join(known)}")
         if device != "cuda":
-            raise InputError(f"{name} is an option of device='cuda'")
+            raise InputError(f"{name} needs device='cuda' (`--device cuda`); leave it out on the CPU")
+    return Options(**options)
 
 
 def _checked(defaults: Mapping[str, Any]) -> Mapping[str, Any]:

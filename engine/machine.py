@@ -224,7 +224,7 @@ class Machine:
         if not self.extension:
             return "missing, like the C++ extension"
         if not self.kernels:
-            return "none in the C++ extension; it gets them where nvcc is found when it is built"
+            return "none in the C++ extension, device='cuda' needs them: `pip install .` with nvcc on the PATH"
         known = ", ".join(filter(None, [*self.kernels["architectures"], self.kernels.get("ptx")]))
         return f"{known} (CUDA {self.kernels['toolkit']})"
 
@@ -275,7 +275,8 @@ def explain_mismatch(built_for: Mapping[str, Any], here: Machine) -> str | None:
     if not here.driver.gpus:
         return (
             f"this {backend} engine cannot run here: {here.driver.problem}; "
-            f"`--backend onnxruntime` builds one that runs on the processor{_command(built_for, here)}"
+            f"install driver {DRIVER_NEEDED} or newer where there is a GPU; `--backend onnxruntime` builds one that "
+            f"runs on the processor (name another --out to keep this one){_command(built_for, here)}"
         )
     differences = [
         *_version_differs(backend, built_for.get("version"), here),
@@ -325,9 +326,12 @@ def _version_differs(backend: str, built: Any, here: Machine) -> Iterator[str]:
 
 
 def _gpu_differs(targets: Any, here: Machine) -> Iterator[str]:
-    if targets and not any(gpu.capability in targets for gpu in here.driver.gpus):
-        gpus = ", ".join(f"{gpu.name} ({gpu.capability})" for gpu in here.driver.gpus)
-        yield f"it was built for {', '.join(targets)}, here is {gpus}"
+    first, *others = here.driver.gpus  # what the runtime opens
+    if not targets or first.capability in targets:
+        return
+    fitting = next((k for k, gpu in enumerate(others, 1) if gpu.capability in targets), None)
+    choose = f" (CUDA_VISIBLE_DEVICES={fitting} chooses the {others[fitting - 1].name})" if fitting else ""
+    yield f"it was built for {', '.join(targets)}, the first GPU here is {first.name} ({first.capability}){choose}"
 
 
 def _command(built_for: Mapping[str, Any], here: Machine) -> str:

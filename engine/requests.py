@@ -101,7 +101,7 @@ class Ticket:
         self._stop: Cancelled | None = None  # how it ends from now on, whatever the present step gives
 
     def result(self, timeout: float | None = None) -> Result:
-        """Wait for the result, at most `timeout` seconds; then TimeoutError, and the request goes on.
+        """Wait for the result, at most `timeout` seconds; then the built-in TimeoutError, and the request goes on.
 
         Raises what the request raised: Cancelled after `cancel` or `close`, TimedOut past the deadline, anything else
         as it was. From an `on_step` callback it never waits.
@@ -114,7 +114,8 @@ class Ticket:
     def cancel(self) -> bool:
         """Stop it: a waiting request never starts, a running one stops after its present step.
 
-        False when it had ended otherwise. True: it ends "cancelled", if the present step is the last one or fails, too.
+        False when it had already ended otherwise. True: it ends "cancelled", even if the present step is the last one
+        or fails.
         """
         return self._queue._cancel(self)
 
@@ -124,7 +125,7 @@ class Ticket:
 
     @property
     def state(self) -> State:
-        """Where it stands; TimedOut counts as "failed"."""
+        """One of "waiting", "running", "done", "failed" (TimedOut, too) or "cancelled"."""
         if not self._future.done():
             return "waiting" if self._started is None else "running"
         error = self._future.exception()
@@ -132,7 +133,7 @@ class Ticket:
 
     @property
     def steps(self) -> Steps:
-        """How far it is."""
+        """(done, total) steps over all pictures of the request."""
         return self._steps
 
     @property
@@ -179,7 +180,7 @@ class RequestQueue:
     cores: give each its `threads`). They stay their owner's, who must not use them meanwhile, unless `owned`: then the
     last worker closes them, in reverse order, as `DreamMix.another` wants it. waiting: how many requests may wait
     beside those that run. timeout: seconds each request has from `submit` to its end, unless it says otherwise; None:
-    any.
+    any. A worker paints one request at a time: batches hold the pictures of one request, or of `inpaint_batch`.
 
     A request that fails harms no other one: its error goes to its ticket. A `DeviceError` that says the device is lost
     ends that worker; after the last one, waiting tickets get that error and `submit` raises it. As a context manager it
@@ -189,6 +190,10 @@ class RequestQueue:
     def __init__(
         self, painters: Sequence[Paints], *, waiting: int = 16, timeout: float | None = None, owned: bool = False
     ) -> None:
+        for number, painter in enumerate(painters if isinstance(painters, Sequence) else [painters]):
+            if not isinstance(painters, Sequence) or not hasattr(painter, "iterate"):
+                what = f"painters[{number}]" if isinstance(painters, Sequence) else "painters"
+                raise InputError(f"{what} is a {type(painter).__name__}: give a list of DreamMix, RequestQueue([dm])")
         if not painters or len({id(painter) for painter in painters}) < len(painters):
             raise InputError(f"painters: {len(painters)} given; give one DreamMix or more, each of them once")
         if isinstance(waiting, bool) or not isinstance(waiting, int) or waiting < 0:
@@ -248,6 +253,8 @@ class RequestQueue:
         allowed = self._timeout if isinstance(timeout, EllipsisType) else _seconds("timeout", timeout)
         patience = _seconds("wait", 0 if self._inside() else wait)
         request = prompt.replace(**fields) if isinstance(prompt, Request) else self._request(prompt, **fields)
+        if on_step is not None and not callable(on_step):
+            raise InputError(f"on_step is a {type(on_step).__name__}: give a function of one StepEvent")
         job = _Job(image, mask_image, request, {"noise": noise, "keep_stages": keep_stages}, on_step)
         ticket = Ticket(self, job, begun, allowed)
         with self._lock:
@@ -489,9 +496,10 @@ def _painted(painter: Paints, ticket: Ticket) -> Result | None:
 
 def _timed_out(ticket: Ticket) -> TimedOut:
     done, total = ticket.steps
+    fewer = ", or submit fewer at a time" if ticket.waited > ticket.ran / 4 else ""
     return TimedOut(
-        f"the request had {ticket._allowed:g} s, of which it waited {ticket.waited:.3g} s, and took {done} of {total} "
-        f"steps: give it a longer timeout, or submit fewer at a time"
+        f"the request had {ticket._allowed:g} s, of which it waited {ticket.waited:.3f} s, and took {done} of {total} "
+        f"steps: give it a longer timeout{fewer}"
     )
 
 

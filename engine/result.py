@@ -29,17 +29,17 @@ _LONGEST = {"PNG": 2**31 - 1, "JPEG": 65500, "WEBP": 16383}  # pixels a side
 class Result:
     """What a request gave.
 
-    images: PIL images of the input's size and kind (RGB, RGBA, L), one a picture; in reference mode RGB at the size it
-    worked on. seeds: of each. timings: seconds per phase, summed over the pictures, disjoint; "network:..." are the
-    networks; on a GPU the device's seconds in "upload", "text", "start", "loop", "hand over", "finish" and "download",
-    networks included. stages: named pictures of what each stage did, when asked for; on a GPU "local result" and
-    "last result".
+    images: PIL images of the input's size and kind (RGB, RGBA, L), one a picture; in reference mode RGB at the size
+    it worked on. seeds: of each. timings: seconds per phase, summed over the pictures, disjoint; "network:..." are
+    the networks; on a GPU the device's seconds in "upload", "text", "start", "loop", "hand over", "finish" and
+    "download", networks included, and the host's in "read", "canvas", "write" and "weights" (brought in for it).
+    stages: named pictures of what each stage did, when asked for; on a GPU "local result" and "last result".
     """
 
     images: list[Image.Image]
     request: Request
     seeds: tuple[int, ...]
-    schedule: Schedule
+    schedule: Schedule = field(repr=False)
     timings: dict[str, float]
     stages: dict[str, Image.Image] = field(default_factory=dict)
 

@@ -219,7 +219,10 @@ ADA = Gpu("NVIDIA GeForce RTX 4090", "sm_89", 24 << 30)
 AMPERE = Gpu("NVIDIA GeForce RTX 3090", "sm_86", 24 << 30)
 DRIVERS = {
     "no driver": (Driver(problem="there is no NVIDIA driver here"), r"there is no NVIDIA driver here"),
-    "another GPU": (Driver("13.0", (AMPERE,)), r"built for sm_89, here is NVIDIA GeForce RTX 3090 \(sm_86\)"),
+    "another GPU": (
+        Driver("13.0", (AMPERE,)),
+        r"built for sm_89, the first GPU here is NVIDIA GeForce RTX 3090 \(sm_86\)",
+    ),
 }
 
 

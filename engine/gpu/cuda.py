@@ -65,7 +65,7 @@ class Bindings:
         except (ImportError, OSError, RuntimeError) as error:
             raise DeviceError(
                 f"cuda-python is installed but does not load ({error}); "
-                "`pip install --force-reinstall 'dreammix-trt[cuda]'`"
+                "`pip install --force-reinstall 'cuda-python>=13,<14'`"
             ) from error
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -506,7 +506,7 @@ class CudaDevice:
 
 def _check_driver(bindings: Bindings) -> int:
     """The CUDA version that the driver serves, as 1000 major + 10 minor. Raises DeviceError where it is too old."""
-    remedy = f"install an NVIDIA driver {DRIVER_NEEDED} or newer, or load with device='cpu'"
+    remedy = f"install an NVIDIA driver {DRIVER_NEEDED} or newer, or load with device='cpu' (`--device cpu`)"
     driver = bindings.driver
     try:
         (error,) = driver.cuInit(0)

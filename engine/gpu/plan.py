@@ -38,9 +38,12 @@ _TWIN: Final = "_float32"
 class Options:
     """What a runtime is loaded for; memory is set aside for all of it.
 
-    pictures: most in a batch. largest_picture: pixels. subjects, texts: how many stay on the device (others are brought
-    again when asked for). shapes: how many shapes of requests keep graphs. residency: one of `STRATEGIES`; None: the
-    first that fits. Raises InputError.
+    pictures: most in a batch. largest_picture: width times height of the largest picture a request may bring, which
+    takes some twenty bytes of device memory a pixel; larger ones are refused. subjects: how many stay on the device;
+    texts: prompts that stay encoded there (others are brought again when asked for). shapes: how many frame sizes (and
+    batch sizes) keep graphs. residency: "resident", all networks stay; "one-unet", unet_raw stays away and all steps
+    run on the inpainting UNet, so pictures differ a little; "swap", networks are there while a phase needs them; None:
+    the first of these that fits. Raises InputError.
     """
 
     pictures: int = 1
@@ -89,10 +92,12 @@ class MemoryPlan:
 
     @property
     def needed(self) -> int:
+        """Bytes of all rows."""
         return sum(row.bytes for row in self.rows)
 
     @property
     def fits(self) -> bool:
+        """Whether that is no more than is free."""
         return self.needed <= self.free
 
     def __str__(self) -> str:
@@ -188,7 +193,9 @@ def _regions(regions: Mapping[str, int]) -> Iterator[Row]:
 
 def _workspace(count: int) -> Row:
     if count < MIB:
-        return Row("workspace", count, "none: the back end takes scratch memory of its own, which is not counted here")
+        return Row(
+            "workspace", count, "as good as none: the back end takes scratch memory of its own, not counted here"
+        )
     return Row("workspace", count, "scratch of the neediest network; all share it, they never run at once")
 
 

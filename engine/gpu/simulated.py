@@ -1,6 +1,15 @@
 """A device without a GPU: memory is the host's, kernels are the same sources run there, and everything is recorded.
 
-For tests of the runtime's order and arithmetic, and for apps that want to try their integration. What a GPU would get
+For tests of the runtime's order and arithmetic, and for apps that want to try their integration:
+
+    with DreamMix.load("engines/mug") as host:  # an engine for ONNX Runtime
+        device = SimulatedDevice()
+        networks = SimulatedNetworks(device, host.networks)
+        options = Options(largest_picture=512 * 512)
+        with DreamMix.on_device(device, networks, host.tokenizers, (), options, owned=(device,)) as dm:
+            dm.inpaint(...)
+
+It needs the C++ extension; times are the host's, and every network's weights count as one MiB. What a GPU would get
 wrong silently is refused here: allocation, waiting or host copies within a capture, work on freed memory, and copies
 beyond the end of an array. Work runs at once, or, for tests of what the host must leave alone meanwhile, as late as a
 GPU may run it.
@@ -10,6 +19,7 @@ from __future__ import annotations
 
 import bisect
 import importlib
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -62,9 +72,13 @@ class SimulatedDevice:
         self.transferred = {"uploaded": 0, "downloaded": 0}
         self._live: dict[int, SimulatedMemory] = {}
         self._starts: list[int] = []
-        self._capturing: list[_Task] | None = None
+        self._threads = threading.local()  # a capture is its thread's alone, as on a GPU
         self._graphs = 0
         self._kernels = importlib.import_module("dreammix_trt._cpp").gpu
+
+    @property
+    def _capturing(self) -> list[_Task] | None:
+        return getattr(self._threads, "tasks", None)
 
     @property
     def used(self) -> int:
@@ -136,11 +150,11 @@ class SimulatedDevice:
     def capture(self, stream: Stream, record: Callable[[], None]) -> SimulatedGraph:
         self._not_capturing("capture")
         tasks: list[_Task] = []
-        self._capturing = tasks
+        self._threads.tasks = tasks
         try:
             record()
         finally:
-            self._capturing = None
+            self._threads.tasks = None
         self._graphs += 1
         self.record.append(Entry("capture", "", graph=self._graphs))
         return SimulatedGraph(self, self._graphs, tasks)

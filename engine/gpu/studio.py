@@ -68,7 +68,8 @@ class Studio:
 
     networks: those the memory plan has room for, `shared`: all. They and the device stay their owner's: several studios
     may share them, each with memory and a stream of its own. stream: where the networks must run (ONNX Runtime's are
-    tied to one), its owner's; None: one is made. shares: other studios use the networks, so their weights stay.
+    tied to one), its owner's; None: one is made. shares: other studios use the networks, so their weights stay. plan:
+    what takes how much memory. lost: whether the device stopped answering, which ends this studio.
     Raises InputError, EngineError, OutOfMemoryError with the memory plan.
     """
 
@@ -237,7 +238,7 @@ class Studio:
 
     @property
     def shapes(self) -> int:
-        """How many frame shapes have rooms that stay."""
+        """How many shapes (frame and batch size) keep captured graphs now."""
         return len(self._rooms)
 
     def close(self) -> None:

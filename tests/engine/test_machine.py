@@ -324,6 +324,11 @@ BUILT: dict[str, Any] = {
 }  # fmt: skip
 
 
+def test_the_first_gpu_is_what_the_runtime_opens() -> None:
+    text = explain_mismatch(BUILT, replace(with_gpu(HOPPER), driver=Driver("13.0", (HOPPER, ADA))))
+    assert text and "(CUDA_VISIBLE_DEVICES=1 chooses the NVIDIA GeForce RTX 4090)" in text
+
+
 def test_nothing_differs_where_nothing_does() -> None:
     assert explain_mismatch(BUILT, with_gpu(ADA)) is None
     assert explain_mismatch({"backend": "tensorrt-rtx"}, with_gpu(ADA)) is None
@@ -340,14 +345,14 @@ UNBUILT = replace(BARE, versions={}, kernels=None)
         ({}, with_gpu(HOPPER), ["built for sm_86, sm_89", "NVIDIA H200 (sm_90)"],
          "build it again here: `dreammix-trt build --backend tensorrt`"),
         ({"targets": ["sm_86"], "command": "dreammix-trt build --target sm_86 --target sm_80 --out it"}, with_gpu(ADA),
-         ["built for sm_86, here is NVIDIA GeForce RTX 4090"],
+         ["built for sm_86, the first GPU here is NVIDIA GeForce RTX 4090"],
          "build it again here: `dreammix-trt build --out it --target sm_89`"),
         ({"version": "1.6.1.120"}, with_gpu(ADA), ["1.6.1.120", "1.7.1.116"], AGAIN),
         ({"command": "dreammix-trt build --out it --backend tensorrt-rtx --precision float16 "
           "--vae-image a.png --no-safe-vae --pictures 2 --slot-rank 4"}, BARE,
          ["no NVIDIA driver"],
-         "one that runs on the processor: `dreammix-trt build --out it --slot-rank 4 --backend onnxruntime`"),
-        ({"command": None}, BARE, ["no NVIDIA driver"], "onnxruntime` builds one that runs on the processor"),
+         "(name another --out to keep this one): `dreammix-trt build --out it --slot-rank 4 --backend onnxruntime`"),
+        ({"command": None}, BARE, ["no NVIDIA driver"], "(name another --out to keep this one)"),
         ({}, replace(UNBUILT, driver=Driver("13.0", (ADA,))),
          ["not installed", "dreammix-trt[rtx]", "dreammix-trt[cuda]"],
          "`pip install . -C cmake.define.DREAMMIX_CUDA=ON`"),

@@ -323,9 +323,9 @@ def test_a_deadline_counts_from_submit(clock: FakeTime) -> None:
         clock.passes(queue, 9.9)
         assert not running.done() and not waiting.done()
         clock.passes(queue, 0.1)
-        with pytest.raises(TimedOut, match=r"had 10 s, of which it waited 0 s, and took 0 of 3 steps"):
+        with pytest.raises(TimedOut, match=r"had 10 s, of which it waited 0.000 s, and took 0 of 3 steps"):
             running.result(LONG)
-        with pytest.raises(TimedOut, match=r"of which it waited 10 s"):
+        with pytest.raises(TimedOut, match=r"of which it waited 10.000 s.*submit fewer"):
             waiting.result(LONG)
         assert (running.state, waiting.state, own.state, patient.state) == ("failed", "failed", "waiting", "waiting")
         assert queue.statistics().running == 1  # its worker is still in that step
@@ -798,3 +798,11 @@ def test_the_embedded_model_behind_a_queue(mug_engine: Path) -> None:
 def test_the_exit_codes_differ() -> None:
     assert (QueueFull.exit_code, TimedOut.exit_code) == (75, 124)
     assert len({kind.exit_code for kind in (DreamMixError, Cancelled, QueueFull, TimedOut)}) == 4
+
+
+def test_what_is_no_list_of_painters_is_refused(mug_engine: Path) -> None:
+    with DreamMix.load(mug_engine, threads=1) as dm:
+        with pytest.raises(InputError, match=r"painters is a DreamMix: give a list"):
+            RequestQueue(dm)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=r"painters\[0\] is a int"):
+            RequestQueue([1])  # type: ignore[list-item]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -100,3 +101,18 @@ def test_arrays_are_cut_where_numpy_cuts() -> None:
         array.reshaped((13,), "float32")
     with pytest.raises(ValueError, match="entries 2 to 4"):
         array.part(2, 2)
+
+
+def test_a_capture_is_its_threads_alone() -> None:
+    with SimulatedDevice() as device:
+        first, second = filled(device, [8, 4]), filled(device, [8, 4])
+
+        def record() -> None:
+            halved(device, first, first)
+            other = threading.Thread(target=lambda: halved(device, second, second))
+            other.start()
+            other.join()
+
+        device.capture(STREAM, record)
+        assert device.view(first).tolist() == [8, 4]
+        assert device.view(second).tolist() == [4, 2]

@@ -251,6 +251,9 @@ def test_weights_leave_when_the_plan_says_so(simulated: Any, host: DreamMix, str
     dm, device, _ = simulated(residency=strategy)
     expected = pixels(host, **({"patched_fraction": 1.0} if strategy == "one-unet" else {})).astype(int)
     assert np.abs(pixels(dm) - expected).max() <= 1
+    if strategy == "one-unet":
+        image, mask = scene()
+        assert dm.inpaint(image, mask, "a sks mug", num_inference_steps=1).request.patched_fraction == 1
     if strategy == "swap":
         assert not [entry for entry in device.record if entry.kind == "capture"]
         assert dm.studio is not None and dm.studio.timings["weights"] >= 0
@@ -375,3 +378,18 @@ def test_kernels_of_many_threads_paint_the_same(simulated: Any) -> None:
     threaded, _, _ = simulated(device=SimulatedDevice(threads=(2, 4)))
     got, expected = pixels(threaded, **fields).astype(int), pixels(plain, **fields).astype(int)
     assert np.abs(got - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"device": "cuda:1"}, "allowed: cpu, cuda"),
+        ({"device": "cuda", "pictures": 0}, "pictures is 0"),
+        ({"device": "cuda", "residency": "offload"}, "residency is 'offload'"),
+        ({"device": "cuda", "picture": 1}, "there is no option 'picture'"),
+        ({"residency": "swap"}, "needs device='cuda'"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_opened(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        DreamMix.load("no such engine", **options)
