@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dreammix_trt.engine import hardware, machine
-from dreammix_trt.engine.hardware import Driver, Gpu, MemoryWatch, ask_driver, disk_free, memory
+from dreammix_trt.engine.hardware import Driver, Gpu, ask_driver, disk_free, memory
 from dreammix_trt.engine.machine import Machine, examine, explain_mismatch
 
 GIB = 1 << 30
@@ -306,16 +306,21 @@ def test_disk_is_measured_where_the_folder_will_be(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux tells a process its memory")
 def test_the_watch_sees_memory_that_is_gone_afterwards() -> None:
-    with MemoryWatch(every=0.001) as before:
-        pass
-    with MemoryWatch(every=0.001) as watch:
-        held = bytearray(64 << 20)
-        held[::4096] = b"x" * len(held[::4096])
-        watch._sample()
-        del held
-    assert before.anonymous and watch.anonymous and watch.rss
-    assert watch.anonymous - before.anonymous > 60 << 20
-    assert watch.rss > watch.anonymous
+    """In a process of its own, where no other test's memory comes back meanwhile."""
+    code = """
+from dreammix_trt.engine.hardware import MemoryWatch
+with MemoryWatch(every=0.001) as before:
+    pass
+with MemoryWatch(every=0.001) as watch:
+    held = bytearray(64 << 20)
+    held[::4096] = b"x" * len(held[::4096])
+    watch._sample()
+    del held
+assert before.anonymous and watch.anonymous and watch.rss
+assert watch.anonymous - before.anonymous > 60 << 20
+assert watch.rss > watch.anonymous
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[2])
 
 
 BUILT: dict[str, Any] = {
