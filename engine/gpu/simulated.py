@@ -22,7 +22,7 @@ import importlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -323,19 +323,22 @@ class SimulatedNetworks:
     """A host `EngineSet` (or anything with its `run`) as `DeviceNetworks` of a `SimulatedDevice`.
 
     half: float32 inputs and outputs that TensorRT would have in float16 are float16. factors: LoRA factors are inputs
-    of their own. frames, most_pictures: as a built engine would restrict them. twins: networks that exist a second
-    time as NAME_float32.
+    of their own, without those in `unread`, as engines lack what nothing reads. frames, most_pictures: as a built
+    engine would restrict them. twins: networks that exist a second time as NAME_float32. away: those that are not
+    loaded at first.
     """
 
     def __init__(
         self, device: SimulatedDevice, runner: Any, *, half: bool = False, factors: bool = False,
         frames: tuple[tuple[int, int], ...] | None = None, most_pictures: int | None = None,
-        twins: tuple[str, ...] = (), capturable: bool = True,
+        twins: tuple[str, ...] = (), capturable: bool = True, unread: Collection[str] = (),
+        away: Collection[str] = (),
     ) -> None:  # fmt: skip
         self._device, self._runner, self._half, self._factors = device, runner, half, factors
         self._frames, self.most_pictures, self._twins, self._capturable = frames, most_pictures, twins, capturable
+        self._unread = unread
         self.facts = runner.facts
-        self._away: set[str] = set()
+        self._away = set(away)
         self.bound: list[str] = []
 
     def __contains__(self, name: str) -> bool:
@@ -400,9 +403,11 @@ class SimulatedNetworks:
             for key, value in values.items() if key not in outputs
         }  # fmt: skip
         if self._factors and self.slots(name):
-            names = [factor for slot in self.slots(name) for factor, _ in slot.factors]
-            rows = [given.pop(factor) for factor in names]
-            given["lora"] = np.concatenate([row.reshape(len(row), -1) for row in rows], axis=1)
+            factors = dict(factor for slot in self.slots(name) for factor in slot.factors)
+            found = {factor: given.pop(factor) for factor in factors if factor not in self._unread}
+            pictures = len(next(iter(found.values())))
+            rows = [found.get(factor, np.zeros((pictures, *shape), np.float32)) for factor, shape in factors.items()]
+            given["lora"] = np.concatenate([row.reshape(pictures, -1) for row in rows], axis=1)
         for key, value in self._runner.run(_plain_name(name), **given).items():
             with np.errstate(over="ignore"):
                 values[key][...] = value
@@ -424,7 +429,10 @@ class SimulatedNetworks:
             dtype = tensor.dtype if keeps else "float16"
             if tensor.name == "lora" and self._factors:
                 found += [
-                    Tensor(key, dtype, ("pictures", *shape)) for slot in self.slots(name) for key, shape in slot.factors
+                    Tensor(key, dtype, ("pictures", *shape))
+                    for slot in self.slots(name)
+                    for key, shape in slot.factors
+                    if key not in self._unread
                 ]
             else:
                 found.append(Tensor(tensor.name, dtype, tensor.shape))

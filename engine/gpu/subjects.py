@@ -8,8 +8,9 @@ lie side by side, and one kernel puts a row into its places. Nothing else of a c
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -50,14 +51,19 @@ class Layout:
         names = [name for name in (*UNETS, *TEXT_ENCODERS) if name in networks]
         self.slots: dict[str, tuple[Slot, ...]] = {name: networks.slots(name) for name in names}
         dtypes = {name: {tensor.name: tensor.dtype for tensor in networks.inputs(name)} for name in names}
-        found = {dtypes[name][tensor] for name in names for tensor, _ in _inputs(dtypes[name], self.slots[name])}
+        found = {
+            dtypes[name][tensor]
+            for name in names
+            for tensor, _ in _inputs(dtypes[name], self.slots[name])
+            if tensor in dtypes[name]
+        }
         self.dtype = found.pop() if found else "float32"
         if found:
             raise EngineError("the networks take LoRA factors in different types; build the base again as a whole")
         self.entries: dict[str, list[Entry]] = {}
         self.numbers = self.unet_numbers = 0
         for name in names:
-            self.entries[name] = self._entries(_inputs(dtypes[name], self.slots[name]))
+            self.entries[name] = self._entries(_inputs(dtypes[name], self.slots[name]), dtypes[name])
             if name in UNETS:
                 self.unet_numbers = self.numbers
 
@@ -78,9 +84,13 @@ class Layout:
         unets = [entry for name in UNETS for entry in self.entries.get(name, ())]
         return np.array([(entry.start, entry.start, entry.size) for entry in unets], SEGMENT)
 
-    def target(self, name: str, at: int) -> int:
-        """Where number `at` of a network's packed row stands in ours."""
-        entry = max((entry for entry in self.entries[name] if entry.packed_at <= at), key=lambda entry: entry.packed_at)
+    def target(self, name: str, at: int) -> int | None:
+        """Where number `at` of a network's packed row stands in ours; None: the network has no input for it."""
+        entries = self.entries[name]
+        before = bisect_right(entries, at, key=lambda entry: entry.packed_at)
+        entry = entries[before - 1] if before else None
+        if entry is None or at >= entry.packed_at + entry.size:
+            return None
         return entry.start + at - entry.packed_at
 
     def arrays(self, name: str, bound: Array, pictures: int) -> dict[str, Array]:
@@ -93,29 +103,35 @@ class Layout:
             for entry in self.entries.get(name, ())
         }
 
-    def _entries(self, inputs: list[tuple[str, tuple[int, ...]]]) -> list[Entry]:
-        """Place inputs after what is placed already."""
+    def _entries(self, inputs: list[tuple[str, tuple[int, ...]]], known: Collection[str]) -> list[Entry]:
+        """Place those of the inputs that the network has after what is placed already: engines lack the factors of a
+        layer whose output nothing reads, and the packed row has them."""
         each = ALIGNMENT // np.dtype(self.dtype).itemsize
         entries, packed_at = [], 0
         for tensor, shape in inputs:
-            entries.append(Entry(tensor, shape, packed_at, self.numbers))
-            packed_at += entries[-1].size
-            self.numbers += -(-entries[-1].size // each) * each
+            size = math.prod(shape)
+            if tensor in known:
+                entries.append(Entry(tensor, shape, packed_at, self.numbers))
+                self.numbers += -(-size // each) * each
+            packed_at += size
         return entries
 
 
 def _inputs(known: Mapping[str, str], slots: Sequence[Slot]) -> list[tuple[str, tuple[int, ...]]]:
-    """A network's LoRA inputs in packed order, with their shapes for one picture. known: all its inputs."""
+    """The LoRA inputs its slots stand for in packed order, with their shapes for one picture. known: all it has."""
     if "lora" in known:
         return [("lora", (packed_size(slots),))]
-    return [(factor, shape) for slot in slots for factor, shape in slot.factors if factor in known]
+    return [factor for slot in slots for factor in slot.factors]
 
 
 class Subjects:
-    """The subjects of one runtime. `most` are resident; others are packed again when they are asked for."""
+    """The subjects of one runtime. `most` are resident; others are packed again when they are asked for.
 
-    def __init__(self, device: Device, stream: Stream, layout: Layout, arena: Arena) -> None:
-        self._device, self._stream, self._layout, self._arena = device, stream, layout, arena
+    wait: for everything in the stream.
+    """
+
+    def __init__(self, device: Device, stream: Stream, layout: Layout, arena: Arena, wait: Callable[[], None]) -> None:
+        self._device, self._stream, self._layout, self._arena, self._wait = device, stream, layout, arena, wait
         self._known: dict[str, Subject] = {}
         self._resident: OrderedDict[str, int] = OrderedDict()
         self._entered: tuple[str, ...] | None = None
@@ -125,7 +141,7 @@ class Subjects:
         device.clear(arena["bound factors"], stream)
         if self._segments:
             self._upload("segments", layout.segments().view(np.uint8))
-        device.synchronize(stream)
+        wait()
 
     @property
     def most(self) -> int:
@@ -135,13 +151,13 @@ class Subjects:
     def add(self, name: str, subject: Subject) -> None:
         """Make a subject known and resident. Waits for the device: factors come from the host.
 
-        Raises FileFormatError where it does not fit the base; then nothing changes.
+        Raises FileFormatError where it does not fit the base, DeviceError; then the one that had the name keeps it.
         """
         table, raw = self._packing(subject)
-        self._known[name] = subject
         self._resident.pop(name, None)
         self._forget(name)
         self._place(name, table, raw)
+        self._known[name] = subject
 
     def enter(self, names: Sequence[str]) -> None:
         """Let picture k of the batch be drawn with subject names[k] (NOBODY: none). Enqueues only, for residents."""
@@ -204,7 +220,7 @@ class Subjects:
                 "pack_factors", self._stream, raw=self._arena["raw factors"], factors=self._arena["factor table"],
                 count=len(table), out=row, raw_half=False, out_half=row.half,
             )  # fmt: skip
-        self._device.synchronize(self._stream)
+        self._wait()
         self._resident[name] = index
 
     def _packing(self, subject: Subject) -> tuple[np.ndarray, np.ndarray]:
@@ -213,6 +229,8 @@ class Subjects:
         for network, slots in self._layout.slots.items():
             for each in placed(subject.factors_for(network), slots, subject.scale):
                 target = self._layout.target(network, each.at)
+                if target is None:
+                    continue
                 found.append((source, target, *each.values.shape, *each.shape, each.scale, 0))
                 values.append(np.ravel(each.values))
                 source += each.values.size
@@ -225,7 +243,7 @@ class Subjects:
             pinned.array[:] = flat.view(np.uint8)
             part = self._arena[region].reshaped((flat.nbytes,), "uint8")
             self._device.upload(part, pinned.array, self._stream)
-            self._device.synchronize(self._stream)
+            self._wait()
         finally:
             pinned.free()
 
