@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +21,10 @@ class OnDevice:
     stream: Stream
 
     def close(self) -> None:
-        """Free the networks, then the device and what is left on it."""
-        try:
-            self.networks.close()
-            self.stream.close()
-        finally:
-            self.device.close()
+        """Free the networks, then the stream, then the device and what is left on it, whatever of it fails."""
+        with ExitStack() as closing:
+            for each in (self.device, self.stream, self.networks):
+                closing.callback(each.close)
 
 
 def open_device(opened: OpenedEngine, store: Path | None = None) -> OnDevice:
@@ -35,23 +34,23 @@ def open_device(opened: OpenedEngine, store: Path | None = None) -> OnDevice:
     """
     from dreammix_trt.engine.gpu.cuda import CudaDevice
 
-    device = CudaDevice()
-    try:
+    with ExitStack() as made:
+        device = CudaDevice()
+        made.callback(device.close)
         stream = device.stream()
+        made.callback(stream.close)
         networks = _networks(opened, device, stream, Store(store).root / "compiled")
-    except BaseException:
-        device.close()
-        raise
+        made.pop_all()
     return OnDevice(device, networks, stream)
 
 
 def _networks(opened: OpenedEngine, device: Device, stream: Stream, cache: Path) -> DeviceNetworks:
+    """Without weights: these come when the memory plan knows which."""
     backend = opened.passport.backend
     if backend == "onnxruntime":
         from dreammix_trt.engine.gpu.onnx_networks import OnnxNetworks
 
-        return OnnxNetworks.open(opened.parts, stream)
+        return OnnxNetworks.open(opened.parts, stream, resident=())
     from dreammix_trt.engine.gpu.tensorrt_networks import TensorRtNetworks
 
-    # Weights come when the memory plan knows which.
     return TensorRtNetworks.open(opened.parts, backend, device, cache=cache, resident=())

@@ -6,7 +6,7 @@ the price is one launch after the other, as it cannot be captured (`OnnxBound.ca
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +28,7 @@ PROVIDERS = {"cuda": _CUDA, "cpu": _CPU}
 
 
 class OnnxNetworks:
-    """See the module. A session a network, made at once but for float32 twins; `close` or a with statement gives them
-    back.
+    """See the module. A session a network, made by `open` or `load`; `close` or a with statement gives them back.
 
     ONNX Runtime ties a session to one stream when it is made, so these networks belong to one stream of the runtime:
     several contexts on a device each take networks of their own. The parts' LoRA factors are one packed `lora`.
@@ -46,11 +45,9 @@ class OnnxNetworks:
         memory_limit: int | None = None,
     ) -> None:
         self.facts, self._parts, self._entries, self._stream = facts, parts, entries, stream
-        self.provider, self._memory_limit = provider, memory_limit
+        self.provider, self._providers = provider, _providers(provider, stream, memory_limit)
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
-        for name in entries:
-            if not name.endswith(SAFE):
-                self.load(name)
+        self.bound: list[OnnxBound] = []
 
     @classmethod
     def open(
@@ -60,11 +57,13 @@ class OnnxNetworks:
         *,
         provider: str = "cuda",
         memory_limit: int | None = None,
+        resident: Collection[str] | None = None,
     ) -> OnnxNetworks:
         """The networks of a base's parts: a mapping, or the folder that holds them all.
 
         stream: the only one they will run in; provider: "cuda", or "cpu", which runs on host memory where `enqueue`
-        is called; memory_limit: bytes that one network's scratch memory and weights may take (None: any).
+        is called; memory_limit: bytes that one network's scratch memory and weights may take (None: any). resident: the
+        networks that get a session now (none, to plan memory first); None: all but float32 twins.
 
         Raises EngineError for parts that are none, lack a file, or are engines of another back end, InputError for
         unknown providers, DeviceError where ONNX Runtime has no CUDA, OutOfMemoryError.
@@ -79,7 +78,12 @@ class OnnxNetworks:
             for file in filter(None, (entry["graph"], entry.get("weights"))):
                 if not (places[name] / file).is_file():
                     raise EngineError(f"{places[name] / file}: missing, so {name} cannot run; {REBUILD}")
-        return cls(places, read_facts(places["base"]), entries, stream, provider=provider, memory_limit=memory_limit)
+        facts = read_facts(places["base"])
+        opened = cls(places, facts, entries, stream, provider=provider, memory_limit=memory_limit)
+        usual = [name for name in entries if not name.endswith(SAFE)]
+        for name in usual if resident is None else resident:
+            opened.load(name)
+        return opened
 
     def __enter__(self) -> OnnxNetworks:
         return self
@@ -135,7 +139,9 @@ class OnnxNetworks:
                     f"{name}: {tensor.name} is bound to {array.shape} {array.dtype}; it takes {shape} {tensor.dtype}"
                 )
             found[tensor.name] = array
-        return OnnxBound(self, name, {tensor.name for tensor in self.inputs(name)}, found)
+        bound = OnnxBound(self, name, {tensor.name for tensor in self.inputs(name)}, found)
+        self.bound.append(bound)
+        return bound
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -145,6 +151,9 @@ class OnnxNetworks:
     def unload(self, name: str) -> None:
         """Drop a network's session and all its memory; what the stream still has to run must be done."""
         self._entry(name)
+        for bound in self.bound:
+            if bound.name == name:
+                bound.lapse()
         self._sessions.pop(name, None)
 
     def load(self, name: str) -> None:
@@ -165,6 +174,8 @@ class OnnxNetworks:
 
     def close(self) -> None:
         """Free every session."""
+        for bound in self.bound:
+            bound.lapse()
         self._sessions.clear()
         self._entries = {}
 
@@ -176,49 +187,28 @@ class OnnxNetworks:
     def _session(self, name: str) -> onnxruntime.InferenceSession:
         import onnxruntime as ort
 
-        if PROVIDERS[self.provider] not in ort.get_available_providers():
-            raise DeviceError(
-                f"ONNX Runtime has no {PROVIDERS[self.provider]} here; install onnxruntime-gpu in onnxruntime's place "
-                "(`dreammix-trt doctor` tells more)"
-            )
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = cores() if self.provider == "cpu" else 1
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        graph, providers = self._parts[name] / self._entries[name]["graph"], self._providers()
+        graph = self._parts[name] / self._entries[name]["graph"]
         try:
-            session = ort.InferenceSession(str(graph), options, providers=providers)
+            session = ort.InferenceSession(str(graph), options, providers=self._providers)
         except Exception as error:  # ONNX Runtime raises its own unrelated classes
             raise _failure(f"{graph}: {name} cannot be loaded", error, REBUILD) from error
         if PROVIDERS[self.provider] not in session.get_providers():  # it warns and takes the CPU
             raise DeviceError(f"ONNX Runtime cannot use this GPU for {name} (`dreammix-trt doctor` tells more)")
         return session
 
-    def _providers(self) -> list[str | tuple[str, dict[str, str]]]:
-        if self.provider == "cpu":
-            return [_CPU]
-        if not self._stream.handle:  # ONNX Runtime takes 0 for "none given" and makes a stream of its own
-            raise DeviceError("ONNX Runtime cannot run in the default stream; make one for it")
-        options = {
-            "device_id": "0",
-            "user_compute_stream": str(self._stream.handle),
-            "do_copy_in_default_stream": "1",
-            "enable_cuda_graph": "0",
-            "arena_extend_strategy": "kSameAsRequested",  # by default it takes up to twice of what it needs
-        }
-        if self._memory_limit is not None:
-            options["gpu_mem_limit"] = str(self._memory_limit)
-        return [(_CUDA, options), _CPU]
-
 
 class OnnxBound:
     """A network bound to arrays; the binding is made again when the network was unloaded and loaded."""
 
     def __init__(self, networks: OnnxNetworks, name: str, inputs: set[str], arrays: Mapping[str, Array]) -> None:
-        self._networks, self._name, self._inputs = networks, name, inputs
+        self._networks, self.name, self._inputs = networks, name, inputs
         self._arrays: Mapping[str, Array] | None = arrays
-        self._bound: tuple[onnxruntime.InferenceSession, Any] | None = None
+        self._bound: Any = None  # holds the session, too
 
     @property
     def capturable(self) -> bool:
@@ -237,30 +227,61 @@ class OnnxBound:
         import onnxruntime as ort
 
         if not self._networks.serves(stream):
-            raise EngineError(f"{self._name} runs in the stream that it was opened with alone; open networks for each")
-        session = self._networks.session(self._name)
-        if self._bound is None or self._bound[0] is not session:
-            self._bound = (session, self._binding(session))
+            raise EngineError(f"{self.name} runs in the stream that it was opened with alone; open networks for each")
+        session = self._networks.session(self.name)
+        if self._bound is None:
+            self._bound = self._binding(session)
         options = ort.RunOptions()
         options.log_severity_level = 3
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         try:
-            session.run_with_iobinding(self._bound[1], options)
+            session.run_with_iobinding(self._bound, options)
         except Exception as error:  # ONNX Runtime raises its own unrelated classes
-            raise _failure(f"{self._name} failed", error, "see ONNX Runtime's message") from error
+            raise _failure(f"{self.name} failed", error, "see ONNX Runtime's message") from error
 
     def close(self) -> None:
         """Forget the arrays; again does nothing."""
         self._arrays = self._bound = None
+        if self in self._networks.bound:
+            self._networks.bound.remove(self)
+
+    def lapse(self) -> None:
+        """Let go of the session: its memory is free when nobody holds it."""
+        self._bound = None
 
     def _binding(self, session: onnxruntime.InferenceSession) -> Any:
         if self._arrays is None:
-            raise EngineError(f"{self._name} cannot run: it is closed, bind it anew")
+            raise EngineError(f"{self.name} cannot run: it is closed, bind it anew")
         binding = session.io_binding()
         for name, array in self._arrays.items():
             bind = binding.bind_input if name in self._inputs else binding.bind_output
             bind(name, self._networks.provider, 0, np.dtype(array.dtype).type, array.shape, array.pointer)
         return binding
+
+
+def _providers(provider: str, stream: Stream, memory_limit: int | None) -> list[str | tuple[str, dict[str, str]]]:
+    """What sessions are told to run on. Raises DeviceError where ONNX Runtime cannot."""
+    import onnxruntime as ort
+
+    if PROVIDERS[provider] not in ort.get_available_providers():
+        raise DeviceError(
+            f"ONNX Runtime has no {PROVIDERS[provider]} here; install onnxruntime-gpu in onnxruntime's place "
+            "(`dreammix-trt doctor` tells more)"
+        )
+    if provider == "cpu":
+        return [_CPU]
+    if not stream.handle:  # ONNX Runtime takes 0 for "none given" and makes a stream of its own
+        raise DeviceError("ONNX Runtime cannot run in the default stream; make one for it")
+    options = {
+        "device_id": "0",
+        "user_compute_stream": str(stream.handle),
+        "do_copy_in_default_stream": "1",
+        "enable_cuda_graph": "0",
+        "arena_extend_strategy": "kSameAsRequested",  # by default it takes up to twice of what it needs
+    }
+    if memory_limit is not None:
+        options["gpu_mem_limit"] = str(memory_limit)
+    return [(_CUDA, options), _CPU]
 
 
 def _failure(what: str, error: Exception, remedy: str) -> EngineError:

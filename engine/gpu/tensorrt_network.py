@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ from dreammix_trt.engine.tensorrt_package import Package
 LOGGER = logging.getLogger(__name__)
 ALIGNMENT: Final = 256  # of every address, as the documentation of setTensorAddress and setDeviceMemory asks
 Span = tuple[int, int]
+Asked = tuple[int, tuple[Shape, ...]]  # a profile, and every input's shape
 
 
 class ProfileError(EngineError):
@@ -43,7 +45,8 @@ class ProfileError(EngineError):
 
 @dataclass
 class Place:
-    """What all networks of a base share; stream: for setting contexts up."""
+    """What all networks of a base share. stream: for setting contexts up; lock: contexts are made, and weights come and
+    go, one at a time."""
 
     trt: Any
     package: Package
@@ -51,6 +54,7 @@ class Place:
     device: Device
     stream: Stream
     cache: Path | None
+    lock: threading.RLock = field(default_factory=threading.RLock)
 
     def check(self) -> None:
         """Raise EngineError after `close`; else the device is current in this thread from here on."""
@@ -77,15 +81,15 @@ class Network:
         self.plan = plan_of(name, folder, entry)
         self.inputs = tuple(Tensor.of(tensor) for tensor in entry["inputs"])
         self.outputs = tuple(Tensor.of(tensor) for tensor in entry["outputs"])
-        self.jit = place.package.jit
+        self.jit, self.lock = place.package.jit, place.lock
         self.loads, self.loaded = 0, False
         self.profiles: tuple[Profile, ...] = ()
         self.spans: tuple[dict[str, Span], ...] = ()
         self.bound: list[TensorRtBound] = []
         self._engine: Any = None
         self._compiled: _Compiled | None = None
-        self._needs: dict[Sides, int] = {}
-        self._ready: tuple[Sides, Any] | None = None  # a context that `workspace` made and nobody has bound yet
+        self._needs: dict[Asked, int] = {}
+        self._ready: tuple[Asked, Any] | None = None  # a context that `workspace` made and nobody has bound yet
 
     # --- the engine and its weights ---
 
@@ -94,8 +98,11 @@ class Network:
         self._place.check()
         self._deserialise(weights)
         self._learn()
-        if not weights:
-            self.unload()
+        if weights:
+            self._arrived()
+        elif not self.jit:
+            self._measure()
+            self._engine = None
 
     def load(self) -> None:
         """See `TensorRtNetworks.load`."""
@@ -111,22 +118,15 @@ class Network:
             for bound in self.bound:
                 bound.renew()
         except BaseException:
-            self.unload()
+            self._let_go()
             raise
+        self._arrived()
 
     def unload(self) -> None:
         """See `TensorRtNetworks.unload`."""
-        for bound in self.bound:
-            bound.lapse(whole=not self.jit)
-        if not self.jit:
-            self._ready = self._engine = None
-        elif self.loaded:
-            self._place.check()
-            engine = self._engine
-            with hearing() as messages:
-                if not engine.unload_weights():
-                    raise failure(f"{self.plan}: its weights cannot be unloaded", messages)
-        self.loaded = False
+        if self.loaded:
+            self._let_go()
+            self.loaded = False
 
     def close(self) -> None:
         """Contexts first, then what was compiled, then the engine."""
@@ -153,15 +153,30 @@ class Network:
             self._engine = engine
             if package.jit and weights:
                 self._weights(data)
-        if not package.jit:
-            self.loaded, self.loads = True, self.loads + 1
 
     def _weights(self, data: Any) -> None:
         engine = self._engine
         with hearing() as messages:
             if not engine.load_weights(data):
                 raise failure(f"{self.plan}: its weights cannot be loaded", messages)
-        self.loaded, self.loads = True, self.loads + 1
+
+    def _arrived(self) -> None:
+        """Last of all: from here on other threads run what is bound."""
+        self.loads += 1
+        self.loaded = True
+
+    def _let_go(self) -> None:
+        """Give the weights back; without TensorRT-RTX the engine goes, and the contexts with it."""
+        for bound in self.bound:
+            bound.lapse(whole=not self.jit)
+        if not self.jit:
+            self._ready = self._engine = None
+            return
+        self._place.check()
+        engine = self._engine
+        with hearing() as messages:
+            if not engine.unload_weights():
+                raise failure(f"{self.plan}: its weights cannot be unloaded", messages)
 
     def _learn(self) -> None:
         """Profiles and spans, from the engine itself; and whether it is the network that `network.json` describes."""
@@ -258,31 +273,41 @@ class Network:
 
     def workspace(self, sides: Sides, facts: BaseFacts) -> int:
         """See `TensorRtNetworks.workspace_bytes`."""
-        if sides not in self._needs:
-            shapes, profile = self.chosen(sides, facts)
+        shapes, profile = self.chosen(sides, facts)
+        asked = self._asked(shapes, profile)
+        if asked not in self._needs:
             self._ready = None
-            self._ready = sides, self._shaped(sides, shapes, profile)
-        return self._needs[sides]
+            if self._engine is not None:
+                self._ready = asked, self._shaped(shapes, profile)
+            else:
+                self._place.check()
+                self._deserialise(weights=True)
+                try:
+                    self._shaped(shapes, profile)
+                finally:
+                    self._engine = None
+        return self._needs[asked]
 
     def bind(
-        self, sides: Sides, shapes: dict[str, Shape], profile: int, arrays: dict[str, Array], workspace: Array | None
+        self, shapes: dict[str, Shape], profile: int, arrays: dict[str, Array], workspace: Array | None
     ) -> TensorRtBound:
         """See `TensorRtNetworks.bind`."""
-        bound = TensorRtBound(self, self._place.device, _Binding(sides, shapes, profile, arrays, workspace))
-        if self._engine is not None or self.jit:
+        bound = TensorRtBound(self, self._place.device, _Binding(shapes, profile, arrays, workspace))
+        if self._engine is not None:  # else its context comes with the weights
             bound.renew()
         self.bound.append(bound)
         return bound
 
     def context_for(self, binding: _Binding) -> Any:
         """A context with shapes, memory and addresses set, and nothing missing."""
+        asked = self._asked(binding.shapes, binding.profile)
         ready, self._ready = self._ready, None
-        if ready is not None and ready[0] == binding.sides:
+        if ready is not None and ready[0] == asked:
             context = ready[1]
         else:
             ready = None
-            context = self._shaped(binding.sides, binding.shapes, binding.profile)
-        need, workspace = self._needs[binding.sides], binding.workspace
+            context = self._shaped(binding.shapes, binding.profile)
+        need, workspace = self._needs[asked], binding.workspace
         if need and (workspace is None or workspace.nbytes < need):
             have = 0 if workspace is None else workspace.nbytes
             raise EngineError(f"{self.name}: needs {need} bytes of workspace and is given {have}; see workspace_bytes")
@@ -315,12 +340,21 @@ class Network:
         if self._compiled is not None:
             self._compiled.keep()
 
-    def _shaped(self, sides: Sides, shapes: Mapping[str, Shape], profile: int) -> Any:
+    def _asked(self, shapes: Mapping[str, Shape], profile: int) -> Asked:
+        return profile, tuple(shapes[tensor.name] for tensor in self.inputs)
+
+    def _measure(self) -> None:
+        """Note what the profiles' own shapes need: most questions are about these, and the engine is here now."""
+        for index, profile in enumerate(self.profiles):
+            for end in range(3):
+                shapes = {name: span[end] for name, span in profile.shapes.items()}
+                if self._asked(shapes, index) not in self._needs:
+                    self._shaped(shapes, index)
+
+    def _shaped(self, shapes: Mapping[str, Shape], profile: int) -> Any:
         """A new context with its profile and input shapes; notes the memory it needs."""
         place = self._place
         place.check()
-        if self._engine is None:
-            raise EngineError(f"{self.name}: closed, or its weights are unloaded; load them first")
         handle = _handle(place.stream)
         with hearing() as messages:
             try:
@@ -331,7 +365,7 @@ class Network:
                 for tensor in self.inputs:
                     if not context.set_input_shape(tensor.name, shapes[tensor.name]):
                         raise failure(f"{self.name}: {tensor.name} cannot be {list(shapes[tensor.name])}", messages)
-                self._needs[sides] = int(context.update_device_memory_size_for_shapes())
+                self._needs[self._asked(shapes, profile)] = int(context.update_device_memory_size_for_shapes())
             except RuntimeError as error:
                 raise self._failed("no context", error, messages) from error
         return context
@@ -365,7 +399,6 @@ class Network:
 class _Binding:
     """What a context is made of, so that it can be made again."""
 
-    sides: Sides
     shapes: Mapping[str, Shape]
     profile: int
     arrays: Mapping[str, Array]
@@ -378,7 +411,7 @@ class TensorRtBound:
     def __init__(self, network: Network, device: Device, binding: _Binding) -> None:
         self._network, self._device, self._binding = network, device, binding
         self._context: Any = None
-        self._ran = self._capturable = False
+        self._ran = self._capturable = self._closed = False
 
     @property
     def capturable(self) -> bool:
@@ -388,19 +421,23 @@ class TensorRtBound:
     def enqueue(self, stream: Stream) -> None:
         """Run once, in the stream. The first run is outside any capture: it sets the context up.
 
-        Raises EngineError while the weights are unloaded, and what the package's messages mean where it fails.
+        Raises EngineError after `close` and while the weights are unloaded, and what the package's messages mean where
+        it fails.
         """
         handle = _handle(stream)
+        if self._closed:
+            raise EngineError(f"{self._network.name}: closed; bind it anew")
         if self._context is None or not self._network.loaded:
-            raise EngineError(f"{self._network.name}: closed, or its weights are unloaded; load them first")
+            raise EngineError(f"{self._network.name}: its weights are unloaded; load them first")
         self._device.work(self._network.name, stream, lambda: self._run(handle))
 
     def close(self) -> None:
         """Free the context; the arrays are their owner's. The stream must be idle."""
-        self._context = None
-        self._capturable = False
-        if self in self._network.bound:
-            self._network.bound.remove(self)
+        with self._network.lock:
+            self._context = None
+            self._closed, self._capturable = True, False
+            if self in self._network.bound:
+                self._network.bound.remove(self)
 
     def renew(self) -> None:
         """Make the context where there is none."""

@@ -2,9 +2,9 @@
 
 One code path. What only TensorRT-RTX has stands behind `Package.jit`: it finishes kernels at load (kept in a runtime
 cache), says whether a context may be captured, and gives weights back without losing contexts. TensorRT 11 has none of
-that: there a network whose weights are unloaded is destroyed and comes back from its file, and what is bound to it is
-made again with the same arrays. TensorRT-RTX's names are those of 1.7.1; TensorRT 11's were compared with its published
-bindings (11.1) and never run: unverified.
+that: there a network whose weights are unloaded is destroyed and comes back from its file, what is bound to it is made
+again with the same arrays, and a question that only the engine answers brings it for a moment. TensorRT-RTX's names are
+those of 1.7.1; TensorRT 11's were compared with its published bindings (11.1) and never run: unverified.
 
 Every context runs in memory that is given to it, at addresses that never change. Variables called trt, runtime, engine,
 context, config and kernels are the package's objects; a test compares their attributes with the package's.
@@ -12,7 +12,6 @@ context, config and kernels are the package's objects; a test compares their att
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -42,7 +41,6 @@ class TensorRtNetworks:
     def __init__(self, place: Place, facts: BaseFacts, networks: Mapping[str, Network]) -> None:
         self.facts = facts
         self._place, self._networks = place, dict(networks)
-        self._lock = threading.Lock()  # contexts are made one at a time
 
     @classmethod
     def open(
@@ -118,25 +116,27 @@ class TensorRtNetworks:
 
     def workspace_bytes(self, name: str, sides: Sides) -> int:
         """Exactly what a context needs for these sides. The first question of a shape makes the context, in which
-        TensorRT-RTX may compile kernels; `bind` then takes it. Raises as `bind`."""
-        with self._lock:
+        TensorRT-RTX may compile kernels; `bind` then takes it. Where TensorRT 11 has unloaded the network, shapes other
+        than its profiles' own bring it for the answer and let it go again. Raises as `bind`."""
+        with self._place.lock:
             return self._network(name).workspace(sides, self.facts)
 
     def bind(
         self, name: str, sides: Sides, arrays: Mapping[str, Array], workspace: Array | None = None
     ) -> TensorRtBound:
-        """A context of its own with every address set; the weights need not be there.
+        """A context of its own with every address set; the weights need not be there (on TensorRT 11 the context comes
+        with them).
 
         arrays: one for every input and output, by name ("MODULE.lora_A", ".lora_B" too), at multiples of ALIGNMENT
         bytes, of exactly the network's dtype and shape. Raises ProfileError for sides outside the profiles, EngineError
         naming the array that does not fit, DeviceError or OutOfMemoryError where the package fails.
         """
         network = self._network(name)
-        with self._lock:
+        with self._place.lock:
             self._place.check()
             shapes, profile = network.chosen(sides, self.facts)
             network.check_arrays(shapes, arrays)
-            return network.bind(sides, shapes, profile, dict(arrays), workspace)
+            return network.bind(shapes, profile, dict(arrays), workspace)
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -149,17 +149,20 @@ class TensorRtNetworks:
 
     def unload(self, name: str) -> None:
         """Give the weights' memory back. The caller has synchronised: nothing of the network may be under way."""
-        self._network(name).unload()
+        with self._place.lock:
+            self._network(name).unload()
 
     def load(self, name: str) -> None:
         """Bring the weights back; what is bound can be enqueued again. Raises OutOfMemoryError, and nothing changed."""
-        self._network(name).load()
+        with self._place.lock:
+            self._network(name).load()
 
     def close(self) -> None:
         """Free contexts, engines and the runtime, in this order; keeps what was compiled. Again does nothing."""
-        for network in self._networks.values():
-            network.close()
-        self._place.close()
+        with self._place.lock:
+            for network in self._networks.values():
+                network.close()
+            self._place.close()
 
     def _network(self, name: str) -> Network:
         if name not in self._networks:

@@ -1,4 +1,5 @@
-"""A stand-in for TensorRT-RTX and TensorRT 11 and for the GPU they run on: no arithmetic, but the packages' rules.
+"""A stand-in for TensorRT-RTX and TensorRT 11 and for the GPU they run on: the packages' rules, and no arithmetic but
+what a test brings.
 
 Names and rules are those of the packages' own documentation. What a rule forbids is answered as they answer it: None or
 False and a message for the logger, or an error. `Gpu.log` has every call that matters, in order.
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from dreammix_trt.engine.gpu.device import Array
+from dreammix_trt.engine.tensorrt import DTYPES
 from dreammix_trt.engine.tensorrt_package import NAMES, NAMES_AHEAD
 
 MAGIC = "a stand-in's plan"
@@ -26,7 +28,8 @@ MAGIC = "a stand-in's plan"
 class Gpu:
     """The `Device` as far as networks use it, and what the stand-in package knows of it.
 
-    total: memory in bytes; weights: bytes of weights that are loaded, by plan; capturing: a capture is under way.
+    total: memory in bytes; weights: bytes of weights that are loaded, by plan; capturing: a capture is under way;
+    compute: a network's arithmetic, by the name of its plan, on the arrays it is bound to.
     """
 
     total: int = 1 << 30
@@ -39,6 +42,7 @@ class Gpu:
     log: list[str] = field(default_factory=list)
     weights: dict[str, int] = field(default_factory=dict)
     compilations: list[str] = field(default_factory=list)
+    compute: Callable[[str, dict[str, Array]], None] | None = None
     _at: int = 1 << 20
     _streams: int = 0
 
@@ -371,6 +375,7 @@ class IExecutionContext:
         for known, shape in self.shapes.items():
             sides |= dict(zip(map(str, self.plan["named"][known]), shape, strict=True))
         sides |= {each.upper(): 8 * sides[each] for each in "hw" if each in sides}
+        sides |= {each.lower(): sides[each] // 8 for each in "HW" if each in sides}
         wrong = self.plan.get("too_large", 0)
         return tuple(sides[side] + wrong if isinstance(side, str) else side for side in self.plan["named"][name])
 
@@ -381,7 +386,17 @@ class IExecutionContext:
             return False
         self.note(f"run {stream_handle:#x}{' captured' if self.gpu.capturing else ''}")
         self.ran = True
+        if self.gpu.compute is not None:
+            self.gpu.compute(self.plan["name"], self.arrays())
         return True
+
+    def arrays(self) -> dict[str, Array]:
+        shapes = {name: self.shapes.get(name) or self.get_tensor_shape(name) for name in self.addresses}
+        kinds = {name: self.engine.get_tensor_dtype(name).name for name in self.addresses}
+        return {
+            name: Array(at, shapes[name], DTYPES.get(kinds[name], kinds[name].lower()))
+            for name, at in self.addresses.items()
+        }
 
     def fault(self) -> str | None:
         if self.plan.get("fails"):

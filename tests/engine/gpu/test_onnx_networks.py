@@ -154,6 +154,15 @@ def test_what_is_closed_or_unloaded_does_not_run(parts: dict[str, Path]) -> None
         held.run()
 
 
+def test_opened_without_sessions_it_answers_all_that_planning_asks(parts: dict[str, Path]) -> None:
+    with OnnxNetworks.open(parts, Line(), provider="cpu", resident=()) as networks:
+        assert networks.weight_bytes("unet") and networks.inputs("unet") and networks.slots("unet")
+        assert networks.workspace_bytes("unet", SIDES) == 0 and networks.loaded == ()
+        held = Held(networks, "inpaint_head")
+        networks.load("inpaint_head")
+        assert held.run()["feature"].any() and networks.loaded == ("inpaint_head",)
+
+
 def test_bad_parts_and_options_are_refused(parts: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="provider is 'gpu'; allowed: cuda, cpu"):
         OnnxNetworks.open(parts, Line(), provider="gpu")
@@ -247,8 +256,9 @@ def test_a_gpu_that_onnx_runtime_cannot_use_is_said(
     with pytest.raises(DeviceError, match="cannot use this GPU for inpaint_head"):
         OnnxNetworks.open(chosen, Line(1))
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(DeviceError, match=r"ONNX Runtime has no CUDAExecutionProvider.*onnxruntime-gpu"):
-        OnnxNetworks.open(chosen, Line(1))
+    for resident in (None, ()):
+        with pytest.raises(DeviceError, match=r"ONNX Runtime has no CUDAExecutionProvider.*onnxruntime-gpu"):
+            OnnxNetworks.open(chosen, Line(1), resident=resident)
 
 
 # On a GPU

@@ -7,7 +7,9 @@ import ast
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -181,7 +183,7 @@ def test_each_binding_has_a_context_of_its_own(networks: TensorRtNetworks, card:
     assert card.log.count("free context unet") == 1
     first.close()
     second.enqueue(card.stream())
-    with pytest.raises(EngineError, match="unet: closed"):
+    with pytest.raises(EngineError, match="unet: closed; bind it anew"):
         first.enqueue(card.stream())
 
 
@@ -231,7 +233,7 @@ def test_weights_go_and_come_back_and_what_is_bound_stays(
     networks.unload("unet")
     assert card.memory()[0] == free + 1000 and not unet.capturable
     networks.unload("unet")
-    with pytest.raises(EngineError, match="unet: closed, or its weights are unloaded; load them first"):
+    with pytest.raises(EngineError, match="unet: its weights are unloaded; load them first"):
         unet.enqueue(stream)
     card.log.clear()
     networks.load("unet")
@@ -281,6 +283,65 @@ def test_a_float32_twin_stays_away_until_it_is_needed(card: fake.Gpu, backend: s
         networks.load("vae_decoder_float32")
         twin.enqueue(card.stream())
         assert networks.loaded == ("unet", "vae_decoder", "vae_decoder_float32")
+
+
+def test_what_is_opened_without_weights_answers_is_bound_and_runs_once_they_came(
+    card: fake.Gpu, backend: str, tmp_path: Path
+) -> None:
+    with opened(write_base(tmp_path, backend, shapes="dynamic"), backend, card, resident=()) as networks:
+        assert networks.loaded == () and card.weights == {}
+        card.log.clear()
+        assert networks.workspace_bytes("unet", ONE) == 100 * 2 * 4 * 16 * 16
+        assert "deserialise unet" not in card.log, "the profiles' own shapes are known since it was opened"
+        for _ in range(2):
+            other = replace(ONE, height=12, width=20)
+            assert networks.workspace_bytes("unet", other) == 100 * 2 * 4 * 12 * 20 and card.weights == {}
+        assert card.log.count("deserialise unet") == (1 if backend == "tensorrt" else 0)
+        unet, stream = bound(networks, card, "unet", other), card.stream()
+        with pytest.raises(EngineError, match="unet: its weights are unloaded; load them first"):
+            unet.enqueue(stream)
+        networks.load("unet")
+        assert networks.loaded == ("unet",) and networks.loads("unet") == 1
+        unet.enqueue(stream)
+        assert unet.capturable
+
+
+def test_a_network_counts_as_loaded_when_all_that_is_bound_can_run(
+    networks: TensorRtNetworks, card: fake.Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet, seen = bound(networks, card), []
+    networks.unload("unet")
+    renew = tensorrt_network.TensorRtBound.renew
+
+    def renewed(self: Any) -> None:
+        seen.append(networks.loaded)
+        if len(seen) == 1:
+            raise OutOfMemoryError("no context")
+        renew(self)
+
+    monkeypatch.setattr(tensorrt_network.TensorRtBound, "renew", renewed)
+    with pytest.raises(OutOfMemoryError):
+        networks.load("unet")
+    assert networks.loaded == ("vae_decoder",) and "unet" not in card.weights
+    networks.load("unet")
+    assert seen == [("vae_decoder",)] * 2 and networks.loaded == ("unet", "vae_decoder")
+    unet.enqueue(card.stream())
+
+
+def test_threads_that_need_a_network_at_once_load_it_once(
+    networks: TensorRtNetworks, card: fake.Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    networks.unload("unet")
+    fit, before = card.fit, networks.loads("unet")
+
+    def slow(name: str, nbytes: int) -> bool:
+        time.sleep(0.05)
+        return fit(name, nbytes)
+
+    monkeypatch.setattr(card, "fit", slow)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(networks.load, ["unet"] * 4))
+    assert networks.loads("unet") == before + 1
 
 
 def test_closing_frees_contexts_before_engines(networks: TensorRtNetworks, card: fake.Gpu) -> None:
@@ -426,7 +487,8 @@ def test_plans_of_other_versions_and_gpus_are_refused_before_loading(
     with pytest.raises(EngineError, match=rf"unet\.engine: built with .* 1\.6\.0, installed is {installed}"):
         opened(write_base(tmp_path, backend, version="1.6.0"), backend, card)
     card.capability = "sm_90"
-    with pytest.raises(DeviceError, match=r"built for sm_89, here is .*\(sm_90\).*--target sm_90"):
+    remedy = {"tensorrt-rtx": "no engines for that: use `--backend tensorrt`", "tensorrt": "--target sm_90"}[backend]
+    with pytest.raises(DeviceError, match=rf"built for sm_89, here is .*\(sm_90\).*{remedy}"):
         opened(write_base(tmp_path, backend), backend, card)
     assert not any(entry.startswith("deserialise") for entry in card.log)
 
