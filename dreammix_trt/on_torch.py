@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ def load_torch(
     compile: bool | str = False,
     options: Options | None = None,
     device: Device | None = None,
-    torch_device: str = "cuda",
+    torch_device: str = "cuda:0",
     **networks: Any,
 ) -> DreamMix:
     """A `DreamMix` that runs a base's networks in torch on the GPU.
@@ -37,8 +38,9 @@ def load_torch(
     base: of `core.checkpoint.BaseFiles.open(path)`; subjects: of `core.subject.subject_from_loras`; dtype: "float16",
     "bfloat16" or "float32"; compile: torch.compile the UNets and the VAE (the first picture of a frame size waits for
     it); options: what memory is set aside for; device: None: the first GPU, which is torch_device's, too; networks:
-    further arguments of `TorchNetworks.of`. Raises MissingExtraError without torch or cuda-python, DeviceError without
-    a GPU, InputError for an unknown dtype, FileFormatError for a base that does not fit.
+    further arguments of `TorchNetworks.of`; weights come when the memory plan knows which. Raises MissingExtraError
+    without torch or cuda-python, DeviceError without a GPU, InputError for an unknown dtype, FileFormatError for a base
+    that does not fit, OutOfMemoryError with the memory plan.
     """
     try:
         from dreammix_trt.export.torch_networks import TorchNetworks
@@ -46,20 +48,17 @@ def load_torch(
         raise MissingExtraError(
             f"{error.name} is not installed, running in torch needs it: pip install 'dreammix-trt[export]'"
         ) from error
-    owned: list[Any] = []
-    if device is None:
-        from dreammix_trt.engine.gpu.cuda import CudaDevice
+    tokenizers = _tokenizers(base)
+    with ExitStack() as opened:
+        if device is None:
+            from dreammix_trt.engine.gpu.cuda import CudaDevice
 
-        device = CudaDevice()
-        owned.append(device)
-    try:
-        made = TorchNetworks.of(base, device=torch_device, dtype=dtype, compile=compile, **networks)
-        owned.insert(0, made)
-    except BaseException:
-        for each in owned:
-            each.close()
-        raise
-    return DreamMix.on_device(device, made, _tokenizers(base), subjects, options, owned=owned)
+            device = opened.enter_context(CudaDevice())
+        made = opened.enter_context(
+            TorchNetworks.of(base, device=torch_device, dtype=dtype, compile=compile, resident=(), **networks)
+        )
+        owned = opened.pop_all()
+    return DreamMix.on_device(device, made, tokenizers, subjects, options, owned=[owned])
 
 
 def _tokenizers(base: BaseFiles) -> list[Tokenizer]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FunctionType
@@ -14,10 +14,7 @@ import numpy as np
 import torch
 
 from dreammix_trt.core.errors import EngineError
-from dreammix_trt.export.torch_resident import Resident
-
-#: a module's LoRA inputs and torch's cuBLAS workspaces are one for all threads
-_enqueuing = threading.Lock()
+from dreammix_trt.export.torch_resident import Resident, turn
 
 
 class Array(Protocol):
@@ -69,7 +66,7 @@ class TorchBound:
         if not self._resident.loaded or not self._outputs:
             remedy = "load it first" if self._outputs else "it is closed, bind it anew"
             raise EngineError(f"{name} cannot run: {remedy}")
-        with _enqueuing, torch.no_grad(), memory_error(name), ExitStack() as held:
+        with turn, torch.no_grad(), memory_error(name), ExitStack() as held:
             if self._pool is not None:
                 own = torch.cuda.ExternalStream(stream.handle or 0, self._resident.device)
                 held.enter_context(torch.cuda.stream(own))
@@ -84,7 +81,8 @@ class TorchBound:
     def close(self) -> None:
         """Give the pool back; again does nothing."""
         self._inputs = self._outputs = ()
-        self._run, self._pool = self._resident.run, None
+        with turn:
+            self._run, self._pool = self._resident.run, None
 
     def _warm_up(self) -> None:
         """Before the first pass in the pool: trying out kernels takes memory that no later pass needs."""
@@ -92,7 +90,7 @@ class TorchBound:
             raise EngineError(f"{self._resident.name}: run it once before a capture")
         if self._compiled:
             self._run(*self._inputs)
-        torch.cuda.empty_cache()  # in a pool torch never does so itself, even when memory is short
+        torch.cuda.empty_cache()  # in a pool torch may never do so itself, even when memory is short
 
 
 def seen(array: Array, device: torch.device) -> torch.Tensor:
@@ -111,10 +109,13 @@ def seen(array: Array, device: torch.device) -> torch.Tensor:
 
 @contextmanager
 def memory_error(name: str) -> Iterator[None]:
-    """torch's error as Python's, which a caller that knows no torch can catch."""
+    """torch's error, or CUDA's by way of torch, as Python's, which a caller that knows no torch can catch."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold what there was memory for
         raise MemoryError(f"{name}: {error}") from error
 
 

@@ -29,7 +29,7 @@ from dreammix_trt.export.networks import (
     weights_of,
 )
 from dreammix_trt.export.torch_bound import Array, TorchBound, memory_error, seen
-from dreammix_trt.export.torch_resident import Resident, Shapes, Values, drawn
+from dreammix_trt.export.torch_resident import Resident, Shapes, Values, drawn, give_back
 
 DTYPES = ("float16", "bfloat16", "float32")
 COMPILED = ("unet", "vae_encoder", "vae_decoder")  # graphs; the others run once a prompt and are small
@@ -55,8 +55,8 @@ class Facts(NamedTuple):
 class TorchNetworks:
     """See the module. Made by `of` or `random`; `close` or a with statement gives the memory back.
 
-    In float16 and bfloat16 every network has a twin NAME_float32, made when it is first bound or loaded, of the
-    weights before they were rounded. Times and sizes are float32 always, and arrays of a bfloat16 network float32, as
+    In float16 and bfloat16 every network has a twin NAME_float32 of the weights before they were rounded. A network may
+    be bound before it is loaded. Times and sizes are float32 always, and arrays of a bfloat16 network float32, as
     numpy has no bfloat16. Frame sides must be multiples of the base's divisor.
     """
 
@@ -68,14 +68,22 @@ class TorchNetworks:
         device: str,
         dtype: str,
         compile: bool | str,
+        resident: Collection[str] | None,
     ) -> None:
-        self.facts, self.device, self._values = facts, _device(device), values
-        self._dtype, self._mode = getattr(torch, dtype), MODE if compile is True else compile or ""
+        self.facts, self.device, self._mode = facts, _device(device), MODE if compile is True else compile or ""
         self._networks = {network.name: network for network in networks}
-        self._made: dict[str, Resident] = {}
-        for name in self._networks:
-            if not name.endswith(SAFE):
+        own = getattr(torch, dtype)
+        self._made = {
+            name: Resident(network, values, torch.float32 if name.endswith(SAFE) else own, self.device)
+            for name, network in self._networks.items()
+        }
+        usual = [name for name in self._networks if not name.endswith(SAFE)]
+        try:
+            for name in usual if resident is None else resident:
                 self.load(name)
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def of(
@@ -90,6 +98,7 @@ class TorchNetworks:
         names: Collection[str] | None = None,
         wide: Mapping[str, Sequence[str]] | None = None,
         facts: Any = None,
+        resident: Collection[str] | None = None,
     ) -> TorchNetworks:
         """The networks of a base, its weights read one tensor at a time.
 
@@ -97,10 +106,10 @@ class TorchNetworks:
         `MODE`, or another mode's name), which the first `enqueue` of every `bind` waits for; slot_rank 0: no LoRA
         inputs; loras: merged into the weights; names: these networks only; wide: units of a float16 VAE that stay
         float32, by network (None: those that `vae_range` finds, seconds for SDXL; {}: none); facts: what `.facts`
-        gives (None: the base's own, without defaults).
+        gives (None: the base's own, without defaults); resident: the networks whose weights come now (none, to plan
+        memory first); None: all but float32 twins.
 
-        Raises FileFormatError for weights that do not fit the base's config or leave float16's range, InputError for
-        unknown options, EngineError for a device that torch has not, MemoryError.
+        Raises InputError for unknown options, EngineError for a device that torch has not, and what `load` raises.
         """
 
         def values(network: Network, shapes: Shapes) -> Callable[[str], Any]:
@@ -111,7 +120,7 @@ class TorchNetworks:
         found = _listed(base, slot_rank, dtype, names)
         if dtype == "float16":
             found = [replace(network, wide=_wide_units(base, network, wide)) for network in found]
-        return cls(found, facts or _facts(base), values, device, dtype, compile)
+        return cls(found, facts or _facts(base), values, device, dtype, compile, resident)
 
     @classmethod
     def random(
@@ -126,6 +135,7 @@ class TorchNetworks:
         names: Collection[str] | None = None,
         patched: bool = True,
         seed: int = 0,
+        resident: Collection[str] | None = None,
     ) -> TorchNetworks:
         """Networks of these configs ("unet", "vae", "text_encoder", "text_encoder_2") with random weights.
 
@@ -139,7 +149,8 @@ class TorchNetworks:
         def values(network: Network, shapes: Shapes) -> Callable[[str], Any]:
             return lambda name: drawn((seed, network.name.removesuffix(SAFE), name), shapes[name], place)
 
-        return cls(_listed(base, slot_rank, dtype, names), facts or _facts(base), values, device, dtype, compile)
+        listed = _listed(base, slot_rank, dtype, names)
+        return cls(listed, facts or _facts(base), values, device, dtype, compile, resident)
 
     def __enter__(self) -> TorchNetworks:
         return self
@@ -170,29 +181,24 @@ class TorchNetworks:
         """Any batch."""
 
     def weight_bytes(self, name: str) -> int:
-        """Device memory of a network's weights while loaded; of a twin also before it is made."""
+        """Device memory of a network's weights while loaded."""
         self._network(name)
-        made = self._made.get(name)
-        if made is None:
-            return sum(4 * each.numel() for each in self._made[name.removesuffix(SAFE)].parameters)
-        return sum(each.nbytes for each in made.parameters)
+        return self._made[name].nbytes
 
     def workspace_bytes(self, name: str, sides: _Sides) -> int:
         """0: torch allocates its own, a pool for each `bind`, as large as the activations of one pass need at once."""
         return 0
 
     def bind(self, name: str, sides: _Sides, arrays: Mapping[str, Array], workspace: Array | None = None) -> TorchBound:
-        """Fix shapes and addresses; arrays the network does not know are left out.
+        """Fix shapes and addresses; arrays the network does not know are left out. The weights need not be there.
 
-        Raises EngineError for arrays that are missing or of another shape or dtype, MemoryError for a twin.
+        Raises EngineError for arrays that are missing or of another shape or dtype.
         """
         network = self._network(name)
         inputs, outputs = (
             tuple(self._tensor(name, spec, sides, arrays) for spec in specs)
             for specs in (network.inputs, network.outputs)
         )
-        if name not in self._made:
-            self.load(name)
         mode = self._mode if network.graph in COMPILED and not name.endswith(SAFE) else ""
         return TorchBound(self._made[name], inputs, outputs, mode)
 
@@ -202,21 +208,23 @@ class TorchNetworks:
         return tuple(name for name, resident in self._made.items() if resident.loaded)
 
     def unload(self, name: str) -> None:
-        """Move a network's weights to pinned host memory once the device is idle; they stay there from then on.
+        """Move a network's weights to pinned host memory, where they stay from then on.
 
-        After `load` they lie elsewhere: what is bound goes on, but a graph captured before must be captured again.
+        The caller has synchronised: nothing of the network may be under way. After `load` the weights lie elsewhere:
+        what is bound goes on, but a graph captured before must be captured again. Raises MemoryError.
         """
         self._network(name)
-        if name in self._made:
+        with memory_error(name):
             self._made[name].unload()
 
     def load(self, name: str) -> None:
-        """Bring the weights back, or make a twin; waits. Raises MemoryError."""
-        network = self._network(name)
+        """Make the weights, or bring them back; waits.
+
+        Raises FileFormatError for weights that do not fit the base's config or leave float16's range, MemoryError; then
+        nothing has changed.
+        """
+        self._network(name)
         with memory_error(name):
-            if name not in self._made:
-                dtype = torch.float32 if name.endswith(SAFE) else self._dtype
-                self._made[name] = Resident(network, self._values, dtype, self.device)
             self._made[name].load()
 
     def close(self) -> None:
@@ -224,8 +232,7 @@ class TorchNetworks:
         for resident in self._made.values():
             resident.close()
         self._networks, self._made = {}, {}
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back(self.device)
 
     def _network(self, name: str) -> Network:
         if name not in self._networks:

@@ -1,9 +1,10 @@
-"""A network's weights in torch on a device: made there one tensor at a time, sent to the host and brought back."""
+"""A network's weights in torch on a device: described, made there one tensor at a time, sent to the host and back."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,32 +17,35 @@ from dreammix_trt.export.networks import Network, torch_module
 Shapes = Mapping[str, tuple[int, ...]]
 #: of a network whose parameters have these shapes, each parameter's values by name, float32, wherever they lie
 Values = Callable[[Network, Shapes], Callable[[str], Tensor]]
+#: held by a pass while it is enqueued, as a module's LoRA inputs and torch's cuBLAS workspaces are one for all threads,
+#: and by what gives memory back: while any thread allocates in a pool, torch frees nothing, or ends the process over it
+turn = threading.Lock()
 _LARGEST = 65504.0
 _ALWAYS_FLOAT32 = ("timestep", "time_ids")  # 8 bits cannot count to 1000
 
 
 class Resident:
-    """A network's module, its weights on the device or (`loaded` False) on the host.
+    """A network's module, without weights until `load`; after that they are on the device (`loaded`) or on the host.
 
-    dtype: of its arithmetic; a network of float32 arrays in bfloat16 converts them itself. Raises FileFormatError for
-    weights beyond float16's range.
+    dtype: of its arithmetic; a network of float32 arrays in bfloat16 converts them itself.
     """
 
     def __init__(self, network: Network, values: Values, dtype: torch.dtype, device: torch.device) -> None:
-        self.name, self.device, self.loaded = network.name, device, True
+        self.name, self.device, self.loaded = network.name, device, False
         self.module: Any = torch_module(network)
         stays = _widened(self.module, network, dtype)
         if dtype == torch.bfloat16:
             _convert_inputs(self.module, network)
-        found = dict(self.module.network.named_parameters())
-        value_of = values(network, {name: tuple(each.shape) for name, each in found.items()})
-        for name in found:
-            value = _placed(value_of(name), torch.float32 if name in stays else dtype, device, f"{self.name}: {name}")
-            place, _, part = name.rpartition(".")
-            setattr(self.module.network.get_submodule(place), part, nn.Parameter(value, requires_grad=False))
-        self.parameters: list[nn.Parameter] = list(self.module.network.parameters())
+        self._shapes = {name: tuple(each.shape) for name, each in self.module.network.named_parameters()}
+        self._dtypes = {name: torch.float32 if name in stays else dtype for name in self._shapes}
+        self._network, self._values = network, values
+        self._parameters: list[nn.Parameter] = []
         self._host: list[Tensor] = []
-        self._settle()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the weights take on the device, loaded or not."""
+        return sum(math.prod(shape) * self._dtypes[name].itemsize for name, shape in self._shapes.items())
 
     def run(self, *given: Tensor) -> tuple[Tensor, ...]:
         """The network on tensors of its arrays' types."""
@@ -49,43 +53,71 @@ class Resident:
         return result if isinstance(result, tuple) else (result,)
 
     def unload(self) -> None:
-        """Weights to pinned host memory, where they stay from the first time on."""
+        """Weights to pinned host memory, where they stay from the first time on. Nothing under way may use them."""
         if not self.loaded or self.device.type == "meta":
             return
-        self._settle()
         if not self._host:
             pinned = self.device.type == "cuda"
-            for each in self.parameters:
-                host = torch.empty_like(each, device="cpu", pin_memory=pinned)
-                self._host.append(host.copy_(each, non_blocking=True))
+            host = [torch.empty_like(each, device="cpu", pin_memory=pinned) for each in self._parameters]
+            for place, each in zip(host, self._parameters, strict=True):
+                place.copy_(each, non_blocking=True)
             self._settle()
+            self._host = host
         self._move(self._host)
         self.loaded = False
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back(self.device)
 
     def load(self) -> None:
-        """And back."""
-        if not self.loaded:
+        """Make the weights, or bring them back; waits. Where it fails, nothing has changed.
+
+        Raises FileFormatError for weights beyond float16's range.
+        """
+        if self.loaded:
+            return
+        if self._host:
             back = [torch.empty_like(host, device=self.device) for host in self._host]
             for place, host in zip(back, self._host, strict=True):
                 place.copy_(host, non_blocking=True)
             self._move(back)
-            self._settle()
-            self.loaded = True
+        else:
+            self._make()
+        self._settle()
+        self.loaded = True
 
     def close(self) -> None:
         """Give everything back."""
-        self.module, self.parameters, self._host, self.loaded = None, [], [], False
+        self.module, self._parameters, self._host, self.loaded = None, [], [], False
+
+    def _make(self) -> None:
+        value_of = self._values(self._network, self._shapes)
+        made = {
+            name: nn.Parameter(_placed(value_of(name), dtype, self.device, f"{self.name}: {name}"), requires_grad=False)
+            for name, dtype in self._dtypes.items()
+        }
+        for name, parameter in made.items():
+            place, _, part = name.rpartition(".")
+            setattr(self.module.network.get_submodule(place), part, parameter)
+        self._parameters = [*made.values()]
 
     def _move(self, places: Sequence[Tensor]) -> None:
-        for parameter, place in zip(self.parameters, places, strict=True):
+        for parameter, place in zip(self._parameters, places, strict=True):
             parameter.data = place
 
     def _settle(self) -> None:
-        """Wait, as streams that torch does not know use the weights."""
+        """Wait, as streams that torch does not know use the weights.
+
+        All that touches them here is work of this thread's current stream, so it is enough to wait for that one. To
+        wait for the whole device would be an error while another thread captures a graph, and break its capture.
+        """
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
+
+
+def give_back(device: torch.device) -> None:
+    """Let the device have the memory that torch keeps unused."""
+    if device.type == "cuda":
+        with turn:
+            torch.cuda.empty_cache()
 
 
 def drawn(what: tuple[object, ...], shape: tuple[int, ...], device: torch.device) -> Tensor:

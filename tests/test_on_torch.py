@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
 from dreammix_trt.core.checkpoint import BaseFiles
-from dreammix_trt.core.errors import DreamMixError
+from dreammix_trt.core.errors import DreamMixError, EngineError, FileFormatError, InputError
 from dreammix_trt.core.subject import read_subject
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.build import open_engine
+from dreammix_trt.engine.gpu.device import OutOfMemoryError
 from dreammix_trt.engine.gpu.plan import Options
 from dreammix_trt.engine.gpu.simulated import SimulatedDevice
+from dreammix_trt.engine.gpu.studio import Studio
+from dreammix_trt.engine.text import Tokenizer
+from dreammix_trt.export.torch_networks import TorchNetworks
 from dreammix_trt.on_torch import load_torch
 from tests.engine.gpu.conftest import scene
+
+BASE = ("text_encoder", "text_encoder_2", "unet", "unet_raw", "inpaint_head", "vae_encoder", "vae_decoder")
 
 
 def test_torch_paints_what_the_engine_paints(mug_engine: Path) -> None:
@@ -35,6 +46,80 @@ def test_torch_paints_what_the_engine_paints(mug_engine: Path) -> None:
         )
     assert np.abs(got - expected).max() <= 1
     assert np.mean(got != expected) < 1e-2
+
+
+@pytest.mark.parametrize("residency", ["swap", "one-unet"])
+def test_weights_come_as_the_memory_plan_says(residency: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    came: list[str] = []
+    load = TorchNetworks.load
+
+    def told(networks: TorchNetworks, name: str) -> None:
+        came.append(name)
+        load(networks, name)
+
+    monkeypatch.setattr(TorchNetworks, "load", told)
+    image, mask = scene()
+    options = Options(largest_picture=128 * 128, subjects=1, residency=residency)
+    with SimulatedDevice() as device, opened(device, options=options) as dm:
+        assert dm.studio is not None and dm.studio.plan.strategy == residency
+        expected = {*BASE} - {"unet_raw"} if residency == "one-unet" else set()
+        assert set(came) == set(dm.studio.shared.loaded) == expected
+        assert dm.inpaint(image, mask, "a red mug", num_inference_steps=4, seed=3).images
+        assert len(dm.studio.shared.loaded) < len(BASE)
+
+
+def test_lack_of_memory_is_told_in_the_engines_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError("unet: tried to allocate 20 GiB")
+
+    monkeypatch.setattr(TorchNetworks, "load", full)
+    closed = counted(monkeypatch, TorchNetworks, "close")
+    with SimulatedDevice() as device, pytest.raises(OutOfMemoryError, match="unet: tried to allocate 20 GiB"):
+        opened(device)
+    assert closed
+
+
+def test_nothing_stays_open_where_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gpu(SimulatedDevice):
+        pass
+
+    made, closed = counted(monkeypatch, Gpu, "__init__"), counted(monkeypatch, Gpu, "close")
+    monkeypatch.setattr("dreammix_trt.engine.gpu.cuda.CudaDevice", Gpu)
+    with pytest.raises(InputError, match="dtype is 'int8'"):
+        load_torch(BaseFiles.open(), dtype="int8", torch_device="cpu")
+    assert len(made) == 1 and len(closed) == 1
+    monkeypatch.setattr(Studio, "__init__", raiser(EngineError("no room")))
+    with pytest.raises(EngineError, match="no room"):
+        load_torch(BaseFiles.open(), dtype="float32", torch_device="cpu")
+    assert len(made) == 2 and len(closed) == 2
+    monkeypatch.setattr(Tokenizer, "load", raiser(FileFormatError("no merges")))
+    with pytest.raises(FileFormatError, match="no merges"):
+        load_torch(BaseFiles.open(), dtype="float32", torch_device="cpu")
+    assert len(made) == 2, "tokenizers come first"
+
+
+def opened(device: SimulatedDevice, **named: Any) -> DreamMix:
+    return load_torch(BaseFiles.open(), dtype="float32", device=device, torch_device="cpu", **named)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, kind: type, name: str) -> list[None]:
+    """An entry for every call of a method."""
+    calls: list[None] = []
+    method = getattr(kind, name)
+
+    def noted(*given: Any) -> Any:
+        calls.append(None)
+        return method(*given)
+
+    monkeypatch.setattr(kind, name, noted)
+    return calls
+
+
+def raiser(error: Exception) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

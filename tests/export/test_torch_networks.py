@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from dreammix_trt.core.lora import Lora  # noqa: E402
 from dreammix_trt.core.subject import unpacked  # noqa: E402
 from dreammix_trt.engine.gpu.device import Array  # noqa: E402
 from dreammix_trt.engine.gpu.networks import DeviceNetworks, Sides  # noqa: E402
+from dreammix_trt.export import torch_resident  # noqa: E402
 from dreammix_trt.export.networks import BaseLora, Network, networks_of, torch_module, weights_of  # noqa: E402
 from dreammix_trt.export.parity import run_torch  # noqa: E402
 from dreammix_trt.export.torch_networks import Facts, TorchNetworks  # noqa: E402
@@ -120,6 +123,7 @@ def test_every_network_computes_what_the_oracle_does(
         assert difference(found[key], value) <= BOUNDS[dtype]
     if dtype != "float32":
         assert max(difference(found[key], value) for key, value in wanted.items()) > 1e-6, "nothing was rounded"
+        opened(dtype).load(f"{name}_float32")
         twin = Held(opened(dtype), f"{name}_float32", SIDES, inputs).run()
         assert max(difference(twin[key], value) for key, value in wanted.items()) <= BOUNDS["float32"]
 
@@ -317,6 +321,31 @@ def test_it_answers_as_the_seam_wants(opened: Callable[[str], TorchNetworks], ba
     assert networks.weight_bytes("unet_float32") == 4 * numbers
 
 
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_weights_come_when_they_are_asked_for(base: BaseFiles, plain: dict[str, Network], dtype: str) -> None:
+    """Until then their size is known all the same, and they can be bound."""
+    wide = {"vae_decoder": ("mid.0",)}
+    inputs = plain["vae_decoder"].example(SIZES)
+    with TorchNetworks.of(base, device="cpu", dtype=dtype, wide=wide, resident=()) as networks:
+        sizes = {name: networks.weight_bytes(name) for name in networks._made}
+        assert networks.loaded == () and len(sizes) == (7 if dtype == "float32" else 14)
+        held = Held(networks, "vae_decoder", SIDES, inputs)
+        with pytest.raises(EngineError, match="vae_decoder cannot run: load it first"):
+            held.run()
+        for name in sizes:
+            networks.load(name)
+        assert set(networks.loaded) == set(sizes)
+        for name, size in sizes.items():
+            assert size == sum(each.nbytes for each in networks._made[name].module.network.parameters())
+        with TorchNetworks.of(base, device="cpu", dtype=dtype, wide=wide, names=["vae_decoder"]) as usual:
+            assert usual.loaded == ("vae_decoder",)
+            np.testing.assert_array_equal(held.run()["image"], Held(usual, "vae_decoder", SIDES, inputs).run()["image"])
+    with TorchNetworks.of(base, device="cpu", dtype=dtype, resident=["vae_encoder"]) as networks:
+        assert networks.loaded == ("vae_encoder",)
+    with pytest.raises(EngineError, match=r"no network 'unet3'"):
+        TorchNetworks.of(base, device="cpu", names=["unet"], resident=["unet3"])
+
+
 def test_unknown_options_are_refused(base: BaseFiles) -> None:
     with pytest.raises(InputError, match="dtype is 'int8'; allowed: float16, bfloat16, float32"):
         TorchNetworks.of(base, device="cpu", dtype="int8")
@@ -344,6 +373,47 @@ def test_lack_of_memory_is_a_memory_error(base: BaseFiles, monkeypatch: pytest.M
             held.run()
         monkeypatch.undo()
         assert held.run()["image"].any(), "usable afterwards"
+
+
+def test_a_load_that_finds_no_memory_leaves_nothing(base: BaseFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    placed, made = torch_resident._placed, []
+
+    def short(*given: Any) -> Any:
+        if len(made) == 3:
+            raise RuntimeError("CUDA error: out of memory")
+        value = placed(*given)
+        made.append(weakref.ref(value))
+        return value
+
+    with TorchNetworks.of(base, device="cpu", names=["vae_decoder"], wide={}, resident=()) as networks:
+        monkeypatch.setattr(torch_resident, "_placed", short)
+        with pytest.raises(MemoryError, match="vae_decoder: CUDA error: out of memory") as caught:
+            networks.load("vae_decoder")
+        assert networks.loaded == () and [each() for each in made] == [None] * 3, "the error keeps them"
+        assert caught.value.__cause__ is not None
+        monkeypatch.undo()
+        networks.load("vae_decoder")
+        assert networks.loaded == ("vae_decoder",)
+
+
+def test_other_errors_stay_what_they_are(base: BaseFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    with TorchNetworks.of(base, device="cpu", names=["vae_decoder"], wide={}, resident=()) as networks:
+        monkeypatch.setattr(torch_resident, "_placed", lambda *_: torch.zeros(2) @ torch.zeros(3))
+        with pytest.raises(RuntimeError, match="size"):
+            networks.load("vae_decoder")
+        assert networks.loaded == ()
+
+
+def test_memory_is_given_back_between_passes(base: BaseFiles, plain: dict[str, Network]) -> None:
+    """While one thread enqueues a pass, another may not close a pool."""
+    with TorchNetworks.of(base, device="cpu", names=["inpaint_head"]) as networks:
+        held = Held(networks, "inpaint_head", SIDES, plain["inpaint_head"].example(SIZES))
+        closing = threading.Thread(target=held.bound.close)
+        with torch_resident.turn:
+            closing.start()
+            closing.join(0.05)
+            assert closing.is_alive()
+        closing.join()
 
 
 # Random weights
@@ -489,3 +559,24 @@ def test_weights_leave_the_device_and_come_back(device: Any, base: BaseFiles, pl
             networks.load("unet")
             held.bound.enqueue(held.stream)
             np.testing.assert_array_equal(held.taken(), before)
+
+
+def test_a_twin_comes_while_another_thread_captures(device: Any, base: BaseFiles, plain: dict[str, Network]) -> None:
+    with TorchNetworks.of(base, names=["unet"]) as networks:
+        held = OnDevice(device, networks, "unet", SIDES, plain["unet"].example(SIZES))
+        held.bound.enqueue(held.stream)
+        before = held.taken()
+
+        def record() -> None:
+            held.bound.enqueue(held.stream)
+            loading = threading.Thread(target=networks.load, args=["unet_float32"])
+            loading.start()
+            loading.join()
+            held.bound.enqueue(held.stream)
+
+        graph = device.capture(held.stream, record)
+        assert networks.loaded == ("unet", "unet_float32")
+        graph.launch(held.stream)
+        np.testing.assert_array_equal(held.taken(), before)
+        graph.close()
+        held.bound.close()
