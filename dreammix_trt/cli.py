@@ -260,14 +260,16 @@ def inpaint(
     as_json: AsJson = False,
 ) -> None:
     """Put the subject into the marked region of a picture."""
+    from dreammix_trt.core.passport import Passport
     from dreammix_trt.engine.dreammix import DreamMix
     from dreammix_trt.engine.result import save, write_picture
 
     if image is None or mask is None:
         missing = "--image" if image is None else "--mask"
         raise InputError(f"{missing} is missing: give the picture and a mask of the same size (white is repainted)")
+    base = Passport.read(engine).base
     request = _request(
-        from_request, _defaults_of(engine), _fields(set_field or []),
+        from_request, base.get("defaults", {}), _fields(set_field or []),
         prompt=prompt, negative_prompt=negative_prompt, subject=subject, substitute=substitute, seed=seed,
         num_inference_steps=steps, sampler=sampler, num_images_per_prompt=count, guidance_scale=guidance_scale,
         mode=mode,
@@ -275,7 +277,9 @@ def inpaint(
     _check_output(out)
     if save_stages:
         _check_output(save_stages, "--save-stages")
-    options = {} if residency is None else {"residency": residency}
+    options: dict[str, Any] = {} if residency is None else {"residency": residency}
+    if device == "cuda":
+        options |= _room_for(request, image, base)
     with (
         DreamMix.load(engine, threads=threads, verify=verify, store=store, device=device, **options) as dm,
         _bar("inpainting") as update,
@@ -328,11 +332,20 @@ def train_base(context: typer.Context) -> None:
     train_micro(context.args)
 
 
-def _defaults_of(engine: Path) -> dict[str, Any]:
-    """What requests to an engine use unless they say otherwise."""
-    from dreammix_trt.core.passport import Passport
+def _room_for(request: Request, image: Path, base: Mapping[str, Any]) -> dict[str, int]:
+    """The runtime's options that set aside a GPU's memory for one request and no more.
 
-    return dict(Passport.read(engine).base.get("defaults", {}))
+    base: of a passport. A request has one subject, three prompts at most, and frames of two sizes, one a stage; on a
+    GPU its pictures are painted one after the other.
+    """
+    from dreammix_trt.engine.gpu.jobs import PROMPTS
+    from dreammix_trt.engine.pictures import read_image
+
+    if request.mode == "reference":  # the picture is stretched
+        height, width = request.reference_resize or (base["native_side"], base["native_side"])
+    else:
+        height, width = read_image(image).size
+    return {"largest_picture": height * width, "subjects": 1, "texts": PROMPTS, "shapes": 2}
 
 
 def _request(source: Path | None, defaults: Mapping[str, Any], assigned: Mapping[str, Any], **given: Any) -> Request:

@@ -64,16 +64,16 @@ def _to_run(machine: Machine, best: str | None) -> str:
     backend, target = best.partition(" ")[0], ""
     where, after = "processor", ""
     if best != "onnxruntime":
-        gpu = machine.gpu_for(RTX_TARGETS if best == "tensorrt-rtx" else None)
+        gpu = machine.driver.gpus[0]
         where, after = gpu.name, ", and `--device cuda` when you paint"
         target = f" --target {gpu.capability}" if best == "tensorrt-rtx" else ""
     return f"Build and run here with {_RUNTIMES[best]}, on the {where}: `{_BUILD} --backend {backend}{target}`{after}."
 
 
 def _to_plan(machine: Machine) -> str:
-    """How to get TensorRT engines: for the GPU here, else for a usual one elsewhere."""
+    """How to get TensorRT engines: for the first GPU here, else for a usual one elsewhere."""
     states = {state.name: state for state in machine.backends()}
-    gpu = machine.gpu_for(RTX_TARGETS) if machine.driver.gpus else None
+    gpu = next(iter(machine.driver.gpus), None)
     # TensorRT-RTX has no engines for the GPUs of data centres
     name = "tensorrt" if gpu and gpu.capability not in RTX_TARGETS else "tensorrt-rtx"
     where = f"the {gpu.name}" if gpu else "an RTX card elsewhere"

@@ -34,11 +34,20 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Driver:
-    """The NVIDIA driver: the CUDA version it serves ("13.0"), its devices, and what is wrong with it, if anything."""
+    """The NVIDIA driver: the CUDA version it serves ("13.0"), its devices, and what is wrong with it, if anything.
+
+    gpus: those this process may see; the runtime opens the first. visible: the entries of CUDA_VISIBLE_DEVICES that
+    name them, in the same order, numbers or UUIDs; (): it is not set, and the driver's own numbers count.
+    """
 
     cuda: str | None = None
     gpus: tuple[Gpu, ...] = ()
     problem: str | None = None
+    visible: tuple[str, ...] = ()
+
+    def choosing(self, index: int) -> str:
+        """The setting that makes GPU `index` of `gpus` the first."""
+        return f"CUDA_VISIBLE_DEVICES={self.visible[index] if self.visible else index}"
 
 
 def memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
@@ -99,7 +108,8 @@ def ask_driver(load: Callable[[str], Any] | None = None) -> Driver:
     count = _whole(lambda out: library.cuDeviceGetCount(out)) or 0
     gpus = tuple(gpu for index in range(count) if (gpu := _gpu(library, index)))
     problem = None if gpus else "the NVIDIA driver finds no device"
-    return Driver(cuda_text(version), gpus, problem)
+    entries = (entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))
+    return Driver(cuda_text(version), gpus, problem, tuple(filter(None, entries)))
 
 
 def cuda_text(version: int) -> str:

@@ -20,7 +20,6 @@ from dreammix_trt.engine.hardware import (
     DRIVER_NEEDED,
     LEAST_CAPABILITY,
     Driver,
-    Gpu,
     ask_driver,
     capability_of,
     cores,
@@ -188,15 +187,15 @@ class Machine:
         return BackendState(name, not missing, not lacks, self._runs_told(package, lacks) + needs)
 
     def lacks_for_gpu(self, targets: Collection[str] | None = None) -> list[str]:
-        """What running on a GPU here lacks, each with its remedy; nothing: it runs on the `gpu_for` these targets.
+        """What running on the GPU here lacks, each with its remedy; of several GPUs the runtime opens the first.
 
         targets: the only GPUs that would do, as "sm_89"; None: all that the program's kernels can run on.
         """
         if not self.driver.gpus:
             return [str(self.driver.problem)]
-        gpu = self.gpu_for(targets)
+        gpu = self.driver.gpus[0]
         if targets is not None and gpu.capability not in targets:
-            return [f"{gpu.capability} is not among its GPUs ({', '.join(targets)})"]
+            return [f"{gpu.capability} is not among its GPUs ({', '.join(targets)}){self.other_gpu(targets)}"]
         if capability_of(gpu.capability) < LEAST_CAPABILITY:
             return [f"the {gpu.name} is an {gpu.capability}, GPUs from sm_75 on are needed"]
         served = cuda_number(self.driver.cuda or "0")
@@ -209,16 +208,17 @@ class Machine:
         why = why_kernels_do_not_fit(self.kernels, gpu.capability, served)
         return [*lacks, why] if why else lacks
 
-    def gpu_for(self, targets: Collection[str] | None = None) -> Gpu:
-        """The first GPU that is one of `targets`, else the first of all; only where there is one."""
-        gpus = self.driver.gpus
-        return next((gpu for gpu in gpus if targets is not None and gpu.capability in targets), gpus[0])
+    def other_gpu(self, targets: Collection[str]) -> str:
+        """Where the first GPU is none of `targets` and another one is: how to choose that, in brackets; else ""."""
+        fitting = [index for index, gpu in enumerate(self.driver.gpus) if gpu.capability in targets]
+        if not fitting or fitting[0] == 0:
+            return ""
+        return f" ({self.driver.choosing(fitting[0])} chooses the {self.driver.gpus[fitting[0]].name})"
 
     def _runs_told(self, package: str, lacks: Sequence[str]) -> str:
         if lacks:
             return f"{package}: to run, {'; and '.join(lacks)}" if self.driver.gpus else f"{package}, but {lacks[0]}"
-        targets = RTX_TARGETS if package.startswith("tensorrt-rtx") else None
-        return f"{package}, on the {self.gpu_for(targets).name}"
+        return f"{package}, on the {self.driver.gpus[0].name}"
 
     def _kernels_told(self) -> str:
         if not self.extension:
@@ -278,17 +278,19 @@ def explain_mismatch(built_for: Mapping[str, Any], here: Machine) -> str | None:
             f"install driver {DRIVER_NEEDED} or newer where there is a GPU; `--backend onnxruntime` builds one that "
             f"runs on the processor (name another --out to keep this one){_command(built_for, here)}"
         )
-    differences = [
+    targets = built_for.get("targets") or ()
+    gpu = list(_gpu_differs(targets, here))
+    outdated = [
         *_version_differs(backend, built_for.get("version"), here),
-        *_gpu_differs(built_for.get("targets"), here),
         *_platform_differs(backend, built_for.get("platform"), here),
     ]
-    lacks = _package_lacks(backend, here)
+    differences, lacks = [*outdated, *gpu], _package_lacks(backend, here)
     if not differences:
-        lacks += here.lacks_for_gpu(built_for.get("targets"))
+        lacks += here.lacks_for_gpu(targets or None)
     if not differences and not lacks:
         return None
-    remedy = f"; build it again here{_command(built_for, here)}" if differences else ""
+    rebuild = outdated or (gpu and not here.other_gpu(targets))
+    remedy = f"; build it again here{_command(built_for, here)}" if rebuild else ""
     return f"this {backend} engine cannot run here: {'; '.join((*lacks, *differences))}{remedy}"
 
 
@@ -325,13 +327,11 @@ def _version_differs(backend: str, built: Any, here: Machine) -> Iterator[str]:
         yield f"it was built with {backend} {built}, installed is {installed}"
 
 
-def _gpu_differs(targets: Any, here: Machine) -> Iterator[str]:
-    first, *others = here.driver.gpus  # what the runtime opens
-    if not targets or first.capability in targets:
-        return
-    fitting = next((k for k, gpu in enumerate(others, 1) if gpu.capability in targets), None)
-    choose = f" (CUDA_VISIBLE_DEVICES={fitting} chooses the {others[fitting - 1].name})" if fitting else ""
-    yield f"it was built for {', '.join(targets)}, the first GPU here is {first.name} ({first.capability}){choose}"
+def _gpu_differs(targets: Collection[str], here: Machine) -> Iterator[str]:
+    first = here.driver.gpus[0]
+    if targets and first.capability not in targets:
+        told = f"the first GPU here is {first.name} ({first.capability}){here.other_gpu(targets)}"
+        yield f"it was built for {', '.join(targets)}, {told}"
 
 
 def _command(built_for: Mapping[str, Any], here: Machine) -> str:
@@ -356,7 +356,7 @@ def _instead(built_for: Mapping[str, Any], here: Machine) -> str:
     if not here.driver.gpus:
         return "--backend onnxruntime"
     targets = RTX_TARGETS if built_for["backend"] == "tensorrt-rtx" else None
-    capability = here.gpu_for(targets).capability
+    capability = here.driver.gpus[0].capability
     return f"--target {capability}" if targets is None or capability in targets else "--backend tensorrt"
 
 

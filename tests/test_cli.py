@@ -9,10 +9,21 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
+
+from dreammix_trt.cli import app
+from dreammix_trt.engine import Options
+from dreammix_trt.engine.build import OpenedEngine
+from dreammix_trt.engine.gpu import loading
+from dreammix_trt.engine.gpu.loading import OnDevice
+from dreammix_trt.engine.gpu.simulated import SimulatedDevice, SimulatedNetworks
+from dreammix_trt.engine.gpu.studio import Studio
+from dreammix_trt.engine.networks import EngineSet
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -118,6 +129,51 @@ def test_a_prompt_that_is_too_long_is_cut_only_when_told(mug_engine: Path, place
 def test_every_field_can_be_set(mug_engine: Path, place: Path) -> None:
     done = inpaint(mug_engine, place, "--set", "guidance_scale=3", "--set", "negative_prompt=null", out="set.png")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "size, fields, painted",
+    [
+        ((4200, 4000), [], (4200, 4000)),
+        ((64, 48), ["mode=reference"], (128, 128)),
+        ((64, 48), ["mode=reference", "reference_resize=[192, 160]"], (160, 192)),
+    ],
+    ids=["larger than any default", "stretched", "stretched to a size"],
+)
+def test_a_gpu_is_given_room_for_this_request_alone(
+    size: tuple[int, int], fields: list[str], painted: tuple[int, int], mug_engine: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """On the simulated device, which refuses what there is no room for."""
+    pytest.importorskip("dreammix_trt._cpp", reason="the simulated device needs the C++ extension: pip install .")
+    width, height = size
+    Image.new("RGB", size, (90, 120, 60)).save(tmp_path / "image.png")
+    mask = Image.new("L", size, 0)
+    mask.paste(255, (width // 4, height // 4, width // 2, height // 2))
+    mask.save(tmp_path / "mask.png")
+    plans: list[Options] = []
+
+    def opened(engine: OpenedEngine, store: Path | None = None) -> OnDevice:
+        device = SimulatedDevice()
+        return OnDevice(device, SimulatedNetworks(device, EngineSet.load(engine.parts, 1)), device.stream())
+
+    def noted(studio: Studio, *arguments: Any, **options: Any) -> None:
+        made(studio, *arguments, **options)
+        plans.append(studio.options)
+
+    made = Studio.__init__
+    monkeypatch.setattr(loading, "open_device", opened)
+    monkeypatch.setattr(Studio, "__init__", noted)
+    words = [
+        "inpaint", mug_engine, "--image", tmp_path / "image.png", "--mask", tmp_path / "mask.png", "--out",
+        tmp_path / "out.png", "--prompt", "a red sks mug", "--substitute", "blue", "--steps", "2", "--device", "cuda",
+        *(word for field in fields for word in ("--set", field)),
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert done.exception is None, done.exception
+    assert plans == [Options(largest_picture=painted[0] * painted[1], subjects=1, texts=3, shapes=2)]
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.size == painted
 
 
 def test_the_version_needs_no_command() -> None:

@@ -60,8 +60,10 @@ RTX, BINDINGS = {**BARE_RTX, **EXPORT}, {"cuda_python": "13.4.4"}
         (machine(BLACKWELL, **ORT, **RTX, **BINDINGS),
          ["here with TensorRT-RTX, on the RTX 5090: `dreammix-trt build --out ENGINE --backend tensorrt-rtx --target "
           "sm_120`, and `--device cuda` when you paint."]),
-        (machine(HOPPER, ADA, **CUDA, **RTX, **BINDINGS),
+        (machine(ADA, HOPPER, **CUDA, **RTX, **BINDINGS),
          ["here with TensorRT-RTX, on the RTX 4090", "--target sm_89`"]),
+        (machine(HOPPER, ADA, **CUDA, **RTX, **BINDINGS),
+         ["here with ONNX Runtime, on the H200:", "For the H200: `pip install 'dreammix-trt[trt]'`"]),
         (machine(HOPPER, **CUDA, **RTX, **BINDINGS),
          ["here with ONNX Runtime, on the H200: `dreammix-trt build --out ENGINE --backend onnxruntime`, and",
           "For the H200: `pip install 'dreammix-trt[trt]'`"]),

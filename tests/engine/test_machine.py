@@ -112,7 +112,11 @@ def test_a_gpu_that_tensorrt_rtx_does_not_know_can_only_build_with_it() -> None:
     assert "sm_90" in why(here, "tensorrt-rtx") and "sm_89" in why(here, "tensorrt-rtx")
     assert states(here)["tensorrt"] == (True, True)
     both = replace(here, driver=Driver("13.0", (HOPPER, ADA)))
-    assert states(both)["tensorrt-rtx"] == (True, True) and "4090" in why(both, "tensorrt-rtx")
+    assert states(both)["tensorrt-rtx"] == (True, False) and states(both)["tensorrt"] == (True, True)
+    assert why(both, "tensorrt-rtx").endswith("(CUDA_VISIBLE_DEVICES=1 chooses the NVIDIA GeForce RTX 4090)")
+    assert why(both, "tensorrt").endswith("on the NVIDIA H200")
+    turned = replace(here, driver=Driver("13.0", (ADA, HOPPER)))
+    assert why(turned, "tensorrt-rtx").endswith("on the NVIDIA GeForce RTX 4090")
 
 
 @pytest.mark.parametrize(
@@ -208,11 +212,22 @@ def test_the_kernels_of_the_extension_are_read(monkeypatch: pytest.MonkeyPatch) 
     assert (examine().extension, examine().kernels) == (False, None)
 
 
-def test_the_driver_is_asked_for_its_devices() -> None:
+@pytest.mark.parametrize(
+    "given, visible, second",
+    [(None, (), "1"), ("2,3", ("2", "3"), "3"), ("GPU-5d1f, GPU-8a02", ("GPU-5d1f", "GPU-8a02"), "GPU-8a02")],
+)
+def test_the_driver_is_asked_for_its_devices(
+    given: str | None, visible: tuple[str, ...], second: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if given is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
     library = FakeDriver(("RTX 4090", 8, 9, 24 * GIB), ("RTX 5090", 12, 0, 32 * GIB))
-    assert ask_driver(lambda name: library) == Driver(
-        "12.8", (Gpu("RTX 4090", "sm_89", 24 * GIB), Gpu("RTX 5090", "sm_120", 32 * GIB))
-    )
+    driver = ask_driver(lambda name: library)
+    gpus = Gpu("RTX 4090", "sm_89", 24 * GIB), Gpu("RTX 5090", "sm_120", 32 * GIB)
+    assert driver == Driver("12.8", gpus, visible=visible)
+    assert driver.choosing(1) == f"CUDA_VISIBLE_DEVICES={second}"
 
 
 @pytest.mark.parametrize("starts, said", [(100, "no device"), (999, "does not start"), (803, "library")])
@@ -330,8 +345,17 @@ BUILT: dict[str, Any] = {
 
 
 def test_the_first_gpu_is_what_the_runtime_opens() -> None:
-    text = explain_mismatch(BUILT, replace(with_gpu(HOPPER), driver=Driver("13.0", (HOPPER, ADA))))
-    assert text and "(CUDA_VISIBLE_DEVICES=1 chooses the NVIDIA GeForce RTX 4090)" in text
+    both = replace(with_gpu(HOPPER), driver=Driver("13.0", (HOPPER, ADA)))
+    chooses = "(CUDA_VISIBLE_DEVICES=1 chooses the NVIDIA GeForce RTX 4090)"
+    text = explain_mismatch(BUILT, both)
+    assert text and text.endswith(chooses), "nothing has to be built again"
+    text = explain_mismatch(BUILT, replace(both, driver=Driver("13.0", (HOPPER, ADA), visible=("2", "GPU-8a02"))))
+    assert text and text.endswith("(CUDA_VISIBLE_DEVICES=GPU-8a02 chooses the NVIDIA GeForce RTX 4090)")
+    text = explain_mismatch(BUILT | {"targets": ["sm_86"]}, both)
+    assert text and "CUDA_VISIBLE_DEVICES" not in text
+    assert text.endswith("build it again here: `dreammix-trt build --backend tensorrt`")
+    text = explain_mismatch(BUILT | {"version": "1.6"}, both)
+    assert text and text.endswith(f"{chooses}; build it again here: `dreammix-trt build --backend tensorrt`")
 
 
 def test_nothing_differs_where_nothing_does() -> None:
