@@ -51,14 +51,17 @@ def _measure(part: Part, setting: Setting, kind: str, *, compiled: bool) -> None
 
 
 def time_networks(
-    part: Part, setting: Setting, device: Any, networks: Any, kind: str, rate: float, tokenizers: Sequence[Any]
-) -> None:
-    """The rows of `full` for one back end; kind: what it is called."""
+    part: Part, setting: Setting, device: Any, networks: Any, kind: str, rate: float, tokenizers: Sequence[Any],
+    stream: Any = None,
+) -> None:  # fmt: skip
+    """The rows of `full` for one back end; kind: what it is called; stream: where its networks must run."""
     side = setting.side // 8
+    for name in ("unet", "vae_encoder", "vae_decoder"):
+        networks.load(name)
     unet: dict[int, float] = {}
     for rows in (2, 1):
         started = time.perf_counter()
-        with StepRig(device, networks, (side, side), rows=rows) as rig:
+        with StepRig(device, networks, (side, side), rows=rows, stream=stream) as rig:
             unet[rows], around, whole = _step_times(rig)
             if not np.isfinite(rig.result()["eps"]).all():
                 part.note(f"{kind}: the UNet gave values that are no numbers")
@@ -70,17 +73,18 @@ def time_networks(
         part.add(f"{kind}: a whole step {told} [ms]", 1e3 * whole)
         part.add(f"{kind}: a step outside the UNet {told} [ms]", 1e3 * around)
         part.add_share(f"{kind}: a step outside the UNet, of it", around, unet[rows], goal=AROUND_GOAL)
-    vae = {name: _vae_time(device, networks, name, side) for name in ("vae_encoder", "vae_decoder")}
+    vae = {name: _vae_time(device, networks, name, side, stream) for name in ("vae_encoder", "vae_decoder")}
     for (name, seconds), tflop in zip(vae.items(), (ENCODE_TFLOP, DECODE_TFLOP), strict=True):
         part.add(f"{kind}: {name} [ms]", 1e3 * seconds)
         if setting.width == 1 and setting.side == 1024:
             _share(part, f"{kind}: {name}, share of the matrix product", tflop, seconds, rate)
     largest = setting.side**2
-    with studio_for(device, networks, tokenizers, largest_picture=largest) as front:
+    with studio_for(device, networks, tokenizers, stream=stream, largest_picture=largest) as front:
         for name, fields in setting.jobs().items():
             rows = 2 if fields["guidance_scale"] > 1 else 1
             walls, timings = paint_often(front, setting, fields, times=setting.repeats)
             job_rows(part, setting, f"{kind}: {name}", fields, walls, timings, unet[rows], vae, rate)
+            traffic_rows(part, setting, device, front, f"{kind}: {name}", fields)
 
 
 def _step_times(rig: StepRig) -> tuple[float, ...]:
@@ -93,23 +97,24 @@ def _step_times(rig: StepRig) -> tuple[float, ...]:
     return tuple(statistics.median(event_seconds(rig.device, rig.stream, work)) for work in works)
 
 
-def _vae_time(device: Any, networks: Any, name: str, side: int) -> float:
+def _vae_time(device: Any, networks: Any, name: str, side: int, stream: Any = None) -> float:
     """Median seconds of half the VAE on one picture."""
-    with bound_alone(device, networks, name, side) as (bound, stream):
+    with bound_alone(device, networks, name, side, stream) as (bound, stream):
         if bound.capturable:
             return statistics.median(replay_seconds(device, stream, [lambda: bound.enqueue(stream)]))
         return statistics.median(event_seconds(device, stream, lambda: bound.enqueue(stream)))
 
 
 @contextmanager
-def bound_alone(device: Any, networks: Any, name: str, side: int) -> Iterator[tuple[Any, Any]]:
-    """A network for one picture on memory of its own with random values, and a stream."""
+def bound_alone(device: Any, networks: Any, name: str, side: int, stream: Any = None) -> Iterator[tuple[Any, Any]]:
+    """A network for one picture on memory of its own with random values, and a stream, where none is given."""
     from dreammix_trt.engine.gpu.networks import Sides
 
     sides, rng = Sides(1, 1, side, side), np.random.default_rng(2)
     with ExitStack() as owned:
-        stream = device.stream()
-        owned.callback(stream.close)
+        if stream is None:
+            stream = device.stream()
+            owned.callback(stream.close)
         arrays = {
             tensor.name: array(device, owned, sides.shape(tensor), tensor.dtype)
             for tensor in (*networks.inputs(name), *networks.outputs(name))
@@ -162,6 +167,25 @@ def job_rows(
     around = sum(phases.get(key, 0.0) for key in ("start", "hand over", "finish"))
     networks = ENCODES * vae["vae_encoder"] + DECODES * vae["vae_decoder"]
     part.add(f"{name}: before, between and after the steps, without the VAE [ms]", 1e3 * (around - networks))
+
+
+def traffic_rows(part: Part, setting: Setting, device: Any, front: Front, name: str, fields: Mapping[str, Any]) -> None:
+    """Bytes between host and device for a picture whose prompt is new: before the steps, while they run, after them."""
+    from dreammix_trt.core.request import Request
+
+    image, mask = sample_picture(setting.side)
+    works = front.works([(image, mask, Request.of(**{**fields, "prompt": f"{PROMPT} again"}), "")])
+    seen = [dict(device.transferred)]
+    for _ in front.studio.paint(works):
+        seen.append(dict(device.transferred))
+    before, first, last, after = seen[0], seen[1], seen[-2], seen[-1]
+    part.add(f"{name}: uploaded before the first step [bytes]", first["uploaded"] - before["uploaded"])
+    part.add(f"{name}: downloaded before the last step is enqueued [bytes]", last["downloaded"] - before["downloaded"],
+             goal="<= 0")  # fmt: skip
+    part.add(f"{name}: uploaded from the first step on [bytes]", after["uploaded"] - first["uploaded"], goal="<= 0")
+    flags = 4 * (front.studio.options.pictures + 1)  # one of the texts'
+    beyond = after["downloaded"] - last["downloaded"] - image.nbytes - flags
+    part.add(f"{name}: downloaded beyond picture and flags [bytes]", beyond, goal="<= 0")
 
 
 def _share(part: Part, metric: str, tflop: float | None, seconds: float, rate: float) -> None:

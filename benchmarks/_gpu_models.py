@@ -198,6 +198,11 @@ class Front:
 
     def paint_batch(self, wanted: Sequence[tuple[Any, Any, Request, str]]) -> list[Any]:
         """Several pictures as one batch."""
+        *_, images = self.studio.paint(self.works(wanted))
+        return list(images)
+
+    def works(self, wanted: Sequence[tuple[Any, Any, Request, str]]) -> list[Any]:
+        """What the studio is given of these pictures."""
         from dreammix_trt.core.schedule import make_schedule
         from dreammix_trt.engine.dreammix import laid
 
@@ -206,8 +211,7 @@ class Front:
             canvas = laid(image, mask, request, self.studio.facts, self.studio.networks.frames())
             schedule = make_schedule(request, raw_unet=self.studio.has_raw_unet)
             works.append(self.studio.work(canvas, request, schedule, request.seed, subject, "sks"))
-        *_, images = self.studio.paint(works)
-        return list(images)
+        return works
 
     @property
     def timings(self) -> dict[str, float]:
@@ -227,13 +231,14 @@ class Front:
 
 @contextmanager
 def studio_for(
-    device: Device, networks: Any, tokenizers: Sequence[Any], subjects: Sequence[Subject] = (), **options: Any
-) -> Iterator[Front]:
-    """The device runtime over these networks; options: of `engine.gpu.plan.Options`."""
+    device: Device, networks: Any, tokenizers: Sequence[Any], subjects: Sequence[Subject] = (),
+    stream: Stream | None = None, **options: Any,
+) -> Iterator[Front]:  # fmt: skip
+    """The device runtime over these networks; stream: where they must run; options: of `engine.gpu.plan.Options`."""
     from dreammix_trt.engine.gpu.plan import Options
     from dreammix_trt.engine.gpu.studio import Studio
 
-    with Studio(device, networks, tokenizers, Options(**options)) as studio:
+    with Studio(device, networks, tokenizers, Options(**options), stream) as studio:
         for subject in subjects:
             studio.add_subject(subject.name, subject)
         yield Front(studio)
@@ -250,9 +255,9 @@ class StepRig:
 
     def __init__(
         self, device: Device, networks: DeviceNetworks, latent: tuple[int, int], *, pictures: int = 1, rows: int = 2,
-        subjects: Sequence[Subject] = (),
+        subjects: Sequence[Subject] = (), stream: Stream | None = None,
     ) -> None:  # fmt: skip
-        """latent: height and width; rows: a picture, 2 with guidance."""
+        """latent: height and width; rows: a picture, 2 with guidance; stream: where the networks must run."""
         from dreammix_trt.engine.gpu.arena import Arena
         from dreammix_trt.engine.gpu.networks import Sides
         from dreammix_trt.engine.gpu.subjects import Layout, Subjects
@@ -260,13 +265,14 @@ class StepRig:
         self.device, self.pictures, self.rows, self.latent = device, pictures, rows, latent
         self._owned = ExitStack()
         try:
-            self.stream: Stream = device.stream()
-            self._owned.callback(self.stream.close)
+            self.stream: Stream = stream or device.stream()
+            if stream is None:
+                self._owned.callback(self.stream.close)
             self.sides = Sides(pictures * rows, pictures, *latent)
             self.layout = Layout(networks, pictures)
             arena = Arena(device, self.layout.regions(max(len(subjects), 1)))
             self._owned.callback(arena.close)
-            self.subjects = Subjects(device, self.stream, self.layout, arena)
+            self.subjects = Subjects(device, self.stream, self.layout, arena, lambda: device.synchronize(self.stream))
             for subject in subjects:
                 self.subjects.add(subject.name, subject)
             self.arrays = self._arrays(networks, arena["bound factors"])

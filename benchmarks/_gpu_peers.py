@@ -85,7 +85,7 @@ def painter(part: Part, setting: Setting, networks: Any, compiled: bool, upcast:
     with torch.no_grad():
         try:
             paint = pipeline_of(setting, networks, compiled, upcast)
-        except (ImportError, RuntimeError) as error:
+        except (ImportError, RuntimeError, AttributeError, TypeError, ValueError) as error:  # of unlike versions
             part.note(
                 "diffusers' inpainting pipeline cannot be used here "
                 f"({type(error).__name__}: {str(error).splitlines()[0][:200]}): its UNet, VAE and scheduler run in a "

@@ -94,6 +94,6 @@ def time_engine(part: Part, setting: Setting, folder: Path) -> None:
     here = open_device(opened)
     try:
         kind = f"{opened.passport.backend} ({folder.name})"
-        time_networks(part, setting, here.device, here.networks, kind, rate, tokenizers)
+        time_networks(part, setting, here.device, here.networks, kind, rate, tokenizers, here.stream)
     finally:
         here.close()

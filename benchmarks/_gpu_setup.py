@@ -78,19 +78,21 @@ def extension_info(environment: Mapping[str, str]) -> dict[str, Any] | None:
     return found
 
 
-def build_extension(folder: Path, capability: str) -> Path:
+def build_extension(folder: Path, capability: str, environment: Mapping[str, str] | None = None) -> Path:
     """Build the extension with kernels for one GPU ("sm_90"); returns the folder that holds it.
 
-    Needs cmake, nvcc, a C++ compiler and nanobind. Raises RuntimeError with the end of what a tool said.
+    Needs cmake, nvcc, a C++ compiler and nanobind, which may lie on the environment's PYTHONPATH. Raises RuntimeError
+    with the end of what a tool said.
     """
-    nanobind = _ran([sys.executable, "-m", "nanobind", "--cmake_dir"]).strip()
+    nanobind = _ran([sys.executable, "-m", "nanobind", "--cmake_dir"], environment).strip()
     command = [
         _tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release", "-DDREAMMIX_CUDA=ON",
         f"-DDREAMMIX_CUDA_ARCHITECTURES={_number(capability)}-real", f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dnanobind_DIR={nanobind}", f"-DCMAKE_CUDA_COMPILER={_tool('nvcc')}",
     ]  # fmt: skip
-    _ran(command)
-    _ran([_tool("cmake"), "--build", str(folder), "--config", "Release", "-j", str(min(16, os.cpu_count() or 1))])
+    _ran(command, environment)
+    cores = str(min(16, os.cpu_count() or 1))
+    _ran([_tool("cmake"), "--build", str(folder), "--config", "Release", "-j", cores], environment)
     built = [file for kind in ("so", "pyd") for file in folder.rglob(f"_cpp*.{kind}") if file.parent.name != "alone"]
     if not built:
         raise RuntimeError(f"{folder}: cmake built no _cpp module")
@@ -117,8 +119,8 @@ def _tool(name: str) -> str:
     return found
 
 
-def _ran(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+def _ran(command: list[str], environment: Mapping[str, str] | None = None) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     if done.returncode:
         last = "\n".join((done.stdout + done.stderr).splitlines()[-30:])
         raise RuntimeError(f"`{' '.join(command)}` failed:\n{last}")

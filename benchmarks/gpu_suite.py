@@ -5,8 +5,9 @@ pictures against the host), full and compiled (SDXL at full size in torch, eager
 same GPU), graphs, subjects, memory, soak, rtx (TensorRT-RTX). Each runs in a process of its own, at most `--limit`
 seconds, and its rows are merged into one JSON file as soon as it ends.
 
-Without TensorRT and without diffusers installed torch and nvcc are enough: kernels are built for the GPU at hand, torch
-runs the networks, wheels are taken from `--wheels DIR`, and weights and inputs are made on the spot.
+Without TensorRT and without diffusers installed torch and nvcc are enough, with cmake and nanobind to build: kernels
+are built for the GPU at hand, torch runs the networks, wheels (diffusers, nanobind) are taken from `--wheels DIR`, and
+weights and inputs are made on the spot.
 Exits 0, 1 where a goal was missed or a part failed, 2 without a GPU (nothing is written then).
 """
 
@@ -118,7 +119,8 @@ def ready(given: argparse.Namespace, capability: str | None, scratch: Path) -> d
     if capability is not None and not extension_serves(extension_info(environment), capability):
         print(f"building the kernels for {capability} ...", file=sys.stderr, flush=True)
         started = time.perf_counter()
-        environment[_EXTENSION] = str(build_extension(given.build or ROOT / "build" / "gpu-suite", capability))
+        folder = given.build or ROOT / "build" / "gpu-suite"
+        environment[_EXTENSION] = str(build_extension(folder, capability, environment))
         print(f"built in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     return environment
 

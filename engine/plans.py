@@ -15,6 +15,7 @@ from typing import Any, Final
 from dreammix_trt.core.errors import EngineError
 from dreammix_trt.engine import hardware
 from dreammix_trt.engine.gpu.device import DeviceError, OutOfMemoryError
+from dreammix_trt.engine.machine import RTX_TARGETS
 from dreammix_trt.engine.tensorrt_callbacks import hearing, logger_of
 from dreammix_trt.engine.tensorrt_package import PACKAGES, Package, check_runtime, load
 
@@ -108,7 +109,7 @@ def check_origin(trt: Any, package: Package, origin: Origin) -> None:
     if origin.version and origin.version != str(trt.__version__):
         raise _other_version(trt, package, origin)
     if not package.jit and origin.targets and origin.gpu[1] not in origin.targets:
-        raise _other_gpu(origin)
+        raise _other_gpu(package, origin)
 
 
 def check_validity(trt: Any, package: Package, runtime: Any, data: Any, origin: Origin) -> None:
@@ -129,7 +130,7 @@ def check_validity(trt: Any, package: Package, runtime: Any, data: Any, origin: 
         )),
         (kinds.MALFORMED_ENGINE, EngineError(f"{origin.plan}: damaged, or no {package.title} engine; {REBUILD}")),
         (kinds.VERSION_MISMATCH, _other_version(trt, package, origin)),
-        (kinds.UNSUPPORTED_CC, _other_gpu(origin)),
+        (kinds.UNSUPPORTED_CC, _other_gpu(package, origin)),
         (kinds.INSUFFICIENT_GPU_MEMORY, OutOfMemoryError(
             f"{origin.plan}: {origin.gpu[0]} has too little memory for it; {SMALLER}"
         )),
@@ -187,12 +188,14 @@ def _other_version(trt: Any, package: Package, origin: Origin) -> EngineError:
     return EngineError(f"{origin.plan}: built with {built}, installed is {trt.__version__}; {REBUILD}")
 
 
-def _other_gpu(origin: Origin) -> DeviceError:
+def _other_gpu(package: Package, origin: Origin) -> DeviceError:
     name, capability = origin.gpu
     built = ", ".join(origin.targets) or "another GPU"
+    remedy = f"build it for this GPU (`dreammix-trt build ... --target {capability}`), or"
+    if package.jit and capability not in RTX_TARGETS:
+        remedy = f"{package.title} has no engines for that: use `--backend tensorrt`, or"
     return DeviceError(
-        f"{origin.plan}: built for {built}, here is {name} ({capability}); build it for this GPU "
-        f"(`dreammix-trt build ... --target {capability}`), or use `--backend onnxruntime`"
+        f"{origin.plan}: built for {built}, here is {name} ({capability}); {remedy} use `--backend onnxruntime`"
     )
 
 

@@ -212,8 +212,9 @@ def test_the_build_names_the_gpu_at_hand_and_takes_the_module_alone(
 ) -> None:
     said: list[list[str]] = []
 
-    def ran(command: list[str]) -> str:
+    def ran(command: list[str], environment: dict[str, str]) -> str:
         said.append(command)
+        assert environment == {"PYTHONPATH": "wheels"}
         if "--build" in command:
             (tmp_path / "cpp_ext").mkdir(parents=True)
             (tmp_path / "cpp_ext" / "_cpp.abi3.so").write_bytes(b"code")
@@ -222,7 +223,7 @@ def test_the_build_names_the_gpu_at_hand_and_takes_the_module_alone(
     monkeypatch.setattr(setup, "_ran", ran)
     monkeypatch.setattr(setup, "_tool", lambda name: f"/bin/{name}")
     for _ in range(2):  # again: over what is there
-        alone = setup.build_extension(tmp_path, "sm_90")
+        alone = setup.build_extension(tmp_path, "sm_90", {"PYTHONPATH": "wheels"})
         (tmp_path / "cpp_ext" / "_cpp.abi3.so").unlink()
         (tmp_path / "cpp_ext").rmdir()
     assert [file.name for file in alone.iterdir()] == ["_cpp.abi3.so"]
@@ -435,7 +436,50 @@ def test_full_measures_steps_and_whole_pictures(networks: Any, monkeypatch: pyte
     jobs = TINY.jobs()
     assert all(found[f"torch, eager: {name}: whole picture [s]"] > 0 for name in jobs) and len(jobs) == 2
     assert all(f"torch, eager: {name}: loop beyond the sum of its UNet calls" in found for name in jobs)
+    for name in jobs:
+        assert found[f"torch, eager: {name}: uploaded before the first step [bytes]"] > 4 * TINY.side**2
+        assert found[f"torch, eager: {name}: uploaded from the first step on [bytes]"] == 0
+        assert found[f"torch, eager: {name}: downloaded before the last step is enqueued [bytes]"] == 0
+        assert found[f"torch, eager: {name}: downloaded beyond picture and flags [bytes]"] == 0
     assert found["notes"] == []
+
+
+@pytest.mark.slow
+def test_an_engine_is_timed_in_its_own_stream_from_nothing_loaded(
+    mug_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ONNX Runtime's networks and TensorRT-RTX's are opened."""
+    import _gpu_rtx
+
+    from dreammix_trt.engine.gpu import loading
+    from dreammix_trt.engine.gpu.simulated import SimulatedDevice, SimulatedNetworks
+    from dreammix_trt.engine.networks import EngineSet
+
+    device = SimulatedDevice()
+    own = device.stream()
+
+    class OneStream(SimulatedNetworks):
+        def serves(self, stream: Any) -> bool:
+            return stream is own
+
+        def enqueue(self, name: str, arrays: Any, stream: Any) -> None:
+            assert stream is own
+            super().enqueue(name, arrays, stream)
+
+    def opened(engine: Any) -> Any:
+        networks = OneStream(device, EngineSet.load(engine.parts, 1))
+        for name in networks.loaded:
+            networks.unload(name)
+        return loading.OnDevice(device, networks, own)
+
+    monkeypatch.setattr(loading, "open_device", opened)
+    monkeypatch.setattr(clock, "REPEATS", 1)
+    part = report.Part("rtx", goals=False)
+    _gpu_rtx.time_engine(part, Setting(side=128, steps=2, repeats=1, simulate=True), mug_engine)
+    kind = f"onnxruntime ({mug_engine.name})"
+    found = {row["metric"]: row["value"] for row in part.rows}
+    assert found[f"{kind}: UNet call with guidance [ms]"] > 0
+    assert found[f"{kind}: 2 steps, guidance 4: whole picture [s]"] > 0
 
 
 @pytest.mark.usefixtures("one_thread")
