@@ -169,18 +169,17 @@ class DreamMix:
         """
         from dreammix_trt.engine.gpu.studio import Studio
 
-        studio = None
-        try:
+        with ExitStack() as made:
+            for each in reversed(owned):
+                made.callback(each.close)
             studio = Studio(device, networks, tokenizers, options, stream)
+            made.callback(studio.close)
             defaults = getattr(networks.facts, "defaults", None) or _NOTHING
-            everything = (studio, *owned)
-            return cls(
-                networks, networks.facts, tokenizers, subjects, defaults=defaults, studio=studio, owned=everything
+            runtime = cls(
+                networks, networks.facts, tokenizers, subjects, defaults=defaults, studio=studio, owned=(studio, *owned)
             )
-        except BaseException:
-            for each in (*filter(None, [studio]), *owned):
-                each.close()
-            raise
+            made.pop_all()
+            return runtime
 
     def another(self) -> DreamMix:
         """A second DreamMix on the same GPU: the same weights, memory and a stream of its own, so that both can be

@@ -118,12 +118,13 @@ def plan_memory(
     workspace: int,
     *,
     loaded: Collection[str] | None = None,
+    beside: bool = False,
 ) -> MemoryPlan:
     """Plan an engine set on a device of `total` bytes, of which `free` are free now.
 
     regions: bytes of each region of the arena, by name; workspace: of the neediest network (as good as nothing where
     the back end allocates its own). loaded: networks whose weights are on the device now, so that `free` lacks them;
-    None: all but the float32 twins.
+    None: all but the float32 twins. beside: another runtime uses the same networks, with the same options.
 
     Raises OutOfMemoryError with the whole plan when no strategy fits, or not that of `options.residency`; InputError
     when that is "one-unet" and the base has no unet_raw.
@@ -142,7 +143,7 @@ def plan_memory(
         if tried[-1].fits:
             return tried[-1]
     least = min(tried, key=lambda plan: plan.needed)
-    raise OutOfMemoryError(_too_little(least, options, total - usable))
+    raise OutOfMemoryError(_too_little(least, options, total - usable, beside))
 
 
 def _planned(strategy: str, weights: Mapping[str, int], shared: Sequence[Row], usable: int, total: int) -> MemoryPlan:
@@ -215,26 +216,28 @@ def _notice(strategy: str, without: Sequence[str]) -> str | None:
     return told
 
 
-def _too_little(plan: MemoryPlan, options: Options, taken: int) -> str:
+def _too_little(plan: MemoryPlan, options: Options, taken: int, beside: bool) -> str:
     """What to do: what is set higher than it must be, then what other programs hold."""
     lower = [
         f"{name} (now {value})"
         for name, value, least in (
             ("pictures", options.pictures, 1), ("largest_picture", options.largest_picture, 1024 * 1024),
-            ("subjects", options.subjects, 1), ("texts", options.texts, 3), ("shapes", options.shapes, 1),
+            ("subjects", options.subjects, 1), ("texts", options.texts, 3), ("shapes", options.shapes, 2),
         )
         if value > least
     ]  # fmt: skip
     remedies = [f"lower {', '.join(lower)}"] if lower else []
-    if options.residency:
-        remedies.append("leave residency out, so that one that fits is chosen")
-    if taken >= 256 * MIB:
-        remedies.append(f"close the programs that hold {size_text(taken)} of the device")
-    remedies += ["build the engines with a smaller `--workspace`", "load with device='cpu'"]
-    return (
-        f"the device has too little memory, {size_text(plan.needed - plan.free)} are missing:\n{plan}\n"
-        f"What helps: {'; or '.join(remedies)}"
-    )
+    if beside:
+        what = "the device has too little memory for another runtime beside the first"
+        remedies = [f"load the first with less ({each})" for each in remedies] + ["use one runtime alone"]
+    else:
+        what = "the device has too little memory"
+        if options.residency:
+            remedies.append("leave residency out, so that one that fits is chosen")
+        if taken >= 256 * MIB:
+            remedies.append(f"close the programs that hold {size_text(taken)} of the device")
+        remedies += ["build the engines with a smaller `--workspace`", "load with device='cpu'"]
+    return f"{what}, {size_text(plan.needed - plan.free)} are missing:\n{plan}\nWhat helps: {'; or '.join(remedies)}"
 
 
 def _present(networks: DeviceNetworks) -> list[str]:

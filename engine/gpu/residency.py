@@ -72,6 +72,13 @@ class Residency:
             if name in networks and not swap and name not in here:
                 networks.load(name)
 
+    def make_room(self) -> None:
+        """Before networks are bound: under "swap" all weights leave, as TensorRT 11 brings those it binds for a moment.
+        The device must be idle."""
+        if self._plan.strategy == "swap":
+            for name in self._networks.loaded:
+                self._networks.unload(name)
+
     @property
     def captures(self) -> bool:
         """Whether graphs stay valid: weights that come back may lie elsewhere."""

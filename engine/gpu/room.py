@@ -16,7 +16,7 @@ import numpy as np
 
 from dreammix_trt.engine.geometry import FACTOR, Size, floored
 from dreammix_trt.engine.gpu.arena import Arena, Regions
-from dreammix_trt.engine.gpu.device import Array, Device, DeviceError, Graph, Memory, OutOfMemoryError, Stream
+from dreammix_trt.engine.gpu.device import Array, Device, Graph, Memory, OutOfMemoryError, Stream
 from dreammix_trt.engine.gpu.networks import Bound, DeviceNetworks, Sides, Tensor
 from dreammix_trt.engine.gpu.subjects import Layout
 from dreammix_trt.engine.tiles import Tiling, needs_tiles, tiles_of
@@ -204,10 +204,10 @@ def captured(device: Device, stream: Stream, record: Callable[[], None]) -> Grap
     """A graph of what was just done plainly; None, and a word in the log, where it cannot be captured."""
     try:
         return device.capture(stream, record)
-    except OutOfMemoryError:
+    except (OutOfMemoryError, MemoryError):
         raise
-    except DeviceError as error:
-        if error.lost:
+    except Exception as error:  # back ends tell of it in errors of their own
+        if getattr(error, "lost", False):
             raise
         logging.getLogger(__name__).warning("a phase cannot be captured and goes on running plainly: %s", error)
         return None

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, cast
 
@@ -51,6 +51,9 @@ U8 = npt.NDArray[np.uint8]
 AHEAD: Final = 2
 PATIENCE: Final = 300.0  # seconds without an answer of the device after which it counts as lost
 _POLL = 0.0002
+_ORDER: Final = (
+    "text_encoder", "text_encoder_2", "vae_encoder", "inpaint_head", "unet", "unet_raw", "vae_decoder",
+)  # fmt: skip
 _Given = tuple[list[str], list[U8]]
 
 
@@ -90,14 +93,14 @@ class Studio:
         self._check(self.options)
         self._layout = Layout(networks, self.options.pictures)
         regions = self._regions()
-        self.plan = self._planned(regions)
+        self.plan = self._planned(regions, beside=shares)
         networks = self.networks = cast(DeviceNetworks, planned(networks, self.plan))
         self._marks: list[tuple[str, Mark]] = []
         self._turn: object | None = None  # the batch that has the device's memory now
         self._now: tuple[Room, int] | None = None  # its room and the last step enqueued
         self._weights = 0.0  # seconds spent on weights before it
         self.lost = self.closed = False
-        with ExitStack() as made:
+        with _told_with(self.plan), ExitStack() as made:
             self._stream = stream or device.stream()
             if stream is None:
                 made.callback(self._stream.close)
@@ -112,23 +115,25 @@ class Studio:
             raise EngineError(
                 "ONNX Runtime's networks run in the one stream they were opened with: load the engine a second time"
             )
-        self.residency = Residency(networks, self.plan, lambda: device.synchronize(self._stream), shared=shares)
+        self.residency = Residency(networks, self.plan, self._idle, shared=shares)
         self._arena = Arena(device, regions)
         made.callback(self._arena.close)
         self._staging = Staging(device, self._arena, self.options, made)
         self._prepare()
         workspace = self._arena["workspace"]
-        self.subjects = Subjects(device, self._stream, self._layout, self._arena)
+        self.subjects = Subjects(device, self._stream, self._layout, self._arena, self._idle)
         flags = self._arena["flags"]
         self._texts = Texts(
             device, self._stream, networks, self._arena, self._layout, self.subjects, workspace,
             flags.part(flags.shape[0] - 1, 1),
         )  # fmt: skip
         made.callback(self._texts.close)
-        self._rooms = Rooms(
-            lambda shape: Room(shape, device, networks, self._arena, self._layout, workspace), self.options.shapes
-        )
+        self._rooms = Rooms(self._room, self.options.shapes)
         made.callback(self._rooms.close)
+
+    def _room(self, shape: Shape) -> Room:
+        self.residency.make_room()
+        return Room(shape, self.device, self.networks, self._arena, self._layout, self._arena["workspace"])
 
     # ------------------------------------------------------------------------------------------------ requests
 
@@ -137,6 +142,7 @@ class Studio:
 
         Raises EngineError where the networks cannot be shared, OutOfMemoryError with the memory plan.
         """
+        self._ready()
         if self.plan.strategy == "swap":
             raise EngineError(
                 "the networks take turns in the device's memory (residency 'swap'), so two runtimes would take them "
@@ -151,7 +157,9 @@ class Studio:
         return "unet_raw" in self.networks
 
     def add_subject(self, name: str, subject: Subject) -> None:
-        """Make a subject known; one of the same name is replaced. FileFormatError where it does not fit the base."""
+        """Make a subject known; one of the same name is replaced. FileFormatError where it does not fit the base,
+        DeviceError; then nothing changes."""
+        self._ready()
         self.subjects.add(name, subject)
         self._texts.forget(name)
 
@@ -182,10 +190,7 @@ class Studio:
         OutOfMemoryError (the studio stays usable), DeviceError. Leaving the iteration stops the work. A batch that is
         begun meanwhile takes the device's memory over; going on with this one then raises EngineError.
         """
-        if self.closed:
-            raise EngineError("this runtime was closed: load it again")
-        if self.lost:
-            raise _silent(self.device)
+        self._ready()
         if not 0 < len(batch) <= self.options.pictures:
             raise InputError(f"{len(batch)} pictures in a batch; this runtime was loaded for {self.options.pictures}")
         jobs.checked_batch([work.picture for work in batch])
@@ -194,17 +199,18 @@ class Studio:
         try:
             flagged, images = yield from self._attempt(batch, safe=False)
             if flagged:
-                twins = [name for name in flagged if f"{name}_float32" in self.networks]
-                if not twins:
-                    raise NotFiniteError(_not_finite(flagged, "and there is no float32 twin to take instead"))
-                logging.getLogger(__name__).warning("%s; painting again in float32", _not_finite(flagged, "in float16"))
+                first = flagged[0]  # what comes after it may only have passed it on
+                if f"{first}_float32" not in self.networks:
+                    raise NotFiniteError(_not_finite(first, "and there is no float32 twin to take instead"))
+                logging.getLogger(__name__).warning("%s; painting again in float32", _not_finite(first, "in float16"))
                 self._texts.forget()
                 flagged, images = _last(self._attempt(batch, safe=True))
                 if flagged:
-                    raise NotFiniteError(_not_finite(flagged, "again, with the twins there are in float32"))
-        except (OutOfMemoryError, MemoryError) as error:  # the second is torch's, by way of export/
+                    raise NotFiniteError(_not_finite(flagged[0], "again, with the twins there are in float32"))
+        except (OutOfMemoryError, MemoryError):
             self._recover()
-            raise OutOfMemoryError(f"{error}\nThe memory plan was:\n{self.plan}") from error
+            with _told_with(self.plan):
+                raise
         except NotFiniteError:
             self._texts.forget()
             raise
@@ -215,7 +221,8 @@ class Studio:
             if self._turn is turn:
                 self._turn = None
                 self._wait_quietly()
-                self._rooms.leave()
+                if not self.lost:
+                    self._rooms.leave()
 
     def stages(self, k: int, picture: Picture) -> dict[str, U8]:
         """While the finished batch is still open: what picture k's stages decoded, uint8 (h, w, 3), by name."""
@@ -246,12 +253,16 @@ class Studio:
         if self.closed:
             return
         self.closed, self._turn = True, None
-        if self.lost:
-            return
         try:
-            self.device.synchronize(self._stream)
+            if not self.lost:
+                self._idle()
+        except DeviceError as error:
+            if not self.lost:
+                raise
+            logging.getLogger(__name__).warning("closing a runtime: %s", error)
         finally:
-            self._owned.close()
+            if not self.lost:
+                self._owned.close()
 
     def __enter__(self) -> Studio:
         return self
@@ -273,7 +284,8 @@ class Studio:
         last, keep_last = local, keep_local
         if first.second is not None and first.second.work != first.first.work:
             last, keep_last = self._rooms.enter(replace(shape, work=first.second.work))
-        self._marks, self._weights = [("", self._mark())], self.residency.seconds
+        if not safe:  # what is painted again counts as well
+            self._marks, self._weights = [("", self._mark())], self.residency.seconds
         self._upload(batch)
         self._tell(batch, rows, local, safe)
         self._start(pictures, local, keep_local)
@@ -363,14 +375,14 @@ class Studio:
         self._marked("finish")
 
     def _downloaded(self, pictures: Sequence[Picture]) -> tuple[list[str], list[U8]]:
-        """Bring pictures and flags back, and wait for them."""
+        """Bring pictures and flags back, and wait for them. Names in the order in which the networks run."""
         finished = self._staging.download([picture.canvas.size for picture in pictures], self._stream)
         self._marked("download")
         self._wait_for(self._marks[-1][1])
         self.device.synchronize(self._stream)
         flags, images = finished()
         seen = int(np.bitwise_or.reduce(flags))
-        return [name for name, bit in FLAGS.items() if seen & bit], images
+        return [name for name in _ORDER if seen & FLAGS[name]], images
 
     def _preview_of(self, turn: object, index: int) -> Callable[[int], U8]:
         def preview(k: int) -> U8:
@@ -382,12 +394,14 @@ class Studio:
 
     def _decoded(self, k: int, source: Literal["x", "x0"], now: Room) -> U8:
         """Picture k's latent as a picture of the room's frame."""
-        self.residency.need("vae_decoder", safe=now.shape.safe)
-        return self._host(self._phases(now).preview(k, source))
+        with _told_with(self.plan):
+            self.residency.need("vae_decoder", safe=now.shape.safe)
+            return self._host(self._phases(now).preview(k, source))
 
     def _host(self, array: Array) -> U8:
         """A copy of an array, once everything before it is done."""
         host = np.empty(array.shape, np.uint8)
+        self._idle()  # a copy to memory that is not pinned waits itself, without end
         self.device.download(host, array, self._stream)
         self.device.synchronize(self._stream)
         return host
@@ -418,8 +432,14 @@ class Studio:
                 raise _silent(self.device)
             time.sleep(_POLL)
 
+    def _ready(self) -> None:
+        if self.closed:
+            raise EngineError("this runtime was closed: load it again")
+        if self.lost:
+            raise _silent(self.device)
+
     def _idle(self) -> None:
-        """Wait until nothing of an earlier request runs any more."""
+        """Wait until nothing in the stream runs any more."""
         self._wait_for(self.device.mark(self._stream))
         self.device.synchronize(self._stream)
 
@@ -434,6 +454,8 @@ class Studio:
     def _recover(self) -> None:
         """Give back what a request took, after it found no memory."""
         self._wait_quietly()
+        if self.lost:
+            return
         self._rooms.close()
         self._texts.close()
         self._texts.forget()
@@ -475,12 +497,12 @@ class Studio:
                     needs.append(self.networks.workspace_bytes(each, sides))
         return max(needs)
 
-    def _planned(self, regions: Regions) -> MemoryPlan:
+    def _planned(self, regions: Regions, beside: bool) -> MemoryPlan:
         free, total = self.device.memory()
         taken = sizes(regions)
         workspace = taken.pop("workspace")
         loaded = [name for name in self.networks.loaded if name in self.networks]
-        plan = plan_memory(self.networks, free, total, self.options, taken, workspace, loaded=loaded)
+        plan = plan_memory(self.networks, free, total, self.options, taken, workspace, loaded=loaded, beside=beside)
         logging.getLogger(__name__).info("%s", plan)
         return plan
 
@@ -507,6 +529,15 @@ def _scratch(kernel: str, *sides: int) -> int:
     return int(gpu.step_scratch(pictures=pictures, channels=phases.CHANNELS, height=height, width=width))
 
 
+@contextmanager
+def _told_with(plan: MemoryPlan) -> Iterator[None]:
+    """Lack of memory is told with the plan. A MemoryError is torch's, by way of export/."""
+    try:
+        yield
+    except (OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemoryError(f"{error}\nThe memory plan was:\n{plan}") from error
+
+
 def _silent(device: Device) -> DeviceError:
     """The error for a device that does not answer: nothing more can be asked of it."""
     error = DeviceError(
@@ -517,11 +548,11 @@ def _silent(device: Device) -> DeviceError:
     return error
 
 
-def _not_finite(names: Sequence[str], how: str) -> str:
+def _not_finite(name: str, how: str) -> str:
     remedy = "lower guidance_scale or the subject's scale"
-    if names[0].startswith("vae"):
+    if name.startswith("vae"):
         remedy += ", or build with a VAE that stays within float16 (`--vae`)"
-    return f"{', '.join(names)} gave values that are not numbers {how}: {remedy}"
+    return f"{name} gave values that are not numbers {how}: {remedy}"
 
 
 def _last(attempt: Generator[Progress, None, _Given]) -> _Given:
