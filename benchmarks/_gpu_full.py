@@ -170,11 +170,11 @@ def job_rows(
 
 
 def traffic_rows(part: Part, setting: Setting, device: Any, front: Front, name: str, fields: Mapping[str, Any]) -> None:
-    """Bytes between host and device for a picture whose prompt is new: before the steps, while they run, after them."""
+    """Bytes between host and device for a picture: before the steps, while they run, after them."""
     from dreammix_trt.core.request import Request
 
     image, mask = sample_picture(setting.side)
-    works = front.works([(image, mask, Request.of(**{**fields, "prompt": f"{PROMPT} again"}), "")])
+    works = front.works([(image, mask, Request.of(**{**fields, "prompt": PROMPT}), "")])
     seen = [dict(device.transferred)]
     for _ in front.studio.paint(works):
         seen.append(dict(device.transferred))

@@ -88,7 +88,7 @@ def painter(part: Part, setting: Setting, networks: Any, compiled: bool, upcast:
         except (ImportError, RuntimeError, AttributeError, TypeError, ValueError) as error:  # of unlike versions
             part.note(
                 "diffusers' inpainting pipeline cannot be used here "
-                f"({type(error).__name__}: {str(error).splitlines()[0][:200]}): its UNet, VAE and scheduler run in a "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): its UNet, VAE and scheduler run in a "
                 "plain loop that does the pipeline's work, without text encoders"
             )
             paint = plain_loop(setting, networks, compiled)

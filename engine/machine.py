@@ -356,7 +356,8 @@ def _instead(built_for: Mapping[str, Any], here: Machine) -> str:
     if not here.driver.gpus:
         return "--backend onnxruntime"
     targets = RTX_TARGETS if built_for["backend"] == "tensorrt-rtx" else None
-    capability = here.driver.gpus[0].capability
+    served = built_for.get("targets") or ()  # by another GPU than the first, maybe, which is then to be chosen
+    capability = next((gpu for gpu in here.driver.gpus if gpu.capability in served), here.driver.gpus[0]).capability
     return f"--target {capability}" if targets is None or capability in targets else "--backend tensorrt"
 
 

@@ -163,6 +163,24 @@ class Device(Protocol):
     def close(self) -> None: ...
 
 
+def put(device: Device, to: Array, values: npt.NDArray[Any], stream: Stream, wait: Callable[[], None]) -> None:
+    """Bring values to a device by way of pinned memory; wait: for everything in the stream.
+
+    A lost device may still read the pinned memory, and giving it back could wait without end, so then it stays.
+    """
+    flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    pinned = device.pinned(flat.nbytes)
+    try:
+        pinned.array[:] = flat
+        device.upload(to.reshaped((flat.nbytes,), "uint8"), pinned.array, stream)
+        wait()
+    except DeviceError as error:
+        if not error.lost:
+            pinned.free()
+        raise
+    pinned.free()
+
+
 class DeviceError(EngineError):
     """A device that cannot be used: no driver, one too old, another GPU than the engine's, a failed call.
 

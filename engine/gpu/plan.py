@@ -42,8 +42,8 @@ class Options:
     takes some twenty bytes of device memory a pixel; larger ones are refused. subjects: how many stay on the device;
     texts: prompts that stay encoded there (others are brought again when asked for). shapes: how many frame sizes (and
     batch sizes) keep graphs. residency: "resident", all networks stay; "one-unet", unet_raw stays away and all steps
-    run on the inpainting UNet, so pictures differ a little; "swap", networks are there while a phase needs them; None:
-    the first of these that fits. Raises InputError.
+    run on the inpainting UNet, so pictures differ a little; "swap", networks are there while a phase needs them, and
+    one that cannot be loaded is found out by the first request; None: the first of these that fits. Raises InputError.
     """
 
     pictures: int = 1
@@ -227,9 +227,11 @@ def _too_little(plan: MemoryPlan, options: Options, taken: int, beside: bool) ->
         if value > least
     ]  # fmt: skip
     remedies = [f"lower {', '.join(lower)}"] if lower else []
+    if options.largest_picture > 1024 * 1024:
+        remedies.append("paint smaller pictures")
     if beside:
         what = "the device has too little memory for another runtime beside the first"
-        remedies = [f"load the first with less ({each})" for each in remedies] + ["use one runtime alone"]
+        remedies = [f"load the first with less ({each})" for each in remedies[:1]] + ["use one runtime alone"]
     else:
         what = "the device has too little memory"
         if options.residency:

@@ -107,11 +107,13 @@ class Room:
     """The bound networks of a shape. arrays: by network and tensor name."""
 
     def __init__(
-        self, shape: Shape, device: Device, networks: DeviceNetworks, arena: Arena, layout: Layout, workspace: Array
-    ) -> None:
+        self, shape: Shape, device: Device, networks: DeviceNetworks, arena: Arena, layout: Layout, workspace: Array,
+        upload: Callable[[Array, np.ndarray], None],
+    ) -> None:  # fmt: skip
+        """upload: brings values to the device, and waits."""
         self.shape = shape
         self.arrays: dict[str, dict[str, Array]] = {}
-        self._device, self._networks, self._workspace = device, networks, workspace
+        self._device, self._networks, self._workspace, self._upload = device, networks, workspace, upload
         self._bound: dict[str, Bound] = {}
         self._graphs: dict[Any, Graph] = {}
         self._used: set[str] = set()  # networks of the phase that is played
@@ -174,12 +176,7 @@ class Room:
         memory = self._device.allocate(values.nbytes)
         self._memory.append(memory)
         whole = Array(memory.pointer, values.shape, "float32")
-        stream, pinned = self._device.stream(), self._device.pinned(values.nbytes)
-        pinned.array[:] = values.view(np.uint8)
-        self._device.upload(whole.reshaped((values.nbytes,), "uint8"), pinned.array, stream)
-        self._device.synchronize(stream)
-        pinned.free()
-        stream.close()
+        self._upload(whole, values)
         height, width = factor * tiling.height, factor * tiling.width
         starts = [index * (height + width) for index in range(len(tiles))]
         return [(whole.part(at, height), whole.part(at + height, width)) for at in starts]

@@ -34,6 +34,7 @@ from dreammix_trt.engine.gpu.device import (
     NotFiniteError,
     OutOfMemoryError,
     Stream,
+    put,
 )
 from dreammix_trt.engine.gpu.jobs import Picture
 from dreammix_trt.engine.gpu.networks import DeviceNetworks
@@ -73,7 +74,8 @@ class Studio:
     may share them, each with memory and a stream of its own. stream: where the networks must run (ONNX Runtime's are
     tied to one), its owner's; None: one is made. shares: other studios use the networks, so their weights stay. plan:
     what takes how much memory. lost: whether the device stopped answering, which ends this studio.
-    Raises InputError, EngineError, OutOfMemoryError with the memory plan.
+    Raises InputError, EngineError, OutOfMemoryError with the memory plan, and what the networks' `load` raises: under
+    "swap" not before the first request.
     """
 
     def __init__(
@@ -104,7 +106,12 @@ class Studio:
             self._stream = stream or device.stream()
             if stream is None:
                 made.callback(self._stream.close)
-            self._make(regions, made, shares)
+            try:
+                self._make(regions, made, shares)
+            except DeviceError:
+                if self.lost:  # then nothing can be given back
+                    made.pop_all()
+                raise
             self._owned = made.pop_all()
 
     def _make(self, regions: Regions, made: ExitStack, shares: bool) -> None:
@@ -125,7 +132,7 @@ class Studio:
         flags = self._arena["flags"]
         self._texts = Texts(
             device, self._stream, networks, self._arena, self._layout, self.subjects, workspace,
-            flags.part(flags.shape[0] - 1, 1),
+            flags.part(flags.shape[0] - 1, 1), self._idle,
         )  # fmt: skip
         made.callback(self._texts.close)
         self._rooms = Rooms(self._room, self.options.shapes)
@@ -133,7 +140,8 @@ class Studio:
 
     def _room(self, shape: Shape) -> Room:
         self.residency.make_room()
-        return Room(shape, self.device, self.networks, self._arena, self._layout, self._arena["workspace"])
+        workspace = self._arena["workspace"]
+        return Room(shape, self.device, self.networks, self._arena, self._layout, workspace, self._put)
 
     # ------------------------------------------------------------------------------------------------ requests
 
@@ -207,6 +215,7 @@ class Studio:
                 flagged, images = _last(self._attempt(batch, safe=True))
                 if flagged:
                     raise NotFiniteError(_not_finite(flagged[0], "again, with the twins there are in float32"))
+                self._texts.forget()  # they are the twins'
         except (OutOfMemoryError, MemoryError):
             self._recover()
             with _told_with(self.plan):
@@ -508,12 +517,10 @@ class Studio:
 
     def _prepare(self) -> None:
         """Fill what never changes: the numbers that the step counter is set to."""
-        numbers = np.arange(jobs.MOST_STEPS + 1, dtype=np.int32)
-        pinned = self.device.pinned(numbers.nbytes)
-        pinned.array[:] = numbers.view(np.uint8)
-        self.device.upload(self._arena["numbers"].reshaped((numbers.nbytes,), "uint8"), pinned.array, self._stream)
-        self.device.synchronize(self._stream)
-        pinned.free()
+        self._put(self._arena["numbers"], np.arange(jobs.MOST_STEPS + 1, dtype=np.int32))
+
+    def _put(self, to: Array, values: np.ndarray) -> None:
+        put(self.device, to, values, self._stream, self._idle)
 
 
 def _scratch(kernel: str, *sides: int) -> int:

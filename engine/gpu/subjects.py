@@ -18,7 +18,7 @@ import numpy as np
 from dreammix_trt.core.errors import EngineError
 from dreammix_trt.core.subject import Slot, Subject, packed_size, placed
 from dreammix_trt.engine.gpu.arena import ALIGNMENT, Arena, Regions
-from dreammix_trt.engine.gpu.device import Array, Device, Stream
+from dreammix_trt.engine.gpu.device import Array, Device, Stream, put
 from dreammix_trt.engine.gpu.networks import DeviceNetworks
 from dreammix_trt.engine.gpu.records import FACTOR, SEGMENT
 
@@ -237,15 +237,7 @@ class Subjects:
         return np.array(found, FACTOR), np.concatenate(values).astype(np.float32, copy=False)
 
     def _upload(self, region: str, data: np.ndarray) -> None:
-        flat = data.reshape(-1)
-        pinned = self._device.pinned(flat.nbytes)
-        try:
-            pinned.array[:] = flat.view(np.uint8)
-            part = self._arena[region].reshaped((flat.nbytes,), "uint8")
-            self._device.upload(part, pinned.array, self._stream)
-            self._wait()
-        finally:
-            pinned.free()
+        put(self._device, self._arena[region], data, self._stream, self._wait)
 
     def _forget(self, name: str) -> None:
         """The bound buffer no longer holds this name's factors."""

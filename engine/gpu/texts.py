@@ -6,7 +6,7 @@ Encoded prompts stay on the device, so a prompt that comes again (the negative o
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from dreammix_trt.core.request import Request
 from dreammix_trt.engine.gpu.arena import Arena, Regions
-from dreammix_trt.engine.gpu.device import Array, Device, Graph, Stream
+from dreammix_trt.engine.gpu.device import Array, Device, Graph, Stream, put
 from dreammix_trt.engine.gpu.jobs import PROMPTS
 from dreammix_trt.engine.gpu.networks import Bound, DeviceNetworks, Sides
 from dreammix_trt.engine.gpu.records import FLAGS
@@ -116,14 +116,17 @@ class Texts:
 
     def __init__(
         self, device: Device, stream: Stream, networks: DeviceNetworks, arena: Arena, layout: Layout,
-        subjects: Subjects, workspace: Array, flags: Array,
+        subjects: Subjects, workspace: Array, flags: Array, wait: Callable[[], None],
     ) -> None:  # fmt: skip
+        """wait: for everything in the stream."""
         self._device, self._stream, self._arena, self._subjects, self._flags = device, stream, arena, subjects, flags
         self._networks, self._layout, self._workspace = networks, layout, workspace
         self._kept: OrderedDict[tuple[str, str, bytes], int] = OrderedDict()
         self._unproven: set[tuple[str, str, bytes]] = set()
         self._encoders: dict[bool, _Encoders] = {}
-        self._upload_pooled_plan()
+        plan = np.zeros(_WHOLE, np.int32)
+        plan[:2] = 1  # one row removed from one row: both are row 0
+        put(device, arena["pooled plan"], plan, stream, wait)
 
     def forget(self, subject: str | None = None) -> None:
         """Drop what was encoded (with a subject's factors)."""
@@ -232,15 +235,6 @@ class Texts:
     def _kept_of(self, wanted: Wanted) -> tuple[Array, Array]:
         slot = self._kept[wanted.key]
         return self._arena["kept tokens"][slot], self._arena["kept pooled"][slot]
-
-    def _upload_pooled_plan(self) -> None:
-        plan = np.zeros(_WHOLE, np.int32)
-        plan[:2] = 1  # one row removed from one row: both are row 0
-        pinned = self._device.pinned(plan.nbytes)
-        pinned.array[:] = plan.view(np.uint8)
-        self._device.upload(self._arena["pooled plan"].reshaped((plan.nbytes,), "uint8"), pinned.array, self._stream)
-        self._device.synchronize(self._stream)
-        pinned.free()
 
 
 class _Encoders:

@@ -355,7 +355,7 @@ def test_the_first_gpu_is_what_the_runtime_opens() -> None:
     assert text and "CUDA_VISIBLE_DEVICES" not in text
     assert text.endswith("build it again here: `dreammix-trt build --backend tensorrt`")
     text = explain_mismatch(BUILT | {"version": "1.6"}, both)
-    assert text and text.endswith(f"{chooses}; build it again here: `dreammix-trt build --backend tensorrt`")
+    assert text and text.endswith(f"{chooses}; {AGAIN}"), "for the one that is chosen"
 
 
 def test_nothing_differs_where_nothing_does() -> None:

@@ -15,7 +15,13 @@ from dreammix_trt.core.subject import read_subject
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.gpu import studio
 from dreammix_trt.engine.gpu.device import DeviceError, NotFiniteError, OutOfMemoryError
-from dreammix_trt.engine.gpu.simulated import SimulatedBound, SimulatedDevice, SimulatedMark, SimulatedNetworks
+from dreammix_trt.engine.gpu.simulated import (
+    SimulatedBound,
+    SimulatedDevice,
+    SimulatedMark,
+    SimulatedNetworks,
+    SimulatedPinned,
+)
 from tests.engine.gpu.test_studio_more import VAES, assert_alike, job, painted
 
 
@@ -60,6 +66,37 @@ def test_closing_a_runtime_whose_device_hangs_leaves_it_alone(simulated: Any, ha
     dm.studio.close()
     assert dm.studio.lost
     assert not [entry for entry in device.record[start:] if entry.kind == "free"]
+
+
+@pytest.mark.parametrize("what", ["add_subject", "load"])
+def test_pinned_memory_and_arena_stay_when_a_device_hangs(
+    simulated: Any, cup: Path, hang: Any, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    dm, device, _ = simulated()
+    before = SimulatedDevice() if what == "load" else device
+    freed: list[object] = []
+    monkeypatch.setattr(SimulatedPinned, "free", freed.append)
+    start = len(before.record)
+    hang(before)
+    with pytest.raises(DeviceError, match="has not answered"):
+        if what == "load":
+            simulated(device=Kept(before))
+        else:
+            dm.add_subject(cup)
+    assert not freed and not [entry for entry in before.record[start:] if entry.kind == "free"]
+
+
+class Kept:
+    """A device that its owner does not close."""
+
+    def __init__(self, device: SimulatedDevice) -> None:
+        self._device = device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._device, name)
+
+    def close(self) -> None:
+        """Later."""
 
 
 def test_nothing_is_freed_on_a_device_that_hangs(simulated: Any, hang: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +185,19 @@ def test_an_encoder_that_spoils_all_after_it_is_worth_another_try(
     _not_a_number(monkeypatch, "vae_encoder")
     got, expected = painted(dm, job()), painted(host, job())
     assert np.abs(got[0] - expected[0]).max() <= 4
+
+
+def test_texts_of_the_twins_serve_no_later_request(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A seed gives the same picture whatever overflowed before."""
+    dm, _, _ = simulated(networks={"twins": (*VAES, "text_encoder", "text_encoder_2")})
+    painted(dm, job())
+    with monkeypatch.context() as patched:
+        ran = _not_a_number(patched, "vae_decoder")
+        painted(dm, job())
+        assert "text_encoder_float32" in ran
+    ran = _not_a_number(monkeypatch)
+    painted(dm, job())
+    assert "text_encoder" in ran and "text_encoder_float32" not in ran
 
 
 def test_a_request_that_is_painted_twice_is_charged_twice(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:

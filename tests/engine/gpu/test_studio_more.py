@@ -15,12 +15,11 @@ from dreammix_trt.core.request import Request
 from dreammix_trt.core.subject import read_subject
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.dreammix import Job
-from dreammix_trt.engine.gpu import residency, studio
+from dreammix_trt.engine.gpu import residency, studio, texts
 from dreammix_trt.engine.gpu.device import DeviceError, NotFiniteError, OutOfMemoryError
 from dreammix_trt.engine.gpu.plan import Options, plan_memory
 from dreammix_trt.engine.gpu.simulated import SimulatedDevice, SimulatedMark, SimulatedNetworks
 from dreammix_trt.engine.gpu.subjects import Subjects
-from dreammix_trt.engine.gpu.texts import Texts
 from tests.engine.gpu.conftest import scene
 
 VAES = ("vae_encoder", "vae_decoder")
@@ -246,10 +245,10 @@ def test_a_batch_whose_subjects_came_halfway_is_entered_again(
 
 
 def test_a_runtime_that_cannot_be_made_leaves_nothing(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Any) -> None:
+    def full(*_: Any) -> None:
         raise OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(Texts, "_upload_pooled_plan", full)
+    monkeypatch.setattr(texts, "put", full)
     engines, tokenizers, subjects = opened
     with SimulatedDevice() as device:
         with pytest.raises(OutOfMemoryError):
