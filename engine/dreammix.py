@@ -310,9 +310,7 @@ class DreamMix:
     def _prepared(self, job: Job) -> _Work:
         """Check everything of a job and do what its pictures share."""
         self._ready()
-        clock, request = Clock(), job.request
-        if not isinstance(request, Request):
-            raise InputError(f"a job's request is a {type(request).__name__}: give dm.request(prompt, ...)")
+        clock, request = Clock(), _request_of(job)
         networks = Timed(cast(Networks, self.networks), clock, self._ready)  # without a studio they are the host's
         with clock("read"):
             source = read_image(job.image)
@@ -359,9 +357,7 @@ class DreamMix:
     def _laid_out(self, studio: Studio, job: Job) -> _LaidOut:
         """Check everything of a job that runs on a device, and lay its pictures out; touches no device."""
         self._ready()
-        clock, request = Clock(), job.request
-        if not isinstance(request, Request):
-            raise InputError(f"a job's request is a {type(request).__name__}: give dm.request(prompt, ...)")
+        clock, request = Clock(), _request_of(job)
         if job.noise is not None:
             raise InputError("noise is given, but on a GPU it is drawn there, from the seed: load with device='cpu'")
         with clock("read"):
@@ -525,6 +521,12 @@ def _batches(jobs: Sequence[_LaidOut], most: int) -> Iterator[list[tuple[int, in
         batch = [each for each in waiting if variants[each[0]] == variants[waiting[0][0]]][:most]
         waiting = [each for each in waiting if each not in batch]
         yield batch
+
+
+def _request_of(job: Job) -> Request:
+    if not isinstance(job.request, Request):
+        raise InputError(f"a job's request is a {type(job.request).__name__}: give dm.request(prompt, ...)")
+    return job.request
 
 
 def _written(source: PictureIn, pixels: U8) -> Image.Image:

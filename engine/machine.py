@@ -210,10 +210,13 @@ class Machine:
 
     def other_gpu(self, targets: Collection[str]) -> str:
         """Where the first GPU is none of `targets` and another one is: how to choose that, in brackets; else ""."""
-        fitting = [index for index, gpu in enumerate(self.driver.gpus) if gpu.capability in targets]
-        if not fitting or fitting[0] == 0:
-            return ""
-        return f" ({self.driver.choosing(fitting[0])} chooses the {self.driver.gpus[fitting[0]].name})"
+        index = self.gpu_for(targets)
+        return f" ({self.driver.choosing(index)} chooses the {self.driver.gpus[index].name})" if index else ""
+
+    def gpu_for(self, targets: Collection[str]) -> int:
+        """Which is the first GPU that is one of `targets`; 0 where none is."""
+        gpus = self.driver.gpus
+        return next((index for index, gpu in enumerate(gpus) if gpu.capability in targets), 0)
 
     def _runs_told(self, package: str, lacks: Sequence[str]) -> str:
         if lacks:
@@ -356,8 +359,8 @@ def _instead(built_for: Mapping[str, Any], here: Machine) -> str:
     if not here.driver.gpus:
         return "--backend onnxruntime"
     targets = RTX_TARGETS if built_for["backend"] == "tensorrt-rtx" else None
-    served = built_for.get("targets") or ()  # by another GPU than the first, maybe, which is then to be chosen
-    capability = next((gpu for gpu in here.driver.gpus if gpu.capability in served), here.driver.gpus[0]).capability
+    # Another GPU than the first, maybe, which is then to be chosen.
+    capability = here.driver.gpus[here.gpu_for(built_for.get("targets") or ())].capability
     return f"--target {capability}" if targets is None or capability in targets else "--backend tensorrt"
 
 

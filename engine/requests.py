@@ -190,10 +190,12 @@ class RequestQueue:
     def __init__(
         self, painters: Sequence[Paints], *, waiting: int = 16, timeout: float | None = None, owned: bool = False
     ) -> None:
-        for number, painter in enumerate(painters if isinstance(painters, Sequence) else [painters]):
-            if not isinstance(painters, Sequence) or not hasattr(painter, "iterate"):
-                what = f"painters[{number}]" if isinstance(painters, Sequence) else "painters"
-                raise InputError(f"{what} is a {type(painter).__name__}: give a list of DreamMix, RequestQueue([dm])")
+        if isinstance(painters, Sequence):
+            unfit = {f"painters[{k}]": each for k, each in enumerate(painters) if not hasattr(each, "iterate")}
+        else:
+            unfit = {"painters": painters}
+        for name, each in unfit.items():
+            raise InputError(f"{name} is a {type(each).__name__}: give a list of DreamMix, RequestQueue([dm])")
         if not painters or len({id(painter) for painter in painters}) < len(painters):
             raise InputError(f"painters: {len(painters)} given; give one DreamMix or more, each of them once")
         if isinstance(waiting, bool) or not isinstance(waiting, int) or waiting < 0:

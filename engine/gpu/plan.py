@@ -218,22 +218,22 @@ def _notice(strategy: str, without: Sequence[str]) -> str | None:
 
 def _too_little(plan: MemoryPlan, options: Options, taken: int, beside: bool) -> str:
     """What to do: what is set higher than it must be, then what other programs hold."""
-    lower = [
-        f"{name} (now {value})"
+    lower = {
+        name: f"{name} (now {value})"
         for name, value, least in (
             ("pictures", options.pictures, 1), ("largest_picture", options.largest_picture, 1024 * 1024),
             ("subjects", options.subjects, 1), ("texts", options.texts, 3), ("shapes", options.shapes, 2),
         )
         if value > least
-    ]  # fmt: skip
-    remedies = [f"lower {', '.join(lower)}"] if lower else []
-    if options.largest_picture > 1024 * 1024:
-        remedies.append("paint smaller pictures")
+    }  # fmt: skip
+    remedies = [f"lower {', '.join(lower.values())}"] if lower else []
     if beside:
         what = "the device has too little memory for another runtime beside the first"
-        remedies = [f"load the first with less ({each})" for each in remedies[:1]] + ["use one runtime alone"]
+        remedies = [f"load the first with less ({each})" for each in remedies] + ["use one runtime alone"]
     else:
         what = "the device has too little memory"
+        if "largest_picture" in lower:
+            remedies.append("paint smaller pictures")
         if options.residency:
             remedies.append("leave residency out, so that one that fits is chosen")
         if taken >= 256 * MIB:

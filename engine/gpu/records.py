@@ -59,8 +59,9 @@ FACTOR: Final = np.dtype(
      ("scale", _F), ("unused", _I)]
 )  # fmt: skip
 
-#: Bits of the flag word that collects values that are not finite, by the network they came from.
+#: Bits of the flag word that collects values that are not finite, by the network they came from: all there are, in the
+#: order in which they run.
 FLAGS: Final = {
-    "text_encoder": 1, "text_encoder_2": 2, "unet": 4, "unet_raw": 8, "inpaint_head": 16, "vae_encoder": 32,
+    "text_encoder": 1, "text_encoder_2": 2, "vae_encoder": 32, "inpaint_head": 16, "unet": 4, "unet_raw": 8,
     "vae_decoder": 64,
 }  # fmt: skip

@@ -9,12 +9,10 @@ from typing import Any, Final
 
 from dreammix_trt.engine.gpu.networks import DeviceNetworks
 from dreammix_trt.engine.gpu.plan import MemoryPlan
+from dreammix_trt.engine.gpu.records import FLAGS
 from dreammix_trt.engine.gpu.room import named
 from dreammix_trt.engine.gpu.subjects import UNETS
 
-_ALL = (
-    "text_encoder", "text_encoder_2", "unet", "unet_raw", "inpaint_head", "vae_encoder", "vae_decoder",
-)  # fmt: skip
 _SAFE: Final = "_float32"
 _LOADING: Final = threading.Lock()  # runtimes that share networks bring a twin one after the other
 
@@ -44,7 +42,7 @@ def planned(networks: DeviceNetworks, plan: MemoryPlan) -> Usable:
 
 def _of_other_factors(networks: DeviceNetworks) -> Iterator[str]:
     """Twins that take LoRA factors in another type than the networks they stand in for."""
-    for name in _ALL:
+    for name in FLAGS:
         if name in networks and name + _SAFE in networks:
             known = {tensor.name: tensor.dtype for tensor in networks.inputs(name)}
             factors = {"lora", *(factor for slot in networks.slots(name) for factor, _ in slot.factors)}
@@ -68,7 +66,7 @@ class Residency:
         for name in sorted(here):
             if swap or name.endswith(_SAFE) or name not in networks:
                 networks.unload(name)
-        for name in _ALL:
+        for name in FLAGS:
             if name in networks and not swap and name not in here:
                 networks.load(name)
 

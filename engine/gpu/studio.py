@@ -52,9 +52,6 @@ U8 = npt.NDArray[np.uint8]
 AHEAD: Final = 2
 PATIENCE: Final = 300.0  # seconds without an answer of the device after which it counts as lost
 _POLL = 0.0002
-_ORDER: Final = (
-    "text_encoder", "text_encoder_2", "vae_encoder", "inpaint_head", "unet", "unet_raw", "vae_decoder",
-)  # fmt: skip
 _Given = tuple[list[str], list[U8]]
 
 
@@ -126,13 +123,13 @@ class Studio:
         self._arena = Arena(device, regions)
         made.callback(self._arena.close)
         self._staging = Staging(device, self._arena, self.options, made)
-        self._prepare()
+        self._put(self._arena["numbers"], np.arange(jobs.MOST_STEPS + 1, dtype=np.int32))  # what the counter is set to
         workspace = self._arena["workspace"]
         self.subjects = Subjects(device, self._stream, self._layout, self._arena, self._idle)
         flags = self._arena["flags"]
         self._texts = Texts(
             device, self._stream, networks, self._arena, self._layout, self.subjects, workspace,
-            flags.part(flags.shape[0] - 1, 1), self._idle,
+            flags.part(flags.shape[0] - 1, 1), self._put,
         )  # fmt: skip
         made.callback(self._texts.close)
         self._rooms = Rooms(self._room, self.options.shapes)
@@ -391,7 +388,7 @@ class Studio:
         self.device.synchronize(self._stream)
         flags, images = finished()
         seen = int(np.bitwise_or.reduce(flags))
-        return [name for name in _ORDER if seen & FLAGS[name]], images
+        return [name for name, bit in FLAGS.items() if seen & bit], images
 
     def _preview_of(self, turn: object, index: int) -> Callable[[int], U8]:
         def preview(k: int) -> U8:
@@ -514,10 +511,6 @@ class Studio:
         plan = plan_memory(self.networks, free, total, self.options, taken, workspace, loaded=loaded, beside=beside)
         logging.getLogger(__name__).info("%s", plan)
         return plan
-
-    def _prepare(self) -> None:
-        """Fill what never changes: the numbers that the step counter is set to."""
-        self._put(self._arena["numbers"], np.arange(jobs.MOST_STEPS + 1, dtype=np.int32))
 
     def _put(self, to: Array, values: np.ndarray) -> None:
         put(self.device, to, values, self._stream, self._idle)

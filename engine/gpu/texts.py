@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from dreammix_trt.core.request import Request
 from dreammix_trt.engine.gpu.arena import Arena, Regions
-from dreammix_trt.engine.gpu.device import Array, Device, Graph, Stream, put
+from dreammix_trt.engine.gpu.device import Array, Device, Graph, Stream
 from dreammix_trt.engine.gpu.jobs import PROMPTS
 from dreammix_trt.engine.gpu.networks import Bound, DeviceNetworks, Sides
 from dreammix_trt.engine.gpu.records import FLAGS
@@ -116,9 +116,9 @@ class Texts:
 
     def __init__(
         self, device: Device, stream: Stream, networks: DeviceNetworks, arena: Arena, layout: Layout,
-        subjects: Subjects, workspace: Array, flags: Array, wait: Callable[[], None],
+        subjects: Subjects, workspace: Array, flags: Array, upload: Callable[[Array, np.ndarray], None],
     ) -> None:  # fmt: skip
-        """wait: for everything in the stream."""
+        """upload: brings values to the device, and waits."""
         self._device, self._stream, self._arena, self._subjects, self._flags = device, stream, arena, subjects, flags
         self._networks, self._layout, self._workspace = networks, layout, workspace
         self._kept: OrderedDict[tuple[str, str, bytes], int] = OrderedDict()
@@ -126,7 +126,7 @@ class Texts:
         self._encoders: dict[bool, _Encoders] = {}
         plan = np.zeros(_WHOLE, np.int32)
         plan[:2] = 1  # one row removed from one row: both are row 0
-        put(device, arena["pooled plan"], plan, stream, wait)
+        upload(arena["pooled plan"], plan)
 
     def forget(self, subject: str | None = None) -> None:
         """Drop what was encoded (with a subject's factors)."""

@@ -22,7 +22,7 @@ from dreammix_trt.engine.gpu.simulated import (
     SimulatedNetworks,
     SimulatedPinned,
 )
-from tests.engine.gpu.test_studio_more import VAES, assert_alike, job, painted
+from tests.engine.gpu.test_studio_more import VAES, assert_alike, job, more_where_not_square, overflowing, painted
 
 
 @pytest.fixture
@@ -102,10 +102,7 @@ class Kept:
 def test_nothing_is_freed_on_a_device_that_hangs(simulated: Any, hang: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Freeing waits for the device, so a room that is not kept stays."""
 
-    def need(self: Any, name: str, sides: Any) -> int:
-        return 1 << 16 if sides.height == sides.width else 1 << 20  # rooms of other frames bring memory of their own
-
-    monkeypatch.setattr(SimulatedNetworks, "workspace_bytes", need)
+    monkeypatch.setattr(SimulatedNetworks, "workspace_bytes", more_where_not_square)
     dm, device, _ = simulated(shapes=1)
     painted(dm, job())
     events = dm.iterate(*job((128, 300), num_inference_steps=9)[:3])
@@ -152,26 +149,10 @@ def test_whatever_a_back_end_raises_while_captured_it_goes_on_plainly(
     assert caplog.text.count("cannot be captured and goes on running plainly") == 2  # start and hand-over, once each
 
 
-def _not_a_number(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[str]:
-    """Lets networks give NaN; the names of all that run."""
-    ran: list[str] = []
-    plain = SimulatedNetworks.run
-
-    def run(self: Any, name: str, arrays: Any) -> None:
-        ran.append(name)
-        plain(self, name, arrays)
-        if name in names:
-            for tensor in self.outputs(name):
-                self._device.view(arrays[tensor.name])[...] = np.nan
-
-    monkeypatch.setattr(SimulatedNetworks, "run", run)
-    return ran
-
-
 def test_only_a_network_with_a_twin_is_worth_another_try(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the UNet spoils, the decoder passes on; its twin could not mend that."""
     dm, _, _ = simulated(networks={"half": True, "twins": VAES})
-    ran = _not_a_number(monkeypatch, "unet", "unet_raw")
+    ran = overflowing(monkeypatch, "unet", "unet_raw")
     with pytest.raises(NotFiniteError, match=r"^unet gave values that are not numbers and there is no float32 twin"):
         painted(dm, job())
     assert len([name for name in ran if name.startswith("unet")]) == job().request.num_inference_steps
@@ -182,7 +163,7 @@ def test_an_encoder_that_spoils_all_after_it_is_worth_another_try(
     simulated: Any, host: DreamMix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dm, _, _ = simulated(networks={"half": True, "twins": VAES})
-    _not_a_number(monkeypatch, "vae_encoder")
+    overflowing(monkeypatch, "vae_encoder")
     got, expected = painted(dm, job()), painted(host, job())
     assert np.abs(got[0] - expected[0]).max() <= 4
 
@@ -192,10 +173,10 @@ def test_texts_of_the_twins_serve_no_later_request(simulated: Any, monkeypatch: 
     dm, _, _ = simulated(networks={"twins": (*VAES, "text_encoder", "text_encoder_2")})
     painted(dm, job())
     with monkeypatch.context() as patched:
-        ran = _not_a_number(patched, "vae_decoder")
+        ran = overflowing(patched, "vae_decoder")
         painted(dm, job())
         assert "text_encoder_float32" in ran
-    ran = _not_a_number(monkeypatch)
+    ran = overflowing(monkeypatch)
     painted(dm, job())
     assert "text_encoder" in ran and "text_encoder_float32" not in ran
 
@@ -212,7 +193,7 @@ def test_a_request_that_is_painted_twice_is_charged_twice(simulated: Any, monkey
     monkeypatch.setattr(studio.Studio, "_marked", marked)
     painted(dm, job())
     once = max(attempts)
-    _not_a_number(monkeypatch, "vae_decoder")
+    overflowing(monkeypatch, "vae_decoder")
     painted(dm, job())
     assert max(attempts) == 2 * once - 1  # the first mark is where both begin
 

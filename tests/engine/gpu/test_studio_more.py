@@ -15,7 +15,7 @@ from dreammix_trt.core.request import Request
 from dreammix_trt.core.subject import read_subject
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.dreammix import Job
-from dreammix_trt.engine.gpu import residency, studio, texts
+from dreammix_trt.engine.gpu import residency, studio
 from dreammix_trt.engine.gpu.device import DeviceError, NotFiniteError, OutOfMemoryError
 from dreammix_trt.engine.gpu.plan import Options, plan_memory
 from dreammix_trt.engine.gpu.simulated import SimulatedDevice, SimulatedMark, SimulatedNetworks
@@ -103,6 +103,11 @@ def test_a_reference_frame_the_networks_cannot_take_is_refused(simulated: Any) -
 # ---------------------------------------------------------------------------------------------------- rooms
 
 
+def more_where_not_square(self: Any, name: str, sides: Any) -> int:
+    """A `workspace_bytes` with which rooms of such frames bring memory of their own."""
+    return 1 << 16 if sides.height == sides.width else 1 << 20
+
+
 def test_one_kept_shape_serves_requests_of_two(simulated: Any, host: DreamMix) -> None:
     dm, _, _ = simulated(shapes=1)
     expected = painted(host, job((256, 312)))
@@ -114,10 +119,7 @@ def test_one_kept_shape_serves_requests_of_two(simulated: Any, host: DreamMix) -
 def test_a_shape_that_wants_more_workspace_than_the_largest_gets_it(
     simulated: Any, host: DreamMix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def need(self: Any, name: str, sides: Any) -> int:
-        return 1 << 16 if sides.height == sides.width else 1 << 20
-
-    monkeypatch.setattr(SimulatedNetworks, "workspace_bytes", need)
+    monkeypatch.setattr(SimulatedNetworks, "workspace_bytes", more_where_not_square)
     dm, device, _ = simulated(shapes=1)
     used = device.used
     assert_alike(painted(dm, job((128, 300))), painted(host, job((128, 300))))
@@ -186,16 +188,20 @@ def test_texts_of_a_request_that_was_left_are_not_trusted(
 # ---------------------------------------------------------------------------------------------------- failures
 
 
-def overflowing(monkeypatch: pytest.MonkeyPatch, name: str, on: Any = lambda: True) -> None:
+def overflowing(monkeypatch: pytest.MonkeyPatch, *names: str, on: Any = lambda: True) -> list[str]:
+    """Lets networks give NaN; the names of all that run."""
+    ran: list[str] = []
     plain = SimulatedNetworks.run
 
     def run(self: Any, network: str, arrays: Any) -> None:
+        ran.append(network)
         plain(self, network, arrays)
-        if network == name and on():
-            for tensor in self.outputs(name):
+        if network in names and on():
+            for tensor in self.outputs(network):
                 self._device.view(arrays[tensor.name])[...] = np.nan
 
     monkeypatch.setattr(SimulatedNetworks, "run", run)
+    return ran
 
 
 @pytest.mark.parametrize("error", [DeviceError("boom"), OutOfMemoryError("none left")])
@@ -248,7 +254,7 @@ def test_a_runtime_that_cannot_be_made_leaves_nothing(opened: Any, monkeypatch: 
     def full(*_: Any) -> None:
         raise OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(texts, "put", full)
+    monkeypatch.setattr(studio, "Texts", full)
     engines, tokenizers, subjects = opened
     with SimulatedDevice() as device:
         with pytest.raises(OutOfMemoryError):
@@ -279,7 +285,7 @@ def test_a_device_that_does_not_answer_counts_as_lost_at_once(simulated: Any, mo
 def test_looking_does_not_change_what_becomes_of_a_request(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     dm, _, _ = simulated()
     looking = [False]
-    overflowing(monkeypatch, "vae_decoder", lambda: looking[0])
+    overflowing(monkeypatch, "vae_decoder", on=lambda: looking[0])
     for event in dm.iterate(*job()[:3]):
         looking[0] = True
         event.preview()
