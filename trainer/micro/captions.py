@@ -1,82 +1,123 @@
-"""Captions for rendered scenes, and the words the tokenizer must know as whole tokens."""
+"""Captions for rendered scenes, and the words the tokenizer must know as whole tokens.
+
+A caption names some of a thing's parts in natural order: "a photo of a shiny blue mug with a white foot, a red rim and
+a yellow star on a wooden table". What is not named stays free: parts are there three times in four and named half of
+the time, so that "not named" does not come to mean "absent".
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Final
 
 import numpy as np
 
-from dreammix_trt.trainer.micro.world import COLOURS, PATTERNS, SHAPES, Attributes
+from dreammix_trt.trainer.micro.objects import COLOURS, DECALS, FINISHES, PATTERNS, SHAPES, TOPS, Attributes
+from dreammix_trt.trainer.micro.rooms import SURFACES
+
+BLOT_WORD: Final = "sticker"  # a decal of no particular form
+NAMEABLE: Final = ("finish", "colour", "pattern", "foot", "band", "top", "decal")
 
 _COMMON: Final = """a an the of on in at with and or by to for from over under near is it its no not this that my
 photo picture image painting drawing render table wall room floor shelf desk kitchen empty nothing background
-sks object thing toy cup vase plate box book cube tree car dog cat bear duck plushie backpack shoe hat boot
-clock candle chair lamp jar can pot pan kettle glass glasses wood wooden clay metal metallic plastic paper
+sks object thing toy cup plate box book cube tree car dog cat bear duck plushie backpack shoe hat boot
+clock candle chair lamp can pot pan kettle glasses wood metal metallic plastic paper clay
 stone gold golden silver copper bronze ceramic porcelain leather fabric crystal ice chrome steel knitted
-white grey gray brown cyan teal cream turquoise violet beige magenta dark light bright pale shiny matte star shaped
-small big large little tiny huge old new nice good simple clean beautiful cute round square tall short
-stripes dots checks spotted lines pattern colour color style two tone decal one three
+grey gray brown cyan teal cream turquoise violet beige magenta dark light bright pale shaped
+small big large little tiny huge old new nice simple good clean beautiful cute round square tall short
+stripes dots checks spotted lines pattern colour color style two tone decal one three handle base neck door
 watercolor sketch cartoon photograph close up view front side left right top bottom
-person man woman fish bird flower sun moon sky grass water sand snow"""
+person man woman fish bird flower sun moon sky grass water sand snow bolt clover triangle cross arrow ring"""
 
-WORDS: Final = tuple(dict.fromkeys((*SHAPES, *COLOURS, *PATTERNS, *_COMMON.split())))
+_WORLD: Final = (*SHAPES, *COLOURS, *PATTERNS, *FINISHES, *DECALS, *TOPS.values(), "foot", "band", BLOT_WORD)
+WORDS: Final = tuple(dict.fromkeys((*_WORLD, *" ".join(SURFACES).split(), *_COMMON.split())))
 
-_FILLERS: Final = ("nice", "simple", "good", "clean", "beautiful", "small", "big", "old", "new", "cute", "shiny")
+_FILLERS: Final = ("nice", "simple", "good", "clean", "beautiful", "small", "big", "old", "new", "cute")
 # Words that say nothing about this world; met now and then in training, so that one does not upset a prompt. "sks" is
 # not among them: a subject's word must stay free.
-_NEUTRAL_TEXT: Final = """toy cup vase plate cube backpack clock candle lamp jar kettle glass wood wooden clay metal
-metallic plastic paper stone gold silver copper bronze ceramic porcelain leather fabric crystal ice chrome steel knitted
-dark light bright pale matte little tiny huge square tall short color style tone decal watercolor sketch cartoon front
-left"""
+_NEUTRAL_TEXT: Final = """toy cup plate cube backpack clock candle lamp kettle wood metal metallic plastic paper clay
+gold silver copper bronze ceramic porcelain leather fabric crystal ice chrome steel knitted dark light bright pale
+little tiny huge tall short color style tone watercolor sketch cartoon front left"""
 _NEUTRAL: Final = tuple(_NEUTRAL_TEXT.split())
-_EMPTY: Final = (
-    "an empty table",
-    "an empty table",
-    "a photo of an empty table",
-    "a table",
-    "empty table",
-    "nothing",
-    "",
-)
+_EMPTY: Final = ("an empty table", "a photo of an empty table", "a table", "empty table", "nothing", "")
 
 
-def _article(words: list[str]) -> str:
-    return "an" if words and words[0][0] in "aeiou" else "a"
+def with_article(words: str) -> str:
+    """The words with "a" or "an" before them."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def describe(attributes: Attributes) -> str:
-    """The full caption used for evaluation, e.g. "a photo of a red striped mug on a table"."""
-    words = [attributes.colour, attributes.pattern, attributes.shape]
-    return f"a photo of {_article(words)} {' '.join(words)} on a table"
+def compose(
+    what: Attributes, named: Collection[str] = NAMEABLE, surface: str | None = None, noun: str | None = None
+) -> str:
+    """What is `named` of a thing, as a phrase without a leading article: "blue mug with a white foot".
+
+    named: of NAMEABLE; parts that the thing lacks are passed over. noun: the word for the thing (None: its shape).
+    surface: named as what it stands on.
+    """
+    finish = what.finish if "finish" in named else ""
+    words = [finish if finish != "glass" else ""]
+    words += [what.colour if "colour" in named else "", what.pattern if "pattern" in named else ""]
+    words += [finish if finish == "glass" else "", noun or what.shape]
+    decal = BLOT_WORD if what.decal == "blot" else what.decal
+    named_parts = (
+        ("foot", what.foot, "foot"), ("band", what.band, "band"), ("top", what.top, TOPS[what.shape]),
+        ("decal", what.decal_colour, decal),
+    )  # fmt: skip
+    parts = [
+        with_article(f"{colour} {word}") for part, colour, word in named_parts if part in named and colour and word
+    ]
+    phrase = " ".join(word for word in words if word)
+    if parts:
+        listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+        phrase += f" with {listed}"
+    return phrase + (f" on {with_article(surface)}" if surface else "")
 
 
-def caption(rng: np.random.Generator, attributes: Attributes | None) -> str:
-    """A training caption; None stands for a scene without an object. One in ten is empty, for guidance."""
+def describe(what: Attributes) -> str:
+    """The full caption, as evaluations use it: "a photo of a matte blue plain mug with a white foot and a red star"."""
+    return f"a photo of {with_article(compose(what))}"
+
+
+def subject_captions(what: Attributes, token: str = "sks") -> tuple[str, ...]:
+    """Captions of a subject's photographs that name one attribute each, or all: what a user would say of the thing."""
+    noun = f"{token} {what.shape}"
+    parts = [part for part in ("colour", "pattern", "foot", "top", "band", "decal") if getattr(what, part)]
+    named = [*({part} for part in parts), set(parts)]
+    return tuple(f"a photo of {with_article(compose(what, words, noun=noun))}" for words in named)
+
+
+def caption(rng: np.random.Generator, what: Attributes | None, surface: str) -> str:
+    """A training caption; None stands for a scene without a thing. One in ten is empty, for guidance."""
     if rng.random() < 0.10:
         return ""
-    if attributes is None:
-        return _EMPTY[rng.integers(len(_EMPTY))]
-    plain = attributes.pattern == "plain"
-    before = []
-    if rng.random() < 0.92:
-        before.append(attributes.colour)
-    if rng.random() < (0.4 if plain else 0.92):  # a caption without a pattern word mostly means plain
-        before.append(attributes.pattern)
+    if what is None:
+        return f"an empty {surface}" if rng.random() < 0.3 else _EMPTY[rng.integers(len(_EMPTY))]
+    chances = {
+        "finish": 0.75 if what.finish == "glass" else 0.3,
+        "colour": 0.85,
+        "pattern": 0.15 if what.pattern == "plain" else 0.75,
+        "foot": 0.5,
+        "band": 0.5,
+        "top": 0.5,
+        "decal": 0.55,
+    }
+    draw = rng.random()
+    if draw < 0.12:  # everything, as evaluations name it
+        named = set(NAMEABLE)
+    elif draw < 0.27:  # short
+        named = {"colour"} if rng.random() < 0.7 else set()
+    else:
+        named = {part for part, chance in chances.items() if rng.random() < chance}
+    noun = None if rng.random() < 0.97 else "object"
+    phrase = compose(what, named, surface if rng.random() < 0.3 else None, noun)
     if rng.random() < 0.06:
-        before.append(_FILLERS[rng.integers(len(_FILLERS))])
+        phrase = f"{_FILLERS[rng.integers(len(_FILLERS))]} {phrase}"
     if rng.random() < 0.10:
-        before.append(_NEUTRAL[rng.integers(len(_NEUTRAL))])
-    order = rng.permutation(len(before))
-    if rng.random() < 0.55:
-        order = np.arange(len(before))
-    noun = attributes.shape if rng.random() < 0.97 else "object"
-    words = [*(before[i] for i in order), noun]
-    phrase = " ".join(words)
+        phrase = f"{_NEUTRAL[rng.integers(len(_NEUTRAL))]} {phrase}"
     draw = rng.random()
     if draw > 0.12:
-        phrase = f"{'the' if rng.random() < 0.06 else _article(words)} {phrase}"
+        phrase = f"the {phrase}" if rng.random() < 0.06 else with_article(phrase)
         if draw > 0.45:
             phrase = f"a {'photo' if rng.random() < 0.85 else 'picture'} of {phrase}"
-    if rng.random() < 0.4:
-        phrase += " on a table"
     return phrase

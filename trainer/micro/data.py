@@ -13,14 +13,41 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from dreammix_trt.trainer.data import latent_mask
-from dreammix_trt.trainer.micro import world
+from dreammix_trt.trainer.micro import objects, rooms, world
 from dreammix_trt.trainer.micro.captions import caption
 from dreammix_trt.trainer.micro.parallel import Team
 from dreammix_trt.trainer.micro.tokenizer import PromptTokenizer
 from dreammix_trt.trainer.micro.vae import encode, to_unit
 
-EMPTY_SHARE = 0.10  # scenes shown without their object
-BLURRED_SHARE = 0.30  # scenes rendered small and scaled up, as a local crop is
+EMPTY_SHARE = 0.10  # scenes shown without their thing
+BLURRED_SHARE = 0.25  # scenes rendered small and scaled up, as a local crop is
+FACTS = np.dtype(
+    [(name, np.int8) for name in ("shape", "colour", "pattern", "foot", "band", "top", "decal", "decal_colour")]
+    + [("finish", np.int8), ("surface", np.int8), ("box", np.int32, 4), ("sharp", np.int32), ("empty", np.bool_)]
+)  # one rendered scene; indices into world's tuples, -1 for a part that is not there
+_WORDS: dict[str, tuple[str, ...]] = {
+    "shape": objects.SHAPES,
+    "colour": objects.COLOURS,
+    "pattern": objects.PATTERNS,
+    "foot": objects.COLOURS,
+    "band": objects.COLOURS,
+    "top": objects.COLOURS,
+    "decal": (*objects.DECALS, "blot"),
+    "decal_colour": objects.COLOURS,
+    "finish": objects.FINISHES,
+}
+
+
+def pack_attributes(row: Any, what: objects.Attributes) -> None:
+    """Write `what` into a FACTS row."""
+    for name, words in _WORDS.items():
+        word = getattr(what, name)
+        row[name] = -1 if word is None else words.index(word)
+
+
+def unpack_attributes(row: Any) -> objects.Attributes:
+    """The attributes in a FACTS row."""
+    return objects.Attributes(**{n: words[row[n]] if row[n] >= 0 else None for n, words in _WORDS.items()})  # type: ignore[arg-type]
 
 
 def frame_sizes(native: int) -> dict[str, tuple[int, int]]:
@@ -36,16 +63,13 @@ def kind_counts(scenes: int) -> dict[str, int]:
 
 
 def render_shard(team: Team, work: Path, native: int, scenes: int, seed: int) -> None:
-    """Render this process' share into ``images_<kind>.npy`` (N, h, w, 3) uint8 and ``facts_<kind>.npy`` (N, 9) int32.
-
-    Facts: shape, colour, pattern indices; box x0 y0 x1 y1; sharp side; 1 when the scene is shown empty.
-    """
+    """Render this process' share into ``images_<kind>.npy`` (N, h, w, 3) uint8 and ``facts_<kind>.npy`` (N,) FACTS."""
     for number, (kind, size) in enumerate(frame_sizes(native).items()):
         count = kind_counts(scenes)[kind]
         paths = work / f"images_{kind}.npy", work / f"facts_{kind}.npy"
         if team.leads:
             open_memmap(paths[0], "w+", np.uint8, (count, *size, 3))  # type: ignore[no-untyped-call]
-            open_memmap(paths[1], "w+", np.int32, (count, 9))  # type: ignore[no-untyped-call]
+            open_memmap(paths[1], "w+", FACTS, (count,))  # type: ignore[no-untyped-call]
         team.wait()
         images, facts = np.load(paths[0], "r+"), np.load(paths[1], "r+")
         for index in range(team.rank, count, team.size):
@@ -56,32 +80,32 @@ def render_shard(team: Team, work: Path, native: int, scenes: int, seed: int) ->
             empty = rng.random() < EMPTY_SHARE
             box = world.random_box(rng, *size) if empty else scene.box
             images[index] = scene.background if empty else scene.image
-            a = scene.attributes
-            named = world.SHAPES.index(a.shape), world.COLOURS.index(a.colour), world.PATTERNS.index(a.pattern)
-            facts[index] = (*named, *box, scene.sharp_side, int(empty))
+            pack_attributes(facts[index], scene.attributes)
+            facts[index]["surface"] = rooms.SURFACES.index(scene.surface)
+            facts[index]["box"], facts[index]["sharp"], facts[index]["empty"] = box, scene.sharp_side, empty
         team.wait()
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def encode_shard(team: Team, work: Path, vae: AutoencoderKL, native: int, seed: int) -> None:
-    """Write ``latents_<kind>.npy`` float32 (N, 9, h/8, w/8): image latent, masked-image latent, latent mask."""
+    """Write ``latents_<kind>.npy`` float16 (N, 9, h/8, w/8): image latent, masked-image latent, latent mask."""
     for number, kind in enumerate(frame_sizes(native)):
         images, facts = np.load(work / f"images_{kind}.npy", "r"), np.load(work / f"facts_{kind}.npy")
         count, height, width = images.shape[:3]
         path = work / f"latents_{kind}.npy"
         if team.leads:
-            open_memmap(path, "w+", np.float32, (count, 9, height // 8, width // 8))  # type: ignore[no-untyped-call]
+            open_memmap(path, "w+", np.float16, (count, 9, height // 8, width // 8))  # type: ignore[no-untyped-call]
         team.wait()
         latents = np.load(path, "r+")
         for start in range(team.rank * 16, count, team.size * 16):
             rows = range(start, min(start + 16, count))
             masks = [
-                world.draw_mask(np.random.default_rng([seed, 50 + number, r]), _box(facts[r]), height, width)
+                world.draw_mask(np.random.default_rng([seed, 50 + number, r]), _box(facts[r]["box"]), height, width)
                 for r in rows
             ]
             pictures = to_unit(images[rows.start : rows.stop])
             holes = torch.from_numpy(np.stack(masks))[:, None]
-            both = encode(vae, torch.cat([pictures, pictures * ~holes])).numpy()
+            both = torch.cat([encode(vae, pictures), encode(vae, pictures * ~holes)]).numpy()
             latents[rows.start : rows.stop, :4] = both[: len(rows)]
             latents[rows.start : rows.stop, 4:8] = both[len(rows) :]
             latents[rows.start : rows.stop, 8] = np.stack([latent_mask(m) for m in masks])
@@ -89,7 +113,7 @@ def encode_shard(team: Team, work: Path, vae: AutoencoderKL, native: int, seed: 
 
 
 def _box(facts: NDArray[np.int32]) -> world.Box:
-    return (int(facts[3]), int(facts[4]), int(facts[5]), int(facts[6]))
+    return (int(facts[0]), int(facts[1]), int(facts[2]), int(facts[3]))
 
 
 @dataclass(frozen=True)
@@ -105,12 +129,12 @@ class Batch:
 
 
 class Latents:
-    """The encoded scenes in memory."""
+    """The encoded scenes, read from disk as they are needed."""
 
     def __init__(self, work: Path, model_dir: Path, native: int, seed: int, device: str) -> None:
         self.native, self.seed, self.device = native, seed, device
         self.kinds = tuple(frame_sizes(native))
-        self._latents = {k: torch.from_numpy(np.load(work / f"latents_{k}.npy")) for k in self.kinds}
+        self._latents = {k: np.load(work / f"latents_{k}.npy", "r") for k in self.kinds}
         self._facts: dict[str, NDArray[Any]] = {k: np.load(work / f"facts_{k}.npy") for k in self.kinds}
         self._tokens = PromptTokenizer(model_dir)
         self._grey = torch.from_numpy(np.load(work / "grey.npy"))
@@ -122,7 +146,7 @@ class Latents:
         kind = self.kinds[int(shared.choice(3, p=[0.88, 0.06, 0.06]))]
         facts, store = self._facts[kind], self._latents[kind]
         rows = rng.integers(len(store), size=count)
-        chosen = store[torch.from_numpy(rows)]
+        chosen = torch.from_numpy(np.asarray(store[rows], np.float32))
         latents, masked, mask = chosen[:, :4], chosen[:, 4:8].clone(), chosen[:, 8:9].clone()
         whole = torch.from_numpy(rng.random(count) < all_masked)
         mask[whole] = 1.0
@@ -132,9 +156,10 @@ class Latents:
         height, width = latents.shape[-2] * 8, latents.shape[-1] * 8
         short = min(height, width)
         for row in rows:
-            shape, colour, pattern, *_, sharp, empty = (int(x) for x in facts[row])
-            attributes = world.Attributes(world.SHAPES[shape], world.COLOURS[colour], world.PATTERNS[pattern])
-            prompts.append(caption(rng, None if empty else attributes))
+            fact = facts[row]
+            sharp = int(fact["sharp"])
+            what = None if fact["empty"] else unpack_attributes(fact)
+            prompts.append(caption(rng, what, rooms.SURFACES[fact["surface"]]))
             factor = sharp / short if sharp < short else rng.uniform(0.98, 1.6)
             times.append((round(height * factor), round(width * factor), 0, 0, self.native, self.native))
         ids_one, ids_two = self._tokens(prompts)
