@@ -6,9 +6,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,8 @@ class Recipe:
 
     regular: share of regular samples (eq. 8); regular_pictures: how many of them the base paints first; views: training
     views drawn of all photographs together; constant: share of the steps at the full learning rate, which then falls
-    to zero in a straight line (1.0: never, as in the reference).
+    to zero in a straight line (1.0: never, as in the reference); captioned: share of the subject's samples that are
+    trained under one of the further captions, where there are some.
     """
 
     steps: int
@@ -50,6 +51,7 @@ class Recipe:
     regular: float
     regular_pictures: int
     constant: float = 1.0
+    captioned: float = 0.5
 
     def rate_at(self, step: int, steps: int) -> float:
         """The factor of the learning rate at a step, 0-based."""
@@ -77,6 +79,7 @@ class TrainRecord:
     token: str
     class_name: str
     prompt: str
+    captions: tuple[str, ...]
     photographs: tuple[str, ...]
     seed: int
     threads: int
@@ -105,6 +108,7 @@ def train_lora(
     base: str | Path | BaseFiles | None = None,
     token: str = "sks",
     prompt: str | None = None,
+    captions: Sequence[str] = (),
     rank: int = 4,
     steps: int | None = None,
     learning_rate: float | None = None,
@@ -119,6 +123,8 @@ def train_lora(
 
     photos: folder with image/ and mask/ (`data.read_photographs`); class_name: what the subject is, e.g. "mug"; base:
     diffusers folder (None: the embedded model); prompt: instance caption, default "a photo of a {token} {class_name}";
+    captions: further captions that name attributes of the subject ("a photo of a blue sks mug"), so that an attribute
+    belongs to its word and not to the token (paper, section 3.3);
     steps, learning_rate: None takes what suits the base; loss: "reference" or "paper"; merged: also write the merged
     UNet as `unet/`; threads: CPU threads (None: torch's choice). progress(name, fraction, message) is called each step.
     Same seed, threads and machine: the same bytes in the LoRA file.
@@ -134,19 +140,21 @@ def train_lora(
     recipe = recipe or (SMALL if files.native_side <= 256 else FULL)
     steps, rate = steps or recipe.steps, learning_rate or recipe.learning_rate
     prompt = (prompt or f"a photo of {article(token)} {token} {class_name}").strip()
-    if token not in prompt.lower().split():
-        raise InputError(f"the prompt {prompt!r} does not hold the token {token!r}; without it the subject has no name")
+    captions = tuple(caption.strip() for caption in captions)
+    for text in (prompt, *captions):
+        if token not in text.lower().split():
+            raise InputError(f"the prompt {text!r} lacks the token {token!r}; without it the subject has no name")
     photographs = read_photographs(photos)
     started = time.monotonic()
     with atomic_directory(out, marker=RECORD) as folder, _torch_threads(threads) as used:
         trainer = _Trainer(files, rank, rate, weights, seed, recipe, progress or (lambda *_: None))
-        trainer.prepare(photographs, class_name, prompt)
+        trainer.prepare(photographs, class_name, (prompt, *captions))
         history = trainer.run(steps)
         last = history[-max(1, len(history) // 10) :]
         first = history[: max(1, len(history) // 10)]
         record = TrainRecord(
             steps, round(time.monotonic() - started, 2), float(np.mean(last)), float(np.mean(first)), rate, rank, loss,
-            token, class_name, prompt, tuple(photograph.name for photograph in photographs), seed, used,
+            token, class_name, prompt, captions, tuple(photograph.name for photograph in photographs), seed, used,
             trainer.parameters, files.folder.name, files.content_hashes(), asdict(recipe),
         )  # fmt: skip
         _write(folder, trainer, record, merged)
@@ -177,7 +185,7 @@ class _Trainer:
         self._rate = rate
         self.parameters = 0
 
-    def prepare(self, photographs: Any, class_name: str, prompt: str) -> None:
+    def prepare(self, photographs: Any, class_name: str, prompts: Sequence[str]) -> None:
         """Draw and encode the views, paint the regular pictures, then put the adapters in."""
         import torch
 
@@ -187,7 +195,8 @@ class _Trainer:
         views = [draw_view(rng, photographs[n % len(photographs)], side) for n in range(count)]
         self._progress("train", 0.01, f"encoding {len(views)} views of {len(photographs)} photographs")
         self._subject = _encoded(self.networks, views)
-        self._text = [self.networks.encode_text([prompt])]
+        self._text = [self.networks.encode_text([prompt]) for prompt in prompts]
+        self._own_captions = len(prompts)
         self._regular: Samples | None = None
         if recipe.regular > 0 and recipe.regular_pictures > 0:
             self._regular = self._paint_regular(class_name)
@@ -214,7 +223,7 @@ class _Trainer:
         distinct = list(dict.fromkeys(prompts))
         states, pooled = self.networks.encode_text(distinct)
         self._text += [(states[n : n + 1], pooled[n : n + 1]) for n in range(len(distinct))]
-        captions = torch.tensor([1 + distinct.index(prompt) for prompt in prompts])
+        captions = torch.tensor([self._own_captions + distinct.index(prompt) for prompt in prompts])
         return Samples(painted, start.masked, start.mask, start.sharp, captions)
 
     def run(self, steps: int) -> list[float]:
@@ -251,6 +260,10 @@ class _Trainer:
 
         dice, count = self._dice, self.recipe.batch
         batch = _rows(self._subject, torch.randint(len(self._subject.latents), (count,), generator=dice))
+        if self._own_captions > 1:
+            named = torch.rand(count, generator=dice) < self.recipe.captioned
+            further = torch.randint(1, self._own_captions, (count,), generator=dice)
+            batch = replace(batch, captions=torch.where(named, further, batch.captions))
         if self._regular is not None:
             other = _rows(self._regular, torch.randint(len(self._regular.latents), (count,), generator=dice))
             batch = _chosen(torch.rand(count, generator=dice) < self.recipe.regular, other, batch)

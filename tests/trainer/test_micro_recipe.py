@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,11 @@ pytest.importorskip("transformers", exc_type=ImportError)
 
 from dreammix_trt.trainer.micro import world  # noqa: E402
 from dreammix_trt.trainer.micro.captions import WORDS  # noqa: E402
-from dreammix_trt.trainer.micro.judge import Judge, crop_around  # noqa: E402
+from dreammix_trt.trainer.micro.judge import HEADS, Judge, crop_around, expected_reading  # noqa: E402
 from dreammix_trt.trainer.micro.networks import build_unet, build_vae  # noqa: E402
+from dreammix_trt.trainer.micro.objects import Attributes  # noqa: E402
 from dreammix_trt.trainer.micro.patch import dequantise_delta, quantise_delta  # noqa: E402
+from dreammix_trt.trainer.micro.scoring import score  # noqa: E402
 from dreammix_trt.trainer.micro.ship import sgm_names  # noqa: E402
 from dreammix_trt.trainer.micro.tokenizer import PromptTokenizer, save_tokenizers  # noqa: E402
 from dreammix_trt.trainer.micro.vae import fold_latent_scale, start_with_colour  # noqa: E402
@@ -76,6 +79,35 @@ def test_folding_the_latent_scale_changes_no_picture() -> None:
     assert float((after - before).abs().max()) < 1e-3
 
 
+def test_the_judge_in_numpy_is_the_classifier_in_torch(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from dreammix_trt.trainer.micro.classifier import Classifier
+    from dreammix_trt.trainer.micro.judge import FACTS_FILE, SIDE, WEIGHTS_FILE
+
+    torch.manual_seed(0)
+    model = Classifier().eval()
+    save_file(model.state_dict(), tmp_path / WEIGHTS_FILE)
+    (tmp_path / FACTS_FILE).write_text("{}")
+    crops = [np.random.default_rng(n).integers(0, 256, (SIDE, SIDE, 3), np.uint8) for n in range(3)]
+    with torch.no_grad():
+        logits, same = model(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    heads, embedded = Judge.load(tmp_path).scores(crops)
+    assert np.allclose(np.concatenate(list(heads.values()), 1), logits.numpy(), atol=1e-4)
+    assert np.allclose(embedded, same.numpy(), atol=1e-4)
+
+
+def test_a_score_counts_a_part_where_it_is_asked() -> None:
+    bare, full = Attributes("mug", "blue"), Attributes("mug", "blue", foot="red", decal="star", decal_colour="pink")
+    wanted = [expected_reading(bare), expected_reading(full)]
+    wrong = wanted[1] | {"decal": "heart"}
+    assert score(wanted, wanted)["all"] == 1
+    shares = score([wanted[0], wrong], wanted)
+    assert shares["foot"] == 1 and shares["decal"] == 0 and shares["shape"] == 1
+    assert shares["all"] == 0.5 and "top" not in shares
+    assert expected_reading(replace(full, decal="bolt"))["decal"] == "other"
+
+
 @pytest.mark.slow
 def test_the_whole_recipe_in_miniature(tmp_path: Path) -> None:
     from diffusers import StableDiffusionXLPipeline
@@ -93,8 +125,9 @@ def test_the_whole_recipe_in_miniature(tmp_path: Path) -> None:
     assert patch and all(key.startswith("diffusion_model.") and key.endswith(".weight") for key in patch)
     assert torch.load(out / "inpaint_head.pth", weights_only=True)["head"].shape == (48, 5, 3, 3)
     scene = world.render_scene(np.random.default_rng(0))
-    named = Judge.load(out).attributes(crop_around(scene.image, scene.box))
-    assert named[0] in world.SHAPES and named[1] in world.COLOURS and named[2] in world.PATTERNS
+    judge, crop = Judge.load(out), crop_around(scene.image, scene.box)
+    assert all(word in HEADS[head] for head, word in judge.read([crop])[0].items())
+    assert judge.embed([crop]).shape == (1, 64)
     before = sorted(p.stat().st_mtime_ns for p in (tmp_path / "model.work").glob("*.pt"))
     run(parse(["--out", str(out), "--smoke", "--native-size", "64"]))  # everything is there already
     assert before == sorted(p.stat().st_mtime_ns for p in (tmp_path / "model.work").glob("*.pt"))

@@ -17,7 +17,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--processes", type=int, default=2, help="single-threaded CPU processes")
     parser.add_argument("--minutes-scale", type=float, default=1.0, help="multiplies every stage's steps and limits")
-    parser.add_argument("--native-size", type=int, default=128)
+    parser.add_argument("--native-size", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
     args = parser.parse_args(arguments)

@@ -1,97 +1,261 @@
-"""Training of the judge on rendered scenes (see judge.py for how it runs)."""
+"""Training of the judge on rendered things (see judge.py for how it runs)."""
 
 from __future__ import annotations
 
 import json
 import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch.nn import functional
 
 from dreammix_trt.trainer.micro import world
-from dreammix_trt.trainer.micro.judge import FACTS_FILE, SIDE, WEIGHTS_FILE, Judge, crop_around
+from dreammix_trt.trainer.micro.judge import (
+    FACTS_FILE,
+    HEADS,
+    LAYERS,
+    SIDE,
+    WEIGHTS_FILE,
+    Judge,
+    crop_of_mask,
+    expected_reading,
+)
+from dreammix_trt.trainer.micro.objects import COLOURS, DECALS, UNNAMED_DECALS, Attributes, Build, look_alike
+from dreammix_trt.trainer.micro.parallel import Team
 
 log = logging.getLogger(__name__)
-_CHANNELS = (3, 16, 32, 48, 64)
-_GROUPS = (len(world.SHAPES), len(world.COLOURS), len(world.PATTERNS))
+_CHANNELS = (3, 24, 48, 64, 96)
+_FRAME = 144  # side of the rendered views
+_VIEWS = 3  # of each thing
+_SIZES = [len(words) for words in HEADS.values()]
 
 
 class Classifier(torch.nn.Module):  # type: ignore[misc]
-    """Four 3x3 convolutions with pooling, one hidden layer, three heads in one: 0.15 M parameters."""
+    """Four 3x3 convolutions with pooling, one hidden layer, the heads in one and the embedding: 0.75 M parameters."""
 
     def __init__(self) -> None:
         super().__init__()
-        for layer in range(4):
+        for layer in range(LAYERS):
             self.add_module(f"conv{layer}", torch.nn.Conv2d(_CHANNELS[layer], _CHANNELS[layer + 1], 3, padding=1))
-        self.hidden = torch.nn.Linear(_CHANNELS[-1] * (SIDE // 16) ** 2, 96)
-        self.out = torch.nn.Linear(96, sum(_GROUPS))
+        self.hidden = torch.nn.Linear(_CHANNELS[-1] * (SIDE // 16) ** 2, 160)
+        self.out = torch.nn.Linear(160, sum(_SIZES))
+        self.same = torch.nn.Linear(160, 64)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in range(4):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        for layer in range(LAYERS):
             x = functional.max_pool2d(functional.relu(self.get_submodule(f"conv{layer}")(x)), 2)
-        logits: torch.Tensor = self.out(functional.relu(self.hidden(x.flatten(1))))
-        return logits
+        hidden = functional.relu(self.hidden(functional.dropout(x.flatten(1), 0.1, self.training)))
+        return self.out(hidden), functional.normalize(self.same(hidden).float(), dim=1)
 
 
-def _draw_crop(rng: np.random.Generator, image: world.Picture, box: world.Box) -> world.Picture:
-    """A crop as an evaluation would take it: looser or tighter, off centre, sometimes soft."""
-    x0, y0, x1, y1 = box
-    side = max(x1 - x0, y1 - y0)
-    dx, dy = (round(side * rng.uniform(-0.07, 0.07)) for _ in range(2))
-    crop = crop_around(image, (x0 + dx, y0 + dy, x1 + dx, y1 + dy), rng.uniform(0.0, 0.35))
-    if rng.random() < 0.4:
-        soft = int(rng.uniform(20, 48))
-        crop = world.resize(crop, soft, soft)
-    return world.resize(np.ascontiguousarray(crop), SIDE, SIDE)
+# -- pictures to learn from -------------------------------------------------------------------------------------------
 
 
-def train_classifier(work: Path, steps: int, seed: int) -> None:
-    """Read ``images_square.npy`` and ``facts_square.npy``; write the weights (fp16) and their held-out accuracy."""
-    images, facts = np.load(work / "images_square.npy", "r"), np.load(work / "facts_square.npy")
-    rows = np.nonzero(facts[:, 8] == 0)[0]
+def _vary(rng: np.random.Generator, what: Attributes) -> Attributes:
+    """The same thing with one part changed: what an embedding must tell apart."""
+    while True:
+        twin = _change_part(rng, what)
+        if not world.is_held_out(twin):
+            return twin
+
+
+def _change_part(rng: np.random.Generator, what: Attributes) -> Attributes:
+    part = ("colour", "foot", "top", "decal", "decal_colour")[rng.integers(5)]
+    if part == "decal" and what.decal:
+        return replace(what, decal=str(rng.choice([name for name in DECALS if name != what.decal])))
+    if part == "decal_colour" and what.decal is None:
+        part = "colour"
+    taken = {*what.colours}
+    free = [name for name in COLOURS if not any(look_alike(name, other) for other in taken)] or list(COLOURS)
+    return replace(what, **{part if part != "decal" else "top": str(rng.choice(free))})
+
+
+def render_things(team: Team, work: Path, count: int, seed: int) -> None:
+    """Write ``judge_views.npy`` (count, 3, 144, 144, 3), ``judge_boxes.npy`` and ``judge_truth.npy`` (count, heads).
+
+    Rows 2k and 2k + 1 are alike but for one part. Every eighth decal is one the captions have no word for.
+    """
+    shapes = {
+        "views": ((count, _VIEWS, _FRAME, _FRAME, 3), np.uint8),
+        "boxes": ((count, _VIEWS, 4), np.int32),
+        "truth": ((count, len(HEADS)), np.int8),
+    }
+    if team.leads:
+        for name, (shape, kind) in shapes.items():
+            open_memmap(work / f"judge_{name}.npy", "w+", kind, shape)  # type: ignore[no-untyped-call]
+    team.wait()
+    views, boxes, truth = (np.load(work / f"judge_{name}.npy", "r+") for name in shapes)
+    for pair in range(team.rank, count // 2, team.size):
+        rng = np.random.default_rng([seed, 40, pair])
+        what, build = world.random_attributes(rng), world.random_build(rng)
+        if what.decal and rng.random() < 0.125:
+            what = replace(what, decal=str(rng.choice(UNNAMED_DECALS)))
+        for row, thing in ((2 * pair, what), (2 * pair + 1, _vary(rng, what))):
+            _render_views(rng, views[row], boxes[row], thing, build)
+            reading = expected_reading(thing)
+            truth[row] = [HEADS[name].index(reading[name]) for name in HEADS]
+    team.wait()
+
+
+def _render_views(
+    rng: np.random.Generator, views: NDArray[Any], boxes: NDArray[Any], thing: Attributes, build: Build
+) -> None:
+    for view in range(_VIEWS):
+        scene = world.render_scene(rng, thing, _FRAME, float(rng.uniform(0.5, 0.74)) * _FRAME, build=build)
+        views[view], boxes[view] = scene.image, scene.box
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """pictures (N, 3, 96, 96) in -1..1; truth int64 (N, heads), -100 where a head is not asked."""
+
+    pictures: torch.Tensor
+    truth: torch.Tensor
+
+
+class _School:
+    """Draws lessons: two views each of 32 things, some of them spoilt on purpose."""
+
+    def __init__(self, work: Path, seed: int) -> None:
+        self._views, self._boxes, self._truth = (
+            np.load(work / f"judge_{name}.npy", "r") for name in ("views", "boxes", "truth")
+        )
+        self._seed = seed
+
+    def draw(self, step: int, pairs: int = 16) -> _Lesson:
+        """Rows 0..2P-1 are first views of P pairs of near twins, rows 2P..4P-1 second views of the same."""
+        rng = np.random.default_rng([self._seed, 21, step])
+        first = 2 * rng.integers(len(self._views) // 2, size=pairs)
+        rows = np.stack([first, first + 1], 1).reshape(-1)
+        looks = np.stack([rng.permutation(_VIEWS)[:2] for _ in rows])
+        crops = [self._crop(rng, int(row), int(look)) for side in looks.T for row, look in zip(rows, side, strict=True)]
+        x = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        truth = torch.from_numpy(np.tile(self._truth[rows], (2, 1)).astype(np.int64))
+        x, truth = _spoil(rng, x, truth)
+        return _Lesson(x + torch.randn_like(x) * 0.04 * torch.rand(len(x), 1, 1, 1), truth)
+
+    def _crop(self, rng: np.random.Generator, row: int, look: int) -> world.Picture:
+        """A crop as an evaluation would take it: looser or tighter, off centre, sometimes soft."""
+        x0, y0, x1, y1 = (int(edge) for edge in self._boxes[row, look])
+        side = max(x1 - x0, y1 - y0) * rng.uniform(1.02, 1.42)
+        cx, cy = ((a + b) / 2 + side * rng.uniform(-0.08, 0.08) for a, b in ((x0, x1), (y0, y1)))
+        left, top = max(0, round(cx - side / 2)), max(0, round(cy - side / 2))
+        crop = self._views[row, look, top : round(cy + side / 2), left : round(cx + side / 2)]
+        if rng.random() < 0.35:
+            soft = int(rng.uniform(44, 80))
+            crop = world.resize(np.ascontiguousarray(crop), soft, soft)
+        return world.resize(np.ascontiguousarray(crop), SIDE, SIDE)
+
+
+def _spoil(rng: np.random.Generator, x: torch.Tensor, truth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Warp, smear or double some of the pictures and correct their truth: a smeared star is no star."""
+    count = len(x)
+    kinds = rng.choice(4, count, p=(0.72, 0.14, 0.08, 0.06))  # left alone, warped, smeared, doubled
+    names = list(HEADS)
+    shape, decal = names.index("shape"), names.index("decal")
+    unclear, other = HEADS["shape"].index("unclear"), HEADS["decal"].index("other")
+    x, truth = x.clone(), truth.clone()
+    doubled = x[torch.from_numpy(rng.permutation(count))]
+    for row in range(count):
+        if kinds[row] == 0:
+            continue
+        strength = float(rng.uniform(0, 1))
+        if kinds[row] == 1:
+            bend = torch.from_numpy(rng.normal(0, 0.02 + 0.16 * strength, (1, 2, 6, 6))).float()
+            flow = functional.interpolate(bend, size=(SIDE, SIDE), mode="bicubic", align_corners=True)
+            line = torch.linspace(-1, 1, SIDE)
+            grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)[None] + flow.permute(0, 2, 3, 1)
+            x[row] = functional.grid_sample(x[row : row + 1], grid, align_corners=True, padding_mode="border")[0]
+        elif kinds[row] == 2:
+            cells = round(34 - 26 * strength)
+            small = functional.interpolate(x[row : row + 1], size=(cells, cells), mode="area")
+            x[row] = functional.interpolate(small, size=(SIDE, SIDE), mode="bicubic", align_corners=False)[0].clamp(
+                -1, 1
+            )
+        else:
+            x[row] = x[row] * (1 - 0.5 * strength) + doubled[row] * 0.5 * strength
+        if strength > 0.55:
+            kept = truth[row, decal].item()
+            truth[row] = -100
+            truth[row, shape] = unclear
+            if kept > 0:
+                truth[row, decal] = other
+        elif strength > 0.25:
+            truth[row, shape] = truth[row, decal] = -100
+    return x, truth
+
+
+# -- learning ---------------------------------------------------------------------------------------------------------
+
+
+def _likeness_loss(same: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """InfoNCE at temperature 0.1 between the two views of a lesson, and a pull towards cosine 1 of the same thing."""
+    one, two = same.chunk(2)
+    sure = keep.chunk(2)[0] & keep.chunk(2)[1]
+    one, two = one[sure], two[sure]
+    logits, target = one @ two.T / 0.1, torch.arange(len(one))
+    contrast = functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)
+    return contrast / 2 + 2 * (1 - (one * two).sum(1)).mean()
+
+
+def train_judge(work: Path, steps: int, seed: int) -> None:
+    """Read what ``render_things`` wrote; write the weights (fp16) and their accuracy on held-out combinations."""
     torch.manual_seed(seed)
-    model = Classifier()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=max(steps, 4), pct_start=0.1)
-    rng = np.random.default_rng([seed, 21])
+    model, school = Classifier(), _School(work, seed)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.02, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=max(steps, 4), pct_start=0.05)
     for step in range(steps):
-        chosen = rng.choice(rows, 64)
-        crops = np.stack([_draw_crop(rng, images[r], tuple(int(x) for x in facts[r, 3:7])) for r in chosen])  # type: ignore[arg-type]
-        x = torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 127.5 - 1
-        x = x + torch.randn_like(x) * 0.05 * torch.rand(len(x), 1, 1, 1)
-        truth = torch.from_numpy(facts[chosen, :3].astype(np.int64))
-        parts = model(x).split(_GROUPS, 1)
-        loss = torch.stack([functional.cross_entropy(part, truth[:, n]) for n, part in enumerate(parts)]).sum()
+        lesson = school.draw(step)
+        logits, same = model(lesson.pictures)
+        parts = logits.split(_SIZES, 1)
+        asked = [functional.cross_entropy(part, lesson.truth[:, n], ignore_index=-100) for n, part in enumerate(parts)]
+        loss = torch.stack(asked).nansum() + 0.5 * _likeness_loss(same, lesson.truth[:, 1] >= 0)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
-        if step % 100 == 99:
-            log.info("classifier: step %d, loss %.4f", step + 1, float(loss))
+        if step % 200 == 199:
+            log.info("judge: step %d, loss %.4f", step + 1, float(loss))
     save_file({name: value.half().contiguous() for name, value in model.state_dict().items()}, work / WEIGHTS_FILE)
     (work / FACTS_FILE).write_text("{}")
     judge = Judge.load(work)
-    accuracy = {"large": measure(judge, (60.0, 100.0)), "small": measure(judge, (20.0, 32.0))}
-    record = {"input": [SIDE, SIDE, 3], "shapes": world.SHAPES, "colours": world.COLOURS, "patterns": world.PATTERNS}
-    (work / FACTS_FILE).write_text(
-        json.dumps(record | {"steps": steps, "held_out_accuracy": accuracy}, indent=1) + "\n"
-    )
-    log.info("classifier: %s", accuracy)
+    record: dict[str, object] = {"input": [SIDE, SIDE, 3], "heads": HEADS, "steps": steps}
+    record["held_out_accuracy"] = measure_accuracy(judge)
+    record["cosine"] = measure_likeness(judge)
+    (work / FACTS_FILE).write_text(json.dumps(record, indent=1) + "\n")
+    log.info("judge: %s, cosine %s", record["held_out_accuracy"], record["cosine"])
 
 
-def measure(judge: Judge, object_size: tuple[float, float], count: int = 256) -> dict[str, float]:
-    """Accuracy on renders nobody trained on; object_size in pixels of a 128 view."""
-    scenes = [scene for scene, _ in world.held_out_scenes(count, seed=5, object_size=object_size)]
-    named = judge.attributes_of([np.ascontiguousarray(crop_around(s.image, s.box)) for s in scenes])
-    truth = [(s.attributes.shape, s.attributes.colour, s.attributes.pattern) for s in scenes]
-    hits = np.array([[a == b for a, b in zip(x, y, strict=True)] for x, y in zip(named, truth, strict=True)])
+def measure_accuracy(judge: Judge, count: int = 256) -> dict[str, float]:
+    """Share of right words a head on renderings of held-out combinations, cropped as evaluations crop."""
+    scenes = world.held_out_scenes(count, seed=5)
+    readings = judge.read([crop_of_mask(scene.image, mask) for scene, mask in scenes])
+    wanted = [expected_reading(scene.attributes) for scene, _ in scenes]
+    shares = {
+        name: float(np.mean([r[name] == w[name] for r, w in zip(readings, wanted, strict=True)])) for name in HEADS
+    }
+    return shares | {"scenes": count}
+
+
+def measure_likeness(judge: Judge, count: int = 64) -> dict[str, float]:
+    """Mean cosine between renderings of the same subject in other rooms, of near twins, and of different subjects."""
+    subjects = world.held_out_subjects(count, seed=9)
+    rng = np.random.default_rng([78, count])
+    twins = [world.Subject(_vary(rng, subject.attributes), subject.build) for subject in subjects]
+    sides = []
+    for group, seed in ((subjects, 1), (subjects, 2), (twins, 3)):
+        photos = [world.render_photos(subject, 1, seed=seed)[0] for subject in group]
+        sides.append(judge.embed([crop_of_mask(image, mask > 0) for image, mask in photos]))
+    one, two, twin = sides
     return {
-        "shape": float(hits[:, 0].mean()),
-        "colour": float(hits[:, 1].mean()),
-        "pattern": float(hits[:, 2].mean()),
-        "all": float(hits.all(1).mean()),
-        "scenes": count,
+        "same": float((one * two).sum(1).mean()),
+        "near_twin": float((one * twin).sum(1).mean()),
+        "different": float((one * np.roll(two, 1, 0)).sum(1).mean()),
+        "subjects": count,
     }

@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 from dreammix_trt.trainer.data import latent_mask
 from dreammix_trt.trainer.micro import world
 from dreammix_trt.trainer.micro.captions import describe
-from dreammix_trt.trainer.micro.judge import Judge, crop_around
+from dreammix_trt.trainer.micro.judge import Judge, crop_of_mask, expected_reading
 from dreammix_trt.trainer.micro.networks import Denoiser, InpaintHead, TextEncoders, noise_table
 from dreammix_trt.trainer.micro.patch import apply_patch
+from dreammix_trt.trainer.micro.scoring import score
 from dreammix_trt.trainer.micro.ship import load_encoder, read_head, read_patch, sgm_names
 from dreammix_trt.trainer.micro.tokenizer import PromptTokenizer
 from dreammix_trt.trainer.micro.vae import decode, encode, to_pictures, to_unit
@@ -213,51 +214,38 @@ def inpaint(
     results = []
     for image, mask, picture, (x0, y0, x1, y1) in zip(images, masks, pictures, boxes, strict=True):
         result = image.copy()
-        weight = _feather(mask)[y0:y1, x0:x1, None]
+        weight = _feather(mask, side // 32)[y0:y1, x0:x1, None]
         pasted = world.resize(np.ascontiguousarray(picture), x1 - x0, y1 - y0).astype(np.float32)
         result[y0:y1, x0:x1] = pasted * weight + result[y0:y1, x0:x1] * (1 - weight)
         results.append(result)
     return results
 
 
-def _feather(mask: Mask) -> NDArray[np.float32]:
-    """1 inside; falls to 0 over four pixels outside (32 of 1024, scaled to 128)."""
+def _feather(mask: Mask, reach: int) -> NDArray[np.float32]:
+    """1 inside; falls to 0 over `reach` pixels outside."""
     value = mask.astype(np.float32)
-    for _ in range(4):
+    for _ in range(reach):
         padded = np.pad(value, 1, mode="edge")
         rows = np.maximum(np.maximum(padded[:-2], padded[1:-1]), padded[2:])
-        value = np.maximum(value, np.maximum(np.maximum(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:]) - np.float32(0.25))
+        near = np.maximum(np.maximum(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])
+        value = np.maximum(value, near - np.float32(1 / reach))
     return value
 
 
-def _score(
+def _judged(
     judge: Judge, pictures: Sequence[world.Picture], scenes: Sequence[tuple[world.Scene, Mask]]
 ) -> dict[str, float]:
-    crops = []
-    for picture, (_, mask) in zip(pictures, scenes, strict=True):
-        rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
-        box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-        crops.append(np.ascontiguousarray(crop_around(picture, box, 0.02)))
-    named = judge.attributes_of(crops)
-    truth = [(s.attributes.shape, s.attributes.colour, s.attributes.pattern) for s, _ in scenes]
-    hits = np.array([[a == b for a, b in zip(x, y, strict=True)] for x, y in zip(named, truth, strict=True)])
-    shape, colour, pattern = (float(x) for x in hits.mean(0))
-    return {
-        "shape": shape,
-        "colour": colour,
-        "pattern": pattern,
-        "all": float(hits.all(1).mean()),
-        "scenes": len(scenes),
-    }
+    readings = judge.read([crop_of_mask(picture, mask) for picture, (_, mask) in zip(pictures, scenes, strict=True)])
+    return score(readings, [expected_reading(scene.attributes) for scene, _ in scenes])
 
 
-# name: (seed, range of the object's side in a 128 px frame, field of view); no field: the untouched scenes are judged
+# name: (seed, range of the thing's share of the side, field of view); no field: the untouched scenes are judged
 _ROWS: Final[dict[str, tuple[int, tuple[float, float], float | None]]] = {
-    "large": (1000, (64.0, 96.0), 0.5),
-    "small_whole_frame": (2000, (22.0, 32.0), 1.0),
-    "small_local_crop": (2000, (22.0, 32.0), 0.5),
-    "large_real": (1000, (64.0, 96.0), None),
-    "small_real": (2000, (22.0, 32.0), None),
+    "large": (1000, (0.5, 0.75), 0.5),
+    "small_whole_frame": (2000, (0.17, 0.23), 1.0),
+    "small_local_crop": (2000, (0.17, 0.23), 0.5),
+    "large_real": (1000, (0.5, 0.75), None),
+    "small_real": (2000, (0.17, 0.23), None),
 }
 
 
@@ -265,14 +253,13 @@ def measure_row(name: str, folder: Path, count: int, steps: int = 20, guidance: 
     """One row of the accuracy table, on one thread."""
     torch.set_num_threads(1)
     model, judge = Model.load(folder), Judge.load(folder)
-    seed, sizes, field = _ROWS[name]
-    scale = model.native / 128
-    scenes = world.held_out_scenes(count, seed, model.native, (sizes[0] * scale, sizes[1] * scale))
+    seed, shares, field = _ROWS[name]
+    scenes = world.held_out_scenes(count, seed, model.native, shares)
     if field is None:
-        return _score(judge, [s.image for s, _ in scenes], scenes)
+        return _judged(judge, [s.image for s, _ in scenes], scenes)
     prompts = [describe(s.attributes) for s, _ in scenes]
     images, masks = [s.background for s, _ in scenes], [m for _, m in scenes]
-    return _score(judge, inpaint(model, images, masks, prompts, field, steps, guidance), scenes)
+    return _judged(judge, inpaint(model, images, masks, prompts, field, steps, guidance), scenes)
 
 
 def evaluate_model(folder: Path, count: int = 208, processes: int = 1) -> dict[str, dict[str, float]]:
@@ -298,12 +285,12 @@ def contact_sheet(folder: Path, path: Path, columns: int = 8, seed: int = 0, gui
 
     model = Model.load(folder)
     rows = []
-    large = world.held_out_scenes(2 * columns, 3000 + seed, model.native, (64.0, 96.0))
+    large = world.held_out_scenes(2 * columns, 3000 + seed, model.native, (0.5, 0.75))
     for group in (large[:columns], large[columns:]):
         images, masks = [s.background for s, _ in group], [m for _, m in group]
         prompts = [describe(s.attributes) for s, _ in group]
         rows += [[s.image for s, _ in group], inpaint(model, images, masks, prompts, 0.5, guidance=guidance, seed=seed)]
-    small = world.held_out_scenes(columns, 4000 + seed, model.native, (22.0, 32.0))
+    small = world.held_out_scenes(columns, 4000 + seed, model.native, (0.17, 0.23))
     images, masks = [s.background for s, _ in small], [m for _, m in small]
     prompts = [describe(s.attributes) for s, _ in small]
     for field in (1.0, 0.5):

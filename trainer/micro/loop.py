@@ -48,13 +48,15 @@ def train(
     loss_of: Callable[[int], torch.Tensor],
     plan: Plan,
     work: Path,
+    precision: torch.dtype = torch.float32,
     on_timer: Callable[[dict[str, torch.Tensor]], None] | None = None,
     timer_seconds: float = 360.0,
 ) -> dict[str, torch.Tensor]:
     """Train `module`'s parameters that require a gradient; returns the averaged (EMA) state.
 
-    loss_of(step) gives this process' loss. Checkpoints to ``work/<name>.ckpt`` and resumes from there. The leader
-    calls on_timer(averaged state) every timer_seconds and writes ``work/<name>.json`` with what was run.
+    loss_of(step) gives this process' loss; with precision bfloat16 it runs under autocast (weights and their updates
+    stay float32). Checkpoints to ``work/<name>.ckpt`` and resumes from there. The leader calls on_timer(averaged state)
+    every timer_seconds and writes ``work/<name>.json`` with what was run.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(
@@ -82,7 +84,8 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = rate
         optimiser.zero_grad(set_to_none=True)
-        loss = loss_of(step)
+        with torch.autocast(torch.device(team.device).type, precision, enabled=precision != torch.float32):
+            loss = loss_of(step)
         loss.backward()  # type: ignore[no-untyped-call]
         value, seconds = team.average(parameters, [float(loss.detach()), clock.seconds()])
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -16,20 +16,22 @@ from diffusers import AutoencoderKL
 
 from dreammix_trt.trainer.micro import data, world
 from dreammix_trt.trainer.micro import vae as vae_module
+from dreammix_trt.trainer.micro.judge import FACTS_FILE, WEIGHTS_FILE
 from dreammix_trt.trainer.micro.loop import Plan, save_atomic, train
 from dreammix_trt.trainer.micro.networks import Denoiser, TextEncoders, build_vae
 from dreammix_trt.trainer.micro.parallel import Team, run_team
 from dreammix_trt.trainer.micro.ship import write_model
 from dreammix_trt.trainer.micro.tokenizer import PromptTokenizer, save_tokenizers
 from dreammix_trt.trainer.micro.unet import InpaintModel, NoiseLoss, RawModel, inpaint_loss, raw_loss
+from dreammix_trt.trainer.networks import choose_precision, write_out_attention
 
 log = logging.getLogger(__name__)
 
 
-_VAE = Plan(steps=5200, limit_seconds=620, lr=2e-3, ema=0.995, weight_decay=0.0)
-_DECODER = Plan(steps=1800, limit_seconds=160, lr=1e-3, warmup=30, ema=0.99, weight_decay=0.0)
-_RAW = Plan(steps=5600, limit_seconds=1400, lr=1.2e-3, warmup=150)
-_INPAINT = Plan(steps=8600, limit_seconds=2650, lr=9e-4, warmup=60, ema=0.998)
+_VAE = Plan(steps=4200, limit_seconds=3600, lr=2e-3, ema=0.995, weight_decay=0.0)
+_DECODER = Plan(steps=1200, limit_seconds=1200, lr=1e-3, warmup=30, ema=0.99, weight_decay=0.0)
+_RAW = Plan(steps=8000, limit_seconds=10_800, lr=1.2e-3, warmup=150)
+_INPAINT = Plan(steps=8000, limit_seconds=10_800, lr=9e-4, warmup=60, ema=0.998)
 
 
 @dataclass(frozen=True)
@@ -39,17 +41,23 @@ class Settings:
     out: Path
     work: Path
     device: str = "cpu"
-    native: int = 128
+    native: int = 256
     seed: int = 0
     processes: int = 2
-    scenes: int = 18_000
+    scenes: int = 24_000
     batch: int = 16
     vae: Plan = _VAE
     decoder: Plan = _DECODER
     raw: Plan = _RAW
     inpaint: Plan = _INPAINT
-    classifier_steps: int = 900
+    judge_things: int = 6000
+    judge_steps: int = 5000
     scenes_to_judge: int = 208
+
+    @property
+    def precision(self) -> torch.dtype:
+        """Of activations in training."""
+        return choose_precision(self.device)
 
     def scaled(self, minutes_scale: float) -> Settings:
         """The same recipe with every stage's steps and time limit multiplied."""
@@ -64,7 +72,7 @@ class Settings:
             decoder=scale(self.decoder),
             raw=scale(self.raw),
             inpaint=scale(self.inpaint),
-            classifier_steps=max(2, round(self.classifier_steps * minutes_scale)),
+            judge_steps=max(2, round(self.judge_steps * minutes_scale)),
         )
 
     def smoke(self) -> Settings:
@@ -82,7 +90,8 @@ class Settings:
             decoder=cut(self.decoder),
             raw=cut(self.raw),
             inpaint=cut(self.inpaint),
-            classifier_steps=3,
+            judge_things=40,
+            judge_steps=3,
             scenes_to_judge=4,
         )
 
@@ -97,7 +106,8 @@ def run(settings: Settings) -> None:
     _stage("decoder", settings, lambda: _team(settings, _train_decoder, settings, cuda=True))
     _stage("fold", settings, lambda: _fold(settings))
     _stage("encode", settings, lambda: _team(settings, _encode, settings))
-    _stage("classifier", settings, lambda: _train_classifier(settings))
+    _stage("judge_views", settings, lambda: _team(settings, _render_things, settings))
+    _stage("judge", settings, lambda: _train_judge(settings))
     _stage("raw", settings, lambda: _team(settings, _train_raw, settings, cuda=True))
     _stage("inpaint", settings, lambda: _team(settings, _train_inpaint, settings, cuda=True))
     export(settings)
@@ -151,7 +161,7 @@ class _Crops:
         crops = np.empty((self._count, side, side, 3), np.uint8)
         for n, row in enumerate(rng.integers(min(64, len(self._images) // 2), len(self._images), self._count)):
             if rng.random() < 0.85:
-                x0, y0, x1, y1 = self._facts[row, 3:7]
+                x0, y0, x1, y1 = self._facts["box"][row]
                 cx, cy = rng.uniform(x0, x1), rng.uniform(y0, y1)
             else:
                 cx, cy = rng.uniform(0, full, 2)
@@ -165,6 +175,7 @@ def _train_vae(team: Team, settings: Settings) -> None:
     torch.manual_seed(settings.seed)
     vae = build_vae(settings.native)
     vae_module.start_with_colour(vae)
+    write_out_attention(vae)
     vae.to(team.device)
     crops = _Crops(settings, team, max(2, settings.batch // 2))
     torch.manual_seed(settings.seed + 1 + team.rank)
@@ -173,10 +184,11 @@ def _train_vae(team: Team, settings: Settings) -> None:
         images = crops.draw(step)
         posterior = vae.encode(images).latent_dist
         rebuilt = vae.decode(posterior.sample()).sample
-        divergence = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+        mean, spread = posterior.mean.float(), posterior.logvar.float()
+        divergence = 0.5 * (mean.square() + spread.exp() - 1 - spread).mean()
         return vae_module.reconstruction_loss(rebuilt, images) + 1e-4 * divergence
 
-    average = train(team, "vae", vae, loss_of, settings.vae, settings.work)
+    average = train(team, "vae", vae, loss_of, settings.vae, settings.work, settings.precision)
     if team.leads:
         vae.load_state_dict(average)
         save_atomic(vae.cpu().state_dict(), settings.work / "vae.pt")
@@ -186,6 +198,7 @@ def _train_decoder(team: Team, settings: Settings) -> None:
     vae = build_vae(settings.native)
     vae.load_state_dict(torch.load(settings.work / "vae.pt", weights_only=True))
     vae.to(team.device)
+    write_out_attention(vae)
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
     crops = _Crops(settings, team, max(2, settings.batch // 2))
@@ -199,7 +212,7 @@ def _train_decoder(team: Team, settings: Settings) -> None:
             latents = latents + 0.03 * spread * torch.randn_like(latents)  # what a diffusion model leaves behind
         return vae_module.reconstruction_loss(vae.decode(latents).sample, images)
 
-    average = train(team, "decoder", vae, loss_of, settings.decoder, settings.work)
+    average = train(team, "decoder", vae, loss_of, settings.decoder, settings.work, settings.precision)
     if team.leads:
         vae.load_state_dict(average)
         save_atomic(vae.cpu().state_dict(), settings.work / "vae_decoder.pt")
@@ -214,7 +227,7 @@ def _fold(settings: Settings) -> None:
     mean, deviation = vae_module.fold_latent_scale(vae, vae_module.to_unit(np.asarray(images[: min(256, len(images))])))
     vae.half().float()
     with torch.no_grad():
-        scenes = world.held_out_scenes(min(96, 2 * settings.scenes_to_judge), 1, native, (20.0, 100.0))
+        scenes = world.held_out_scenes(min(96, 2 * settings.scenes_to_judge), 1, native, (0.16, 0.78))
         pictures = vae_module.to_unit(np.stack([scene.image for scene, _ in scenes]))
         rebuilt = torch.cat([vae_module.decode(vae, vae_module.encode(vae, part)) for part in pictures.split(16)])
         inside = [
@@ -259,7 +272,7 @@ def _train_raw(team: Team, settings: Settings) -> None:
     def loss_of(step: int) -> torch.Tensor:
         return raw_loss(model, loss, denoiser, step)
 
-    average = train(team, "raw", model, loss_of, settings.raw, settings.work, keep)
+    average = train(team, "raw", model, loss_of, settings.raw, settings.work, settings.precision, keep)
     if team.leads:
         keep(average)
 
@@ -282,7 +295,7 @@ def _train_inpaint(team: Team, settings: Settings) -> None:
     def loss_of(step: int) -> torch.Tensor:
         return inpaint_loss(model, text, loss, denoiser, step)
 
-    average = train(team, "inpaint", model, loss_of, settings.inpaint, settings.work, keep)
+    average = train(team, "inpaint", model, loss_of, settings.inpaint, settings.work, settings.precision, keep)
     if team.leads:
         keep(average)
 
@@ -312,7 +325,7 @@ def export(settings: Settings) -> None:
     if (settings.work / "inpaint.pt").exists():
         state = torch.load(settings.work / "inpaint.pt", map_location="cpu", weights_only=True)
         tuned, head = _part(state, "unet."), state["head.head"]
-    extras = (settings.work / "classifier.safetensors", settings.work / "classifier.json")
+    extras = (settings.work / WEIGHTS_FILE, settings.work / FACTS_FILE)
     record = training_record(settings)
     write_model(
         settings.out, settings.work, load_vae(settings), text, unet_state, tuned, head, settings.native, record, extras
@@ -326,7 +339,7 @@ def training_record(settings: Settings) -> dict[str, Any]:
     import transformers
 
     notes: dict[str, Any] = {}
-    for name in ("vae", "decoder", "vae_quality", "classifier", "raw", "inpaint", "evaluation"):
+    for name in ("vae", "decoder", "vae_quality", "judge", "raw", "inpaint", "evaluation"):
         path = settings.work / f"{name}.json"
         if path.exists():
             notes[name] = json.loads(path.read_text())
@@ -355,10 +368,16 @@ def training_record(settings: Settings) -> dict[str, Any]:
 # -- judging ------------------------------------------------------------
 
 
-def _train_classifier(settings: Settings) -> None:
-    from dreammix_trt.trainer.micro.classifier import train_classifier
+def _render_things(team: Team, settings: Settings) -> None:
+    from dreammix_trt.trainer.micro.classifier import render_things
 
-    train_classifier(settings.work, settings.classifier_steps, settings.seed)
+    render_things(team, settings.work, settings.judge_things, settings.seed)
+
+
+def _train_judge(settings: Settings) -> None:
+    from dreammix_trt.trainer.micro.classifier import train_judge
+
+    train_judge(settings.work, settings.judge_steps, settings.seed)
 
 
 def _evaluate(settings: Settings) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from dreammix_trt.trainer.micro.data import Batch, Latents
 from dreammix_trt.trainer.micro.networks import Denoiser, InpaintHead, TextEncoders, build_unet, noise_table
+from dreammix_trt.trainer.networks import write_out_attention
 
 
 class RawModel(torch.nn.Module):  # type: ignore[misc]
@@ -14,6 +15,7 @@ class RawModel(torch.nn.Module):  # type: ignore[misc]
     def __init__(self, vocabulary: int, bos: int, eos: int, native: int) -> None:
         super().__init__()
         self.unet = build_unet(native)
+        write_out_attention(self.unet)
         self.text = TextEncoders(vocabulary, bos, eos)
         with torch.no_grad():  # tokens must stand out against positions
             for encoder in (self.text.one, self.text.two):
@@ -26,6 +28,7 @@ class InpaintModel(torch.nn.Module):  # type: ignore[misc]
     def __init__(self, native: int) -> None:
         super().__init__()
         self.unet = build_unet(native)
+        write_out_attention(self.unet)
         self.head = InpaintHead(self.unet.config.block_out_channels[0])
         for name, parameter in self.unet.named_parameters():
             parameter.requires_grad_(is_patched(name))
@@ -57,7 +60,7 @@ class NoiseLoss:
 
     def weigh(self, error: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         weight = self._outside + (1 - self._outside) * mask
-        return (error.square() * weight).mean() / weight.mean().sqrt()
+        return (error.float().square() * weight).mean() / weight.mean().sqrt()
 
 
 def raw_loss(model: RawModel, loss: NoiseLoss, denoiser: Denoiser, step: int) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 The colour-bypass start: six channels carry +YCbCr and -YCbCr through every shortcut and every resampling step (since
 silu(x) - silu(-x) = x, their difference survives the last activation), while the residual branches start near zero.
-Training then only adds what a blurred thumbnail lacks. See reference/micro-model.md for the attempts without it.
+Training then only adds what a blurred thumbnail lacks.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def to_pictures(images: torch.Tensor) -> NDArray[np.uint8]:
 
 def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """L1 + MSE + 2 L1(CbCr) + half the L1 of both picture gradients; images in -1..1."""
-    error = output - target
+    error = output.float() - target
     chroma = torch.einsum("nchw,dc->ndhw", error, TO_YCC[1:].to(error))
     slope = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
     return error.abs().mean() + 2 * error.square().mean() + 2 * chroma.abs().mean() + 0.5 * slope
