@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 
 _VAE = Plan(steps=4200, limit_seconds=3600, lr=2e-3, ema=0.995, weight_decay=0.0)
 _DECODER = Plan(steps=1200, limit_seconds=1200, lr=1e-3, warmup=30, ema=0.99, weight_decay=0.0)
-_RAW = Plan(steps=8000, limit_seconds=10_800, lr=1.2e-3, warmup=150)
-_INPAINT = Plan(steps=8000, limit_seconds=10_800, lr=9e-4, warmup=60, ema=0.998)
+_RAW = Plan(steps=9000, limit_seconds=10_800, lr=1.2e-3, warmup=150)
+_INPAINT = Plan(steps=5000, limit_seconds=10_800, lr=9e-4, warmup=60, ema=0.998)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from dreammix_trt.trainer.micro.data import Batch, Latents
 from dreammix_trt.trainer.micro.networks import Denoiser, InpaintHead, TextEncoders, build_unet, noise_table
 from dreammix_trt.trainer.networks import write_out_attention
 
+_MOST = 10.0
+
 
 class RawModel(torch.nn.Module):  # type: ignore[misc]
     """UNet and text encoders, trained together."""
@@ -40,7 +42,11 @@ def is_patched(name: str) -> bool:
 
 
 class NoiseLoss:
-    """Plain squared error of the predicted noise, weighted by where the object is."""
+    """Squared error of the predicted noise, weighted by where the object is and by how much noise there is.
+
+    A sample weighs 1 / alpha-bar, at most `_MOST`: the error of the velocity, not of the noise. Which part has which
+    colour is decided where nearly all is noise, and there the noise is easy to predict without knowing it.
+    """
 
     def __init__(self, data: Latents, rank: int, count: int, outside: float, all_masked: float) -> None:
         self._data, self._rank, self._count = data, rank, count
@@ -58,15 +64,16 @@ class NoiseLoss:
         signal, spread = self._signal[steps][:, None, None, None], self._noise[steps][:, None, None, None]
         return batch, signal * batch.latents + spread * noise, steps, noise
 
-    def weigh(self, error: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def weigh(self, error: torch.Tensor, mask: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
         weight = self._outside + (1 - self._outside) * mask
-        return (error.float().square() * weight).mean() / weight.mean().sqrt()
+        balance = (1 / self._signal[steps].square()).clamp(max=_MOST)[:, None, None, None]
+        return (error.float().square() * weight * balance).mean() / weight.mean().sqrt()
 
 
 def raw_loss(model: RawModel, loss: NoiseLoss, denoiser: Denoiser, step: int) -> torch.Tensor:
     batch, noisy, steps, noise = loss.prepare(step)
     states, pooled = model.text(batch.ids_one, batch.ids_two)
-    return loss.weigh(denoiser(noisy, steps, states, pooled, batch.time_ids) - noise, batch.mask)
+    return loss.weigh(denoiser(noisy, steps, states, pooled, batch.time_ids) - noise, batch.mask, steps)
 
 
 def inpaint_loss(
@@ -76,4 +83,4 @@ def inpaint_loss(
     with torch.no_grad():
         states, pooled = text(batch.ids_one, batch.ids_two)
     feature = model.head(batch.mask, batch.masked)
-    return loss.weigh(denoiser(noisy, steps, states, pooled, batch.time_ids, feature) - noise, batch.mask)
+    return loss.weigh(denoiser(noisy, steps, states, pooled, batch.time_ids, feature) - noise, batch.mask, steps)
