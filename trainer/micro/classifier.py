@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from dreammix_trt.trainer.micro.judge import (
 )
 from dreammix_trt.trainer.micro.objects import COLOURS, DECALS, UNNAMED_DECALS, Attributes, Build, look_alike
 from dreammix_trt.trainer.micro.parallel import Team
+from dreammix_trt.trainer.networks import choose_precision
 
 log = logging.getLogger(__name__)
 _CHANNELS = (3, 24, 48, 64, 96)
@@ -204,16 +207,28 @@ def _likeness_loss(same: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     return contrast / 2 + 2 * (1 - (one * two).sum(1)).mean()
 
 
+def _draw_ahead(school: _School, steps: int) -> Iterator[_Lesson]:
+    """The lessons of all steps, each drawn while the one before it is learnt."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(school.draw, 0)
+        for step in range(steps):
+            lesson = coming.result()
+            if step + 1 < steps:
+                coming = pool.submit(school.draw, step + 1)
+            yield lesson
+
+
 def train_judge(work: Path, steps: int, seed: int) -> None:
     """Read what ``render_things`` wrote; write the weights (fp16) and their accuracy on held-out combinations."""
     torch.manual_seed(seed)
     model, school = Classifier(), _School(work, seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.02, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=max(steps, 4), pct_start=0.05)
-    for step in range(steps):
-        lesson = school.draw(step)
-        logits, same = model(lesson.pictures)
-        parts = logits.split(_SIZES, 1)
+    precision = choose_precision("cpu")
+    for step, lesson in enumerate(_draw_ahead(school, steps)):
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            logits, same = model(lesson.pictures)
+        parts = logits.float().split(_SIZES, 1)
         asked = [functional.cross_entropy(part, lesson.truth[:, n], ignore_index=-100) for n, part in enumerate(parts)]
         loss = torch.stack(asked).nansum() + 0.5 * _likeness_loss(same, lesson.truth[:, 1] >= 0)
         optimiser.zero_grad(set_to_none=True)
@@ -221,7 +236,7 @@ def train_judge(work: Path, steps: int, seed: int) -> None:
         optimiser.step()
         schedule.step()
         if step % 200 == 199:
-            log.info("judge: step %d, loss %.4f", step + 1, float(loss))
+            log.info("judge: step %d, loss %.4f", step + 1, loss.item())
     save_file({name: value.half().contiguous() for name, value in model.state_dict().items()}, work / WEIGHTS_FILE)
     (work / FACTS_FILE).write_text("{}")
     judge = Judge.load(work)
