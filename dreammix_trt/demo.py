@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +19,23 @@ import numpy as np
 from PIL import Image
 
 from dreammix_trt.core.files import atomic_file
-from dreammix_trt.report import Row, Tile, contact_sheet, html_report, marked, stage_sheet
+from dreammix_trt.report import Row, Tile, contact_sheet, enlarged, html_report, marked, stage_sheet
 
 if TYPE_CHECKING:
     from dreammix_trt.core.passport import Passport
     from dreammix_trt.engine.dreammix import DreamMix
     from dreammix_trt.engine.result import Result
+    from dreammix_trt.trainer.micro.world import Subject
 
 Update = Callable[[str, float, str], None]
 _IDENTITY = "a photo of a sks mug"
-_EDITS = ("a red sks mug", "a green sks mug", "a purple sks mug", "a yellow striped sks mug")
-_ELIMINATED = ("blue",)
-_GUIDANCE = 2.5  # micro-SDXL keeps calmer backgrounds and more of the subject than at the default of 4
+_EDITS = {  # prompt: the subject's words that it replaces (TAS)
+    "a red sks mug": ("blue",),
+    "a yellow sks mug": ("blue",),
+    "a sks mug with a yellow star": ("green", "heart"),
+    "a striped sks mug": (),
+}
+_PICTURES = 22
 
 
 @dataclass(frozen=True)
@@ -66,16 +71,19 @@ def run_demo(
     from dreammix_trt.building import build
     from dreammix_trt.engine.dreammix import DreamMix
     from dreammix_trt.trainer.lora import train_lora
+    from dreammix_trt.trainer.micro.captions import subject_captions
 
     update = progress or (lambda *_: None)
     seconds: dict[str, float] = {}
+    subject = demo_subject()
     with _timed(seconds, "photographs"):
-        photos = write_photos(out / "photos")
+        photos = write_photos(out / "photos", subject)
     with _timed(seconds, "train"):
         train_lora(
             out / "photos",
             "mug",
             out / "lora",
+            captions=subject_captions(subject.attributes),
             steps=training_steps,
             threads=threads,
             seed=seed,
@@ -87,7 +95,8 @@ def run_demo(
         engine = DreamMix.load(out / "engine", threads=threads)
     with engine as dm, _timed(seconds, "inpaint"):
         gallery = Gallery(dm, seed, picture_steps, update)
-        rows = [Row("The subject: five photographs", [Tile(photo) for photo in photos]), *gallery.rows()]
+        note = "What the trainer gets. No such mug was in the pictures that the base was trained on."
+        rows = [Row("The subject: five photographs", [Tile(photo) for photo in photos], note), *gallery.rows()]
     title = "dreammix-trt: a subject the model had never seen, placed by mask and text"
     sheet = contact_sheet(rows, title=title)
     pages = Pages(out / "contact_sheet.png", out / "report.html")
@@ -101,34 +110,46 @@ def run_demo(
     return pages
 
 
-def write_photos(folder: Path, count: int = 5, size: int = 192) -> list[Image.Image]:
-    """Render the subject's photographs in the trainer's layout (image/NN.png, mask/NN.png)."""
-    from dreammix_trt.trainer.micro.world import render_subject_photos
+def demo_subject() -> Subject:
+    """A blue mug with a white foot, a white rim and a green heart: a combination the base has never seen."""
+    from dreammix_trt.trainer.micro import world
+
+    what = world.Attributes("mug", "blue", foot="white", top="white", decal="heart", decal_colour="green")
+    return world.Subject(what, world.Build(foot=0.2, decal=0.18))
+
+
+def write_photos(folder: Path, subject: Subject, count: int = 5) -> list[Image.Image]:
+    """Render a subject's photographs in the trainer's layout (image/NN.png, mask/NN.png)."""
+    from dreammix_trt.trainer.micro import world
 
     pictures = []
     for kind in ("image", "mask"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
-    for index, (image, mask) in enumerate(render_subject_photos(count, seed=0, size=size)):
+    for index, (image, mask) in enumerate(world.render_photos(subject, count)):
         pictures.append(Image.fromarray(image))
         pictures[-1].save(folder / "image" / f"{index:02d}.png")
         Image.fromarray(mask).save(folder / "mask" / f"{index:02d}.png")
     return pictures
 
 
-def places(
-    count: int, seed: int, size: tuple[int, int], extent: tuple[float, float], shape: str = "mug"
+def find_places(
+    count: int, seed: int, size: tuple[int, int], share: tuple[float, float], shape: str = "mug"
 ) -> list[Place]:
-    """Rooms of (height, width) `size` the model has not seen, each with a region for a `shape` of `extent` pixels."""
+    """Rooms of (height, width) `size` the base has not seen, each with a region for a `shape`.
+
+    share: range of the thing's longer side as a share of the room's short side.
+    """
     from dreammix_trt.trainer.micro import world
 
     rng = np.random.default_rng([90_000, seed])
-    rooms = []
+    places = []
     for _ in range(count):
-        what = replace(world.random_attributes(rng), shape=shape)
-        scene = world.render_scene(rng, what, size, object_size=float(rng.uniform(*extent)))
+        what = world.random_attributes(rng, held_out=True, shape=shape)
+        scene = world.render_scene(rng, what, size, object_size=float(rng.uniform(*share)) * min(size))
         mask = world.draw_mask(rng, scene.box, *size)
-        rooms.append(Place(Image.fromarray(scene.background), Image.fromarray(np.where(mask, 255, 0).astype(np.uint8))))
-    return rooms
+        hole = Image.fromarray(np.where(mask, 255, 0).astype(np.uint8))
+        places.append(Place(Image.fromarray(scene.background), hole))
+    return places
 
 
 class Gallery:
@@ -136,9 +157,10 @@ class Gallery:
 
     def __init__(self, dm: DreamMix, seed: int, steps: int, update: Update) -> None:
         self._dm, self._seed, self._steps, self._update = dm, seed, steps, update
-        self._large = places(5, 1, (192, 192), (105.0, 130.0))
-        self._wide = places(2, 2, (256, 384), (96.0, 110.0))
-        self._small = places(2, 3, (256, 256), (48.0, 52.0))
+        side = dm.facts.native_side
+        self._rooms = find_places(4, 1, (side, side), (0.58, 0.66))
+        self._small = find_places(1, 3, (2 * side, 2 * side), (0.19, 0.21))[0]
+        self._photograph = find_places(1, 5, (3 * side, 4 * side), (0.36, 0.4))[0]
         self.pictures = 0
         self.timings: dict[str, float] = {}
         self.first: Result
@@ -146,55 +168,70 @@ class Gallery:
     def rows(self) -> list[Row]:
         """The rows of the sheet below the photographs."""
         return [
-            self._places_row(),
             self._identity_row(),
-            self._edit_row('Edited by text, attributes decomposed (TAS takes "blue" out)', _ELIMINATED),
-            self._edit_row("The same without TAS", ()),
+            self._edit_row(),
+            self._substitution_row(),
             self._small_row(),
+            self._photograph_row(),
             self._base_row(),
         ]
 
-    def _places_row(self) -> Row:
-        shown = [*self._large[:3], *self._wide]
-        return Row("Where it shall stand", [Tile(marked(place.image, place.mask)) for place in shown])
-
     def _identity_row(self) -> Row:
-        shown = [*self._large[:3], *self._wide]
-        tiles = [Tile(self._paint(place, _IDENTITY, k), f'"{_IDENTITY}"') for k, place in enumerate(shown)]
-        return Row("As itself", tiles)
+        tiles = [Tile(marked(self._rooms[0].image, self._rooms[0].mask), "where it is to stand")]
+        tiles += [Tile(self._paint(place, _IDENTITY, k), f'"{_IDENTITY}"') for k, place in enumerate(self._rooms[:3])]
+        note = "Blue body, white foot, white rim and green heart, in rooms the subject was never photographed in."
+        return Row("As itself", tiles, note)
 
-    def _edit_row(self, title: str, eliminated: tuple[str, ...]) -> Row:
+    def _edit_row(self) -> Row:
+        tiles = [
+            Tile(self._paint(place, prompt, 20 + k, substitute=substitute), f'"{prompt}"')
+            for k, ((prompt, substitute), place) in enumerate(zip(_EDITS.items(), self._rooms, strict=True))
+        ]
+        return Row("Edited by text", tiles, "Only what the prompt names changes; the other parts stay the subject's.")
+
+    def _substitution_row(self) -> Row:
         tiles = []
-        for number, (prompt, place) in enumerate(zip(_EDITS, self._large, strict=False)):
-            picture = self._paint(place, prompt, 20 + number, substitute=eliminated)
-            tiles.append(Tile(picture, f'"{prompt}"' + (f" minus {', '.join(eliminated)}" if eliminated else "")))
-        return Row(title, tiles)
+        for k, prompt in enumerate(("a purple sks mug", "a black sks mug")):
+            for words in ((), ("blue",)):
+                picture = self._paint(self._rooms[k], prompt, 40 + k, substitute=words)
+                tiles.append(Tile(picture, f'"{prompt}"' + (f", substitute {', '.join(words)}" if words else "")))
+        note = "Left without, right with: the subject's old colour is taken out of the text."
+        return Row("Text attribute substitution", tiles, note)
 
     def _small_row(self) -> Row:
-        place = self._small[0]
-        ways = {
-            "local, then global (default)": {},
+        ways: dict[str, dict[str, float]] = {
+            "whole frame only": {"lcg_fraction": 0.0},
             "local only": {"lcg_fraction": 1.0},
-            "global only": {"lcg_fraction": 0.0},
+            "local, then global (default)": {},
         }
-        tiles = [Tile(marked(place.image, place.mask), "a fifth of the frame's side")]
-        tiles += [Tile(self._paint(place, "a red sks mug", 40, **fields), f"{way}") for way, fields in ways.items()]
-        return Row('A small object in a larger picture: "a red sks mug"', tiles)
+        tiles = [Tile(marked(self._small.image, self._small.mask), "a fifth of the frame's side")]
+        for way, fields in ways.items():
+            picture = self._paint(self._small, _IDENTITY, 50, **fields)
+            tiles.append(Tile(enlarged(picture, self._small.mask), f"{way} (enlarged)"))
+        return Row("A small object", tiles, "Painted in the whole frame it blurs; painted locally it keeps its parts.")
+
+    def _photograph_row(self) -> Row:
+        place = self._photograph
+        picture = self._paint(place, "a red sks mug on a wooden table", 60, substitute=("blue",))
+        size = f"{place.image.width}x{place.image.height} pixels"
+        tiles = [Tile(marked(place.image, place.mask), size), Tile(picture, "the same size, the rest untouched")]
+        return Row("In a large picture, at its own resolution", tiles, "The region's edge cannot be seen.")
 
     def _base_row(self) -> Row:
-        wanted = (
-            "blue striped teapot",
-            "red dotted bowl",
-            "green plain bottle",
-            "pink checkered heart",
-            "black plain house",
-        )
+        wanted = {
+            "teapot": "a blue teapot with a white lid and a red heart",
+            "bowl": "a green bowl with a yellow rim",
+            "bottle": "a shiny orange bottle with a black cap",
+            "house": "a pink house with a green roof and a white star",
+        }
         tiles = []
-        for number, words in enumerate(wanted):
-            (place,) = places(1, 10 + number, (192, 192), (105.0, 125.0), words.split()[-1])
-            prompt = f"a photo of a {words} on a table"
-            tiles.append(Tile(self._paint(place, prompt, 60 + number), f'"{prompt}"'))
-        return Row("The base model without the subject's word", tiles)
+        side = self._dm.facts.native_side
+        for number, (shape, words) in enumerate(wanted.items()):
+            (place,) = find_places(1, 10 + number, (side, side), (0.58, 0.66), shape)
+            tiles.append(Tile(self._paint(place, f"a photo of {words}", 70 + number), f'"a photo of {words}"'))
+        return Row(
+            "The base without the subject's word", tiles, "Every part that the prompt names is there, in its colour."
+        )
 
     def _paint(self, place: Place, prompt: str, number: int, **fields: Any) -> Image.Image:
         result = self._dm.inpaint(
@@ -203,7 +240,6 @@ class Gallery:
             prompt,
             seed=self._seed + number,
             num_inference_steps=self._steps,
-            guidance_scale=_GUIDANCE,
             keep_stages=not self.pictures,
             **fields,
         )
@@ -212,7 +248,7 @@ class Gallery:
         self.pictures += 1
         for phase, spent in result.timings.items():
             self.timings[phase] = self.timings.get(phase, 0.0) + spent
-        self._update("inpaint", min(1.0, self.pictures / 22), prompt)
+        self._update("inpaint", min(1.0, self.pictures / _PICTURES), prompt)
         return result.images[0]
 
 

@@ -28,38 +28,50 @@ class Tile:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a sheet: a heading and its tiles."""
+    """One row of a sheet: a heading, its tiles, and a sentence below them that says what to look for."""
 
     title: str
     tiles: Sequence[Tile]
+    note: str = ""
 
 
-def contact_sheet(rows: Sequence[Row], *, tile: int = 208, title: str = "") -> Image.Image:
-    """Lay rows of tiles out on one RGB picture.
+def contact_sheet(rows: Sequence[Row], *, tile: int = 256, title: str = "") -> Image.Image:
+    """Lay rows of tiles out on one RGB picture, as wide as the longest row.
 
-    `tile` is the side in pixels of the square that every picture is fitted into, aspect kept.
+    `tile` is the side in pixels of the square that a picture of the longest row is fitted into, aspect kept; shorter
+    rows get larger tiles, at most twice as wide.
     """
-    heading, small = ImageFont.load_default(17), ImageFont.load_default(13)
     columns = max(len(row.tiles) for row in rows)
     width = _GAP + columns * (tile + _GAP)
-    caption_lines = [max((_lines(t.caption, small, tile) for t in row.tiles), key=len, default=[]) for row in rows]
-    heights = [30 + tile + 17 * len(lines) + _GAP for lines in caption_lines]
+    strips = [_row_strip(row, width, min(2 * tile + _GAP, (width - _GAP) // len(row.tiles) - _GAP)) for row in rows]
     top = 46 if title else _GAP
-    sheet = Image.new("RGB", (width, top + sum(heights) + _GAP), _PAPER)
-    draw = ImageDraw.Draw(sheet)
+    sheet = Image.new("RGB", (width, top + sum(strip.height for strip in strips) + _GAP), _PAPER)
     if title:
-        draw.text((_GAP, 12), title, fill=_INK, font=ImageFont.load_default(22))
-    y = top
-    for row, height in zip(rows, heights, strict=True):
-        draw.text((_GAP, y + 4), row.title, fill=_INK, font=heading)
-        for column, item in enumerate(row.tiles):
-            x = _GAP + column * (tile + _GAP)
-            fitted = _fitted(item.image, tile)
-            sheet.paste(fitted, (x + (tile - fitted.width) // 2, y + 30 + (tile - fitted.height) // 2))
-            for number, line in enumerate(_lines(item.caption, small, tile)):
-                draw.text((x, y + 32 + tile + 17 * number), line, fill=_FAINT, font=small)
-        y += height
+        ImageDraw.Draw(sheet).text((_GAP, 12), title, fill=_INK, font=ImageFont.load_default(22))
+    for strip in strips:
+        sheet.paste(strip, (0, top))
+        top += strip.height
     return sheet
+
+
+def _row_strip(row: Row, width: int, tile: int) -> Image.Image:
+    """A row as a picture of its own: heading, tiles, their captions, note."""
+    heading, small = ImageFont.load_default(18), ImageFont.load_default(14)
+    pictures = [_fitted(item.image, tile) for item in row.tiles]
+    captions = [_lines(item.caption, small, tile) for item in row.tiles]
+    note = _lines(row.note, small, width - 2 * _GAP)
+    high, deep = max(picture.height for picture in pictures), max(len(lines) for lines in captions)
+    strip = Image.new("RGB", (width, 32 + high + 18 * (deep + len(note)) + 2 * _GAP), _PAPER)
+    draw = ImageDraw.Draw(strip)
+    draw.text((_GAP, 4), row.title, fill=_INK, font=heading)
+    for column, (picture, lines) in enumerate(zip(pictures, captions, strict=True)):
+        x = _GAP + column * (tile + _GAP)
+        strip.paste(picture, (x, 32))
+        for number, line in enumerate(lines):
+            draw.text((x, 34 + high + 18 * number), line, fill=_FAINT, font=small)
+    for number, line in enumerate(note):
+        draw.text((_GAP, 38 + high + 18 * (deep + number)), line, fill=_INK, font=small)
+    return strip
 
 
 def marked(image: Image.Image, mask: Image.Image) -> Image.Image:
@@ -73,6 +85,18 @@ def marked(image: Image.Image, mask: Image.Image) -> Image.Image:
     edge.paste(0, mask=region)
     out.paste((255, 0, 120), mask=edge)
     return out
+
+
+def enlarged(image: Image.Image, mask: Image.Image, margin: float = 0.35) -> Image.Image:
+    """The square around the marked region, `margin` larger on each side."""
+    left, top, right, bottom = mask.convert("L").point(lambda value: 255 if value > 127 else 0).getbbox() or (
+        0,
+        0,
+        *image.size,
+    )
+    half = max(right - left, bottom - top) * (0.5 + margin)
+    x, y = (left + right) / 2, (top + bottom) / 2
+    return image.convert("RGB").crop((round(x - half), round(y - half), round(x + half), round(y + half)))
 
 
 def stage_sheet(result: Result) -> Image.Image:
