@@ -24,10 +24,10 @@ from dreammix_trt.core.store import Store
 from dreammix_trt.core.subject import Subject, subject_from_loras
 from dreammix_trt.core.tensors import Weights
 from dreammix_trt.engine import kernels
+from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet
 from dreammix_trt.engine.dreammix import DreamMix
-from dreammix_trt.engine.loop import Stage, Taken
-from dreammix_trt.engine.networks import EngineSet
-from dreammix_trt.engine.stages import Networks
+from dreammix_trt.engine.host.loop import Stage, Taken
+from dreammix_trt.engine.host.stages import Networks
 from dreammix_trt.engine.text import Tokenizer
 
 Array = npt.NDArray[Any]
@@ -163,7 +163,7 @@ def networks_for(case: Case, backend: str, rank: int, threads: int | None = None
     """The case's model on a back end; its ONNX parts are exported once and kept beside the store."""
     base = case.base
     if backend == "torch":
-        from dreammix_trt.export.torch_set import TorchEngineSet
+        from dreammix_trt.export.torch_backend.engine_set import TorchEngineSet
 
         if threads:
             import torch

@@ -17,11 +17,11 @@ import numpy.typing as npt
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import make_schedule
 from dreammix_trt.engine import kernels
-from dreammix_trt.engine.canvas import Canvas, dilated, from_decoded, seam_weight, to_latent_range
-from dreammix_trt.engine.geometry import FACTOR, fill_cascade
-from dreammix_trt.engine.gpu.jobs import MOST_STEPS, PICTURE, Block, Picture
-from dreammix_trt.engine.gpu.records import FACTOR as FACTOR_RECORD
-from dreammix_trt.engine.gpu.records import JOB, SEGMENT, STEP
+from dreammix_trt.engine.canvas.frames import Canvas, dilated, from_decoded, seam_weight, to_latent_range
+from dreammix_trt.engine.canvas.geometry import FACTOR, fill_cascade
+from dreammix_trt.engine.device.jobs import MOST_STEPS, PICTURE, Block, Picture
+from dreammix_trt.engine.device.records import FACTOR as FACTOR_RECORD
+from dreammix_trt.engine.device.records import JOB, SEGMENT, STEP
 
 Array = npt.NDArray[Any]
 U8 = npt.NDArray[np.uint8]

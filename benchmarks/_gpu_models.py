@@ -16,8 +16,8 @@ from _sdxl_files import sdxl_configs, write_tokenizers
 if TYPE_CHECKING:
     from dreammix_trt.core.request import Request
     from dreammix_trt.core.subject import Subject
-    from dreammix_trt.engine.gpu.device import Array, Device, Stream
-    from dreammix_trt.engine.gpu.networks import DeviceNetworks
+    from dreammix_trt.engine.drivers.device import Array, Device, Stream
+    from dreammix_trt.engine.seam import DeviceNetworks
 
 CHANNELS = 4
 PROMPT = "a red striped mug on a table"
@@ -66,12 +66,12 @@ class Setting:
 def device_of(setting: Setting) -> Iterator[Device]:
     """The GPU, or the simulated device."""
     if setting.simulate:
-        from dreammix_trt.engine.gpu.simulated import SimulatedDevice
+        from dreammix_trt.engine.drivers.simulated import SimulatedDevice
 
         with SimulatedDevice() as simulated:
             yield simulated
         return
-    from dreammix_trt.engine.gpu.cuda import CudaDevice
+    from dreammix_trt.engine.drivers.cuda import CudaDevice
 
     device = CudaDevice()
     try:
@@ -99,7 +99,7 @@ def configs_of(setting: Setting) -> dict[str, dict[str, Any]]:
 @contextmanager
 def random_networks(setting: Setting, device: Device, *, compiled: bool = False) -> Iterator[Any]:
     """SDXL with random weights made on the device, patched, with LoRA inputs: `TorchNetworks`."""
-    from dreammix_trt.export.torch_networks import TorchNetworks
+    from dreammix_trt.export.torch_backend.on_device import TorchNetworks
 
     configs = {name: config for name, config in configs_of(setting).items() if name != "scheduler"}
     options: dict[str, Any] = {
@@ -220,8 +220,8 @@ class Front:
 
     def plan_for(self, total: int) -> Any:
         """The memory plan on a device of `total` bytes of which others hold as much as here."""
-        from dreammix_trt.engine.gpu.arena import sizes
-        from dreammix_trt.engine.gpu.plan import plan_memory
+        from dreammix_trt.engine.device.arena import sizes
+        from dreammix_trt.engine.device.plan import plan_memory
 
         plan, taken = self.studio.plan, sizes(self.studio._regions())
         workspace = taken.pop("workspace")
@@ -235,8 +235,8 @@ def studio_for(
     stream: Stream | None = None, **options: Any,
 ) -> Iterator[Front]:  # fmt: skip
     """The device runtime over these networks; stream: where they must run; options: of `engine.gpu.plan.Options`."""
-    from dreammix_trt.engine.gpu.plan import Options
-    from dreammix_trt.engine.gpu.studio import Studio
+    from dreammix_trt.engine.device.plan import Options
+    from dreammix_trt.engine.device.studio import Studio
 
     with Studio(device, networks, tokenizers, Options(**options), stream) as studio:
         for subject in subjects:
@@ -258,9 +258,9 @@ class StepRig:
         subjects: Sequence[Subject] = (), stream: Stream | None = None,
     ) -> None:  # fmt: skip
         """latent: height and width; rows: a picture, 2 with guidance; stream: where the networks must run."""
-        from dreammix_trt.engine.gpu.arena import Arena
-        from dreammix_trt.engine.gpu.networks import Sides
-        from dreammix_trt.engine.gpu.subjects import Layout, Subjects
+        from dreammix_trt.engine.device.arena import Arena
+        from dreammix_trt.engine.device.subjects import Layout, Subjects
+        from dreammix_trt.engine.seam import Sides
 
         self.device, self.pictures, self.rows, self.latent = device, pictures, rows, latent
         self._owned = ExitStack()
@@ -343,8 +343,8 @@ class StepRig:
         from dreammix_trt import _cpp  # type: ignore[attr-defined,unused-ignore]
         from dreammix_trt.core.request import Request
         from dreammix_trt.core.schedule import make_schedule
-        from dreammix_trt.engine.gpu.jobs import MOST_STEPS
-        from dreammix_trt.engine.gpu.records import JOB, STEP
+        from dreammix_trt.engine.device.jobs import MOST_STEPS
+        from dreammix_trt.engine.device.records import JOB, STEP
 
         height, width = self.latent
         latents = (self.pictures, CHANNELS, height, width)
@@ -379,7 +379,7 @@ class StepRig:
         self._kernel("step_after", **self._common(), eps=self.arrays["eps"], **state, bit=4)
 
     def _common(self) -> dict[str, Any]:
-        from dreammix_trt.engine.gpu.jobs import MOST_STEPS
+        from dreammix_trt.engine.device.jobs import MOST_STEPS
 
         shared = _same(self._state, "counter", "table", "jobs", "x", "background", "mask", "x_in")
         return shared | {

@@ -82,8 +82,8 @@ def reasons(trt: Any, diagnostics: int) -> str:
 
 def time_engine(part: Part, setting: Setting, folder: Path) -> None:
     """An engine directory through the device runtime, with the rows of `full`."""
-    from dreammix_trt.engine.build import check_runnable, open_engine
-    from dreammix_trt.engine.gpu.loading import open_device
+    from dreammix_trt.engine.device.loading import open_device
+    from dreammix_trt.engine.directory import check_runnable, open_engine
     from dreammix_trt.engine.text import Tokenizer
 
     opened = open_engine(folder)

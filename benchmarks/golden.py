@@ -23,8 +23,8 @@ from benchmarks._golden_checks import check_case  # noqa: E402
 from benchmarks.golden_units import Row, check_units  # noqa: E402
 from dreammix_trt.core.subject import pack  # noqa: E402
 from dreammix_trt.engine import kernels  # noqa: E402
-from dreammix_trt.engine.networks import EngineSet  # noqa: E402
-from dreammix_trt.engine.stages import Networks  # noqa: E402
+from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet  # noqa: E402
+from dreammix_trt.engine.host.stages import Networks  # noqa: E402
 
 
 def main(words: Sequence[str] | None = None) -> int:

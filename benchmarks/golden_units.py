@@ -17,7 +17,9 @@ import numpy.typing as npt
 from dreammix_trt.core import fooocus, schedule
 from dreammix_trt.core.keymap import sgm_to_diffusers
 from dreammix_trt.core.request import Request
-from dreammix_trt.engine import canvas, geometry, kernels, text
+from dreammix_trt.engine import kernels, text
+from dreammix_trt.engine.canvas import frames as canvas
+from dreammix_trt.engine.canvas import geometry
 
 Array = npt.NDArray[Any]
 ARITHMETIC = 2e-6  # of the array's maximum

@@ -189,7 +189,7 @@ def _drop_idle(graph: onnx.GraphProto) -> None:
 
 def build(bench: Benchmark, folder: Path, network: Network, form: str, base: BaseFiles) -> None:
     """Build one form for SM89."""
-    from dreammix_trt.engine.tensorrt import build_engine, profiles_for
+    from dreammix_trt.engine.backends.tensorrt.builder import build_engine, profiles_for
 
     graph, inputs = formed(folder, network, form)
     profiles = profiles_for(inputs, pictures=1, shapes="static", latent_side=base.native_side // 8, step=4)

@@ -24,8 +24,8 @@ from dreammix_trt.core.passport import FILE_NAME as PASSPORT
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.store import Store
 from dreammix_trt.core.subject import Subject, subject_from_loras
-from dreammix_trt.engine.build import write_engine
-from dreammix_trt.engine.tensorrt import Estimate, check_room
+from dreammix_trt.engine.backends.tensorrt.builder import Estimate, check_room
+from dreammix_trt.engine.directory import write_engine
 from dreammix_trt.export.networks import BaseLora
 from dreammix_trt.parts import EngineOptions, Parts
 

@@ -208,7 +208,7 @@ def inspect(
     from rich.table import Table
 
     from dreammix_trt.core.passport import Passport
-    from dreammix_trt.engine.build import check_engine
+    from dreammix_trt.engine.directory import check_engine
 
     passport = Passport.read(engine)
     if verify:
@@ -338,8 +338,8 @@ def _room_for(request: Request, image: Path, base: Mapping[str, Any]) -> dict[st
     base: of a passport. A request has one subject, three prompts at most, and frames of two sizes, one a stage; on a
     GPU its pictures are painted one after the other.
     """
-    from dreammix_trt.engine.gpu.jobs import PROMPTS
-    from dreammix_trt.engine.pictures import read_image
+    from dreammix_trt.engine.canvas.pictures import read_image
+    from dreammix_trt.engine.device.jobs import PROMPTS
 
     if request.mode == "reference":  # the picture is stretched
         height, width = request.reference_resize or (base["native_side"], base["native_side"])

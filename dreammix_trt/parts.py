@@ -23,10 +23,10 @@ from dreammix_trt.core.errors import BuildError, FileFormatError, InputError, Mi
 from dreammix_trt.core.files import read_json, sha256_of, write_json
 from dreammix_trt.core.store import Store
 from dreammix_trt.core.subject import LORA_SIDES, Subject, pack
-from dreammix_trt.engine.build import BACKENDS, COST
-from dreammix_trt.engine.geometry import FACTOR, profile_sizes
-from dreammix_trt.engine.profiles import Profile, profiles_for
-from dreammix_trt.engine.tiles import SIDE, needs_tiles
+from dreammix_trt.engine.backends.tensorrt.profiles import Profile, profiles_for
+from dreammix_trt.engine.canvas.geometry import FACTOR, profile_sizes
+from dreammix_trt.engine.canvas.tiles import SIDE, needs_tiles
+from dreammix_trt.engine.directory import BACKENDS, COST
 from dreammix_trt.export.networks import SAFE, VAES, BaseLora, Network, Precision, networks_of, weights_of
 from dreammix_trt.export.onnx_export import (
     SCHEMA,
@@ -111,7 +111,7 @@ class EngineOptions:
         if not self.safe_vae and self.precision != "float16":
             raise InputError("safe_vae is off, but only a float16 VAE is built in float32 too; leave --no-safe-vae")
         if self.plans:
-            from dreammix_trt.engine.tensorrt import check_targets
+            from dreammix_trt.engine.backends.tensorrt.builder import check_targets
 
             _ = self.version
             check_targets(self.backend, self.targets)
@@ -125,7 +125,7 @@ class EngineOptions:
         """The GPUs that plans are for, by name also where "current" was asked for."""
         if not self.plans:
             return ()
-        from dreammix_trt.engine.tensorrt import named_targets
+        from dreammix_trt.engine.backends.tensorrt.builder import named_targets
 
         return named_targets(self.targets)
 
@@ -236,7 +236,7 @@ class Parts:
         return self._part(network.name, "engine", built, lambda out: self._build(network, facts, out))
 
     def _plan_facts(self, network: Network, onnx_facts: Mapping[str, Any]) -> dict[str, Any]:
-        from dreammix_trt.engine.tensorrt import REVISION
+        from dreammix_trt.engine.backends.tensorrt.builder import REVISION
 
         return {
             "revision": REVISION,
@@ -317,7 +317,7 @@ class Parts:
 
     def _build(self, network: Network, onnx_facts: Mapping[str, Any], out: Path) -> None:
         """The plan of a network, from its onnx part (made first, where the store lacks it)."""
-        from dreammix_trt.engine.tensorrt import build_engine
+        from dreammix_trt.engine.backends.tensorrt.builder import build_engine
 
         source = self._part(network.name, "onnx", onnx_facts, lambda folder: self._export(network, folder))
         entry = read_json(source / "network.json")
@@ -378,7 +378,7 @@ class Parts:
 
     def _announce(self, networks: Sequence[Network]) -> None:
         """Say before the start what is to be made and what that needs; refuse when it is not there."""
-        from dreammix_trt.engine.tensorrt import Estimate, check_room, estimate
+        from dreammix_trt.engine.backends.tensorrt.builder import Estimate, check_room, estimate
 
         needs = []
         for network in networks:

@@ -21,20 +21,20 @@ from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import Schedule, make_schedule
 from dreammix_trt.core.subject import Subject, pack, packed_size, read_subject
 from dreammix_trt.engine import kernels
-from dreammix_trt.engine.canvas import Canvas
-from dreammix_trt.engine.denoiser import Denoiser, EngineDenoiser
-from dreammix_trt.engine.geometry import Size
-from dreammix_trt.engine.networks import REBUILD, EngineSet
-from dreammix_trt.engine.pictures import PictureIn, Source, read_image, read_mask
+from dreammix_trt.engine.backends.onnxruntime.engine_set import REBUILD, EngineSet
+from dreammix_trt.engine.canvas.frames import Canvas
+from dreammix_trt.engine.canvas.geometry import Size
+from dreammix_trt.engine.canvas.pictures import PictureIn, Source, read_image, read_mask
+from dreammix_trt.engine.host.denoiser import Denoiser, EngineDenoiser
+from dreammix_trt.engine.host.stages import Clock, Facts, Networks, Painter, Text, Timed, painted
 from dreammix_trt.engine.result import Result, StepEvent, read_request, save
-from dreammix_trt.engine.stages import Clock, Facts, Networks, Painter, Text, Timed, painted
 from dreammix_trt.engine.text import Tokenizer, apply_tas, plan_tas
 
 if TYPE_CHECKING:
-    from dreammix_trt.engine.gpu.device import Device, Stream
-    from dreammix_trt.engine.gpu.networks import DeviceNetworks
-    from dreammix_trt.engine.gpu.plan import Options
-    from dreammix_trt.engine.gpu.studio import Studio, Work
+    from dreammix_trt.engine.device.plan import Options
+    from dreammix_trt.engine.device.studio import Studio, Work
+    from dreammix_trt.engine.drivers.device import Device, Stream
+    from dreammix_trt.engine.seam import DeviceNetworks
 
 __all__ = ["DreamMix", "Job", "Result", "StepEvent", "read_request", "save"]
 
@@ -112,12 +112,12 @@ class DreamMix:
 
         threads: for the networks and the kernels; None: all cores. verify: hash every file again. store: where the
         base engines are, when not in the default place. device: "cpu", or "cuda": requests run on the GPU as a whole;
-        then options are those of `dreammix_trt.engine.gpu.plan.Options` (pictures, largest_picture, subjects,
+        then options are those of `dreammix_trt.engine.device.plan.Options` (pictures, largest_picture, subjects,
         residency, ...). Raises InputError for device and options, EngineError saying what is wrong and how to rebuild,
         MissingExtraError for packages that a GPU needs, DeviceError for a GPU that cannot be used, OutOfMemoryError
         with the memory plan.
         """
-        from dreammix_trt.engine.build import check_runnable, open_engine
+        from dreammix_trt.engine.directory import check_runnable, open_engine
 
         chosen = _device_options(device, options)
         opened = open_engine(Path(path), verify=verify, store=Path(store) if store else None)
@@ -125,7 +125,7 @@ class DreamMix:
         tokenizers = [Tokenizer.load(opened.parts["base"] / name) for name in ("tokenizer", "tokenizer_2")]
         subjects = [read_subject(file) for file in opened.subjects]
         if device == "cuda":
-            from dreammix_trt.engine.gpu.loading import open_device
+            from dreammix_trt.engine.device.loading import open_device
 
             if threads is not None:
                 kernels.set_threads(threads)
@@ -167,7 +167,7 @@ class DreamMix:
         stream: where the networks must run, if it matters to them (`Studio`). owned: closed, in order, when this is
         closed or cannot be made; device and networks are not, unless they are among them.
         """
-        from dreammix_trt.engine.gpu.studio import Studio
+        from dreammix_trt.engine.device.studio import Studio
 
         with ExitStack() as made:
             for each in reversed(owned):
@@ -536,7 +536,7 @@ def _written(source: PictureIn, pixels: U8) -> Image.Image:
 
 def _device_options(device: str, options: Mapping[str, Any]) -> Options:
     """The options of a device; unknown devices, options and values are refused before anything is opened."""
-    from dreammix_trt.engine.gpu.plan import Options
+    from dreammix_trt.engine.device.plan import Options
 
     if device not in ("cpu", "cuda"):
         raise InputError(

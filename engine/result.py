@@ -15,8 +15,8 @@ from PIL import Image, PngImagePlugin
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import Schedule
-from dreammix_trt.engine.loop import Taken
-from dreammix_trt.engine.stages import Painter
+from dreammix_trt.engine.host.loop import Taken
+from dreammix_trt.engine.host.stages import Painter
 
 U8 = npt.NDArray[np.uint8]
 METADATA = "dreammix"  # the PNG text chunk that holds the request

@@ -23,7 +23,7 @@ from dreammix_trt.core.files import folder_bytes, write_json
 from dreammix_trt.core.passport import Passport
 from dreammix_trt.core.store import Store
 from dreammix_trt.engine import DreamMix
-from dreammix_trt.engine.build import check_engine
+from dreammix_trt.engine.directory import check_engine
 from dreammix_trt.parts import Parts
 from tests.conftest import write_lora
 
@@ -355,7 +355,7 @@ class Held:
 def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
     """The embedded base, its parts made of next to nothing."""
     from dreammix_trt import parts
-    from dreammix_trt.engine.tensorrt import BuildReport
+    from dreammix_trt.engine.backends.tensorrt.builder import BuildReport
     from dreammix_trt.export import vae_range
 
     folder = tmp_path / "base"
@@ -378,7 +378,7 @@ def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
 
     monkeypatch.setattr(parts, "write_graph", traced)
     monkeypatch.setattr(parts, "export_network", exported)
-    monkeypatch.setattr("dreammix_trt.engine.tensorrt.build_engine", planned)
+    monkeypatch.setattr("dreammix_trt.engine.backends.tensorrt.builder.build_engine", planned)
     monkeypatch.setattr(vae_range, "wide_units", lambda *_: Calm())
     yield Held(folder)
 

@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 
 from dreammix_trt.cli import app
 from dreammix_trt.engine import Options
-from dreammix_trt.engine.build import OpenedEngine
-from dreammix_trt.engine.gpu import loading
-from dreammix_trt.engine.gpu.loading import OnDevice
-from dreammix_trt.engine.gpu.simulated import SimulatedDevice, SimulatedNetworks
-from dreammix_trt.engine.gpu.studio import Studio
-from dreammix_trt.engine.networks import EngineSet
+from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet
+from dreammix_trt.engine.device import loading
+from dreammix_trt.engine.device.loading import OnDevice
+from dreammix_trt.engine.device.studio import Studio
+from dreammix_trt.engine.directory import OpenedEngine
+from dreammix_trt.engine.drivers.simulated import SimulatedDevice, SimulatedNetworks
 
 ROOT = Path(__file__).resolve().parent.parent
 

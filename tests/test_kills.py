@@ -23,7 +23,7 @@ from dreammix_trt.building import build
 from dreammix_trt.core.errors import BuildError
 from dreammix_trt.core.passport import Passport
 from dreammix_trt.core.store import Store, check_files
-from dreammix_trt.engine.build import check_engine
+from dreammix_trt.engine.directory import check_engine
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ["text_encoder", "text_encoder_2", "unet", "unet_raw", "inpaint_head", "vae_encoder", "vae_decoder", "base"]

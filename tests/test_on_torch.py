@@ -16,15 +16,15 @@ from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import DreamMixError, EngineError, FileFormatError, InputError
 from dreammix_trt.core.subject import read_subject
 from dreammix_trt.engine import DreamMix
-from dreammix_trt.engine.build import open_engine
-from dreammix_trt.engine.gpu.device import OutOfMemoryError
-from dreammix_trt.engine.gpu.plan import Options
-from dreammix_trt.engine.gpu.simulated import SimulatedDevice
-from dreammix_trt.engine.gpu.studio import Studio
+from dreammix_trt.engine.device.plan import Options
+from dreammix_trt.engine.device.studio import Studio
+from dreammix_trt.engine.directory import open_engine
+from dreammix_trt.engine.drivers.device import OutOfMemoryError
+from dreammix_trt.engine.drivers.simulated import SimulatedDevice
 from dreammix_trt.engine.text import Tokenizer
-from dreammix_trt.export.torch_networks import TorchNetworks
+from dreammix_trt.export.torch_backend.on_device import TorchNetworks
 from dreammix_trt.on_torch import load_torch
-from tests.engine.gpu.conftest import scene
+from tests.engine.conftest import scene
 
 BASE = ("text_encoder", "text_encoder_2", "unet", "unet_raw", "inpaint_head", "vae_encoder", "vae_decoder")
 
@@ -84,7 +84,7 @@ def test_nothing_stays_open_where_it_fails(monkeypatch: pytest.MonkeyPatch) -> N
         pass
 
     made, closed = counted(monkeypatch, Gpu, "__init__"), counted(monkeypatch, Gpu, "close")
-    monkeypatch.setattr("dreammix_trt.engine.gpu.cuda.CudaDevice", Gpu)
+    monkeypatch.setattr("dreammix_trt.engine.drivers.cuda.CudaDevice", Gpu)
     with pytest.raises(InputError, match="dtype is 'int8'"):
         load_torch(BaseFiles.open(), dtype="int8", torch_device="cpu")
     assert len(made) == 1 and len(closed) == 1

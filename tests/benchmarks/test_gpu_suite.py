@@ -332,7 +332,7 @@ def test_an_error_within_a_part_is_kept_with_its_rows(tmp_path: Path, monkeypatc
 
 @pytest.fixture
 def device() -> Any:
-    from dreammix_trt.engine.gpu.simulated import SimulatedDevice
+    from dreammix_trt.engine.drivers.simulated import SimulatedDevice
 
     with SimulatedDevice() as device:
         yield device
@@ -402,7 +402,7 @@ def networks() -> Any:
     pytest.importorskip("diffusers")
     import _gpu_models
 
-    from dreammix_trt.export.torch_networks import TorchNetworks
+    from dreammix_trt.export.torch_backend.on_device import TorchNetworks
 
     configs = {name: each for name, each in _gpu_models.configs_of(TINY).items() if name != "scheduler"}
     with TorchNetworks.random(configs, device="cpu", dtype="float32") as networks:
@@ -451,9 +451,9 @@ def test_an_engine_is_timed_in_its_own_stream_from_nothing_loaded(
     """As ONNX Runtime's networks and TensorRT-RTX's are opened."""
     import _gpu_rtx
 
-    from dreammix_trt.engine.gpu import loading
-    from dreammix_trt.engine.gpu.simulated import SimulatedDevice, SimulatedNetworks
-    from dreammix_trt.engine.networks import EngineSet
+    from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet
+    from dreammix_trt.engine.device import loading
+    from dreammix_trt.engine.drivers.simulated import SimulatedDevice, SimulatedNetworks
 
     device = SimulatedDevice()
     own = device.stream()

@@ -308,7 +308,7 @@ def test_defaults_are_read_from_the_base(mug_engine: Path, monkeypatch: pytest.M
     class Facts:
         native_side, divisor, scaling_factor, feature_channels, defaults = 128, 8, 0.13025, 32, FEW
 
-    monkeypatch.setattr("dreammix_trt.engine.networks.read_facts", lambda folder: Facts())
+    monkeypatch.setattr("dreammix_trt.engine.backends.onnxruntime.engine_set.read_facts", lambda folder: Facts())
     with DreamMix.load(mug_engine, threads=1) as few:
         assert few.defaults == FEW
 

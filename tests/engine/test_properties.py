@@ -7,7 +7,9 @@ import numpy.typing as npt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dreammix_trt.engine import canvas, geometry, kernels
+from dreammix_trt.engine import kernels
+from dreammix_trt.engine.canvas import frames as canvas
+from dreammix_trt.engine.canvas import geometry
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
 

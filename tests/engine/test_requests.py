@@ -23,7 +23,7 @@ from PIL import Image
 from dreammix_trt.core.errors import Cancelled, DreamMixError, EngineError, InputError, QueueFull, TimedOut
 from dreammix_trt.core.request import Request
 from dreammix_trt.engine import DreamMix, RequestQueue, StepEvent, Ticket, requests
-from dreammix_trt.engine.gpu.device import DeviceError, OutOfMemoryError
+from dreammix_trt.engine.drivers.device import DeviceError, OutOfMemoryError
 from dreammix_trt.engine.result import Result
 
 STEPS = 3

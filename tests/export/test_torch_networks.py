@@ -21,13 +21,13 @@ from dreammix_trt.core.checkpoint import BaseFiles  # noqa: E402
 from dreammix_trt.core.errors import EngineError, FileFormatError, InputError  # noqa: E402
 from dreammix_trt.core.lora import Lora  # noqa: E402
 from dreammix_trt.core.subject import unpacked  # noqa: E402
-from dreammix_trt.engine.gpu.device import Array  # noqa: E402
-from dreammix_trt.engine.gpu.networks import DeviceNetworks, Sides  # noqa: E402
-from dreammix_trt.export import torch_resident  # noqa: E402
+from dreammix_trt.engine.drivers.device import Array  # noqa: E402
+from dreammix_trt.engine.seam import DeviceNetworks, Sides  # noqa: E402
 from dreammix_trt.export.networks import BaseLora, Network, networks_of, torch_module, weights_of  # noqa: E402
 from dreammix_trt.export.parity import run_torch  # noqa: E402
-from dreammix_trt.export.torch_networks import Facts, TorchNetworks  # noqa: E402
-from dreammix_trt.export.torch_set import TorchEngineSet  # noqa: E402
+from dreammix_trt.export.torch_backend import resident as torch_resident  # noqa: E402
+from dreammix_trt.export.torch_backend.engine_set import TorchEngineSet  # noqa: E402
+from dreammix_trt.export.torch_backend.on_device import Facts, TorchNetworks  # noqa: E402
 from tests.support.mini_sdxl import small_configs  # noqa: E402
 from tests.support.tiny_model import write_tiny_model  # noqa: E402
 
@@ -477,7 +477,7 @@ def test_a_full_size_sdxl_is_described_without_memory() -> None:
 def device(gpu: None) -> Iterator[Any]:
     if not torch.cuda.is_available():
         pytest.skip("torch has no CUDA here")
-    cuda = pytest.importorskip("dreammix_trt.engine.gpu.cuda")
+    cuda = pytest.importorskip("dreammix_trt.engine.drivers.cuda")
     device = cuda.CudaDevice()
     yield device
     device.close()

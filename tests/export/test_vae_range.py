@@ -204,8 +204,8 @@ def assert_types(graph: Path, kind: str) -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_tensorrt_builds_it(tall_base: BaseFiles, fused: bool, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install dreammix-trt[rtx]")
-    from dreammix_trt.engine.profiles import profiles_for
-    from dreammix_trt.engine.tensorrt import build_engine
+    from dreammix_trt.engine.backends.tensorrt.builder import build_engine
+    from dreammix_trt.engine.backends.tensorrt.profiles import profiles_for
 
     network = network_of(tall_base, "vae_decoder", UNITS["vae_decoder"], fused)
     graph, plan = exported(tall_base, network, tmp_path), tmp_path / "plan"

@@ -1,0 +1,1 @@
+"""What runs networks: ONNX Runtime and TensorRT."""

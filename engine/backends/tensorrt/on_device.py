@@ -1,0 +1,182 @@
+"""A base's networks on TensorRT-RTX and TensorRT 11: plans loaded, contexts bound to arrays, runs enqueued.
+
+One code path. What only TensorRT-RTX has stands behind `Package.jit`: it finishes kernels at load (kept in a runtime
+cache), says whether a context may be captured, and gives weights back without losing contexts. TensorRT 11 has none of
+that: there a network whose weights are unloaded is destroyed and comes back from its file, what is bound to it is made
+again with the same arrays, and a question that only the engine answers brings it for a moment. TensorRT-RTX's names are
+those of 1.7.1; TensorRT 11's were compared with its published bindings (11.1) and never run: unverified.
+
+Every context runs in memory that is given to it, at addresses that never change. Variables called trt, runtime, engine,
+context, config and kernels are the package's objects; a test compares their attributes with the package's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from dreammix_trt.core.errors import EngineError
+from dreammix_trt.core.files import size_text
+from dreammix_trt.core.subject import Slot, slots_of
+from dreammix_trt.engine.backends.onnxruntime.engine_set import SAFE, BaseFacts, read_facts, read_network
+from dreammix_trt.engine.backends.tensorrt.network import Network, Place, ProfileError, TensorRtBound, plan_of
+from dreammix_trt.engine.backends.tensorrt.package import PACKAGES, load
+from dreammix_trt.engine.backends.tensorrt.plans import (
+    guarded_runtime,
+    refuse_host_code,
+)
+from dreammix_trt.engine.canvas.geometry import FACTOR, Size
+from dreammix_trt.engine.drivers.device import Array, Device, OutOfMemoryError
+from dreammix_trt.engine.seam import Sides, Tensor
+
+__all__ = ["ProfileError", "TensorRtNetworks"]
+
+
+class TensorRtNetworks:
+    """`DeviceNetworks` of engine/gpu/networks.py; runtimes in several threads may share them.
+
+    A captured graph holds the addresses of weights: it is void once `loads` of its network has changed.
+    """
+
+    def __init__(self, place: Place, facts: BaseFacts, networks: Mapping[str, Network]) -> None:
+        self.facts = facts
+        self._place, self._networks = place, dict(networks)
+
+    @classmethod
+    def open(
+        cls, parts: Mapping[str, Path], backend: str, device: Device, *, cache: Path | None = None,
+        resident: Collection[str] | None = None,
+    ) -> TensorRtNetworks:  # fmt: skip
+        """Open the parts of a base: name -> folder with `network.json` and its plan, and `base`.
+
+        backend: "tensorrt-rtx" or "tensorrt". cache: folder that keeps what TensorRT-RTX compiles for this GPU; None:
+        it is compiled again each time (up to half a minute). resident: the networks whose weights come now (none, to
+        plan memory first); None: all but float32 twins.
+
+        Raises MissingExtraError or EngineError for the package, EngineError for parts that are damaged, carry host code
+        or were built with another version, DeviceError for another GPU or driver, OutOfMemoryError with the plan.
+        """
+        trt = load(backend)
+        facts = read_facts(parts["base"])
+        entries = {name: (folder, read_network(folder)) for name, folder in parts.items() if name != "base"}
+        for name, (folder, entry) in entries.items():
+            refuse_host_code(plan_of(name, folder, entry))
+        runtime = guarded_runtime(backend)
+        place = Place(trt, PACKAGES[backend], runtime, device, device.stream(), cache)
+        opened = cls(place, facts, {name: Network(name, *entry, place) for name, entry in entries.items()})
+        try:
+            usual = [name for name in entries if not name.endswith(SAFE)]
+            opened._bring(usual if resident is None else resident)
+        except BaseException:
+            opened.close()
+            raise
+        return opened
+
+    def __enter__(self) -> TensorRtNetworks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._networks
+
+    def slots(self, name: str) -> tuple[Slot, ...]:
+        """The LoRA slots of a network, in packed order."""
+        return slots_of(self._networks[name].entry) if name in self._networks else ()
+
+    def inputs(self, name: str) -> tuple[Tensor, ...]:
+        """As `network.json` has them; LoRA factors are inputs of their own."""
+        return self._network(name).inputs
+
+    def outputs(self, name: str) -> tuple[Tensor, ...]:
+        """As `network.json` has them."""
+        return self._network(name).outputs
+
+    def frames(self) -> tuple[Size, ...] | None:
+        """The UNet's frames, where its profiles have fixed sides; None where they have not (`bind` checks)."""
+        spans = [network.spans for name, network in self._networks.items() if name.startswith("unet")]
+        frames = {(span["h"], span["w"]) for each in spans for span in each if "h" in span and "w" in span}
+        if not frames or any(low != high for frame in frames for low, high in frame):
+            return None
+        return tuple(sorted((FACTOR * h[0], FACTOR * w[0]) for h, w in frames))
+
+    @property
+    def most_pictures(self) -> int | None:
+        """The largest batch all networks that take pictures were built for."""
+        most = [
+            max(span["pictures"][1] for span in network.spans)
+            for network in self._networks.values() if all("pictures" in span for span in network.spans)
+        ]  # fmt: skip
+        return min(most, default=None)
+
+    def weight_bytes(self, name: str) -> int:
+        """The size of the plan, which is little more than its weights (measured: 5183 MB for 5146 MB)."""
+        return self._network(name).plan.stat().st_size
+
+    def workspace_bytes(self, name: str, sides: Sides) -> int:
+        """Exactly what a context needs for these sides. The first question of a shape makes the context, in which
+        TensorRT-RTX may compile kernels; `bind` then takes it. Where TensorRT 11 has unloaded the network, shapes other
+        than its profiles' own bring it for the answer and let it go again. Raises as `bind`."""
+        with self._place.lock:
+            return self._network(name).workspace(sides, self.facts)
+
+    def bind(
+        self, name: str, sides: Sides, arrays: Mapping[str, Array], workspace: Array | None = None
+    ) -> TensorRtBound:
+        """A context of its own with every address set; the weights need not be there (on TensorRT 11 the context comes
+        with them).
+
+        arrays: one for every input and output, by name ("MODULE.lora_A", ".lora_B" too), at multiples of ALIGNMENT
+        bytes, of exactly the network's dtype and shape. Raises ProfileError for sides outside the profiles, EngineError
+        naming the array that does not fit, DeviceError or OutOfMemoryError where the package fails.
+        """
+        network = self._network(name)
+        with self._place.lock:
+            self._place.check()
+            shapes, profile = network.chosen(sides, self.facts)
+            network.check_arrays(shapes, arrays)
+            return network.bind(shapes, profile, dict(arrays), workspace)
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """The networks whose weights are on the device now."""
+        return tuple(name for name, network in self._networks.items() if network.loaded)
+
+    def loads(self, name: str) -> int:
+        """How often the weights came: graphs that were captured at another count must be captured again."""
+        return self._network(name).loads
+
+    def unload(self, name: str) -> None:
+        """Give the weights' memory back. The caller has synchronised: nothing of the network may be under way."""
+        with self._place.lock:
+            self._network(name).unload()
+
+    def load(self, name: str) -> None:
+        """Bring the weights back; what is bound can be enqueued again. Raises OutOfMemoryError, and nothing changed."""
+        with self._place.lock:
+            self._network(name).load()
+
+    def close(self) -> None:
+        """Free contexts, engines and the runtime, in this order; keeps what was compiled. Again does nothing."""
+        with self._place.lock:
+            for network in self._networks.values():
+                network.close()
+            self._place.close()
+
+    def _network(self, name: str) -> Network:
+        if name not in self._networks:
+            raise EngineError(f"this base has no network {name!r}; it has {', '.join(self._networks)}")
+        return self._networks[name]
+
+    def _bring(self, resident: Collection[str]) -> None:
+        """Bring the networks, those first that do not stay."""
+        try:
+            for name in sorted(self._networks, key=lambda name: name in resident):
+                self._networks[name].open(weights=name in resident)
+        except OutOfMemoryError as error:
+            free, total = self._place.device.memory()
+            plan = ", ".join(f"{name} {size_text(self.weight_bytes(name))}" for name in self._networks)
+            raise OutOfMemoryError(
+                f"{error} (weights: {plan}; {size_text(free)} of {size_text(total)} are free)"
+            ) from error

@@ -1,0 +1,204 @@
+"""Built plans as files that somebody else may have made: what loading one would run on this computer, whether it fits
+here, and what a package's messages mean."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from dreammix_trt.core.errors import EngineError
+from dreammix_trt.engine import hardware
+from dreammix_trt.engine.backends.tensorrt.callbacks import hearing, logger_of
+from dreammix_trt.engine.backends.tensorrt.package import PACKAGES, Package, check_runtime, load
+from dreammix_trt.engine.drivers.device import DeviceError, OutOfMemoryError
+from dreammix_trt.engine.machine import RTX_TARGETS
+
+REBUILD: Final = "build it again with `dreammix-trt build`"
+LOGGER = logging.getLogger(__name__)
+
+
+def holds_host_code(plan: Path) -> bool:
+    """Whether a plan carries programs for the host: ELF files other than CUDA's, or Windows' executables.
+
+    Version compatible plans do (the lean runtime), and loading one runs it.
+    """
+    if plan.stat().st_size == 0:
+        return False
+    with plan.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        elf = re.compile(rb"\x7fELF[\x01\x02][\x01\x02]\x01.{11}(..)", re.DOTALL)
+        for found in elf.finditer(data):
+            if found[1] not in (b"\xbe\x00", b"\x00\xbe"):  # EM_CUDA: code for the GPU
+                return True
+        # "PE", a processor (x86-64, ARM64, x86), and after the rest of the header the mark of an image.
+        image = re.compile(rb"PE\x00\x00(?:\x64\x86|\x64\xaa|\x4c\x01).{18}\x0b[\x01\x02]", re.DOTALL)
+        return image.search(data) is not None
+
+
+def refuse_host_code(plan: Path) -> None:
+    """Raise EngineError for a plan that would run programs on this computer when it is loaded."""
+    if holds_host_code(plan):
+        raise EngineError(
+            f"{plan} carries code for the host, which loading would run; this program never builds such engines: "
+            "do not trust its source, and build it again with `dreammix-trt build`"
+        )
+
+
+def guarded_runtime(backend: str) -> Any:
+    """The runtime of a back end, which itself refuses plans with host code.
+
+    Raises MissingExtraError or EngineError for a package that is absent or lacks something, DeviceError where the
+    package cannot start.
+    """
+    trt = load(backend)
+    check_runtime(trt, PACKAGES[backend])
+    with hearing() as messages:
+        try:
+            runtime = trt.Runtime(logger_of(trt))
+        except (RuntimeError, TypeError) as error:  # pybind11 raises TypeError where the factory gives nothing
+            raise failure(f"{PACKAGES[backend].title} does not start", messages or [("ERROR", str(error))]) from error
+    runtime = trt.Runtime(logger_of(trt))
+    runtime.engine_host_code_allowed = False
+    if runtime.engine_host_code_allowed:
+        raise EngineError(f"{PACKAGES[backend].title} does not refuse engines with host code; install it again")
+    return runtime
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A plan file and what its `network.json` says of its making; gpu: the device at hand, name and capability."""
+
+    plan: Path
+    build: Mapping[str, Any]
+    gpu: tuple[str, str]
+
+    @property
+    def version(self) -> str:
+        """Of the package that built it, or "" where that is not recorded."""
+        return str(self.build.get("version") or "")
+
+    @property
+    def targets(self) -> Sequence[str]:
+        """The GPUs it was built for; none: not recorded."""
+        return tuple(self.build.get("targets") or ())
+
+
+@contextlib.contextmanager
+def mapped(plan: Path) -> Iterator[mmap.mmap]:
+    """A plan's bytes without a copy of them: its pages come from the file and go again.
+
+    Raises EngineError for a file that is missing, unreadable or empty.
+    """
+    try:
+        with plan.open("rb") as stream:
+            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise EngineError(f"{plan}: missing, unreadable or empty ({error}); {REBUILD}") from error
+    with data:
+        yield data
+
+
+def check_origin(trt: Any, package: Package, origin: Origin) -> None:
+    """Raise EngineError for a plan of another version, DeviceError for one of another GPU, as far as `network.json`
+    tells; TensorRT-RTX itself knows better which GPUs a plan runs on (`check_validity`)."""
+    if origin.version and origin.version != str(trt.__version__):
+        raise _other_version(trt, package, origin)
+    if not package.jit and origin.targets and origin.gpu[1] not in origin.targets:
+        raise _other_gpu(package, origin)
+
+
+def check_validity(trt: Any, package: Package, runtime: Any, data: Any, origin: Origin) -> None:
+    """Raise the error that fits what TensorRT-RTX finds wrong with a plan on this GPU, before loading it."""
+    with hearing() as messages:
+        validity, bits = runtime.get_engine_validity(data)
+    if validity == trt.EngineValidity.SUBOPTIMAL:
+        LOGGER.warning("%s: not made for %s (%s); it may be slow", origin.plan, *origin.gpu)
+    if validity != trt.EngineValidity.INVALID:
+        return
+    kinds = trt.EngineInvalidityDiagnostics
+    driver = f"{package.title} {trt.__version__} needs another NVIDIA driver ({_driver()})"
+    reasons: list[tuple[Any, EngineError]] = [
+        (kinds.CUDA_ERROR, DeviceError(f"{driver}: CUDA does not work here; install a driver again")),
+        (kinds.OLD_CUDA_DRIVER, DeviceError(f"{driver}: this one is too old; update it")),
+        (kinds.OLD_CUDA_RUNTIME, DeviceError(
+            f"{origin.plan}: the CUDA runtime is too old; `pip install --upgrade 'dreammix-trt[{package.extra}]'`"
+        )),
+        (kinds.MALFORMED_ENGINE, EngineError(f"{origin.plan}: damaged, or no {package.title} engine; {REBUILD}")),
+        (kinds.VERSION_MISMATCH, _other_version(trt, package, origin)),
+        (kinds.UNSUPPORTED_CC, _other_gpu(package, origin)),
+        (kinds.INSUFFICIENT_GPU_MEMORY, OutOfMemoryError(
+            f"{origin.plan}: {origin.gpu[0]} has too little memory for it; {SMALLER}"
+        )),
+    ]  # fmt: skip
+    for kind, error in reasons:
+        if int(bits) & int(kind):
+            raise error
+    raise failure(f"{origin.plan} does not fit {origin.gpu[0]} ({origin.gpu[1]})", messages)
+
+
+SMALLER: Final = "end other programs that use the GPU, or take less: `--pictures 1`, static shapes, or a smaller base"
+
+
+def failure(what: str, messages: Sequence[tuple[str, str]]) -> EngineError:
+    """The error for something the package did not do, by what it said: OutOfMemoryError, DeviceError or EngineError.
+
+    messages: (severity, text) as `hearing` gives them.
+    """
+    said = [text for level, text in messages if level != "WARNING"] or [text for _, text in messages]
+    everything = " ".join(said)
+    why = " ".join((said or ["no reason given"])[0].split())[:500]
+    for mark, kind, remedy in _CAUSES:
+        if mark.search(everything):
+            return kind(f"{what}: {why}; {remedy or f'install or update the NVIDIA driver ({_driver()})'}")
+    return EngineError(f"{what}: {why}; {REBUILD}")
+
+
+_CAUSES: Final[tuple[tuple[re.Pattern[str], type[EngineError], str], ...]] = (
+    # None here or too old; names and numbers are those of the CUDA runtime's cudaError.
+    (
+        re.compile(r"cudaError (?:35|100|803|804)\b|driver version is insufficient|no CUDA-capable device"),
+        DeviceError, "",
+    ),
+    (
+        re.compile(r"out ?of ?memory|cudaError 2\b|memory allocation failed|could not be allocated", re.IGNORECASE),
+        OutOfMemoryError, SMALLER,
+    ),
+    (
+        re.compile(r"compute capability|different (?:device|GPU) model|no kernel image", re.IGNORECASE),
+        DeviceError, f"it is for another GPU: {REBUILD}",
+    ),
+    (
+        re.compile(r"Serialization|version tag|incompatible.*version", re.IGNORECASE),
+        EngineError, f"the plan is damaged or of another version: {REBUILD}",
+    ),
+    (
+        re.compile(r"Cuda Runtime|cudaError \d+|illegal memory access"),
+        DeviceError, "the device failed: start the program again; if it recurs, update the NVIDIA driver",
+    ),
+)  # fmt: skip
+
+
+def _other_version(trt: Any, package: Package, origin: Origin) -> EngineError:
+    built = f"{package.title} {origin.version}" if origin.version else f"another {package.title}"
+    return EngineError(f"{origin.plan}: built with {built}, installed is {trt.__version__}; {REBUILD}")
+
+
+def _other_gpu(package: Package, origin: Origin) -> DeviceError:
+    name, capability = origin.gpu
+    built = ", ".join(origin.targets) or "another GPU"
+    remedy = f"build it for this GPU (`dreammix-trt build ... --target {capability}`), or"
+    if package.jit and capability not in RTX_TARGETS:
+        remedy = f"{package.title} has no engines for that: use `--backend tensorrt`, or"
+    return DeviceError(
+        f"{origin.plan}: built for {built}, here is {name} ({capability}); {remedy} use `--backend onnxruntime`"
+    )
+
+
+def _driver() -> str:
+    driver = hardware.ask_driver()
+    return driver.problem or f"installed is one for CUDA {driver.cuda}"

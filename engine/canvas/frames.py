@@ -1,0 +1,344 @@
+"""From the user's picture to the frames the networks work on, and back.
+
+Geometry is in pixels: boxes are (row0, row1, col0, col1) with ends exclusive, sizes (height, width). What the reference
+ties to 1024 (frame, size class, snap, fill radii, feather) scales with the base's native side.
+
+`native` mode keeps the user's resolution and aspect; `reference` mode stretches the picture to native x native and
+follows the authors' arithmetic to the byte (golden/README.md steps 1 to 6, 12, 13).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dreammix_trt.core.errors import InputError
+from dreammix_trt.engine import kernels
+from dreammix_trt.engine.canvas.geometry import (
+    FACTOR,
+    Size,
+    crop_box,
+    feather_width,
+    fill_cascade,
+    fitted_box,
+    floored,
+    grown_box,
+    initial_box,
+    mask_bounds,
+    profile_sizes,
+    reference_work_size,
+    scale_of,
+    union,
+    work_size,
+)
+from dreammix_trt.engine.kernels import Box
+
+U8 = npt.NDArray[np.uint8]
+F32 = npt.NDArray[np.float32]
+Mode = Literal["native", "reference"]
+
+
+# ------------------------------------------------------------------------------------------------ values
+
+
+def to_latent_range(picture: U8) -> F32:
+    """uint8 (h, w, 3) -> float32 (1, 3, h, w) in [-1, 1]: what the VAE encoder takes."""
+    values = picture.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255)
+    return np.ascontiguousarray(np.float32(2) * values - np.float32(1))
+
+
+def from_decoded(decoded: F32) -> U8:
+    """The VAE decoder's float32 (1, 3, h, w) -> uint8 (h, w, 3): round(255 clamp(y/2 + 0.5))."""
+    values = np.clip(decoded[0] / np.float32(2) + np.float32(0.5), 0, 1).transpose(1, 2, 0)
+    return np.ascontiguousarray(np.rint(values * np.float32(255)).astype(np.uint8))
+
+
+def dilated(mask: U8, pixels: int) -> U8:
+    """The mask with its region (above 127) grown by `pixels` to all sides; as it is for 0."""
+    while pixels > 0:
+        reach = min(pixels, 250)  # the feather tells no more than 255 distances apart
+        mask = np.where(kernels.feather(mask, reach + 1) > 0, np.uint8(255), np.uint8(0))
+        pixels -= reach
+    return mask
+
+
+def seam_weight(mask: U8, width: int) -> U8:
+    """The share of the global stage in the seam, uint8 (H, W): 255 outside the mask and at its edge, 0 deep inside.
+
+    It falls over `width` pixels; in a mask thinner than that, to 0 at its deepest pixel.
+    """
+    share = np.full(mask.shape, 255, np.uint8)
+    r0, r1, c0, c1 = mask_bounds(mask)
+    # The nearest pixel outside the mask is never farther away than the ring around its bounds.
+    near = np.s_[max(r0 - 1, 0) : r1 + 1, max(c0 - 1, 0) : c1 + 1]
+    rim = kernels.feather(np.where(mask[near] > 127, np.uint8(0), np.uint8(255)), width)
+    deepest = int(rim.min())
+    if deepest < 255:
+        levels = np.rint((np.arange(256) - deepest) * (255 / (255 - deepest))).clip(0, 255).astype(np.uint8)
+        share[near] = levels[rim]
+    return share
+
+
+# ------------------------------------------------------------------------------------------------ frames
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What one stage works on: a box of the canvas at the size of the networks.
+
+    box: in canvas pixels. image: uint8 (h, w, 3). mask: uint8 (h, w), 0 or 255. fill: image with its hole filled, or
+    None where the plain image is the background. In reference mode h and w may be no multiple of 8; `size` is.
+    """
+
+    box: Box
+    image: U8
+    mask: U8
+    fill: U8 | None = None
+
+    @property
+    def size(self) -> Size:
+        """(height, width) in pixels of what the VAE takes."""
+        return floored((self.image.shape[0], self.image.shape[1]))
+
+    @property
+    def latent_size(self) -> Size:
+        return self.size[0] // FACTOR, self.size[1] // FACTOR
+
+    @property
+    def scale(self) -> float:
+        """Canvas pixels per frame pixel, as a length: above 1 the frame is coarser than the canvas."""
+        return scale_of(self.box, self.size)
+
+    @cached_property
+    def network_mask(self) -> U8:
+        """The mask at `size`, 0 or 255."""
+        return _binary(_resized(self.mask, self.size))
+
+    @cached_property
+    def latent_mask(self) -> F32:
+        """float32 (1, 1, h/8, w/8): 1 where any pixel is repainted."""
+        return kernels.latent_mask(self.network_mask, FACTOR)[None, None]
+
+    def network_input(self, picture: U8) -> F32:
+        """A picture of the frame's size as float32 (1, 3, h, w) in [-1, 1], sides whole latent cells."""
+        return to_latent_range(_resized(picture, self.size))
+
+    @property
+    def background(self) -> F32:
+        """The VAE's input for the background latent: the fill, else the plain image."""
+        return self.network_input(self.image if self.fill is None else self.fill)
+
+    @property
+    def masked(self) -> F32:
+        """The VAE's input for the head: the image with its hole at 0, which is mid grey."""
+        return self.network_input(self.image) * (self.network_mask < 128)
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """One picture to be inpainted: `image` uint8 (H, W, 3) and `mask` uint8 (H, W), for a base of side `native`.
+
+    snap: what the sides of a native frame are multiples of. sizes: the only frames there are, in pixels; None: all of
+    `geometry.profile_sizes`, and any in reference mode. Make one with `Canvas.of`.
+    """
+
+    image: U8
+    mask: U8
+    mode: Mode
+    native: int
+    snap: int
+    sizes: tuple[Size, ...] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        image: U8,
+        mask: U8,
+        *,
+        mode: Mode = "native",
+        native: int = 1024,
+        divisor: int = 32,
+        sizes: Sequence[Size] | None = None,
+    ) -> Canvas:
+        """Lay the canvas: the user's own pixels, or stretched to native x native in reference mode (step 1).
+
+        divisor: the base's least multiple of a side in pixels, 8 * 2^(levels - 1). sizes: the frame sizes (height,
+        width) in pixels that the engines take, where they do not take all: native frames are chosen among them,
+        reference frames that are none of them are refused (`work_size`).
+        Raises InputError where nothing of the mask is left to repaint.
+        """
+        if mode == "reference":
+            image = kernels.resize(image, native, native, "bicubic")
+            mask = kernels.resize(mask, native, native, "bicubic")
+        if not (mask > 127).any():
+            raise InputError("mask_image repaints nothing (no value above 127 at the working size): enlarge the region")
+        allowed = None if sizes is None else tuple(sizes)
+        return cls(image, mask, mode, native, max(64 * native // 1024, divisor), allowed)
+
+    @property
+    def size(self) -> Size:
+        return self.image.shape[0], self.image.shape[1]
+
+    @property
+    def feather_width(self) -> int:
+        return feather_width(self.size)
+
+    @cached_property
+    def feather(self) -> U8:
+        """The weight of what is pasted, uint8 (H, W); 0 where pixels stay as they are."""
+        weight = np.zeros(self.size, np.uint8)
+        weight[self._near] = kernels.feather(np.ascontiguousarray(self.mask[self._near]), self.feather_width)
+        return weight
+
+    @cached_property
+    def _near(self) -> tuple[slice, slice]:
+        """The part of the canvas that a paste can change: the mask and the feather around it."""
+        r0, r1, c0, c1 = mask_bounds(self.mask)
+        reach = self.feather_width
+        return slice(max(r0 - reach, 0), r1 + reach), slice(max(c0 - reach, 0), c1 + reach)
+
+    def box(self, field: float) -> Box:
+        """The crop box of a stage. In native mode it contains the mask and has an aspect the engines take."""
+        if self.mode == "reference":
+            return crop_box(self.mask, field, threshold=0)
+        bounds = mask_bounds(self.mask)
+        box = grown_box(union(initial_box(bounds, self.size), bounds), field, self.size)
+        return fitted_box(box, bounds, self.size, self._choices)
+
+    def work_size(self, box: Box) -> Size:
+        """(height, width) in pixels that a crop box is resized to; in reference mode they may be no whole latent cells.
+
+        Raises InputError in reference mode, which has no choice, for a frame that is none of `sizes`.
+        """
+        crop = (box[1] - box[0], box[3] - box[2])
+        if self.mode == "native":
+            return work_size(crop, self.native, self.snap, self._choices)
+        size = reference_work_size(crop, self.native, self.snap)
+        if self.sizes is not None and floored(size) not in self.sizes:
+            raise InputError(
+                f"reference mode needs a frame of {_spelled(floored(size))} pixels here, a request larger than any "
+                f"profile: these engines take {_listed(self.sizes)}; use native mode, or build engines of more sizes "
+                "with `--shapes dynamic`"
+            )
+        return size
+
+    @property
+    def _choices(self) -> Sequence[Size]:
+        return profile_sizes(self.native, self.snap) if self.sizes is None else self.sizes
+
+    def local_frame(self, field: float, *, fill: bool = True, dilate: int = 0) -> Frame:
+        """The frame of the local stage (LCG), its hole filled from around unless `fill` is False (steps 2 to 4).
+
+        dilate: enlarge the frame's mask by that many canvas pixels; neither the box nor the paste follow it.
+        """
+        frame = self._frame(field, dilate)
+        if not fill:
+            return frame
+        return replace(frame, fill=kernels.fill(frame.image, frame.mask, fill_cascade(self.native)))
+
+    def global_frame(self, field: float = 1.0) -> Frame:
+        """The frame of the global stage (GCH): the plain image; field 1 is the whole canvas where its aspect allows."""
+        return self._frame(field)
+
+    def cropped(self, picture: U8, frame: Frame) -> U8:
+        """Another picture of the canvas' size, cut and resized as `frame` was: what the hand-over encodes."""
+        h, w = frame.image.shape[:2]
+        return _resized(picture, (h, w), frame.box)
+
+    def hand_over(self, frame: Frame, decoded: U8, *, soft: bool = False) -> U8:
+        """Put a stage's picture (uint8, `frame.size`) back into its box and blend its rim into the canvas (step 12).
+
+        soft: blend the content radially first (`soft_blending`). Returns uint8 (H, W, 3); pixels farther from the
+        mask than the feather are those of the canvas.
+        """
+        content = _to_box(decoded, frame.box)
+        alpha = kernels.soft_alpha(content.shape[0], content.shape[1]) if soft else None
+        return kernels.paste(self.image, content, frame.box, self.feather, alpha)
+
+    def keeps_local(self, frame: Frame, local: Frame) -> bool:
+        """Whether a global frame would blur what the local one rendered: it is coarser than that and than the canvas.
+
+        Native mode only; the reference pastes the global result whatever its scale.
+        """
+        return self.keeps_scale(frame.box, frame.size, local.box, local.size)
+
+    def keeps_scale(self, box: Box, size: Size, local_box: Box, local_size: Size) -> bool:
+        """`keeps_local` of frames by their boxes and sizes alone."""
+        return self.mode == "native" and scale_of(box, size) > max(1.0, scale_of(local_box, local_size))
+
+    def final(self, frame: Frame, decoded: U8, *, local: tuple[Frame, U8] | None = None) -> U8:
+        """The finished picture, uint8 (H, W, 3), from the last stage's frame and picture (step 13).
+
+        local: the local stage's frame and finished picture, when a global stage followed. Where the global frame
+        would blur it (`keeps_local`), the inside of the mask stays local and only the seam (`seam_weight`) is taken
+        from the global picture.
+        """
+        if local is None or not self.keeps_local(frame, local[0]):
+            return self.hand_over(frame, decoded)
+        around = np.ascontiguousarray(self.image[self._near])
+        inside, seam = (self._placed(*stage) for stage in (local, (frame, decoded)))
+        part = (0, around.shape[0], 0, around.shape[1])
+        mixed = kernels.paste(inside, seam, part, np.ascontiguousarray(self._seam[self._near]))
+        out = self.image.copy()
+        out[self._near] = kernels.paste(around, mixed, part, np.ascontiguousarray(self.feather[self._near]))
+        return out
+
+    def _placed(self, frame: Frame, decoded: U8) -> U8:
+        """The canvas around the mask (`_near`) with a stage's picture put into its box."""
+        tops, lefts = (part.indices(side)[:2] for part, side in zip(self._near, self.size, strict=True))
+        r0, r1, c0, c1 = frame.box
+        rows, cols = (max(r0, tops[0]), min(r1, tops[1])), (max(c0, lefts[0]), min(c1, lefts[1]))
+        content = _to_box(decoded, frame.box)[rows[0] - r0 : rows[1] - r0, cols[0] - c0 : cols[1] - c0]
+        out = self.image[self._near].copy()
+        out[rows[0] - tops[0] : rows[1] - tops[0], cols[0] - lefts[0] : cols[1] - lefts[0]] = content
+        return out
+
+    @cached_property
+    def _seam(self) -> U8:
+        return seam_weight(self.mask, self.feather_width)
+
+    def _frame(self, field: float, dilate: int = 0) -> Frame:
+        box, user_mask = self.box(field), dilated(self.mask, dilate)
+        size = self.work_size(box)
+        mask = _binary(_resized(user_mask, size, box))
+        if not mask.any():  # a speck that resampling has lost: keep it
+            mask = _nearest(user_mask, size, box)
+        return Frame(box, _resized(self.image, size, box), mask)
+
+
+def _resized(picture: U8, size: Size, box: Box | None = None) -> U8:
+    """Crop and Lanczos; a copy where the size stays."""
+    r0, r1, c0, c1 = box if box is not None else (0, picture.shape[0], 0, picture.shape[1])
+    if (r1 - r0, c1 - c0) == size:
+        return np.ascontiguousarray(picture[r0:r1, c0:c1])
+    return kernels.resize(picture, size[0], size[1], "lanczos", (r0, r1, c0, c1))
+
+
+def _to_box(picture: U8, box: Box) -> U8:
+    return _resized(picture, (box[1] - box[0], box[3] - box[2]))
+
+
+def _spelled(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _listed(sizes: Sequence[Size]) -> str:
+    told = [_spelled(size) for size in sorted(sizes)]
+    return ", ".join(told) if len(told) <= 6 else f"{told[0]} to {told[-1]} ({len(told)} sizes)"
+
+
+def _binary(mask: U8) -> U8:
+    return np.where(mask > 127, np.uint8(255), np.uint8(0))
+
+
+def _nearest(mask: U8, size: Size, box: Box) -> U8:
+    """The mask at `size`, each frame pixel that any repainted pixel falls into set."""
+    rows, cols = np.nonzero(mask[box[0] : box[1], box[2] : box[3]] > 127)
+    out = np.zeros(size, np.uint8)
+    out[rows * size[0] // (box[1] - box[0]), cols * size[1] // (box[3] - box[2])] = 255
+    return out

@@ -1,0 +1,128 @@
+"""Large pictures through the VAE in tiles: where the tiles lie and how what comes out of them is joined.
+
+Above `ABOVE` pixels a VAE's attention takes more memory than all the rest (its scores grow with the fourth power of the
+side: 10 GB in float32 at 2048 x 1536). Tiles are as large as SDXL's own pictures, all of one size, so that one engine
+shape serves; neighbours overlap, and each result fades into the next one's along a straight ramp. The VAE's norms and
+attention look at a whole tile, so the joined picture is near that of the whole frame and not the same.
+
+Plain planning, for the device and the host alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dreammix_trt.engine.canvas.geometry import FACTOR
+
+F32 = npt.NDArray[np.float32]
+
+#: the longer side in pixels up to which a frame goes through the VAE whole
+ABOVE: Final = 1536
+#: side of a tile in latent cells: 1024 pixels
+SIDE: Final = 128
+#: cells that neighbours share at least. The embedded VAE on 1920 x 1024 pixels against the whole frame: with 16 cells,
+#: 43.7 dB and up to 20 of 255 levels off, with 32 (a tile more) 44.4 dB and 9; sixteenfold enlarged, the difference
+#: shows the first seam and not the second
+OVERLAP: Final = 32
+
+
+class Tile(NamedTuple):
+    """A tile of (1, C, H, W): its first row and column, and its weights, float32 (height,) and (width,), all of one
+    scale (latent cells or pixels). The weight of an element is ramp_rows[y] * ramp_cols[x]."""
+
+    row: int
+    col: int
+    ramp_rows: F32
+    ramp_cols: F32
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a frame is cut: every tile is height x width latent cells; rows, cols: the first cells of the tiles along
+    each axis."""
+
+    height: int
+    width: int
+    rows: tuple[int, ...]
+    cols: tuple[int, ...]
+
+    def tiles(self, factor: int = 1) -> tuple[Tile, ...]:
+        """Row by row; factor 1: in latent cells, `FACTOR` (8): in pixels. The weights sum to 1 at every element."""
+        down = _ramps(self.rows, self.height, factor)
+        across = _ramps(self.cols, self.width, factor)
+        return tuple(
+            Tile(factor * row, factor * col, *ramps)
+            for (row, col), ramps in zip(product(self.rows, self.cols), product(down, across), strict=True)
+        )
+
+
+def needs_tiles(height: int, width: int) -> bool:
+    """Whether a frame of height x width pixels goes through the VAE in tiles."""
+    return max(height, width) > ABOVE
+
+
+def tiles_of(height: int, width: int, *, side: int = SIDE, overlap: int = OVERLAP) -> Tiling:
+    """The fewest tiles that cover height x width latent cells, spread evenly.
+
+    side: of a tile, in latent cells, less where the frame is smaller; overlap: cells that neighbours share at least,
+    1 to side - 1.
+    """
+    rows, cols = (_starts(length, side, overlap) for length in (height, width))
+    return Tiling(min(side, height), min(side, width), rows, cols)
+
+
+def run_tiled(run: Callable[[F32], Mapping[str, F32]], array: F32, tiling: Tiling, *, decode: bool) -> dict[str, F32]:
+    """Run a VAE on an array (N, C, H, W) tile by tile; its outputs by name, joined, float32.
+
+    decode: array is a latent, and outputs are `FACTOR` times as large; else it is a picture, and they are that much
+    smaller.
+    """
+    taken, given = (1, FACTOR) if decode else (FACTOR, 1)
+    height, width = (side * given // taken for side in array.shape[2:])
+    joined: dict[str, F32] = {}
+    for source, target in zip(tiling.tiles(taken), tiling.tiles(given), strict=True):
+        part = np.ascontiguousarray(array[_place(source)])
+        weight = target.ramp_rows[:, None] * target.ramp_cols
+        for name, values in run(part).items():
+            whole = joined.setdefault(name, np.zeros((*values.shape[:2], height, width), np.float32))
+            whole[_place(target)] += values * weight
+    return joined
+
+
+def _place(tile: Tile) -> tuple[slice, ...]:
+    rows, cols = slice(tile.row, tile.row + len(tile.ramp_rows)), slice(tile.col, tile.col + len(tile.ramp_cols))
+    return slice(None), slice(None), rows, cols
+
+
+def _starts(length: int, side: int, overlap: int) -> tuple[int, ...]:
+    """First cells of tiles along an axis: the first at 0, the last ends where the axis does."""
+    room = length - side
+    if room <= 0:
+        return (0,)
+    gaps = -(-room // (side - overlap))
+    return tuple(index * room // gaps for index in range(gaps + 1))
+
+
+def _ramps(starts: Sequence[int], side: int, factor: int) -> list[F32]:
+    """The weights of tiles along one axis, (factor * side,) each.
+
+    From each tile to the next a step goes from 0 to 1 in a straight line over what they share; a tile's weight is the
+    step to it less the step from it. So the sum is 1 whatever overlaps, three tiles too, and no weight is negative, as
+    each step lies behind the one before.
+    """
+    at = np.arange(factor * (starts[-1] + side)) + 0.5
+    steps = [np.ones_like(at)]
+    for before, start in pairwise(starts):
+        first, last = factor * start, factor * (before + side)
+        steps.append(np.clip((at - first) / (last - first), 0, 1))
+    steps.append(np.zeros_like(at))
+    return [
+        (come - gone)[factor * start : factor * (start + side)].astype(np.float32)
+        for start, (come, gone) in zip(starts, pairwise(steps), strict=True)
+    ]

@@ -1,0 +1,247 @@
+"""What an engine set takes of a device's memory, settled and printable before the first request.
+
+Weights, the workspace all networks share (they never run at once), the arena's regions and a reserve. Where not
+everything fits, the raw UNet stays away, and where that is not enough, networks take turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.files import size_text
+from dreammix_trt.engine.drivers.device import OutOfMemoryError
+from dreammix_trt.engine.seam import DeviceNetworks
+
+MIB: Final = 1 << 20
+
+#: What may be done where memory is short, in the order in which it is tried.
+STRATEGIES: Final = ("resident", "one-unet", "swap")
+
+#: Networks that one phase of a request needs together; under "swap" one of these groups is on the device.
+PHASES: Final = (
+    ("text_encoder", "text_encoder_2"), ("unet",), ("unet_raw",), ("vae_encoder", "vae_decoder", "inpaint_head"),
+)  # fmt: skip
+
+# For what no one can ask for beforehand: kernels that the driver loads or TensorRT-RTX compiles at their first use,
+# their local memory, rounding of allocations to 2 MiB, and what a desktop takes meanwhile. The context itself is not in
+# it: it is there when free memory is asked for. An estimate.
+_RESERVE: Final = 512 * MIB
+# A step of SDXL is some thousand kernels, and a shape keeps graphs of both UNets and of the phases around. An estimate.
+_GRAPHS_OF_A_SHAPE: Final = 32 * MIB
+_TWIN: Final = "_float32"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a runtime is loaded for; memory is set aside for all of it.
+
+    pictures: most in a batch. largest_picture: width times height of the largest picture a request may bring, which
+    takes some twenty bytes of device memory a pixel; larger ones are refused. subjects: how many stay on the device;
+    texts: prompts that stay encoded there (others are brought again when asked for). shapes: how many frame sizes (and
+    batch sizes) keep graphs. residency: "resident", all networks stay; "one-unet", unet_raw stays away and all steps
+    run on the inpainting UNet, so pictures differ a little; "swap", networks are there while a phase needs them, and
+    one that cannot be loaded is found out by the first request; None: the first of these that fits. Raises InputError.
+    """
+
+    pictures: int = 1
+    largest_picture: int = 4096 * 4096
+    subjects: int = 8
+    texts: int = 16
+    shapes: int = 4
+    residency: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value: Any = getattr(self, field.name)
+            if field.name == "residency":
+                if value is not None and value not in STRATEGIES:
+                    raise InputError(f"residency is {value!r}, not one of {', '.join(STRATEGIES)}, or None")
+            elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{field.name} is {value!r}, not a whole number from 1 on")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that takes memory: bytes, and what for."""
+
+    name: str
+    bytes: int
+    purpose: str
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How the memory of a device is used; `str` is a table. Sizes in bytes.
+
+    strategy: "resident": every network stays; "one-unet": unet_raw stays away and requests run with
+    patched_fraction=1; "swap": networks are there while a phase needs them. free: for everything that is planned, so
+    weights that are there already count as free. safe: the float32 twins there is room for beside the rest; without:
+    those there is none for. notice: what users of this plan should be told, None where nothing is missing.
+    """
+
+    strategy: str
+    rows: tuple[Row, ...]
+    free: int
+    total: int
+    safe: tuple[str, ...]
+    without: tuple[str, ...]
+    notice: str | None
+
+    @property
+    def needed(self) -> int:
+        """Bytes of all rows."""
+        return sum(row.bytes for row in self.rows)
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is no more than is free."""
+        return self.needed <= self.free
+
+    def __str__(self) -> str:
+        head = f"memory plan {self.strategy!r}: {size_text(self.needed)} of {size_text(self.free)} that can be used"
+        cells = [(row.name, size_text(row.bytes), row.purpose) for row in self.rows]
+        cells.append(("total", size_text(self.needed), f"the device has {size_text(self.total)}"))
+        name, size = (max(len(cell[column]) for cell in cells) for column in (0, 1))
+        lines = [f"  {cell[0]:<{name}}  {cell[1]:>{size}}  {cell[2]}".rstrip() for cell in cells]
+        return "\n".join([head, *lines, *([f"  {self.notice}"] if self.notice else [])])
+
+
+def plan_memory(
+    networks: DeviceNetworks,
+    free: int,
+    total: int,
+    options: Options,
+    regions: Mapping[str, int],
+    workspace: int,
+    *,
+    loaded: Collection[str] | None = None,
+    beside: bool = False,
+) -> MemoryPlan:
+    """Plan an engine set on a device of `total` bytes, of which `free` are free now.
+
+    regions: bytes of each region of the arena, by name; workspace: of the neediest network (as good as nothing where
+    the back end allocates its own). loaded: networks whose weights are on the device now, so that `free` lacks them;
+    None: all but the float32 twins. beside: another runtime uses the same networks, with the same options.
+
+    Raises OutOfMemoryError with the whole plan when no strategy fits, or not that of `options.residency`; InputError
+    when that is "one-unet" and the base has no unet_raw.
+    """
+    weights = {name: networks.weight_bytes(name) for name in _present(networks)}
+    there = [name for name in weights if not name.endswith(_TWIN)] if loaded is None else loaded
+    usable = min(free + sum(weights[name] for name in there), total)
+    if options.residency == "one-unet" and "unet_raw" not in weights:
+        raise InputError("residency is 'one-unet', but this base has no second UNet; leave residency out")
+    shared = (*_regions(regions), _workspace(workspace), *_reserves(options))
+    tried = []
+    for strategy in [options.residency] if options.residency else STRATEGIES:
+        if strategy == "one-unet" and "unet_raw" not in weights:
+            continue
+        tried.append(_planned(strategy, weights, shared, usable, total))
+        if tried[-1].fits:
+            return tried[-1]
+    least = min(tried, key=lambda plan: plan.needed)
+    raise OutOfMemoryError(_too_little(least, options, total - usable, beside))
+
+
+def _planned(strategy: str, weights: Mapping[str, int], shared: Sequence[Row], usable: int, total: int) -> MemoryPlan:
+    """A strategy's plan, which may not fit, with as many twins as fit into it, the smallest first."""
+    kept = {name: size for name, size in weights.items() if not (strategy == "one-unet" and name == "unet_raw")}
+    plain = {name: size for name, size in kept.items() if not name.endswith(_TWIN)}
+    rows = _weights(strategy, plain)
+    safe: list[str] = []
+    for name in sorted(kept.keys() - plain.keys(), key=lambda name: (kept[name], name)):
+        more = _weights(strategy, plain | {twin: kept[twin] for twin in (*safe, name)})
+        if sum(row.bytes for row in (*more, *shared)) <= usable:
+            rows, safe = more, [*safe, name]
+    without = tuple(sorted(kept.keys() - plain.keys() - set(safe)))
+    return MemoryPlan(
+        strategy, (*rows, *shared), usable, total, tuple(sorted(safe)), without, _notice(strategy, without)
+    )
+
+
+def _weights(strategy: str, weights: Mapping[str, int]) -> tuple[Row, ...]:
+    if strategy != "swap":
+        return tuple(
+            Row(name, size, "weights, from the first overflow on" if name.endswith(_TWIN) else "weights")
+            for name, size in weights.items()
+        )
+    turns = dict(_turns(weights))
+    neediest = max(turns, key=lambda turn: turns[turn], default="nothing")
+    return (Row("weights", max(turns.values(), default=0), f"of {neediest}; the networks of each phase take turns"),)
+
+
+def _turns(weights: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    """What is on the device at once under "swap", and its bytes: each phase, and each with its twins."""
+    for phase in PHASES:
+        plain = [name for name in phase if name in weights]
+        wide = [name + _TWIN if name + _TWIN in weights else name for name in plain]
+        for turn in (plain, wide):
+            yield ", ".join(turn), sum(weights[name] for name in turn)
+
+
+def _regions(regions: Mapping[str, int]) -> Iterator[Row]:
+    """The larger regions of the arena by name, the small ones together."""
+    small = {name for name, size in regions.items() if size < 16 * MIB}
+    for name, size in sorted(regions.items(), key=lambda item: -item[1]):
+        if name not in small:
+            yield Row(name, size, "arena")
+    if small:
+        yield Row("the rest", sum(regions[name] for name in small), f"arena: {len(small)} small regions")
+
+
+def _workspace(count: int) -> Row:
+    if count < MIB:
+        return Row(
+            "workspace", count, "as good as none: the back end takes scratch memory of its own, not counted here"
+        )
+    return Row("workspace", count, "scratch of the neediest network; all share it, they never run at once")
+
+
+def _reserves(options: Options) -> Iterator[Row]:
+    yield Row("graphs", options.shapes * _GRAPHS_OF_A_SHAPE, f"of {options.shapes} shapes; estimated")
+    yield Row("reserve", _RESERVE, "kernels that are loaded or compiled when first used; estimated")
+
+
+def _notice(strategy: str, without: Sequence[str]) -> str | None:
+    told = {
+        "one-unet": "unet_raw stays away: requests run with patched_fraction=1",
+        "swap": "the networks take turns: each phase of a request waits for its weights",
+    }.get(strategy)
+    if without:
+        lacks = f"there is no room for {', '.join(without)}: a request that overflows float16 there may fail"
+        told = f"{told}; {lacks}" if told else lacks
+    return told
+
+
+def _too_little(plan: MemoryPlan, options: Options, taken: int, beside: bool) -> str:
+    """What to do: what is set higher than it must be, then what other programs hold."""
+    lower = {
+        name: f"{name} (now {value})"
+        for name, value, least in (
+            ("pictures", options.pictures, 1), ("largest_picture", options.largest_picture, 1024 * 1024),
+            ("subjects", options.subjects, 1), ("texts", options.texts, 3), ("shapes", options.shapes, 2),
+        )
+        if value > least
+    }  # fmt: skip
+    remedies = [f"lower {', '.join(lower.values())}"] if lower else []
+    if beside:
+        what = "the device has too little memory for another runtime beside the first"
+        remedies = [f"load the first with less ({each})" for each in remedies] + ["use one runtime alone"]
+    else:
+        what = "the device has too little memory"
+        if "largest_picture" in lower:
+            remedies.append("paint smaller pictures")
+        if options.residency:
+            remedies.append("leave residency out, so that one that fits is chosen")
+        if taken >= 256 * MIB:
+            remedies.append(f"close the programs that hold {size_text(taken)} of the device")
+        remedies += ["build the engines with a smaller `--workspace`", "load with device='cpu'"]
+    return f"{what}, {size_text(plan.needed - plan.free)} are missing:\n{plan}\nWhat helps: {'; or '.join(remedies)}"
+
+
+def _present(networks: DeviceNetworks) -> list[str]:
+    names = [name for phase in PHASES for name in phase]
+    return [each for name in names for each in (name, name + _TWIN) if each in networks]

@@ -1,0 +1,99 @@
+"""Which networks' weights are on the device: all of them, all but one UNet, or those that the next phase needs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, Final
+
+from dreammix_trt.engine.device.plan import MemoryPlan
+from dreammix_trt.engine.device.records import FLAGS
+from dreammix_trt.engine.device.room import named
+from dreammix_trt.engine.device.subjects import UNETS
+from dreammix_trt.engine.seam import DeviceNetworks
+
+_SAFE: Final = "_float32"
+_LOADING: Final = threading.Lock()  # runtimes that share networks bring a twin one after the other
+
+
+class Usable:
+    """Networks without some: those of `hidden` are not there, nor are float32 twins that cannot stand in: a subject's
+    factors lie on the device in one type, and both UNets are told the same rows."""
+
+    def __init__(self, networks: DeviceNetworks, hidden: Collection[str] = ()) -> None:
+        self._networks = networks
+        self._hidden = {*hidden, *_of_other_factors(networks)}
+        if any(name in self and name + _SAFE not in self for name in UNETS):
+            self._hidden |= {name + _SAFE for name in UNETS}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._networks and name not in self._hidden
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._networks, name)
+
+
+def planned(networks: DeviceNetworks, plan: MemoryPlan) -> Usable:
+    """Networks as a memory plan leaves them: those it has no room for are not there."""
+    one = plan.strategy == "one-unet"
+    return Usable(networks, {*plan.without, *(("unet_raw", "unet_raw" + _SAFE) if one else ())})
+
+
+def _of_other_factors(networks: DeviceNetworks) -> Iterator[str]:
+    """Twins that take LoRA factors in another type than the networks they stand in for."""
+    for name in FLAGS:
+        if name in networks and name + _SAFE in networks:
+            known = {tensor.name: tensor.dtype for tensor in networks.inputs(name)}
+            factors = {"lora", *(factor for slot in networks.slots(name) for factor, _ in slot.factors)}
+            if any(t.name in factors and known.get(t.name) != t.dtype for t in networks.inputs(name + _SAFE)):
+                yield name + _SAFE
+
+
+class Residency:
+    """Carries a memory plan's strategy out. networks: as planned; shared: other runtimes use them, so none leaves.
+    wait: for everything under way, before weights leave. seconds: spent so far on bringing weights in and out."""
+
+    def __init__(
+        self, networks: DeviceNetworks, plan: MemoryPlan, wait: Callable[[], None], *, shared: bool = False
+    ) -> None:
+        self._networks, self._plan, self._wait = networks, plan, wait
+        self.seconds = 0.0
+        if shared:
+            return
+        swap = plan.strategy == "swap"
+        here = set(networks.loaded)
+        for name in sorted(here):
+            if swap or name.endswith(_SAFE) or name not in networks:
+                networks.unload(name)
+        for name in FLAGS:
+            if name in networks and not swap and name not in here:
+                networks.load(name)
+
+    def make_room(self) -> None:
+        """Before networks are bound: under "swap" all weights leave, as TensorRT 11 brings those it binds for a moment.
+        The device must be idle."""
+        if self._plan.strategy == "swap":
+            for name in self._networks.loaded:
+                self._networks.unload(name)
+
+    @property
+    def captures(self) -> bool:
+        """Whether graphs stay valid: weights that come back may lie elsewhere."""
+        return self._plan.strategy != "swap"
+
+    def need(self, *names: str, safe: bool = False) -> None:
+        """Have these networks' weights on the device; under "swap" all others leave first."""
+        wanted = {named(self._networks, name, safe) for name in names if name in self._networks}
+        if wanted <= set(self._networks.loaded):
+            return
+        started = time.perf_counter()
+        with _LOADING:
+            here = set(self._networks.loaded)
+            if self._plan.strategy == "swap":
+                self._wait()
+                for name in sorted(here - wanted):
+                    self._networks.unload(name)
+            for name in sorted(wanted - here):
+                self._networks.load(name)
+        self.seconds += time.perf_counter() - started

@@ -1,0 +1,270 @@
+"""One frame size on the device: the networks bound to the arena at that size, and the graphs captured there.
+
+A room is all that hangs on a shape. Its graphs hold whole phases; pictures, schedules, texts and subjects are data, so
+they are replayed for any request of the shape.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dreammix_trt.engine.canvas.geometry import FACTOR, Size, floored
+from dreammix_trt.engine.canvas.tiles import Tiling, needs_tiles, tiles_of
+from dreammix_trt.engine.device.arena import Arena, Regions
+from dreammix_trt.engine.device.subjects import Layout
+from dreammix_trt.engine.drivers.device import Array, Device, Graph, Memory, OutOfMemoryError, Stream
+from dreammix_trt.engine.seam import Bound, DeviceNetworks, Sides, Tensor
+
+Ramps = list[tuple[Array, Array]]
+
+UNET_INPUTS = {
+    "sample": "sample", "timestep": "timestep", "encoder_hidden_states": "text", "text_embeds": "pooled text",
+    "time_ids": "time ids", "inpaint_feature": "feature",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides a room: the frame's work size in pixels, pictures, rows a picture, and whether it is the safe one,
+    where networks are taken as their float32 twins."""
+
+    work: Size
+    pictures: int
+    rows_per_picture: int
+    safe: bool = False
+
+    @property
+    def size(self) -> Size:
+        """Pixels the networks see."""
+        return floored(self.work)
+
+    @property
+    def latent(self) -> Size:
+        return self.size[0] // FACTOR, self.size[1] // FACTOR
+
+    @property
+    def batch(self) -> Sides:
+        """The sides of a UNet call."""
+        return Sides(self.pictures * self.rows_per_picture, self.pictures, *self.latent)
+
+    @property
+    def one(self) -> Sides:
+        """The sides of one picture."""
+        return Sides(1, 1, *self.latent)
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """How the VAE is run in tiles; None: whole."""
+        return tiles_of(*self.latent) if needs_tiles(*self.size) else None
+
+    @property
+    def vae(self) -> Sides:
+        """The sides of a VAE call."""
+        tiling = self.tiling
+        return Sides(1, 1, tiling.height, tiling.width) if tiling else self.one
+
+
+def named(networks: DeviceNetworks, name: str, safe: bool) -> str:
+    """A network, or where `safe` its float32 twin if there is one."""
+    twin = f"{name}_float32"
+    return twin if safe and twin in networks else name
+
+
+def regions(networks: DeviceNetworks, largest: Shape) -> Regions:
+    """Memory the networks are bound to, for the largest room.
+
+    What the VAE reads and writes is sized for float32, which its twins take.
+    """
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    batch, one = largest.batch, largest.one
+    inputs = {tensor.name: tensor for tensor in networks.inputs("unet")}
+    for name, region in UNET_INPUTS.items():
+        found[region] = (batch.shape(inputs[name]), _wide(networks, "unet", inputs[name]))
+    found["no feature"] = found["feature"]
+    eps = networks.outputs("unet")[0]
+    found["eps"] = (batch.shape(eps), _wide(networks, "unet", eps))
+    for name, prefix in (("vae_encoder", "encoder "), ("vae_decoder", "decoder ")):
+        for tensor in (*networks.inputs(name), *networks.outputs(name)):
+            found[prefix + tensor.name] = (largest.vae.shape(tensor), "float32")
+    if "inpaint_head" in networks:
+        for tensor in (*networks.inputs("inpaint_head"), *networks.outputs("inpaint_head")):
+            found[f"head {tensor.name}"] = (one.shape(tensor), "float32")
+    return found
+
+
+def _wide(networks: DeviceNetworks, name: str, tensor: Tensor) -> str:
+    """The larger type where a float32 twin shares the memory."""
+    return "float32" if f"{name}_float32" in networks and tensor.dtype == "float16" else tensor.dtype
+
+
+class Room:
+    """The bound networks of a shape. arrays: by network and tensor name."""
+
+    def __init__(
+        self, shape: Shape, device: Device, networks: DeviceNetworks, arena: Arena, layout: Layout, workspace: Array,
+        upload: Callable[[Array, np.ndarray], None],
+    ) -> None:  # fmt: skip
+        """upload: brings values to the device, and waits."""
+        self.shape = shape
+        self.arrays: dict[str, dict[str, Array]] = {}
+        self._device, self._networks, self._workspace, self._upload = device, networks, workspace, upload
+        self._bound: dict[str, Bound] = {}
+        self._graphs: dict[Any, Graph] = {}
+        self._used: set[str] = set()  # networks of the phase that is played
+        self._plain: set[Any] = set()  # phases that cannot be captured
+        self._arena = arena
+        self._memory: list[Memory] = []
+        self._ramps: dict[int, Ramps] = {}
+        try:
+            if shape.tiling:
+                self._ramps = {factor: self._uploaded(shape.tiling, factor) for factor in (1, FACTOR)}
+            for name in ("unet", "unet_raw"):
+                if name in networks:
+                    self._bind(name, shape.batch, _unet_regions(name), layout)
+            self._bind("vae_encoder", shape.vae, "encoder ", layout)
+            self._bind("vae_decoder", shape.vae, "decoder ", layout)
+            if "inpaint_head" in networks:
+                self._bind("inpaint_head", shape.one, "head ", layout)
+        except BaseException:
+            self.close()
+            raise
+
+    def enqueue(self, name: str, stream: Stream) -> None:
+        """Run a network of the room."""
+        self._used.add(name)
+        self._bound[name].enqueue(stream)
+
+    def play(self, key: Any, record: Callable[[], None], stream: Stream, *, capture: bool) -> None:
+        """Do what `record` enqueues: replay its graph, or run it plainly and capture it for the next time."""
+        graph = self._graphs.get(key)
+        if graph is not None:
+            graph.launch(stream)
+            return
+        self._used.clear()
+        record()
+        ready = all(self._bound[name].capturable for name in self._used)  # the others may never have run
+        if capture and ready and key not in self._plain:
+            graph = captured(self._device, stream, record)
+            if graph is None:
+                self._plain.add(key)
+            else:
+                self._graphs[key] = graph
+
+    def close(self) -> None:
+        """Free graphs and bindings; the device must be idle."""
+        for graph in self._graphs.values():
+            graph.close()
+        for bound in self._bound.values():
+            bound.close()
+        for memory in self._memory:
+            memory.free()
+        self._graphs, self._bound, self._memory = {}, {}, []
+
+    def ramps(self, factor: int) -> Ramps:
+        """Each tile's weights along rows and columns, float32; factor 1: in latent cells, `FACTOR`: in pixels."""
+        return self._ramps[factor]
+
+    def _uploaded(self, tiling: Tiling, factor: int) -> Ramps:
+        tiles = tiling.tiles(factor)
+        values = np.concatenate([ramp for tile in tiles for ramp in (tile.ramp_rows, tile.ramp_cols)])
+        memory = self._device.allocate(values.nbytes)
+        self._memory.append(memory)
+        whole = Array(memory.pointer, values.shape, "float32")
+        self._upload(whole, values)
+        height, width = factor * tiling.height, factor * tiling.width
+        starts = [index * (height + width) for index in range(len(tiles))]
+        return [(whole.part(at, height), whole.part(at + height, width)) for at in starts]
+
+    def _bind(self, name: str, sides: Sides, regions: Mapping[str, str] | str, layout: Layout) -> None:
+        actual = named(self._networks, name, self.shape.safe)
+        arrays = {}
+        for tensor in (*self._networks.inputs(actual), *self._networks.outputs(actual)):
+            region = regions + tensor.name if isinstance(regions, str) else regions.get(tensor.name)
+            if region is not None:
+                arrays[tensor.name] = self._arena[region].reshaped(sides.shape(tensor), tensor.dtype)
+        arrays |= layout.arrays(name, self._arena["bound factors"], sides.pictures)
+        self.arrays[name] = arrays
+        need = self._networks.workspace_bytes(actual, sides)
+        if need > self._workspace.nbytes:  # a smaller frame may take kernels that want more than the largest frame's
+            self._memory.append(self._device.allocate(need))
+            self._workspace = Array(self._memory[-1].pointer, (need,), "uint8")
+        self._bound[name] = self._networks.bind(actual, sides, arrays, self._workspace)
+
+
+def captured(device: Device, stream: Stream, record: Callable[[], None]) -> Graph | None:
+    """A graph of what was just done plainly; None, and a word in the log, where it cannot be captured."""
+    try:
+        return device.capture(stream, record)
+    except (OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # back ends tell of it in errors of their own
+        if getattr(error, "lost", False):
+            raise
+        logging.getLogger(__name__).warning("a phase cannot be captured and goes on running plainly: %s", error)
+        return None
+
+
+def _unet_regions(name: str) -> dict[str, str]:
+    raw = {"inpaint_feature": "no feature"} if name == "unet_raw" else {}
+    return {**UNET_INPUTS, **raw, "eps": "eps"}
+
+
+class Rooms:
+    """The rooms of a runtime, at most `most` of them kept.
+
+    A shape gets a room that stays when there is space for it, or when it comes a second time while another was not used
+    for longer; else a guest's room, whose phases run uncaptured and which is closed after the request. No room leaves
+    that the same request has entered.
+    """
+
+    def __init__(self, make: Callable[[Shape], Room], most: int = 4) -> None:
+        self._make, self._most = make, most
+        self._kept: OrderedDict[Shape, Room] = OrderedDict()
+        self._seen: OrderedDict[Shape, None] = OrderedDict()
+        self._guests: list[Room] = []
+        self._entered: set[Shape] = set()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def enter(self, shape: Shape) -> tuple[Room, bool]:
+        """The room of a shape, and whether its phases may be captured. The device must be idle."""
+        self._entered.add(shape)
+        if shape in self._kept:
+            self._kept.move_to_end(shape)
+            return self._kept[shape], True
+        full = len(self._kept) >= self._most
+        oldest = next((each for each in self._kept if each not in self._entered), None)
+        if full and (oldest is None or shape not in self._seen):
+            self._seen[shape] = None
+            if len(self._seen) > 4 * self._most:
+                self._seen.popitem(last=False)
+            logging.getLogger(__name__).debug("%s runs uncaptured: %d shapes are kept", shape, self._most)
+            room = self._make(shape)
+            self._guests.append(room)
+            return room, False
+        if full and oldest is not None:
+            self._kept.pop(oldest).close()
+        self._seen.pop(shape, None)
+        room = self._kept[shape] = self._make(shape)
+        return room, True
+
+    def leave(self) -> None:
+        """A request is over: close the guests' rooms; the device must be idle."""
+        for room in self._guests:
+            room.close()
+        self._guests.clear()
+        self._entered.clear()
+
+    def close(self) -> None:
+        """Close every room; the device must be idle."""
+        self.leave()
+        for room in self._kept.values():
+            room.close()
+        self._kept.clear()

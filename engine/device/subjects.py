@@ -1,0 +1,253 @@
+"""Subjects on the device: packed factors that stay there, and the buffer the engines are bound to.
+
+A resident subject is one row: its factors for every network, in packed order, in the engines' type. With one picture a
+batch the bound buffer has the same layout, so a swap is one copy; with several, each factor's entries of all pictures
+lie side by side, and one kernel puts a row into its places. Nothing else of a captured graph changes with the subject.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dreammix_trt.core.errors import EngineError
+from dreammix_trt.core.subject import Slot, Subject, packed_size, placed
+from dreammix_trt.engine.device.arena import ALIGNMENT, Arena, Regions
+from dreammix_trt.engine.device.records import FACTOR, SEGMENT
+from dreammix_trt.engine.drivers.device import Array, Device, Stream, put
+from dreammix_trt.engine.seam import DeviceNetworks
+
+UNETS, TEXT_ENCODERS = ("unet", "unet_raw"), ("text_encoder", "text_encoder_2")
+NOBODY = ""  # the subject whose factors are zeros
+
+
+class Entry(NamedTuple):
+    """One LoRA input of a network: its shape for one picture, its place in the network's packed row and in ours."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    packed_at: int
+    start: int
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+class Layout:
+    """Where each network's factors stand in a row: the UNets first, then the text encoders, each input aligned.
+
+    pictures: the largest batch. numbers: of a whole row, unet_numbers: of its UNet part; dtype: of the LoRA inputs. In
+    a batch of N everything of the UNets stands N times as far from the beginning, and every input holds N entries.
+    """
+
+    def __init__(self, networks: DeviceNetworks, pictures: int) -> None:
+        self.pictures = pictures
+        names = [name for name in (*UNETS, *TEXT_ENCODERS) if name in networks]
+        self.slots: dict[str, tuple[Slot, ...]] = {name: networks.slots(name) for name in names}
+        dtypes = {name: {tensor.name: tensor.dtype for tensor in networks.inputs(name)} for name in names}
+        found = {
+            dtypes[name][tensor]
+            for name in names
+            for tensor, _ in _inputs(dtypes[name], self.slots[name])
+            if tensor in dtypes[name]
+        }
+        self.dtype = found.pop() if found else "float32"
+        if found:
+            raise EngineError("the networks take LoRA factors in different types; build the base again as a whole")
+        self.entries: dict[str, list[Entry]] = {}
+        self.numbers = self.unet_numbers = 0
+        for name in names:
+            self.entries[name] = self._entries(_inputs(dtypes[name], self.slots[name]), dtypes[name])
+            if name in UNETS:
+                self.unet_numbers = self.numbers
+
+    def regions(self, subjects: int) -> Regions:
+        """Memory for `subjects` resident rows (and the zeros), the bound buffer, and packing."""
+        numbers = max(self.numbers, 1)
+        factors = 2 * sum(map(len, self.slots.values()))
+        return {
+            "subject rows": ((subjects + 1, numbers), self.dtype),
+            "bound factors": ((self.pictures * self.unet_numbers + numbers - self.unet_numbers,), self.dtype),
+            "raw factors": ((numbers,), "float32"),
+            "factor table": ((max(factors, 1) * FACTOR.itemsize,), "uint8"),
+            "segments": ((max(len(self.segments()), 1) * SEGMENT.itemsize,), "uint8"),
+        }
+
+    def segments(self) -> np.ndarray:
+        """SEGMENT records: what `place_factors` moves of a row's UNet part; the same for every batch size."""
+        unets = [entry for name in UNETS for entry in self.entries.get(name, ())]
+        return np.array([(entry.start, entry.start, entry.size) for entry in unets], SEGMENT)
+
+    def target(self, name: str, at: int) -> int | None:
+        """Where number `at` of a network's packed row stands in ours; None: the network has no input for it."""
+        entries = self.entries[name]
+        before = bisect_right(entries, at, key=lambda entry: entry.packed_at)
+        entry = entries[before - 1] if before else None
+        if entry is None or at >= entry.packed_at + entry.size:
+            return None
+        return entry.start + at - entry.packed_at
+
+    def arrays(self, name: str, bound: Array, pictures: int) -> dict[str, Array]:
+        """The LoRA inputs of a network as parts of the bound buffer, for a batch of `pictures` (text encoders: 1)."""
+        on_unet = name in UNETS
+        count = pictures if on_unet else 1
+        shift = 0 if on_unet else (self.pictures - 1) * self.unet_numbers
+        return {
+            entry.tensor: bound.part(shift + entry.start * count, count * entry.size).reshaped((count, *entry.shape))
+            for entry in self.entries.get(name, ())
+        }
+
+    def _entries(self, inputs: list[tuple[str, tuple[int, ...]]], known: Collection[str]) -> list[Entry]:
+        """Place those of the inputs that the network has after what is placed already: engines lack the factors of a
+        layer whose output nothing reads, and the packed row has them."""
+        each = ALIGNMENT // np.dtype(self.dtype).itemsize
+        entries, packed_at = [], 0
+        for tensor, shape in inputs:
+            size = math.prod(shape)
+            if tensor in known:
+                entries.append(Entry(tensor, shape, packed_at, self.numbers))
+                self.numbers += -(-size // each) * each
+            packed_at += size
+        return entries
+
+
+def _inputs(known: Mapping[str, str], slots: Sequence[Slot]) -> list[tuple[str, tuple[int, ...]]]:
+    """The LoRA inputs its slots stand for in packed order, with their shapes for one picture. known: all it has."""
+    if "lora" in known:
+        return [("lora", (packed_size(slots),))]
+    return [factor for slot in slots for factor in slot.factors]
+
+
+class Subjects:
+    """The subjects of one runtime. `most` are resident; others are packed again when they are asked for.
+
+    wait: for everything in the stream.
+    """
+
+    def __init__(self, device: Device, stream: Stream, layout: Layout, arena: Arena, wait: Callable[[], None]) -> None:
+        self._device, self._stream, self._layout, self._arena, self._wait = device, stream, layout, arena, wait
+        self._known: dict[str, Subject] = {}
+        self._resident: OrderedDict[str, int] = OrderedDict()
+        self._entered: tuple[str, ...] | None = None
+        self._in_text: str | None = None
+        self._segments = len(layout.segments())
+        device.clear(arena["subject rows"][0], stream)
+        device.clear(arena["bound factors"], stream)
+        if self._segments:
+            self._upload("segments", layout.segments().view(np.uint8))
+        wait()
+
+    @property
+    def most(self) -> int:
+        """How many are resident at once."""
+        return self._arena["subject rows"].shape[0] - 1
+
+    def add(self, name: str, subject: Subject) -> None:
+        """Make a subject known and resident. Waits for the device: factors come from the host.
+
+        Raises FileFormatError where it does not fit the base, DeviceError; then the one that had the name keeps it.
+        """
+        table, raw = self._packing(subject)
+        self._resident.pop(name, None)
+        self._forget(name)
+        self._place(name, table, raw)
+        self._known[name] = subject
+
+    def enter(self, names: Sequence[str]) -> None:
+        """Let picture k of the batch be drawn with subject names[k] (NOBODY: none). Enqueues only, for residents."""
+        chosen = tuple(names)
+        if self._entered == chosen:
+            return
+        before = (
+            self._entered if self._entered is not None and len(self._entered) == len(chosen) else (None,) * len(chosen)
+        )
+        self._entered = None  # until all of them are in
+        for picture, name in enumerate(chosen):
+            if before[picture] != name:
+                self._enter(picture, len(chosen), name)
+        self._entered = chosen
+
+    def for_text(self, name: str) -> None:
+        """Let the text encoders use a subject's factors."""
+        if self._layout.pictures == 1 and self._entered != (name,):
+            self.enter((name,))
+        if self._in_text == name or self._layout.pictures == 1:
+            return
+        first = self._layout.unet_numbers
+        count = self._layout.numbers - first
+        if count:
+            bound = self._arena["bound factors"].part(
+                self._layout.pictures * first, count
+            )  # behind all pictures' UNets
+            self._device.copy(bound, self._row(name).part(first, count), self._stream)
+        self._in_text = name
+
+    def _enter(self, picture: int, pictures: int, name: str) -> None:
+        row, bound = self._row(name), self._arena["bound factors"]
+        if self._layout.pictures == 1:
+            self._device.copy(bound.part(0, self._layout.numbers), row.part(0, self._layout.numbers), self._stream)
+        elif self._segments:
+            self._device.kernel(
+                "place_factors", self._stream, row=row, segments=self._arena["segments"], count=self._segments,
+                out=bound, pictures=pictures, picture=picture, half=bound.half,
+            )  # fmt: skip
+
+    def _row(self, name: str) -> Array:
+        rows = self._arena["subject rows"]
+        if name == NOBODY:
+            return rows[0]
+        if name not in self._resident:
+            self._place(name, *self._packing(self._known[name]))
+        self._resident.move_to_end(name)
+        return rows[self._resident[name]]
+
+    def _place(self, name: str, table: np.ndarray, raw: np.ndarray) -> None:
+        """Pack a subject into a row of its own, in the place of the one not used for longest where all are taken."""
+        free = set(range(1, self.most + 1)) - set(self._resident.values())
+        index = min(free) if free else self._resident.popitem(last=False)[1]
+        row = self._arena["subject rows"][index]
+        self._device.clear(row, self._stream)
+        if len(table):
+            self._upload("factor table", table.view(np.uint8))
+            self._upload("raw factors", raw)
+            self._device.kernel(
+                "pack_factors", self._stream, raw=self._arena["raw factors"], factors=self._arena["factor table"],
+                count=len(table), out=row, raw_half=False, out_half=row.half,
+            )  # fmt: skip
+        self._wait()
+        self._resident[name] = index
+
+    def _packing(self, subject: Subject) -> tuple[np.ndarray, np.ndarray]:
+        """FACTOR records of a subject and the numbers they refer to, float32."""
+        found, values, source = [], [np.zeros(0, np.float32)], 0
+        for network, slots in self._layout.slots.items():
+            for each in placed(subject.factors_for(network), slots, subject.scale):
+                target = self._layout.target(network, each.at)
+                if target is None:
+                    continue
+                found.append((source, target, *each.values.shape, *each.shape, each.scale, 0))
+                values.append(np.ravel(each.values))
+                source += each.values.size
+        return np.array(found, FACTOR), np.concatenate(values).astype(np.float32, copy=False)
+
+    def _upload(self, region: str, data: np.ndarray) -> None:
+        put(self._device, self._arena[region], data, self._stream, self._wait)
+
+    def _forget(self, name: str) -> None:
+        """The bound buffer no longer holds this name's factors."""
+        if self._entered and name in self._entered:
+            self._entered = None
+        if self._in_text == name:
+            self._in_text = None
+
+
+def resident_bytes(layout: Layout) -> Mapping[str, int]:
+    """What a swap moves: bytes of a whole row, and of its UNet part."""
+    each = np.dtype(layout.dtype).itemsize
+    return {"row": layout.numbers * each, "unets": layout.unet_numbers * each}
