@@ -20,6 +20,7 @@ from dreammix_trt.core.lora import Lora, Target, read_lora
 from dreammix_trt.core.noise import ReplayNoise
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import RHO, SIGMA_MAX, SIGMA_MIN, Schedule
+from dreammix_trt.core.seam import Networks
 from dreammix_trt.core.store import Store
 from dreammix_trt.core.subject import Subject, subject_from_loras
 from dreammix_trt.core.tensors import Weights
@@ -27,7 +28,6 @@ from dreammix_trt.engine import kernels
 from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet
 from dreammix_trt.engine.dreammix import DreamMix
 from dreammix_trt.engine.host.loop import Stage, Taken
-from dreammix_trt.engine.host.stages import Networks
 from dreammix_trt.engine.text import Tokenizer
 
 Array = npt.NDArray[Any]
@@ -229,7 +229,7 @@ def replay(case: Case, networks: Networks) -> Run:
     recorder = Recorder(networks)
     base = case.base
     tokenizers = [Tokenizer.load(base.folder / name) for name in ("tokenizer", "tokenizer_2")]
-    runtime = DreamMix(recorder, base, tokenizers, [case.subject])
+    runtime = DreamMix.on_host(recorder, base, tokenizers, [case.subject])
     image, mask = pictures(case)
     stages: list[Stage] = []
     taken: list[Taken] = []

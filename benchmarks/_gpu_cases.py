@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dreammix_trt.core.networks import FACTOR
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import make_schedule
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.canvas.frames import Canvas, dilated, from_decoded, seam_weight, to_latent_range
-from dreammix_trt.engine.canvas.geometry import FACTOR, fill_cascade
+from dreammix_trt.engine.canvas.geometry import fill_cascade
 from dreammix_trt.engine.device.jobs import MOST_STEPS, PICTURE, Block, Picture
 from dreammix_trt.engine.device.records import FACTOR as FACTOR_RECORD
 from dreammix_trt.engine.device.records import JOB, SEGMENT, STEP

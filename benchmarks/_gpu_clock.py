@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from dreammix_trt.engine.drivers.device import Array, Device, Stream
+    from dreammix_trt.core.seam import Array, Stream
+    from dreammix_trt.engine.drivers.device import Device
 
 Work = Callable[[], object]
 REPEATS = 20  # of a measurement that does not say
@@ -112,7 +113,7 @@ def torch_seconds(torch_device: str, work: Work, *, warm: int = 3) -> list[float
 
 def array(device: Device, owned: ExitStack, shape: Sequence[int], dtype: str) -> Array:
     """Memory on the device that `owned` frees."""
-    from dreammix_trt.engine.drivers.device import Array
+    from dreammix_trt.core.seam import Array
 
     wanted = Array(0, tuple(shape), dtype)
     memory = device.allocate(max(wanted.nbytes, 1))

@@ -15,7 +15,8 @@ from _gpu_report import Part, largest_difference
 from dreammix_trt.core.errors import DreamMixError
 
 if TYPE_CHECKING:
-    from dreammix_trt.engine.drivers.device import Array, Device, Stream
+    from dreammix_trt.core.seam import Array, Stream
+    from dreammix_trt.engine.drivers.device import Device
 
 CACHE = 128 << 20  # bytes that no GPU's cache holds
 MOST_COPIES = 16  # of a case's arrays, to rotate among

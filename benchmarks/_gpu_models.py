@@ -15,9 +15,9 @@ from _sdxl_files import sdxl_configs, write_tokenizers
 
 if TYPE_CHECKING:
     from dreammix_trt.core.request import Request
+    from dreammix_trt.core.seam import Array, DeviceNetworks, Stream
     from dreammix_trt.core.subject import Subject
-    from dreammix_trt.engine.drivers.device import Array, Device, Stream
-    from dreammix_trt.engine.seam import DeviceNetworks
+    from dreammix_trt.engine.drivers.device import Device
 
 CHANNELS = 4
 PROMPT = "a red striped mug on a table"
@@ -258,9 +258,9 @@ class StepRig:
         subjects: Sequence[Subject] = (), stream: Stream | None = None,
     ) -> None:  # fmt: skip
         """latent: height and width; rows: a picture, 2 with guidance; stream: where the networks must run."""
+        from dreammix_trt.core.networks import Sides
         from dreammix_trt.engine.device.arena import Arena
         from dreammix_trt.engine.device.subjects import Layout, Subjects
-        from dreammix_trt.engine.seam import Sides
 
         self.device, self.pictures, self.rows, self.latent = device, pictures, rows, latent
         self._owned = ExitStack()

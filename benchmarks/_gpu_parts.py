@@ -67,7 +67,7 @@ def loop(part: Part, setting: Setting) -> None:
         networks = on_device(setting, device, plain)
         facts, subject = networks.facts, random_subject(networks, "mug", seed=3)
         with (
-            DreamMix(host_networks, facts, tokenizers, [subject]) as host,
+            DreamMix.on_host(host_networks, facts, tokenizers, [subject]) as host,
             studio_for(device, networks, tokenizers, [subject]) as front,
         ):
             for name, side, fields in _loop_cases(setting):

@@ -22,7 +22,7 @@ from _common import Benchmark
 from _sdxl_files import sdxl_configs, write_head, write_patch, write_single_file, write_tokenizers
 
 from dreammix_trt.core.checkpoint import BaseFiles
-from dreammix_trt.export.networks import Network, networks_of
+from dreammix_trt.core.networks import Network, describe_networks
 from dreammix_trt.export.onnx_export import export_network, write_graph
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -66,7 +66,7 @@ def opened(folder: Path, width: float) -> BaseFiles:
 
 def exported(base: BaseFiles, folder: Path, precision: Any, fused: bool) -> Network:
     """The raw UNet's part in folder/<precision>-<fused>."""
-    network = next(each for each in networks_of(base, 8, precision, fused) if each.name == "unet_raw")
+    network = next(each for each in describe_networks(base, 8, precision, fused) if each.name == "unet_raw")
     out = place(folder, network)
     if not (out / "network.json").exists():
         (out / "graph").mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from typing import Any
 from dreammix_trt.core.errors import FileFormatError
 
 Config = Mapping[str, Any]
-TEXT_LENGTH = 77
+TOKENS = 77  # that a CLIP text encoder takes
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ _TEXT = {
     "num_hidden_layers": _whole(_MOST_LAYERS, required=True),
     "num_attention_heads": _whole(1 << 16, required=True),
     "vocab_size": _whole(1 << 24, required=True),
-    "max_position_embeddings": _only(TEXT_LENGTH, required=True),
+    "max_position_embeddings": _only(TOKENS, required=True),
     "hidden_act": _only("quick_gelu", "gelu", required=True),
     "layer_norm_eps": _POSITIVE,
     "projection_dim": _whole(1 << 16),

@@ -25,6 +25,31 @@ class EngineError(DreamMixError):
     """An engine directory that cannot be loaded: other schema, tampered, incomplete, other platform."""
 
 
+class DeviceError(EngineError):
+    """A device that cannot be used: no driver, one too old, another GPU than the engine's, a failed call.
+
+    lost: True where nothing more can run in this device's context, whatever is asked of it.
+    """
+
+    lost: bool = False
+
+
+class OutOfMemoryError(DeviceError):
+    """The device has too little memory left; the message has the memory plan. The runtime stays usable."""
+
+
+class NotFiniteError(EngineError):
+    """A network gave values that are not numbers, in float32 too where the base has that. network: its name."""
+
+    def __init__(self, message: str, network: str = "") -> None:
+        super().__init__(message)
+        self.network = network
+
+
+class ProfileError(EngineError):
+    """A request larger, or smaller, than any shape a network was built for."""
+
+
 class BuildError(DreamMixError):
     """A build that cannot be carried out or that failed its own checks."""
 

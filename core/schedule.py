@@ -25,6 +25,7 @@ from dreammix_trt.core.request import LCM_STEPS, Request, Sampler
 
 F32 = npt.NDArray[np.float32]
 Stage = Literal["lcg", "gch"]
+STAGES: tuple[Stage, ...] = ("lcg", "gch")  # local content generation, global context harmonisation
 Draw = tuple[str, int]
 Coefficients = tuple[float, float, float, float]
 
@@ -109,6 +110,16 @@ def _line(s: Step) -> str:
         f" {s.size_scale_negative:5.2f} {s.blur_alpha:.1e} {s.c_x:8.5f}  {s.c_x0:8.5f}"
         f"  {s.c_dx0:8.5f}  {s.c_noise:8.5f}"
     )
+
+
+def time_ids(step: Step, size: tuple[int, int], target: int) -> F32:
+    """What SDXL is told of sizes, float32 (2, 6), the negative row first: (h s, w s, 0, 0, target, target).
+
+    size: (height, width) in pixels of the first stage's frame; s: the size trick's factor of the row. target: the
+    base's native side.
+    """
+    scales = step.size_scale_negative, step.size_scale_positive
+    return np.array([(size[0] * s, size[1] * s, 0, 0, target, target) for s in scales], np.float32)
 
 
 def make_schedule(request: Request, raw_unet: bool = True) -> Schedule:

@@ -15,42 +15,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.lora import TARGETS, Factors, Lora, Target, another_base
+from dreammix_trt.core.networks import KINDS, unets_of
+from dreammix_trt.core.slots import Floats, Slot, packed_size
 
-Floats = NDArray[np.float32]
 SCHEMA = 2
-LORA_SIDES = (".lora_A", ".lora_B")  # what the names of factors end in where they are inputs of their own
 _BOTH = "unets"  # in the file: factors that the patched and the raw UNet share
-_ENGINE_NETWORKS: dict[str, tuple[str, ...]] = {
-    "unet": ("unet",), "unet_raw": ("unet_raw",), _BOTH: ("unet", "unet_raw"),
-    "text_encoder": ("text_encoder",), "text_encoder_2": ("text_encoder_2",),
-}  # fmt: skip
-_UNETS: dict[str, tuple[str, ...]] = {"patched": ("unet",), "raw": ("unet_raw",), "both": ("unet", "unet_raw")}
 _FACTS = ("name", "token", "class_name", "scale", "base_key", "source_sha256")
 _LARGEST = float(np.finfo(np.float16).max)
-
-
-class Slot(NamedTuple):
-    """A linear layer that takes factors: A (inputs, rank) and B (rank, outputs)."""
-
-    module: str
-    inputs: int
-    outputs: int
-    rank: int
-
-    @property
-    def factors(self) -> tuple[tuple[str, tuple[int, int]], ...]:
-        """Name and shape of A and B as inputs of their own, in packed order."""
-        shapes = (self.inputs, self.rank), (self.rank, self.outputs)
-        return tuple((f"{self.module}{side}", shape) for side, shape in zip(LORA_SIDES, shapes, strict=True))
-
-    @property
-    def size(self) -> int:
-        """Numbers this slot takes in the packed row."""
-        return (self.inputs + self.outputs) * self.rank
 
 
 @dataclass(frozen=True)
@@ -78,9 +52,8 @@ class Subject:
     @property
     def target(self) -> Target:
         """Which UNet weights its factors change, to show: "patched", "raw" or "both"."""
-        if not self.factors.get("unet_raw"):
-            return "patched"
-        return "both" if self.factors.get("unet") else "raw"
+        patched, raw = (bool(self.factors.get(name)) for name in unets_of("both"))
+        return ("both" if patched else "raw") if raw else "patched"
 
 
 def subject_from_lora(
@@ -98,12 +71,13 @@ def subject_from_loras(
     On a module that several change, A = [A1 A2 ...] and B = [s1 B1; s2 B2; ...]: ranks add up. `more`: the remaining
     fields of `Subject`.
     """
-    on_unets = {network: [each for each in loras if network in _UNETS[each[2]]] for network in _UNETS["both"]}
-    factors: Factors = {network: _stacked(chosen, "unet") for network, chosen in on_unets.items()}
-    if len(on_unets["unet"]) == len(on_unets["unet_raw"]) == len(loras):
-        factors["unet_raw"] = factors["unet"]
-    for network in ("text_encoder", "text_encoder_2"):
-        factors[network] = _stacked(loras, network)
+    factors: Factors = {}
+    for kind in KINDS:
+        if kind.factors is None:
+            continue
+        on_unet = kind.factors == "unet"
+        chosen = [each for each in loras if not on_unet or kind.name in unets_of(each[2])]
+        factors[kind.name] = _stacked(chosen, kind.factors)
     return Subject(name, token, class_name, {network: found for network, found in factors.items() if found}, **more)
 
 
@@ -162,28 +136,6 @@ def read_subject(path: str | Path) -> Subject:
         for network in places[stored]:
             factors.setdefault(network, {})[module] = (a, b)
     return Subject(factors=factors, **{name: facts[name] for name in _FACTS if name in facts})
-
-
-def slots_of(entry: Mapping[str, Any]) -> tuple[Slot, ...]:
-    """The slots of a network's entry in `networks.json` (its list "slots" of module, in, out, rank)."""
-    return tuple(Slot(row["module"], row["in"], row["out"], row["rank"]) for row in entry.get("slots", ()))
-
-
-def packed_size(slots: Sequence[Slot]) -> int:
-    """P: how many numbers a packed row has."""
-    return sum(slot.size for slot in slots)
-
-
-def unpacked(rows: Floats, slots: Sequence[Slot]) -> dict[str, Floats]:
-    """Packed rows (N, P) as a tensor a factor, for engines that take them so: "<module>.lora_A" (N, in, rank) and
-    "<module>.lora_B" (N, rank, out). Of one row these are views."""
-    found, at = {}, 0
-    for slot in slots:
-        for name, shape in slot.factors:
-            size = shape[0] * shape[1]
-            found[name] = rows[:, at : at + size].reshape(len(rows), *shape)
-            at += size
-    return found
 
 
 class Placed(NamedTuple):
@@ -281,20 +233,22 @@ def _stored(factors: Factors) -> Iterator[tuple[str, tuple[Floats, Floats]]]:
     """(name in the file, factors); what both UNets share stands there once."""
     for network, modules in factors.items():
         for module, pair in modules.items():
-            other = factors.get({"unet": "unet_raw", "unet_raw": "unet"}.get(network, ""), {}).get(module)
-            if other is None or not all(map(np.array_equal, pair, other)):
+            unets = unets_of("both")
+            others = [factors.get(name, {}).get(module) for name in unets if network in unets and name != network]
+            if not any(other is not None and all(map(np.array_equal, pair, other)) for other in others):
                 yield f"{network}.{module}", pair
-            elif network == "unet":
+            elif network == unets[0]:
                 yield f"{_BOTH}.{module}", pair
 
 
 def _places(path: Path, facts: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """Network in the file -> engine networks that take its factors; in schema 1 a target says it of the UNet."""
+    places = {kind.name: (kind.name,) for kind in KINDS if kind.factors} | {_BOTH: unets_of("both")}
     if facts["schema"] > 1:
-        return _ENGINE_NETWORKS
+        return places
     if facts.get("target") not in TARGETS:
         raise FileFormatError(f"{path}: unknown target {facts.get('target')!r}, expected one of {', '.join(TARGETS)}")
-    return {**_ENGINE_NETWORKS, "unet": _UNETS[facts["target"]]}
+    return {**places, "unet": unets_of(facts["target"])}
 
 
 def _balanced(a: Floats, b: Floats) -> tuple[Floats, Floats]:

@@ -172,7 +172,15 @@ using Layout = std::pair<size_t, std::map<std::string, size_t>>;
 
 #define DMX_FIELD(record, field) {#field, offsetof(dmx::record, field)}
 
-// What engine/gpu/records.py repeats; fields that nobody uses are left out.
+// What engine/device/records.py repeats; fields that nobody uses are left out.
+std::map<std::string, std::uint32_t> draws() {
+    const auto number = [](dmx::Draw draw) { return static_cast<std::uint32_t>(draw); };
+    return {
+        {"init_noise", number(dmx::Draw::init)}, {"blend_noise", number(dmx::Draw::blend)},
+        {"solver_noise", number(dmx::Draw::solver)}, {"renoise_switch", number(dmx::Draw::renoise)},
+    };
+}
+
 std::map<std::string, Layout> layouts() {
     return {
         {"CUT", {sizeof(dmx::Cut), {DMX_FIELD(Cut, height), DMX_FIELD(Cut, width), DMX_FIELD(Cut, row0), DMX_FIELD(Cut, row1),
@@ -188,13 +196,12 @@ std::map<std::string, Layout> layouts() {
                                         DMX_FIELD(Field, row0), DMX_FIELD(Field, row1), DMX_FIELD(Field, col0),
                                         DMX_FIELD(Field, col1)}}},
         {"JOB", {sizeof(dmx::Job), {DMX_FIELD(Job, seed), DMX_FIELD(Job, start_scale), DMX_FIELD(Job, hand_over_sigma),
-                                    DMX_FIELD(Job, samples_vae), DMX_FIELD(Job, blends_output), DMX_FIELD(Job, size_height),
-                                    DMX_FIELD(Job, size_width), DMX_FIELD(Job, target)}}},
+                                    DMX_FIELD(Job, samples_vae), DMX_FIELD(Job, blends_output)}}},
         {"STEP", {sizeof(dmx::StepRow), {DMX_FIELD(StepRow, sigma), DMX_FIELD(StepRow, timestep),
-                                         DMX_FIELD(StepRow, size_scale_positive), DMX_FIELD(StepRow, size_scale_negative),
                                          DMX_FIELD(StepRow, guidance_scale), DMX_FIELD(StepRow, guidance_rescale),
                                          DMX_FIELD(StepRow, blur_alpha), DMX_FIELD(StepRow, c_x), DMX_FIELD(StepRow, c_x0),
-                                         DMX_FIELD(StepRow, c_dx0), DMX_FIELD(StepRow, c_noise), DMX_FIELD(StepRow, blend_step),
+                                         DMX_FIELD(StepRow, c_dx0), DMX_FIELD(StepRow, c_noise), DMX_FIELD(StepRow, time_ids),
+                                         DMX_FIELD(StepRow, blend_step),
                                          DMX_FIELD(StepRow, solver_step)}}},
         {"SEGMENT", {sizeof(dmx::Segment), {DMX_FIELD(Segment, source), DMX_FIELD(Segment, target), DMX_FIELD(Segment, size)}}},
         {"FACTOR", {sizeof(dmx::Factor), {DMX_FIELD(Factor, source), DMX_FIELD(Factor, target), DMX_FIELD(Factor, rows),
@@ -237,7 +244,8 @@ void bind_numbers(nb::module_& gpu) {
     define(gpu, "pack_factors", &pack_factors, "raw"_a, "factors"_a, "count"_a, "out"_a, "raw_half"_a, "out_half"_a);
     define(gpu, "merge_lora", &merge_lora, "weight"_a, "a"_a, "b"_a, "out"_a, "outputs"_a, "inputs"_a, "rank"_a, "scale"_a,
            "half"_a);
-    gpu.def("layouts", &layouts, "Record of engine/gpu/records.py -> (bytes, {field: offset}).");
+    gpu.def("draws", &draws, "Draw of core.noise.DRAWS -> its number here.");
+    gpu.def("layouts", &layouts, "Record of engine/device/records.py -> (bytes, {field: offset}).");
 }
 
 }  // namespace dmx

@@ -20,13 +20,13 @@ from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.files import check_place, folder_bytes, sha256_of
 from dreammix_trt.core.lora import Lora, LoraSpec, parse_lora, read_lora
+from dreammix_trt.core.network_weights import BaseLora
 from dreammix_trt.core.passport import FILE_NAME as PASSPORT
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.store import Store
 from dreammix_trt.core.subject import Subject, subject_from_loras
 from dreammix_trt.engine.backends.tensorrt.builder import Estimate, check_room
 from dreammix_trt.engine.directory import write_engine
-from dreammix_trt.export.networks import BaseLora
 from dreammix_trt.parts import EngineOptions, Parts
 
 if TYPE_CHECKING:

@@ -339,13 +339,13 @@ def _room_for(request: Request, image: Path, base: Mapping[str, Any]) -> dict[st
     GPU its pictures are painted one after the other.
     """
     from dreammix_trt.engine.canvas.pictures import read_image
-    from dreammix_trt.engine.device.jobs import PROMPTS
+    from dreammix_trt.engine.prompts import MOST_PROMPTS
 
     if request.mode == "reference":  # the picture is stretched
         height, width = request.reference_resize or (base["native_side"], base["native_side"])
     else:
         height, width = read_image(image).size
-    return {"largest_picture": height * width, "subjects": 1, "texts": PROMPTS, "shapes": 2}
+    return {"largest_picture": height * width, "subjects": 1, "texts": MOST_PROMPTS, "shapes": 2}
 
 
 def _request(source: Path | None, defaults: Mapping[str, Any], assigned: Mapping[str, Any], **given: Any) -> Request:

@@ -21,13 +21,15 @@ from typing import Any, cast
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import BuildError, FileFormatError, InputError, MissingExtraError
 from dreammix_trt.core.files import read_json, sha256_of, write_json
+from dreammix_trt.core.network_weights import BaseLora, weights_of
+from dreammix_trt.core.networks import FACTOR, KINDS, Network, Precision, describe_networks, is_twin, kind_of
+from dreammix_trt.core.slots import LORA_SIDES
 from dreammix_trt.core.store import Store
-from dreammix_trt.core.subject import LORA_SIDES, Subject, pack
+from dreammix_trt.core.subject import Subject, pack
 from dreammix_trt.engine.backends.tensorrt.profiles import Profile, profiles_for
-from dreammix_trt.engine.canvas.geometry import FACTOR, profile_sizes
+from dreammix_trt.engine.canvas.geometry import profile_sizes
 from dreammix_trt.engine.canvas.tiles import SIDE, needs_tiles
 from dreammix_trt.engine.directory import BACKENDS, COST
-from dreammix_trt.export.networks import SAFE, VAES, BaseLora, Network, Precision, networks_of, weights_of
 from dreammix_trt.export.onnx_export import (
     SCHEMA,
     export_facts,
@@ -169,10 +171,7 @@ class Parts:
     @property
     def base_key(self) -> str:
         """Which weights and slots these are, whatever the back end and precision."""
-        sources = {
-            name: self._sources(name)
-            for name in ("unet", "unet_raw", "vae", "text_encoder", "text_encoder_2", "inpaint_head")
-        }
+        sources = {kind.component: self._sources(kind.name) for kind in KINDS}
         return Store.key({"sources": sources, "slot_rank": self.slot_rank})
 
     def check_fit(self, subject: Subject) -> None:
@@ -190,8 +189,8 @@ class Parts:
                 raise FileFormatError(f"subject {subject.name}: {error}") from error
 
     def _networks(self) -> tuple[Network, ...]:
-        networks = networks_of(self.base, self.slot_rank, self._precision(), self.engine.fused)
-        return tuple(network for network in networks if self.engine.safe_vae or not network.name.endswith(SAFE))
+        networks = describe_networks(self.base, self.slot_rank, self._precision(), self.engine.fused)
+        return tuple(network for network in networks if self.engine.safe_vae or not is_twin(network.name))
 
     def made(self) -> dict[str, Path]:
         """Folder of every part the runtime needs, made where the store lacked it."""
@@ -256,7 +255,7 @@ class Parts:
             )
 
         frames = [(side, side)] if shapes == "static" else profile_sizes(side, divisor)
-        if not name.startswith(VAES) or not any(needs_tiles(*frame) for frame in frames):
+        if kind_of(name).call != "vae" or not any(needs_tiles(*frame) for frame in frames):
             return made(shapes, side)
         tile = made("static", FACTOR * SIDE)
         return tile if shapes == "static" else (*made(shapes, side), *tile)
@@ -273,21 +272,21 @@ class Parts:
         return {"layout": SCHEMA, "graph": graph_digest(network), "sources": self._sources(network.name)}
 
     def _sources(self, name: str) -> dict[str, Any]:
-        """Everything that decides the weights of a network (or of the whole "vae")."""
-        component = "vae" if name.startswith("vae") else name
+        """Everything that decides the weights of a network: for half a VAE, all of the VAE."""
+        component = kind_of(name).component
         touching = [[digest, lora.scale, lora.target] for lora, digest in self.loras if lora.touches(name)]
-        biases = {"patch_biases": self.base.patch_biases} if name == "unet" and self.base.patch else {}
+        biases = {"patch_biases": self.base.patch_biases} if component == "unet" and self.base.patch else {}
         return {"files": self.base.content_hashes(component), "loras": touching, **biases}
 
     def _ranged(self, network: Network) -> Network:
         """A float16 VAE with the units marked that overflow in it."""
-        if not network.name.startswith("vae_") or network.precision != "float16":
+        if not network.kind.twin or network.precision != "float16":
             return network
         from dreammix_trt.export.vae_range import REVISION, Kind, wide_units
 
         images = self.engine.vae_images
         facts = {
-            "revision": REVISION, "sources": self._sources("vae"), "config": self.base.configs["vae"],
+            "revision": REVISION, "sources": self._sources(network.name), "config": self.base.configs["vae"],
             "images": [sha256_of(image) for image in images],
         }  # fmt: skip
 
@@ -383,7 +382,7 @@ class Parts:
         needs = []
         for network in networks:
             weights = weights_of(self.base, network.name, [lora for lora, _ in self.loras])  # refuses what does not fit
-            if network.name in VAES and network.precision == "float16":
+            if network.kind.twin and network.precision == "float16":
                 # small, and which units are float32 is not known yet
                 continue
             facts = self._onnx_facts(network)

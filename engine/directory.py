@@ -19,8 +19,9 @@ from typing import Any
 from dreammix_trt.core.errors import EngineError
 from dreammix_trt.core.files import atomic_directory, read_json, sha256_of
 from dreammix_trt.core.passport import FILE_NAME, SCHEMA, NetworkEntry, Passport, SubjectEntry
+from dreammix_trt.core.slots import LORA_SIDES
 from dreammix_trt.core.store import Store, check_files
-from dreammix_trt.core.subject import LORA_SIDES, Subject, write_subject
+from dreammix_trt.core.subject import Subject, write_subject
 from dreammix_trt.engine.backends.onnxruntime.engine_set import read_network
 
 BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")

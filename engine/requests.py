@@ -21,11 +21,10 @@ from dataclasses import dataclass
 from types import EllipsisType, TracebackType
 from typing import Any, Literal, NamedTuple, Protocol
 
-from dreammix_trt.core.errors import Cancelled, EngineError, InputError, QueueFull, TimedOut
+from dreammix_trt.core.errors import Cancelled, DeviceError, EngineError, InputError, QueueFull, TimedOut
 from dreammix_trt.core.noise import NoiseProvider
 from dreammix_trt.core.request import Request
 from dreammix_trt.engine.canvas.pictures import Source
-from dreammix_trt.engine.drivers.device import DeviceError
 from dreammix_trt.engine.result import Result, StepEvent
 
 __all__ = ["Percentiles", "RequestQueue", "Statistics", "Steps", "Ticket"]

@@ -15,8 +15,7 @@ from PIL import Image, PngImagePlugin
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import Schedule
-from dreammix_trt.engine.host.loop import Taken
-from dreammix_trt.engine.host.stages import Painter
+from dreammix_trt.engine.painting import Progress
 
 U8 = npt.NDArray[np.uint8]
 METADATA = "dreammix"  # the PNG text chunk that holds the request
@@ -46,26 +45,34 @@ class Result:
 
 @dataclass(frozen=True)
 class StepEvent:
-    """One step is done (on a GPU: on its way). index runs from 0 to total - 1 over all pictures of the request,
-    by n for a batch of n pictures; `picture` says which one, of a batch the first.
+    """One step is done (on a GPU: on its way).
 
-    taken: the step's latents, float32 (1, 4, h, w), and painter: the picture's stage and frame; None on a GPU, where
-    both stay on the device. result: set in the last event.
+    index: 0 to total - 1, over all pictures of the request; it advances by n for a batch of n pictures.
+    total: how many there are.
+    stage: "lcg" or "gch".
+    picture: which one, of a batch the first.
+    look: what `preview` shows.
+    taken: the step's latents, float32 (1, 4, h, w); None on a GPU, where they stay on the device.
+    result: set in the last event.
     """
 
     index: int
     total: int
     stage: str
     picture: int
-    look: Callable[[], U8] = field(repr=False)
-    painter: Painter | None = field(default=None, repr=False)
-    taken: Taken | None = field(default=None, repr=False)
+    look: Callable[[int], U8] = field(repr=False)
+    taken: Any = field(default=None, repr=False)
     result: Result | None = None
+
+    @classmethod
+    def of(cls, progress: Progress, index: int, total: int, picture: int) -> StepEvent:
+        """The event of a batch's progress."""
+        return cls(index, total, progress.step.stage, picture, progress.preview, progress.taken)
 
     def preview(self) -> Image.Image:
         """What the network now believes the stage's frame looks like; costs one VAE decoding. Ask before the next
         step."""
-        return Image.fromarray(self.look())
+        return Image.fromarray(self.look(0))
 
 
 def save(result: Result, path: str | os.PathLike[str], *, index: int = 0, metadata: bool = True) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import FileFormatError, InputError
 from dreammix_trt.engine import kernels
 
@@ -23,7 +24,6 @@ F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 Indexing = Literal["bpe", "words"]
 
-LENGTH = 77
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 #: English contractions, runs of letters, single digits, runs of anything else: CLIP's split before BPE.
@@ -33,13 +33,13 @@ _PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 class Tokenizer:
     """CLIP's tokenizer for one text encoder: equal to transformers' CLIPTokenizer on every prompt."""
 
-    def __init__(self, backend: Any, pad: str, length: int = LENGTH) -> None:
+    def __init__(self, backend: Any, pad: str, length: int = TOKENS) -> None:
         self._backend = backend
         self._length = length
         self._pad_id = self._id(pad)
 
     @classmethod
-    def load(cls, folder: str | Path, pad: str | None = None, length: int = LENGTH) -> Tokenizer:
+    def load(cls, folder: str | Path, pad: str | None = None, length: int = TOKENS) -> Tokenizer:
         """Load `vocab.json` and `merges.txt` from `folder`.
 
         pad: the token that fills up to `length`; default: what the folder's tokenizer_config.json or
@@ -155,7 +155,7 @@ def apply_tas(
 
 
 def _rows(positions: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(position for position in positions if position < LENGTH)
+    return tuple(position for position in positions if position < TOKENS)
 
 
 def _names_subject(prompt: str, token: str, indexing: Indexing) -> bool:

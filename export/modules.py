@@ -21,7 +21,8 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from dreammix_trt.core.subject import Slot
+from dreammix_trt.core.networks import Network
+from dreammix_trt.core.slots import Slot
 
 #: operators of the trace that `onnx_graph` turns into standard ones
 DOMAIN = "dreammix"
@@ -29,6 +30,11 @@ DOMAIN = "dreammix"
 
 class UNet(nn.Module):
     """SDXL's UNet with the inpaint feature and the packed LoRA as inputs."""
+
+    @classmethod
+    def of(cls, network: Network) -> UNet:
+        """The module of a described network."""
+        return cls(dict(network.configs["unet"]), network.slots)
 
     def __init__(self, config: dict[str, Any], slots: Sequence[Slot]) -> None:
         super().__init__()
@@ -73,6 +79,12 @@ class TextEncoder(nn.Module):
     final-normed state of the end mark. Parameter names are transformers'.
     """
 
+    @classmethod
+    def of(cls, network: Network) -> TextEncoder:
+        """The module of a described network."""
+        (config,) = network.configs.values()
+        return cls(dict(config), network.slots, pooled=len(network.outputs) > 1)
+
     def __init__(self, config: dict[str, Any], slots: Sequence[Slot], pooled: bool) -> None:
         super().__init__()
         self.network = nn.Module()
@@ -100,6 +112,11 @@ class InpaintHead(nn.Module):
     """Fooocus' head: a 3x3 convolution of [mask, masked latent]; padding "replicate", or "zeros" for a head that was
     part of a 9-channel UNet's first convolution."""
 
+    @classmethod
+    def of(cls, network: Network) -> InpaintHead:
+        """The module of a described network."""
+        return cls(**network.configs["inpaint_head"])
+
     def __init__(self, channels: int, latent_channels: int, padding: str) -> None:
         super().__init__()
         self.mode = {"replicate": "replicate", "zeros": "constant"}[padding]
@@ -114,6 +131,11 @@ class InpaintHead(nn.Module):
 
 class VaeEncoder(nn.Module):
     """Image in [-1, 1] -> mean and standard deviation of the latent, both unscaled; wide: see `_widen`."""
+
+    @classmethod
+    def of(cls, network: Network) -> VaeEncoder:
+        """The module of a described network."""
+        return cls(dict(network.configs["vae"]), network.wide)
 
     def __init__(self, config: dict[str, Any], wide: tuple[str, ...] = ()) -> None:
         super().__init__()
@@ -132,6 +154,11 @@ class VaeEncoder(nn.Module):
 
 class VaeDecoder(nn.Module):
     """Latent, already divided by the scaling factor -> image in about [-1, 1]; wide: see `_widen`."""
+
+    @classmethod
+    def of(cls, network: Network) -> VaeDecoder:
+        """The module of a described network."""
+        return cls(dict(network.configs["vae"]), network.wide)
 
     def __init__(self, config: dict[str, Any], wide: tuple[str, ...] = ()) -> None:
         super().__init__()

@@ -22,19 +22,11 @@ from numpy.typing import NDArray
 
 from dreammix_trt.core.checkpoint import EMBEDDED, TOKENIZERS, BaseFiles
 from dreammix_trt.core.files import read_json, write_json
+from dreammix_trt.core.network_weights import BaseLora, weights_of
+from dreammix_trt.core.networks import SLOT_RANK, Network, Precision, describe_networks, plain_name
 from dreammix_trt.core.tensors import Weights, write_tensors
-from dreammix_trt.export.networks import (
-    SAFE,
-    SLOT_RANK,
-    BaseLora,
-    Network,
-    Precision,
-    check_fit,
-    networks_of,
-    torch_module,
-    weights_of,
-)
 from dreammix_trt.export.parity import check_parity, check_sizes
+from dreammix_trt.export.torch_module import check_fit, torch_module
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +59,7 @@ def export_base(
     The graphs shipped with this package are used where they fit. verify: see `export_network`; progress: called with
     (what, done, total). Builds use the functions below one by one, so that each part is kept when it is done.
     """
-    out, networks = Path(out_dir), networks_of(base, slot_rank, precision, fused)
+    out, networks = Path(out_dir), describe_networks(base, slot_rank, precision, fused)
     report = progress or (lambda what, done, total: None)
     entries = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -127,7 +119,7 @@ def make_shipped_graphs(base: BaseFiles, out: str | Path, *, slot_rank: int = SL
     out = Path(out)
     with tempfile.TemporaryDirectory(dir=out.parent) as name:
         scratch = Path(name)
-        for network in networks_of(base, slot_rank):
+        for network in describe_networks(base, slot_rank):
             graph = scratch / "graphs" / network.graph
             if not graph.exists():
                 graph.mkdir(parents=True)
@@ -236,5 +228,5 @@ def _parity(
         model = out / f"{network.graph}.onnx"
         figures = check_parity(network, model, torch_module(network, weights), check_sizes(base.divisor))
         return {**figures, "checked": "at build"}
-    recorded = facts["parity"].get(network.name.removesuffix(SAFE)) if base.folder == EMBEDDED else None
+    recorded = facts["parity"].get(plain_name(network.name)) if base.folder == EMBEDDED else None
     return {**recorded, "checked": "at export"} if recorded else {"checked": "not", "parameters": size}

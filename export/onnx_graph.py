@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dreammix_trt.core.errors import BuildError, MissingExtraError
-from dreammix_trt.core.subject import LORA_SIDES
+from dreammix_trt.core.networks import Network
+from dreammix_trt.core.slots import LORA_SIDES
 from dreammix_trt.core.tensors import planned_places
-from dreammix_trt.export.networks import Network, torch_module
 from dreammix_trt.export.precision import typed
+from dreammix_trt.export.torch_module import torch_module
 
 if TYPE_CHECKING:
     import onnx
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 #: of the trace, and of the graph with single operators for attention and group norm
 OPSET, FUSED_OPSET = 20, 23
 #: sizes while tracing; every dynamic axis differs from the others and from all widths that matter
-TRACE_SIZES = {"pictures": 2, "rows": 4, "h": 16, "w": 24, "H": 128, "W": 192}
+TRACE_SIZES = {"pictures": 2, "rows": 4, "context": 83, "h": 16, "w": 24, "H": 128, "W": 192}
 
 
 class Weight(NamedTuple):
@@ -98,7 +99,7 @@ def _traced(module: Any, network: Network) -> bytes:
 
     example = {
         name: torch.from_numpy(value.astype(np.float32) if value.dtype == np.float16 else value)
-        for name, value in network.example(TRACE_SIZES).items()
+        for name, value in network.draw_example(TRACE_SIZES).items()
     }
     axes = {
         spec.name: {axis: side for axis, side in enumerate(spec.shape) if isinstance(side, str)}

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dreammix_trt.core.errors import BuildError, MissingExtraError
-from dreammix_trt.export.networks import Network
+from dreammix_trt.core.networks import FACTOR, TOKENS, Network
 
 #: largest difference, as a share of an output's largest value; torch always computes in float32
 BOUNDS = {"float32": 1e-4, "float16": 2e-2}
@@ -58,12 +58,14 @@ def run_torch(module: Any, network: Network, inputs: Mapping[str, NDArray[Any]])
 
 
 def check_sizes(divisor: int) -> tuple[dict[str, int], ...]:
-    """Square and not, one picture and two, two rows a picture and one. divisor: of picture sides, in pixels."""
-    step = divisor // 8
-    cases = ((1, 2, 4, 4), (2, 4, 4, 6), (2, 2, 5, 4))
+    """Square and not, one picture and two, two rows a picture and one, the usual condition and a longer one. divisor:
+    of picture sides, in pixels."""
+    step = divisor // FACTOR
+    cases = ((1, 2, 4, 4, TOKENS), (2, 4, 4, 6, TOKENS), (2, 2, 5, 4, 101))
     return tuple(
-        {"pictures": n, "rows": rows, "h": h * step, "w": w * step, "H": 8 * h * step, "W": 8 * w * step}
-        for n, rows, h, w in cases
+        {"pictures": n, "rows": rows, "context": context, "h": h * step, "w": w * step}
+        | {"H": FACTOR * h * step, "W": FACTOR * w * step}
+        for n, rows, h, w, context in cases
     )
 
 
@@ -79,7 +81,7 @@ def check_parity(
     session = OnnxNetwork(graph)
     worst = (0.0, 0.0)
     for seed, case in enumerate(sizes):
-        inputs = network.example(case, seed)
+        inputs = network.draw_example(case, seed)
         found = compared(run_torch(module, network, inputs), session.run(**inputs), bound)
         for name, (absolute, relative, passed) in found.items():
             if not passed:

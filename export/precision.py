@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dreammix_trt.core.errors import BuildError
-from dreammix_trt.export.networks import Network, TensorSpec
+from dreammix_trt.core.networks import Network, Tensor
 
 if TYPE_CHECKING:
     import onnx
@@ -148,7 +148,7 @@ class _Types:
         weight = self.weight_of.get(name, name)
         return weight if weight in self.weights else None
 
-    def _declare_output(self, spec: TensorSpec) -> None:
+    def _declare_output(self, spec: Tensor) -> None:
         import onnx
 
         item = next(item for item in self.graph.output if item.name == spec.name)

@@ -26,7 +26,9 @@ from PIL import Image, ImageOps
 
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import FileFormatError, InputError
-from dreammix_trt.export.networks import networks_of, torch_module, weights_of
+from dreammix_trt.core.network_weights import weights_of
+from dreammix_trt.core.networks import describe_networks
+from dreammix_trt.export.torch_module import torch_module
 
 Kind = Literal["vae_encoder", "vae_decoder"]
 Floats = NDArray[np.float32]
@@ -78,7 +80,7 @@ def wide_units(base: BaseFiles, kind: Kind, images: Sequence[Path] = (), *, limi
     """
     import torch
 
-    networks = {network.name: network for network in networks_of(base)}
+    networks = {network.name: network for network in describe_networks(base)}
     samples = _pictures(base.native_side, images)
     with torch.inference_mode():
         if kind == "vae_decoder":

@@ -91,7 +91,7 @@ def painter(engine: Path, shelf: Path) -> DreamMix:
     networks = EngineSet.load(opened.parts, threads=2)
     words = [Tokenizer.load(opened.parts["base"] / name) for name in ("tokenizer", "tokenizer_2")]
     subjects = [read_subject(file) for file in opened.subjects]
-    return DreamMix(networks, replace(networks.facts, native_side=SIDE), words, subjects)
+    return DreamMix.on_host(networks, replace(networks.facts, native_side=SIDE), words, subjects)
 
 
 def painted(dm: DreamMix, **fields: Any) -> np.ndarray[Any, Any]:
@@ -117,7 +117,7 @@ def test_it_paints_what_torch_paints(engine: Path, held: Checkpoint, shelf: Path
     with painter(engine, shelf) as dm:
         picture, without = painted(dm), painted(dm, subject="")
         base = BaseFiles.open(held.base, held.patch, held.head, tokenizer=held.tokenizer)
-        judge = DreamMix(TorchEngineSet(base), dm.facts, dm.tokenizers, [dm._subjects["mug"][0]])
+        judge = DreamMix.on_host(TorchEngineSet(base), dm.facts, dm.tokenizers, [dm._subjects["mug"][0]])
         truth = painted(judge)
     assert picture.shape == IMAGE.shape
     assert np.abs(picture.astype(int) - truth).max() <= 2

@@ -17,8 +17,8 @@ from benchmarks._golden_case import Case, Run, find_cases, networks_for, replay
 from benchmarks.golden import checked, main
 from benchmarks.golden_units import Row
 from dreammix_trt.core.noise import SeededNoise
+from dreammix_trt.core.seam import Networks
 from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet
-from dreammix_trt.engine.host.stages import Networks
 from tests.support.tiny_model import random_factors, unet_attention_modules, write_tiny_lora, write_tiny_model
 
 

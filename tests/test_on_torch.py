@@ -13,13 +13,12 @@ pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 from dreammix_trt.core.checkpoint import BaseFiles
-from dreammix_trt.core.errors import DreamMixError, EngineError, FileFormatError, InputError
+from dreammix_trt.core.errors import DreamMixError, EngineError, FileFormatError, InputError, OutOfMemoryError
 from dreammix_trt.core.subject import read_subject
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.device.plan import Options
 from dreammix_trt.engine.device.studio import Studio
 from dreammix_trt.engine.directory import open_engine
-from dreammix_trt.engine.drivers.device import OutOfMemoryError
 from dreammix_trt.engine.drivers.simulated import SimulatedDevice
 from dreammix_trt.engine.text import Tokenizer
 from dreammix_trt.export.torch_backend.on_device import TorchNetworks

@@ -93,12 +93,12 @@ def test_every_format_of_a_checkpoint_becomes_the_same_weights(
 def test_a_folders_graph_is_traced_to_the_byte_as_the_single_files(held: Checkpoint, tmp_path: Path) -> None:
     """A single file's config is told by shapes; here the exporter itself says that nothing was missed."""
     from dreammix_trt.core.checkpoint import BaseFiles
-    from dreammix_trt.export.networks import networks_of
+    from dreammix_trt.core.networks import describe_networks
     from dreammix_trt.export.onnx_graph import graph_of
 
     folder = BaseFiles.open(files.write_folder(tmp_path / "base", CONFIGS))
     file = BaseFiles.open(held.base, tokenizer=held.tokenizer)
-    for one, other in zip(networks_of(folder), networks_of(file), strict=True):
+    for one, other in zip(describe_networks(folder), describe_networks(file), strict=True):
         if one.name in ("unet", "text_encoder_2", "vae_encoder"):
             assert graph_of(one).proto.SerializeToString() == graph_of(other).proto.SerializeToString(), one.name
 

@@ -18,9 +18,8 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dreammix_trt.core.checkpoint import BaseFiles, State
+from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import FileFormatError, InputError
-
-TEXT_LENGTH = 77
 
 
 def choose_precision(device: str) -> torch.dtype:
@@ -93,10 +92,10 @@ class TrainingNetworks:
         return torch.cat(states, -1), pooled
 
     def _ids(self, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-        rows = [tokenizer(prompt, padding="max_length", max_length=TEXT_LENGTH)["input_ids"] for prompt in prompts]
+        rows = [tokenizer(prompt, padding="max_length", max_length=TOKENS)["input_ids"] for prompt in prompts]
         for prompt, row in zip(prompts, rows, strict=True):
-            if len(row) > TEXT_LENGTH:
-                raise InputError(f"the prompt {prompt!r} has {len(row)} tokens; at most {TEXT_LENGTH} fit, shorten it")
+            if len(row) > TOKENS:
+                raise InputError(f"the prompt {prompt!r} has {len(row)} tokens; at most {TOKENS} fit, shorten it")
         return torch.tensor(rows)
 
     def _add_feature(self, _module: Any, _inputs: Any, out: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 // Latents between networks and sampling: posteriors, start and hand-over noise, changes of type, the finiteness check.
-// engine/stages.py has the same arithmetic for the host.
+// engine/host/painter.py has the same arithmetic for the host.
 #pragma once
 
 #include "../philox.hpp"

@@ -69,17 +69,10 @@ struct StepBefore {
     }
 
     DMX_HD void tell(int n, const StepRow& row, int thread, int threads) const {
-        const Job& job = batch.jobs[n];
         for (int r = thread; r < batch.rows_per_picture; r += threads) {
-            const bool negative = r + 1 < batch.rows_per_picture;
-            const double share = negative ? row.size_scale_negative : row.size_scale_positive;
             const ptrdiff_t at = ptrdiff_t{n} * batch.rows_per_picture + r;
             timestep[at] = row.timestep;
-            float* told = time_ids + 6 * at;
-            told[0] = static_cast<float>(job.size_height * share);
-            told[1] = static_cast<float>(job.size_width * share);
-            told[2] = told[3] = 0.0F;
-            told[4] = told[5] = static_cast<float>(job.target);
+            for (int i = 0; i < 6; ++i) time_ids[6 * at + i] = row.time_ids[2 - batch.rows_per_picture + r][i];
         }
     }
 };

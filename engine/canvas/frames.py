@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.networks import FACTOR
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.canvas.geometry import (
-    FACTOR,
     Size,
     crop_box,
     feather_width,

@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.networks import FACTOR
 from dreammix_trt.engine.kernels import Box
 from dreammix_trt.engine.twins import CASCADE
 
 U8 = npt.NDArray[np.uint8]
 Size = tuple[int, int]
 
-FACTOR = 8  # pixels per latent cell
 FEATHER = 32  # pixels, in a picture whose short side is 1024
 _LEAST, _MOST = 88 / 128, 168 / 128  # sides of a frame, in native sides: the profile of the engines
 

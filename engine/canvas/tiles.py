@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dreammix_trt.engine.canvas.geometry import FACTOR
+from dreammix_trt.core.networks import FACTOR
 
 F32 = npt.NDArray[np.float32]
 
@@ -52,6 +52,11 @@ class Tiling:
     rows: tuple[int, ...]
     cols: tuple[int, ...]
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the whole frame in latent cells."""
+        return self.rows[-1] + self.height, self.cols[-1] + self.width
+
     def tiles(self, factor: int = 1) -> tuple[Tile, ...]:
         """Row by row; factor 1: in latent cells, `FACTOR` (8): in pixels. The weights sum to 1 at every element."""
         down = _ramps(self.rows, self.height, factor)
@@ -77,21 +82,27 @@ def tiles_of(height: int, width: int, *, side: int = SIDE, overlap: int = OVERLA
     return Tiling(min(side, height), min(side, width), rows, cols)
 
 
-def run_tiled(run: Callable[[F32], Mapping[str, F32]], array: F32, tiling: Tiling, *, decode: bool) -> dict[str, F32]:
-    """Run a VAE on an array (N, C, H, W) tile by tile; its outputs by name, joined, float32.
+def run_tiled(
+    run: Callable[[Mapping[str, F32]], Mapping[str, F32]], arrays: Mapping[str, F32], tiling: Tiling
+) -> dict[str, F32]:
+    """Run a network on arrays (N, C, H, W) tile by tile; its outputs by name, joined, float32.
 
-    decode: array is a latent, and outputs are `FACTOR` times as large; else it is a picture, and they are that much
-    smaller.
+    Arrays and outputs are latents or pictures of one frame: whether a side counts cells or pixels follows from its
+    length.
     """
-    taken, given = (1, FACTOR) if decode else (FACTOR, 1)
-    height, width = (side * given // taken for side in array.shape[2:])
+    height, width = tiling.size
+    tiles = {factor: tiling.tiles(factor) for factor in (1, FACTOR)}
     joined: dict[str, F32] = {}
-    for source, target in zip(tiling.tiles(taken), tiling.tiles(given), strict=True):
-        part = np.ascontiguousarray(array[_place(source)])
-        weight = target.ramp_rows[:, None] * target.ramp_cols
-        for name, values in run(part).items():
-            whole = joined.setdefault(name, np.zeros((*values.shape[:2], height, width), np.float32))
-            whole[_place(target)] += values * weight
+    for number in range(len(tiles[1])):
+        given = {
+            name: np.ascontiguousarray(array[_place(tiles[array.shape[2] // height][number])])
+            for name, array in arrays.items()
+        }
+        for name, values in run(given).items():
+            factor = values.shape[2] // tiling.height
+            tile, size = tiles[factor][number], (*values.shape[:2], factor * height, factor * width)
+            whole = joined.setdefault(name, np.zeros(size, np.float32))
+            whole[_place(tile)] += values * (tile.ramp_rows[:, None] * tile.ramp_cols)
     return joined
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dreammix_trt.engine.drivers.device import Array, Device, Shape
+from dreammix_trt.core.seam import Array, Shape
+from dreammix_trt.engine.drivers.device import Device
 
 ALIGNMENT = 256
 Regions = Mapping[str, tuple[Shape, str]]

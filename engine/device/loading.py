@@ -6,10 +6,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from dreammix_trt.core.seam import DeviceNetworks, Stream
 from dreammix_trt.core.store import Store
 from dreammix_trt.engine.directory import OpenedEngine
-from dreammix_trt.engine.drivers.device import Device, Stream
-from dreammix_trt.engine.seam import DeviceNetworks
+from dreammix_trt.engine.drivers.device import Device
 
 
 @dataclass(frozen=True)

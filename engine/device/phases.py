@@ -1,26 +1,78 @@
-"""What a request's phases enqueue: start, step, hand-over, finish. Everything is on the device; nothing waits.
+"""What the phases of a batch enqueue: start, step, hand-over, finish. Everything is on the device; nothing waits.
 
-The order is that of engine/stages.py and engine/loop.py (golden/README.md steps 2 to 13), kernel for function. A phase
-is a plain list of launches whose arguments never change for a room, so it can be captured as a graph.
+The order is that of engine/host/painter.py, kernel for function. A phase is a plain list of launches whose arguments
+never change for a room, so it can be captured as a graph. What decides the list is the phase's value alone: it is the
+key of the graph and the only thing that recording is given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from dreammix_trt.engine.canvas.geometry import FACTOR, fill_cascade
+from dreammix_trt.core.networks import FACTOR, flag_of
+from dreammix_trt.core.noise import DRAWS
+from dreammix_trt.core.schedule import STAGES, Stage
+from dreammix_trt.core.seam import Array, Stream
+from dreammix_trt.engine.canvas.geometry import fill_cascade
 from dreammix_trt.engine.device.arena import Arena, Regions
-from dreammix_trt.engine.device.jobs import MOST_STEPS, PICTURE, Picture
-from dreammix_trt.engine.device.records import FLAGS
+from dreammix_trt.engine.device.blocks import MOST_STEPS, PICTURE
 from dreammix_trt.engine.device.room import Room, Shape
-from dreammix_trt.engine.device.texts import STAGES, Texts
-from dreammix_trt.engine.drivers.device import Array, Device, Stream
+from dreammix_trt.engine.device.texts import Texts
+from dreammix_trt.engine.drivers.device import Device
 
 CHANNELS = 4  # of a latent
-#: numbers of the draws, core/noise.py
-_DRAWS = {"lcg background": 4, "lcg masked": 5, "hand over": 6, "gch background": 7, "gch masked": 8}
-Stage = Literal["lcg", "gch"]
+Latent = Literal["x", "x0"]  # after the last step, or its prediction
+
+
+@dataclass(frozen=True)
+class Start:
+    """Picture k's first stage: frame, fill, encodings, head, noise. fills: whether the hole is filled from around.
+    dilates: whether more than the mask is repainted."""
+
+    k: int
+    stage: Stage
+    fills: bool
+    dilates: bool
+
+
+@dataclass(frozen=True)
+class TakeStep:
+    """One whole step of the batch on one UNet: two launches around it. The counter says which row it is."""
+
+    network: str
+
+
+@dataclass(frozen=True)
+class DecodeLocal:
+    """In the first stage's room: picture k's prediction (x0), or its finished latent (x), as a picture, kept until the
+    end."""
+
+    k: int
+    source: Latent
+
+
+@dataclass(frozen=True)
+class HandOver:
+    """In the second stage's room, after `DecodeLocal`: paste, encode, noise at the step's level. original: whether the
+    background is the user's picture, not the pasted one."""
+
+    k: int
+    original: bool
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The last latent as picture k's finished picture, in "out". second: whether it is the second stage's. keeps_local:
+    whether only the seam is taken from it."""
+
+    k: int
+    second: bool
+    keeps_local: bool
+
+
+Phase = Start | TakeStep | DecodeLocal | HandOver | Finish
 
 
 def regions(device_scratch: Callable[[str, int, int, int], int], largest: Shape, pixels: int) -> Regions:
@@ -56,10 +108,30 @@ class Phases:
         self._device, self._stream, self._arena, self._room = device, stream, arena, room
         self._texts, self._facts = texts, facts
 
-    # ------------------------------------------------------------------------------------------------ step
+    def record(self, phase: Phase) -> None:
+        """Enqueue a phase."""
+        match phase:
+            case Start():
+                self._start(phase)
+            case TakeStep():
+                self._take_step(phase.network)
+            case DecodeLocal():
+                self._decode(phase.k, self._latents(phase.source)[phase.k], self._arena["decoded"][phase.k])
+            case HandOver():
+                self._hand_over(phase)
+            case Finish():
+                self._finish(phase)
 
-    def step(self, network: str) -> None:
-        """One whole step of the batch on one UNet: two launches around it. The counter says which row it is."""
+    def preview(self, k: int, source: Latent) -> Array:
+        """Enqueue picture k's present prediction as a picture of the frame, in "last decoded" (uint8, h, w, 3). It sets
+        no flag: looking must not change what becomes of a request."""
+        last = self._arena["last decoded"].reshaped((*self._room.shape.size, 3))
+        self._decode(k, self._latents(source)[k], last, flag=self._arena["found"])
+        return last
+
+    # -- the phases ---------------------------------------------------------------------------------------------------
+
+    def _take_step(self, network: str) -> None:
         shape, arrays, latent = self._room.shape, self._room.arrays[network], self._room.shape.latent
         common = {
             "counter": self._arena["counter"], "table": self._arena["steps"], "jobs": self._arena["jobs"],
@@ -75,86 +147,67 @@ class Phases:
         self._room.enqueue(network, self._stream)
         self._kernel(
             "step_after", **common, eps=arrays["eps"], x0=self._latents("x0"), scratch=self._arena["step scratch"],
-            flags=self._arena["flags"], bit=FLAGS[network],
+            flags=self._arena["flags"], bit=flag_of(network),
         )  # fmt: skip
 
-    # ------------------------------------------------------------------------------------------------ start
-
-    def start(self, k: int, picture: Picture) -> None:
-        """Picture k's first stage: frame, fill, encodings, head, noise."""
-        stage: Stage = "lcg" if picture.schedule[0].stage == "lcg" else "gch"
+    def _start(self, phase: Start) -> None:
+        k, stage = phase.k, phase.stage
         mask = self._canvas(k, "mask")
         self._distance("feather", mask, self._record(k, "feather_field"), self._canvas(k, "weight"))
-        if picture.dilate:
+        if phase.dilates:
             spread = self._arena["spread mask"]
             self._distance("feather", mask, self._record(k, "dilate_field"), spread, dilate=True)
             mask = spread
-        self._frame(k, "local", mask)
-        if picture.schedule.fills:
+        self._cut_frame(k, "first", mask)
+        if phase.fills:
             self._kernel(
                 "fill", picture=self._work_frame(), mask=self._frame_mask(), scratch=self._arena["filling"],
                 height=self._room.shape.work[0], width=self._room.shape.work[1],
                 cascade=fill_cascade(self._facts.native_side),
             )  # fmt: skip
-            self._to_network(k, "local", self._work_frame(), network=True)
+            self._to_network(k, "first", self._work_frame(), network=True)
         background = self._latents("background")[k]
         # The first stage's background is drawn as the local stage's fill, or as the global stage's own.
-        self._encode(k, background, "lcg background" if stage == "lcg" else "gch background")
+        self._encode(k, background, "vae_noise_lcg_fill" if stage == "lcg" else "vae_noise_gch_background")
         self._noised(background, k, self._latents("x")[k], hand_over=False)
         self._condition(k, stage)
 
-    # ------------------------------------------------------------------------------------------------ hand-over
-
-    def decode_local(self, k: int, source: Literal["x", "x0"]) -> None:
-        """In the local room: picture k's prediction as a picture, kept until the end."""
-        self._decode(k, self._latents(source)[k], self._decoded(k))
-
-    def hand_over(self, k: int, picture: Picture) -> None:
-        """In the global room, after `decode_local`: paste, encode, noise at the step's level (step 12)."""
-        self._paste(k, "local", "hand_over_sheet", self._decoded(k))
+    def _hand_over(self, phase: HandOver) -> None:
+        k = phase.k
+        self._paste(k, "first", "hand_over_sheet", self._arena["decoded"][k])
         pasted = self._canvas(k, "out")
         self._kernel(
-            "cut", source=pasted, channels=3, cut=self._record(k, "image_global"), tables=self._arena["tables"],
+            "cut", source=pasted, channels=3, cut=self._record(k, "image_second"), tables=self._arena["tables"],
             out=self._work_frame(), mask=None, network=self._image() if self._fits else None, masked=None,
             half=self._image().half, threshold=False, found=None,
         )  # fmt: skip
         if not self._fits:
-            self._to_network(k, "global", self._work_frame(), network=True)
+            self._to_network(k, "second", self._work_frame(), network=True)
         start, background = self._latents("picture latent")[k], self._latents("background")[k]
-        self._encode(k, start, "hand over")
-        self._frame(k, "global", self._canvas(k, "mask"))
-        if picture.request.gch_background == "original":
-            self._encode(k, background, "gch background")
+        self._encode(k, start, "vae_noise_switch_zG")
+        self._cut_frame(k, "second", self._canvas(k, "mask"))
+        if phase.original:
+            self._encode(k, background, "vae_noise_gch_background")
         else:
             self._device.copy(background, start, self._stream)
         self._noised(start, k, self._latents("x")[k], hand_over=True)
         self._condition(k, "gch")
 
-    # ------------------------------------------------------------------------------------------------ finish
-
-    def finish(self, k: int, picture: Picture) -> None:
-        """The last latent as picture k's finished picture, in "out" (step 13)."""
+    def _finish(self, phase: Finish) -> None:
+        k = phase.k
         last = self._arena["last decoded"]
         self._decode(k, self._latents("x")[k], last)
-        if picture.keeps_local:
-            self._place(k, "local", self._decoded(k), self._arena["local content"])
+        if phase.keeps_local:
+            self._place(k, "first", self._arena["decoded"][k], self._arena["local content"])
             self._kernel(
                 "seam", mask=self._canvas(k, "mask"), field=self._record(k, "seam_field"),
                 scratch=self._arena["distances"], deepest=self._arena["deepest"], out=self._arena["seam"],
             )  # fmt: skip
-        which = "global" if picture.second is not None else "local"
-        self._paste(k, which, "final_sheet", last, seam=picture.keeps_local)
+        self._paste(k, "second" if phase.second else "first", "final_sheet", last, seam=phase.keeps_local)
 
-    def preview(self, k: int, source: Literal["x", "x0"] = "x0") -> Array:
-        """Picture k's present prediction as a picture of the frame, in "last decoded" (uint8, h, w, 3). It sets no
-        flag: looking must not change what becomes of a request."""
-        last = self._arena["last decoded"].reshaped((*self._room.shape.size, 3))
-        self._decode(k, self._latents(source)[k], last, flag=self._arena["found"])
-        return last
+    # -- parts of them ------------------------------------------------------------------------------------------------
 
-    # ------------------------------------------------------------------------------------------------ parts
-
-    def _frame(self, k: int, which: str, mask: Array) -> None:
+    def _cut_frame(self, k: int, which: str, mask: Array) -> None:
         """Cut picture k's frame: mask, plain picture (also for the network), and the picture with its hole masked."""
         cut, found, frame_mask = self._record(k, f"image_{which}"), self._arena["found"], self._frame_mask()
         self._device.clear(found, self._stream)
@@ -204,8 +257,9 @@ class Phases:
     def _condition(self, k: int, stage: Stage) -> None:
         """What the stage tells the UNet of picture k: text, and the head's feature of the masked picture."""
         rows, unet = self._room.shape.rows_per_picture, self._room.arrays["unet"]
-        told = self._texts.rows_of(STAGES.index(stage), unet["encoder_hidden_states"].dtype)
-        for name, source in zip(("encoder_hidden_states", "text_embeds"), told, strict=True):
+        dtype, context = unet["encoder_hidden_states"].dtype, self._room.shape.context
+        condition = self._texts.rows_of(STAGES.index(stage), context, dtype)
+        for name, source in zip(("encoder_hidden_states", "text_embeds"), condition, strict=True):
             self._device.copy(unet[name].part(k * rows, rows), source.part(k * rows, rows), self._stream)
         feature = unet["inpaint_feature"].part(k, 1)
         head = self._room.arrays.get("inpaint_head")
@@ -213,11 +267,16 @@ class Phases:
             self._device.clear(feature, self._stream)
             return
         self._device.copy(self._image(), self._masked(), self._stream)
-        self._encode(k, self._latents("picture latent")[k], f"{stage} masked", network=head["masked_latent"])
+        self._encode(k, self._latents("picture latent")[k], f"vae_noise_{stage}_masked", network=head["masked_latent"])
         self._room.enqueue("inpaint_head", self._stream)
         made = head["feature"]
         self._kernel(
-            "check_finite", values=made, count=made.size, half=made.half, flags=self._flag(k), bit=FLAGS["inpaint_head"]
+            "check_finite",
+            values=made,
+            count=made.size,
+            half=made.half,
+            flags=self._flag(k),
+            bit=flag_of("inpaint_head"),
         )
         self._kernel("convert", source=made, source_half=made.half, out=feature, out_half=feature.half, count=made.size)
 
@@ -231,8 +290,8 @@ class Phases:
             mean, std = self._encode_tiles()
         self._kernel(
             "encode_latent", mean=mean, std=std, job=self._arena["jobs"][k], latent=latent, network=None,
-            scaling=self._facts.scaling_factor, draw=_DRAWS[draw], channels=CHANNELS, height=h, width=w, half=mean.half,
-            flags=self._flag(k), bit=FLAGS["vae_encoder"],
+            scaling=self._facts.scaling_factor, draw=DRAWS[draw], channels=CHANNELS, height=h, width=w, half=mean.half,
+            flags=self._flag(k), bit=flag_of("vae_encoder"),
         )  # fmt: skip
         if network is not None:
             self._convert(latent, network)
@@ -256,7 +315,7 @@ class Phases:
             image = self._decode_tiles(latent)
         self._kernel(
             "decoded", image=image, out=out, height=height, width=width, half=image.half,
-            flags=flag or self._flag(k), bit=FLAGS["vae_decoder"],
+            flags=flag or self._flag(k), bit=flag_of("vae_decoder"),
         )  # fmt: skip
 
     def _encode_tiles(self) -> tuple[Array, Array]:
@@ -348,7 +407,7 @@ class Phases:
     def _kernel(self, name: str, **arguments: Any) -> None:
         self._device.kernel(name, self._stream, **arguments)
 
-    # ------------------------------------------------------------------------------------------------ arrays
+    # -- arrays -------------------------------------------------------------------------------------------------------
 
     @property
     def _fits(self) -> bool:
@@ -381,9 +440,6 @@ class Phases:
 
     def _network_mask(self) -> Array:
         return self._arena["network mask"].reshaped(self._room.shape.size)
-
-    def _decoded(self, k: int) -> Array:
-        return self._arena["decoded"][k]
 
     def _canvas(self, k: int, region: str) -> Array:
         return self._arena[region][k]

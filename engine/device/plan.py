@@ -10,20 +10,15 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
-from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.errors import InputError, OutOfMemoryError
 from dreammix_trt.core.files import size_text
-from dreammix_trt.engine.drivers.device import OutOfMemoryError
-from dreammix_trt.engine.seam import DeviceNetworks
+from dreammix_trt.core.networks import TOKENS, all_phases, is_twin, names_of_phase, twin_name
+from dreammix_trt.core.seam import DeviceNetworks
 
 MIB: Final = 1 << 20
 
 #: What may be done where memory is short, in the order in which it is tried.
 STRATEGIES: Final = ("resident", "one-unet", "swap")
-
-#: Networks that one phase of a request needs together; under "swap" one of these groups is on the device.
-PHASES: Final = (
-    ("text_encoder", "text_encoder_2"), ("unet",), ("unet_raw",), ("vae_encoder", "vae_decoder", "inpaint_head"),
-)  # fmt: skip
 
 # For what no one can ask for beforehand: kernels that the driver loads or TensorRT-RTX compiles at their first use,
 # their local memory, rounding of allocations to 2 MiB, and what a desktop takes meanwhile. The context itself is not in
@@ -31,7 +26,6 @@ PHASES: Final = (
 _RESERVE: Final = 512 * MIB
 # A step of SDXL is some thousand kernels, and a shape keeps graphs of both UNets and of the phases around. An estimate.
 _GRAPHS_OF_A_SHAPE: Final = 32 * MIB
-_TWIN: Final = "_float32"
 
 
 @dataclass(frozen=True)
@@ -39,7 +33,8 @@ class Options:
     """What a runtime is loaded for; memory is set aside for all of it.
 
     pictures: most in a batch. largest_picture: width times height of the largest picture a request may bring, which
-    takes some twenty bytes of device memory a pixel; larger ones are refused. subjects: how many stay on the device;
+    takes some twenty bytes of device memory a pixel; larger ones are refused. context: most rows of the text condition,
+    where the engines take any. subjects: how many stay on the device;
     texts: prompts that stay encoded there (others are brought again when asked for). shapes: how many frame sizes (and
     batch sizes) keep graphs. residency: "resident", all networks stay; "one-unet", unet_raw stays away and all steps
     run on the inpainting UNet, so pictures differ a little; "swap", networks are there while a phase needs them, and
@@ -51,6 +46,7 @@ class Options:
     subjects: int = 8
     texts: int = 16
     shapes: int = 4
+    context: int = TOKENS
     residency: str | None = None
 
     def __post_init__(self) -> None:
@@ -130,7 +126,7 @@ def plan_memory(
     when that is "one-unet" and the base has no unet_raw.
     """
     weights = {name: networks.weight_bytes(name) for name in _present(networks)}
-    there = [name for name in weights if not name.endswith(_TWIN)] if loaded is None else loaded
+    there = [name for name in weights if not is_twin(name)] if loaded is None else loaded
     usable = min(free + sum(weights[name] for name in there), total)
     if options.residency == "one-unet" and "unet_raw" not in weights:
         raise InputError("residency is 'one-unet', but this base has no second UNet; leave residency out")
@@ -149,7 +145,7 @@ def plan_memory(
 def _planned(strategy: str, weights: Mapping[str, int], shared: Sequence[Row], usable: int, total: int) -> MemoryPlan:
     """A strategy's plan, which may not fit, with as many twins as fit into it, the smallest first."""
     kept = {name: size for name, size in weights.items() if not (strategy == "one-unet" and name == "unet_raw")}
-    plain = {name: size for name, size in kept.items() if not name.endswith(_TWIN)}
+    plain = {name: size for name, size in kept.items() if not is_twin(name)}
     rows = _weights(strategy, plain)
     safe: list[str] = []
     for name in sorted(kept.keys() - plain.keys(), key=lambda name: (kept[name], name)):
@@ -165,7 +161,7 @@ def _planned(strategy: str, weights: Mapping[str, int], shared: Sequence[Row], u
 def _weights(strategy: str, weights: Mapping[str, int]) -> tuple[Row, ...]:
     if strategy != "swap":
         return tuple(
-            Row(name, size, "weights, from the first overflow on" if name.endswith(_TWIN) else "weights")
+            Row(name, size, "weights, from the first overflow on" if is_twin(name) else "weights")
             for name, size in weights.items()
         )
     turns = dict(_turns(weights))
@@ -175,9 +171,9 @@ def _weights(strategy: str, weights: Mapping[str, int]) -> tuple[Row, ...]:
 
 def _turns(weights: Mapping[str, int]) -> Iterator[tuple[str, int]]:
     """What is on the device at once under "swap", and its bytes: each phase, and each with its twins."""
-    for phase in PHASES:
+    for phase in map(names_of_phase, all_phases()):
         plain = [name for name in phase if name in weights]
-        wide = [name + _TWIN if name + _TWIN in weights else name for name in plain]
+        wide = [twin_name(name) if twin_name(name) in weights else name for name in plain]
         for turn in (plain, wide):
             yield ", ".join(turn), sum(weights[name] for name in turn)
 
@@ -243,5 +239,5 @@ def _too_little(plan: MemoryPlan, options: Options, taken: int, beside: bool) ->
 
 
 def _present(networks: DeviceNetworks) -> list[str]:
-    names = [name for phase in PHASES for name in phase]
-    return [each for name in names for each in (name, name + _TWIN) if each in networks]
+    names = [name for phase in all_phases() for name in names_of_phase(phase)]
+    return [each for name in names for each in (name, twin_name(name)) if each in networks]

@@ -34,18 +34,21 @@ SHEET: Final = np.dtype(
 #: (for a seam: the ring around the mask's bounds; else the whole mask).
 FIELD: Final = np.dtype([(name, _I) for name in ("height", "width", "reach", "row0", "row1", "col0", "col1", "unused")])
 
-#: One picture of a batch. size_height, size_width, target: what the UNet is told, in pixels.
+#: One picture of a batch.
 JOB: Final = np.dtype(
-    [("seed", np.uint64), ("start_scale", _F), ("hand_over_sigma", _F), ("samples_vae", _I), ("blends_output", _I),
-     ("size_height", _I), ("size_width", _I), ("target", _I), ("unused", _I)]
+    [("seed", np.uint64), ("start_scale", _F), ("hand_over_sigma", _F), ("samples_vae", _I), ("blends_output", _I)]
+)
+
+#: The fields of a schedule's row (core/schedule.py) that kernels read as they are.
+STEP_FIELDS: Final = (
+    "sigma", "timestep", "guidance_scale", "guidance_rescale", "blur_alpha", "c_x", "c_x0", "c_dx0", "c_noise",
 )  # fmt: skip
 
-#: One row of the schedule (core/schedule.py). solver_step: -1 where the solver draws no noise.
+#: One row of the schedule. time_ids: of the negative and the positive row. solver_step: -1 where the solver draws no
+#: noise.
 STEP: Final = np.dtype(
-    [(name, _F) for name in (
-        "sigma", "timestep", "size_scale_positive", "size_scale_negative", "guidance_scale", "guidance_rescale",
-        "blur_alpha", "c_x", "c_x0", "c_dx0", "c_noise",
-    )] + [(name, _I) for name in ("blend_step", "solver_step", "unused0", "unused1", "unused2")]
+    [(name, _F) for name in STEP_FIELDS] + [("time_ids", _F, (2, 6))]
+    + [("blend_step", _I), ("solver_step", _I), ("unused", _I)]
 )  # fmt: skip
 
 #: Where one LoRA factor lies: (rows, columns) at `source` numbers into the subject's packed row; at `target` numbers
@@ -58,10 +61,3 @@ FACTOR: Final = np.dtype(
     [("source", np.int64), ("target", np.int64), ("rows", _I), ("cols", _I), ("target_rows", _I), ("target_cols", _I),
      ("scale", _F), ("unused", _I)]
 )  # fmt: skip
-
-#: Bits of the flag word that collects values that are not finite, by the network they came from: all there are, in the
-#: order in which they run.
-FLAGS: Final = {
-    "text_encoder": 1, "text_encoder_2": 2, "vae_encoder": 32, "inpaint_head": 16, "unet": 4, "unet_raw": 8,
-    "vae_decoder": 64,
-}  # fmt: skip

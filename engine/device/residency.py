@@ -7,13 +7,11 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, Final
 
+from dreammix_trt.core.networks import KINDS, is_twin, twin_name, unets_of
+from dreammix_trt.core.seam import DeviceNetworks
 from dreammix_trt.engine.device.plan import MemoryPlan
-from dreammix_trt.engine.device.records import FLAGS
-from dreammix_trt.engine.device.room import named
-from dreammix_trt.engine.device.subjects import UNETS
-from dreammix_trt.engine.seam import DeviceNetworks
+from dreammix_trt.engine.device.room import choose_twin
 
-_SAFE: Final = "_float32"
 _LOADING: Final = threading.Lock()  # runtimes that share networks bring a twin one after the other
 
 
@@ -24,8 +22,8 @@ class Usable:
     def __init__(self, networks: DeviceNetworks, hidden: Collection[str] = ()) -> None:
         self._networks = networks
         self._hidden = {*hidden, *_of_other_factors(networks)}
-        if any(name in self and name + _SAFE not in self for name in UNETS):
-            self._hidden |= {name + _SAFE for name in UNETS}
+        if any(name in self and twin_name(name) not in self for name in unets_of("both")):
+            self._hidden |= {twin_name(name) for name in unets_of("both")}
 
     def __contains__(self, name: str) -> bool:
         return name in self._networks and name not in self._hidden
@@ -37,17 +35,17 @@ class Usable:
 def planned(networks: DeviceNetworks, plan: MemoryPlan) -> Usable:
     """Networks as a memory plan leaves them: those it has no room for are not there."""
     one = plan.strategy == "one-unet"
-    return Usable(networks, {*plan.without, *(("unet_raw", "unet_raw" + _SAFE) if one else ())})
+    return Usable(networks, {*plan.without, *(("unet_raw", twin_name("unet_raw")) if one else ())})
 
 
 def _of_other_factors(networks: DeviceNetworks) -> Iterator[str]:
     """Twins that take LoRA factors in another type than the networks they stand in for."""
-    for name in FLAGS:
-        if name in networks and name + _SAFE in networks:
+    for name in [kind.name for kind in KINDS]:
+        if name in networks and twin_name(name) in networks:
             known = {tensor.name: tensor.dtype for tensor in networks.inputs(name)}
             factors = {"lora", *(factor for slot in networks.slots(name) for factor, _ in slot.factors)}
-            if any(t.name in factors and known.get(t.name) != t.dtype for t in networks.inputs(name + _SAFE)):
-                yield name + _SAFE
+            if any(t.name in factors and known.get(t.name) != t.dtype for t in networks.inputs(twin_name(name))):
+                yield twin_name(name)
 
 
 class Residency:
@@ -64,9 +62,9 @@ class Residency:
         swap = plan.strategy == "swap"
         here = set(networks.loaded)
         for name in sorted(here):
-            if swap or name.endswith(_SAFE) or name not in networks:
+            if swap or is_twin(name) or name not in networks:
                 networks.unload(name)
-        for name in FLAGS:
+        for name in [kind.name for kind in KINDS]:
             if name in networks and not swap and name not in here:
                 networks.load(name)
 
@@ -84,7 +82,7 @@ class Residency:
 
     def need(self, *names: str, safe: bool = False) -> None:
         """Have these networks' weights on the device; under "swap" all others leave first."""
-        wanted = {named(self._networks, name, safe) for name in names if name in self._networks}
+        wanted = {choose_twin(self._networks, name, safe) for name in names if name in self._networks}
         if wanted <= set(self._networks.loaded):
             return
         started = time.perf_counter()

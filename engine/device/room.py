@@ -1,25 +1,27 @@
 """One frame size on the device: the networks bound to the arena at that size, and the graphs captured there.
 
-A room is all that hangs on a shape. Its graphs hold whole phases; pictures, schedules, texts and subjects are data, so
-they are replayed for any request of the shape.
+A room is all that depends on a shape. Its graphs hold whole phases; pictures, schedules, texts and subjects are data,
+so they are replayed for any request of the shape.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from dreammix_trt.engine.canvas.geometry import FACTOR, Size, floored
+from dreammix_trt.core.errors import OutOfMemoryError
+from dreammix_trt.core.networks import FACTOR, TOKENS, Call, Sides, Tensor, twin_name, unets_of
+from dreammix_trt.core.seam import Array, Bound, DeviceNetworks, Stream
+from dreammix_trt.engine.canvas.geometry import Size, floored
 from dreammix_trt.engine.canvas.tiles import Tiling, needs_tiles, tiles_of
 from dreammix_trt.engine.device.arena import Arena, Regions
 from dreammix_trt.engine.device.subjects import Layout
-from dreammix_trt.engine.drivers.device import Array, Device, Graph, Memory, OutOfMemoryError, Stream
-from dreammix_trt.engine.seam import Bound, DeviceNetworks, Sides, Tensor
+from dreammix_trt.engine.drivers.device import Device, Graph, Memory
 
 Ramps = list[tuple[Array, Array]]
 
@@ -31,12 +33,13 @@ UNET_INPUTS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides a room: the frame's work size in pixels, pictures, rows a picture, and whether it is the safe one,
-    where networks are taken as their float32 twins."""
+    """What decides a room: the frame's work size in pixels, pictures, rows a picture, rows of the text condition, and
+    whether it is the safe one, where networks are taken as their float32 twins."""
 
     work: Size
     pictures: int
     rows_per_picture: int
+    context: int = TOKENS
     safe: bool = False
 
     @property
@@ -51,7 +54,7 @@ class Shape:
     @property
     def batch(self) -> Sides:
         """The sides of a UNet call."""
-        return Sides(self.pictures * self.rows_per_picture, self.pictures, *self.latent)
+        return Sides(self.pictures * self.rows_per_picture, self.pictures, *self.latent, self.context)
 
     @property
     def one(self) -> Sides:
@@ -69,10 +72,14 @@ class Shape:
         tiling = self.tiling
         return Sides(1, 1, tiling.height, tiling.width) if tiling else self.one
 
+    def sides_of(self, call: Call) -> Sides:
+        """The sides of a network that is called so (core/networks.py)."""
+        return {"prompt": self.one, "frame": self.one, "vae": self.vae, "step": self.batch}[call]
 
-def named(networks: DeviceNetworks, name: str, safe: bool) -> str:
+
+def choose_twin(networks: DeviceNetworks, name: str, safe: bool) -> str:
     """A network, or where `safe` its float32 twin if there is one."""
-    twin = f"{name}_float32"
+    twin = twin_name(name)
     return twin if safe and twin in networks else name
 
 
@@ -100,7 +107,7 @@ def regions(networks: DeviceNetworks, largest: Shape) -> Regions:
 
 def _wide(networks: DeviceNetworks, name: str, tensor: Tensor) -> str:
     """The larger type where a float32 twin shares the memory."""
-    return "float32" if f"{name}_float32" in networks and tensor.dtype == "float16" else tensor.dtype
+    return "float32" if twin_name(name) in networks and tensor.dtype == "float16" else tensor.dtype
 
 
 class Room:
@@ -115,16 +122,16 @@ class Room:
         self.arrays: dict[str, dict[str, Array]] = {}
         self._device, self._networks, self._workspace, self._upload = device, networks, workspace, upload
         self._bound: dict[str, Bound] = {}
-        self._graphs: dict[Any, Graph] = {}
+        self._graphs: dict[Hashable, Graph] = {}
         self._used: set[str] = set()  # networks of the phase that is played
-        self._plain: set[Any] = set()  # phases that cannot be captured
+        self._plain: set[Hashable] = set()  # phases that cannot be captured
         self._arena = arena
         self._memory: list[Memory] = []
         self._ramps: dict[int, Ramps] = {}
         try:
             if shape.tiling:
                 self._ramps = {factor: self._uploaded(shape.tiling, factor) for factor in (1, FACTOR)}
-            for name in ("unet", "unet_raw"):
+            for name in unets_of("both"):
                 if name in networks:
                     self._bind(name, shape.batch, _unet_regions(name), layout)
             self._bind("vae_encoder", shape.vae, "encoder ", layout)
@@ -140,21 +147,24 @@ class Room:
         self._used.add(name)
         self._bound[name].enqueue(stream)
 
-    def play(self, key: Any, record: Callable[[], None], stream: Stream, *, capture: bool) -> None:
-        """Do what `record` enqueues: replay its graph, or run it plainly and capture it for the next time."""
-        graph = self._graphs.get(key)
+    def play(self, phase: Hashable, record: Callable[[Any], None], stream: Stream, *, capture: bool) -> None:
+        """Do what `record(phase)` enqueues: replay its graph, or run it plainly and capture it for the next time.
+
+        phase: a value that decides all that is recorded.
+        """
+        graph = self._graphs.get(phase)
         if graph is not None:
             graph.launch(stream)
             return
         self._used.clear()
-        record()
+        record(phase)
         ready = all(self._bound[name].capturable for name in self._used)  # the others may never have run
-        if capture and ready and key not in self._plain:
-            graph = captured(self._device, stream, record)
+        if capture and ready and phase not in self._plain:
+            graph = try_capture(self._device, stream, lambda: record(phase))
             if graph is None:
-                self._plain.add(key)
+                self._plain.add(phase)
             else:
-                self._graphs[key] = graph
+                self._graphs[phase] = graph
 
     def close(self) -> None:
         """Free graphs and bindings; the device must be idle."""
@@ -182,7 +192,7 @@ class Room:
         return [(whole.part(at, height), whole.part(at + height, width)) for at in starts]
 
     def _bind(self, name: str, sides: Sides, regions: Mapping[str, str] | str, layout: Layout) -> None:
-        actual = named(self._networks, name, self.shape.safe)
+        actual = choose_twin(self._networks, name, self.shape.safe)
         arrays = {}
         for tensor in (*self._networks.inputs(actual), *self._networks.outputs(actual)):
             region = regions + tensor.name if isinstance(regions, str) else regions.get(tensor.name)
@@ -197,13 +207,13 @@ class Room:
         self._bound[name] = self._networks.bind(actual, sides, arrays, self._workspace)
 
 
-def captured(device: Device, stream: Stream, record: Callable[[], None]) -> Graph | None:
+def try_capture(device: Device, stream: Stream, record: Callable[[], None]) -> Graph | None:
     """A graph of what was just done plainly; None, and a word in the log, where it cannot be captured."""
     try:
         return device.capture(stream, record)
     except (OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # back ends tell of it in errors of their own
+    except Exception as error:  # back ends report it in errors of their own
         if getattr(error, "lost", False):
             raise
         logging.getLogger(__name__).warning("a phase cannot be captured and goes on running plainly: %s", error)

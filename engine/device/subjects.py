@@ -16,13 +16,14 @@ from typing import NamedTuple
 import numpy as np
 
 from dreammix_trt.core.errors import EngineError
-from dreammix_trt.core.subject import Slot, Subject, packed_size, placed
+from dreammix_trt.core.networks import names_of_phase, unets_of
+from dreammix_trt.core.seam import Array, DeviceNetworks, Stream
+from dreammix_trt.core.slots import Slot, packed_size
+from dreammix_trt.core.subject import Subject, placed
 from dreammix_trt.engine.device.arena import ALIGNMENT, Arena, Regions
 from dreammix_trt.engine.device.records import FACTOR, SEGMENT
-from dreammix_trt.engine.drivers.device import Array, Device, Stream, put
-from dreammix_trt.engine.seam import DeviceNetworks
+from dreammix_trt.engine.drivers.device import Device, put
 
-UNETS, TEXT_ENCODERS = ("unet", "unet_raw"), ("text_encoder", "text_encoder_2")
 NOBODY = ""  # the subject whose factors are zeros
 
 
@@ -48,7 +49,7 @@ class Layout:
 
     def __init__(self, networks: DeviceNetworks, pictures: int) -> None:
         self.pictures = pictures
-        names = [name for name in (*UNETS, *TEXT_ENCODERS) if name in networks]
+        names = [name for name in (*unets_of("both"), *names_of_phase("text")) if name in networks]
         self.slots: dict[str, tuple[Slot, ...]] = {name: networks.slots(name) for name in names}
         dtypes = {name: {tensor.name: tensor.dtype for tensor in networks.inputs(name)} for name in names}
         found = {
@@ -64,7 +65,7 @@ class Layout:
         self.numbers = self.unet_numbers = 0
         for name in names:
             self.entries[name] = self._entries(_inputs(dtypes[name], self.slots[name]), dtypes[name])
-            if name in UNETS:
+            if name in unets_of("both"):
                 self.unet_numbers = self.numbers
 
     def regions(self, subjects: int) -> Regions:
@@ -81,7 +82,7 @@ class Layout:
 
     def segments(self) -> np.ndarray:
         """SEGMENT records: what `place_factors` moves of a row's UNet part; the same for every batch size."""
-        unets = [entry for name in UNETS for entry in self.entries.get(name, ())]
+        unets = [entry for name in unets_of("both") for entry in self.entries.get(name, ())]
         return np.array([(entry.start, entry.start, entry.size) for entry in unets], SEGMENT)
 
     def target(self, name: str, at: int) -> int | None:
@@ -95,7 +96,7 @@ class Layout:
 
     def arrays(self, name: str, bound: Array, pictures: int) -> dict[str, Array]:
         """The LoRA inputs of a network as parts of the bound buffer, for a batch of `pictures` (text encoders: 1)."""
-        on_unet = name in UNETS
+        on_unet = name in unets_of("both")
         count = pictures if on_unet else 1
         shift = 0 if on_unet else (self.pictures - 1) * self.unet_numbers
         return {

@@ -6,98 +6,41 @@ Encoded prompts stay on the device, so a prompt that comes again (the negative o
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
-from dreammix_trt.core.request import Request
+from dreammix_trt.core.networks import TOKENS, Sides, flag_of, names_of_phase, twin_name
+from dreammix_trt.core.schedule import STAGES
+from dreammix_trt.core.seam import Array, Bound, DeviceNetworks, Stream
 from dreammix_trt.engine.device.arena import Arena, Regions
-from dreammix_trt.engine.device.jobs import PROMPTS
-from dreammix_trt.engine.device.records import FLAGS
-from dreammix_trt.engine.device.room import captured, named
-from dreammix_trt.engine.device.subjects import TEXT_ENCODERS, Layout, Subjects
-from dreammix_trt.engine.drivers.device import Array, Device, Graph, Stream
-from dreammix_trt.engine.seam import Bound, DeviceNetworks, Sides
-from dreammix_trt.engine.text import LENGTH, TasPlan, Tokenizer, plan_tas
+from dreammix_trt.engine.device.room import choose_twin, try_capture
+from dreammix_trt.engine.device.subjects import Layout, Subjects
+from dreammix_trt.engine.drivers.device import Device, Graph
+from dreammix_trt.engine.prompts import MOST_PROMPTS, Prompt, PromptPlan, Source
 
-I64 = npt.NDArray[np.int64]
-STAGES = ("lcg", "gch")
 _SIDES = Sides(1, 1, 1, 1)
-_WHOLE = 2 + 2 * LENGTH
+_TAS = 2 + 2 * TOKENS  # numbers of a TAS plan
 
 
-class Wanted(NamedTuple):
-    """A prompt to be encoded with a subject's factors; ids int64 (2, 77), of both encoders."""
-
-    prompt: str
-    subject: str
-    ids: I64
-
-    @property
-    def key(self) -> tuple[str, str, bytes]:
-        return self.prompt, self.subject, self.ids.tobytes()
-
-
-class PictureTexts(NamedTuple):
-    """The prompts of one picture: its own, what TAS takes attributes from, the negative one; plan: of TAS."""
-
-    positive: Wanted
-    eliminated: Wanted | None
-    negative: Wanted | None
-    plan: TasPlan | None
-
-    @property
-    def all(self) -> list[Wanted]:
-        return [wanted for wanted in (self.positive, self.eliminated, self.negative) if wanted is not None]
-
-
-def texts_of(tokenizers: Sequence[Tokenizer], request: Request, subject: str, token: str) -> PictureTexts:
-    """Tokenise what a request needs. InputError for a prompt too long, or TAS without the subject's token."""
-
-    def wanted(prompt: str) -> Wanted:
-        ids = np.stack([tokenizer.encode(prompt, request.truncate_prompt) for tokenizer in tokenizers])
-        return Wanted(prompt, subject, ids)
-
-    plan = eliminated = negative = None
-    positive = wanted(request.prompt)
-    if request.substitute:
-        prefix = f"a photo of a {token}" if request.substitute_prefix is None else request.substitute_prefix
-        plan = plan_tas(tokenizers[0], request.prompt, request.substitute, prefix, request.indexing, token)
-        eliminated = wanted(plan.text)
-    if request.guided and request.negative_prompt is not None:
-        negative = wanted(request.negative_prompt)
-    return PictureTexts(positive, eliminated, negative, plan)
-
-
-def plan_record(plan: TasPlan | None) -> npt.NDArray[np.int32]:
-    """int32 (156,): how many rows are removed and projected, then both lists, each with room for 77; what the kernel
-    `tas` reads."""
-    record = np.zeros(_WHOLE, np.int32)
-    if plan is not None:
-        record[:2] = len(plan.removed), len(plan.projected)
-        for start, rows in ((2, plan.removed), (2 + LENGTH, plan.projected)):
-            record[start : start + len(rows)] = rows
-    return record
-
-
-def regions(networks: DeviceNetworks, pictures: int, rows: int, kept: int) -> Regions:
+def regions(networks: DeviceNetworks, pictures: int, rows: int, kept: int, context: int) -> Regions:
     """Memory for the encoders, `kept` encoded prompts (at least all of one picture's), and the rows of both stages.
-    rows: a picture, 1 or 2."""
-    kept = max(kept, PROMPTS)
+
+    rows: a picture, 1 or 2. context: the longest condition.
+    """
+    kept = max(kept, MOST_PROMPTS)
     width, pooled = widths(networks)
     unet = {tensor.name: tensor.dtype for tensor in networks.inputs("unet")}
-    wide = "float32" if "unet_float32" in networks else unet["encoder_hidden_states"]
+    wide = "float32" if twin_name("unet") in networks else unet["encoder_hidden_states"]
     found: dict[str, tuple[tuple[int, ...], str]] = {
-        "kept tokens": ((kept, LENGTH, width), "float32"), "kept pooled": ((kept, pooled), "float32"),
-        "less tokens": ((LENGTH, width), "float32"), "less pooled": ((1, pooled), "float32"),
-        "stage tokens": ((len(STAGES), pictures * rows, LENGTH, width), wide),
+        "kept tokens": ((kept, TOKENS, width), "float32"), "kept pooled": ((kept, pooled), "float32"),
+        "less tokens": ((TOKENS, width), "float32"), "less pooled": ((1, pooled), "float32"),
+        "stage tokens": ((len(STAGES), pictures * rows, context, width), wide),
         "stage pooled": ((len(STAGES), pictures * rows, pooled), wide),
-        "pooled plan": ((_WHOLE,), "int32"),
-        "joined": ((LENGTH, width), "float32"), "joined pooled": ((pooled,), "float32"),
+        "pooled plan": ((_TAS,), "int32"),
+        "joined": ((TOKENS, width), "float32"), "joined pooled": ((pooled,), "float32"),
     }  # fmt: skip
-    for name in TEXT_ENCODERS:
+    for name in names_of_phase("text"):
         for tensor in (*networks.inputs(name), *networks.outputs(name)):
             if "lora" not in tensor.name:
                 dtype = "float32" if tensor.dtype == "float16" else tensor.dtype
@@ -124,7 +67,7 @@ class Texts:
         self._kept: OrderedDict[tuple[str, str, bytes], int] = OrderedDict()
         self._unproven: set[tuple[str, str, bytes]] = set()
         self._encoders: dict[bool, _Encoders] = {}
-        plan = np.zeros(_WHOLE, np.int32)
+        plan = np.zeros(_TAS, np.int32)
         plan[:2] = 1  # one row removed from one row: both are row 0
         upload(arena["pooled plan"], plan)
 
@@ -141,26 +84,26 @@ class Texts:
                 self._kept.pop(key, None)
         self._unproven.clear()
 
-    def missing(self, texts: PictureTexts) -> bool:
-        """Whether something of it is not encoded yet."""
-        return any(wanted.key not in self._kept for wanted in texts.all)
+    def lacks(self, plan: PromptPlan) -> bool:
+        """Whether something of a plan is not encoded yet."""
+        return any(prompt.key not in self._kept for prompt in plan.prompts)
 
-    def tell(
-        self, picture: int, rows: int, dtype: str, texts: PictureTexts, request: Request, *, safe: bool, capture: bool
-    ) -> None:
-        """Encode what is missing and write the picture's rows of both stages in the UNet's dtype; its prompts' ids and
-        TAS plan lie in the arena already ("ids", "tas plans")."""
-        for number, wanted in enumerate(texts.all):
-            if wanted.key in self._kept:
-                self._kept.move_to_end(wanted.key)
+    def compose(self, picture: int, context: int, dtype: str, plan: PromptPlan, *, safe: bool, capture: bool) -> None:
+        """Encode what is missing and write the picture's rows of both stages in the UNet's dtype.
+
+        context: rows of the condition. The plan's ids, TAS plan and appended rows lie in the arena already.
+        """
+        for number, prompt in enumerate(plan.prompts):
+            if prompt.key in self._kept:
+                self._kept.move_to_end(prompt.key)
                 continue
-            self._subjects.for_text(wanted.subject)
-            slot = self._slot({other.key for other in texts.all})
-            ids = self._arena["ids"][picture * PROMPTS + number]
+            self._subjects.for_text(prompt.subject)
+            slot = self._slot({other.key for other in plan.prompts})
+            ids = self._arena["ids"][picture * MOST_PROMPTS + number]
             self._encode(ids, slot, safe, capture)
-            self._kept[wanted.key] = slot
-            self._unproven.add(wanted.key)
-        self._compose(picture, rows, dtype, texts, request)
+            self._kept[prompt.key] = slot
+            self._unproven.add(prompt.key)
+        self._write_stages(picture, context, dtype, plan)
 
     def close(self) -> None:
         """Free what is bound; the device must be idle."""
@@ -182,33 +125,43 @@ class Texts:
             encoders = self._encoders[safe] = _Encoders(
                 self._device, self._networks, self._arena, self._layout, self._workspace, self._flags, safe
             )
-        for k, name in enumerate(TEXT_ENCODERS):
+        for k, name in enumerate(names_of_phase("text")):
             self._device.copy(encoders.arrays[name]["input_ids"], ids[k], self._stream)
         encoders.play(self._stream, capture)
         self._device.copy(self._arena["kept tokens"][slot], self._arena["joined"], self._stream)
         self._device.copy(self._arena["kept pooled"][slot], self._arena["joined pooled"], self._stream)
 
-    def rows_of(self, stage: int, dtype: str) -> tuple[Array, Array]:
-        """The rows of a stage, (rows, 77, D) and (rows, Dp)."""
-        regions = self._arena["stage tokens"], self._arena["stage pooled"]
-        tokens, pooled = (region.reshaped(region.shape, dtype)[stage] for region in regions)
-        return tokens, pooled
+    def rows_of(self, stage: int, context: int, dtype: str) -> tuple[Array, Array]:
+        """The rows of a stage, (rows, context, D) and (rows, Dp)."""
+        tokens, pooled = self._arena["stage tokens"], self._arena["stage pooled"]
+        stages, rows, _, width = tokens.shape
+        return (
+            tokens.reshaped((stages, rows, context, width), dtype)[stage],
+            pooled.reshaped(pooled.shape, dtype)[stage],
+        )
 
-    def _compose(self, picture: int, rows: int, dtype: str, texts: PictureTexts, request: Request) -> None:
-        arena = self._arena
-        plain = self._kept_of(texts.positive)
-        less = plain
-        if texts.eliminated is not None:
+    def _write_stages(self, picture: int, context: int, dtype: str, plan: PromptPlan) -> None:
+        sources: dict[Source, tuple[Array, Array] | None] = {"prompt": self._kept_of(plan.prompt), "zeros": None}
+        if plan.negative is not None:
+            sources["negative"] = self._kept_of(plan.negative)
+        if plan.eliminated is not None:
+            plain, arena = self._kept_of(plan.prompt), self._arena
             less = arena["less tokens"], arena["less pooled"].reshaped(plain[1].shape)
-            self._take_away(picture, plain, self._kept_of(texts.eliminated), less)
+            self._take_away(picture, plain, self._kept_of(plan.eliminated), less)
+            sources["decomposed"] = less
         for stage, name in enumerate(STAGES):
-            chosen = (
-                less[0] if f"tokens_{name}" in request.tas_stages else plain[0],
-                less[1] if f"pooled_{name}" in request.tas_stages else plain[1],
-            )
-            negative = None if texts.negative is None else self._kept_of(texts.negative)
-            for row, source in enumerate([negative, chosen][2 - rows :]):
-                self._write(self.rows_of(stage, dtype), picture * rows + row, source)
+            tokens, pooled = self.rows_of(stage, context, dtype)
+            rows = plan.stages[name]
+            for number, row in enumerate(rows):
+                place = picture * len(rows) + number
+                self._write_tokens(tokens[place], sources[row.tokens], place, plan.extra)
+                self._write(pooled[place], _part(sources[row.pooled], 1))
+
+    def _write_tokens(self, place: Array, source: tuple[Array, Array] | None, row: int, extra: int) -> None:
+        """A row's token rows, and the rows appended to them."""
+        self._write(place.part(0, TOKENS), _part(source, 0))
+        if extra:
+            self._write(place.part(TOKENS, extra), self._arena["appended"].part(row * extra, extra))
 
     def _take_away(
         self, picture: int, plain: tuple[Array, Array], removed: tuple[Array, Array], less: tuple[Array, Array]
@@ -216,25 +169,28 @@ class Texts:
         for to, source in zip(less, plain, strict=True):
             self._device.copy(to, source, self._stream)
         plans = (self._arena["tas plans"][picture], self._arena["pooled plan"])
-        for tokens, away, plan, rows in zip(less, removed, plans, (LENGTH, 1), strict=True):
+        for tokens, away, plan, rows in zip(less, removed, plans, (TOKENS, 1), strict=True):
             self._device.kernel(
                 "tas", self._stream, tokens=tokens, removed=away, plan=plan, rows=rows, width=tokens.shape[-1]
             )
 
-    def _write(self, places: tuple[Array, Array], row: int, source: tuple[Array, Array] | None) -> None:
-        """Put a row of a stage; None: zeros."""
-        for place, array in zip(places, source or (None, None), strict=True):
-            if array is None:
-                self._device.clear(place[row], self._stream)
-            else:
-                self._device.kernel(
-                    "convert", self._stream, source=array, source_half=False, out=place[row], out_half=place.half,
-                    count=array.size,
-                )  # fmt: skip
+    def _write(self, place: Array, source: Array | None) -> None:
+        """Fill a place in its type; None: zeros."""
+        if source is None:
+            self._device.clear(place, self._stream)
+        else:
+            self._device.kernel(
+                "convert", self._stream, source=source, source_half=False, out=place, out_half=place.half,
+                count=source.size,
+            )  # fmt: skip
 
-    def _kept_of(self, wanted: Wanted) -> tuple[Array, Array]:
-        slot = self._kept[wanted.key]
+    def _kept_of(self, prompt: Prompt) -> tuple[Array, Array]:
+        slot = self._kept[prompt.key]
         return self._arena["kept tokens"][slot], self._arena["kept pooled"][slot]
+
+
+def _part(source: tuple[Array, Array] | None, number: int) -> Array | None:
+    return None if source is None else source[number]
 
 
 class _Encoders:
@@ -250,8 +206,8 @@ class _Encoders:
         self._graph: Graph | None = None
         self._plain = False  # cannot be captured
         try:
-            for name in TEXT_ENCODERS:
-                actual = named(networks, name, safe)
+            for name in names_of_phase("text"):
+                actual = choose_twin(networks, name, safe)
                 tensors = [t for t in (*networks.inputs(actual), *networks.outputs(actual)) if "lora" not in t.name]
                 own = {t.name: arena[f"{name} {t.name}"].reshaped(_SIDES.shape(t), t.dtype) for t in tensors}
                 self.arrays[name] = own | layout.arrays(name, arena["bound factors"], 1)
@@ -267,7 +223,7 @@ class _Encoders:
             return
         self._record(stream)
         if capture and not self._plain and all(bound.capturable for bound in self._bound.values()):
-            self._graph = captured(self._device, stream, lambda: self._record(stream))
+            self._graph = try_capture(self._device, stream, lambda: self._record(stream))
             self._plain = self._graph is None
 
     def close(self) -> None:
@@ -279,12 +235,12 @@ class _Encoders:
     def _record(self, stream: Stream) -> None:
         for bound in self._bound.values():
             bound.enqueue(stream)
-        first, second = (self.arrays[name]["hidden"] for name in TEXT_ENCODERS)
+        first, second = (self.arrays[name]["hidden"] for name in names_of_phase("text"))
         pooled = self.arrays["text_encoder_2"]["pooled"]
         self._device.kernel(
-            "join_text", stream, first=first, second=second, out=self._arena["joined"], rows=LENGTH,
+            "join_text", stream, first=first, second=second, out=self._arena["joined"], rows=TOKENS,
             first_width=first.shape[-1], second_width=second.shape[-1], half=first.half, flags=self._flags,
-            first_bit=FLAGS["text_encoder"], second_bit=FLAGS["text_encoder_2"],
+            first_bit=flag_of("text_encoder"), second_bit=flag_of("text_encoder_2"),
         )  # fmt: skip
         self._device.kernel(
             "convert", stream, source=pooled, source_half=pooled.half, out=self._arena["joined pooled"], out_half=False,

@@ -19,9 +19,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from dreammix_trt.core.errors import MissingExtraError
+from dreammix_trt.core.errors import DeviceError, MissingExtraError, OutOfMemoryError
 from dreammix_trt.core.files import size_text
-from dreammix_trt.engine.drivers.device import Array, DeviceError, Graph, Mark, OutOfMemoryError, Stream
+from dreammix_trt.core.seam import Array, Stream
+from dreammix_trt.engine.drivers.device import Graph, Mark
 from dreammix_trt.engine.hardware import (
     CUDA_NEEDED,
     DRIVER_NEEDED,

@@ -6,57 +6,14 @@ host and keeps a record of its order. Everything enqueued in a stream runs later
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from dreammix_trt.core.errors import EngineError
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Array:
-    """Memory on a device, in C order: where it starts, its shape, its numpy dtype ("float16", "uint8", ...)."""
-
-    pointer: int
-    shape: Shape
-    dtype: str
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.size * np.dtype(self.dtype).itemsize
-
-    @property
-    def half(self) -> bool:
-        """Whether kernels must read and write it as float16."""
-        return self.dtype == "float16"
-
-    def __getitem__(self, index: int) -> Array:
-        """Entry `index` of the first axis."""
-        return self.part(index, 1).reshaped(self.shape[1:])
-
-    def part(self, start: int, count: int) -> Array:
-        """`count` entries of the first axis from `start` on."""
-        if not 0 <= start <= start + count <= self.shape[0]:
-            raise ValueError(f"entries {start} to {start + count} of {self.shape}")
-        each = math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
-        return replace(self, pointer=self.pointer + start * each, shape=(count, *self.shape[1:]))
-
-    def reshaped(self, shape: Shape, dtype: str | None = None) -> Array:
-        """The same memory, or its beginning, seen as another shape (and dtype)."""
-        seen = Array(self.pointer, tuple(shape), dtype or self.dtype)
-        if seen.nbytes > self.nbytes:
-            raise ValueError(f"{seen.shape} {seen.dtype} is larger than {self.shape} {self.dtype}")
-        return seen
+from dreammix_trt.core.errors import DeviceError
+from dreammix_trt.core.seam import Array, Stream
 
 
 class Memory(Protocol):
@@ -80,14 +37,6 @@ class Pinned(Protocol):
     @property
     def array(self) -> npt.NDArray[np.uint8]: ...
     def free(self) -> None: ...
-
-
-class Stream(Protocol):
-    """Work in order. handle: CUDA's cudaStream_t as an int (None on the simulated device)."""
-
-    @property
-    def handle(self) -> int | None: ...
-    def close(self) -> None: ...
 
 
 class Mark(Protocol):
@@ -179,20 +128,3 @@ def put(device: Device, to: Array, values: npt.NDArray[Any], stream: Stream, wai
             pinned.free()
         raise
     pinned.free()
-
-
-class DeviceError(EngineError):
-    """A device that cannot be used: no driver, one too old, another GPU than the engine's, a failed call.
-
-    lost: True where nothing more can run in this device's context, whatever is asked of it.
-    """
-
-    lost: bool = False
-
-
-class OutOfMemoryError(DeviceError):
-    """The device has too little memory left; the message has the plan. The runtime stays usable."""
-
-
-class NotFiniteError(EngineError):
-    """A network gave values that are not numbers, in the safe precision, too."""

@@ -29,9 +29,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dreammix_trt.core.subject import Slot
-from dreammix_trt.engine.drivers.device import Array, DeviceError, Memory, OutOfMemoryError, Stream
-from dreammix_trt.engine.seam import Sides, Tensor
+from dreammix_trt.core.errors import DeviceError, OutOfMemoryError
+from dreammix_trt.core.networks import Sides, Tensor, is_twin, plain_name, twin_name
+from dreammix_trt.core.seam import Array, Stream
+from dreammix_trt.core.slots import Slot
+from dreammix_trt.engine.drivers.device import Memory
 
 _ALIGNMENT = 256
 
@@ -323,26 +325,27 @@ class SimulatedNetworks:
     """A host `EngineSet` (or anything with its `run`) as `DeviceNetworks` of a `SimulatedDevice`.
 
     half: float32 inputs and outputs that TensorRT would have in float16 are float16. factors: LoRA factors are inputs
-    of their own, without those in `unread`, as engines lack what nothing reads. frames, most_pictures: as a built
-    engine would restrict them. twins: networks that exist a second time as NAME_float32. away: those that are not
+    of their own, without those in `unread`, as engines lack what nothing reads. frames, lengths (of the condition), most_pictures:
+    as a built engine would restrict them. twins: networks that exist a second time as NAME_float32. away: those that are not
     loaded at first.
     """
 
     def __init__(
         self, device: SimulatedDevice, runner: Any, *, half: bool = False, factors: bool = False,
-        frames: tuple[tuple[int, int], ...] | None = None, most_pictures: int | None = None,
+        frames: tuple[tuple[int, int], ...] | None = None, lengths: tuple[int, ...] | None = None, most_pictures: int | None = None,
         twins: tuple[str, ...] = (), capturable: bool = True, unread: Collection[str] = (),
         away: Collection[str] = (),
     ) -> None:  # fmt: skip
         self._device, self._runner, self._half, self._factors = device, runner, half, factors
-        self._frames, self.most_pictures, self._twins, self._capturable = frames, most_pictures, twins, capturable
+        self._frames, self._lengths, self.most_pictures = frames, lengths, most_pictures
+        self._twins, self._capturable = twins, capturable
         self._unread = unread
         self.facts = runner.facts
         self._away = set(away)
         self.bound: list[str] = []
 
     def __contains__(self, name: str) -> bool:
-        return name in self._runner or name in {f"{twin}_float32" for twin in self._twins}
+        return name in self._runner or name in map(twin_name, self._twins)
 
     def slots(self, name: str) -> tuple[Slot, ...]:
         slots: tuple[Slot, ...] = self._runner.slots(_plain_name(name))
@@ -353,6 +356,10 @@ class SimulatedNetworks:
 
     def outputs(self, name: str) -> tuple[Tensor, ...]:
         return tuple(self._tensors(name, "outputs"))
+
+    def contexts(self) -> tuple[int, ...] | None:
+        """As given."""
+        return self._lengths
 
     def frames(self) -> tuple[tuple[int, int], ...] | None:
         return self._frames
@@ -380,7 +387,7 @@ class SimulatedNetworks:
 
     @property
     def loaded(self) -> tuple[str, ...]:
-        names = (*self._runner.entries, *(f"{twin}_float32" for twin in self._twins))
+        names = (*self._runner.entries, *map(twin_name, self._twins))
         return tuple(name for name in names if name not in self._away)
 
     def unload(self, name: str) -> None:
@@ -422,7 +429,7 @@ class SimulatedNetworks:
 
     def _tensors(self, name: str, side: str) -> list[Tensor]:
         found = []
-        wide = name.endswith("_float32")
+        wide = is_twin(name)
         for entry in self._runner.entries[_plain_name(name)][side]:
             tensor = Tensor.of(entry)
             keeps = wide or not self._half or tensor.dtype != "float32" or tensor.name in ("timestep", "time_ids")
@@ -460,7 +467,7 @@ class SimulatedBound:
 
 
 def _plain_name(name: str) -> str:
-    return name.removesuffix("_float32")
+    return plain_name(name)
 
 
 def _plain(value: Any) -> Any:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from dreammix_trt.core.schedule import Step
+from dreammix_trt.core.schedule import Step, time_ids
+from dreammix_trt.core.seam import Networks
 
 F32 = npt.NDArray[np.float32]
-
-
-class Runner(Protocol):
-    """What runs named networks: `EngineSet`, or another back end with the same networks."""
-
-    def run(self, name: str, **arrays: Any) -> dict[str, npt.NDArray[Any]]:
-        """Outputs by name."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -27,7 +20,7 @@ class Conditioning:
     """What a stage tells the UNet; R rows are [neg0, pos0, neg1, pos1, ...], or positive ones only.
 
     text (R, 77, D), pooled (R, Dp), size: (height, width) in pixels told as the original size, one pair a picture,
-    target: side in pixels told as the target size, feature (N, C, h, w) of the inpaint head, lora: network -> (N, P).
+    target: side in pixels told as the target size, feature (N, C, h, w) of the inpaint head, factors: network -> (N, P).
     """
 
     text: F32
@@ -35,7 +28,7 @@ class Conditioning:
     sizes: tuple[tuple[int, int], ...]
     target: int
     feature: F32
-    lora: Mapping[str, F32]
+    factors: Mapping[str, F32]
 
     @property
     def rows_per_picture(self) -> int:
@@ -43,10 +36,8 @@ class Conditioning:
         return len(self.text) // len(self.sizes)
 
     def time_ids(self, step: Step) -> F32:
-        """float32 (R, 6): (h s, w s, 0, 0, target, target), s the size trick's factor (golden/README.md step 11)."""
-        scales = (step.size_scale_negative, step.size_scale_positive)[-self.rows_per_picture :]
-        rows = [(h * s, w * s, 0, 0, self.target, self.target) for h, w in self.sizes for s in scales]
-        return np.array(rows, np.float32)
+        """float32 (R, 6), see `core.schedule.time_ids`."""
+        return np.concatenate([time_ids(step, size, self.target)[-self.rows_per_picture :] for size in self.sizes])
 
 
 class Denoiser(Protocol):
@@ -60,12 +51,12 @@ class Denoiser(Protocol):
 class EngineDenoiser:
     """The engine's two UNets. The raw one gets no inpaint feature; a base without it runs every step patched."""
 
-    def __init__(self, networks: Runner, names: Sequence[str] = ("unet", "unet_raw")) -> None:
-        self._networks, self._names = networks, names
+    def __init__(self, networks: Networks) -> None:
+        self._networks = networks
         self._nothing: dict[tuple[int, ...], F32] = {}
 
     def __call__(self, latents: F32, step: Step, conditioning: Conditioning) -> F32:
-        name = step.network if step.network in self._names else "unet"
+        name = step.network if step.network in self._networks else "unet"
         patched = name == "unet"
         output = self._networks.run(
             name,
@@ -75,7 +66,7 @@ class EngineDenoiser:
             text_embeds=conditioning.pooled,
             time_ids=conditioning.time_ids(step),
             inpaint_feature=conditioning.feature if patched else self._zeros(conditioning.feature.shape),
-            lora=conditioning.lora[name],
+            lora=conditioning.factors[name],
         )
         return output["eps"]
 

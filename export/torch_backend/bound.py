@@ -8,31 +8,14 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FunctionType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from dreammix_trt.core.errors import EngineError
+from dreammix_trt.core.seam import Array, Stream
 from dreammix_trt.export.torch_backend.resident import Resident, turn
-
-
-class Array(Protocol):
-    """`engine.gpu.device.Array`."""
-
-    @property
-    def pointer(self) -> int: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> str: ...
-
-
-class Stream(Protocol):
-    """`engine.gpu.device.Stream`."""
-
-    @property
-    def handle(self) -> int | None: ...
 
 
 class TorchBound:

@@ -7,9 +7,11 @@ from typing import Any
 from numpy.typing import NDArray
 
 from dreammix_trt.core.checkpoint import BaseFiles
-from dreammix_trt.core.subject import Slot
-from dreammix_trt.export.networks import SLOT_RANK, networks_of, torch_module, weights_of
+from dreammix_trt.core.network_weights import weights_of
+from dreammix_trt.core.networks import SLOT_RANK, describe_networks
+from dreammix_trt.core.slots import Slot
 from dreammix_trt.export.parity import Arrays, run_torch
+from dreammix_trt.export.torch_module import torch_module
 
 
 class TorchEngineSet:
@@ -17,7 +19,7 @@ class TorchEngineSet:
 
     def __init__(self, base: BaseFiles, *, slot_rank: int = SLOT_RANK) -> None:
         self.base = base
-        self._networks = {network.name: network for network in networks_of(base, slot_rank)}
+        self._networks = {network.name: network for network in describe_networks(base, slot_rank)}
         self._modules: dict[str, Any] = {}
 
     def __contains__(self, name: str) -> bool:

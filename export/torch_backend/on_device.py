@@ -1,7 +1,6 @@
 """A base's networks in torch on a GPU, as the device runtime runs them: eager or compiled, any precision, any frame.
 
-A back end of the seam in `engine/gpu/networks.py` (`DeviceNetworks`), whose types it meets by shape: this floor does
-not know that one. torch and CUDA's runtime share the device's primary context, so the runtime's memory and streams
+A back end of the seam (core/seam.py, `DeviceNetworks`). torch and CUDA's runtime share the device's primary context, so the runtime's memory and streams
 serve torch as they are. Importing it imports torch.
 """
 
@@ -10,46 +9,33 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import EngineError, InputError
-from dreammix_trt.core.subject import Slot
-from dreammix_trt.export.networks import (
-    SAFE,
+from dreammix_trt.core.network_weights import BaseLora, weights_of
+from dreammix_trt.core.networks import (
     SLOT_RANK,
-    BaseLora,
     Network,
-    TensorSpec,
-    check_fit,
-    networks_of,
-    weights_of,
+    Sides,
+    Tensor,
+    describe_networks,
+    is_twin,
+    plain_name,
+    twin_name,
 )
-from dreammix_trt.export.torch_backend.bound import Array, TorchBound, memory_error, seen
+from dreammix_trt.core.seam import Array, BaseFacts
+from dreammix_trt.core.slots import Slot
+from dreammix_trt.export.torch_backend.bound import TorchBound, memory_error, seen
 from dreammix_trt.export.torch_backend.resident import Resident, Shapes, Values, drawn, give_back
+from dreammix_trt.export.torch_module import check_fit
 
 DTYPES = ("float16", "bfloat16", "float32")
 COMPILED = ("unet", "vae_encoder", "vae_decoder")  # graphs; the others run once a prompt and are small
 MODE = "max-autotune-no-cudagraphs"  # the runtime captures graphs itself
-
-
-class _Sides(Protocol):
-    """`engine.gpu.networks.Sides`."""
-
-    def shape(self, tensor: Any, /) -> tuple[int, ...]: ...
-
-
-class Facts(NamedTuple):
-    """Of a base, as `engine.networks.BaseFacts` has them."""
-
-    native_side: int
-    divisor: int
-    scaling_factor: float
-    feature_channels: int
-    defaults: Mapping[str, Any]
 
 
 class TorchNetworks:
@@ -74,10 +60,10 @@ class TorchNetworks:
         self._networks = {network.name: network for network in networks}
         own = getattr(torch, dtype)
         self._made = {
-            name: Resident(network, values, torch.float32 if name.endswith(SAFE) else own, self.device)
+            name: Resident(network, values, torch.float32 if is_twin(name) else own, self.device)
             for name, network in self._networks.items()
         }
-        usual = [name for name in self._networks if not name.endswith(SAFE)]
+        usual = [name for name in self._networks if not is_twin(name)]
         try:
             for name in usual if resident is None else resident:
                 self.load(name)
@@ -113,7 +99,7 @@ class TorchNetworks:
         """
 
         def values(network: Network, shapes: Shapes) -> Callable[[str], Any]:
-            weights = weights_of(base, network.name.removesuffix(SAFE), loras)
+            weights = weights_of(base, network.name, loras)
             check_fit(network.name, {name: weights.shape(name) for name in weights}, shapes)
             return lambda name: torch.from_numpy(np.array(weights[name]))
 
@@ -147,7 +133,7 @@ class TorchNetworks:
         base, place = BaseFiles(Path("random"), nowhere, nowhere, False, configs), _device(device)
 
         def values(network: Network, shapes: Shapes) -> Callable[[str], Any]:
-            return lambda name: drawn((seed, network.name.removesuffix(SAFE), name), shapes[name], place)
+            return lambda name: drawn((seed, plain_name(network.name), name), shapes[name], place)
 
         listed = _listed(base, slot_rank, dtype, names)
         return cls(listed, facts or _facts(base), values, device, dtype, compile, resident)
@@ -166,7 +152,7 @@ class TorchNetworks:
         return self._networks[name].slots if name in self._networks else ()
 
     def inputs(self, name: str) -> tuple[Any, ...]:
-        """`TensorSpec`s (name, numpy dtype, shape with names of dynamic sides); LoRA factors are one packed `lora`."""
+        """`Tensor`s (name, numpy dtype, shape with names of dynamic sides); LoRA factors are one packed `lora`."""
         return self._network(name).inputs
 
     def outputs(self, name: str) -> tuple[Any, ...]:
@@ -175,6 +161,10 @@ class TorchNetworks:
 
     def frames(self) -> None:
         """Any size."""
+
+    def contexts(self) -> tuple[int, ...] | None:
+        """Any."""
+        return None
 
     @property
     def most_pictures(self) -> None:
@@ -185,11 +175,11 @@ class TorchNetworks:
         self._network(name)
         return self._made[name].nbytes
 
-    def workspace_bytes(self, name: str, sides: _Sides) -> int:
+    def workspace_bytes(self, name: str, sides: Sides) -> int:
         """0: torch allocates its own, a pool for each `bind`, as large as the activations of one pass need at once."""
         return 0
 
-    def bind(self, name: str, sides: _Sides, arrays: Mapping[str, Array], workspace: Array | None = None) -> TorchBound:
+    def bind(self, name: str, sides: Sides, arrays: Mapping[str, Array], workspace: Array | None = None) -> TorchBound:
         """Fix shapes and addresses; arrays the network does not know are left out. The weights need not be there.
 
         Raises EngineError for arrays that are missing or of another shape or dtype.
@@ -199,7 +189,7 @@ class TorchNetworks:
             tuple(self._tensor(name, spec, sides, arrays) for spec in specs)
             for specs in (network.inputs, network.outputs)
         )
-        mode = self._mode if network.graph in COMPILED and not name.endswith(SAFE) else ""
+        mode = self._mode if network.graph in COMPILED and not is_twin(name) else ""
         return TorchBound(self._made[name], inputs, outputs, mode)
 
     @property
@@ -239,7 +229,7 @@ class TorchNetworks:
             raise EngineError(f"there is no network {name!r} here; there are {', '.join(self._networks) or 'none'}")
         return self._networks[name]
 
-    def _tensor(self, name: str, spec: TensorSpec, sides: _Sides, arrays: Mapping[str, Array]) -> torch.Tensor:
+    def _tensor(self, name: str, spec: Tensor, sides: Sides, arrays: Mapping[str, Array]) -> torch.Tensor:
         array, shape = arrays.get(spec.name), sides.shape(spec)
         if array is None:
             raise EngineError(f"{name}: no array for {spec.name}; bind one of {shape} {spec.dtype}")
@@ -250,15 +240,15 @@ class TorchNetworks:
         return seen(array, self.device)
 
 
-def _facts(base: BaseFiles) -> Facts:
-    return Facts(base.native_side, base.divisor, base.scaling_factor, base.feature_channels, {})
+def _facts(base: BaseFiles) -> BaseFacts:
+    return BaseFacts(base.native_side, base.divisor, base.scaling_factor, base.feature_channels, {})
 
 
 def _listed(base: BaseFiles, slot_rank: int, dtype: str, names: Collection[str] | None) -> list[Network]:
     """The networks and, but for float32, their twins."""
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
-    plain = {network.name: network for network in networks_of(base, slot_rank)}
+    plain = {network.name: network for network in describe_networks(base, slot_rank)}
     unknown = sorted(set(names or ()) - set(plain))
     if unknown:
         raise InputError(f"names: {', '.join(unknown)}; this base has {', '.join(plain)}")
@@ -266,9 +256,11 @@ def _listed(base: BaseFiles, slot_rank: int, dtype: str, names: Collection[str] 
     if dtype == "float32":
         return [*chosen.values()]
     own = (
-        {network.name: network for network in networks_of(base, slot_rank, "float16")} if dtype == "float16" else plain
+        {network.name: network for network in describe_networks(base, slot_rank, "float16")}
+        if dtype == "float16"
+        else plain
     )
-    return [*(own[name] for name in chosen), *(replace(chosen[name], name=name + SAFE) for name in chosen)]
+    return [*(own[name] for name in chosen), *(replace(chosen[name], name=twin_name(name)) for name in chosen)]
 
 
 def _wide_units(base: BaseFiles, network: Network, given: Mapping[str, Sequence[str]] | None) -> tuple[str, ...]:

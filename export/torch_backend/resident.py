@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dreammix_trt.core.errors import FileFormatError
-from dreammix_trt.export.networks import Network, torch_module
+from dreammix_trt.core.networks import Network
+from dreammix_trt.export.torch_module import torch_module
 
 Shapes = Mapping[str, tuple[int, ...]]
 #: of a network whose parameters have these shapes, each parameter's values by name, float32, wherever they lie

@@ -10,17 +10,8 @@ from safetensors.numpy import load_file, save_file
 from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.lora import Factors, Lora, Target, read_lora
 from dreammix_trt.core.lora_names import SDXL
-from dreammix_trt.core.subject import (
-    Slot,
-    Subject,
-    pack,
-    packed_size,
-    read_subject,
-    slots_of,
-    subject_from_lora,
-    subject_from_loras,
-    write_subject,
-)
+from dreammix_trt.core.slots import Slot, packed_size, slots_of
+from dreammix_trt.core.subject import Subject, pack, read_subject, subject_from_lora, subject_from_loras, write_subject
 from tests.support.tiny_model import random_factors, unet_attention_modules, write_tiny_lora
 
 MODULES = {"a.to_k": (6, 5), "a.to_v": (7, 5), "b.to_out.0": (5, 5)}

@@ -13,11 +13,11 @@ import pytest
 
 from dreammix_trt.building import build
 from dreammix_trt.core.errors import EngineError, InputError
+from dreammix_trt.core.networks import Network
 from dreammix_trt.core.passport import Passport
 from dreammix_trt.core.store import Store
 from dreammix_trt.engine.directory import check_engine, check_runnable, open_engine
 from dreammix_trt.engine.hardware import Driver, Gpu
-from dreammix_trt.export.networks import Network
 from dreammix_trt.export.onnx_export import export_network
 from tests.conftest import write_lora
 

@@ -158,7 +158,7 @@ def test_iterating_tells_each_step_and_previews_it(dm: DreamMix) -> None:
 def test_leaving_the_iteration_cancels(mug_engine: Path) -> None:
     with DreamMix.load(mug_engine, threads=1) as dm:
         fake = FakeDenoiser()
-        dm = DreamMix(dm.networks, dm.facts, dm.tokenizers, denoiser=fake)
+        dm = DreamMix.on_host(dm.networks, dm.facts, dm.tokenizers, denoiser=fake)
         for event in dm.iterate(IMAGE, MASK, "a mug", num_inference_steps=STEPS):
             if event.index == 1:
                 break
@@ -268,7 +268,7 @@ def test_stages_are_kept_when_asked_for(dm: DreamMix) -> None:
 def test_without_guidance_nothing_runs_for_the_negative_prompt(dm: DreamMix, substitute: tuple[str, ...]) -> None:
     for guidance, rows in ((1.0, 1), (4.0, 2)):
         noted = Noted(dm.networks)
-        fresh = DreamMix(noted, dm.facts, dm.tokenizers)
+        fresh = DreamMix.on_host(noted, dm.facts, dm.tokenizers)
         fields = {"num_inference_steps": STEPS, "guidance_scale": guidance, "substitute": substitute}
         fresh.inpaint(IMAGE, MASK, "a red sks mug", negative_prompt="a table", **fields)
         assert {len(arrays["sample"]) for arrays in noted.of("unet", "unet_raw")} == {rows}
@@ -280,7 +280,7 @@ FEW: dict[str, Any] = {"sampler": "lcm", "guidance_scale": 1.0, "num_inference_s
 
 
 def test_a_base_says_what_it_was_made_for(dm: DreamMix) -> None:
-    few = DreamMix(dm.networks, dm.facts, dm.tokenizers, defaults=FEW)
+    few = DreamMix.on_host(dm.networks, dm.facts, dm.tokenizers, defaults=FEW)
     assert few.request("a mug", seed=4) == Request("a mug", seed=4, **FEW)
     assert few.request("a mug", num_inference_steps=2, sampler="euler").sampler == "euler"
     assert dm.request("a mug") == Request("a mug") and dm.defaults == {}
@@ -301,7 +301,7 @@ def test_a_base_says_what_it_was_made_for(dm: DreamMix) -> None:
 )
 def test_defaults_that_no_request_takes_are_refused(dm: DreamMix, defaults: Any, named: str) -> None:
     with pytest.raises(EngineError, match=f"base's request defaults cannot be used.*{named}"):
-        DreamMix(dm.networks, dm.facts, dm.tokenizers, defaults=defaults)
+        DreamMix.on_host(dm.networks, dm.facts, dm.tokenizers, defaults=defaults)
 
 
 def test_defaults_are_read_from_the_base(mug_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,7 +315,7 @@ def test_defaults_are_read_from_the_base(mug_engine: Path, monkeypatch: pytest.M
 
 def test_a_base_of_one_unet_runs_every_step_on_it(dm: DreamMix) -> None:
     noted = Noted(dm.networks, "unet_raw")
-    alone = DreamMix(noted, dm.facts, dm.tokenizers)
+    alone = DreamMix.on_host(noted, dm.facts, dm.tokenizers)
     result = alone.inpaint(IMAGE, MASK, "a mug", num_inference_steps=STEPS, patched_fraction=0.2)
     assert {step.network for step in result.schedule} == {"unet"}
     assert len(noted.of("unet")) >= STEPS

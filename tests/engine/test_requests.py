@@ -20,10 +20,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreammix_trt.core.errors import Cancelled, DreamMixError, EngineError, InputError, QueueFull, TimedOut
+from dreammix_trt.core.errors import (
+    Cancelled,
+    DeviceError,
+    DreamMixError,
+    EngineError,
+    InputError,
+    OutOfMemoryError,
+    QueueFull,
+    TimedOut,
+)
 from dreammix_trt.core.request import Request
 from dreammix_trt.engine import DreamMix, RequestQueue, StepEvent, Ticket, requests
-from dreammix_trt.engine.drivers.device import DeviceError, OutOfMemoryError
 from dreammix_trt.engine.result import Result
 
 STEPS = 3

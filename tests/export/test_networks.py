@@ -114,13 +114,15 @@ def test_the_recorded_prompt_gives_the_recorded_embeddings(recorded: TorchEngine
 @pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2"])
 def test_text_encoders_are_those_of_transformers(exported: Exported, name: str, eos: str) -> None:
     transformers = pytest.importorskip("transformers")
-    from dreammix_trt.export.networks import networks_of, torch_module, weights_of
+    from dreammix_trt.core.network_weights import weights_of
+    from dreammix_trt.core.networks import describe_networks
+    from dreammix_trt.export.torch_module import torch_module
 
     configs = {key: dict(value) for key, value in exported.base.configs.items()}
     vocabulary = configs[name]["vocab_size"]
     configs[name]["eos_token_id"] = 2 if eos == "legacy" else vocabulary - 1
     base = BaseFiles(exported.base.folder, exported.base.patch, exported.base.head_file, False, configs)
-    network = next(network for network in networks_of(base) if network.name == name)
+    network = next(network for network in describe_networks(base) if network.name == name)
     kind = transformers.CLIPTextModelWithProjection if name.endswith("2") else transformers.CLIPTextModel
     theirs = kind(transformers.CLIPTextConfig(**configs[name])).eval()
     weights = weights_of(base, name)
@@ -149,7 +151,7 @@ def test_networks_are_those_of_diffusers(exported: Exported) -> None:
     unet.load_state_dict({name: torch.from_numpy(value) for name, value in base.state("unet").items()})
     vae = diffusers.AutoencoderKL.from_config(dict(base.configs["vae"])).eval()
     vae.load_state_dict({name: torch.from_numpy(value) for name, value in base.state("vae").items()})
-    inputs = ours._networks["unet"].example({"pictures": 1, "rows": 2, "h": 8, "w": 12})
+    inputs = ours._networks["unet"].draw_example({"pictures": 1, "rows": 2, "h": 8, "w": 12})
     inputs["lora"][:], inputs["inpaint_feature"][:] = 0, 0
     image = np.tanh(np.random.default_rng(0).standard_normal((1, 3, 64, 96))).astype(np.float32)
     sample, timestep, text, pooled, time_ids, _, _ = (torch.from_numpy(value) for value in inputs.values())

@@ -14,12 +14,15 @@ from safetensors.numpy import load_file, save_file
 
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import BuildError, FileFormatError
-from dreammix_trt.core.subject import pack, slots_of
+from dreammix_trt.core.network_weights import weights_of
+from dreammix_trt.core.networks import Network, describe_networks
+from dreammix_trt.core.slots import slots_of
+from dreammix_trt.core.subject import pack
 from dreammix_trt.core.tensors import Weights
 from dreammix_trt.export import onnx_export
-from dreammix_trt.export.networks import Network, networks_of, torch_module, weights_of
 from dreammix_trt.export.onnx_export import export_network, shipped_graph
 from dreammix_trt.export.parity import BOUNDS, OnnxNetwork, check_parity, check_sizes
+from dreammix_trt.export.torch_module import torch_module
 from tests.export.conftest import Exported
 from tests.support.tiny_model import random_factors, write_tiny_model
 
@@ -32,7 +35,7 @@ def opened(exported: Exported, name: str) -> OnnxNetwork:
 
 
 def network_of(exported: Exported, name: str) -> Network:
-    return next(network for network in networks_of(exported.base) if network.name == name)
+    return next(network for network in describe_networks(exported.base) if network.name == name)
 
 
 def test_the_set_is_complete(exported: Exported) -> None:
@@ -83,7 +86,7 @@ def test_weights_stand_outside_under_their_torch_names(exported: Exported, name:
 def test_zero_lora_is_no_lora_and_one_unet_differs_from_the_other(exported: Exported) -> None:
     network = network_of(exported, "unet")
     patched, raw = opened(exported, "unet"), opened(exported, "unet_raw")
-    inputs = network.example({"pictures": 1, "rows": 2, "h": 8, "w": 8})
+    inputs = network.draw_example({"pictures": 1, "rows": 2, "h": 8, "w": 8})
     inputs["lora"][:] = 0
     off = patched.run(**inputs)["eps"]
     assert np.abs(off - raw.run(**inputs)["eps"]).max() > 1e-3
@@ -105,7 +108,7 @@ def test_packed_factors_equal_merged_weights(exported: Exported) -> None:
     for module, (a, b) in factors.items():
         weights[f"{module}.weight"] = weights[f"{module}.weight"] + (a @ b).T
     merged = torch_module(network, Weights.of(weights))
-    inputs = network.example({"pictures": 1, "rows": 2, "h": 8, "w": 12})
+    inputs = network.draw_example({"pictures": 1, "rows": 2, "h": 8, "w": 12})
     inputs["lora"] = pack(factors, network.slots)[None]
     found = opened(exported, "unet").run(**inputs)["eps"]
     inputs["lora"][:] = 0
@@ -118,7 +121,7 @@ def test_a_batch_carries_two_subjects(exported: Exported) -> None:
     """Rows [neg0, pos0, neg1, pos1] with a LoRA row and a feature each: as if the pictures ran alone."""
     network = network_of(exported, "unet")
     session = opened(exported, "unet")
-    both = network.example({"pictures": 2, "rows": 4, "h": 8, "w": 8})
+    both = network.draw_example({"pictures": 2, "rows": 4, "h": 8, "w": 8})
     together = session.run(**both)["eps"]
     for picture in range(2):
         rows, one = slice(2 * picture, 2 * picture + 2), slice(picture, picture + 1)
@@ -130,10 +133,10 @@ REUSE = """
 import sys
 from pathlib import Path
 from dreammix_trt.core.checkpoint import BaseFiles
-from dreammix_trt.export.networks import networks_of
+from dreammix_trt.core.networks import describe_networks
 from dreammix_trt.export.onnx_export import export_network
 base, graphs, out = BaseFiles.open(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
-for network in networks_of(base):
+for network in describe_networks(base):
     (out / network.name).mkdir(parents=True)
     export_network(base, network, graphs / network.graph, out / network.name, verify=False)
 sys.exit(bool({"torch", "diffusers", "transformers", "onnx"} & sys.modules.keys()))
@@ -146,7 +149,7 @@ def test_graphs_are_reused_without_torch(exported: Exported, graphs: Path, tmp_p
     command = [sys.executable, "-c", REUSE, str(other.folder), str(graphs), str(tmp_path / "out")]
     subprocess.run(command, check=True, cwd=ROOT)
     base = BaseFiles.open(other.folder)
-    for network in networks_of(base):
+    for network in describe_networks(base):
         part = tmp_path / "out" / network.name
         entry = json.loads((part / "network.json").read_text())
         assert entry["parity"]["checked"] == "not", "what was found for another checkpoint says nothing of this one"
@@ -173,7 +176,7 @@ def test_large_networks_are_not_compared_unless_asked(
 
 def test_the_embedded_base_carries_the_figures_of_its_making(tmp_path: Path) -> None:
     base = BaseFiles.open()
-    network = next(network for network in networks_of(base) if network.name == "vae_encoder")
+    network = next(network for network in describe_networks(base) if network.name == "vae_encoder")
     graph = shipped_graph(network)
     assert graph is not None
     entry = export_network(base, network, graph, tmp_path, verify=False)
@@ -215,10 +218,10 @@ def test_a_shipped_graph_is_used_only_while_it_fits(
     monkeypatch.setattr(onnx_export, "EMBEDDED", tmp_path)
     base = exported.base
     assert shipped_graph(network_of(exported, "vae_decoder")) == tmp_path / "graphs/vae_decoder"
-    halves = {network.name: network for network in networks_of(base, precision="float16")}
+    halves = {network.name: network for network in describe_networks(base, precision="float16")}
     assert shipped_graph(halves["vae_decoder"]) is None
     assert shipped_graph(halves["vae_decoder_float32"]) == tmp_path / "graphs/vae_decoder"
-    unets = {rank: next(each for each in networks_of(base, rank) if each.name == "unet") for rank in (8, 16)}
+    unets = {rank: next(each for each in describe_networks(base, rank) if each.name == "unet") for rank in (8, 16)}
     assert shipped_graph(unets[8]) == tmp_path / "graphs/unet" and shipped_graph(unets[16]) is None
     (tmp_path / "graphs/vae_decoder/graph.onnx").write_bytes(b"changed")
     assert shipped_graph(network_of(exported, "vae_decoder")) is None
@@ -228,7 +231,7 @@ def test_graphs_beside_a_users_checkpoint_are_not_taken(exported: Exported, grap
     """They could compute anything, and the part's key would be that of an honest one."""
     base = BaseFiles.open(shutil.copytree(exported.base.folder, tmp_path / "model"))
     shutil.copytree(graphs, base.folder / "graphs")
-    assert [shipped_graph(network) for network in networks_of(base)] == [None] * len(NAMES)
+    assert [shipped_graph(network) for network in describe_networks(base)] == [None] * len(NAMES)
 
 
 def test_a_graph_that_computes_something_else_is_refused(exported: Exported, tmp_path: Path) -> None:
@@ -262,5 +265,5 @@ def test_a_base_without_patch_has_one_unet(tmp_path: Path) -> None:
     tiny = write_tiny_model(tmp_path / "tiny")
     tiny.patch.unlink()
     tiny.head.unlink()
-    names = [network.name for network in networks_of(BaseFiles.open(tiny.folder))]
+    names = [network.name for network in describe_networks(BaseFiles.open(tiny.folder))]
     assert names == [name for name in NAMES if name not in ("unet_raw", "inpaint_head")]

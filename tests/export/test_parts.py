@@ -19,11 +19,13 @@ onnx = pytest.importorskip("onnx")
 
 from benchmarks import _sdxl_files as files  # noqa: E402
 from dreammix_trt.core.checkpoint import BaseFiles  # noqa: E402
+from dreammix_trt.core.network_weights import weights_of  # noqa: E402
+from dreammix_trt.core.networks import Network, describe_networks, is_twin  # noqa: E402
 from dreammix_trt.core.tensors import tensor_places  # noqa: E402
-from dreammix_trt.export.networks import SAFE, Network, networks_of, torch_module, weights_of  # noqa: E402
 from dreammix_trt.export.onnx_export import export_network, graph_digest, shipped_graph, write_graph  # noqa: E402
 from dreammix_trt.export.onnx_graph import graph_of  # noqa: E402
 from dreammix_trt.export.parity import BOUNDS, OnnxNetwork  # noqa: E402
+from dreammix_trt.export.torch_module import torch_module  # noqa: E402
 from tests.export.conftest import Exported  # noqa: E402
 from tests.support.mini_sdxl import small_configs  # noqa: E402
 
@@ -37,8 +39,8 @@ NAMES = ["text_encoder", "text_encoder_2", "unet", "unet_raw", "inpaint_head", "
 @pytest.mark.parametrize("name", NAMES)
 def test_a_part_is_plain_onnx_wherever_it_lies(exported: Exported, tmp_path: Path, name: str) -> None:
     """onnx.checker accepts it with its data, onnx.load finds every weight, ONNX Runtime gives the same numbers."""
-    network = next(each for each in networks_of(exported.base) if each.name == name)
-    inputs = network.example({"pictures": 1, "rows": 2, "h": 8, "w": 12, "H": 64, "W": 96})
+    network = next(each for each in describe_networks(exported.base) if each.name == name)
+    inputs = network.draw_example({"pictures": 1, "rows": 2, "h": 8, "w": 12, "H": 64, "W": 96})
     before = OnnxNetwork(exported.graph(name), threads=1).run(**inputs)
     moved = Path(shutil.move(shutil.copytree(exported.folder / name, tmp_path / "copy"), tmp_path / "elsewhere"))
     file = moved / exported.graph(name).name
@@ -74,11 +76,11 @@ def test_no_slots_is_the_same_as_slots_full_of_zeros(small: Any, tmp_path: Path)
     sizes = {"pictures": 1, "rows": 2, "h": 8, "w": 6}
     outputs = {}
     for rank in (0, 4):
-        network = next(each for each in networks_of(small, rank) if each.name == "unet")
+        network = next(each for each in describe_networks(small, rank) if each.name == "unet")
         (tmp_path / f"{rank}").mkdir()
         write_graph(network, tmp_path / f"{rank}")
         entry = export_network(small, network, tmp_path / f"{rank}", tmp_path / f"{rank}", verify=False)
-        inputs = network.example(sizes)
+        inputs = network.draw_example(sizes)
         assert ("lora" in inputs) == bool(entry["slots"]) == bool(rank)
         session = OnnxNetwork(tmp_path / f"{rank}" / entry["graph"], threads=1)
         outputs[rank] = session.run(**{**inputs, "lora": np.zeros_like(inputs.get("lora", np.zeros(1)))})["eps"]
@@ -103,7 +105,7 @@ def test_sdxl_at_a_fifth_of_its_width_agrees_with_torch(tmp_path: Path) -> None:
 
 
 def of(base: Any, name: str, rank: int = 8, **options: Any) -> Network:
-    return next(network for network in networks_of(base, rank, **options) if network.name == name)
+    return next(network for network in describe_networks(base, rank, **options) if network.name == name)
 
 
 def changed(base: Any, component: str, **entries: Any) -> Any:
@@ -157,10 +159,10 @@ def test_the_digest_tells_apart_what_the_graph_does(small: Any) -> None:
 
 def test_a_float16_vae_s_twins_are_the_float32_vae(small: Any) -> None:
     """The same graph and weights as a float32 base has, whatever the form of the float16 one; no other network."""
-    plain = {network.name: network for network in networks_of(small)}
-    assert [name for name in plain if name.endswith(SAFE)] == []
+    plain = {network.name: network for network in describe_networks(small)}
+    assert [name for name in plain if is_twin(name)] == []
     for fused in (False, True):
-        half = {network.name: network for network in networks_of(small, precision="float16", fused=fused)}
+        half = {network.name: network for network in describe_networks(small, precision="float16", fused=fused)}
         assert half.keys() - plain.keys() == {"vae_encoder_float32", "vae_decoder_float32"}
         for name in ("vae_encoder", "vae_decoder"):
             twin = half[f"{name}_float32"]
@@ -222,7 +224,7 @@ from types import SimpleNamespace
 from dreammix_trt.core.lora import read_lora
 from dreammix_trt.core.tensors import open_tensors
 from dreammix_trt.engine.hardware import MemoryWatch
-from dreammix_trt.export.networks import BaseLora
+from dreammix_trt.core.network_weights import BaseLora
 from dreammix_trt.export.onnx_export import export_network
 folder = Path(sys.argv[1])
 base = SimpleNamespace(folder=folder, state=lambda name: open_tensors(folder / "model.safetensors"))

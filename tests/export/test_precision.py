@@ -16,11 +16,13 @@ from safetensors.numpy import load_file
 onnx = pytest.importorskip("onnx")
 
 from dreammix_trt.core.errors import BuildError  # noqa: E402
+from dreammix_trt.core.network_weights import weights_of  # noqa: E402
+from dreammix_trt.core.networks import Network, Tensor, describe_networks  # noqa: E402
 from dreammix_trt.core.tensors import Weights  # noqa: E402
-from dreammix_trt.export.networks import Network, TensorSpec, networks_of, torch_module, weights_of  # noqa: E402
 from dreammix_trt.export.onnx_export import export_network, write_graph  # noqa: E402
 from dreammix_trt.export.parity import BOUNDS, OnnxNetwork, check_sizes, compared, run_torch  # noqa: E402
 from dreammix_trt.export.precision import NARROW, WIDE, typed  # noqa: E402
+from dreammix_trt.export.torch_module import torch_module  # noqa: E402
 
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 NAMES = ["text_encoder", "text_encoder_2", "unet", "inpaint_head", "vae_encoder", "vae_decoder"]
@@ -48,7 +50,7 @@ def exported(base: Any, network: Network, folder: Path, verify: bool = True) -> 
 def halves(request: pytest.FixtureRequest, small: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Half]:
     """Every network of the small base in float16, compared with torch as it is exported."""
     folder = tmp_path_factory.mktemp("half")
-    networks = networks_of(small, 8, "float16", FORMS[request.param])
+    networks = describe_networks(small, 8, "float16", FORMS[request.param])
     return {network.name: exported(small, network, folder) for network in networks if network.name in NAMES}
 
 
@@ -152,7 +154,7 @@ def test_fused_graphs_hold_single_operators_and_plain_ones_none(halves: dict[str
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_text_encoder_without_slots_is_float16_too(small: Any, tmp_path: Path, fused: bool) -> None:
     """Nothing but weights and token ids goes into it: no input says what type the rest has."""
-    network = networks_of(small, 0, "float16", fused)[0]
+    network = describe_networks(small, 0, "float16", fused)[0]
     half = exported(small, network, tmp_path)
     assert list(casts(half)) == [] and wide_values(half) == set()
     assert half.entry["parity"]["max_rel"] < BOUNDS["float16"] / 2
@@ -160,14 +162,14 @@ def test_a_text_encoder_without_slots_is_float16_too(small: Any, tmp_path: Path,
 
 def test_factors_one_by_one_are_the_packed_row(small: Any, tmp_path: Path) -> None:
     """The fused form takes a tensor a factor, the other one row: of the same numbers they give the same answer."""
-    from dreammix_trt.core.subject import unpacked
+    from dreammix_trt.core.slots import unpacked
 
     packed, single = (
-        next(network for network in networks_of(small, 4, "float32", fused) if network.name == "text_encoder_2")
+        next(network for network in describe_networks(small, 4, "float32", fused) if network.name == "text_encoder_2")
         for fused in (False, True)
     )
     one, other = (exported(small, each, tmp_path / str(each.fused), verify=False) for each in (packed, single))
-    inputs = packed.example({"pictures": 2, "rows": 4})
+    inputs = packed.draw_example({"pictures": 2, "rows": 4})
     expected = OnnxNetwork(one.file).run(**inputs)
     factors = unpacked(inputs["lora"], packed.slots)
     assert {"input_ids", *factors} >= {item.name for item in other.model.graph.input}
@@ -194,7 +196,7 @@ def loud_vae(base: Any) -> Weights:
 @pytest.fixture(scope="module")
 def marked(small: Any, tmp_path_factory: pytest.TempPathFactory) -> Half:
     """A float16 decoder whose middle is marked float32."""
-    (network,) = (each for each in networks_of(small, 0, "float16") if each.name == "vae_decoder")
+    (network,) = (each for each in describe_networks(small, 0, "float16") if each.name == "vae_decoder")
     network = replace(network, wide=("mid.0", "mid.2"))
     return exported(small, network, tmp_path_factory.mktemp("marked"))
 
@@ -213,10 +215,10 @@ def test_marks_become_casts(marked: Half) -> None:
 def test_marked_units_survive_what_float16_does_not(
     small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (plain,) = (each for each in networks_of(small, 0, "float16") if each.name == "vae_decoder")
+    (plain,) = (each for each in describe_networks(small, 0, "float16") if each.name == "vae_decoder")
     weights = loud_vae(small)
     monkeypatch.setattr("dreammix_trt.export.onnx_export.weights_of", lambda *_: weights)
-    inputs = plain.example(check_sizes(small.divisor)[0])
+    inputs = plain.draw_example(check_sizes(small.divisor)[0])
     truth = run_torch(torch_module(plain, weights), plain, inputs)
     pictures = {}
     for name, network in {"plain": plain, "marked": replace(plain, wide=("conv_in", "conv_norm_out"))}.items():
@@ -236,8 +238,8 @@ def graph(nodes: list[tuple[str, list[str], str]], inputs: dict[str, str]) -> tu
     ]
     values = [helper.make_tensor_value_info(name, FLOAT, ["n"]) for name in inputs]
     out = [helper.make_tensor_value_info("y", FLOAT, ["n"])]
-    specs = tuple(TensorSpec(name, dtype, ("n",)) for name, dtype in inputs.items() if not name.endswith("weight"))
-    network = SimpleNamespace(inputs=specs, outputs=(TensorSpec("y", "float16", ("n",)),), precision="float16")
+    specs = tuple(Tensor(name, dtype, ("n",)) for name, dtype in inputs.items() if not name.endswith("weight"))
+    network = SimpleNamespace(inputs=specs, outputs=(Tensor("y", "float16", ("n",)),), precision="float16")
     return helper.make_graph(made, "g", values, out), network
 
 

@@ -17,9 +17,11 @@ from PIL import Image
 
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import FileFormatError, InputError
-from dreammix_trt.export.networks import Network, networks_of, torch_module, weights_of
+from dreammix_trt.core.network_weights import weights_of
+from dreammix_trt.core.networks import Network, describe_networks
 from dreammix_trt.export.onnx_export import export_network, write_graph
 from dreammix_trt.export.parity import BOUNDS, OnnxNetwork, check_sizes, run_torch
+from dreammix_trt.export.torch_module import torch_module
 from dreammix_trt.export.vae_range import LIMIT, Kind, _pictures, wide_units
 from tests.support.tiny_model import write_tiny_model
 
@@ -79,7 +81,7 @@ def with_vae(base: Path, folder: Path, changes: Mapping[str, Change]) -> BaseFil
 
 
 def network_of(base: BaseFiles, kind: str, wide: tuple[str, ...] = (), fused: bool = False) -> Network:
-    found = next(n for n in networks_of(base, precision="float16", fused=fused) if n.name == kind)
+    found = next(n for n in describe_networks(base, precision="float16", fused=fused) if n.name == kind)
     return replace(found, wide=wide)
 
 
@@ -112,7 +114,7 @@ def difference(base: BaseFiles, network: Network, graph: Path) -> float:
     module, session = torch_module(network, weights_of(base, network.name)), OnnxNetwork(graph, threads=1)
     worst = 0.0
     for seed, sizes in enumerate(check_sizes(base.divisor)):
-        inputs = network.example(sizes, seed)
+        inputs = network.draw_example(sizes, seed)
         found = session.run(**inputs)
         for name, truth in run_torch(module, network, inputs).items():
             worst = max(worst, float(np.abs(found[name] - truth).max() / np.abs(truth).max()))
@@ -168,7 +170,7 @@ def test_in_float16_alone_the_picture_is_lost(tall_base: BaseFiles, kind: str, t
     import torch
 
     network = network_of(tall_base, kind)
-    inputs = network.example(SIZES)
+    inputs = network.draw_example(SIZES)
     module = torch_module(network, weights_of(tall_base, kind))
     truth = run_torch(module, network, inputs)
     assert all(np.isfinite(value).all() and np.abs(value).max() < 100 for value in truth.values())
@@ -184,7 +186,7 @@ def test_with_wide_units_it_agrees_with_torch(tall_base: BaseFiles, kind: str, f
     network = network_of(tall_base, kind, UNITS[kind], fused)
     graph = exported(tall_base, network, tmp_path)
     assert 0 < difference(tall_base, network, graph) < 5e-3 < BOUNDS["float16"]
-    assert not infinite_values(graph, network.example(SIZES))
+    assert not infinite_values(graph, network.draw_example(SIZES))
     assert_types(graph, kind)
 
 
@@ -244,7 +246,7 @@ def test_every_place_can_be_wide(
     assert wide_units(base, kind).units == units
     network = network_of(base, kind, units)
     graph = exported(base, network, tmp_path / "net")
-    assert not infinite_values(graph, network.example(SIZES))
+    assert not infinite_values(graph, network.draw_example(SIZES))
     # sharp attention turns inputs that differ in float16's last digit into other choices
     assert difference(base, network, graph) < (0.2 if "mid.1" in units else BOUNDS["float16"])
 
@@ -270,7 +272,7 @@ def decoder_psnr(inside: str) -> float:
     from dreammix_trt.export.modules import vae_units
 
     base = BaseFiles.open()
-    networks = {network.name: network for network in networks_of(base)}
+    networks = {network.name: network for network in describe_networks(base)}
     pictures = np.stack(_pictures(base.native_side, [])["drawn"])
     encoder = torch_module(networks["vae_encoder"], weights_of(base, "vae_encoder"))
     decoder = torch_module(networks["vae_decoder"], weights_of(base, "vae_decoder"))

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from dreammix_trt.core.seam import Array
 from dreammix_trt.engine.backends.tensorrt.builder import DTYPES
 from dreammix_trt.engine.backends.tensorrt.package import NAMES, NAMES_AHEAD
-from dreammix_trt.engine.drivers.device import Array
 
 MAGIC = "a stand-in's plan"
 

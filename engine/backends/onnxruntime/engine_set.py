@@ -11,7 +11,6 @@ import logging
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dreammix_trt.core.errors import EngineError, InputError
-from dreammix_trt.core.subject import Slot, slots_of, unpacked
+from dreammix_trt.core.networks import is_twin
+from dreammix_trt.core.seam import BaseFacts
+from dreammix_trt.core.slots import Slot, slots_of, unpacked
 from dreammix_trt.engine.hardware import cores
 
 if TYPE_CHECKING:
@@ -27,28 +28,11 @@ if TYPE_CHECKING:
 
 SCHEMA = 2
 Array = npt.NDArray[Any]
-#: what the name of a float32 twin of a float16 network ends in
-SAFE = "_float32"
 REBUILD = "build it again with `dreammix-trt build`"
 _PROVIDERS = {
     "cpu": ["CPUExecutionProvider"],
     "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
 }
-
-
-@dataclass(frozen=True)
-class BaseFacts:
-    """What the runtime must know of a base (base.json).
-
-    native_side: pixels it was trained at; divisor: what picture sides must be multiples of; scaling_factor: of the
-    VAE's latents; feature_channels: of the inpaint head; defaults: fields of a request that suit the base.
-    """
-
-    native_side: int
-    divisor: int
-    scaling_factor: float
-    feature_channels: int
-    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 class EngineSet:
@@ -110,7 +94,7 @@ class EngineSet:
     def prepare(self, names: Iterable[str] | None = None) -> None:
         """Make the sessions of these networks now, side by side; default: all but float32 twins, which may never be
         needed."""
-        usual = [name for name in self.entries if not name.endswith(SAFE)]
+        usual = [name for name in self.entries if not is_twin(name)]
         with ThreadPoolExecutor(max_workers=min(4, cores())) as pool:
             list(pool.map(self._session, names if names is not None else usual))
 

@@ -12,20 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dreammix_trt.core.errors import EngineError, InputError
-from dreammix_trt.core.subject import Slot, slots_of
-from dreammix_trt.engine.backends.onnxruntime.engine_set import (
-    REBUILD,
-    SAFE,
-    BaseFacts,
-    parts_in,
-    read_facts,
-    read_network,
-)
+from dreammix_trt.core.errors import DeviceError, EngineError, InputError, OutOfMemoryError
+from dreammix_trt.core.networks import Sides, Tensor, is_twin
+from dreammix_trt.core.seam import Array, BaseFacts, Stream
+from dreammix_trt.core.slots import Slot, slots_of
+from dreammix_trt.engine.backends.onnxruntime.engine_set import REBUILD, parts_in, read_facts, read_network
 from dreammix_trt.engine.canvas.geometry import Size
-from dreammix_trt.engine.drivers.device import Array, DeviceError, OutOfMemoryError, Stream
 from dreammix_trt.engine.hardware import cores
-from dreammix_trt.engine.seam import Sides, Tensor
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -87,7 +80,7 @@ class OnnxNetworks:
                     raise EngineError(f"{places[name] / file}: missing, so {name} cannot run; {REBUILD}")
         facts = read_facts(places["base"])
         opened = cls(places, facts, entries, stream, provider=provider, memory_limit=memory_limit)
-        usual = [name for name in entries if not name.endswith(SAFE)]
+        usual = [name for name in entries if not is_twin(name)]
         for name in usual if resident is None else resident:
             opened.load(name)
         return opened
@@ -115,6 +108,10 @@ class OnnxNetworks:
 
     def frames(self) -> tuple[Size, ...] | None:
         """Any size."""
+        return None
+
+    def contexts(self) -> tuple[int, ...] | None:
+        """Any."""
         return None
 
     @property

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from dreammix_trt.core.errors import DreamMixError, EngineError
+from dreammix_trt.core.errors import DeviceError, DreamMixError, EngineError, ProfileError
 from dreammix_trt.core.files import atomic_file, sha256_of
-from dreammix_trt.engine.backends.onnxruntime.engine_set import BaseFacts
+from dreammix_trt.core.networks import FACTOR, Sides, Tensor
+from dreammix_trt.core.seam import Array, BaseFacts, Shape, Stream
 from dreammix_trt.engine.backends.tensorrt.builder import DTYPES
 from dreammix_trt.engine.backends.tensorrt.callbacks import hearing
 from dreammix_trt.engine.backends.tensorrt.package import Package
@@ -29,18 +30,12 @@ from dreammix_trt.engine.backends.tensorrt.plans import (
     mapped,
 )
 from dreammix_trt.engine.backends.tensorrt.profiles import Profile, fits
-from dreammix_trt.engine.canvas.geometry import FACTOR
-from dreammix_trt.engine.drivers.device import Array, Device, DeviceError, Shape, Stream
-from dreammix_trt.engine.seam import Sides, Tensor
+from dreammix_trt.engine.drivers.device import Device
 
 LOGGER = logging.getLogger(__name__)
 ALIGNMENT: Final = 256  # of every address, as the documentation of setTensorAddress and setDeviceMemory asks
 Span = tuple[int, int]
 Asked = tuple[int, tuple[Shape, ...]]  # a profile, and every input's shape
-
-
-class ProfileError(EngineError):
-    """A request larger, or smaller, than any shape a network was built for."""
 
 
 @dataclass

@@ -15,19 +15,20 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from dreammix_trt.core.errors import EngineError
+from dreammix_trt.core.errors import EngineError, OutOfMemoryError, ProfileError
 from dreammix_trt.core.files import size_text
-from dreammix_trt.core.subject import Slot, slots_of
-from dreammix_trt.engine.backends.onnxruntime.engine_set import SAFE, BaseFacts, read_facts, read_network
-from dreammix_trt.engine.backends.tensorrt.network import Network, Place, ProfileError, TensorRtBound, plan_of
+from dreammix_trt.core.networks import FACTOR, TOKENS, Sides, Tensor, is_twin, kind_of
+from dreammix_trt.core.seam import Array, BaseFacts
+from dreammix_trt.core.slots import Slot, slots_of
+from dreammix_trt.engine.backends.onnxruntime.engine_set import read_facts, read_network
+from dreammix_trt.engine.backends.tensorrt.network import Network, Place, TensorRtBound, plan_of
 from dreammix_trt.engine.backends.tensorrt.package import PACKAGES, load
 from dreammix_trt.engine.backends.tensorrt.plans import (
     guarded_runtime,
     refuse_host_code,
 )
-from dreammix_trt.engine.canvas.geometry import FACTOR, Size
-from dreammix_trt.engine.drivers.device import Array, Device, OutOfMemoryError
-from dreammix_trt.engine.seam import Sides, Tensor
+from dreammix_trt.engine.canvas.geometry import Size
+from dreammix_trt.engine.drivers.device import Device
 
 __all__ = ["ProfileError", "TensorRtNetworks"]
 
@@ -65,7 +66,7 @@ class TensorRtNetworks:
         place = Place(trt, PACKAGES[backend], runtime, device, device.stream(), cache)
         opened = cls(place, facts, {name: Network(name, *entry, place) for name, entry in entries.items()})
         try:
-            usual = [name for name in entries if not name.endswith(SAFE)]
+            usual = [name for name in entries if not is_twin(name)]
             opened._bring(usual if resident is None else resident)
         except BaseException:
             opened.close()
@@ -95,11 +96,19 @@ class TensorRtNetworks:
 
     def frames(self) -> tuple[Size, ...] | None:
         """The UNet's frames, where its profiles have fixed sides; None where they have not (`bind` checks)."""
-        spans = [network.spans for name, network in self._networks.items() if name.startswith("unet")]
+        spans = [network.spans for name, network in self._networks.items() if kind_of(name).call == "step"]
         frames = {(span["h"], span["w"]) for each in spans for span in each if "h" in span and "w" in span}
         if not frames or any(low != high for frame in frames for low, high in frame):
             return None
         return tuple(sorted((FACTOR * h[0], FACTOR * w[0]) for h, w in frames))
+
+    def contexts(self) -> tuple[int, ...] | None:
+        """The fixed lengths that the UNets' profiles have."""
+        spans = [network.spans for name, network in self._networks.items() if kind_of(name).call == "step"]
+        lengths = {span["context"] for each in spans for span in each if "context" in span}
+        if any(low != high for low, high in lengths):
+            return None
+        return tuple(sorted(low for low, _ in lengths)) or (TOKENS,)
 
     @property
     def most_pictures(self) -> int | None:

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dreammix_trt.core.errors import EngineError
+from dreammix_trt.core.errors import DeviceError, EngineError, OutOfMemoryError
 from dreammix_trt.engine import hardware
 from dreammix_trt.engine.backends.tensorrt.callbacks import hearing, logger_of
 from dreammix_trt.engine.backends.tensorrt.package import PACKAGES, Package, check_runtime, load
-from dreammix_trt.engine.drivers.device import DeviceError, OutOfMemoryError
 from dreammix_trt.engine.machine import RTX_TARGETS
 
 REBUILD: Final = "build it again with `dreammix-trt build`"

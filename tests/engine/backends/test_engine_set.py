@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from dreammix_trt.core.errors import DreamMixError, EngineError, InputError
-from dreammix_trt.engine.backends.onnxruntime.engine_set import SAFE, EngineSet, parts_in
+from dreammix_trt.core.networks import twin_name
+from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet, parts_in
 from dreammix_trt.engine.directory import open_engine
 
 
@@ -160,19 +161,16 @@ def test_a_device_that_onnx_runtime_lacks_is_refused_with_the_remedy(parts: dict
 
 
 def test_twins_are_opened_when_asked_for_and_not_before(tmp_path: Path) -> None:
-    """Of the suffix that exports give them."""
     pytest.importorskip("onnx")
-    from dreammix_trt.export import networks as exported
-
-    assert SAFE == exported.SAFE
+    twin = twin_name("inpaint_head")
     half_part(tmp_path)
-    shutil.copytree(tmp_path / "inpaint_head", tmp_path / f"inpaint_head{SAFE}")
-    (tmp_path / f"inpaint_head{SAFE}" / "inpaint_head.onnx").write_bytes(b"no graph")
+    shutil.copytree(tmp_path / "inpaint_head", tmp_path / twin)
+    (tmp_path / twin / "inpaint_head.onnx").write_bytes(b"no graph")
     with EngineSet.load(tmp_path, threads=1) as networks:
         networks.prepare()
-        assert f"inpaint_head{SAFE}" in networks and networks._sessions.keys() == {"inpaint_head"}
+        assert twin in networks and networks._sessions.keys() == {"inpaint_head"}
         with pytest.raises(EngineError, match="inpaint_head_float32 cannot be loaded"):
-            networks.prepare([f"inpaint_head{SAFE}"])
+            networks.prepare([twin])
 
 
 def _newer(folder: Path) -> None:

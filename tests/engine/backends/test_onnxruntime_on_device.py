@@ -12,12 +12,12 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from dreammix_trt.core.errors import EngineError, InputError
+from dreammix_trt.core.errors import DeviceError, EngineError, InputError, OutOfMemoryError
+from dreammix_trt.core.networks import Sides
+from dreammix_trt.core.seam import Array, DeviceNetworks
 from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet
 from dreammix_trt.engine.backends.onnxruntime.on_device import OnnxNetworks
 from dreammix_trt.engine.directory import open_engine
-from dreammix_trt.engine.drivers.device import Array, DeviceError, OutOfMemoryError
-from dreammix_trt.engine.seam import DeviceNetworks, Sides
 
 SIDES = Sides(rows=4, pictures=2, height=8, width=12)
 

@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dreammix_trt.core.errors import EngineError
+from dreammix_trt.core.errors import DeviceError, EngineError, OutOfMemoryError
+from dreammix_trt.core.networks import Sides
+from dreammix_trt.core.seam import Array, DeviceNetworks
 from dreammix_trt.engine import hardware
 from dreammix_trt.engine.backends.tensorrt import network as tensorrt_network
 from dreammix_trt.engine.backends.tensorrt import on_device as tensorrt_networks
@@ -27,9 +29,7 @@ from dreammix_trt.engine.backends.tensorrt.on_device import ProfileError, Tensor
 from dreammix_trt.engine.backends.tensorrt.package import PACKAGES, RUNTIME_NAMES, RUNTIME_NAMES_JIT, check_runtime
 from dreammix_trt.engine.backends.tensorrt.plans import failure
 from dreammix_trt.engine.backends.tensorrt.profiles import profiles_for
-from dreammix_trt.engine.drivers.device import Array, DeviceError, OutOfMemoryError
 from dreammix_trt.engine.hardware import Driver, Gpu
-from dreammix_trt.engine.seam import DeviceNetworks, Sides
 from tests.support import fake_tensorrt as fake
 
 BOTH = ["tensorrt-rtx", "tensorrt"]
@@ -689,7 +689,7 @@ WEIGHT = (np.random.default_rng(5).standard_normal((64, 64)) / 8).astype(np.floa
 def write_real_part(folder: Path, backend: str) -> None:
     """y = x W + (x A) B, built for the GPU at hand, as `dreammix-trt build` writes it."""
     from dreammix_trt.engine.backends.tensorrt.builder import build_engine
-    from tests.engine.test_tensorrt import network
+    from tests.engine.backends.test_tensorrt_builder import network
 
     folder.mkdir(parents=True)
     nodes = [
@@ -789,7 +789,7 @@ def test_the_real_package_without_a_driver_says_what_is_missing(tmp_path: Path) 
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install dreammix-trt[rtx]")
     if not hardware.ask_driver().problem:
         pytest.skip("there is a driver here")
-    from tests.engine.test_tensorrt import ROWS, built, linear
+    from tests.engine.backends.test_tensorrt_builder import ROWS, built, linear
 
     (tmp_path / "unet").mkdir()
     built(linear(tmp_path / "unet" / "unet.onnx"), ROWS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 import numpy as np
@@ -99,12 +100,12 @@ def test_a_network_that_looks_at_single_cells_gives_what_it_gives_whole() -> Non
         return array
 
     latent = rng.standard_normal((2, 4, 13, 21), np.float32)
-    image = run_tiled(lambda tile: grown(noted(tile)), latent, tiling, decode=True)
+    image = run_tiled(lambda tile: grown(noted(tile["latent"])), {"latent": latent}, tiling)
     assert set(seen) == {(2, 4, 8, 8)} and len(seen) == 2 * 4
     np.testing.assert_allclose(image["image"], grown(latent)["image"], atol=1e-5)
     seen.clear()
     picture = rng.uniform(-1, 1, (2, 3, 104, 168)).astype(np.float32)
-    moments = run_tiled(lambda tile: shrunk(noted(tile)), picture, tiling, decode=False)
+    moments = run_tiled(lambda tile: shrunk(noted(tile["image"])), {"image": picture}, tiling)
     assert set(seen) == {(2, 3, 64, 64)} and moments.keys() == {"mean", "std"}
     for name, value in shrunk(picture).items():
         assert moments[name].dtype == np.float32
@@ -115,11 +116,12 @@ def test_tiles_that_differ_fade_into_each_other() -> None:
     """A network that gives each tile its number: the joined picture goes from one to the next without a jump."""
     numbers = iter(range(3))
 
-    def numbered(tile: np.ndarray) -> dict[str, np.ndarray]:
-        return {"image": np.full((1, 1, 8 * tile.shape[2], 8 * tile.shape[3]), next(numbers), np.float32)}
+    def numbered(tile: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        height, width = tile["latent"].shape[2:]
+        return {"image": np.full((1, 1, 8 * height, 8 * width), next(numbers), np.float32)}
 
     tiling = tiles_of(4, 32, side=16, overlap=8)
-    image = run_tiled(numbered, np.zeros((1, 4, 4, 32), np.float32), tiling, decode=True)["image"][0, 0]
+    image = run_tiled(numbered, {"latent": np.zeros((1, 4, 4, 32), np.float32)}, tiling)["image"][0, 0]
     assert image[:, 0].tolist() == [0] * 32 and image[:, -1].tolist() == [2] * 32
     steps = np.diff(image[0])
     assert steps.min() >= 0 and steps.max() == pytest.approx(1 / 64, rel=1e-4)

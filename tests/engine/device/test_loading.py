@@ -17,15 +17,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dreammix_trt.core.networks import all_phases, names_of_phase
+from dreammix_trt.core.seam import Array
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.backends.onnxruntime.on_device import OnnxNetworks
 from dreammix_trt.engine.device.loading import OnDevice, open_device
-from dreammix_trt.engine.device.plan import PHASES, Options
+from dreammix_trt.engine.device.plan import Options
 from dreammix_trt.engine.drivers import cuda
-from dreammix_trt.engine.drivers.device import Array
 from dreammix_trt.engine.drivers.simulated import SimulatedDevice
-from tests.engine.conftest import scene
 from tests.engine.backends.test_tensorrt_on_device import BOTH, write_part
+from tests.engine.conftest import scene
 from tests.support import fake_tensorrt as fake
 
 TWINS = ("vae_encoder_float32", "vae_decoder_float32")
@@ -151,7 +152,9 @@ def test_networks_that_take_turns_are_there_with_their_phase_alone(loaded: Any, 
     assert gpu.weights == {}
     painted(dm, 128, 128)
     together = [set(map(plain_name, held)) for held in gpu.held]
-    assert {"unet"} in together and all(any(held <= set(phase) for phase in PHASES) for held in together)
+    assert {"unet"} in together and all(
+        any(held <= set(phase) for phase in map(names_of_phase, all_phases())) for held in together
+    )
 
 
 def test_onnx_runtimes_sessions_take_turns_and_are_gone_after_theirs(
@@ -174,7 +177,9 @@ def test_onnx_runtimes_sessions_take_turns_and_are_gone_after_theirs(
             assert held == []
             for size in ((128, 128), (128, 160), (128, 128)):
                 assert np.abs(painted(dm, *size) - painted(host, *size)).max() <= 1
-    assert {"unet"} in held and all(any(each <= set(phase) for phase in PHASES) for each in held)
+    assert {"unet"} in held and all(
+        any(each <= set(phase) for phase in map(names_of_phase, all_phases())) for each in held
+    )
 
 
 @pytest.mark.parametrize("failing", ["networks", "stream", "device"])

@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dreammix_trt.core.networks import flag_of
 from dreammix_trt.core.noise import DRAWS, SeededNoise, normals
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import Schedule, Step, make_schedule
-from dreammix_trt.core.subject import Slot, pack, packed_size
+from dreammix_trt.core.seam import Array
+from dreammix_trt.core.slots import Slot, packed_size
+from dreammix_trt.core.subject import pack
 from dreammix_trt.engine import kernels
-from dreammix_trt.engine.device.records import FACTOR, FLAGS, JOB, SEGMENT, STEP
-from dreammix_trt.engine.drivers.device import Array
+from dreammix_trt.engine.device.records import FACTOR, JOB, SEGMENT, STEP
 from dreammix_trt.engine.host.denoiser import Conditioning, FakeDenoiser
 from dreammix_trt.engine.host.loop import Stage, Taken, sample
 
@@ -27,7 +29,7 @@ gpu = pytest.importorskip("dreammix_trt._cpp").gpu
 GROUPS = [(1, 1), (3, 8), (2, 32), pytest.param("gpu", marks=pytest.mark.gpu)]
 HALVES = [False, True]
 SEEDS = (2**63 + 12345, 7, 2**32 + 1)
-BIT = FLAGS["unet"]
+BIT = flag_of("unet")
 
 halves = pytest.mark.parametrize("half", HALVES, ids=["float", "half"])
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dreammix_trt.core.errors import EngineError, InputError
+from dreammix_trt.core.errors import DeviceError, EngineError, InputError, NotFiniteError, OutOfMemoryError
 from dreammix_trt.core.request import Request
+from dreammix_trt.core.seam import Array
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.dreammix import Job
-from dreammix_trt.engine.drivers.device import Array, DeviceError, NotFiniteError, OutOfMemoryError
 from dreammix_trt.engine.drivers.simulated import Entry, SimulatedDevice
 from tests.engine.conftest import scene
 
@@ -123,7 +123,7 @@ def test_swapping_subjects_and_back_is_exact_and_touches_only_the_bound_factors(
     start = len(device.record)
     again = pixels(dm, subject="mug")
     assert (first == again).all() and (first != second).any()
-    bound = dm.studio._arena["bound factors"] if dm.studio else None
+    bound = dm.studio.arena["bound factors"] if dm.studio else None
     assert bound is not None
     writes = [entry for entry in device.record[start:] if _writes(entry, bound)]
     assert [(entry.kind, entry.graph) for entry in writes] == [("copy", None)]

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dreammix_trt.core.errors import EngineError
+from dreammix_trt.core.errors import DeviceError, EngineError, NotFiniteError, OutOfMemoryError
 from dreammix_trt.core.subject import read_subject
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.device import studio
-from dreammix_trt.engine.drivers.device import DeviceError, NotFiniteError, OutOfMemoryError
 from dreammix_trt.engine.drivers.simulated import (
     SimulatedBound,
     SimulatedDevice,

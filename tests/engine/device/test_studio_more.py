@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dreammix_trt.core.errors import EngineError, InputError
+from dreammix_trt.core.errors import DeviceError, EngineError, InputError, NotFiniteError, OutOfMemoryError
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.subject import read_subject
 from dreammix_trt.engine import DreamMix
@@ -18,7 +18,6 @@ from dreammix_trt.engine.device import residency, studio
 from dreammix_trt.engine.device.plan import Options, plan_memory
 from dreammix_trt.engine.device.subjects import Subjects
 from dreammix_trt.engine.dreammix import Job
-from dreammix_trt.engine.drivers.device import DeviceError, NotFiniteError, OutOfMemoryError
 from dreammix_trt.engine.drivers.simulated import SimulatedDevice, SimulatedMark, SimulatedNetworks
 from tests.engine.conftest import scene
 
@@ -123,7 +122,7 @@ def test_a_shape_that_wants_more_workspace_than_the_largest_gets_it(
     dm, device, _ = simulated(shapes=1)
     used = device.used
     assert_alike(painted(dm, job((128, 300))), painted(host, job((128, 300))))
-    dm.studio._rooms.close()
+    dm.studio.rooms.close()
     assert device.used == used
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dreammix_trt.core.subject import Slot, Subject, read_subject
+from dreammix_trt.core.networks import Tensor
+from dreammix_trt.core.slots import Slot
+from dreammix_trt.core.subject import Subject, read_subject
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.device.arena import Arena
 from dreammix_trt.engine.device.subjects import Layout, Subjects
 from dreammix_trt.engine.drivers.simulated import SimulatedDevice
-from dreammix_trt.engine.seam import Tensor
 from tests.engine.device.test_studio import pixels
 from tests.engine.device.test_studio_more import assert_alike
 

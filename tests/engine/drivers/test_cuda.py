@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dreammix_trt.core.errors import MissingExtraError
+from dreammix_trt.core.errors import DeviceError, MissingExtraError, OutOfMemoryError
+from dreammix_trt.core.seam import Array
 from dreammix_trt.engine.drivers import cuda
 from dreammix_trt.engine.drivers.cuda import Bindings, CudaDevice
-from dreammix_trt.engine.drivers.device import Array, Device, DeviceError, OutOfMemoryError
+from dreammix_trt.engine.drivers.device import Device
 from dreammix_trt.engine.hardware import why_kernels_do_not_fit
 from tests.support import fake_cuda
 from tests.support.fake_cuda import CUresult, FakeCuda

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from dreammix_trt.engine.drivers.device import Array, DeviceError, OutOfMemoryError
+from dreammix_trt.core.errors import DeviceError, OutOfMemoryError
+from dreammix_trt.core.seam import Array
 from dreammix_trt.engine.drivers.simulated import SimulatedDevice, SimulatedStream
 
 STREAM = SimulatedStream()

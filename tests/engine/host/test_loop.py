@@ -9,16 +9,18 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.errors import NotFiniteError
 from dreammix_trt.core.noise import SeededNoise
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import Step, make_schedule
-from dreammix_trt.engine.backends.onnxruntime.engine_set import BaseFacts
+from dreammix_trt.core.seam import BaseFacts
 from dreammix_trt.engine.canvas.frames import Canvas, from_decoded
 from dreammix_trt.engine.host.denoiser import Conditioning, EngineDenoiser, FakeDenoiser
-from dreammix_trt.engine.host.loop import Stage, Taken, sample
-from dreammix_trt.engine.host.stages import Painter, Text, painted
+from dreammix_trt.engine.host.painter import HostPainter, Sitting
+from dreammix_trt.engine.host.sampling import Stage, Taken
+from dreammix_trt.engine.host.texts import Text
 from tests.engine.oracle import sampled
+from tests.support.host import paint_all, sample
 
 F32 = npt.NDArray[np.float32]
 SHAPES = {"lcg": (12, 10), "gch": (9, 14)}
@@ -230,7 +232,7 @@ def test_numbers_that_are_none_are_refused_with_the_step() -> None:
     def broken(latents: F32, step: Step, conditioning: Conditioning) -> F32:
         return np.full_like(latents, np.nan if step.index == 3 else 0)
 
-    with pytest.raises(InputError, match="step 3"):
+    with pytest.raises(NotFiniteError, match="step 3"):
         looped(PLAIN, broken)
 
 
@@ -272,8 +274,8 @@ def test_a_picture_through_both_stages() -> None:
     canvas = Canvas.of(image, mask, native=64, divisor=8)
     texts = {name: Text(np.zeros((2, 77, 2), np.float32), np.zeros((2, 2), np.float32)) for name in SHAPES}
     schedule, noise = make_schedule(request), SeededNoise(9)
-    painter = Painter(canvas, request, schedule, texts, {}, noise, networks, facts)
-    ours = list(painted([painter], schedule, FakeDenoiser()))
+    sitting = Sitting(canvas, request, schedule, texts, {}, noise)
+    ours, finished = paint_all(HostPainter(sitting, networks, facts, FakeDenoiser()))
 
     def encoded(picture: F32) -> Any:
         return 0.5 * networks.run("vae_encoder", image=picture)["mean"].astype(np.float64)
@@ -298,14 +300,13 @@ def test_a_picture_through_both_stages() -> None:
     for taken, (x_in, x0, x) in zip(ours, truth, strict=True):
         for got, wanted in ((taken.x_in, x_in), (taken.x0, x0), (taken.x, x)):
             assert np.abs(got - wanted).max() < BOUND * np.abs(wanted).max()
-    finished = painter.finish(ours[-1].x)
     assert finished.shape == image.shape
     np.testing.assert_array_equal(finished[canvas.feather == 0], image[canvas.feather == 0])
     assert (finished != image).any()
 
 
-def painters_of(networks: LinearNetworks, request: Request, seeds: Sequence[int]) -> list[Painter]:
-    """A picture a seed, of one canvas, whose texts have as many rows as the request's guidance takes."""
+def painter_of(networks: LinearNetworks, request: Request) -> HostPainter:
+    """A picture whose texts have as many rows as the request's guidance takes."""
     image, mask = np.random.default_rng(5).integers(0, 256, (64, 64, 3), np.uint8), np.zeros((64, 64), np.uint8)
     mask[18:34, 24:42] = 255
     facts = BaseFacts(native_side=64, divisor=8, scaling_factor=0.5, feature_channels=8)
@@ -313,33 +314,27 @@ def painters_of(networks: LinearNetworks, request: Request, seeds: Sequence[int]
     texts = {name: Text(np.zeros((rows, 77, 2), np.float32), np.zeros((rows, 2), np.float32)) for name in SHAPES}
     canvas, lora = Canvas.of(image, mask, native=64, divisor=8), dict.fromkeys(("unet", "unet_raw"), np.zeros(3, "f4"))
     schedule = make_schedule(request, raw_unet="unet_raw" in networks)
-    return [Painter(canvas, request, schedule, texts, lora, SeededNoise(seed), networks, facts) for seed in seeds]
+    sitting = Sitting(canvas, request, schedule, texts, lora, SeededNoise(3))
+    return HostPainter(sitting, networks, facts, EngineDenoiser(networks))
 
 
-@pytest.mark.parametrize("seeds", [(3,), (3, 4, 5)])
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 1.5])
-def test_the_networks_see_one_row_a_picture_where_guidance_is_off(seeds: tuple[int, ...], guidance: float) -> None:
+def test_the_networks_see_one_row_a_picture_where_guidance_is_off(guidance: float) -> None:
     networks, request = LinearNetworks(), PLAIN.replace(guidance_scale=guidance, num_inference_steps=8)
-    painters = painters_of(networks, request, seeds)
-    denoiser = EngineDenoiser(networks)
-    list(painted(painters, make_schedule(request), denoiser))
-    rows = len(seeds) * (2 if guidance > 1 else 1)
+    paint_all(painter_of(networks, request))
+    rows = 2 if guidance > 1 else 1
     assert len(networks.seen) >= 8
     for _, arrays in networks.seen:
         by_row = ("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids")
         assert {len(arrays[name]) for name in by_row} == {rows}
-        assert {len(arrays[name]) for name in ("inpaint_feature", "lora")} == {len(seeds)}
+        assert {len(arrays[name]) for name in ("inpaint_feature", "lora")} == {1}
         assert arrays["sample"].flags.c_contiguous
 
 
 @pytest.mark.parametrize("absent", [("unet_raw",), ("unet_raw", "inpaint_head"), ()])
 def test_a_base_without_a_raw_unet_is_patched_in_every_step(absent: tuple[str, ...]) -> None:
     networks, request = LinearNetworks(*absent), PLAIN.replace(patched_fraction=0.2)
-    (painter,) = painters_of(networks, request, (3,))
-    schedule = make_schedule(request, raw_unet="unet_raw" in networks)
-    taken = list(
-        painted([painter], schedule, EngineDenoiser(networks, [n for n in ("unet", "unet_raw") if n in networks]))
-    )
+    taken, _ = paint_all(painter_of(networks, request))
     told = {
         name: [bool(a["inpaint_feature"].any()) for each, a in networks.seen if each == name]
         for name, _ in networks.seen

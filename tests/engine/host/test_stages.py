@@ -11,14 +11,19 @@ from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.noise import SeededNoise
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import make_schedule
-from dreammix_trt.engine.backends.onnxruntime.engine_set import BaseFacts
+from dreammix_trt.core.seam import BaseFacts
 from dreammix_trt.engine.canvas import tiles
 from dreammix_trt.engine.canvas.frames import Canvas
 from dreammix_trt.engine.canvas.geometry import Size
-from dreammix_trt.engine.host import stages
+from dreammix_trt.engine.host import painter as host_painter
 from dreammix_trt.engine.host.denoiser import FakeDenoiser
-from dreammix_trt.engine.host.stages import Painter, Text, painted
+from dreammix_trt.engine.host.painter import HostPainter, Sitting
+from dreammix_trt.engine.host.runtime import HostRuntime
+from dreammix_trt.engine.host.texts import Text
+from dreammix_trt.engine.prompts import Prompt, PromptPlan
+from dreammix_trt.engine.runtime import Work
 from tests.engine.host.test_loop import LinearNetworks
+from tests.support.host import paint_all
 
 REQUEST = Request("a mug", num_inference_steps=6)
 
@@ -36,13 +41,26 @@ class NotedNetworks(LinearNetworks):
         return super().run(name, **arrays)
 
 
-def painter_of(networks: LinearNetworks, request: Request = REQUEST, sizes: list[Size] | None = None) -> Painter:
+def canvas_of(request: Request = REQUEST, sizes: list[Size] | None = None) -> Canvas:
     image, mask = np.random.default_rng(5).integers(0, 256, (60, 90, 3), np.uint8), np.zeros((60, 90), np.uint8)
     mask[:14, 24:70] = 255  # reference mode's square around it is cut off at the top
+    return Canvas.of(image, mask, mode=request.mode, native=64, divisor=8, sizes=sizes)
+
+
+FACTS = BaseFacts(native_side=64, divisor=8, scaling_factor=0.5, feature_channels=8)
+
+
+def painter_of(networks: LinearNetworks) -> HostPainter:
     texts = {name: Text(np.zeros((2, 77, 2), np.float32), np.zeros((2, 2), np.float32)) for name in ("lcg", "gch")}
-    canvas = Canvas.of(image, mask, mode=request.mode, native=64, divisor=8, sizes=sizes)
-    facts = BaseFacts(native_side=64, divisor=8, scaling_factor=0.5, feature_channels=8)
-    return Painter(canvas, request, make_schedule(request), texts, {}, SeededNoise(9), networks, facts)
+    sitting = Sitting(canvas_of(), REQUEST, make_schedule(REQUEST), texts, {}, SeededNoise(9))
+    return HostPainter(sitting, networks, FACTS, FakeDenoiser())
+
+
+def check(request: Request, sizes: list[Size] | None = None) -> None:
+    """Ask the host's runtime whether it would paint the picture."""
+    plan = PromptPlan(Prompt("", "", np.zeros((2, 77), np.int64)), None, None, None, {})
+    work = Work(canvas_of(request, sizes), request, make_schedule(request), 0, "", plan)
+    HostRuntime(NotedNetworks(), FACTS).check(work)
 
 
 def test_large_frames_go_through_the_vae_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,10 +69,9 @@ def test_large_frames_go_through_the_vae_in_tiles(monkeypatch: pytest.MonkeyPatc
     for above in (1536, 40):
         networks = NotedNetworks()
         monkeypatch.setattr(tiles, "ABOVE", above)
-        monkeypatch.setattr(stages, "tiles_of", lambda h, w: tiles.tiles_of(h, w, side=5, overlap=2))
-        painter = painter_of(networks)
-        *_, last = painted([painter], make_schedule(REQUEST), FakeDenoiser())
-        pictures[above] = painter.finish(last.x).astype(int)
+        monkeypatch.setattr(host_painter, "tiles_of", lambda h, w: tiles.tiles_of(h, w, side=5, overlap=2))
+        _, finished = paint_all(painter_of(networks))
+        pictures[above] = finished.astype(int)
         shapes = set(networks.shapes)
         if above == 40:
             assert shapes == {("vae_encoder", (1, 3, 40, 40)), ("vae_decoder", (1, 4, 5, 5))}
@@ -68,7 +85,7 @@ def test_a_frame_that_engines_do_not_take_is_refused_before_the_first_step() -> 
     square = [(64, 64)]
     reference = REQUEST.replace(mode="reference", lcg_field=0.1)
     with pytest.raises(InputError, match="--shapes dynamic"):
-        painter_of(NotedNetworks(), reference, square)
-    painter_of(NotedNetworks(), reference.replace(lcg_fraction=0.0), square)
-    painter_of(NotedNetworks(), reference.replace(mode="native"), square)
-    painter_of(NotedNetworks(), reference)
+        check(reference, square)
+    check(reference.replace(lcg_fraction=0.0), square)
+    check(reference.replace(mode="native"), square)
+    check(reference)

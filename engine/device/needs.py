@@ -1,0 +1,116 @@
+"""What a runtime needs of a device before its first request: the arena's regions, scratch, and the memory plan."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+
+from dreammix_trt.core.errors import EngineError, InputError
+from dreammix_trt.core.networks import KINDS, TOKENS, twin_name
+from dreammix_trt.core.seam import BaseFacts, DeviceNetworks
+from dreammix_trt.engine.canvas.geometry import Size
+from dreammix_trt.engine.device import blocks, phases, room, texts
+from dreammix_trt.engine.device.arena import Regions, sizes
+from dreammix_trt.engine.device.plan import MemoryPlan, Options, plan_memory
+from dreammix_trt.engine.device.room import Shape
+from dreammix_trt.engine.device.subjects import Layout
+from dreammix_trt.engine.drivers.device import Device
+
+
+class Needs:
+    """For networks and options. Raises InputError for options that the engines were not built for, EngineError for a
+    base that lacks a network."""
+
+    def __init__(self, networks: DeviceNetworks, options: Options) -> None:
+        self._networks, self._options = networks, options
+        self._facts: BaseFacts = networks.facts
+        most = networks.most_pictures
+        if most is not None and options.pictures > most:
+            raise InputError(
+                f"pictures is {options.pictures}, these engines take {most} in a batch; "
+                f"build them again with `--pictures {options.pictures}`"
+            )
+        for kind in KINDS:
+            if kind.required and kind.name not in networks:
+                raise EngineError(f"the base has no network {kind.name!r}; build it again with `dreammix-trt build`")
+        self.layout = Layout(networks, options.pictures)
+
+    @cached_property
+    def largest(self) -> Shape:
+        """The largest shape there will be."""
+        side = self._facts.native_side
+        frames: Sequence[Size] = self._networks.frames() or ((side, side),)
+        work = max(frames, key=lambda size: size[0] * size[1])
+        return Shape(work, self._options.pictures, 2, self.most_context)
+
+    @property
+    def most_context(self) -> int:
+        """The longest condition that memory is set aside for."""
+        lengths = self._networks.contexts()
+        return max(lengths) if lengths else max(self._options.context, TOKENS)
+
+    def check_context(self, extra: int) -> int:
+        """Rows of a condition with `extra` rows appended. Raises InputError where it is none that is taken."""
+        length, lengths = TOKENS + extra, self._networks.contexts()
+        if lengths is not None and length not in lengths:
+            built = ", ".join(map(str, lengths))
+            raise InputError(
+                f"the condition has {length} rows, and these engines take {built}; build them with `--context "
+                f"{','.join(map(str, sorted({*lengths, length})))}`"
+            )
+        if lengths is None and length > self.most_context:
+            raise InputError(
+                f"the condition has {length} rows, and this runtime was loaded for {self.most_context}: load it with "
+                f"context={length}"
+            )
+        return length
+
+    @cached_property
+    def blocks(self) -> Regions:
+        """The regions that a batch's records fill."""
+        width, _ = texts.widths(self._networks)
+        return blocks.regions(self._options.pictures, self.most_context - TOKENS, width)
+
+    @cached_property
+    def regions(self) -> Regions:
+        """Everything in the arena."""
+        options, networks = self._options, self._networks
+        return {
+            **phases.regions(measure_scratch, self.largest, options.largest_picture),
+            **self.blocks,
+            **room.regions(networks, self.largest),
+            **texts.regions(networks, options.pictures, 2, options.texts, self.most_context),
+            **self.layout.regions(options.subjects),
+            "workspace": ((self._measure_workspace(),), "uint8"),
+        }
+
+    def plan(self, device: Device, *, beside: bool) -> MemoryPlan:
+        """The memory plan on a device. beside: another runtime uses the same networks."""
+        free, total = device.memory()
+        taken = sizes(self.regions)
+        workspace = taken.pop("workspace")
+        loaded = [name for name in self._networks.loaded if name in self._networks]
+        plan = plan_memory(self._networks, free, total, self._options, taken, workspace, loaded=loaded, beside=beside)
+        logging.getLogger(__name__).info("%s", plan)
+        return plan
+
+    def _measure_workspace(self) -> int:
+        """Scratch for the neediest network: they never run at once."""
+        needs = [256]
+        for kind in KINDS:
+            for name in (kind.name, twin_name(kind.name)):
+                if name in self._networks:
+                    needs.append(self._networks.workspace_bytes(name, self.largest.sides_of(kind.call)))
+        return max(needs)
+
+
+def measure_scratch(kernel: str, pictures: int, height: int, width: int) -> int:
+    """Bytes of scratch a kernel needs: "fill" (pictures, height, width), "distance" (1, pixels, 1), "step"."""
+    gpu = importlib.import_module("dreammix_trt._cpp").gpu
+    if kernel == "fill":
+        return int(gpu.fill_scratch(height=height, width=width))
+    if kernel == "distance":
+        return int(gpu.distance_scratch(height * width))
+    return int(gpu.step_scratch(pictures=pictures, channels=phases.CHANNELS, height=height, width=width))

@@ -1,0 +1,167 @@
+"""From a job to its result: checking it, laying its pictures out, painting them in batches, telling each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.noise import NoiseProvider
+from dreammix_trt.core.request import Request
+from dreammix_trt.core.schedule import Schedule, make_schedule
+from dreammix_trt.core.seam import BaseFacts
+from dreammix_trt.engine import kernels
+from dreammix_trt.engine.canvas.frames import Canvas
+from dreammix_trt.engine.canvas.geometry import Size
+from dreammix_trt.engine.canvas.pictures import PictureIn, Source, read_image, read_mask
+from dreammix_trt.engine.host.clock import Clock
+from dreammix_trt.engine.painting import batch_by_shape
+from dreammix_trt.engine.prompts import plan_prompts
+from dreammix_trt.engine.result import Result, StepEvent
+from dreammix_trt.engine.runtime import Painted, Runtime, Work
+from dreammix_trt.engine.text import Tokenizer
+
+U8 = npt.NDArray[np.uint8]
+
+
+class Job(NamedTuple):
+    """One request with its pictures; noise: providers, one a picture (default: seeded)."""
+
+    image: Source
+    mask_image: Source
+    request: Request
+    noise: NoiseProvider | Sequence[NoiseProvider] | None = None
+
+
+@dataclass
+class LaidOut:
+    """A job that has been checked; nothing of it has run yet. shapes: what each picture's batch must share."""
+
+    source: PictureIn
+    request: Request
+    schedule: Schedule
+    seeds: tuple[int, ...]
+    works: list[Work]
+    shapes: list[Any]
+    clock: Clock
+    images: list[Image.Image] = field(default_factory=list)
+    stages: dict[str, Image.Image] = field(default_factory=dict)
+    finished: Result | None = None
+
+    def take(self, picture: Painted, timings: Mapping[str, float], count: int) -> None:
+        """Take in the next finished picture, and its share of its batch's seconds; the last one makes the result."""
+        with self.clock("write"):
+            self.images.append(_write(self.source, picture.pixels))
+        self.stages |= {name: _to_image(pixels) for name, pixels in picture.stages.items()}
+        for phase, seconds in timings.items():
+            self.clock.seconds[phase] = self.clock.seconds.get(phase, 0.0) + seconds / count
+        if len(self.images) == len(self.works):
+            spent = dict(self.clock.seconds)
+            self.finished = Result(self.images, self.request, self.seeds, self.schedule, spent, self.stages)
+
+
+def _write(source: PictureIn, pixels: U8) -> Image.Image:
+    """A finished picture as the user's own kind of image."""
+    return source.with_pixels(pixels) if pixels.shape[:2] == source.size else _to_image(pixels)
+
+
+def _to_image(pixels: U8) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def lay_out(
+    job: Job, runtime: Runtime, tokenizers: Sequence[Tokenizer], choose_subject: Callable[[Request], tuple[str, str]]
+) -> LaidOut:
+    """Check everything of a job and lay its pictures out; runs no network.
+
+    choose_subject: request -> (name, word in prompts) of its subject. Raises InputError naming what cannot be used.
+    """
+    clock, request = Clock(), job.request
+    if not isinstance(request, Request):
+        raise InputError(f"a job's request is a {type(request).__name__}: give dm.request(prompt, ...)")
+    with clock("read"):
+        source = read_image(job.image)
+        mask = read_mask(job.mask_image, source.size)
+    name, token = choose_subject(request)
+    if runtime.lost_raw_unet:  # say what is painted
+        request = request.replace(patched_fraction=1.0)
+    with clock("canvas"):
+        canvas = lay_canvas(source.rgb, mask, request, runtime.facts, runtime.frames)
+    schedule = make_schedule(request, raw_unet=runtime.has_raw_unet)
+    seeds = tuple(request.seed + k for k in range(request.num_images_per_prompt))
+    noises = _check_noise(job.noise, seeds)
+    prompts = plan_prompts(tokenizers, request, name, token)
+    works = [
+        Work(canvas, request, schedule, seed, name, prompts, noise) for seed, noise in zip(seeds, noises, strict=True)
+    ]
+    return LaidOut(source, request, schedule, seeds, works, [runtime.check(work) for work in works], clock)
+
+
+def lay_canvas(image: U8, mask: U8, request: Request, facts: BaseFacts, sizes: Sequence[Size] | None = None) -> Canvas:
+    """The canvas of a request; reference mode stretches to reference_resize, or to the base's native square.
+
+    sizes: the only frames the engines take, where they do not take all (`Canvas.of`).
+    """
+    native, divisor = facts.native_side, facts.divisor
+    if request.reference_resize is None or request.reference_resize == (native, native):
+        return Canvas.of(image, mask, mode=request.mode, native=native, divisor=divisor, sizes=sizes)
+    height, width = request.reference_resize
+    image, mask = (kernels.resize(array, height, width, "bicubic") for array in (image, mask))
+    checked = Canvas.of(image, mask, native=native, divisor=divisor, sizes=sizes)
+    return replace(checked, mode=request.mode)
+
+
+def paint_jobs(
+    runtime: Runtime, jobs: Sequence[LaidOut], keep_stages: bool, check_open: Callable[[], None]
+) -> Iterator[StepEvent]:
+    """The pictures of all jobs in batches of equal shape; a job's result comes with its last picture's last step.
+
+    check_open: raises where the runtime may not be used any more.
+    """
+    pictures = [(job, k) for job in jobs for k in range(len(job.works))]
+    shapes = [job.shapes[k] for job, k in pictures]
+    total, index = sum(len(job.schedule) for job, _ in pictures), 0
+    for numbers in batch_by_shape(shapes, runtime.most_pictures):
+        check_open()
+        batch = [pictures[number] for number in numbers]
+        (job, first), count = batch[0], len(batch)
+        keep = [place for place, (_, k) in enumerate(batch) if keep_stages and k == 0]
+        with closing(runtime.paint([each.works[k] for each, k in batch], keep)) as painting:
+            painted: list[Painted] | None = None
+            while painted is None:
+                try:
+                    progress = next(painting)
+                except StopIteration as end:
+                    painted = end.value
+                    break
+                done = count * (progress.step.index + 1)
+                event = StepEvent.of(progress, index + done - 1, total, first)
+                if progress.step.index + 1 < len(job.schedule):
+                    yield event
+                    check_open()
+        assert painted is not None
+        for place, ((job, k), picture) in enumerate(zip(batch, painted, strict=True)):
+            job.take(picture, runtime.timings, count)
+            if job.finished is not None:
+                yield replace(event, picture=k, result=job.finished)
+            elif place + 1 == count:
+                yield event
+        index += len(job.schedule) * count
+
+
+def _check_noise(
+    given: NoiseProvider | Sequence[NoiseProvider] | None, seeds: Sequence[int]
+) -> Sequence[NoiseProvider | None]:
+    """One provider a picture, or None each where none are given."""
+    if given is None:
+        return [None] * len(seeds)
+    providers = given if isinstance(given, Sequence) else [given]
+    if len(providers) != len(seeds):
+        raise InputError(f"noise: {len(providers)} providers for {len(seeds)} pictures; give one for each")
+    return providers
