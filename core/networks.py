@@ -57,6 +57,9 @@ class Tensor:
         return self.name in _ALWAYS_FLOAT32
 
 
+AXES: Final = ("rows", "pictures", "context", "h", "w", "H", "W")
+
+
 @dataclass(frozen=True)
 class Sides:
     """The sizes of one call's axes: rows, pictures, the latent's height and width, rows of the condition."""

@@ -148,6 +148,9 @@ def build(
         str, typer.Option(help="static: the base's native square; dynamic: other aspects of its area, too.")
     ] = "static",
     pictures: Annotated[int, typer.Option(min=1, help="Most pictures in a batch.")] = 1,
+    context: Annotated[
+        str, typer.Option(help="Lengths of the text condition that engines take, e.g. 77,101; 77 is the text alone.")
+    ] = "77",
     workspace: Annotated[
         int | None, typer.Option(min=1, help="Most MiB of scratch memory the engines may take on the GPU.")
     ] = None,
@@ -183,8 +186,8 @@ def build(
 
     options = EngineOptions(
         backend=backend or "", precision=precision or "", targets=tuple(target or ()), shapes=shapes, pictures=pictures,
-        workspace=workspace * (1 << 20) if workspace else None, vae_images=tuple(vae_image or ()),
-        safe_vae=not no_safe_vae,
+        workspace=workspace * (1 << 20) if workspace else None, context=_parse_lengths(context),
+        vae_images=tuple(vae_image or ()), safe_vae=not no_safe_vae,
     )  # fmt: skip
     with _bar("building") as update:
         passport = build_engine(
@@ -330,6 +333,14 @@ def train_base(context: typer.Context) -> None:
     from dreammix_trt.trainer.micro.__main__ import main as train_micro
 
     train_micro(context.args)
+
+
+def _parse_lengths(text: str) -> tuple[int, ...]:
+    """Whole numbers separated by commas."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--context is {text!r}; give whole numbers separated by commas, such as 77,101") from None
 
 
 def _room_for(request: Request, image: Path, base: Mapping[str, Any]) -> dict[str, int]:

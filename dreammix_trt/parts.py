@@ -22,7 +22,7 @@ from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import BuildError, FileFormatError, InputError, MissingExtraError
 from dreammix_trt.core.files import read_json, sha256_of, write_json
 from dreammix_trt.core.network_weights import BaseLora, weights_of
-from dreammix_trt.core.networks import FACTOR, KINDS, Network, Precision, describe_networks, is_twin, kind_of
+from dreammix_trt.core.networks import FACTOR, KINDS, TOKENS, Network, Precision, describe_networks, is_twin, kind_of
 from dreammix_trt.core.slots import LORA_SIDES
 from dreammix_trt.core.store import Store
 from dreammix_trt.core.subject import Subject, pack
@@ -40,6 +40,7 @@ from dreammix_trt.export.onnx_export import (
 )
 
 GIB = 1 << 30
+_MOST_CONTEXT = 4096  # rows of a condition; a typing error costs an hour of building else
 #: what tracing a full-size UNet holds at once (measured: 4.9 GiB, with what the networks before it left 7)
 _TRACING = 7 * GIB
 _MESSAGES = {"graph": "tracing", "onnx": "weights", "range": "looking for overflow", "base": "tokenizers"}
@@ -53,8 +54,8 @@ class EngineOptions:
     onnxruntime. precision: "float32" or "float16"; default: float16 for TensorRT, float32 for ONNX Runtime. targets:
     GPUs as "sm_89", several if wanted, or "current". shapes: "static" (the base's native square) or "dynamic" (sides
     from 0.69 to 1.31 of it within its area, in two profiles). pictures: most in a batch. workspace: most bytes of
-    scratch memory on the GPU. vae_images: pictures on which a float16 VAE is looked at for overflow, besides the
-    built-in ones. safe_vae: build a float16 VAE in float32 too, for pictures that are too much for it.
+    scratch memory on the GPU. context: lengths of the text condition, each with profiles of its own (77: the text
+    alone). vae_images: pictures on which a float16 VAE is looked at for overflow, besides the built-in ones. safe_vae: build a float16 VAE in float32 too, for pictures that are too much for it.
     """
 
     backend: str = ""
@@ -63,6 +64,7 @@ class EngineOptions:
     shapes: str = "static"
     pictures: int = 1
     workspace: int | None = None
+    context: tuple[int, ...] = (TOKENS,)
     vae_images: tuple[Path, ...] = ()
     safe_vae: bool = True
 
@@ -105,6 +107,11 @@ class EngineOptions:
             raise InputError(f"targets are {', '.join(self.targets)}, but onnxruntime builds for no GPU in particular")
         if not 1 <= self.pictures <= 64:
             raise InputError(f"pictures is {self.pictures}; allowed: 1 to 64")
+        if not self.context or any(not TOKENS <= length <= _MOST_CONTEXT for length in self.context):
+            raise InputError(
+                f"context is {','.join(map(str, self.context)) or 'empty'}; allowed: lengths from {TOKENS} to "
+                f"{_MOST_CONTEXT}"
+            )
         for image in self.vae_images:
             if not Path(image).is_file():
                 raise InputError(f"{image}: no such picture (vae_images)")
@@ -117,9 +124,10 @@ class EngineOptions:
 
             _ = self.version
             check_targets(self.backend, self.targets)
-        elif (self.shapes, self.pictures, self.workspace) != ("static", 1, None):
+        elif (self.shapes, self.pictures, self.workspace, self.context) != ("static", 1, None, (TOKENS,)):
             raise InputError(
-                "shapes, pictures and workspace are TensorRT's; graphs for onnxruntime take any shape and batch"
+                "shapes, pictures, workspace and context are TensorRT's; graphs for onnxruntime take any shape, batch "
+                "and condition"
             )
 
     @property
@@ -139,6 +147,7 @@ class EngineOptions:
         given["shapes"] = self.shapes if self.shapes != usual.shapes else None
         given["pictures"] = self.pictures if self.pictures != usual.pictures else None
         given["workspace"] = self.workspace >> 20 if self.workspace else None  # the option counts MiB
+        given["context"] = ",".join(map(str, self.context)) if self.context != usual.context else None
         given["vae_image"] = [str(image) for image in self.vae_images]
         given["no_safe_vae"] = not self.safe_vae
         return given
@@ -251,7 +260,12 @@ class Parts:
 
         def made(shapes: str, side: int) -> tuple[Profile, ...]:
             return profiles_for(
-                inputs, pictures=self.engine.pictures, shapes=shapes, latent_side=side // FACTOR, step=divisor // FACTOR
+                inputs,
+                pictures=self.engine.pictures,
+                shapes=shapes,
+                latent_side=side // FACTOR,
+                step=divisor // FACTOR,
+                contexts=sorted(set(self.engine.context)),
             )
 
         frames = [(side, side)] if shapes == "static" else profile_sizes(side, divisor)

@@ -133,26 +133,29 @@ def paint_jobs(
         (job, first), count = batch[0], len(batch)
         keep = [place for place, (_, k) in enumerate(batch) if keep_stages and k == 0]
         with closing(runtime.paint([each.works[k] for each, k in batch], keep)) as painting:
-            painted: list[Painted] | None = None
-            while painted is None:
-                try:
-                    progress = next(painting)
-                except StopIteration as end:
-                    painted = end.value
+            event: StepEvent
+            for progress in painting:
+                if isinstance(progress, list):
+                    yield from _take_in(batch, progress, runtime.timings, event)
                     break
                 done = count * (progress.step.index + 1)
                 event = StepEvent.of(progress, index + done - 1, total, first)
                 if progress.step.index + 1 < len(job.schedule):
                     yield event
                     check_open()
-        assert painted is not None
-        for place, ((job, k), picture) in enumerate(zip(batch, painted, strict=True)):
-            job.take(picture, runtime.timings, count)
-            if job.finished is not None:
-                yield replace(event, picture=k, result=job.finished)
-            elif place + 1 == count:
-                yield event
         index += len(job.schedule) * count
+
+
+def _take_in(
+    batch: Sequence[tuple[LaidOut, int]], painted: Sequence[Painted], timings: Mapping[str, float], last: StepEvent
+) -> Iterator[StepEvent]:
+    """Give finished pictures to their jobs; the event of the last step, once for each job that is done."""
+    for place, ((job, k), picture) in enumerate(zip(batch, painted, strict=True)):
+        job.take(picture, timings, len(batch))
+        if job.finished is not None:
+            yield replace(last, picture=k, result=job.finished)
+        elif place + 1 == len(batch):
+            yield last
 
 
 def _check_noise(

@@ -76,10 +76,10 @@ class Progress:
     taken: Any = None
 
 
-Painting = Generator[Progress, None, list[U8]]
+Steps = Generator[Progress, None, list[U8]]
 
 
-def paint(painter: Painter) -> Painting:
+def paint(painter: Painter) -> Steps:
     """Take a batch through its schedule, yielding after each step; returns the finished pictures.
 
     Where the sharp local result will be kept, the local stage goes on to sigma 0 before the hand-over: a prediction from
@@ -99,7 +99,7 @@ def paint(painter: Painter) -> Painting:
     return painter.finish()
 
 
-def paint_safely(open_painter: Callable[[bool], Painter], has_network: Callable[[str], bool]) -> Painting:
+def paint_safely(open_painter: Callable[[bool], Painter], has_network: Callable[[str], bool]) -> Steps:
     """Paint a batch; where a network's values were not finite, paint it once more with the float32 twins there are.
 
     open_painter: a painter of the batch, of the twins where it is given True. has_network: whether there is a network of
@@ -122,11 +122,11 @@ def paint_safely(open_painter: Callable[[bool], Painter], has_network: Callable[
         raise NotFiniteError(text, error.network) from error
 
 
-def exhaust(painting: Painting) -> list[U8]:
-    """Run a painting to its end; its pictures."""
+def exhaust(steps: Steps) -> list[U8]:
+    """Run the steps to their end; gives the pictures."""
     while True:
         try:
-            next(painting)
+            next(steps)
         except StopIteration as end:
             pictures: list[U8] = end.value
             return pictures

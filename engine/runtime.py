@@ -46,6 +46,9 @@ class Painted:
     stages: Mapping[str, U8] = field(default_factory=dict)
 
 
+Painting = Generator[Progress | list[Painted], None, None]
+
+
 class Runtime(Protocol):
     """Carries requests out, one batch at a time."""
 
@@ -81,11 +84,12 @@ class Runtime(Protocol):
         """What pictures of one batch must share. Raises InputError for a picture that cannot be painted here."""
         ...
 
-    def paint(self, batch: Sequence[Work], keep: Collection[int] = ()) -> Generator[Progress, None, list[Painted]]:
-        """Paint pictures of equal `check`, yielding after each step; returns them. Leaving the generator stops the work.
+    def paint(self, batch: Sequence[Work], keep: Collection[int] = ()) -> Painting:
+        """Paint pictures of equal `check`: a Progress after each step, last the finished pictures.
 
-        keep: the numbers of pictures whose stages are wanted, too. Raises NotFiniteError; on a device OutOfMemoryError
-        and DeviceError, too.
+        keep: the numbers of pictures whose stages are wanted, too. Leaving the generator stops the work; until it is
+        left, the last progress can be asked for previews. Raises NotFiniteError; on a device OutOfMemoryError and
+        DeviceError, too.
         """
         ...
 

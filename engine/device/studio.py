@@ -7,7 +7,7 @@ question whether to go on.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Generator, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import cast
@@ -32,9 +32,9 @@ from dreammix_trt.engine.device.subjects import Subjects
 from dreammix_trt.engine.device.texts import Texts
 from dreammix_trt.engine.device.transfers import Transfers
 from dreammix_trt.engine.drivers.device import Device, Mark, put
-from dreammix_trt.engine.painting import Progress, paint_safely
+from dreammix_trt.engine.painting import paint_safely
 from dreammix_trt.engine.prompts import PromptPlan
-from dreammix_trt.engine.runtime import Painted, Work
+from dreammix_trt.engine.runtime import Painted, Painting, Work
 
 U8 = npt.NDArray[np.uint8]
 _Marks = list[tuple[str, Mark]]
@@ -167,7 +167,7 @@ class Studio:
         """Rows of a plan's condition. Raises InputError where the engines take no condition of that length."""
         return self.needs.check_context(plan.extra)
 
-    def paint(self, batch: Sequence[Work], keep: Collection[int] = ()) -> Generator[Progress, None, list[Painted]]:
+    def paint(self, batch: Sequence[Work], keep: Collection[int] = ()) -> Painting:
         """Paint up to `most_pictures` pictures of equal `check`.
 
         Raises InputError for pictures that cannot share a batch, NotFiniteError, OutOfMemoryError (the studio stays
@@ -206,7 +206,7 @@ class Studio:
             raise
         else:
             self.texts.settle(proven=True)
-            return painted
+            yield painted
         finally:
             if self.turn is turn:
                 self.turn = None

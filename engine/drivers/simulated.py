@@ -325,17 +325,26 @@ class SimulatedNetworks:
     """A host `EngineSet` (or anything with its `run`) as `DeviceNetworks` of a `SimulatedDevice`.
 
     half: float32 inputs and outputs that TensorRT would have in float16 are float16. factors: LoRA factors are inputs
-    of their own, without those in `unread`, as engines lack what nothing reads. frames, lengths (of the condition), most_pictures:
-    as a built engine would restrict them. twins: networks that exist a second time as NAME_float32. away: those that are not
-    loaded at first.
+    of their own, without those in `unread`, as engines lack what nothing reads. frames, lengths (of the condition),
+    most_pictures: as a built engine would restrict them. twins: networks that exist a second time in float32. away:
+    those that are not loaded at first.
     """
 
     def __init__(
-        self, device: SimulatedDevice, runner: Any, *, half: bool = False, factors: bool = False,
-        frames: tuple[tuple[int, int], ...] | None = None, lengths: tuple[int, ...] | None = None, most_pictures: int | None = None,
-        twins: tuple[str, ...] = (), capturable: bool = True, unread: Collection[str] = (),
+        self,
+        device: SimulatedDevice,
+        runner: Any,
+        *,
+        half: bool = False,
+        factors: bool = False,
+        frames: tuple[tuple[int, int], ...] | None = None,
+        lengths: tuple[int, ...] | None = None,
+        most_pictures: int | None = None,
+        twins: tuple[str, ...] = (),
+        capturable: bool = True,
+        unread: Collection[str] = (),
         away: Collection[str] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._device, self._runner, self._half, self._factors = device, runner, half, factors
         self._frames, self._lengths, self.most_pictures = frames, lengths, most_pictures
         self._twins, self._capturable = twins, capturable

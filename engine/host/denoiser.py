@@ -19,8 +19,9 @@ F32 = npt.NDArray[np.float32]
 class Conditioning:
     """What a stage tells the UNet; R rows are [neg0, pos0, neg1, pos1, ...], or positive ones only.
 
-    text (R, 77, D), pooled (R, Dp), size: (height, width) in pixels told as the original size, one pair a picture,
-    target: side in pixels told as the target size, feature (N, C, h, w) of the inpaint head, factors: network -> (N, P).
+    text: (R, L, D), L rows of the condition. pooled: (R, Dp). sizes: (height, width) in pixels told as the original
+    size, one pair a picture. target: side in pixels told as the target size. feature: (N, C, h, w), of the inpaint head.
+    factors: network -> (N, P), packed LoRA factors.
     """
 
     text: F32

@@ -3,7 +3,7 @@ each is the same to the bit however many are asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,8 @@ from dreammix_trt.engine.host.clock import Clock
 from dreammix_trt.engine.host.denoiser import Denoiser, EngineDenoiser
 from dreammix_trt.engine.host.painter import HostPainter, Sitting
 from dreammix_trt.engine.host.texts import Texts
-from dreammix_trt.engine.painting import Progress, paint_safely
-from dreammix_trt.engine.runtime import Painted, Work
+from dreammix_trt.engine.painting import paint_safely
+from dreammix_trt.engine.runtime import Painted, Painting, Work
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -66,7 +66,7 @@ class HostRuntime:
                 work.canvas.work_size(work.canvas.box(field))
         return id(work)
 
-    def paint(self, batch: Sequence[Work], keep: Collection[int] = ()) -> Generator[Progress, None, list[Painted]]:
+    def paint(self, batch: Sequence[Work], keep: Collection[int] = ()) -> Painting:
         """Paint one picture."""
         (work,) = batch
         clock, shown = Clock(), dict[str, U8]()
@@ -83,7 +83,7 @@ class HostRuntime:
 
         (pixels,) = yield from paint_safely(open_painter, self.networks.__contains__)
         self.timings = dict(clock.seconds)
-        return [Painted(pixels, shown)]
+        yield [Painted(pixels, shown)]
 
     def close(self) -> None:
         """Refuse further work; the networks belong to the caller."""

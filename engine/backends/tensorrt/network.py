@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from dreammix_trt.core.errors import DeviceError, DreamMixError, EngineError, ProfileError
 from dreammix_trt.core.files import atomic_file, sha256_of
-from dreammix_trt.core.networks import FACTOR, Sides, Tensor
+from dreammix_trt.core.networks import AXES, FACTOR, Sides, Tensor
 from dreammix_trt.core.seam import Array, BaseFacts, Shape, Stream
 from dreammix_trt.engine.backends.tensorrt.builder import DTYPES
 from dreammix_trt.engine.backends.tensorrt.callbacks import hearing
@@ -231,9 +231,7 @@ class Network:
 
     def _refusal(self, sides: Sides, side: int, fitting: bool) -> str:
         spans = self.spans
-        asked = {"rows": sides.rows, "pictures": sides.pictures, "h": sides.height, "w": sides.width}
-        asked |= {"H": FACTOR * sides.height, "W": FACTOR * sides.width}
-        asked = {name: count for name, count in asked.items() if any(name in span for span in spans)}
+        asked = {axis: sides.size_of(axis) for axis in AXES if any(axis in span for span in spans)}
         told = "; or ".join(_told(span) for span in spans)
         say = ", ".join(f"{name} {count}" for name, count in asked.items())
         larger = fitting or any(all(count > span[name][1] for span in spans) for name, count in asked.items())
@@ -244,6 +242,9 @@ class Network:
         counts = [name for name in ("rows", "pictures") if name in asked]
         if any(all(not span[name][0] <= asked[name] <= span[name][1] for span in spans) for name in counts):
             return f"{what}; rebuild with `--pictures {max(sides.pictures, -(-sides.rows // 2))}`, or ask for fewer"
+        if "context" in asked and all(span["context"][0] != asked["context"] for span in spans):
+            lengths = sorted({asked["context"], *(span["context"][0] for span in spans)})
+            return f"{what}; rebuild with `--context {','.join(map(str, lengths))}`"
         if all(low == high for span in spans for name, (low, high) in span.items() if name not in counts):
             return f"{what}; rebuild with `--shapes dynamic`, or ask for that frame"
         return f"{what}; ask for a frame within these sides"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.networks import TOKENS
 
 Shape = tuple[int, ...]
 
@@ -34,14 +36,23 @@ class Profile:
 
 
 def profiles_for(
-    inputs: Sequence[Mapping[str, Any]], *, pictures: int, shapes: str, latent_side: int, step: int = 8
+    inputs: Sequence[Mapping[str, Any]],
+    *,
+    pictures: int,
+    shapes: str,
+    latent_side: int,
+    step: int = 8,
+    contexts: Sequence[int] = (TOKENS,),
 ) -> tuple[Profile, ...]:
-    """The profiles of a network with the given inputs ({"name", "shape"}, with "rows", "pictures", "h", "w", "H", "W"
-    for dynamic sides).
+    """The profiles of a network with the given inputs ({"name", "shape"}, shapes with named axes).
 
-    pictures: at most in a batch, rows up to twice that. shapes: "static", latents of latent_side squared, or "dynamic",
-    from 0.69 to 1 times latent_side by 0.69 to 1.31, and the transpose, in multiples of `step` (SDXL: 88..128 by
-    88..168 at 128); `fits` bounds the area. H and W are eight times h and w. Raises InputError for other values.
+    pictures: at most in a batch, rows up to twice that.
+    shapes: "static", latents of latent_side squared, or "dynamic", from 0.69 to 1 times latent_side by 0.69 to 1.31,
+        and the transpose, in multiples of `step` (SDXL: 88..128 by 88..168 at 128); `fits` bounds the area.
+    contexts: lengths of the text condition; each has profiles of its own, as fixed sizes keep the kernels of a static
+        plan.
+
+    H and W are eight times h and w. Raises InputError for other values.
     """
     if pictures < 1 or step < 1 or latent_side < step or latent_side % step:
         raise InputError(
@@ -58,8 +69,9 @@ def profiles_for(
         raise InputError(f'shapes is {shapes!r}; give "static" or "dynamic"')
     rows, count = (1, 2 * pictures, 2 * pictures), (1, pictures, pictures)
     profiles = []
-    for h, w in frames:
-        sides = {"rows": rows, "pictures": count, "h": h, "w": w, "H": _eightfold(h), "W": _eightfold(w)}
+    for length, (h, w) in product(contexts, frames):
+        sides = {"rows": rows, "pictures": count, "context": (length, length, length)}
+        sides |= {"h": h, "w": w, "H": _eightfold(h), "W": _eightfold(w)}
         profiles.append(Profile({str(entry["name"]): _ranges(entry, sides) for entry in inputs}))
     return tuple(profile for index, profile in enumerate(profiles) if profile not in profiles[:index])
 

@@ -31,7 +31,7 @@ def networks(parts: dict[str, Path]) -> Iterator[EngineSet]:
 
 def unet_inputs(networks: EngineSet, pictures: int = 1) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(5)
-    sides = {"pictures": pictures, "rows": 2 * pictures, "h": 8, "w": 12}
+    sides = {"pictures": pictures, "rows": 2 * pictures, "context": 77, "h": 8, "w": 12}
     arrays = {}
     for spec in networks.entries["unet"]["inputs"]:
         shape = [sides.get(side, side) for side in spec["shape"]]

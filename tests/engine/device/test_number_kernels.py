@@ -17,13 +17,15 @@ from dreammix_trt.core.networks import flag_of
 from dreammix_trt.core.noise import DRAWS, SeededNoise, normals
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import Schedule, Step, make_schedule
-from dreammix_trt.core.seam import Array
+from dreammix_trt.core.seam import Array, BaseFacts
 from dreammix_trt.core.slots import Slot, packed_size
 from dreammix_trt.core.subject import pack
 from dreammix_trt.engine import kernels
-from dreammix_trt.engine.device.records import FACTOR, JOB, SEGMENT, STEP
+from dreammix_trt.engine.device.blocks import make_steps
+from dreammix_trt.engine.device.records import FACTOR, JOB, SEGMENT
 from dreammix_trt.engine.host.denoiser import Conditioning, FakeDenoiser
-from dreammix_trt.engine.host.loop import Stage, Taken, sample
+from dreammix_trt.engine.host.sampling import Stage, Taken
+from tests.support.host import sample
 
 gpu = pytest.importorskip("dreammix_trt._cpp").gpu
 GROUPS = [(1, 1), (3, 8), (2, 32), pytest.param("gpu", marks=pytest.mark.gpu)]
@@ -89,16 +91,12 @@ def network(half: bool) -> Any:
     return np.float16 if half else np.float32
 
 
-def rows_of(schedule: Schedule) -> np.ndarray:
-    """STEP records of a schedule."""
-    rows = np.zeros(len(schedule), STEP)
-    for row, step in zip(rows, schedule, strict=True):
-        for name in STEP.names or ():
-            if hasattr(step, name):
-                row[name] = getattr(step, name)
-        row["blend_step"] = step.blend_draw[1]
-        row["solver_step"] = step.solver_draw[1] if step.solver_draw else -1
-    return rows
+FACTS = BaseFacts(native_side=1024, divisor=8, scaling_factor=1.0, feature_channels=2)
+
+
+def rows_of(schedule: Schedule, size: tuple[int, int] = (72, 144)) -> np.ndarray:
+    """STEP records of a schedule. size: what the UNet is told, in pixels."""
+    return make_steps(schedule, size, FACTS)
 
 
 class Device:
@@ -108,11 +106,10 @@ class Device:
         count, _, h, w = self.shape = stage.latent.shape
         self.group, self.half, self.rows = group, half, stage.conditioning.rows_per_picture
         self.counter, self.flags = np.zeros(1, np.int32), np.zeros(count, np.int32)
-        self.table = np.tile(rows_of(schedule), (count, 1))
+        self.table = np.stack([rows_of(schedule, size) for size in stage.conditioning.sizes])
         self.jobs = np.zeros(count, JOB)
-        for job, seed, size in zip(self.jobs, seeds, stage.conditioning.sizes, strict=True):
+        for job, seed in zip(self.jobs, seeds, strict=True):
             job["seed"], job["blends_output"], job["start_scale"] = seed, schedule.blends_output, schedule.start_scale
-            job["size_height"], job["size_width"], job["target"] = *size, stage.conditioning.target
         self.x, self.background, self.mask = stage.latent.copy(), stage.background, stage.mask
         self.x_in, self.x0 = np.full(self.shape, np.nan, np.float32), np.full(self.shape, np.nan, np.float32)
         self.network_in = np.full((count * self.rows, 4, h, w), np.nan, network(half))
@@ -198,7 +195,7 @@ def both_ways(
         eps = denoiser(device.network_in.astype(np.float32), step, stage.conditioning)
         device.eps[:] = eps
         device.after()
-        taken.append(Taken(step, device.x_in.copy(), device.x0.copy(), device.x.copy()))
+        taken.append(Taken(step, device.x_in.copy(), device.x0.copy(), device.x.copy(), stage))
     assert device.counter[0] == len(schedule) and not device.flags.any()
     return host, taken, device
 
@@ -258,7 +255,8 @@ def test_pictures_of_a_batch_have_their_own_rows_and_are_as_alone() -> None:
     schedules, stage = [make_schedule(request) for request in requests], stage_for(3, True, (9, 18))
     stage = replace(stage, latent=random(3, 4, 9, 18, seed=9))
     batch = Device(schedules[0], stage, SEEDS, (1, 1), half=False)
-    batch.table = np.stack([rows_of(schedule) for schedule in schedules])
+    sizes = stage.conditioning.sizes
+    batch.table = np.stack([rows_of(schedule, size) for schedule, size in zip(schedules, sizes, strict=True)])
     batch.counter[0], batch.x0[:], batch.eps[:] = 2, random(3, 4, 9, 18), random(6, 4, 9, 18)
     history = batch.x0.copy()
     batch.before()

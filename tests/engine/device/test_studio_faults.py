@@ -13,7 +13,8 @@ import pytest
 from dreammix_trt.core.errors import DeviceError, EngineError, NotFiniteError, OutOfMemoryError
 from dreammix_trt.core.subject import read_subject
 from dreammix_trt.engine import DreamMix
-from dreammix_trt.engine.device import studio
+from dreammix_trt.engine.device import pace
+from dreammix_trt.engine.device.painter import DevicePainter
 from dreammix_trt.engine.drivers.simulated import (
     SimulatedBound,
     SimulatedDevice,
@@ -35,7 +36,7 @@ def hang(monkeypatch: pytest.MonkeyPatch) -> Callable[[SimulatedDevice], None]:
 
         monkeypatch.setattr(SimulatedMark, "passed", lambda self: False)
         monkeypatch.setattr(device, "synchronize", endless)
-        monkeypatch.setattr(studio, "PATIENCE", 0.01)
+        monkeypatch.setattr(pace, "PATIENCE", 0.01)
 
     return stop
 
@@ -118,14 +119,14 @@ def test_a_runtime_that_has_ended_takes_nothing(simulated: Any, cup: Path, state
     dm, _, _ = simulated()
     runtime = dm.studio
     if state == "lost":
-        runtime.lost = True
+        runtime.pace.lost = True
     else:
         runtime.close()
     subject = read_subject(next((cup / "subjects").glob("*.safetensors")))
     for use in (runtime.another, lambda: runtime.add_subject("cup", subject), lambda: next(runtime.paint([]))):
         with pytest.raises(EngineError, match="has not answered" if state == "lost" else "was closed"):
             use()
-    runtime.lost = False
+    runtime.pace.lost = False
 
 
 @pytest.mark.parametrize("kind", [EngineError, RuntimeError])
@@ -183,13 +184,13 @@ def test_texts_of_the_twins_serve_no_later_request(simulated: Any, monkeypatch: 
 def test_a_request_that_is_painted_twice_is_charged_twice(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     dm, _, _ = simulated(networks={"half": True, "twins": VAES})
     attempts: list[int] = []
-    plain = studio.Studio._marked
+    plain = DevicePainter._mark
 
     def marked(self: Any, phase: str) -> None:
         plain(self, phase)
-        attempts.append(len(self._marks))
+        attempts.append(len(self.marks))
 
-    monkeypatch.setattr(studio.Studio, "_marked", marked)
+    monkeypatch.setattr(DevicePainter, "_mark", marked)
     painted(dm, job())
     once = max(attempts)
     overflowing(monkeypatch, "vae_decoder")

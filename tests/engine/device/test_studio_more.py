@@ -14,7 +14,7 @@ from dreammix_trt.core.errors import DeviceError, EngineError, InputError, NotFi
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.subject import read_subject
 from dreammix_trt.engine import DreamMix
-from dreammix_trt.engine.device import residency, studio
+from dreammix_trt.engine.device import needs, pace, residency, studio
 from dreammix_trt.engine.device.plan import Options, plan_memory
 from dreammix_trt.engine.device.subjects import Subjects
 from dreammix_trt.engine.dreammix import Job
@@ -270,7 +270,7 @@ def test_a_device_that_does_not_answer_counts_as_lost_at_once(simulated: Any, mo
     asked: list[float] = []
     with monkeypatch.context() as patched:
         patched.setattr(SimulatedMark, "passed", lambda self: bool(asked.append(0.0)))
-        patched.setattr(studio, "PATIENCE", 0.01)
+        patched.setattr(pace, "PATIENCE", 0.01)
         with pytest.raises(DeviceError, match="not answered") as told:
             list(events)
         assert told.value.lost
@@ -304,7 +304,7 @@ def test_a_twin_there_is_no_room_for_stays_away(
             plan_memory(*arguments, **named), safe=("vae_decoder_float32",), without=("vae_encoder_float32",)
         )
 
-    monkeypatch.setattr(studio, "plan_memory", cut)
+    monkeypatch.setattr(needs, "plan_memory", cut)
     overflowing(monkeypatch, "vae_decoder")
     dm, _, networks = simulated(networks={"half": True, "twins": VAES}, residency=strategy)
     assert np.abs(painted(dm, job())[0] - painted(host, job())[0]).max() <= 4
