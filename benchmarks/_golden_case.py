@@ -27,7 +27,7 @@ from dreammix_trt.core.tensors import Weights
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet
 from dreammix_trt.engine.dreammix import DreamMix
-from dreammix_trt.engine.host.loop import Stage, Taken
+from dreammix_trt.engine.host.sampling import Stage, Taken
 from dreammix_trt.engine.text import Tokenizer
 
 Array = npt.NDArray[Any]
@@ -235,8 +235,8 @@ def replay(case: Case, networks: Networks) -> Run:
     taken: list[Taken] = []
     for event in runtime.iterate(image, mask, case.request, noise=case.noise, keep_stages=True):
         taken.append(event.taken)
-        if not stages or stages[-1] is not event.painter.stage:
-            stages.append(event.painter.stage)
+        if not stages or stages[-1] is not event.taken.stage:
+            stages.append(event.taken.stage)
     result = event.result
     assert result is not None
     shown = {name: np.asarray(picture) for name, picture in result.stages.items()}

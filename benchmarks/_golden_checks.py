@@ -20,7 +20,7 @@ from dreammix_trt.core.seam import Networks
 from dreammix_trt.core.subject import pack
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.canvas.frames import Canvas, Frame, from_decoded
-from dreammix_trt.engine.dreammix import laid
+from dreammix_trt.engine.jobs import lay_canvas
 from dreammix_trt.engine.text import Tokenizer, apply_tas, elimination_text, plan_tas
 
 Array = npt.NDArray[Any]
@@ -59,7 +59,7 @@ class _Checks:
         self.case, self.run, self.has = case, networks.run, networks
         self.base, self.request = case.base, case.request
         self.schedule: Schedule = make_schedule(self.request)
-        self.canvas: Canvas = laid(*pictures(case), self.request, self.base)
+        self.canvas: Canvas = lay_canvas(*pictures(case), self.request, self.base)
         self.names: tuple[StageName, ...] = ("lcg", "gch") if "gch_z_bg" in case else ("lcg",)
         self.of_stage: dict[StageName, Frame] = {
             "lcg": self.canvas.local_frame(self.request.lcg_field, fill=self.schedule.fills),

@@ -1,6 +1,6 @@
 """The kernels of the device runtime on inputs as a request has them, each with what it must give.
 
-What a kernel must give comes from the host's own functions (engine/kernels.py, engine/canvas.py) or from a formula in
+What a kernel must give comes from the host's own functions (engine/kernels.py, engine/canvas/) or from a formula in
 float64, never from the kernel. Frames are those of one request of `side` pixels in two stages.
 """
 
@@ -8,21 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dreammix_trt.core.networks import FACTOR
+from dreammix_trt.core.networks import FACTOR, TOKENS
 from dreammix_trt.core.request import Request
-from dreammix_trt.core.schedule import make_schedule
+from dreammix_trt.core.schedule import make_schedule, time_ids
+from dreammix_trt.core.seam import BaseFacts
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.canvas.frames import Canvas, dilated, from_decoded, seam_weight, to_latent_range
 from dreammix_trt.engine.canvas.geometry import fill_cascade
-from dreammix_trt.engine.device.jobs import MOST_STEPS, PICTURE, Block, Picture
+from dreammix_trt.engine.device.blocks import MOST_STEPS, PICTURE, Picture, fill_block
 from dreammix_trt.engine.device.records import FACTOR as FACTOR_RECORD
 from dreammix_trt.engine.device.records import JOB, SEGMENT, STEP
+from dreammix_trt.engine.prompts import Prompt, PromptPlan
+from dreammix_trt.engine.runtime import Work
 
 Array = npt.NDArray[Any]
 U8 = npt.NDArray[np.uint8]
@@ -82,10 +84,10 @@ class Scene:
         request = Request(prompt="a mug", num_inference_steps=200, seed=SEED, lcg_mask_dilate=3, blend_output=True)
         self.canvas = Canvas.of(self.image, self.mask, native=side)
         self.schedule = make_schedule(request)
-        self.picture = Picture.of(self.canvas, request, self.schedule, SEED, "")
-        facts = SimpleNamespace(native_side=side)
-        ids, plans = np.zeros((3, 2, 77), np.int64), np.zeros((1, 2 + 2 * 77), np.int32)
-        self.block = dict(Block(1).fill([self.picture], ids, plans, facts))
+        plan = PromptPlan(Prompt("a mug", "", np.zeros((2, TOKENS), np.int64)), None, None, None, {})
+        self.picture = Picture.of(Work(self.canvas, request, self.schedule, SEED, "", plan))
+        facts = BaseFacts(native_side=side, divisor=32, scaling_factor=SCALING, feature_channels=320)
+        self.block = dict(fill_block([self.picture], facts))
         self.records = self.block["records"].view(PICTURE).reshape(-1)[0]
         self.tables = self.block["tables"].view(np.int32)
         self.frame = self.canvas.local_frame(request.lcg_field, fill=False, dilate=request.lcg_mask_dilate)
@@ -143,22 +145,22 @@ def _cuts(scene: Scene) -> list[Case]:
     nearest[rows * h // crop[0], cols * w // crop[1]] = 255
     return [
         Case(
-            "crop, resize, normalise, mask", "cut", _cut(scene, "image_local", source=canvas.image, mask=frame.mask),
+            "crop, resize, normalise, mask", "cut", _cut(scene, "image_first", source=canvas.image, mask=frame.mask),
             {"out": image, "network": _half(seen), "masked": _half(masked)}, plain,
             least=3 * crop[0] * crop[1] + (1 + 3 + 6 + 6) * h * w, times=3,
         ),
         Case(
-            "crop and resize a mask", "cut", _cut(scene, "image_local", source=grown, found=np.zeros(1, np.int32)),
+            "crop and resize a mask", "cut", _cut(scene, "image_first", source=grown, found=np.zeros(1, np.int32)),
             {"out": frame.mask, "found": np.ones(1, np.int32)},
             {**plain, "channels": 1, "threshold": 1, "half": 0}, least=crop[0] * crop[1] + h * w, times=2,
         ),
         Case(
-            "resize a result to its box", "cut", _cut(scene, "box_local", source=decoded), {"out": back},
+            "resize a result to its box", "cut", _cut(scene, "box_first", source=decoded), {"out": back},
             {**plain, "half": 0}, least=decoded.nbytes + back.nbytes, times=3,
         ),
         Case(
             "keep a speck", "keep_speck",
-            {"source": grown, "cut": scene.record("image_local"), "found": np.zeros(1, np.int32)}, {"out": nearest},
+            {"source": grown, "cut": scene.record("image_first"), "found": np.zeros(1, np.int32)}, {"out": nearest},
             least=crop[0] * crop[1] + h * w, times=2,
         ),
         Case(
@@ -282,13 +284,11 @@ def _steps(scene: Scene) -> list[Case]:
     names = ("sigma", "guidance_scale", "guidance_rescale", "blur_alpha", "c_x", "c_x0", "c_dx0", "c_noise")
     row = {name: getattr(step, name) for name in names}
     after, x0 = kernels.guided_step(x_in, eps.astype(np.float32), previous, solver, **row)
-    change = (background - x0) * (1 - mask)  # the background is kept in every prediction (engine/loop.py)
+    change = (background - x0) * (1 - mask)  # the background is kept in every prediction (engine/host/sampling.py)
     after, x0 = after + np.float32(step.c_x0 + step.c_dx0) * change, x0 + change
     table = np.ascontiguousarray(scene.block["steps"].view(STEP).reshape(1, MOST_STEPS)).view(np.uint8)
     jobs = scene.block["jobs"]
-    (height, width), target = scene.picture.first.size, scene.side
-    scales = (step.size_scale_negative, step.size_scale_positive)
-    ids = [(height * scale, width * scale, 0, 0, target, target) for scale in scales]
+    ids = time_ids(step, scene.picture.first.size, scene.side)
     counter = np.full(1, _STEP, np.int32)
     shared: dict[str, Array] = {
         "counter": counter,
@@ -306,7 +306,7 @@ def _steps(scene: Scene) -> list[Case]:
         Case(
             "step: blend, noise, scale", "step_before", {**shared, "x": x},
             {"x_in": x_in, "network_in": _half(doubled), "timestep": np.full(2, step.timestep, np.float32),
-             "time_ids": np.array(ids, np.float32)},
+             "time_ids": ids},
             sides, least=4 * x.nbytes + mask.nbytes + eps.nbytes,
         ),
         Case(

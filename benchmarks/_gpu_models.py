@@ -189,8 +189,8 @@ def sample_picture(side: int) -> tuple[Any, Any]:
 class Front:
     """A studio and what a request needs around it: pictures and a request in, a picture out."""
 
-    def __init__(self, studio: Any) -> None:
-        self.studio = studio
+    def __init__(self, studio: Any, tokenizers: Sequence[Any]) -> None:
+        self.studio, self.tokenizers = studio, tokenizers
 
     def paint(self, image: Any, mask: Any, request: Request, *, subject: str = "") -> Any:
         """The finished picture, uint8 (H, W, 3)."""
@@ -198,19 +198,22 @@ class Front:
 
     def paint_batch(self, wanted: Sequence[tuple[Any, Any, Request, str]]) -> list[Any]:
         """Several pictures as one batch."""
-        *_, images = self.studio.paint(self.works(wanted))
-        return list(images)
+        *_, painted = self.studio.paint(self.works(wanted))
+        return [picture.pixels for picture in painted]
 
     def works(self, wanted: Sequence[tuple[Any, Any, Request, str]]) -> list[Any]:
         """What the studio is given of these pictures."""
         from dreammix_trt.core.schedule import make_schedule
-        from dreammix_trt.engine.dreammix import laid
+        from dreammix_trt.engine.jobs import lay_canvas
+        from dreammix_trt.engine.prompts import plan_prompts
+        from dreammix_trt.engine.runtime import Work
 
         works = []
         for image, mask, request, subject in wanted:
-            canvas = laid(image, mask, request, self.studio.facts, self.studio.networks.frames())
+            canvas = lay_canvas(image, mask, request, self.studio.facts, self.studio.frames)
             schedule = make_schedule(request, raw_unet=self.studio.has_raw_unet)
-            works.append(self.studio.work(canvas, request, schedule, request.seed, subject, "sks"))
+            prompts = plan_prompts(self.tokenizers, request, subject, "sks")
+            works.append(Work(canvas, request, schedule, request.seed, subject, prompts))
         return works
 
     @property
@@ -223,7 +226,7 @@ class Front:
         from dreammix_trt.engine.device.arena import sizes
         from dreammix_trt.engine.device.plan import plan_memory
 
-        plan, taken = self.studio.plan, sizes(self.studio._regions())
+        plan, taken = self.studio.plan, sizes(self.studio.needs.regions)
         workspace = taken.pop("workspace")
         usable = total - (plan.total - plan.free)
         return plan_memory(self.studio.networks, usable, total, self.studio.options, taken, workspace, loaded=())
@@ -234,14 +237,14 @@ def studio_for(
     device: Device, networks: Any, tokenizers: Sequence[Any], subjects: Sequence[Subject] = (),
     stream: Stream | None = None, **options: Any,
 ) -> Iterator[Front]:  # fmt: skip
-    """The device runtime over these networks; stream: where they must run; options: of `engine.gpu.plan.Options`."""
+    """The device runtime over these networks; stream: where they must run; options: of `engine.device.plan.Options`."""
     from dreammix_trt.engine.device.plan import Options
     from dreammix_trt.engine.device.studio import Studio
 
-    with Studio(device, networks, tokenizers, Options(**options), stream) as studio:
+    with Studio(device, networks, Options(**options), stream) as studio:
         for subject in subjects:
             studio.add_subject(subject.name, subject)
-        yield Front(studio)
+        yield Front(studio, tokenizers)
 
 
 # ------------------------------------------------------------------------------------------------ one step
@@ -343,7 +346,8 @@ class StepRig:
         from dreammix_trt import _cpp  # type: ignore[attr-defined,unused-ignore]
         from dreammix_trt.core.request import Request
         from dreammix_trt.core.schedule import make_schedule
-        from dreammix_trt.engine.device.jobs import MOST_STEPS
+        from dreammix_trt.core.seam import BaseFacts
+        from dreammix_trt.engine.device.blocks import MOST_STEPS, make_steps
         from dreammix_trt.engine.device.records import JOB, STEP
 
         height, width = self.latent
@@ -357,15 +361,11 @@ class StepRig:
             "jobs": ((self.pictures, JOB.itemsize), "uint8"),
         }  # fmt: skip
         found = {name: array(self.device, self._owned, shape, dtype) for name, (shape, dtype) in shapes.items()}
-        step = make_schedule(Request(prompt=PROMPT, num_inference_steps=30))[12]
-        row = np.zeros(1, STEP)
-        for name in STEP.names or ():
-            if hasattr(step, name):
-                row[name] = getattr(step, name)
-        row["blend_step"], row["solver_step"] = 12, 12
-        jobs = np.zeros(self.pictures, JOB)
-        jobs["seed"], jobs["size_height"], jobs["size_width"] = np.arange(self.pictures), 8 * height, 8 * width
-        jobs["target"] = 8 * max(height, width)
+        side = 8 * max(height, width)
+        facts = BaseFacts(native_side=side, divisor=8, scaling_factor=1.0, feature_channels=1)
+        rows = make_steps(make_schedule(Request(prompt=PROMPT, num_inference_steps=30)), (8 * height, 8 * width), facts)
+        row, jobs = rows[12:13], np.zeros(self.pictures, JOB)
+        jobs["seed"] = np.arange(self.pictures)
         upload(self.device, self.stream, found["table"], np.broadcast_to(row, (self.pictures, MOST_STEPS)))
         upload(self.device, self.stream, found["jobs"], jobs)
         return found
@@ -379,7 +379,7 @@ class StepRig:
         self._kernel("step_after", **self._common(), eps=self.arrays["eps"], **state, bit=4)
 
     def _common(self) -> dict[str, Any]:
-        from dreammix_trt.engine.device.jobs import MOST_STEPS
+        from dreammix_trt.engine.device.blocks import MOST_STEPS
 
         shared = _same(self._state, "counter", "table", "jobs", "x", "background", "mask", "x_in")
         return shared | {

@@ -48,9 +48,11 @@ def check_together(configs: Mapping[str, Config], place: Path) -> None:
     pooled = configs["text_encoder_2"]["projection_dim"] + 6 * unet["addition_time_embed_dim"]
     if unet["projection_class_embeddings_input_dim"] != pooled:
         raise _wrong(
-            place, "projection_class_embeddings_input_dim", unet["projection_class_embeddings_input_dim"],
+            place,
+            "projection_class_embeddings_input_dim",
+            unet["projection_class_embeddings_input_dim"],
             f"{pooled}: text_encoder_2's projection_dim and six times addition_time_embed_dim",
-        )  # fmt: skip
+        )
 
 
 _REMEDY = "take the config.json that came with these weights"
@@ -235,9 +237,14 @@ _FIELDS: dict[str, dict[str, _Field]] = {
 def _check_unet(config: Config, place: Path) -> None:
     widths, blocks = list(config["block_out_channels"]), len(config["block_out_channels"])
     for name in (
-        "down_block_types", "up_block_types", "layers_per_block", "transformer_layers_per_block",
-        "reverse_transformer_layers_per_block", "attention_head_dim", "num_attention_heads",
-    ):  # fmt: skip
+        "down_block_types",
+        "up_block_types",
+        "layers_per_block",
+        "transformer_layers_per_block",
+        "reverse_transformer_layers_per_block",
+        "attention_head_dim",
+        "num_attention_heads",
+    ):
         value: Any = config.get(name)
         if _is_list(value) and len(value) != blocks:
             raise _wrong(place, name, value, f"{blocks} entries, one for each of block_out_channels")

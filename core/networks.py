@@ -73,9 +73,14 @@ class Sides:
     def size_of(self, axis: str) -> int:
         """The length of a named axis."""
         named = {
-            "rows": self.rows, "pictures": self.pictures, "context": self.context, "h": self.height, "w": self.width,
-            "H": FACTOR * self.height, "W": FACTOR * self.width,
-        }  # fmt: skip
+            "rows": self.rows,
+            "pictures": self.pictures,
+            "context": self.context,
+            "h": self.height,
+            "w": self.width,
+            "H": FACTOR * self.height,
+            "W": FACTOR * self.width,
+        }
         return named[axis]
 
     def shape(self, tensor: Tensor) -> tuple[int, ...]:

@@ -83,12 +83,20 @@ def read_vae(weights: Weights) -> tuple[Config, Weights]:
     blocks, layers = _count(weights, spelling, 0), _count(weights, spelling.replace("{}", "0", 1))
     channels = [weights.shape(spelling.format(block, 0))[0] for block in range(blocks)]
     config = {
-        "_class_name": "AutoencoderKL", "in_channels": weights.shape("encoder.conv_in.weight")[1], "out_channels": 3,
-        "down_block_types": ["DownEncoderBlock2D"] * blocks, "up_block_types": ["UpDecoderBlock2D"] * blocks,
-        "block_out_channels": channels, "layers_per_block": layers, "act_fn": "silu", "norm_num_groups": GROUPS,
-        "latent_channels": weights.shape("decoder.conv_in.weight")[1], "sample_size": 1024,
-        "scaling_factor": SDXL_SCALING, "force_upcast": True,
-    }  # fmt: skip
+        "_class_name": "AutoencoderKL",
+        "in_channels": weights.shape("encoder.conv_in.weight")[1],
+        "out_channels": 3,
+        "down_block_types": ["DownEncoderBlock2D"] * blocks,
+        "up_block_types": ["UpDecoderBlock2D"] * blocks,
+        "block_out_channels": channels,
+        "layers_per_block": layers,
+        "act_fn": "silu",
+        "norm_num_groups": GROUPS,
+        "latent_channels": weights.shape("decoder.conv_in.weight")[1],
+        "sample_size": 1024,
+        "scaling_factor": SDXL_SCALING,
+        "force_upcast": True,
+    }
     _check_groups("VAE", channels)
     names = keymap.vae_to_diffusers(config)
     modern = modern_vae(weights if spelling == _VAE_LAYER[1] else _translated(weights, names, "VAE"))
@@ -148,17 +156,24 @@ def _unet_config(weights: Weights, pooled: int) -> Config:
         )
     kinds = [f"{'CrossAttn' if depth else ''}{{}}Block2D" for depth in depths]
     return {
-        "_class_name": "UNet2DConditionModel", "sample_size": 128,
-        "in_channels": weights.shape("input_blocks.0.0.weight")[1], "out_channels": weights.shape("out.2.weight")[0],
-        "block_out_channels": channels, "layers_per_block": len(blocks[0]),
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": 128,
+        "in_channels": weights.shape("input_blocks.0.0.weight")[1],
+        "out_channels": weights.shape("out.2.weight")[0],
+        "block_out_channels": channels,
+        "layers_per_block": len(blocks[0]),
         "down_block_types": [kind.format("Down") for kind in kinds],
         "up_block_types": [kind.format("Up") for kind in reversed(kinds)],
         "transformer_layers_per_block": [max(1, depth) for depth in depths],
-        "attention_head_dim": [max(1, width // HEAD_SIZE) for width in channels], "use_linear_projection": True,
-        "cross_attention_dim": weights.shape(attention)[1], "norm_num_groups": GROUPS, "act_fn": "silu",
-        "addition_embed_type": "text_time", "addition_time_embed_dim": (additions - pooled) // 6,
+        "attention_head_dim": [max(1, width // HEAD_SIZE) for width in channels],
+        "use_linear_projection": True,
+        "cross_attention_dim": weights.shape(attention)[1],
+        "norm_num_groups": GROUPS,
+        "act_fn": "silu",
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": (additions - pooled) // 6,
         "projection_class_embeddings_input_dim": additions,
-    }  # fmt: skip
+    }
 
 
 def _unet_blocks(weights: Weights) -> list[list[tuple[int, int]]]:
@@ -211,13 +226,20 @@ def _text_config(weights: Weights, layers: int, activation: str) -> Config:
     if width % HEAD_SIZE:
         raise FileFormatError(f"a text encoder is {width} wide, no multiple of CLIP's head size {HEAD_SIZE}")
     return {
-        "model_type": "clip_text_model", "vocab_size": vocabulary, "hidden_size": width, "num_hidden_layers": layers,
-        "num_attention_heads": width // HEAD_SIZE, "hidden_act": activation, "layer_norm_eps": 1e-5,
+        "model_type": "clip_text_model",
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // HEAD_SIZE,
+        "hidden_act": activation,
+        "layer_norm_eps": 1e-5,
         "intermediate_size": weights.shape("text_model.encoder.layers.0.mlp.fc1.weight")[0],
         "max_position_embeddings": weights.shape("text_model.embeddings.position_embedding.weight")[0],
         # as SDXL's own files have them: 2 is transformers' sign for "the end mark is the largest id"
-        "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
-    }  # fmt: skip
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+    }
 
 
 def _translated(weights: Weights, names: Mapping[str, str], part: str) -> Weights:

@@ -240,11 +240,15 @@ class Store:
         with suppress(OSError):
             modified = (folder / _MANIFEST if record else folder).stat().st_mtime
         return Entry(
-            key=folder.name, kind=parts["kind"] if parts.get("kind") in KINDS else UNKNOWN,
-            name=str(parts.get("part", "?")), bytes=folder_bytes(folder), modified=modified,
-            users=tuple(engine for engine, keys in users.items() if folder.name in keys), complete=complete,
+            key=folder.name,
+            kind=parts["kind"] if parts.get("kind") in KINDS else UNKNOWN,
+            name=str(parts.get("part", "?")),
+            bytes=folder_bytes(folder),
+            modified=modified,
+            users=tuple(engine for engine, keys in users.items() if folder.name in keys),
+            complete=complete,
             parts=parts,
-        )  # fmt: skip
+        )
 
     def _temporaries(self) -> list[Path]:
         """Directories of parts that are being built or removed, or were when the process that did so was killed."""

@@ -120,37 +120,74 @@ def build(
     subject = _subject(given, name) if given else None
     baked = [*merged, *given] if merge else merged
     parts = Parts(
-        shelf, Path(out).resolve(), files, slot_rank=slot_rank, engine=engine, defaults=defaults.to_dict(),
+        shelf,
+        Path(out).resolve(),
+        files,
+        slot_rank=slot_rank,
+        engine=engine,
+        defaults=defaults.to_dict(),
         loras=[(BaseLora(lora, spec.scale, spec.target), sha256_of(lora.source_path)) for lora, spec in baked],
-        verify=verify, update=update, tell=tell,
-    )  # fmt: skip
+        verify=verify,
+        update=update,
+        tell=tell,
+    )
     kept: list[tuple[Subject, str]] = []
     if subject is not None and not merge:
         parts.check_fit(subject)
         kept = [(replace(subject, base_key=parts.base_key), ", ".join(str(spec.file) for spec in specs))]
     folders = parts.made()
     facts = {
-        "name": files.folder.name, "native_side": files.native_side, "slot_rank": slot_rank,
-        "files": files.content_hashes(), "head": files.head_padding if files.has_head else None,
-        "loras": [_described(spec, "both") for _, spec in baked], "merged": subject.name if merge and subject else None,
+        "name": files.folder.name,
+        "native_side": files.native_side,
+        "slot_rank": slot_rank,
+        "files": files.content_hashes(),
+        "head": files.head_padding if files.has_head else None,
+        "loras": [_described(spec, "both") for _, spec in baked],
+        "merged": subject.name if merge and subject else None,
         "defaults": defaults.to_dict(),
-    }  # fmt: skip
+    }
     if self_contained:
         size = sum(folder_bytes(folder) for folder in folders.values())
         check_room(Estimate(0, size), Path(out).resolve().parent)
     passport = write_engine(
-        Path(out), parts=folders, keys=parts.keys, files=parts.files(), subjects=kept, self_contained=self_contained,
-        created_by=f"dreammix-trt {__version__}", base_key=parts.base_key, base=facts, backend=engine.backend,
-        backend_version=engine.version, targets=list(engine.gpus), precision=engine.precision,
+        Path(out),
+        parts=folders,
+        keys=parts.keys,
+        files=parts.files(),
+        subjects=kept,
+        self_contained=self_contained,
+        created_by=f"dreammix-trt {__version__}",
+        base_key=parts.base_key,
+        base=facts,
+        backend=engine.backend,
+        backend_version=engine.version,
+        targets=list(engine.gpus),
+        precision=engine.precision,
         command=_command(
-            lora=[_described(spec, "patched") for spec in specs], out=out, base=base, patch=patch, head=head, vae=vae,
-            tokenizer=tokenizer, name=name, merge=merge, slot_rank=slot_rank, patch_biases=patch_biases,
-            base_lora=[_described(spec, "both") for _, spec in merged], self_contained=self_contained, store=store,
-            verify=verify or None, no_verify=verify is False,
-            **engine.words(), **{"sampler": defaults.sampler, "steps": defaults.num_inference_steps,
-            "guidance_scale": defaults.guidance_scale},
+            lora=[_described(spec, "patched") for spec in specs],
+            out=out,
+            base=base,
+            patch=patch,
+            head=head,
+            vae=vae,
+            tokenizer=tokenizer,
+            name=name,
+            merge=merge,
+            slot_rank=slot_rank,
+            patch_biases=patch_biases,
+            base_lora=[_described(spec, "both") for _, spec in merged],
+            self_contained=self_contained,
+            store=store,
+            verify=verify or None,
+            no_verify=verify is False,
+            **engine.words(),
+            **{
+                "sampler": defaults.sampler,
+                "steps": defaults.num_inference_steps,
+                "guidance_scale": defaults.guidance_scale,
+            },
         ),
-    )  # fmt: skip
+    )
     shelf.register(Path(out).resolve(), () if self_contained else set(parts.keys.values()))
     return passport
 

@@ -105,9 +105,21 @@ def train(
 
     with _bar("training") as update:
         record = train_lora(
-            photos, class_name, out, base=base, token=token, prompt=prompt, rank=rank, steps=steps,
-            learning_rate=learning_rate, loss=loss, merged=merged, seed=seed, threads=threads, progress=update,
-        )  # fmt: skip
+            photos,
+            class_name,
+            out,
+            base=base,
+            token=token,
+            prompt=prompt,
+            rank=rank,
+            steps=steps,
+            learning_rate=learning_rate,
+            loss=loss,
+            merged=merged,
+            seed=seed,
+            threads=threads,
+            progress=update,
+        )
     err_console.print(f"{record.steps} steps in {record.seconds:.0f} s; LoRA in {out}", markup=False)
 
 
@@ -185,17 +197,38 @@ def build(
     from dreammix_trt.building import build as build_engine
 
     options = EngineOptions(
-        backend=backend or "", precision=precision or "", targets=tuple(target or ()), shapes=shapes, pictures=pictures,
-        workspace=workspace * (1 << 20) if workspace else None, context=_parse_lengths(context),
-        vae_images=tuple(vae_image or ()), safe_vae=not no_safe_vae,
-    )  # fmt: skip
+        backend=backend or "",
+        precision=precision or "",
+        targets=tuple(target or ()),
+        shapes=shapes,
+        pictures=pictures,
+        workspace=workspace * (1 << 20) if workspace else None,
+        context=_parse_lengths(context),
+        vae_images=tuple(vae_image or ()),
+        safe_vae=not no_safe_vae,
+    )
     with _bar("building") as update:
         passport = build_engine(
-            lora, out=out, base=base, patch=patch, head=head, vae=vae, tokenizer=tokenizer, name=name, merge=merge,
-            slot_rank=slot_rank, patch_biases=patch_biases, base_loras=base_lora or (), engine=options, verify=verify,
-            defaults=Defaults(sampler, steps, guidance_scale), store=store, self_contained=self_contained,
-            progress=update, notice=lambda text: err_console.print(_escaped(text), highlight=False, soft_wrap=True),
-        )  # fmt: skip
+            lora,
+            out=out,
+            base=base,
+            patch=patch,
+            head=head,
+            vae=vae,
+            tokenizer=tokenizer,
+            name=name,
+            merge=merge,
+            slot_rank=slot_rank,
+            patch_biases=patch_biases,
+            base_loras=base_lora or (),
+            engine=options,
+            verify=verify,
+            defaults=Defaults(sampler, steps, guidance_scale),
+            store=store,
+            self_contained=self_contained,
+            progress=update,
+            notice=lambda text: err_console.print(_escaped(text), highlight=False, soft_wrap=True),
+        )
     subjects = ", ".join(subject.name for subject in passport.subjects) or "no subject"
     err_console.print(f"{out}: {subjects}", markup=False, highlight=False, soft_wrap=True)
 
@@ -272,11 +305,20 @@ def inpaint(
         raise InputError(f"{missing} is missing: give the picture and a mask of the same size (white is repainted)")
     base = Passport.read(engine).base
     request = _request(
-        from_request, base.get("defaults", {}), _fields(set_field or []),
-        prompt=prompt, negative_prompt=negative_prompt, subject=subject, substitute=substitute, seed=seed,
-        num_inference_steps=steps, sampler=sampler, num_images_per_prompt=count, guidance_scale=guidance_scale,
+        from_request,
+        base.get("defaults", {}),
+        _fields(set_field or []),
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        subject=subject,
+        substitute=substitute,
+        seed=seed,
+        num_inference_steps=steps,
+        sampler=sampler,
+        num_images_per_prompt=count,
+        guidance_scale=guidance_scale,
         mode=mode,
-    )  # fmt: skip
+    )
     _check_output(out)
     if save_stages:
         _check_output(save_stages, "--save-stages")
@@ -419,9 +461,13 @@ def _bar(title: str) -> Iterator[Any]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description:<28}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-    )  # fmt: skip
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, console=err_console, transient=True) as progress:
         yield _Updater(progress, title)
 

@@ -231,9 +231,12 @@ def _tables(seconds: dict[str, float], gallery: Gallery, passport: Passport) -> 
         *([k, json.dumps(v)] for k, v in json.loads(gallery.first.request.to_json()).items()),
     ]
     return [
-        ("Whole run", steps), (f"{gallery.pictures} pictures", phases), ("Engine", facts), ("Request", request),
+        ("Whole run", steps),
+        (f"{gallery.pictures} pictures", phases),
+        ("Engine", facts),
+        ("Request", request),
         ("Machine", machine),
-    ]  # fmt: skip
+    ]
 
 
 def _named(update: Update, name: str) -> Update:

@@ -51,11 +51,16 @@ class EngineOptions:
     """What to build for.
 
     backend: "onnxruntime", "tensorrt-rtx" or "tensorrt"; default: tensorrt-rtx where targets are named, else
-    onnxruntime. precision: "float32" or "float16"; default: float16 for TensorRT, float32 for ONNX Runtime. targets:
-    GPUs as "sm_89", several if wanted, or "current". shapes: "static" (the base's native square) or "dynamic" (sides
-    from 0.69 to 1.31 of it within its area, in two profiles). pictures: most in a batch. workspace: most bytes of
-    scratch memory on the GPU. context: lengths of the text condition, each with profiles of its own (77: the text
-    alone). vae_images: pictures on which a float16 VAE is looked at for overflow, besides the built-in ones. safe_vae: build a float16 VAE in float32 too, for pictures that are too much for it.
+        onnxruntime.
+    precision: "float32" or "float16"; default: float16 for TensorRT, float32 for ONNX Runtime.
+    targets: GPUs as "sm_89", several if wanted, or "current".
+    shapes: "static" (the base's native square) or "dynamic" (sides from 0.69 to 1.31 of it within its area, in two
+        profiles).
+    pictures: most in a batch.
+    workspace: most bytes of scratch memory on the GPU.
+    context: lengths of the text condition, each with profiles of its own (77: the text alone).
+    vae_images: pictures on which a float16 VAE is looked at for overflow, besides the built-in ones.
+    safe_vae: build a float16 VAE in float32 too, for pictures that are too much for it.
     """
 
     backend: str = ""
@@ -99,8 +104,10 @@ class EngineOptions:
     def check(self) -> None:
         """Raise InputError for what cannot be built, before anything is read."""
         for name, allowed in (
-            ("backend", BACKENDS), ("precision", ("float32", "float16")), ("shapes", ("static", "dynamic")),
-        ):  # fmt: skip
+            ("backend", BACKENDS),
+            ("precision", ("float32", "float16")),
+            ("shapes", ("static", "dynamic")),
+        ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         if self.targets and not self.plans:
@@ -213,11 +220,15 @@ class Parts:
         self._announce(networks)
         folders = {network.name: self._network(network) for network in networks}
         facts = {
-            "native_side": self.base.native_side, "configs": self.base.configs, "slot_rank": self.slot_rank,
-            "tokenizer": self.base.content_hashes("tokenizer"), "defaults": dict(self.defaults),
-            "head": self.base.head_padding if self.base.has_head else None, "patched": self.base.patch is not None,
+            "native_side": self.base.native_side,
+            "configs": self.base.configs,
+            "slot_rank": self.slot_rank,
+            "tokenizer": self.base.content_hashes("tokenizer"),
+            "defaults": dict(self.defaults),
+            "head": self.base.head_padding if self.base.has_head else None,
+            "patched": self.base.patch is not None,
             "patch_biases": self.base.patch_biases,
-        }  # fmt: skip
+        }
         made = self._part(
             "base", "base", facts, lambda out: export_facts(self.base, self.slot_rank, out, self.defaults)
         )
@@ -248,11 +259,14 @@ class Parts:
 
         return {
             "revision": REVISION,
-            "onnx": self._key(network.name, "onnx", onnx_facts), "backend": self.engine.backend,
-            "version": self.engine.version, "targets": sorted(self.engine.gpus), "workspace": self.engine.workspace,
+            "onnx": self._key(network.name, "onnx", onnx_facts),
+            "backend": self.engine.backend,
+            "version": self.engine.version,
+            "targets": sorted(self.engine.gpus),
+            "workspace": self.engine.workspace,
             "profiles": [profile.to_dict() for profile in self._profiles(network.name, network.described()["inputs"])],
             **self._machine(),
-        }  # fmt: skip
+        }
 
     def _profiles(self, name: str, inputs: Sequence[Mapping[str, Any]]) -> tuple[Profile, ...]:
         """Of a network with these inputs. Where frames are so large that the VAE gets them in tiles, it takes tiles."""
@@ -300,9 +314,11 @@ class Parts:
 
         images = self.engine.vae_images
         facts = {
-            "revision": REVISION, "sources": self._sources(network.name), "config": self.base.configs["vae"],
+            "revision": REVISION,
+            "sources": self._sources(network.name),
+            "config": self.base.configs["vae"],
             "images": [sha256_of(image) for image in images],
-        }  # fmt: skip
+        }
 
         def look(out: Path) -> None:
             write_json(out / "range.json", wide_units(self.base, cast(Kind, network.name), images).to_dict())
@@ -336,10 +352,14 @@ class Parts:
         entry = read_json(source / "network.json")
         profiles = self._profiles(network.name, entry["inputs"])
         report = build_engine(
-            source / entry["graph"], out / f"{network.graph}.engine", backend=self.engine.backend, profiles=profiles,
-            targets=self.engine.targets, workspace=self.engine.workspace,
+            source / entry["graph"],
+            out / f"{network.graph}.engine",
+            backend=self.engine.backend,
+            profiles=profiles,
+            targets=self.engine.targets,
+            workspace=self.engine.workspace,
             progress=lambda fraction, phase: self.update(network.name, fraction, phase),
-        )  # fmt: skip
+        )
         if report.decomposed:
             self.tell(f"{network.name}: no fused kernel for some attention; {report.decomposed} may be taken apart")
         kept = {key: value for key, value in entry.items() if key not in ("graph", "weights", "initializers")}

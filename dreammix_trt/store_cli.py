@@ -234,9 +234,11 @@ def _plan_record(plan: Plan, left: Sequence[Entry]) -> dict[str, Any]:
         "goes": [_record(entry) for entry in plan.goes if entry not in left],
         "stays": [{**_record(entry), "why": why} for entry, why in plan.stays]
         + [{**_record(entry), "why": "needed or built meanwhile"} for entry in left],
-        "leftovers": [str(path) for path in plan.leftovers], "missing": [str(path) for path in plan.lost],
-        "forgotten": [str(path) for path in plan.forgotten], "exported_again": list(plan.exported_again),
-    }  # fmt: skip
+        "leftovers": [str(path) for path in plan.leftovers],
+        "missing": [str(path) for path in plan.lost],
+        "forgotten": [str(path) for path in plan.forgotten],
+        "exported_again": list(plan.exported_again),
+    }
 
 
 def _agreed(plan: Plan, as_json: bool) -> bool:
@@ -250,9 +252,15 @@ def _agreed(plan: Plan, as_json: bool) -> bool:
 
 def _record(entry: Entry) -> dict[str, Any]:
     return {
-        "key": entry.key, "kind": entry.kind, "name": entry.name, "bytes": entry.bytes, "modified": entry.modified,
-        "users": [str(engine) for engine in entry.users], "complete": entry.complete, "parts": dict(entry.parts),
-    }  # fmt: skip
+        "key": entry.key,
+        "kind": entry.kind,
+        "name": entry.name,
+        "bytes": entry.bytes,
+        "modified": entry.modified,
+        "users": [str(engine) for engine in entry.users],
+        "complete": entry.complete,
+        "parts": dict(entry.parts),
+    }
 
 
 def _title(entry: Entry) -> str:

@@ -73,9 +73,12 @@ def check_runnable(path: Path, opened: OpenedEngine) -> None:
     for entry in passport.networks:
         refuse_host_code(opened.parts[entry.name] / entry.file)
     built_for = {
-        "backend": passport.backend, "version": passport.backend_version, "targets": passport.targets,
-        "platform": passport.platform, "command": passport.command,
-    }  # fmt: skip
+        "backend": passport.backend,
+        "version": passport.backend_version,
+        "targets": passport.targets,
+        "platform": passport.platform,
+        "command": passport.command,
+    }
     why = explain_mismatch(built_for, examine())
     if why:
         raise EngineError(f"{path}: {why}")
@@ -103,10 +106,16 @@ def write_engine(
     """
     networks = [(name, read_network(folder)) for name, folder in parts.items() if name != "base"]
     passport = Passport(
-        schema=SCHEMA, platform=f"{platform.system()} {platform.machine()}", parts=dict(keys), files=dict(files),
-        networks_at="networks" if self_contained else "store", versions=_versions(),
-        networks=tuple(_entry(name, entry, parts[name]) for name, entry in networks), subjects=(), **facts,
-    )  # fmt: skip
+        schema=SCHEMA,
+        platform=f"{platform.system()} {platform.machine()}",
+        parts=dict(keys),
+        files=dict(files),
+        networks_at="networks" if self_contained else "store",
+        versions=_versions(),
+        networks=tuple(_entry(name, entry, parts[name]) for name, entry in networks),
+        subjects=(),
+        **facts,
+    )
     with atomic_directory(out, marker=FILE_NAME) as folder:
         (folder / "subjects").mkdir()
         entries = tuple(_write(folder, subject, source) for subject, source in subjects)
@@ -153,23 +162,32 @@ def _write(folder: Path, subject: Subject, source: str) -> SubjectEntry:
     file = folder / "subjects" / f"{subject.name}.safetensors"
     write_subject(file, subject)
     return SubjectEntry(
-        name=subject.name, token=subject.token, class_name=subject.class_name, target=subject.target,
-        file=file.relative_to(folder).as_posix(), sha256=sha256_of(file, verify=True), bytes=file.stat().st_size,
-        source=source, source_sha256=subject.source_sha256,
-    )  # fmt: skip
+        name=subject.name,
+        token=subject.token,
+        class_name=subject.class_name,
+        target=subject.target,
+        file=file.relative_to(folder).as_posix(),
+        sha256=sha256_of(file, verify=True),
+        bytes=file.stat().st_size,
+        source=source,
+        source_sha256=subject.source_sha256,
+    )
 
 
 def _entry(name: str, entry: Mapping[str, Any], folder: Path) -> NetworkEntry:
     cost = {"export": read_json(folder / COST)} if (folder / COST).is_file() else {}
     return NetworkEntry(
-        name=name, file=entry.get("engine") or entry["graph"],
+        name=name,
+        file=entry.get("engine") or entry["graph"],
         inputs={
             spec["name"]: list(spec["shape"])
             for spec in entry["inputs"]
             if not spec["name"].endswith(LORA_SIDES)  # there are a thousand, and the slots say it
-        }, slots=len(entry.get("slots", ())),
-        parity=dict(entry.get("parity", {})), build=dict(entry.get("build", cost)),
-    )  # fmt: skip
+        },
+        slots=len(entry.get("slots", ())),
+        parity=dict(entry.get("parity", {})),
+        build=dict(entry.get("build", cost)),
+    )
 
 
 def _versions() -> dict[str, str]:

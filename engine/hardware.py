@@ -204,9 +204,12 @@ class _MemoryStatus(ctypes.Structure):
     """Windows' MEMORYSTATUSEX (sysinfoapi.h)."""
 
     _fields_ = (
-        ("length", ctypes.c_uint32), ("load", ctypes.c_uint32), ("total", ctypes.c_uint64),
-        ("available", ctypes.c_uint64), ("rest", ctypes.c_uint64 * 5),
-    )  # fmt: skip
+        ("length", ctypes.c_uint32),
+        ("load", ctypes.c_uint32),
+        ("total", ctypes.c_uint64),
+        ("available", ctypes.c_uint64),
+        ("rest", ctypes.c_uint64 * 5),
+    )
 
 
 def _windows_memory() -> tuple[int | None, int | None]:

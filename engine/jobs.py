@@ -133,9 +133,10 @@ def paint_jobs(
         (job, first), count = batch[0], len(batch)
         keep = [place for place, (_, k) in enumerate(batch) if keep_stages and k == 0]
         with closing(runtime.paint([each.works[k] for each, k in batch], keep)) as painting:
-            event: StepEvent
+            event: StepEvent | None = None
             for progress in painting:
                 if isinstance(progress, list):
+                    assert event is not None
                     yield from _take_in(batch, progress, runtime.timings, event)
                     break
                 done = count * (progress.step.index + 1)

@@ -82,9 +82,9 @@ Steps = Generator[Progress, None, list[U8]]
 def paint(painter: Painter) -> Steps:
     """Take a batch through its schedule, yielding after each step; returns the finished pictures.
 
-    Where the sharp local result will be kept, the local stage goes on to sigma 0 before the hand-over: a prediction from
-    the middle of the schedule still has the haze of the noise it was made from, which the global stage otherwise takes
-    away. Those steps come on top and are not yielded. Leaving the generator stops the work.
+    Where the sharp local result will be kept, the local stage goes on to sigma 0 before the hand-over: a prediction
+    from the middle of the schedule still has the haze of the noise it was made from, which the global stage otherwise
+    takes away. Those steps come on top and are not yielded. Leaving the generator stops the work.
     """
     schedule = painter.schedule
     painter.start()
@@ -102,9 +102,9 @@ def paint(painter: Painter) -> Steps:
 def paint_safely(open_painter: Callable[[bool], Painter], has_network: Callable[[str], bool]) -> Steps:
     """Paint a batch; where a network's values were not finite, paint it once more with the float32 twins there are.
 
-    open_painter: a painter of the batch, of the twins where it is given True. has_network: whether there is a network of
-    a name. No progress is yielded of the second time. Raises NotFiniteError where the network has no twin, or the values
-    are not finite again.
+    open_painter: a painter of the batch, of the twins where it is given True. has_network: whether there is a network
+    of a name. No progress is yielded of the second time. Raises NotFiniteError where the network has no twin, or the
+    values are not finite again.
     """
     try:
         return (yield from paint(open_painter(False)))

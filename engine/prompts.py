@@ -49,10 +49,11 @@ class Row:
 class PromptPlan:
     """The condition of one picture.
 
-    prompt: the request's own. eliminated: what TAS takes attributes from, with the plan of how (tas), or None. negative:
-    of the negative row; None: that row is zeros, or not there. stages: stage -> its rows, [negative, positive], or
-    positive alone where guidance is off. appended: rows that follow the text's in every row of the condition, float32
-    (rows, n, D), or None.
+    prompt: the request's own.
+    eliminated: what TAS takes attributes from, with the plan of how (tas), or None.
+    negative: of the negative row; None: that row is zeros, or not there.
+    stages: stage -> its rows, [negative, positive], or positive alone where guidance is off.
+    appended: rows that follow the text's in every row of the condition, float32 (rows, n, D), or None.
     """
 
     prompt: Prompt
@@ -79,8 +80,8 @@ def plan_prompts(
     """Decide a picture's texts.
 
     subject: name of the subject whose factors the encoders use, "" for none. token: its word in prompts. appended: rows
-    to append, float32 (rows, n, D). Raises InputError for a prompt that is too long, for TAS without the subject's word,
-    and for appended rows that are not as many as the condition has.
+    to append, float32 (rows, n, D). Raises InputError for a prompt that is too long, for TAS without the subject's
+    word, and for appended rows that are not as many as the condition has.
     """
 
     def tokenize(text: str) -> Prompt:

@@ -153,10 +153,25 @@ def train_lora(
         last = history[-max(1, len(history) // 10) :]
         first = history[: max(1, len(history) // 10)]
         record = TrainRecord(
-            steps, round(time.monotonic() - started, 2), float(np.mean(last)), float(np.mean(first)), rate, rank, loss,
-            token, class_name, prompt, captions, tuple(photograph.name for photograph in photographs), seed, used,
-            trainer.parameters, files.folder.name, files.content_hashes(), asdict(recipe),
-        )  # fmt: skip
+            steps,
+            round(time.monotonic() - started, 2),
+            float(np.mean(last)),
+            float(np.mean(first)),
+            rate,
+            rank,
+            loss,
+            token,
+            class_name,
+            prompt,
+            captions,
+            tuple(photograph.name for photograph in photographs),
+            seed,
+            used,
+            trainer.parameters,
+            files.folder.name,
+            files.content_hashes(),
+            asdict(recipe),
+        )
         _write(folder, trainer, record, merged)
     log.info("%s: %d steps in %.0f s, loss %.4f", out, steps, record.seconds, record.loss)
     return record
@@ -339,10 +354,16 @@ def _write(folder: Path, trainer: _Trainer, record: TrainRecord, merged: bool) -
         tensors[f"unet.{name}.lora.down.weight"] = down
         tensors[f"unet.{name}.lora.up.weight"] = up
     metadata = {
-        "format": "pt", "token": record.token, "class_name": record.class_name, "prompt": record.prompt,
-        "rank": str(record.rank), "steps": str(record.steps), "loss": record.loss_name, "base": record.base,
+        "format": "pt",
+        "token": record.token,
+        "class_name": record.class_name,
+        "prompt": record.prompt,
+        "rank": str(record.rank),
+        "steps": str(record.steps),
+        "loss": record.loss_name,
+        "base": record.base,
         "base_hashes": json.dumps(record.base_hashes),
-    }  # fmt: skip
+    }
     (folder / FILE_NAME).write_bytes(_ordered(save(tensors, metadata)))
     if merged:
         _write_merged(folder / "unet", trainer.networks.base, factors)

@@ -16,6 +16,7 @@ from dreammix_trt.engine.device.arena import Regions, sizes
 from dreammix_trt.engine.device.plan import MemoryPlan, Options, plan_memory
 from dreammix_trt.engine.device.room import Shape
 from dreammix_trt.engine.device.subjects import Layout
+from dreammix_trt.engine.device.tools import CHANNELS
 from dreammix_trt.engine.drivers.device import Device
 
 
@@ -113,4 +114,4 @@ def measure_scratch(kernel: str, pictures: int, height: int, width: int) -> int:
         return int(gpu.fill_scratch(height=height, width=width))
     if kernel == "distance":
         return int(gpu.distance_scratch(height * width))
-    return int(gpu.step_scratch(pictures=pictures, channels=phases.CHANNELS, height=height, width=width))
+    return int(gpu.step_scratch(pictures=pictures, channels=CHANNELS, height=height, width=width))

@@ -217,11 +217,14 @@ def _too_little(plan: MemoryPlan, options: Options, taken: int, beside: bool) ->
     lower = {
         name: f"{name} (now {value})"
         for name, value, least in (
-            ("pictures", options.pictures, 1), ("largest_picture", options.largest_picture, 1024 * 1024),
-            ("subjects", options.subjects, 1), ("texts", options.texts, 3), ("shapes", options.shapes, 2),
+            ("pictures", options.pictures, 1),
+            ("largest_picture", options.largest_picture, 1024 * 1024),
+            ("subjects", options.subjects, 1),
+            ("texts", options.texts, 3),
+            ("shapes", options.shapes, 2),
         )
         if value > least
-    }  # fmt: skip
+    }
     remedies = [f"lower {', '.join(lower.values())}"] if lower else []
     if beside:
         what = "the device has too little memory for another runtime beside the first"

@@ -114,9 +114,15 @@ class Room:
     """The bound networks of a shape. arrays: by network and tensor name."""
 
     def __init__(
-        self, shape: Shape, device: Device, networks: DeviceNetworks, arena: Arena, layout: Layout, workspace: Array,
+        self,
+        shape: Shape,
+        device: Device,
+        networks: DeviceNetworks,
+        arena: Arena,
+        layout: Layout,
+        workspace: Array,
         upload: Callable[[Array, np.ndarray], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """upload: brings values to the device, and waits."""
         self.shape = shape
         self.arrays: dict[str, dict[str, Array]] = {}

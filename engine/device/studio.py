@@ -102,9 +102,16 @@ class Studio:
         self.subjects = Subjects(device, self.stream, self.needs.layout, self.arena, self.pace.wait)
         flags = self.arena["flags"]
         self.texts = Texts(
-            device, self.stream, networks, self.arena, self.needs.layout, self.subjects, self.arena["workspace"],
-            flags.part(flags.shape[0] - 1, 1), self._put,
-        )  # fmt: skip
+            device,
+            self.stream,
+            networks,
+            self.arena,
+            self.needs.layout,
+            self.subjects,
+            self.arena["workspace"],
+            flags.part(flags.shape[0] - 1, 1),
+            self._put,
+        )
         made.callback(self.texts.close)
         self.rooms = Rooms(self._make_room, self.options.shapes)
         made.callback(self.rooms.close)

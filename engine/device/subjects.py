@@ -195,9 +195,16 @@ class Subjects:
             self._device.copy(bound.part(0, self._layout.numbers), row.part(0, self._layout.numbers), self._stream)
         elif self._segments:
             self._device.kernel(
-                "place_factors", self._stream, row=row, segments=self._arena["segments"], count=self._segments,
-                out=bound, pictures=pictures, picture=picture, half=bound.half,
-            )  # fmt: skip
+                "place_factors",
+                self._stream,
+                row=row,
+                segments=self._arena["segments"],
+                count=self._segments,
+                out=bound,
+                pictures=pictures,
+                picture=picture,
+                half=bound.half,
+            )
 
     def _row(self, name: str) -> Array:
         rows = self._arena["subject rows"]
@@ -218,9 +225,15 @@ class Subjects:
             self._upload("factor table", table.view(np.uint8))
             self._upload("raw factors", raw)
             self._device.kernel(
-                "pack_factors", self._stream, raw=self._arena["raw factors"], factors=self._arena["factor table"],
-                count=len(table), out=row, raw_half=False, out_half=row.half,
-            )  # fmt: skip
+                "pack_factors",
+                self._stream,
+                raw=self._arena["raw factors"],
+                factors=self._arena["factor table"],
+                count=len(table),
+                out=row,
+                raw_half=False,
+                out_half=row.half,
+            )
         self._wait()
         self._resident[name] = index
 

@@ -33,13 +33,16 @@ def regions(networks: DeviceNetworks, pictures: int, rows: int, kept: int, conte
     unet = {tensor.name: tensor.dtype for tensor in networks.inputs("unet")}
     wide = "float32" if twin_name("unet") in networks else unet["encoder_hidden_states"]
     found: dict[str, tuple[tuple[int, ...], str]] = {
-        "kept tokens": ((kept, TOKENS, width), "float32"), "kept pooled": ((kept, pooled), "float32"),
-        "less tokens": ((TOKENS, width), "float32"), "less pooled": ((1, pooled), "float32"),
+        "kept tokens": ((kept, TOKENS, width), "float32"),
+        "kept pooled": ((kept, pooled), "float32"),
+        "less tokens": ((TOKENS, width), "float32"),
+        "less pooled": ((1, pooled), "float32"),
         "stage tokens": ((len(STAGES), pictures * rows, context, width), wide),
         "stage pooled": ((len(STAGES), pictures * rows, pooled), wide),
         "pooled plan": ((_TAS,), "int32"),
-        "joined": ((TOKENS, width), "float32"), "joined pooled": ((pooled,), "float32"),
-    }  # fmt: skip
+        "joined": ((TOKENS, width), "float32"),
+        "joined pooled": ((pooled,), "float32"),
+    }
     for name in names_of_phase("text"):
         for tensor in (*networks.inputs(name), *networks.outputs(name)):
             if "lora" not in tensor.name:
@@ -58,9 +61,17 @@ class Texts:
     """The text side of a runtime."""
 
     def __init__(
-        self, device: Device, stream: Stream, networks: DeviceNetworks, arena: Arena, layout: Layout,
-        subjects: Subjects, workspace: Array, flags: Array, upload: Callable[[Array, np.ndarray], None],
-    ) -> None:  # fmt: skip
+        self,
+        device: Device,
+        stream: Stream,
+        networks: DeviceNetworks,
+        arena: Arena,
+        layout: Layout,
+        subjects: Subjects,
+        workspace: Array,
+        flags: Array,
+        upload: Callable[[Array, np.ndarray], None],
+    ) -> None:
         """upload: brings values to the device, and waits."""
         self._device, self._stream, self._arena, self._subjects, self._flags = device, stream, arena, subjects, flags
         self._networks, self._layout, self._workspace = networks, layout, workspace
@@ -180,9 +191,14 @@ class Texts:
             self._device.clear(place, self._stream)
         else:
             self._device.kernel(
-                "convert", self._stream, source=source, source_half=False, out=place, out_half=place.half,
+                "convert",
+                self._stream,
+                source=source,
+                source_half=False,
+                out=place,
+                out_half=place.half,
                 count=source.size,
-            )  # fmt: skip
+            )
 
     def _kept_of(self, prompt: Prompt) -> tuple[Array, Array]:
         slot = self._kept[prompt.key]
@@ -197,9 +213,15 @@ class _Encoders:
     """Both text encoders, bound for one prompt, and what joins their outputs."""
 
     def __init__(
-        self, device: Device, networks: DeviceNetworks, arena: Arena, layout: Layout, workspace: Array, flags: Array,
+        self,
+        device: Device,
+        networks: DeviceNetworks,
+        arena: Arena,
+        layout: Layout,
+        workspace: Array,
+        flags: Array,
         safe: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._device, self._arena, self._flags = device, arena, flags
         self.arrays: dict[str, dict[str, Array]] = {}
         self._bound: dict[str, Bound] = {}
@@ -238,11 +260,25 @@ class _Encoders:
         first, second = (self.arrays[name]["hidden"] for name in names_of_phase("text"))
         pooled = self.arrays["text_encoder_2"]["pooled"]
         self._device.kernel(
-            "join_text", stream, first=first, second=second, out=self._arena["joined"], rows=TOKENS,
-            first_width=first.shape[-1], second_width=second.shape[-1], half=first.half, flags=self._flags,
-            first_bit=flag_of("text_encoder"), second_bit=flag_of("text_encoder_2"),
-        )  # fmt: skip
+            "join_text",
+            stream,
+            first=first,
+            second=second,
+            out=self._arena["joined"],
+            rows=TOKENS,
+            first_width=first.shape[-1],
+            second_width=second.shape[-1],
+            half=first.half,
+            flags=self._flags,
+            first_bit=flag_of("text_encoder"),
+            second_bit=flag_of("text_encoder_2"),
+        )
         self._device.kernel(
-            "convert", stream, source=pooled, source_half=pooled.half, out=self._arena["joined pooled"], out_half=False,
+            "convert",
+            stream,
+            source=pooled,
+            source_half=pooled.half,
+            out=self._arena["joined pooled"],
+            out_half=False,
             count=pooled.size,
-        )  # fmt: skip
+        )

@@ -416,8 +416,9 @@ class SimulatedNetworks:
         outputs = {tensor.name for tensor in self.outputs(name)}
         given = {
             key: np.array(value, np.float32 if value.dtype == np.float16 else None)
-            for key, value in values.items() if key not in outputs
-        }  # fmt: skip
+            for key, value in values.items()
+            if key not in outputs
+        }
         if self._factors and self.slots(name):
             factors = dict(factor for slot in self.slots(name) for factor in slot.factors)
             found = {factor: given.pop(factor) for factor in factors if factor not in self._unread}

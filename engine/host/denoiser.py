@@ -20,8 +20,8 @@ class Conditioning:
     """What a stage tells the UNet; R rows are [neg0, pos0, neg1, pos1, ...], or positive ones only.
 
     text: (R, L, D), L rows of the condition. pooled: (R, Dp). sizes: (height, width) in pixels told as the original
-    size, one pair a picture. target: side in pixels told as the target size. feature: (N, C, h, w), of the inpaint head.
-    factors: network -> (N, P), packed LoRA factors.
+    size, one pair a picture. target: side in pixels told as the target size. feature: (N, C, h, w), of the inpaint
+    head. factors: network -> (N, P), packed LoRA factors.
     """
 
     text: F32

@@ -55,8 +55,8 @@ def take_step(
 ) -> Taken:
     """Blend, predict, guide, solve.
 
-    before: the step before it in this stage; None for the first, which starts from the stage's latent and has no history.
-    noises: one provider a picture. keeps: whether the background is blended into the prediction too
+    before: the step before it in this stage; None for the first, which starts from the stage's latent and has no
+    history. noises: one provider a picture. keeps: whether the background is blended into the prediction too
     (`Schedule.blends_output`). Raises NotFiniteError where the prediction is not finite.
     """
     x, x0 = (stage.latent, None) if before is None else (before.x, before.x0)

@@ -121,8 +121,12 @@ class _Memory:
 
     def __init__(self, pointer: int, shape: tuple[int, ...], typestr: str) -> None:
         self.__cuda_array_interface__ = {
-            "shape": shape, "typestr": typestr, "data": (pointer, False), "strides": None, "version": 3,
-        }  # fmt: skip
+            "shape": shape,
+            "typestr": typestr,
+            "data": (pointer, False),
+            "strides": None,
+            "version": 3,
+        }
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """A base's networks in torch on a GPU, as the device runtime runs them: eager or compiled, any precision, any frame.
 
-A back end of the seam (core/seam.py, `DeviceNetworks`). torch and CUDA's runtime share the device's primary context, so the runtime's memory and streams
-serve torch as they are. Importing it imports torch.
+A back end of the seam (core/seam.py, `DeviceNetworks`). torch and CUDA's runtime share the device's primary context, so
+the runtime's memory and streams serve torch as they are. Importing it imports torch.
 """
 
 from __future__ import annotations

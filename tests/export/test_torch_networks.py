@@ -22,12 +22,12 @@ from dreammix_trt.core.errors import EngineError, FileFormatError, InputError  #
 from dreammix_trt.core.lora import Lora  # noqa: E402
 from dreammix_trt.core.network_weights import BaseLora, weights_of  # noqa: E402
 from dreammix_trt.core.networks import Network, Sides, describe_networks  # noqa: E402
-from dreammix_trt.core.seam import Array, DeviceNetworks  # noqa: E402
+from dreammix_trt.core.seam import Array, BaseFacts, DeviceNetworks  # noqa: E402
 from dreammix_trt.core.slots import unpacked  # noqa: E402
 from dreammix_trt.export.parity import run_torch  # noqa: E402
 from dreammix_trt.export.torch_backend import resident as torch_resident  # noqa: E402
 from dreammix_trt.export.torch_backend.engine_set import TorchEngineSet  # noqa: E402
-from dreammix_trt.export.torch_backend.on_device import Facts, TorchNetworks  # noqa: E402
+from dreammix_trt.export.torch_backend.on_device import TorchNetworks  # noqa: E402
 from dreammix_trt.export.torch_module import torch_module  # noqa: E402
 from tests.support.mini_sdxl import small_configs  # noqa: E402
 from tests.support.tiny_model import write_tiny_model  # noqa: E402
@@ -312,7 +312,7 @@ def test_it_answers_as_the_seam_wants(opened: Callable[[str], TorchNetworks], ba
     networks: DeviceNetworks = opened("float16")
     assert all(name in networks and f"{name}_float32" in networks for name in NAMES) and "asuka" not in networks
     assert "unet_float32" not in opened("float32")
-    assert networks.facts == Facts(64, 32, 0.13025, 32, {})
+    assert networks.facts == BaseFacts(64, 32, 0.13025, 32, {})
     assert networks.frames() is None and networks.most_pictures is None
     assert networks.workspace_bytes("unet", SIDES) == 0
     assert len(networks.slots("unet")) == 88 and networks.slots("vae_encoder") == networks.slots("none") == ()

@@ -171,11 +171,17 @@ class _Build:
             config = self._config(builder, network)
             decomposed = self._build(builder, network, config, stream, heard)
             return BuildReport(
-                seconds=time.perf_counter() - started, engine_bytes=stream.tell(), layers=network.num_layers,
-                decomposed=decomposed, backend=self.backend, version=str(trt.__version__), targets=(),
+                seconds=time.perf_counter() - started,
+                engine_bytes=stream.tell(),
+                layers=network.num_layers,
+                decomposed=decomposed,
+                backend=self.backend,
+                version=str(trt.__version__),
+                targets=(),
                 inputs=_tensors(network.get_input, network.num_inputs),
-                outputs=_tensors(network.get_output, network.num_outputs), messages=_kept(heard),
-            )  # fmt: skip
+                outputs=_tensors(network.get_output, network.num_outputs),
+                messages=_kept(heard),
+            )
         finally:
             HEARD.messages = None
             self.events.put(None)

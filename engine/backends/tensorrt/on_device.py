@@ -45,9 +45,14 @@ class TensorRtNetworks:
 
     @classmethod
     def open(
-        cls, parts: Mapping[str, Path], backend: str, device: Device, *, cache: Path | None = None,
+        cls,
+        parts: Mapping[str, Path],
+        backend: str,
+        device: Device,
+        *,
+        cache: Path | None = None,
         resident: Collection[str] | None = None,
-    ) -> TensorRtNetworks:  # fmt: skip
+    ) -> TensorRtNetworks:
         """Open the parts of a base: name -> folder with `network.json` and its plan, and `base`.
 
         backend: "tensorrt-rtx" or "tensorrt". cache: folder that keeps what TensorRT-RTX compiles for this GPU; None:
@@ -115,8 +120,9 @@ class TensorRtNetworks:
         """The largest batch all networks that take pictures were built for."""
         most = [
             max(span["pictures"][1] for span in network.spans)
-            for network in self._networks.values() if all("pictures" in span for span in network.spans)
-        ]  # fmt: skip
+            for network in self._networks.values()
+            if all("pictures" in span for span in network.spans)
+        ]
         return min(most, default=None)
 
     def weight_bytes(self, name: str) -> int:

@@ -124,16 +124,20 @@ def check_validity(trt: Any, package: Package, runtime: Any, data: Any, origin: 
     reasons: list[tuple[Any, EngineError]] = [
         (kinds.CUDA_ERROR, DeviceError(f"{driver}: CUDA does not work here; install a driver again")),
         (kinds.OLD_CUDA_DRIVER, DeviceError(f"{driver}: this one is too old; update it")),
-        (kinds.OLD_CUDA_RUNTIME, DeviceError(
-            f"{origin.plan}: the CUDA runtime is too old; `pip install --upgrade 'dreammix-trt[{package.extra}]'`"
-        )),
+        (
+            kinds.OLD_CUDA_RUNTIME,
+            DeviceError(
+                f"{origin.plan}: the CUDA runtime is too old; `pip install --upgrade 'dreammix-trt[{package.extra}]'`"
+            ),
+        ),
         (kinds.MALFORMED_ENGINE, EngineError(f"{origin.plan}: damaged, or no {package.title} engine; {REBUILD}")),
         (kinds.VERSION_MISMATCH, _other_version(trt, package, origin)),
         (kinds.UNSUPPORTED_CC, _other_gpu(package, origin)),
-        (kinds.INSUFFICIENT_GPU_MEMORY, OutOfMemoryError(
-            f"{origin.plan}: {origin.gpu[0]} has too little memory for it; {SMALLER}"
-        )),
-    ]  # fmt: skip
+        (
+            kinds.INSUFFICIENT_GPU_MEMORY,
+            OutOfMemoryError(f"{origin.plan}: {origin.gpu[0]} has too little memory for it; {SMALLER}"),
+        ),
+    ]
     for kind, error in reasons:
         if int(bits) & int(kind):
             raise error
