@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from benchmarks._golden_case import Case, Run, pictures
 from benchmarks.golden_units import Row, row_of
+from dreammix_trt.core.packing import pack
 from dreammix_trt.core.schedule import Schedule, Step, make_schedule
 from dreammix_trt.core.seam import Networks
-from dreammix_trt.core.subject import pack
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.canvas.frames import Canvas, Frame, from_decoded
 from dreammix_trt.engine.jobs import lay_canvas

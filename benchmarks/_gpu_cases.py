@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dreammix_trt.core.networks import FACTOR, TOKENS
+from dreammix_trt.core.axes import FACTOR
+from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import make_schedule, time_ids
 from dreammix_trt.core.seam import BaseFacts
@@ -413,9 +414,6 @@ def _factors(scene: Scene) -> list[Case]:
     segments = np.array([(n * slot // 2, n * slot // 2, slot // 2) for n in range(2 * count)], SEGMENT)
     batch = np.zeros((2 * count, 2, slot // 2), np.float16)
     batch[:, 1] = row.reshape(2 * count, slot // 2)
-    weight = scene.floats(8 * wide, wide, dtype="float16")
-    a, b = scene.floats(wide, RANK), scene.floats(RANK, 8 * wide)
-    merged = weight.astype(np.float64) + 0.5 * (a.astype(np.float64) @ b).T
     pack = Case(
         "pack factors", "pack_factors",
         {"raw": np.concatenate(raw), "factors": np.array(records, FACTOR_RECORD).view(np.uint8),
@@ -429,10 +427,6 @@ def _factors(scene: Scene) -> list[Case]:
             {"row": row, "segments": segments.view(np.uint8), "out": np.zeros(2 * row.size, np.float16)},
             {"out": batch.reshape(-1)}, {"count": len(segments), "pictures": 2, "picture": 1, "half": 1},
             least=2 * row.nbytes,
-        ),
-        Case(
-            "merge a LoRA", "merge_lora", {"weight": weight, "a": a, "b": b}, {"out": _half(merged)},
-            {"outputs": 8 * wide, "inputs": wide, "rank": RANK, "scale": 0.5, "half": 1},
         ),
     ]  # fmt: skip
 

@@ -108,7 +108,7 @@ def _vae_time(device: Any, networks: Any, name: str, side: int, stream: Any = No
 @contextmanager
 def bound_alone(device: Any, networks: Any, name: str, side: int, stream: Any = None) -> Iterator[tuple[Any, Any]]:
     """A network for one picture on memory of its own with random values, and a stream, where none is given."""
-    from dreammix_trt.core.networks import Sides
+    from dreammix_trt.core.axes import Sides
 
     sides, rng = Sides(1, 1, side, side), np.random.default_rng(2)
     with ExitStack() as owned:

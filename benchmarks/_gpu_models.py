@@ -261,7 +261,7 @@ class StepRig:
         subjects: Sequence[Subject] = (), stream: Stream | None = None,
     ) -> None:  # fmt: skip
         """latent: height and width; rows: a picture, 2 with guidance; stream: where the networks must run."""
-        from dreammix_trt.core.networks import Sides
+        from dreammix_trt.core.axes import Sides
         from dreammix_trt.engine.device.arena import Arena
         from dreammix_trt.engine.device.subjects import Layout, Subjects
 

@@ -171,8 +171,8 @@ def child(kind: str, inputs: str, onnx: str, paths: list[str]) -> None:
     from dreammix_trt.core.lora import read_lora
     from dreammix_trt.core.network_weights import weights_of
     from dreammix_trt.core.networks import describe_networks
+    from dreammix_trt.core.packing import pack
     from dreammix_trt.core.slots import unpacked
-    from dreammix_trt.core.subject import pack
     from dreammix_trt.export.parity import OnnxNetwork, run_torch
     from dreammix_trt.export.torch_module import torch_module
 

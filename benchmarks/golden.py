@@ -21,8 +21,8 @@ from benchmarks._common import Benchmark  # noqa: E402
 from benchmarks._golden_case import BACKENDS, Case, find_cases, networks_for, replay  # noqa: E402
 from benchmarks._golden_checks import check_case  # noqa: E402
 from benchmarks.golden_units import Row, check_units  # noqa: E402
+from dreammix_trt.core.packing import pack  # noqa: E402
 from dreammix_trt.core.seam import Networks  # noqa: E402
-from dreammix_trt.core.subject import pack  # noqa: E402
 from dreammix_trt.engine import kernels  # noqa: E402
 from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet  # noqa: E402
 

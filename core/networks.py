@@ -2,10 +2,6 @@
 
 An entry (`NetworkKind`) says everything that differs between networks; everyone else asks the list. Adding a network is
 one entry here, one torch module, and a phase of the painters that uses it (docs/architecture.md, "A new network").
-
-Tensors have named axes: "rows" of the UNet's batch or of prompts, "pictures", "context" (rows of the text condition),
-"h" and "w" in latent cells, "H" and "W" in pixels. Rows run [neg0, pos0, neg1, pos1, ...] for N pictures, or one a
-picture where guidance is off.
 """
 
 from __future__ import annotations
@@ -17,8 +13,9 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from dreammix_trt.core.axes import Tensor
 from dreammix_trt.core.checkpoint import BaseFiles
-from dreammix_trt.core.config_fields import TOKENS as TOKENS
+from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.keymap import sgm_to_diffusers
 from dreammix_trt.core.slots import LORA_SIDES, Slot, packed_size
 from dreammix_trt.core.tensors import Weights
@@ -27,65 +24,10 @@ Precision = Literal["float32", "float16"]
 Phase = Literal["text", "picture", "unet", "unet_raw"]
 Call = Literal["prompt", "frame", "vae", "step"]
 
-FACTOR: Final = 8  # pixels of a latent cell's side
 SLOT_RANK: Final = 8
 LORA: Final = "lora"  # the packed input of LoRA factors
 _TWIN: Final = "_float32"
-_ALWAYS_FLOAT32: Final = ("timestep", "time_ids")  # float16 cannot count to 1000 in thirds
 _ATTENTION_LINEARS: Final = (".to_q", ".to_k", ".to_v", ".to_out.0")
-
-
-# -- tensors and sizes ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """An input or output: its numpy dtype, and sides as numbers or as names of axes."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-    @classmethod
-    def of(cls, entry: Mapping[str, Any]) -> Tensor:
-        """From a `network.json`."""
-        return cls(str(entry["name"]), str(entry["dtype"]), tuple(entry["shape"]))
-
-    @property
-    def stays_float32(self) -> bool:
-        """Whether it is float32 whatever the network's precision."""
-        return self.name in _ALWAYS_FLOAT32
-
-
-AXES: Final = ("rows", "pictures", "context", "h", "w", "H", "W")
-
-
-@dataclass(frozen=True)
-class Sides:
-    """The sizes of one call's axes: rows, pictures, the latent's height and width, rows of the condition."""
-
-    rows: int
-    pictures: int
-    height: int
-    width: int
-    context: int = TOKENS
-
-    def size_of(self, axis: str) -> int:
-        """The length of a named axis."""
-        named = {
-            "rows": self.rows,
-            "pictures": self.pictures,
-            "context": self.context,
-            "h": self.height,
-            "w": self.width,
-            "H": FACTOR * self.height,
-            "W": FACTOR * self.width,
-        }
-        return named[axis]
-
-    def shape(self, tensor: Tensor) -> tuple[int, ...]:
-        """A tensor's shape at these sizes."""
-        return tuple(self.size_of(side) if isinstance(side, str) else side for side in tensor.shape)
 
 
 # -- one network of one base ------------------------------------------------------------------------------------------

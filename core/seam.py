@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dreammix_trt.core.networks import Sides, Tensor
+from dreammix_trt.core.axes import Sides, Tensor
 from dreammix_trt.core.slots import Slot
 
 Shape = tuple[int, ...]

@@ -141,15 +141,6 @@ class Store:
             raise EngineError(f"{folder / _MANIFEST} is damaged; build it again")
         return dict(files)
 
-    def room_for(self, count: int) -> None:
-        """Raise BuildError when the store's disk has fewer than `count` bytes free."""
-        free = self.free()
-        if free is not None and free < count:
-            raise BuildError(
-                f"the store {self.root} needs {size_text(count)} for this build, its disk has {size_text(free)} free; "
-                "`dreammix-trt store prune` removes what no engine needs, or name another place with --store"
-            )
-
     def free(self) -> int | None:
         """Bytes free on the store's disk; None: unknown."""
         return disk_free(self.root)

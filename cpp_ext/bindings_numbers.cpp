@@ -159,15 +159,6 @@ void pack_factors(Pointer raw, Pointer factors, int count, Pointer out, int raw_
                 place_of(stream, blocks, threads));
 }
 
-void merge_lora(Pointer weight, Pointer a, Pointer b, Pointer out, int outputs, int inputs, int rank, float scale, int half,
-                Stream stream, int blocks, int threads) {
-    require_all({weight, a, b, out});
-    require_positive({outputs, inputs, rank});
-    dmx::launch(dmx::MergeLora{reals(weight, half), at<const float>(a), at<const float>(b), reals(out, half), outputs, inputs,
-                               rank, scale},
-                place_of(stream, blocks, threads));
-}
-
 using Layout = std::pair<size_t, std::map<std::string, size_t>>;
 
 #define DMX_FIELD(record, field) {#field, offsetof(dmx::record, field)}
@@ -242,8 +233,6 @@ void bind_numbers(nb::module_& gpu) {
     define(gpu, "tas", &tas, "tokens"_a, "removed"_a, "plan"_a, "rows"_a, "width"_a);
     define(gpu, "place_factors", &place_factors, "row"_a, "segments"_a, "count"_a, "out"_a, "pictures"_a, "picture"_a, "half"_a);
     define(gpu, "pack_factors", &pack_factors, "raw"_a, "factors"_a, "count"_a, "out"_a, "raw_half"_a, "out_half"_a);
-    define(gpu, "merge_lora", &merge_lora, "weight"_a, "a"_a, "b"_a, "out"_a, "outputs"_a, "inputs"_a, "rank"_a, "scale"_a,
-           "half"_a);
     gpu.def("draws", &draws, "Draw of core.noise.DRAWS -> its number here.");
     gpu.def("layouts", &layouts, "Record of engine/device/records.py -> (bytes, {field: offset}).");
 }

@@ -18,14 +18,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from dreammix_trt.core.axes import FACTOR
 from dreammix_trt.core.checkpoint import BaseFiles
+from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import BuildError, FileFormatError, InputError, MissingExtraError
 from dreammix_trt.core.files import read_json, sha256_of, write_json
 from dreammix_trt.core.network_weights import BaseLora, weights_of
-from dreammix_trt.core.networks import FACTOR, KINDS, TOKENS, Network, Precision, describe_networks, is_twin, kind_of
+from dreammix_trt.core.networks import KINDS, Network, Precision, describe_networks, is_twin, kind_of
+from dreammix_trt.core.packing import pack
 from dreammix_trt.core.slots import LORA_SIDES
 from dreammix_trt.core.store import Store
-from dreammix_trt.core.subject import Subject, pack
+from dreammix_trt.core.subject import Subject
 from dreammix_trt.engine.backends.tensorrt.profiles import Profile, profiles_for
 from dreammix_trt.engine.canvas.geometry import profile_sizes
 from dreammix_trt.engine.canvas.tiles import SIDE, needs_tiles

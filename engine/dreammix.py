@@ -121,7 +121,7 @@ class DreamMix:
                 f"{path} holds {opened.passport.backend} engines, which run on a GPU: load it with device='cuda' "
                 "(`--device cuda`), or build one for the CPU with `--backend onnxruntime`"
             )
-        networks = EngineSet.load(opened.parts, threads, device)
+        networks = EngineSet.load(opened.parts, threads)
         kernels.set_threads(networks.threads)
         networks.prepare()
         return cls.on_host(networks, networks.facts, tokenizers, subjects, owned=(networks,))

@@ -81,11 +81,6 @@ class Tokenizer:
         return int(self._backend.token_to_id(token))
 
 
-def encode_prompts(tokenizers: Sequence[Tokenizer], prompts: Sequence[str], truncate: bool = False) -> list[I64]:
-    """Per tokenizer the ids of all prompts, int64 (len(prompts), 77)."""
-    return [np.stack([tokenizer.encode(prompt, truncate) for prompt in prompts]) for tokenizer in tokenizers]
-
-
 @dataclass(frozen=True)
 class TasPlan:
     """Which directions TAS removes, and from which rows.

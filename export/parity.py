@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dreammix_trt.core.axes import FACTOR
+from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import BuildError, MissingExtraError
-from dreammix_trt.core.networks import FACTOR, TOKENS, Network
+from dreammix_trt.core.networks import Network
 
 #: largest difference, as a share of an output's largest value; torch always computes in float32
 BOUNDS = {"float32": 1e-4, "float16": 2e-2}

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dreammix_trt.core.axes import Tensor
 from dreammix_trt.core.errors import BuildError
-from dreammix_trt.core.networks import Network, Tensor
+from dreammix_trt.core.networks import Network
 
 if TYPE_CHECKING:
     import onnx

@@ -40,11 +40,6 @@ def reweighted_loss(prediction: Tensor, target: Tensor, mask: Tensor, weights: W
     return (square * (weights.inside * mask + weights.outside * (1 - mask))).mean()
 
 
-def combined_loss(subject: Tensor, regular: Tensor, beta: float) -> Tensor:
-    """Eq. 8: the subject's loss plus beta times that of the regular pictures."""
-    return subject + beta * regular
-
-
 def regular_probability(beta: float) -> float:
     """How often to draw a regular sample so that the expected loss has eq. 8's balance, as the reference does.
 

@@ -1,5 +1,5 @@
-// A subject's factors on their way into a network: laid out from a file, put in their places in a batch, or merged into
-// a weight. core/subject.py has the layout.
+// A subject's factors on their way into a network: laid out from a file, and put in their places in a batch.
+// core/slots.py has the layout.
 #pragma once
 
 #include "group.hpp"
@@ -75,26 +75,6 @@ struct PackFactors {
                 const ptrdiff_t at = factor.source + ptrdiff_t{row} * factor.cols + column;
                 out.set(factor.target + i, there ? raw[at] * factor.scale : 0.0F);
             }
-        }
-    }
-};
-
-// out = weight + scale * (a b)^T with weight and out (outputs, inputs), a (inputs, rank), b (rank, outputs). `out` may be
-// `weight`. Done once a subject, so the caches do for tiles.
-struct MergeLora {
-    Reals weight;
-    const float *a, *b;
-    Reals out;
-    int outputs, inputs, rank;
-    float scale;
-
-    template <class Group>
-    DMX_HD void operator()(Group& group) const {
-        for (ptrdiff_t i = first_of(group); i < ptrdiff_t{outputs} * inputs; i += stride_of(group)) {
-            const ptrdiff_t output = i / inputs, input = i % inputs;
-            float sum = 0.0F;
-            for (int r = 0; r < rank; ++r) sum += a[input * rank + r] * b[ptrdiff_t{r} * outputs + output];
-            out.set(i, weight[i] + scale * sum);
         }
     }
 };

@@ -20,6 +20,5 @@ void launch(const JoinText& kernel, Place place);
 void launch(const Tas& kernel, Place place);
 void launch(const PlaceFactors& kernel, Place place);
 void launch(const PackFactors& kernel, Place place);
-void launch(const MergeLora& kernel, Place place);
 
 }  // namespace dmx

@@ -17,8 +17,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from dreammix_trt.core.axes import FACTOR
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.core.networks import FACTOR
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.canvas.geometry import (
     Size,

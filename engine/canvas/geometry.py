@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from dreammix_trt.core.axes import FACTOR
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.core.networks import FACTOR
 from dreammix_trt.engine.kernels import Box
 from dreammix_trt.engine.twins import CASCADE
 

@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dreammix_trt.core.networks import FACTOR
+from dreammix_trt.core.axes import FACTOR
 
 F32 = npt.NDArray[np.float32]
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.core.networks import TOKENS
 from dreammix_trt.core.schedule import Schedule, time_ids
 from dreammix_trt.core.seam import BaseFacts
 from dreammix_trt.engine.canvas.frames import Canvas

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dreammix_trt.core.networks import FACTOR
+from dreammix_trt.core.axes import FACTOR
 from dreammix_trt.core.seam import Array
 from dreammix_trt.engine.device.tools import RoomTools
 

@@ -7,8 +7,9 @@ import logging
 from collections.abc import Sequence
 from functools import cached_property
 
+from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import EngineError, InputError
-from dreammix_trt.core.networks import KINDS, TOKENS, twin_name
+from dreammix_trt.core.networks import KINDS, twin_name
 from dreammix_trt.core.seam import BaseFacts, DeviceNetworks
 from dreammix_trt.engine.canvas.geometry import Size
 from dreammix_trt.engine.device import blocks, phases, room, texts

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from dreammix_trt.core.networks import FACTOR, flag_of
+from dreammix_trt.core.axes import FACTOR
+from dreammix_trt.core.networks import flag_of
 from dreammix_trt.core.schedule import STAGES, Stage
 from dreammix_trt.core.seam import Array, BaseFacts, Stream
 from dreammix_trt.engine.canvas.geometry import fill_cascade

@@ -10,9 +10,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
+from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import InputError, OutOfMemoryError
 from dreammix_trt.core.files import size_text
-from dreammix_trt.core.networks import TOKENS, all_phases, is_twin, names_of_phase, twin_name
+from dreammix_trt.core.networks import all_phases, is_twin, names_of_phase, twin_name
 from dreammix_trt.core.seam import DeviceNetworks
 
 MIB: Final = 1 << 20

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from dreammix_trt.core.axes import FACTOR, Sides, Tensor
+from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import OutOfMemoryError
-from dreammix_trt.core.networks import FACTOR, TOKENS, Call, Sides, Tensor, twin_name, unets_of
+from dreammix_trt.core.networks import Call, twin_name, unets_of
 from dreammix_trt.core.seam import Array, Bound, DeviceNetworks, Stream
 from dreammix_trt.engine.canvas.geometry import Size, floored
 from dreammix_trt.engine.canvas.tiles import Tiling, needs_tiles, tiles_of

@@ -17,9 +17,10 @@ import numpy as np
 
 from dreammix_trt.core.errors import EngineError
 from dreammix_trt.core.networks import names_of_phase, unets_of
+from dreammix_trt.core.packing import place_factors
 from dreammix_trt.core.seam import Array, DeviceNetworks, Stream
 from dreammix_trt.core.slots import Slot, packed_size
-from dreammix_trt.core.subject import Subject, placed
+from dreammix_trt.core.subject import Subject
 from dreammix_trt.engine.device.arena import ALIGNMENT, Arena, Regions
 from dreammix_trt.engine.device.records import FACTOR, SEGMENT
 from dreammix_trt.engine.drivers.device import Device, put
@@ -241,7 +242,7 @@ class Subjects:
         """FACTOR records of a subject and the numbers they refer to, float32."""
         found, values, source = [], [np.zeros(0, np.float32)], 0
         for network, slots in self._layout.slots.items():
-            for each in placed(subject.factors_for(network), slots, subject.scale):
+            for each in place_factors(subject.factors_for(network), slots, subject.scale):
                 target = self._layout.target(network, each.at)
                 if target is None:
                     continue

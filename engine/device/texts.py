@@ -10,7 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dreammix_trt.core.networks import TOKENS, Sides, flag_of, names_of_phase, twin_name
+from dreammix_trt.core.axes import Sides
+from dreammix_trt.core.config_fields import TOKENS
+from dreammix_trt.core.networks import flag_of, names_of_phase, twin_name
 from dreammix_trt.core.schedule import STAGES
 from dreammix_trt.core.seam import Array, Bound, DeviceNetworks, Stream
 from dreammix_trt.engine.device.arena import Arena, Regions

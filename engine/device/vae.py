@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dreammix_trt.core.networks import FACTOR, flag_of
+from dreammix_trt.core.axes import FACTOR
+from dreammix_trt.core.networks import flag_of
 from dreammix_trt.core.noise import DRAWS
 from dreammix_trt.core.seam import Array
 from dreammix_trt.engine.device.tools import CHANNELS, RoomTools

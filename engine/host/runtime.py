@@ -12,9 +12,10 @@ import numpy.typing as npt
 from dreammix_trt.core.errors import EngineError, NotFiniteError
 from dreammix_trt.core.networks import KINDS, twin_name
 from dreammix_trt.core.noise import SeededNoise
+from dreammix_trt.core.packing import pack
 from dreammix_trt.core.seam import BaseFacts, Networks
 from dreammix_trt.core.slots import packed_size
-from dreammix_trt.core.subject import Subject, pack
+from dreammix_trt.core.subject import Subject
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.canvas.geometry import Size
 from dreammix_trt.engine.host.clock import Clock

@@ -14,19 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from dreammix_trt.core.axes import Sides, Tensor
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import EngineError, InputError
 from dreammix_trt.core.network_weights import BaseLora, weights_of
-from dreammix_trt.core.networks import (
-    SLOT_RANK,
-    Network,
-    Sides,
-    Tensor,
-    describe_networks,
-    is_twin,
-    plain_name,
-    twin_name,
-)
+from dreammix_trt.core.networks import SLOT_RANK, Network, describe_networks, is_twin, plain_name, twin_name
 from dreammix_trt.core.seam import Array, BaseFacts
 from dreammix_trt.core.slots import Slot
 from dreammix_trt.export.torch_backend.bound import TorchBound, memory_error, seen

@@ -286,14 +286,6 @@ def test_other_failures_of_a_build_stay_what_they_are(tmp_path: Path) -> None:
         raise ZeroDivisionError
 
 
-def test_room_is_asked_for_before_a_build(tmp_path: Path) -> None:
-    store = Store(tmp_path / "not" / "there")
-    store.room_for(1)
-    with pytest.raises(BuildError, match=r"1024\.0 TiB.*--store"):
-        store.room_for(1 << 50)
-    assert not store.root.exists()
-
-
 def test_a_place_that_cannot_be_written_is_told_without_a_trace(tmp_path: Path) -> None:
     Store(tmp_path / "new").check_writable()
     (tmp_path / "file").write_text("")

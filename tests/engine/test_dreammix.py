@@ -15,7 +15,7 @@ from dreammix_trt.core.errors import EngineError, FileFormatError, InputError
 from dreammix_trt.core.lora import read_lora
 from dreammix_trt.core.noise import SeededNoise
 from dreammix_trt.core.request import Request
-from dreammix_trt.core.subject import subject_from_lora, write_subject
+from dreammix_trt.core.subject import subject_from_loras, write_subject
 from dreammix_trt.engine import DreamMix, FakeDenoiser
 from dreammix_trt.engine.dreammix import Job, read_request, save
 from tests.conftest import write_lora
@@ -60,7 +60,7 @@ def cup(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another subject of the same base, with a word of its own."""
     folder = tmp_path_factory.mktemp("cup")
     lora = read_lora(write_lora(folder / "lora", seed=9, scale=0.3))
-    write_subject(folder / "cup.safetensors", subject_from_lora(lora, "cup", "zyx", "cup"))
+    write_subject(folder / "cup.safetensors", subject_from_loras([(lora, 1.0, "patched")], "cup", "zyx", "cup"))
     return folder / "cup.safetensors"
 
 

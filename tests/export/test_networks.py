@@ -10,7 +10,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from dreammix_trt.core.checkpoint import BaseFiles  # noqa: E402
 from dreammix_trt.core.lora import read_lora  # noqa: E402
-from dreammix_trt.core.subject import pack  # noqa: E402
+from dreammix_trt.core.packing import pack  # noqa: E402
 from dreammix_trt.export.torch_backend.engine_set import TorchEngineSet  # noqa: E402
 from tests.export.conftest import Exported  # noqa: E402
 

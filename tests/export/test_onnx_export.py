@@ -16,8 +16,8 @@ from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import BuildError, FileFormatError
 from dreammix_trt.core.network_weights import weights_of
 from dreammix_trt.core.networks import Network, describe_networks
+from dreammix_trt.core.packing import pack
 from dreammix_trt.core.slots import slots_of
-from dreammix_trt.core.subject import pack
 from dreammix_trt.core.tensors import Weights
 from dreammix_trt.export import onnx_export
 from dreammix_trt.export.onnx_export import export_network, shipped_graph

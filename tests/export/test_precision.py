@@ -15,9 +15,10 @@ from safetensors.numpy import load_file
 
 onnx = pytest.importorskip("onnx")
 
+from dreammix_trt.core.axes import Tensor  # noqa: E402
 from dreammix_trt.core.errors import BuildError  # noqa: E402
 from dreammix_trt.core.network_weights import weights_of  # noqa: E402
-from dreammix_trt.core.networks import Network, Tensor, describe_networks  # noqa: E402
+from dreammix_trt.core.networks import Network, describe_networks  # noqa: E402
 from dreammix_trt.core.tensors import Weights  # noqa: E402
 from dreammix_trt.export.onnx_export import export_network, write_graph  # noqa: E402
 from dreammix_trt.export.parity import BOUNDS, OnnxNetwork, check_sizes, compared, run_torch  # noqa: E402

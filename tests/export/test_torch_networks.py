@@ -17,11 +17,12 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 from benchmarks._sdxl_files import sdxl_configs, shapes_of  # noqa: E402
+from dreammix_trt.core.axes import Sides  # noqa: E402
 from dreammix_trt.core.checkpoint import BaseFiles  # noqa: E402
 from dreammix_trt.core.errors import EngineError, FileFormatError, InputError  # noqa: E402
 from dreammix_trt.core.lora import Lora  # noqa: E402
 from dreammix_trt.core.network_weights import BaseLora, weights_of  # noqa: E402
-from dreammix_trt.core.networks import Network, Sides, describe_networks  # noqa: E402
+from dreammix_trt.core.networks import Network, describe_networks  # noqa: E402
 from dreammix_trt.core.seam import Array, BaseFacts, DeviceNetworks  # noqa: E402
 from dreammix_trt.core.slots import unpacked  # noqa: E402
 from dreammix_trt.export.parity import run_torch  # noqa: E402

@@ -29,49 +29,42 @@ if TYPE_CHECKING:
 SCHEMA = 2
 Array = npt.NDArray[Any]
 REBUILD = "build it again with `dreammix-trt build`"
-_PROVIDERS = {
-    "cpu": ["CPUExecutionProvider"],
-    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
-}
 
 
 class EngineSet:
     """A base's networks. Sessions are made when first asked for (or by `prepare`) and live until `close`.
 
-    parts: name -> folder; facts: of the base; entries: each network's `network.json`; threads: of each network call;
-    device: "cpu", or "cuda" for ONNX Runtime's CUDA provider.
+    parts: name -> folder.
+    facts: of the base.
+    entries: each network's `network.json`.
+    threads: of each network call.
     """
 
     def __init__(
-        self,
-        parts: Mapping[str, Path],
-        facts: BaseFacts,
-        entries: Mapping[str, Mapping[str, Any]],
-        threads: int,
-        device: str = "cpu",
+        self, parts: Mapping[str, Path], facts: BaseFacts, entries: Mapping[str, Mapping[str, Any]], threads: int
     ) -> None:
-        self.parts, self.facts, self.entries, self.threads, self.device = parts, facts, entries, threads, device
+        self.parts, self.facts, self.entries, self.threads = parts, facts, entries, threads
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         self._lock = threading.Lock()
 
     @classmethod
-    def load(cls, parts: str | Path | Mapping[str, Path], threads: int | None = None, device: str = "cpu") -> EngineSet:
-        """Open the parts of a base: a mapping, or the folder that holds them all.
+    def load(cls, parts: str | Path | Mapping[str, Path], threads: int | None = None) -> EngineSet:
+        """Open the parts of a base.
 
-        threads: per network call; None: every core this process may use. Raises EngineError for parts that are none or
-        lack a file, InputError for threads < 1 and unknown devices.
+        parts: name -> folder, or the folder that holds them all.
+        threads: per network call; None: every core this process may use.
+
+        Raises EngineError for parts that are none or lack a file, InputError for threads < 1.
         """
         places = parts if isinstance(parts, Mapping) else parts_in(Path(parts))
         if threads is not None and threads < 1:
             raise InputError(f"threads is {threads}; it must be at least 1")
-        if device not in _PROVIDERS:
-            raise InputError(f"device is {device!r}; allowed: {', '.join(_PROVIDERS)}")
         entries = {name: read_network(folder) for name, folder in places.items() if name != "base"}
         for name, entry in entries.items():
             for file in filter(None, (entry.get("graph"), entry.get("weights"))):
                 if not (places[name] / file).is_file():
                     raise EngineError(f"{places[name] / file}: missing, so {name} cannot run; {REBUILD}")
-        return cls(places, read_facts(places["base"]), entries, threads or cores(), device)
+        return cls(places, read_facts(places["base"]), entries, threads or cores())
 
     def __enter__(self) -> EngineSet:
         return self
@@ -102,7 +95,7 @@ class EngineSet:
         """Run a network: its inputs as contiguous arrays, its outputs by name; floats are float32 on both sides.
 
         `lora` is packed, whatever form the graph takes the factors in. Inputs that the network does not have (the
-        factors of one without slots) are left out.
+        factors of one without slots) are ignored.
         """
         session, entry = self._session(name), self.entries[name]
         if "lora" in arrays and all(spec["name"] != "lora" for spec in entry["inputs"]):
@@ -122,20 +115,14 @@ class EngineSet:
             raise EngineError(f"this base has no network {name!r}; it has {', '.join(self.entries)}")
         session = self._sessions.get(name)
         if session is None:
-            opened = self._opened(name)
+            opened = self._open_session(name)
             with self._lock:
                 session = self._sessions.setdefault(name, opened)
         return session
 
-    def _opened(self, name: str) -> onnxruntime.InferenceSession:
+    def _open_session(self, name: str) -> onnxruntime.InferenceSession:
         import onnxruntime as ort
 
-        providers = _PROVIDERS[self.device]
-        if providers[0] not in ort.get_available_providers():
-            raise EngineError(
-                f"ONNX Runtime has no {providers[0]} here; install onnxruntime-gpu in onnxruntime's place "
-                "(`dreammix-trt doctor` tells more), or load with device='cpu'"
-            )
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self.threads
@@ -144,7 +131,7 @@ class EngineSet:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         graph = self.parts[name] / self.entries[name]["graph"]
         try:
-            session = ort.InferenceSession(str(graph), options, providers=providers)
+            session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises its own unrelated classes
             raise EngineError(f"{graph}: {name} cannot be loaded ({error}); {REBUILD}") from error
         logging.getLogger(__name__).debug("%s: session ready", name)

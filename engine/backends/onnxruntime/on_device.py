@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dreammix_trt.core.axes import Sides, Tensor
 from dreammix_trt.core.errors import DeviceError, EngineError, InputError, OutOfMemoryError
-from dreammix_trt.core.networks import Sides, Tensor, is_twin
+from dreammix_trt.core.networks import is_twin
 from dreammix_trt.core.seam import Array, BaseFacts, Stream
 from dreammix_trt.core.slots import Slot, slots_of
 from dreammix_trt.engine.backends.onnxruntime.engine_set import REBUILD, parts_in, read_facts, read_network

@@ -15,9 +15,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from dreammix_trt.core.axes import FACTOR, Sides, Tensor
+from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import EngineError, OutOfMemoryError, ProfileError
 from dreammix_trt.core.files import size_text
-from dreammix_trt.core.networks import FACTOR, TOKENS, Sides, Tensor, is_twin, kind_of
+from dreammix_trt.core.networks import is_twin, kind_of
 from dreammix_trt.core.seam import Array, BaseFacts
 from dreammix_trt.core.slots import Slot, slots_of
 from dreammix_trt.engine.backends.onnxruntime.engine_set import read_facts, read_network

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.core.networks import TOKENS
 
 Shape = tuple[int, ...]
 

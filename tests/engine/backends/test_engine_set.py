@@ -144,20 +144,9 @@ def test_a_part_with_a_plan_needs_no_onnx_beside_it(tmp_path: Path) -> None:
         assert networks.slots("unet") == () and networks.facts.defaults == {"sampler": "lcm"}
 
 
-def test_threads_below_one_and_unknown_devices_are_refused(parts: dict[str, Path]) -> None:
+def test_threads_below_one_are_refused(parts: dict[str, Path]) -> None:
     with pytest.raises(InputError, match="threads is 0"):
         EngineSet.load(parts, threads=0)
-    with pytest.raises(InputError, match="device is 'tpu'; allowed: cpu, cuda"):
-        EngineSet.load(parts, device="tpu")
-
-
-def test_a_device_that_onnx_runtime_lacks_is_refused_with_the_remedy(parts: dict[str, Path]) -> None:
-    import onnxruntime
-
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        pytest.skip("ONNX Runtime has its CUDA provider here")
-    with EngineSet.load(parts, device="cuda") as networks, pytest.raises(EngineError, match=r"onnxruntime-gpu.*cpu"):
-        networks.prepare(["inpaint_head"])
 
 
 def test_twins_are_opened_when_asked_for_and_not_before(tmp_path: Path) -> None:

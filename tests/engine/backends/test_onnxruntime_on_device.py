@@ -12,8 +12,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from dreammix_trt.core.axes import Sides
 from dreammix_trt.core.errors import DeviceError, EngineError, InputError, OutOfMemoryError
-from dreammix_trt.core.networks import Sides
 from dreammix_trt.core.seam import Array, DeviceNetworks
 from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet
 from dreammix_trt.engine.backends.onnxruntime.on_device import OnnxNetworks

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dreammix_trt.core.axes import Sides
 from dreammix_trt.core.errors import DeviceError, EngineError, OutOfMemoryError
-from dreammix_trt.core.networks import Sides
 from dreammix_trt.core.seam import Array, DeviceNetworks
 from dreammix_trt.engine import hardware
 from dreammix_trt.engine.backends.tensorrt import network as tensorrt_network

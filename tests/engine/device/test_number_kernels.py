@@ -15,11 +15,11 @@ import pytest
 
 from dreammix_trt.core.networks import flag_of
 from dreammix_trt.core.noise import DRAWS, SeededNoise, normals
+from dreammix_trt.core.packing import pack
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import Schedule, Step, make_schedule
 from dreammix_trt.core.seam import Array, BaseFacts
 from dreammix_trt.core.slots import Slot, packed_size
-from dreammix_trt.core.subject import pack
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.device.blocks import make_steps
 from dreammix_trt.engine.device.records import FACTOR, JOB, SEGMENT
@@ -450,16 +450,6 @@ def test_packed_factors_are_the_hosts(half: bool, group: Any) -> None:
            out_half=int(half))  # fmt: skip
     read = {module: (a.astype(np.float32), b.astype(np.float32)) for module, (a, b) in halved.items()}
     assert np.array_equal(out, pack(read, slots, 0.8).astype(out.dtype))
-
-
-@halves
-def test_merged_weights(half: bool, group: Any) -> None:
-    outputs, inputs, rank = 9, 13, 5
-    weight, a, b = random(outputs, inputs).astype(network(half)), random(inputs, rank), random(rank, outputs)
-    wanted = weight.astype(np.float64) + 0.7 * (a.astype(np.float64) @ b.astype(np.float64)).T
-    launch("merge_lora", group, weight=weight, a=a, b=b, out=weight, outputs=outputs, inputs=inputs, rank=rank,
-           scale=0.7, half=int(half))  # fmt: skip
-    np.testing.assert_allclose(weight, wanted, atol=4e-3 if half else 1e-5)
 
 
 def test_wrong_arguments_are_refused() -> None:

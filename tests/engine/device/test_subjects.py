@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dreammix_trt.core.networks import Tensor
+from dreammix_trt.core.axes import Tensor
 from dreammix_trt.core.slots import Slot
 from dreammix_trt.core.subject import Subject, read_subject
 from dreammix_trt.engine import DreamMix
