@@ -31,7 +31,9 @@ from dreammix_trt.core.errors import (
     TimedOut,
 )
 from dreammix_trt.core.request import Request
-from dreammix_trt.engine import DreamMix, RequestQueue, StepEvent, Ticket, requests
+from dreammix_trt.engine import DreamMix, RequestQueue, StepEvent, Ticket
+from dreammix_trt.engine.requests import keeper, line, tickets
+from dreammix_trt.engine.requests import queue as request_queue
 from dreammix_trt.engine.result import Result
 
 STEPS = 3
@@ -115,16 +117,17 @@ class FakeTime:
         return self.now
 
     def passes(self, queue: RequestQueue, seconds: float) -> None:
-        with queue._lock:
+        with queue._line.lock:
             self.now += seconds
-            queue._times.notify_all()
-            queue._room.notify_all()
+            queue._keeper.wake()
+            queue._line._room.notify_all()
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
     fake = FakeTime()
-    monkeypatch.setattr(requests, "time", fake)
+    for module in (keeper, line, request_queue, tickets):
+        monkeypatch.setattr(module, "time", fake)
     return fake
 
 
@@ -149,7 +152,7 @@ def test_a_free_worker_takes_the_next_request() -> None:
     slow, fast = Fake(free=False), Fake()
     with RequestQueue([slow, fast]) as queue:
         first = put(queue, "first")
-        until(lambda: not queue._waiting)
+        until(lambda: not queue._line._waiting)
         others = [put(queue, f"{k}") for k in range(4)]
         if slow.began.empty():  # the other worker took it: then block that one
             assert begun(fast) == "first" and first.result(LONG)
@@ -219,7 +222,7 @@ def test_submitting_waits_for_room_in_turn(wait: float | None) -> None:
         calls = []
         for k in range(3):
             calls.append(pool.submit(put, queue, f"{k}", wait=wait))
-            until(lambda count=k + 1: len(queue._doors) == count)  # type: ignore[misc]
+            until(lambda count=k + 1: len(queue._line._doors) == count)  # type: ignore[misc]
         painter.step(4 * STEPS)
         assert [call.result(LONG).result(LONG).request.prompt for call in calls] == ["0", "1", "2"]
     assert painter.left == ["first", "0", "1", "2"]
@@ -232,7 +235,7 @@ def test_closing_sends_those_away_who_wait_for_room() -> None:
         first = put(queue)
         begun(painter)
         call = pool.submit(put, queue, wait=None)
-        until(lambda: queue._doors)
+        until(lambda: queue._line._doors)
         closing = pool.submit(queue.close)
         with pytest.raises(EngineError, match="queue was closed"):
             call.result(LONG)
@@ -354,7 +357,7 @@ def test_a_deadline_passes_while_waiting_for_room(clock: FakeTime) -> None:
     with RequestQueue([painter], waiting=0) as queue, ThreadPoolExecutor(1) as pool:
         put(queue)
         call = pool.submit(put, queue, wait=None, timeout=5)
-        until(lambda: queue._doors)
+        until(lambda: queue._line._doors)
         clock.passes(queue, 5)
         with pytest.raises(TimedOut):
             call.result(LONG)
@@ -441,7 +444,7 @@ def test_another_worker_takes_over_from_a_lost_device() -> None:
         begun(dead), begun(alive)
         tickets += [put(queue, f"{k}") for k in range(3)]
         dead.step()
-        until(lambda: queue._alive == 1)
+        until(lambda: queue._line.workers == 1)
         alive.step(4 * STEPS)
         assert all(ticket.result(LONG) for ticket in tickets[2:])
         assert sorted(ticket.state for ticket in tickets[:2]) == ["done", "failed"]
@@ -457,7 +460,7 @@ def test_the_last_lost_device_fails_what_waits() -> None:
     with RequestQueue([painter], waiting=2) as queue, ThreadPoolExecutor(1) as pool:
         tickets = [put(queue) for _ in range(3)]
         outside = pool.submit(put, queue, wait=None)
-        until(lambda: queue._doors)
+        until(lambda: queue._line._doors)
         painter.step()
         calls = [*(ticket.result for ticket in tickets), outside.result, lambda _: put(queue), lambda _: put(queue)]
         for call in calls:
@@ -508,7 +511,7 @@ def test_an_error_in_the_block_cancels_and_closing_again_stops_finishing() -> No
     begun(painter)
     with ThreadPoolExecutor(2) as pool:
         calls = [pool.submit(queue.close, finish=True)]
-        until(lambda: queue._closing)
+        until(lambda: queue._line._closing)
         assert not second.done()
         calls.append(pool.submit(queue.close))
         with pytest.raises(Cancelled):
@@ -535,7 +538,7 @@ def test_callbacks_never_wait_for_their_own_worker() -> None:
         queue.close(finish=True)
 
     tickets: list[Ticket] = []
-    with queue._lock:  # neither begins before both are there
+    with queue._line.lock:  # neither begins before both are there
         tickets += [put(queue, seed=k, num_inference_steps=1, on_step=both_close) for k in range(2)]
     assert [ticket.result(LONG).seeds for ticket in tickets] == [(0,), (1,)]
     queue.close()
@@ -603,7 +606,7 @@ def test_the_history_is_bounded() -> None:
     with RequestQueue([Fake()], waiting=10**6) as queue:
         for _ in range(1100):
             put(queue, num_inference_steps=1)
-    assert queue.statistics().done == 1100 and len(queue._history) == 1024
+    assert queue.statistics().done == 1100 and len(queue._line._tally._history) == 1024
 
 
 def test_tickets_in_asyncio() -> None:
@@ -674,11 +677,11 @@ def test_an_ended_request_is_let_go(prompt: str) -> None:
 def test_a_worker_that_ends_against_its_nature_leaves_no_ticket(monkeypatch: pytest.MonkeyPatch) -> None:
     submitted = threading.Event()
 
-    def ends(self: RequestQueue) -> None:
+    def ends(self: line.Line) -> None:
         assert submitted.wait(LONG)
         raise SystemExit
 
-    monkeypatch.setattr(RequestQueue, "_next", ends)
+    monkeypatch.setattr(line.Line, "take", ends)
     monkeypatch.setattr(threading, "excepthook", lambda told: None)
     with RequestQueue([Fake()]) as queue:
         ticket = put(queue)
@@ -737,7 +740,7 @@ def test_hammering() -> None:
     counted = Counter(ticket.state for ticket, _ in tickets)
     assert queue.statistics()[:5] == (0, 0, counted["done"], counted["failed"], counted["cancelled"])
     assert counted["done"] > 50 and counted["cancelled"] > 50 and counted["failed"] > 50
-    assert not (queue._waiting or queue._running or queue._doors)
+    assert not (queue._line._waiting or queue._line._running or queue._line._doors)
 
 
 LEFT_OPEN = """

@@ -1,0 +1,67 @@
+"""A worker: it paints the requests of a line, one after the other, with a painter of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from dreammix_trt.core.errors import DeviceError
+from dreammix_trt.core.request import Request
+from dreammix_trt.engine.canvas.pictures import Source
+from dreammix_trt.engine.requests.line import Line
+from dreammix_trt.engine.requests.tickets import Steps, Ticket
+from dreammix_trt.engine.result import Result, StepEvent
+
+
+class Paints(Protocol):
+    """What a queue asks of a painter: see `DreamMix`."""
+
+    def request(self, prompt: str, **fields: Any) -> Request: ...
+    def iterate(self, image: Source, mask_image: Source, prompt: Request, /, **options: Any) -> Iterator[StepEvent]: ...
+    def close(self) -> None: ...
+
+
+def work(line: Line, painter: Paints) -> DeviceError | None:
+    """Serve until the line is closed and empty, or the device is lost; returns the error that says so."""
+    lost: DeviceError | None = None
+    while lost is None and (ticket := line.take()) is not None:
+        lost = _serve(line, painter, ticket)
+        del ticket  # nothing of a request is kept while waiting for the next
+    return lost
+
+
+def _serve(line: Line, painter: Paints, ticket: Ticket) -> DeviceError | None:
+    """Serve one request; whatever comes of it goes to its ticket. Returns the error when the device is lost."""
+    result: Result | None = None
+    error: BaseException | None = None
+    try:
+        result = _paint(painter, ticket)
+    except BaseException as caught:
+        error = caught
+    line.finish(ticket, result, error)
+    try:
+        return error if isinstance(error, DeviceError) and error.lost else None
+    finally:
+        del error, ticket  # or its traceback keeps both
+
+
+def _paint(painter: Paints, ticket: Ticket) -> Result | None:
+    """Take the steps of a request; None when it was left before the last one."""
+    job, result = ticket._job, None
+    try:
+        if job is None:  # its deadline passed in this moment
+            return None
+        events = painter.iterate(job.image, job.mask_image, job.request, **job.options)
+        try:
+            for event in events:
+                ticket._steps = Steps(event.index + 1, event.total)
+                if job.on_step is not None and not ticket._leaving():
+                    job.on_step(event)
+                result = event.result or result
+                if ticket._leaving():
+                    break
+        finally:
+            getattr(events, "close", lambda: None)()  # a generator; leaving it stops the work
+        return result
+    finally:
+        del ticket  # as in Ticket.result
