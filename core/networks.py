@@ -290,7 +290,8 @@ def _half_of_vae(*prefixes: str) -> Callable[[BaseFiles], Weights]:
     return lambda base: base.state("vae").renamed(lambda name: name if name.startswith(prefixes) else None)
 
 
-KINDS: tuple[NetworkKind, ...] = (
+#: in running order; whoever asks for networks asks this list, so a further entry reaches everyone
+KINDS: Final[list[NetworkKind]] = [
     NetworkKind(
         "text_encoder", "text", "prompt",
         lambda base, rank: _text_encoder(base, "text_encoder", rank),
@@ -327,4 +328,4 @@ KINDS: tuple[NetworkKind, ...] = (
         "vae_decoder", "picture", "vae", _vae_decoder, _half_of_vae("decoder.", "post_quant_conv."),
         component="vae", twin=True,
     ),
-)  # fmt: skip
+]  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from dreammix_trt.core.axes import FACTOR, Sides, Tensor
 from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import OutOfMemoryError
-from dreammix_trt.core.networks import Call, twin_name, unets_of
+from dreammix_trt.core.networks import KINDS, Call, NetworkKind, twin_name
 from dreammix_trt.core.seam import Array, Bound, DeviceNetworks, Stream
 from dreammix_trt.engine.canvas.geometry import Size, floored
 from dreammix_trt.engine.canvas.tiles import Tiling, needs_tiles, tiles_of
@@ -88,23 +88,27 @@ def choose_twin(networks: DeviceNetworks, name: str, safe: bool) -> str:
 def regions(networks: DeviceNetworks, largest: Shape) -> Regions:
     """Memory the networks are bound to, for the largest room.
 
-    What the VAE reads and writes is sized for float32, which its twins take.
+    The UNets share theirs. Every other network has its own, sized for float32, which twins take.
     """
     found: dict[str, tuple[tuple[int, ...], str]] = {}
-    batch, one = largest.batch, largest.one
+    batch = largest.batch
     inputs = {tensor.name: tensor for tensor in networks.inputs("unet")}
     for name, region in UNET_INPUTS.items():
         found[region] = (batch.shape(inputs[name]), _wide(networks, "unet", inputs[name]))
     found["no feature"] = found["feature"]
     eps = networks.outputs("unet")[0]
     found["eps"] = (batch.shape(eps), _wide(networks, "unet", eps))
-    for name, prefix in (("vae_encoder", "encoder "), ("vae_decoder", "decoder ")):
-        for tensor in (*networks.inputs(name), *networks.outputs(name)):
-            found[prefix + tensor.name] = (largest.vae.shape(tensor), "float32")
-    if "inpaint_head" in networks:
-        for tensor in (*networks.inputs("inpaint_head"), *networks.outputs("inpaint_head")):
-            found[f"head {tensor.name}"] = (one.shape(tensor), "float32")
+    for kind in _kinds_of_rooms(networks):
+        if kind.call != "step":
+            sides = largest.sides_of(kind.call)
+            for tensor in (*networks.inputs(kind.name), *networks.outputs(kind.name)):
+                found[f"{kind.name} {tensor.name}"] = (sides.shape(tensor), "float32")
     return found
+
+
+def _kinds_of_rooms(networks: DeviceNetworks) -> Iterator[NetworkKind]:
+    """The networks that rooms bind: all but those of prompts, whose sizes no frame changes."""
+    return (kind for kind in KINDS if kind.call != "prompt" and kind.name in networks)
 
 
 def _wide(networks: DeviceNetworks, name: str, tensor: Tensor) -> str:
@@ -139,13 +143,8 @@ class Room:
         try:
             if shape.tiling:
                 self._ramps = {factor: self._uploaded(shape.tiling, factor) for factor in (1, FACTOR)}
-            for name in unets_of("both"):
-                if name in networks:
-                    self._bind(name, shape.batch, _unet_regions(name), layout)
-            self._bind("vae_encoder", shape.vae, "encoder ", layout)
-            self._bind("vae_decoder", shape.vae, "decoder ", layout)
-            if "inpaint_head" in networks:
-                self._bind("inpaint_head", shape.one, "head ", layout)
+            for kind in _kinds_of_rooms(networks):
+                self._bind(kind, layout)
         except BaseException:
             self.close()
             raise
@@ -199,11 +198,12 @@ class Room:
         starts = [index * (height + width) for index in range(len(tiles))]
         return [(whole.part(at, height), whole.part(at + height, width)) for at in starts]
 
-    def _bind(self, name: str, sides: Sides, regions: Mapping[str, str] | str, layout: Layout) -> None:
+    def _bind(self, kind: NetworkKind, layout: Layout) -> None:
+        name, sides = kind.name, self.shape.sides_of(kind.call)
         actual = choose_twin(self._networks, name, self.shape.safe)
         arrays = {}
         for tensor in (*self._networks.inputs(actual), *self._networks.outputs(actual)):
-            region = regions + tensor.name if isinstance(regions, str) else regions.get(tensor.name)
+            region = _region_of(kind, tensor)
             if region is not None:
                 arrays[tensor.name] = self._arena[region].reshaped(sides.shape(tensor), tensor.dtype)
         arrays |= layout.arrays(name, self._arena["bound factors"], sides.pictures)
@@ -228,9 +228,12 @@ def try_capture(device: Device, stream: Stream, record: Callable[[], None]) -> G
         return None
 
 
-def _unet_regions(name: str) -> dict[str, str]:
-    raw = {"inpaint_feature": "no feature"} if name == "unet_raw" else {}
-    return {**UNET_INPUTS, **raw, "eps": "eps"}
+def _region_of(kind: NetworkKind, tensor: Tensor) -> str | None:
+    """Where a tensor of a network lies; None: among the factors (`Layout`)."""
+    if kind.call != "step":
+        return f"{kind.name} {tensor.name}"
+    raw = {"inpaint_feature": "no feature"} if kind.name == "unet_raw" else {}
+    return {**UNET_INPUTS, **raw, "eps": "eps"}.get(tensor.name)
 
 
 class Rooms:

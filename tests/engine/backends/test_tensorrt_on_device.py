@@ -21,10 +21,15 @@ from dreammix_trt.core.axes import Sides
 from dreammix_trt.core.errors import DeviceError, EngineError, OutOfMemoryError
 from dreammix_trt.core.seam import Array, DeviceNetworks
 from dreammix_trt.engine import hardware
+from dreammix_trt.engine.backends.tensorrt import bound as tensorrt_bound
+from dreammix_trt.engine.backends.tensorrt import compiled as tensorrt_compiled
+from dreammix_trt.engine.backends.tensorrt import engine as tensorrt_engine
 from dreammix_trt.engine.backends.tensorrt import network as tensorrt_network
 from dreammix_trt.engine.backends.tensorrt import on_device as tensorrt_networks
 from dreammix_trt.engine.backends.tensorrt import package as tensorrt_package
+from dreammix_trt.engine.backends.tensorrt import place as tensorrt_place
 from dreammix_trt.engine.backends.tensorrt import plans
+from dreammix_trt.engine.backends.tensorrt import shapes as tensorrt_shapes
 from dreammix_trt.engine.backends.tensorrt.on_device import ProfileError, TensorRtNetworks
 from dreammix_trt.engine.backends.tensorrt.package import PACKAGES, RUNTIME_NAMES, RUNTIME_NAMES_JIT, check_runtime
 from dreammix_trt.engine.backends.tensorrt.plans import failure
@@ -314,7 +319,7 @@ def test_a_network_counts_as_loaded_when_all_that_is_bound_can_run(
 ) -> None:
     unet, seen = bound(networks, card), []
     networks.unload("unet")
-    renew = tensorrt_network.TensorRtBound.renew
+    renew = tensorrt_bound.TensorRtBound.renew
 
     def renewed(self: Any) -> None:
         seen.append(networks.loaded)
@@ -322,7 +327,7 @@ def test_a_network_counts_as_loaded_when_all_that_is_bound_can_run(
             raise OutOfMemoryError("no context")
         renew(self)
 
-    monkeypatch.setattr(tensorrt_network.TensorRtBound, "renew", renewed)
+    monkeypatch.setattr(tensorrt_bound.TensorRtBound, "renew", renewed)
     with pytest.raises(OutOfMemoryError):
         networks.load("unet")
     assert networks.loaded == ("vae_decoder",) and "unet" not in card.weights
@@ -634,6 +639,11 @@ def test_every_name_that_running_uses_was_looked_for_in_tensorrt_11() -> None:
         check_runtime(eleven, PACKAGES["tensorrt-rtx"])
 
 
+#: the modules that run plans
+RUNNING = (
+    plans, tensorrt_bound, tensorrt_compiled, tensorrt_engine, tensorrt_network, tensorrt_networks, tensorrt_place,
+    tensorrt_shapes,
+)  # fmt: skip
 #: variables (and attributes of that name) that hold the package's objects
 RECEIVERS = {
     "runtime": "Runtime", "engine": "ICudaEngine", "context": "IExecutionContext", "config": "IRuntimeConfig",
@@ -646,7 +656,7 @@ SHARED = {"name", "engine"}
 def test_no_attribute_of_the_package_is_used_that_is_not_listed() -> None:
     listed = {*tensorrt_package.NAMES, *RUNTIME_NAMES, *RUNTIME_NAMES_JIT}
     used: set[str] = set()
-    for module in (tensorrt_network, tensorrt_networks, plans):
+    for module in RUNNING:
         for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and (found := _package_name(node)):
                 used.add(found)
@@ -661,7 +671,7 @@ def test_objects_of_the_package_are_called_by_their_names_only() -> None:
     """Else the test above would not see what is used of them."""
     rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install dreammix-trt[rtx]")
     theirs = {name for kind in RECEIVERS.values() for name in dir(getattr(rtx, kind)) if not name.startswith("_")}
-    for module in (tensorrt_network, tensorrt_networks, plans):
+    for module in RUNNING:
         for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and node.attr in theirs - SHARED:
                 assert _package_name(node), f"{ast.unparse(node)} in {module.__name__}"
