@@ -23,8 +23,10 @@ from dreammix_trt.core.networks import is_twin, kind_of
 from dreammix_trt.core.seam import Array, BaseFacts
 from dreammix_trt.core.slots import Slot, slots_of
 from dreammix_trt.engine.backends.onnxruntime.engine_set import read_facts, read_network
-from dreammix_trt.engine.backends.tensorrt.network import Network, Place, TensorRtBound, plan_of
+from dreammix_trt.engine.backends.tensorrt.bound import TensorRtBound
+from dreammix_trt.engine.backends.tensorrt.network import PlanNetwork, plan_of
 from dreammix_trt.engine.backends.tensorrt.package import PACKAGES, load
+from dreammix_trt.engine.backends.tensorrt.place import Place
 from dreammix_trt.engine.backends.tensorrt.plans import (
     guarded_runtime,
     refuse_host_code,
@@ -41,7 +43,7 @@ class TensorRtNetworks:
     A captured graph holds the addresses of weights: it is void once `loads` of its network has changed.
     """
 
-    def __init__(self, place: Place, facts: BaseFacts, networks: Mapping[str, Network]) -> None:
+    def __init__(self, place: Place, facts: BaseFacts, networks: Mapping[str, PlanNetwork]) -> None:
         self.facts = facts
         self._place, self._networks = place, dict(networks)
 
@@ -71,7 +73,7 @@ class TensorRtNetworks:
             refuse_host_code(plan_of(name, folder, entry))
         runtime = guarded_runtime(backend)
         place = Place(trt, PACKAGES[backend], runtime, device, device.stream(), cache)
-        opened = cls(place, facts, {name: Network(name, *entry, place) for name, entry in entries.items()})
+        opened = cls(place, facts, {name: PlanNetwork(name, *entry, place) for name, entry in entries.items()})
         try:
             usual = [name for name in entries if not is_twin(name)]
             opened._bring(usual if resident is None else resident)
@@ -95,15 +97,15 @@ class TensorRtNetworks:
 
     def inputs(self, name: str) -> tuple[Tensor, ...]:
         """As `network.json` has them; LoRA factors are inputs of their own."""
-        return self._network(name).inputs
+        return self._network(name).shapes.inputs
 
     def outputs(self, name: str) -> tuple[Tensor, ...]:
         """As `network.json` has them."""
-        return self._network(name).outputs
+        return self._network(name).shapes.outputs
 
     def frames(self) -> tuple[Size, ...] | None:
         """The UNet's frames, where its profiles have fixed sides; None where they have not (`bind` checks)."""
-        spans = [network.spans for name, network in self._networks.items() if kind_of(name).call == "step"]
+        spans = [network.shapes.spans for name, network in self._networks.items() if kind_of(name).call == "step"]
         frames = {(span["h"], span["w"]) for each in spans for span in each if "h" in span and "w" in span}
         if not frames or any(low != high for frame in frames for low, high in frame):
             return None
@@ -111,7 +113,7 @@ class TensorRtNetworks:
 
     def contexts(self) -> tuple[int, ...] | None:
         """The fixed lengths that the UNets' profiles have."""
-        spans = [network.spans for name, network in self._networks.items() if kind_of(name).call == "step"]
+        spans = [network.shapes.spans for name, network in self._networks.items() if kind_of(name).call == "step"]
         lengths = {span["context"] for each in spans for span in each if "context" in span}
         if any(low != high for low, high in lengths):
             return None
@@ -121,9 +123,9 @@ class TensorRtNetworks:
     def most_pictures(self) -> int | None:
         """The largest batch all networks that take pictures were built for."""
         most = [
-            max(span["pictures"][1] for span in network.spans)
+            max(span["pictures"][1] for span in network.shapes.spans)
             for network in self._networks.values()
-            if all("pictures" in span for span in network.spans)
+            if all("pictures" in span for span in network.shapes.spans)
         ]
         return min(most, default=None)
 
@@ -148,12 +150,8 @@ class TensorRtNetworks:
         bytes, of exactly the network's dtype and shape. Raises ProfileError for sides outside the profiles, EngineError
         naming the array that does not fit, DeviceError or OutOfMemoryError where the package fails.
         """
-        network = self._network(name)
         with self._place.lock:
-            self._place.check()
-            shapes, profile = network.chosen(sides, self.facts)
-            network.check_arrays(shapes, arrays)
-            return network.bind(shapes, profile, dict(arrays), workspace)
+            return self._network(name).bind(sides, self.facts, arrays, workspace)
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -181,7 +179,7 @@ class TensorRtNetworks:
                 network.close()
             self._place.close()
 
-    def _network(self, name: str) -> Network:
+    def _network(self, name: str) -> PlanNetwork:
         if name not in self._networks:
             raise EngineError(f"this base has no network {name!r}; it has {', '.join(self._networks)}")
         return self._networks[name]

@@ -1,0 +1,221 @@
+"""The engine of a plan and its contexts: made for shapes, given memory and addresses.
+
+Variables called trt, runtime, engine, context, config and kernels are the package's objects; a test compares their
+attributes with the package's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from dreammix_trt.core.errors import EngineError
+from dreammix_trt.core.seam import Array, Shape
+from dreammix_trt.engine.backends.tensorrt.callbacks import hearing
+from dreammix_trt.engine.backends.tensorrt.compiled import Compiled, kernels_file
+from dreammix_trt.engine.backends.tensorrt.place import Place, handle_of
+from dreammix_trt.engine.backends.tensorrt.plans import (
+    REBUILD,
+    Origin,
+    check_origin,
+    check_validity,
+    failure,
+    mapped,
+)
+from dreammix_trt.engine.backends.tensorrt.shapes import PlanShapes, check_address
+
+Asked = tuple[int, tuple[Shape, ...]]  # a profile, and every input's shape
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What a context is made of, so that it can be made again."""
+
+    shapes: Mapping[str, Shape]
+    profile: int
+    arrays: Mapping[str, Array]
+    workspace: Array | None
+
+
+class PlanEngine:
+    """The engine of one plan, which may go and come back. Whoever calls a method holds the place's lock.
+
+    shapes: what it takes, as told; by the engine itself after `learn`. build: what `network.json` says of its making.
+    What contexts need, and what TensorRT-RTX compiled for them, is kept while the engine is gone.
+    """
+
+    def __init__(self, place: Place, shapes: PlanShapes, build: Mapping[str, Any]) -> None:
+        self.shapes = shapes
+        self._place, self._origin = place, Origin(shapes.plan, build, place.gpu)
+        self._engine: Any = None
+        self._compiled: Compiled | None = None
+        self._needs: dict[Asked, int] = {}
+        self._ready: tuple[Asked, Any] | None = None  # a context that `measure` made and nobody has bound yet
+
+    @property
+    def here(self) -> bool:
+        """Whether the package has loaded it."""
+        return self._engine is not None
+
+    def bring(self, *, weights: bool) -> None:
+        """Load it. Only TensorRT-RTX leaves out the weights; raises what fits where it cannot be loaded."""
+        trt, runtime, package = self._place.trt, self._place.runtime, self._place.package
+        check_origin(trt, package, self._origin)
+        with mapped(self._origin.plan) as data:
+            if package.jit:
+                check_validity(trt, package, runtime, data, self._origin)
+                runtime.defer_weights_loading = True  # else they could not be unloaded
+            with hearing() as messages:
+                engine = runtime.deserialize_cuda_engine(data)
+            if engine is None:
+                raise failure(f"{self._origin.plan} cannot be loaded", messages)
+            self._engine = engine
+            if package.jit and weights:
+                self._bring_weights(data)
+
+    def learn(self) -> None:
+        """Ask the engine for its shapes. Raises EngineError where they are not those that were told."""
+        self.shapes = self.shapes.found(self._place.trt, self._engine)
+
+    def bring_weights(self) -> None:
+        """Those that `give_weights_back` gave back (TensorRT-RTX only)."""
+        with mapped(self._origin.plan) as data:
+            self._bring_weights(data)
+
+    def give_weights_back(self) -> None:
+        """Contexts stay (TensorRT-RTX only)."""
+        self._place.check()
+        engine = self._engine
+        with hearing() as messages:
+            if not engine.unload_weights():
+                raise failure(f"{self._origin.plan}: its weights cannot be unloaded", messages)
+
+    def drop(self) -> None:
+        """Let it go; nobody else has a context of it."""
+        self._ready = self._engine = None
+
+    def close(self) -> None:
+        """Let it go for good, and keep what was compiled."""
+        self._ready = None
+        self.keep_compiled()
+        self._compiled = self._engine = None
+
+    def measure(self, shapes: Mapping[str, Shape], profile: int) -> int:
+        """Bytes of workspace at these shapes, by a context that stays ready for the next `make`.
+
+        Where the engine is gone, it is brought for that, and the context goes with it.
+        """
+        asked = self._asked(shapes, profile)
+        if asked not in self._needs:
+            with self._at_hand():
+                self._ready = None
+                self._ready = asked, self._shaped(shapes, profile)
+        return self._needs[asked]
+
+    def measure_profiles(self) -> None:
+        """Note what the profiles' own shapes need: most questions are about these."""
+        for index, profile in enumerate(self.shapes.profiles):
+            for end in range(3):
+                self.measure({name: span[end] for name, span in profile.shapes.items()}, index)
+
+    def make(self, binding: Binding) -> Any:
+        """A context with shapes, memory and addresses set, and nothing missing."""
+        asked, ready = self._asked(binding.shapes, binding.profile), self._ready
+        self._ready = None
+        if ready is not None and ready[0] == asked:
+            context = ready[1]
+        else:
+            ready = None  # first, as its memory may be what is lacking
+            context = self._shaped(binding.shapes, binding.profile)
+        name, need, workspace = self.shapes.name, self._needs[asked], binding.workspace
+        if need and (workspace is None or workspace.nbytes < need):
+            have = 0 if workspace is None else workspace.nbytes
+            raise EngineError(f"{name}: needs {need} bytes of workspace and is given {have}; see workspace_bytes")
+        self._attach(context, binding)
+        for tensor in self.shapes.outputs:
+            shape, told = tuple(context.get_tensor_shape(tensor.name)), binding.shapes[tensor.name]
+            if shape != told:
+                raise EngineError(f"{name}: {tensor.name} comes out as {list(shape)}, not as {list(told)}; {REBUILD}")
+        return context
+
+    def keep_compiled(self) -> None:
+        """Write what was compiled, where something new was."""
+        if self._compiled is not None:
+            self._compiled.keep()
+
+    @contextmanager
+    def _at_hand(self) -> Iterator[None]:
+        """Within the block the engine is here."""
+        if self.here:
+            yield
+            return
+        self._place.check()
+        self.bring(weights=True)
+        try:
+            yield
+        finally:
+            self.drop()
+
+    def _bring_weights(self, data: Any) -> None:
+        engine = self._engine
+        with hearing() as messages:
+            if not engine.load_weights(data):
+                raise failure(f"{self._origin.plan}: its weights cannot be loaded", messages)
+
+    def _asked(self, shapes: Mapping[str, Shape], profile: int) -> Asked:
+        return profile, tuple(shapes[tensor.name] for tensor in self.shapes.inputs)
+
+    def _attach(self, context: Any, binding: Binding) -> None:
+        """Set memory and addresses."""
+        name, workspace = self.shapes.name, binding.workspace
+        with hearing() as messages:
+            try:
+                if workspace is not None:
+                    check_address(f"{name}: the workspace", workspace)
+                    context.set_device_memory(workspace.pointer, workspace.nbytes)
+                for tensor in (*self.shapes.inputs, *self.shapes.outputs):
+                    if not context.set_tensor_address(tensor.name, binding.arrays[tensor.name].pointer):
+                        raise failure(f"{name}: {tensor.name} cannot be bound", messages)
+                missing = context.infer_shapes()
+            except RuntimeError as error:
+                raise self._failed("cannot be bound", error, messages) from error
+        if missing:
+            raise EngineError(f"{name}: the engine still lacks shape or address of {', '.join(missing)}; {REBUILD}")
+
+    def _shaped(self, shapes: Mapping[str, Shape], profile: int) -> Any:
+        """A new context with its profile and input shapes; notes the memory it needs."""
+        place, name = self._place, self.shapes.name
+        place.check()
+        handle = handle_of(place.stream)
+        with hearing() as messages:
+            try:
+                context = self._new_context()
+                if context is None or not context.set_optimization_profile_async(profile, handle):
+                    raise failure(f"{name}: no context for profile {profile}", messages)
+                place.device.synchronize(place.stream)
+                for tensor in self.shapes.inputs:
+                    if not context.set_input_shape(tensor.name, shapes[tensor.name]):
+                        raise failure(f"{name}: {tensor.name} cannot be {list(shapes[tensor.name])}", messages)
+                self._needs[self._asked(shapes, profile)] = int(context.update_device_memory_size_for_shapes())
+            except RuntimeError as error:
+                raise self._failed("no context", error, messages) from error
+        return context
+
+    def _new_context(self) -> Any:
+        trt, engine = self._place.trt, self._engine
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not self._place.package.jit:
+            return engine.create_execution_context(strategy=strategy)
+        if self._compiled is None:
+            config = engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # graphs are captured around the engine
+            # Never a fallback first and better kernels later: a captured graph would keep the fallback.
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            self._compiled = Compiled.of(config, kernels_file(self._place, self.shapes.plan))
+        return engine.create_execution_context(runtime_config=self._compiled.config)
+
+    def _failed(self, what: str, error: RuntimeError, messages: list[tuple[str, str]]) -> EngineError:
+        return failure(f"{self.shapes.name}: {what}", messages or [("ERROR", str(error))])
