@@ -87,7 +87,7 @@ def time_engine(part: Part, setting: Setting, folder: Path) -> None:
     from dreammix_trt.engine.text import Tokenizer
 
     opened = open_engine(folder)
-    check_runnable(folder, opened)
+    check_runnable(folder, opened, "cuda")
     tokenizers = [Tokenizer.load(opened.parts["base"] / name) for name in ("tokenizer", "tokenizer_2")]
     with device_of(setting):  # says what is wrong with the GPU before anything is loaded
         rate = ceiling(setting)

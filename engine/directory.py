@@ -62,11 +62,17 @@ def open_engine(path: Path, *, verify: bool = False, store: Path | None = None) 
     return OpenedEngine(passport, parts, tuple(path / entry.file for entry in passport.subjects))
 
 
-def check_runnable(path: Path, opened: OpenedEngine) -> None:
-    """Raise EngineError when plans cannot run here: other GPU, version or platform, or code for the host in them."""
+def check_runnable(path: Path, opened: OpenedEngine, device: str) -> None:
+    """Raise EngineError when it cannot run on a device: plans on "cpu"; plans for another GPU, version or platform, or
+    with code for the host in them."""
     passport = opened.passport
     if passport.backend == "onnxruntime":
         return
+    if device == "cpu":
+        raise EngineError(
+            f"{path} holds {passport.backend} engines, which run on a GPU: load it with device='cuda' "
+            "(`--device cuda`), or build one for the CPU with `--backend onnxruntime`"
+        )
     from dreammix_trt.engine.backends.tensorrt.plans import refuse_host_code
     from dreammix_trt.engine.machine import examine, explain_mismatch
 

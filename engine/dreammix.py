@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +24,7 @@ from dreammix_trt.engine.host.denoiser import Denoiser
 from dreammix_trt.engine.host.runtime import HostRuntime
 from dreammix_trt.engine.jobs import Job, LaidOut, lay_out, paint_jobs
 from dreammix_trt.engine.result import Result, StepEvent, read_request, save
+from dreammix_trt.engine.roster import Roster
 from dreammix_trt.engine.runtime import Runtime
 from dreammix_trt.engine.text import Tokenizer
 
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["DreamMix", "Job", "Result", "StepEvent", "read_request", "save"]
 
 U8 = npt.NDArray[np.uint8]
-_TOKEN = "sks"
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Closable(Protocol):
@@ -58,7 +56,7 @@ class DreamMix:
         tokenizers: Sequence[Tokenizer],
         subjects: Sequence[Subject] = (),
         *,
-        defaults: Mapping[str, Any] = _NOTHING,
+        defaults: Mapping[str, Any] | None = None,
         owned: Sequence[Closable] = (),
     ) -> None:
         """runtime: what carries requests out.
@@ -66,16 +64,17 @@ class DreamMix:
         tokenizers: of both text encoders.
         subjects: what can be drawn; the first is the default.
         defaults: fields of `Request` that the base was made for (a few-step base: sampler, guidance_scale,
-            num_inference_steps); they hold for prompts given as text, where the caller does not say otherwise.
+            num_inference_steps); they hold for prompts given as text, where the caller does not say otherwise. None:
+            those of the base's facts.
         owned: closed, in order, when this is closed.
         """
         self.runtime, self.facts = runtime, runtime.facts
         self.tokenizers = tuple(tokenizers)
-        self.defaults = _check_defaults(defaults)
+        self.defaults = _check_defaults(getattr(self.facts, "defaults", {}) if defaults is None else defaults)
         self._owned, self._closed = tuple(owned), False
-        self._subjects: dict[str, Subject] = {}
+        self._roster = Roster(runtime)
         for subject in subjects:
-            self._add(subject, subject.name)
+            self._roster.add(subject)
 
     @classmethod
     def load(
@@ -104,7 +103,7 @@ class DreamMix:
 
         chosen = _device_options(device, options)
         opened = open_engine(Path(path), verify=verify, store=Path(store) if store else None)
-        check_runnable(Path(path), opened)
+        check_runnable(Path(path), opened, device)
         tokenizers = [Tokenizer.load(opened.parts["base"] / name) for name in ("tokenizer", "tokenizer_2")]
         subjects = [read_subject(file) for file in opened.subjects]
         if device == "cuda":
@@ -112,14 +111,9 @@ class DreamMix:
 
             if threads is not None:
                 kernels.set_threads(threads)
-            owned = open_device(opened, Path(store) if store else None)
+            gpu = open_device(opened, Path(store) if store else None)
             return cls.on_device(
-                owned.device, owned.networks, tokenizers, subjects, chosen, stream=owned.stream, owned=(owned,)
-            )
-        if opened.passport.backend != "onnxruntime":
-            raise EngineError(
-                f"{path} holds {opened.passport.backend} engines, which run on a GPU: load it with device='cuda' "
-                "(`--device cuda`), or build one for the CPU with `--backend onnxruntime`"
+                gpu.device, gpu.networks, tokenizers, subjects, chosen, stream=gpu.stream, owned=(gpu,)
             )
         networks = EngineSet.load(opened.parts, threads)
         kernels.set_threads(networks.threads)
@@ -142,11 +136,9 @@ class DreamMix:
 
         networks: of a base; facts: about it.
         denoiser: in place of the base's UNets.
-        defaults: None: those of the facts.
+        defaults: see `DreamMix`.
         """
         runtime = HostRuntime(networks, facts, denoiser)
-        if defaults is None:
-            defaults = getattr(facts, "defaults", None) or _NOTHING
         return cls(runtime, tokenizers, subjects, defaults=defaults, owned=(runtime, *owned))
 
     @classmethod
@@ -175,8 +167,7 @@ class DreamMix:
                 made.callback(each.close)
             studio = Studio(device, networks, options, stream)
             made.callback(studio.close)
-            defaults = getattr(networks.facts, "defaults", None) or _NOTHING
-            dm = cls(studio, tokenizers, subjects, defaults=defaults, owned=(studio, *owned))
+            dm = cls(studio, tokenizers, subjects, owned=(studio, *owned))
             made.pop_all()
             return dm
 
@@ -187,27 +178,22 @@ class DreamMix:
         the memory plan or the back end does not let networks be shared; OutOfMemoryError.
         """
         self._check_open()
-        if self.studio is None:
-            raise EngineError("another() shares a GPU; on the CPU load the engine a second time")
-        subjects = [replace(subject, name=name) for name, subject in self._subjects.items()]
-        studio = self.studio.another()
+        runtime = self.runtime.another()
         try:
-            return DreamMix(studio, self.tokenizers, subjects, defaults=self.defaults, owned=(studio,))
+            return DreamMix(runtime, self.tokenizers, self._roster.subjects, defaults=self.defaults, owned=(runtime,))
         except BaseException:
-            studio.close()
+            runtime.close()
             raise
 
     @property
     def studio(self) -> Studio | None:
         """Where requests run on a GPU: its memory plan, timings, residents. None on the CPU."""
-        runtime: Any = self.runtime
-        return None if isinstance(runtime, HostRuntime) else runtime
+        return None if isinstance(self.runtime, HostRuntime) else cast("Studio", self.runtime)
 
     @property
     def networks(self) -> Any:
         """The base's networks."""
-        runtime: Any = self.runtime
-        return runtime.networks
+        return self.runtime.networks
 
     def close(self) -> None:
         """Release the networks; any use after this raises EngineError, closing again does nothing."""
@@ -222,9 +208,7 @@ class DreamMix:
         self._check_open()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # -- subjects -----------------------------------------------------------------------------------------------------
@@ -232,7 +216,7 @@ class DreamMix:
     @property
     def subjects(self) -> tuple[str, ...]:
         """Names of the loaded subjects; the first is the default."""
-        return tuple(self._subjects)
+        return self._roster.names
 
     def add_subject(self, path: str | os.PathLike[str], name: str | None = None) -> str:
         """Load another subject of the same base; returns its name (the first one's).
@@ -243,29 +227,7 @@ class DreamMix:
         Raises FileFormatError when it does not fit this base.
         """
         self._check_open()
-        source = Path(path)
-        files = sorted((source / "subjects").glob("*.safetensors")) if source.is_dir() else [source]
-        if not files:
-            raise EngineError(f"{source} holds no subject (subjects/*.safetensors); make one with `dreammix-trt build`")
-        if name is not None and len(files) > 1:
-            raise InputError(f"name is {name!r}, but {source} holds {len(files)} subjects; name one of their files")
-        names = [self._add(subject, name or subject.name) for subject in map(read_subject, files)]
-        return names[0]
-
-    def _add(self, subject: Subject, name: str) -> str:
-        self.runtime.add_subject(name, subject)
-        self._subjects[name] = subject
-        return name
-
-    def _choose_subject(self, request: Request) -> tuple[str, str]:
-        """(name, token) of the request's subject; ("", "sks") for none."""
-        name = request.subject if request.subject is not None else next(iter(self._subjects), "")
-        if name == "":
-            return "", _TOKEN
-        if name not in self._subjects:
-            known = ", ".join(map(repr, self._subjects)) or "none"
-            raise InputError(f"subject is {name!r}; loaded are: {known}; load it with add_subject, or give '' for none")
-        return name, self._subjects[name].token or _TOKEN
+        return self._roster.add_from(path, name)
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -324,15 +286,12 @@ class DreamMix:
         Bad input is refused here, before the first step.
         """
         request = prompt.replace(**fields) if isinstance(prompt, Request) else self.request(prompt, **fields)
-        return paint_jobs(
-            self.runtime, [self._lay_out(Job(image, mask_image, request, noise))], keep_stages, self._check_open
-        )
+        job = self._lay_out(Job(image, mask_image, request, noise))
+        return paint_jobs(self.runtime, [job], keep_stages, self._check_open)
 
     def _lay_out(self, job: Job) -> LaidOut:
         self._check_open()
-        if job.noise is not None and self.studio is not None:
-            raise InputError("noise is given, but on a GPU it is drawn there, from the seed: load with device='cpu'")
-        return lay_out(job, self.runtime, self.tokenizers, self._choose_subject)
+        return lay_out(job, self.runtime, self.tokenizers, self._roster.choose)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +56,11 @@ class Runtime(Protocol):
     def facts(self) -> BaseFacts: ...
 
     @property
+    def networks(self) -> Any:
+        """The base's: `core.seam.Networks` on the host, `DeviceNetworks` on a device."""
+        ...
+
+    @property
     def most_pictures(self) -> int:
         """The largest batch."""
         ...
@@ -96,6 +101,10 @@ class Runtime(Protocol):
     @property
     def timings(self) -> Mapping[str, float]:
         """Seconds of the last batch by phase, after it was finished."""
+        ...
+
+    def another(self) -> Runtime:
+        """A second one over the same networks, with memory of its own. Raises EngineError where none can be had."""
         ...
 
     def close(self) -> None:

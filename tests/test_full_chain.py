@@ -117,7 +117,7 @@ def test_it_paints_what_torch_paints(engine: Path, held: Checkpoint, shelf: Path
     with painter(engine, shelf) as dm:
         picture, without = painted(dm), painted(dm, subject="")
         base = BaseFiles.open(held.base, held.patch, held.head, tokenizer=held.tokenizer)
-        judge = DreamMix.on_host(TorchEngineSet(base), dm.facts, dm.tokenizers, [dm._subjects["mug"][0]])
+        judge = DreamMix.on_host(TorchEngineSet(base), dm.facts, dm.tokenizers, dm._roster.subjects)
         truth = painted(judge)
     assert picture.shape == IMAGE.shape
     assert np.abs(picture.astype(int) - truth).max() <= 2

@@ -14,6 +14,7 @@ from dreammix_trt.core.seam import BaseFacts, DeviceNetworks
 from dreammix_trt.engine.canvas.geometry import Size
 from dreammix_trt.engine.device import blocks, phases, room, texts
 from dreammix_trt.engine.device.arena import Regions, sizes
+from dreammix_trt.engine.device.blocks import Picture
 from dreammix_trt.engine.device.plan import MemoryPlan, Options, plan_memory
 from dreammix_trt.engine.device.room import Shape
 from dreammix_trt.engine.device.subjects import Layout
@@ -68,6 +69,25 @@ class Needs:
                 f"context={length}"
             )
         return length
+
+    def check_picture(self, picture: Picture) -> None:
+        """Raise InputError where a picture is too much for what memory is set aside for, or for the networks."""
+        work = picture.work
+        blocks.check_size(work.canvas, self._options.largest_picture)
+        blocks.check_tables(picture)
+        self.check_context(work.prompts.extra)
+        largest = self.largest.work
+        for framing in picture.framings:
+            if any(side % self._facts.divisor for side in framing.size):
+                raise InputError(
+                    f"reference mode needs a frame of {framing.size[0]}x{framing.size[1]} pixels here, and this base's "
+                    f"networks take multiples of {self._facts.divisor}; use native mode, or another reference_resize"
+                )
+            if framing.work[0] * framing.work[1] > largest[0] * largest[1]:
+                raise InputError(
+                    f"the frame of {framing.work[1]}x{framing.work[0]} is larger than the base's "
+                    f"{largest[1]}x{largest[0]}; crop the picture to a plainer aspect"
+                )
 
     @cached_property
     def blocks(self) -> Regions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +25,18 @@ if TYPE_CHECKING:
 U8 = npt.NDArray[np.uint8]
 
 
+Marks = list[tuple[str, Mark]]
+
+
+def add_up_marks(marks: Marks) -> dict[str, float]:
+    """Device seconds of each phase; the first mark starts the clock, and marks without a name end none."""
+    seconds: dict[str, float] = {}
+    for (_, earlier), (name, mark) in pairwise(marks):
+        if name:
+            seconds[name] = seconds.get(name, 0.0) + mark.seconds_since(earlier)
+    return seconds
+
+
 class DevicePainter:
     """See `engine.painting.Painter`. studio: whose memory it paints in; safe: with the float32 twins there are.
 
@@ -31,7 +44,7 @@ class DevicePainter:
     stage, what it decoded.
     """
 
-    def __init__(self, studio: Studio, batch: Sequence[Picture], *, safe: bool, marks: list[tuple[str, Mark]]) -> None:
+    def __init__(self, studio: Studio, batch: Sequence[Picture], *, safe: bool, marks: Marks) -> None:
         self._studio, self._batch, self._safe, self.marks = studio, batch, safe, marks
         self.schedule = batch[0].work.schedule
         self.keeps_local = batch[0].keeps_local
@@ -48,8 +61,9 @@ class DevicePainter:
         studio.pace.wait()
         studio.rooms.leave()  # those of a batch that was left open
         rows = 2 if first.work.request.guided else 1
+        context = studio.needs.check_context(first.work.prompts.extra)
         for framing in first.framings:
-            shape = Shape(framing.work, len(self._batch), rows, studio.context_of(first.work.prompts), self._safe)
+            shape = Shape(framing.work, len(self._batch), rows, context, self._safe)
             same = next((entered for entered in self._rooms if entered[0].shape == shape), None)
             self._rooms.append(same or studio.rooms.enter(shape))
         if not self.marks:

@@ -24,20 +24,18 @@ from dreammix_trt.engine.device.arena import Arena
 from dreammix_trt.engine.device.blocks import Picture
 from dreammix_trt.engine.device.needs import Needs
 from dreammix_trt.engine.device.pace import Pace
-from dreammix_trt.engine.device.painter import DevicePainter
+from dreammix_trt.engine.device.painter import DevicePainter, Marks, add_up_marks
 from dreammix_trt.engine.device.plan import MemoryPlan, Options
 from dreammix_trt.engine.device.residency import Residency, Usable, planned
 from dreammix_trt.engine.device.room import Room, Rooms, Shape
 from dreammix_trt.engine.device.subjects import Subjects
 from dreammix_trt.engine.device.texts import Texts
 from dreammix_trt.engine.device.transfers import Transfers
-from dreammix_trt.engine.drivers.device import Device, Mark, put
+from dreammix_trt.engine.drivers.device import Device, put
 from dreammix_trt.engine.painting import paint_safely
-from dreammix_trt.engine.prompts import PromptPlan
 from dreammix_trt.engine.runtime import Painted, Painting, Work
 
 U8 = npt.NDArray[np.uint8]
-_Marks = list[tuple[str, Mark]]
 
 
 class Studio:
@@ -71,7 +69,7 @@ class Studio:
         self.networks = cast(DeviceNetworks, planned(usable, self.plan))
         self.turn: object | None = None  # the batch that has the device's memory now
         self.closed = False
-        self._marks: _Marks = []
+        self._marks: Marks = []
         self._weights_before = 0.0
         with self.explain_memory(), ExitStack() as made:
             self.stream = stream or device.stream()
@@ -100,18 +98,7 @@ class Studio:
         self.transfers = Transfers(device, self.arena, list(self.needs.blocks), made)
         self._put(self.arena["numbers"], np.arange(blocks.MOST_STEPS + 1, dtype=np.int32))  # what the counter is set to
         self.subjects = Subjects(device, self.stream, self.needs.layout, self.arena, self.pace.wait)
-        flags = self.arena["flags"]
-        self.texts = Texts(
-            device,
-            self.stream,
-            networks,
-            self.arena,
-            self.needs.layout,
-            self.subjects,
-            self.arena["workspace"],
-            flags.part(flags.shape[0] - 1, 1),
-            self._put,
-        )
+        self.texts = Texts(device, self.stream, networks, self.arena, self.needs.layout, self.subjects, self._put)
         made.callback(self.texts.close)
         self.rooms = Rooms(self._make_room, self.options.shapes)
         made.callback(self.rooms.close)
@@ -152,27 +139,11 @@ class Studio:
 
     def check(self, work: Work) -> Hashable:
         """What pictures of one batch must share. Raises InputError naming what cannot be painted."""
-        blocks.check_size(work.canvas, self.options.largest_picture)
+        if work.noise is not None:
+            raise InputError("noise is given, but on a GPU it is drawn there, from the seed: load with device='cpu'")
         picture = Picture.of(work)
-        blocks.check_tables(picture)
-        self.context_of(work.prompts)
-        largest = self.needs.largest.work
-        for framing in picture.framings:
-            if any(side % self.facts.divisor for side in framing.size):
-                raise InputError(
-                    f"reference mode needs a frame of {framing.size[0]}x{framing.size[1]} pixels here, and this base's "
-                    f"networks take multiples of {self.facts.divisor}; use native mode, or another reference_resize"
-                )
-            if framing.work[0] * framing.work[1] > largest[0] * largest[1]:
-                raise InputError(
-                    f"the frame of {framing.work[1]}x{framing.work[0]} is larger than the base's "
-                    f"{largest[1]}x{largest[0]}; crop the picture to a plainer aspect"
-                )
+        self.needs.check_picture(picture)
         return picture.variant
-
-    def context_of(self, plan: PromptPlan) -> int:
-        """Rows of a plan's condition. Raises InputError where the engines take no condition of that length."""
-        return self.needs.check_context(plan.extra)
 
     def paint(self, batch: Sequence[Work], keep: Collection[int] = ()) -> Painting:
         """Paint up to `most_pictures` pictures of equal `check`.
@@ -224,10 +195,7 @@ class Studio:
     @property
     def timings(self) -> Mapping[str, float]:
         """Device seconds of the last batch by phase, after it was finished; "weights": host seconds of loading some."""
-        seconds: dict[str, float] = {}
-        for (_, earlier), (name, mark) in zip(self._marks, self._marks[1:], strict=False):
-            if name:
-                seconds[name] = seconds.get(name, 0.0) + mark.seconds_since(earlier)
+        seconds = add_up_marks(self._marks)
         if self.residency.seconds > self._weights_before:
             seconds["weights"] = self.residency.seconds - self._weights_before
         return seconds

@@ -70,13 +70,11 @@ class Texts:
         arena: Arena,
         layout: Layout,
         subjects: Subjects,
-        workspace: Array,
-        flags: Array,
         upload: Callable[[Array, np.ndarray], None],
     ) -> None:
         """upload: brings values to the device, and waits."""
-        self._device, self._stream, self._arena, self._subjects, self._flags = device, stream, arena, subjects, flags
-        self._networks, self._layout, self._workspace = networks, layout, workspace
+        self._device, self._stream, self._arena, self._subjects = device, stream, arena, subjects
+        self._networks, self._layout = networks, layout
         self._kept: OrderedDict[tuple[str, str, bytes], int] = OrderedDict()
         self._unproven: set[tuple[str, str, bytes]] = set()
         self._encoders: dict[bool, _Encoders] = {}
@@ -135,9 +133,7 @@ class Texts:
     def _encode(self, ids: Array, slot: int, safe: bool, capture: bool) -> None:
         encoders = self._encoders.get(safe)
         if encoders is None:
-            encoders = self._encoders[safe] = _Encoders(
-                self._device, self._networks, self._arena, self._layout, self._workspace, self._flags, safe
-            )
+            encoders = self._encoders[safe] = _Encoders(self._device, self._networks, self._arena, self._layout, safe)
         for k, name in enumerate(names_of_phase("text")):
             self._device.copy(encoders.arrays[name]["input_ids"], ids[k], self._stream)
         encoders.play(self._stream, capture)
@@ -220,11 +216,11 @@ class _Encoders:
         networks: DeviceNetworks,
         arena: Arena,
         layout: Layout,
-        workspace: Array,
-        flags: Array,
         safe: bool,
     ) -> None:
-        self._device, self._arena, self._flags = device, arena, flags
+        self._device, self._arena = device, arena
+        flags = arena["flags"]
+        self._flags = flags.part(flags.shape[0] - 1, 1)  # the last one is the texts'
         self.arrays: dict[str, dict[str, Array]] = {}
         self._bound: dict[str, Bound] = {}
         self._graph: Graph | None = None
@@ -235,7 +231,7 @@ class _Encoders:
                 tensors = [t for t in (*networks.inputs(actual), *networks.outputs(actual)) if "lora" not in t.name]
                 own = {t.name: arena[f"{name} {t.name}"].reshaped(_SIDES.shape(t), t.dtype) for t in tensors}
                 self.arrays[name] = own | layout.arrays(name, arena["bound factors"], 1)
-                self._bound[name] = networks.bind(actual, _SIDES, self.arrays[name], workspace)
+                self._bound[name] = networks.bind(actual, _SIDES, self.arrays[name], arena["workspace"])
         except BaseException:
             self.close()
             raise

@@ -86,6 +86,10 @@ class HostRuntime:
         self.timings = dict(clock.seconds)
         yield [Painted(pixels, shown)]
 
+    def another(self) -> HostRuntime:
+        """There is none: networks on the CPU share the cores."""
+        raise EngineError("another() shares a GPU; on the CPU load the engine a second time")
+
     def close(self) -> None:
         """Refuse further work; the networks belong to the caller."""
         self._closed = True

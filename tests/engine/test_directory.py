@@ -139,7 +139,7 @@ def test_plans_run_where_nothing_speaks_against_it(mug_engine: Path, monkeypatch
     from dreammix_trt.engine import machine
 
     opened = open_engine(mug_engine)
-    check_runnable(mug_engine, opened)
+    check_runnable(mug_engine, opened, "cuda")
     plans = replace(
         opened.passport, backend="tensorrt-rtx", backend_version="1.7", targets=["sm_89"], networks=(),
         command="dreammix-trt build --out it --target sm_89",
@@ -151,7 +151,7 @@ def test_plans_run_where_nothing_speaks_against_it(mug_engine: Path, monkeypatch
         driver=Driver("13.0", (Gpu("RTX 4090", "sm_89", 1),)),
     )  # fmt: skip
     monkeypatch.setattr(machine, "examine", lambda: here)
-    check_runnable(mug_engine, opened)
+    check_runnable(mug_engine, opened, "cuda")
     for change, told in (
         ({"driver": Driver(problem="there is no NVIDIA driver here")}, r"no NVIDIA.*build --out it --backend onnxrunt"),
         ({"versions": {"tensorrt-rtx": "1.8", "cuda-python": "13"}}, r"with tensorrt-rtx 1\.7, installed is 1\.8"),
@@ -159,5 +159,5 @@ def test_plans_run_where_nothing_speaks_against_it(mug_engine: Path, monkeypatch
     ):
         monkeypatch.setattr(machine, "examine", lambda change=change: replace(here, **change))
         with pytest.raises(EngineError, match=told) as caught:
-            check_runnable(mug_engine, opened)
+            check_runnable(mug_engine, opened, "cuda")
         assert str(caught.value).startswith(str(mug_engine))
