@@ -101,7 +101,7 @@ class DreamMix:
         """
         from dreammix_trt.engine.directory import check_runnable, open_engine
 
-        chosen = _device_options(device, options)
+        given = _device_options(device, options)
         opened = open_engine(Path(path), verify=verify, store=Path(store) if store else None)
         check_runnable(Path(path), opened, device)
         tokenizers = [Tokenizer.load(opened.parts["base"] / name) for name in ("tokenizer", "tokenizer_2")]
@@ -112,9 +112,7 @@ class DreamMix:
             if threads is not None:
                 kernels.set_threads(threads)
             gpu = open_device(opened, Path(store) if store else None)
-            return cls.on_device(
-                gpu.device, gpu.networks, tokenizers, subjects, chosen, stream=gpu.stream, owned=(gpu,)
-            )
+            return cls.on_device(gpu.device, gpu.networks, tokenizers, subjects, given, stream=gpu.stream, owned=(gpu,))
         networks = EngineSet.load(opened.parts, threads)
         kernels.set_threads(networks.threads)
         networks.prepare()
