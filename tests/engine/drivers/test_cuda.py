@@ -10,6 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 from dreammix_trt.core.errors import DeviceError, MissingExtraError, OutOfMemoryError
 from dreammix_trt.core.seam import Array
 from dreammix_trt.engine.drivers import cuda
-from dreammix_trt.engine.drivers.cuda import Bindings, CudaDevice
+from dreammix_trt.engine.drivers.cuda import Bindings, CudaDevice, bindings, checks
 from dreammix_trt.engine.drivers.device import Device
 from dreammix_trt.engine.hardware import why_kernels_do_not_fit
 from tests.support import fake_cuda
@@ -175,7 +176,7 @@ def test_what_is_given_back_is_given_back_once(fake: FakeCuda, device: CudaDevic
     ):
         with pytest.raises(DeviceError, match="after it was given back"):
             used()
-    assert [each.kind for each in device._owned.values()] == ["stream"]
+    assert [each.kind for each in device._belongings._owned.values()] == ["stream"]
 
 
 def test_closing_gives_back_what_is_left_and_says_so(fake: FakeCuda, caplog: pytest.LogCaptureFixture) -> None:
@@ -405,7 +406,7 @@ def test_an_extension_that_is_missing_or_old_is_told(fake: FakeCuda, monkeypatch
         raise ImportError(name)
 
     with made(fake) as device:
-        monkeypatch.setattr(cuda, "import_module", absent)
+        monkeypatch.setattr(checks, "import_module", absent)
         with pytest.raises(DeviceError, match=r"C.. extension is missing"):
             device.require_kernels()
         device._extension = object()
@@ -473,10 +474,10 @@ def test_the_package_that_is_missing_or_broken_is_named(monkeypatch: pytest.Monk
 
         return load
 
-    monkeypatch.setattr(cuda, "import_module", failing(ModuleNotFoundError("no module", name="cuda")))
+    monkeypatch.setattr(bindings, "import_module", failing(ModuleNotFoundError("no module", name="cuda")))
     with pytest.raises(MissingExtraError, match=r"dreammix-trt\[cuda\]"):
         CudaDevice()
-    monkeypatch.setattr(cuda, "import_module", failing(ImportError("undefined symbol")))
+    monkeypatch.setattr(bindings, "import_module", failing(ImportError("undefined symbol")))
     with pytest.raises(DeviceError, match=r"does not load .undefined symbol.*force-reinstall"):
         CudaDevice()
 
@@ -489,7 +490,8 @@ NAMES = re.compile(r"cu(da)?[A-Z]\w+|CU[a-z]\w+|CUDA_(SUCCESS|ERROR_\w+)")
 def used_names() -> set[tuple[str, ...]]:
     """Dotted names of cuda.bindings in the source: `runtime.cudaMemcpyKind.cudaMemcpyHostToDevice`, `"cudaMalloc"`."""
     found = set()
-    for node in ast.walk(ast.parse(inspect.getsource(cuda))):
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in Path(str(cuda.__file__)).parent.glob("*.py")]
+    for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and NAMES.fullmatch(node.value):
             found.add((node.value,))
         elif isinstance(node, ast.Attribute):
@@ -644,7 +646,7 @@ def test_real_memory_that_does_not_fit_leaves_the_device_usable(real: CudaDevice
 
 
 def test_a_real_capture_that_something_spoils_is_discarded(real: CudaDevice) -> None:
-    runtime = real._bindings.runtime
+    runtime = real._context.runtime
     with real.stream() as stream, real.allocate(256) as memory:
         with pytest.raises(DeviceError, match="CUDA error 90"):
             real.capture(stream, lambda: done_with(runtime.cudaStreamSynchronize(stream.handle)))
