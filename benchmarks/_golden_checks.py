@@ -1,6 +1,6 @@
 """Every recorded array of a case against ours: exact pieces, arithmetic and networks from recorded inputs, end to end.
 
-Bounds are those of golden/README.md ("Suggested tolerances"); errors are shares of the recorded array's maximum.
+Bounds are those of docs/algorithm.md, 15.1; errors are shares of the recorded array's maximum.
 """
 
 from __future__ import annotations

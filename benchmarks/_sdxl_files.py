@@ -413,7 +413,7 @@ def _tokenizer(size: int) -> tuple[dict[str, int], list[str]]:
 def patch_keys(unet_config: Mapping[str, Any], keys: str = "v26") -> dict[str, str]:
     """sgm -> diffusers names of a patch's tensors: "all", or "v26", which leaves out 36 of SDXL's 60 deepest blocks.
 
-    Which 36 is not known; here they are all but the first four of every ten (reference/dreammix.md 3.3).
+    Which 36 is not known; here they are all but the first four of every ten (docs/algorithm.md, 11.1).
     """
     names = sgm_to_diffusers(unet_config)
     if keys == "all":

@@ -1,6 +1,6 @@
 """Does the arithmetic outside the networks equal the recorded pieces (`units.npz`)? One row per group of arrays.
 
-`golden/README.md` describes the file; any other file of that format can be checked.
+docs/algorithm.md, 15, says what the file is; any other file of that format can be checked.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def apply_patch(
     """The patched UNet: `W + alpha * delta` for each tensor in the patch when it is read, the others as they are.
 
     state: diffusers name -> float32; names: `keymap.sgm_to_diffusers(config)`. Any subset of the tensors may be
-    patched. biases False: only names ending in `.weight` count, as in the reference (reference/dreammix.md 3.3).
+    patched. biases False: only names ending in `.weight` count, as in the reference (docs/algorithm.md, 11.1).
     Raises `FileFormatError` listing names the UNet does not have and shapes that differ, before anything is read.
     """
     weights = Weights.of(state)

@@ -3,7 +3,7 @@
 Dialects: diffusers and the reference (`unet.<module>.lora.down.weight`, and the older `...processor.to_k_lora.down`),
 PEFT (`unet.<module>.lora_A.weight`, or its own `base_model.model.<module>.lora_A.weight`, scaled by the
 adapter_config.json beside it), kohya with diffusers or sgm block names (`lora_unet_<module_with_underscores>.
-lora_down`, `.alpha`); see reference/dreammix.md section 5. LoHa, LoKr, DoRA, OFT, GLoRA, (IA)3 and whole differences
+lora_down`, `.alpha`); see docs/algorithm.md, 12.2. LoHa, LoKr, DoRA, OFT, GLoRA, (IA)3 and whole differences
 are refused by name.
 
 A LoRA reaches a base in two ways: as a subject's factors in an engine's slots (`core/subject.py`), or merged into the

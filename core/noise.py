@@ -58,7 +58,7 @@ class NoiseProvider(Protocol):
     def draw(self, label: str, shape: Sequence[int], step: int = 0) -> F32:
         """Float32 unit normals of `shape` (usually (1, 4, h, w)) for the draw `label` of step `step` (0-based).
 
-        Labels are those of golden/README.md, e.g. "init_noise" or "blend_noise_step03".
+        Labels are those of docs/algorithm.md, 10.2, e.g. "init_noise" or "blend_noise_step03".
         """
         ...
 

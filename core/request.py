@@ -1,7 +1,7 @@
 """One inpainting as a value: every parameter by its public name, checked, and kept beside the picture as JSON.
 
-Names are diffusers' where it has one. Defaults follow reference/dreammix.md section 7, and where that says 'code' the
-authors' published notebook (section 0 there). Pictures are not part of a request.
+Names are diffusers' where it has one. Defaults are those of the authors' published notebook (docs/algorithm.md,
+14.1). Pictures are not part of a request.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Everything the sampling loop decides by step index, computed up front as a table of frozen rows.
 
-The tables are the reference's (golden/README.md steps 9 to 11, reference/dreammix.md 1.5 and 1.6): Karras sigmas, the
+The tables are the reference's (docs/algorithm.md, 6): Karras sigmas, the
 timestep of each, which UNet, the size-conditioning trick, and DPM-Solver++(2M) SDE (midpoint, eta 1) as coefficients
 
     x_next = c_x x + c_x0 x0 + c_dx0 (x0 - x0_previous) + c_noise n.
@@ -202,7 +202,7 @@ def lcm_coefficients(timestep: float, sigma: float, following: float) -> Coeffic
 def solver_coefficients(sigma: float, following: float, previous: float | None) -> Coefficients:
     """(c_x, c_x0, c_dx0, c_noise) of the step from `sigma` to `following`; `previous` None: no history.
 
-    DPM-Solver++(2M) SDE, midpoint, eta 1 (Lu et al. 2211.01095), as golden/README.md step 11 states it.
+    DPM-Solver++(2M) SDE, midpoint, eta 1 (Lu et al. 2211.01095), as docs/algorithm.md, 6.4, states it.
     """
     if following == 0:
         return 0.0, 1.0, 0.0, 0.0

@@ -1,4 +1,4 @@
-// The 13x13 joint bilateral filter of blur guidance (golden/README.md step 11): weights by distance in the plane and by
+// The 13x13 joint bilateral filter of blur guidance (docs/algorithm.md, 7.4): weights by distance in the plane and by
 // the summed channel distance in a standardised guide; reflected edges.
 #pragma once
 

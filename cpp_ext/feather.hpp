@@ -1,5 +1,5 @@
 // The soft edge of a paste: 255 on the mask, falling in equal steps with the Chebyshev distance from it, 0 from
-// `width` pixels on. At width 32 this is the reference's 32-fold dilation by 8 (reference/dreammix.md 1.9).
+// `width` pixels on. At width 32 this is the reference's 32-fold dilation by 8 (docs/algorithm.md, 9.1).
 #pragma once
 
 #include <algorithm>

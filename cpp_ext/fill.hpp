@@ -1,5 +1,5 @@
 // The hole is filled by a cascade of box blurs, coarse to fine, with the known pixels put back after each
-// (reference/dreammix.md 1.4). Bit-equal to Pillow's BoxBlur: two passes, each rounded to 8 bit, 24-bit weights.
+// (docs/algorithm.md, 3.6). Bit-equal to Pillow's BoxBlur: two passes, each rounded to 8 bit, 24-bit weights.
 //
 // Only pixels of the hole are ever needed, so the horizontal pass runs on the columns of the hole's bounding box and
 // on the rows its windows reach; rows without a hole never change and are blurred once per radius.

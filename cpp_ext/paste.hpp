@@ -1,4 +1,4 @@
-// Content pasted into a picture, then composed with the original by the feather (reference/dreammix.md 1.9).
+// Content pasted into a picture, then composed with the original by the feather (docs/algorithm.md, 9.2).
 // Single precision, in the reference's order of operations, truncated to 8 bit: equal to it byte for byte.
 #pragma once
 

@@ -1,4 +1,4 @@
-// The arithmetic of one sampling step around the network (golden/README.md step 11): blend and scale before it;
+// The arithmetic of one sampling step around the network (docs/algorithm.md, 7): blend and scale before it;
 // blur guidance, classifier-free guidance and the solver after it. Single precision, in the reference's order.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Attribute removal (TAS, DreamMix eq. 6 as the reference code reads it): the part of each chosen prompt token that
+// Attribute removal (TAS, DreamMix eq. 9 as the reference code reads it): the part of each chosen prompt token that
 // lies along an unwanted token is taken away, one unwanted token after the other.
 #pragma once
 

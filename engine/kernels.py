@@ -76,7 +76,7 @@ def fill(image: U8, mask: U8, cascade: Sequence[tuple[int, int]] = CASCADE) -> U
     """Fill the hole (mask >= 127) with box blurs from coarse to fine, known pixels put back after each.
 
     `image` is uint8 (H, W, 3), `mask` uint8 (H, W), `cascade` holds (radius 0..65535, repeats >= 0) in pixels.
-    Bit-equal to the cascade in Pillow's BoxBlur (reference/dreammix.md 1.4); known pixels stay as they are.
+    Bit-equal to the cascade in Pillow's BoxBlur (docs/algorithm.md, 3.6); known pixels stay as they are.
     """
     image, mask = _rgb(image, "image"), _array(mask, np.uint8, "mask")
     _require(mask.shape == image.shape[:2], f"mask has shape {mask.shape}, image {image.shape}")
@@ -90,7 +90,7 @@ def fill(image: U8, mask: U8, cascade: Sequence[tuple[int, int]] = CASCADE) -> U
 def latent_mask(mask: U8, factor: int = 8) -> F32:
     """1 where any pixel of a factor x factor block is hole (mask >= 128), else 0: float32 (H/factor, W/factor).
 
-    `mask` is uint8 (H, W) with sides that are multiples of `factor` (reference/dreammix.md 1.4).
+    `mask` is uint8 (H, W) with sides that are multiples of `factor` (docs/algorithm.md, 4.2).
     """
     mask = _plane(mask, "mask")
     _require(factor > 0 and all(side % factor == 0 for side in mask.shape), f"{mask.shape} is no multiple of {factor}")
@@ -101,7 +101,7 @@ def feather(mask: U8, width: int = 32) -> U8:
     """The weight of pasted content: 255 where mask > 127, floor(256 (1 - d/width)) at Chebyshev distance d from there.
 
     `width` (1..32767 pixels) is the distance from which on it is 0. At 32 equal to the reference's 32-fold
-    `max(v, maxfilter3x3(v) - 8)` (reference/dreammix.md 1.9). Returns uint8 (H, W).
+    `max(v, maxfilter3x3(v) - 8)` (docs/algorithm.md, 9.1). Returns uint8 (H, W).
     """
     _require(1 <= width <= 32767, f"width is {width}; it must lie in 1..32767")
     return _impl.feather(_plane(mask, "mask"), int(width))
@@ -111,7 +111,7 @@ def blend_scale(x: F32, z_bg: F32, mask: F32, noise: F32, sigma: float) -> tuple
     """The network's input of one step: `x_in = x m + (z_bg + sigma noise)(1 - m)`, scaled by 1/sqrt(sigma^2 + 1).
 
     `x`, `z_bg`, `noise` are (N, C, h, w), `mask` (N, 1, h, w) in 0..1. Returns (x_in (N, C, h, w), scaled and doubled
-    to rows [neg0, pos0, neg1, pos1, ...] (2N, C, h, w)). golden/README.md step 11.
+    to rows [neg0, pos0, neg1, pos1, ...] (2N, C, h, w)). docs/algorithm.md, 7.1 and 7.2.
     """
     x, z_bg, noise = _latents(x, z_bg, noise)
     mask = _array(mask, np.float32, "mask")
@@ -140,7 +140,7 @@ def guided_step(
 
     With e = sigma eps: `e_pos = a B(e_pos; x_in - e_pos) + (1 - a) e_pos` for a = blur_alpha > 0 (B: `bilateral`),
     `x0 = x_in - (e_neg + guidance_scale (e_pos - e_neg))`, and
-    `x_out = c_x x_in + c_x0 x0 + c_dx0 (x0 - x0_prev) + c_noise noise` (golden/README.md step 11). The caller gives
+    `x_out = c_x x_in + c_x0 x0 + c_dx0 (x0 - x0_prev) + c_noise noise` (docs/algorithm.md, 7.3 to 7.7). The caller gives
     c_x = 0, c_x0 = 1, c_noise = 0 where sigma falls to 0, and x0_prev = None where the solver has no history.
     guidance_rescale in 0..1 brings the guided noise back to the spread of the positive row (Lin et al. 2305.08891).
 
@@ -177,7 +177,7 @@ def bilateral(e: F32, guide: F32) -> F32:
 
     The guide is standardised over C, h, w of its picture (unbiased deviation + 1e-5); weights are
     exp(-d^2/18) exp(-(dy^2 + dx^2)/18) with d the channel-summed absolute guide difference; edges are reflected.
-    golden/README.md step 11.
+    docs/algorithm.md, 7.4.
     """
     e, guide = _latents(e, guide)
     return _impl.bilateral(e, guide)
@@ -188,7 +188,7 @@ def tas_project(tokens: F32, remove: F32, positions: npt.ArrayLike) -> F32:
 
     `tokens` (L, D) and `remove` (K, D) are float32, `positions` are row numbers of `tokens`. For each row e of
     `remove` in order and each position: t -= (t . e)/|e|^2 e, accumulated in double; a row of zeros removes nothing.
-    DreamMix section 3.4, as golden/README.md step 8 reads it. Returns a new (L, D).
+    DreamMix section 3.4 (docs/algorithm.md, 5.4). Returns a new (L, D).
     """
     tokens, remove = _array(tokens, np.float32, "tokens"), _array(remove, np.float32, "remove")
     _require(tokens.ndim == 2 and remove.ndim == 2, f"tokens {tokens.shape} and remove {remove.shape} must be 2-D")
@@ -203,7 +203,7 @@ def paste(original: U8, content: U8, box: Box, weight: U8, alpha: F32 | None = N
 
     `original` is uint8 (H, W, 3), `content` (h, w, 3) of the box's size, `weight` (H, W) (see `feather`), `alpha`
     float32 (h, w) in 0..1 softens the content first (see `soft_alpha`). Single precision, truncated to 8 bit: equal
-    to the reference byte for byte (golden/README.md steps 12, 13). Pixels of weight 0 are those of `original`.
+    to the reference byte for byte (docs/algorithm.md, 9.2). Pixels of weight 0 are those of `original`.
     """
     original, content = _rgb(original, "original"), _rgb(content, "content")
     box, weight = _box(box, original), _array(weight, np.uint8, "weight")
@@ -219,7 +219,7 @@ def paste(original: U8, content: U8, box: Box, weight: U8, alpha: F32 | None = N
 def soft_alpha(height: int, width: int) -> F32:
     """The soft paste's share of content, float32 (height, width): 0.1 + 0.9 G/max G with G = exp(-d^2/(2 s^2)).
 
-    d is the distance to (height//2, width//2) in pixels, s = min(height, width)/4. golden/README.md step 12.
+    d is the distance to (height//2, width//2) in pixels, s = min(height, width)/4. docs/algorithm.md, 8.3.
     """
     _require(height > 0 and width > 0, f"size {height} x {width} is empty")
     return _impl.soft_alpha(int(height), int(width))

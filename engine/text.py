@@ -1,7 +1,7 @@
 """Prompts as token ids, and TAS: removing attributes of the subject from the text embedding.
 
 The tokenizer is CLIP's byte-level BPE, run by the `tokenizers` package alone from vocab.json and merges.txt.
-TAS is section 3.4 of the DreamMix paper; golden/README.md step 8 gives the authors' arithmetic.
+TAS is section 3.4 of the DreamMix paper; docs/algorithm.md, 5.2 to 5.5, gives the authors' arithmetic.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def plan_tas(
     """Find the rows for taking `words` out of `prompt`.
 
     indexing "bpe": every token of the eliminated words is removed from every token of the prompt. "words": the
-    authors' arithmetic (golden/README.md step 8), where the k-th blank-separated word stands at row k whatever its
+    authors' arithmetic (docs/algorithm.md, 5.3), where the k-th blank-separated word stands at row k whatever its
     tokens are; needs no tokenizer. Both agree when every word is one token. Punctuation may touch the subject's
     `token` with "bpe", not with "words".
 

@@ -19,7 +19,7 @@ U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
 Box = tuple[int, int, int, int]
 
-#: (radius, repeats) of the box blurs of `fill` for a native side of 1024 (reference/dreammix.md 1.4).
+#: (radius, repeats) of the box blurs of `fill` for a native side of 1024 (docs/algorithm.md, 3.6).
 CASCADE: tuple[tuple[int, int], ...] = ((512, 2), (256, 2), (128, 4), (64, 4), (33, 8), (15, 8), (5, 16), (3, 16))
 
 _FILTERS = {

@@ -90,7 +90,7 @@ def _traced(module: Any, network: Network) -> bytes:
     """The one place that knows torch's exporter.
 
     The TorchScript-based one: on a small UNet it takes seconds where `dynamo=True` takes minutes, and its graphs are
-    as good (reference/toolchain.md); on the full one it takes a minute or two where `dynamo=True` takes six. It runs
+    as good; on the full one it takes a minute or two where `dynamo=True` takes six. It runs
     the module once, in float32, on small pictures; hollow parameters keep that light.
     """
     import torch

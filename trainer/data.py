@@ -168,7 +168,7 @@ def _square(
 
 
 def random_hole(rng: np.random.Generator, subject: Mask) -> Mask:
-    """A random training mask (reference/dreammix.md, section 4): the subject's box, extended and bulged.
+    """A random training mask (docs/algorithm.md, 13.2): the subject's box, extended and bulged.
 
     The box grows by 0.1 to 1.0 of its size (log-uniform, so that close masks, which people draw, come as often as wide
     ones), its corners move by up to 20/1024 of the frame, and each edge becomes a quadratic Bezier curve that bulges
@@ -195,7 +195,7 @@ def random_hole(rng: np.random.Generator, subject: Mask) -> Mask:
 
 
 def latent_mask(hole: Mask, factor: int = 8) -> NDArray[np.float32]:
-    """bool (H, W) -> float32 (H/factor, W/factor) in {0, 1}: any masked pixel makes its cell count (reference 1.4)."""
+    """bool (H, W) -> float32 (H/factor, W/factor) in {0, 1}: any masked pixel makes its cell count (docs/algorithm.md, 4.2)."""
     height, width = hole.shape
     cells = hole.reshape(height // factor, factor, width // factor, factor).any((1, 3))
     return np.asarray(cells, np.float32)

@@ -1,10 +1,11 @@
 """From the user's picture to the frames the networks work on, and back.
 
 Geometry is in pixels: boxes are (row0, row1, col0, col1) with ends exclusive, sizes (height, width). What the reference
-ties to 1024 (frame, size class, snap, fill radii, feather) scales with the base's native side.
+ties to 1024 (frame, size class, snap, fill radii) scales with the base's native side; the feather scales with the picture's short
+side.
 
 `native` mode keeps the user's resolution and aspect; `reference` mode stretches the picture to native x native and
-follows the authors' arithmetic to the byte (golden/README.md steps 1 to 6, 12, 13).
+follows the authors' arithmetic to the byte (docs/algorithm.md, 1 to 4, 8, 9).
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ class Canvas:
         divisor: int = 32,
         sizes: Sequence[Size] | None = None,
     ) -> Canvas:
-        """Lay the canvas: the user's own pixels, or stretched to native x native in reference mode (step 1).
+        """Lay the canvas: the user's own pixels, or stretched to native x native in reference mode (docs/algorithm.md, 1.2).
 
         divisor: the base's least multiple of a side in pixels, 8 * 2^(levels - 1). sizes: the frame sizes (height,
         width) in pixels that the engines take, where they do not take all: native frames are chosen among them,
@@ -232,7 +233,7 @@ class Canvas:
         return profile_sizes(self.native, self.snap) if self.sizes is None else self.sizes
 
     def local_frame(self, field: float, *, fill: bool = True, dilate: int = 0) -> Frame:
-        """The frame of the local stage (LCG), its hole filled from around unless `fill` is False (steps 2 to 4).
+        """The frame of the local stage (LCG), its hole filled from around unless `fill` is False (docs/algorithm.md, 2 and 3).
 
         dilate: enlarge the frame's mask by that many canvas pixels; neither the box nor the paste follow it.
         """
@@ -251,7 +252,7 @@ class Canvas:
         return _resized(picture, (h, w), frame.box)
 
     def hand_over(self, frame: Frame, decoded: U8, *, soft: bool = False) -> U8:
-        """Put a stage's picture (uint8, `frame.size`) back into its box and blend its rim into the canvas (step 12).
+        """Put a stage's picture (uint8, `frame.size`) back into its box and blend its rim into the canvas (docs/algorithm.md, 9.2).
 
         soft: blend the content radially first (`soft_blending`). Returns uint8 (H, W, 3); pixels farther from the
         mask than the feather are those of the canvas.
@@ -272,7 +273,7 @@ class Canvas:
         return self.mode == "native" and scale_of(box, size) > max(1.0, scale_of(local_box, local_size))
 
     def final(self, frame: Frame, decoded: U8, *, local: tuple[Frame, U8] | None = None) -> U8:
-        """The finished picture, uint8 (H, W, 3), from the last stage's frame and picture (step 13).
+        """The finished picture, uint8 (H, W, 3), from the last stage's frame and picture (docs/algorithm.md, 9.3).
 
         local: the local stage's frame and finished picture, when a global stage followed. Where the global frame
         would blur it (`keeps_local`), the inside of the mask stays local and only the seam (`seam_weight`) is taken

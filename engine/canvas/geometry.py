@@ -1,7 +1,7 @@
 """Boxes, sizes and widths of the canvas: plain numbers, no picture but the mask's bounds.
 
 Boxes are (row0, row1, col0, col1) in pixels with ends exclusive, sizes (height, width). The reference's rules stand
-beside those of the native mode; golden/README.md steps 2 and 3 are the reference's to the digit.
+beside those of the native mode; docs/algorithm.md, 2 and 3, has the reference's to the digit.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def mask_bounds(mask: U8, threshold: int = 127) -> Box:
 
 
 def initial_box(bounds: Box, frame: Size) -> Box:
-    """A square 15 % larger than `bounds`, clipped to the frame (golden/README.md step 2, before it grows).
+    """A square 15 % larger than `bounds`, clipped to the frame (docs/algorithm.md, 2.2).
 
     Its rounding may leave out the last row or column of very small bounds, as in the reference.
     """
@@ -45,7 +45,7 @@ def initial_box(bounds: Box, frame: Size) -> Box:
 
 
 def grown_box(box: Box, field: float, frame: Size) -> Box:
-    """Grow `box`, shorter side first, until it spans `field` of the frame in both directions (step 2).
+    """Grow `box`, shorter side first, until it spans `field` of the frame in both directions (docs/algorithm.md, 2.3).
 
     field: 0 leaves the box as it is, 1 gives the whole frame.
     """
@@ -62,7 +62,7 @@ def grown_box(box: Box, field: float, frame: Size) -> Box:
 
 
 def crop_box(mask: U8, field: float, *, threshold: int = 127) -> Box:
-    """The reference's crop box of a mask (golden/README.md step 2); the reference's threshold is 0."""
+    """The reference's crop box of a mask (docs/algorithm.md, 2); the reference's threshold is 0."""
     frame: Size = (mask.shape[0], mask.shape[1])
     return grown_box(initial_box(mask_bounds(mask, threshold), frame), field, frame)
 
@@ -73,7 +73,7 @@ def size_class(size: Size, snap: int = 64) -> int:
 
 
 def reference_work_size(size: Size, native: int = 1024, snap: int = 64) -> Size:
-    """What the reference resizes a crop to (golden/README.md step 3): about native^2 pixels, sides of `snap`.
+    """What the reference resizes a crop to (docs/algorithm.md, 3.1): about native^2 pixels, sides of `snap`.
 
     A crop whose class already is `native` is left alone, so its sides need not be multiples of anything. Crops longer
     than a square frame yields (about 1 : 2) may not settle, and end near native^2.

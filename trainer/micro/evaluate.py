@@ -135,7 +135,7 @@ def sample(
 
 
 def crop_box(mask: Mask, field: float) -> world.Box:
-    """The reference's crop for a mask and a field of view (reference/dreammix.md, 1.2)."""
+    """The reference's crop for a mask and a field of view (docs/algorithm.md, 2)."""
     height, width = mask.shape
     if field >= 1:
         return (0, 0, width, height)

@@ -603,8 +603,8 @@ def test_messages_become_errors_with_a_remedy(card: fake.Gpu, text: str, kind: t
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
-# reference/peers.md section 6 names the source of TensorRT's published bindings at 11.1 (python/src/infer/pyCore.cpp,
-# pyFoundationalTypes.cpp) as what it was read from; these names stand there, and it lists none of them as removed.
+# Read in the source of TensorRT's published bindings at 11.1 (python/src/infer/pyCore.cpp, pyFoundationalTypes.cpp):
+# these names stand there, and the release notes list none of them as removed.
 IN_THE_SOURCE_OF_11 = {
     "ExecutionContextAllocationStrategy.USER_MANAGED", "ICudaEngine.create_execution_context",
     "ICudaEngine.get_tensor_dtype", "ICudaEngine.get_tensor_location", "ICudaEngine.get_tensor_mode",
