@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from dreammix_trt.core.errors import InputError
 
@@ -167,6 +167,45 @@ class Request:
 
     def _fields(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+class RequestFields(TypedDict, total=False):
+    """Every field of a `Request` but its prompt, for `**fields: Unpack[RequestFields]`, so that editors complete them.
+
+    A test holds names and types to those of `Request`. Where a request keeps several values, a list is taken as well.
+    """
+
+    negative_prompt: str | None
+    subject: str | None
+    substitute: list[str] | tuple[str, ...]
+    substitute_prefix: str | None
+    sampler: Sampler
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+    num_images_per_prompt: int
+    strength: float
+    mode: Mode
+    lcg_steps: int | None
+    lcg_fraction: float
+    lcg_field: float
+    gch_field: float
+    lcg_mask_dilate: int
+    gch_background: Literal["original", "intermediate"]
+    patched_fraction: float
+    sharpness: float
+    size_guidance_positive: float
+    size_guidance_negative: float
+    size_guidance_end: float
+    guidance_rescale: float
+    blend_noise: Literal["fresh", "fixed"]
+    blend_output: bool
+    soft_blending: bool
+    tas_stages: list[TasStage] | tuple[TasStage, ...]
+    tas_indexing: Indexing | None
+    vae_sample: bool | None
+    truncate_prompt: bool
+    reference_resize: tuple[int, int] | None
 
 
 def _known(fields: Mapping[str, Any]) -> Mapping[str, Any]:

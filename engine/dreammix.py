@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, Unpack, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from dreammix_trt.core.errors import EngineError, InputError
 from dreammix_trt.core.noise import NoiseProvider
-from dreammix_trt.core.request import Request
+from dreammix_trt.core.request import Request, RequestFields
 from dreammix_trt.core.seam import BaseFacts, DeviceNetworks, Networks, Stream
 from dreammix_trt.core.subject import Subject, read_subject
 from dreammix_trt.engine import kernels
@@ -229,7 +229,7 @@ class DreamMix:
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
-    def request(self, prompt: str, **fields: Any) -> Request:
+    def request(self, prompt: str, **fields: Unpack[RequestFields]) -> Request:
         """The request of a prompt: `fields` of `Request` as given, else the base's `defaults`, else Request's own."""
         return Request.of(**{**self.defaults, **fields, "prompt": prompt})
 
@@ -241,7 +241,7 @@ class DreamMix:
         *,
         noise: NoiseProvider | Sequence[NoiseProvider] | None = None,
         keep_stages: bool = False,
-        **fields: Any,
+        **fields: Unpack[RequestFields],
     ) -> Result:
         """Paint the marked region (mask above 127) of a picture of any size.
 
@@ -277,7 +277,7 @@ class DreamMix:
         *,
         noise: NoiseProvider | Sequence[NoiseProvider] | None = None,
         keep_stages: bool = False,
-        **fields: Any,
+        **fields: Unpack[RequestFields],
     ) -> Iterator[StepEvent]:
         """Like `inpaint`, yielding after each step; the last event has the result. Leaving the iteration cancels.
 

@@ -9,16 +9,15 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import EllipsisType, TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 from dreammix_trt.core.errors import DeviceError, InputError
-from dreammix_trt.core.noise import NoiseProvider
-from dreammix_trt.core.request import Request
+from dreammix_trt.core.request import Request, RequestFields
 from dreammix_trt.engine.canvas.pictures import Source
 from dreammix_trt.engine.requests.keeper import Keeper
 from dreammix_trt.engine.requests.line import Line
 from dreammix_trt.engine.requests.tally import Statistics
-from dreammix_trt.engine.requests.tickets import Job, Ticket
+from dreammix_trt.engine.requests.tickets import Noise, Order, Ticket
 from dreammix_trt.engine.requests.worker import Paints, work
 from dreammix_trt.engine.result import StepEvent
 
@@ -72,9 +71,9 @@ class RequestQueue:
         timeout: float | EllipsisType | None = ...,
         wait: float | None = 0,
         on_step: Callable[[StepEvent], object] | None = None,
-        noise: NoiseProvider | Sequence[NoiseProvider] | None = None,
+        noise: Noise = None,
         keep_stages: bool = False,
-        **fields: Any,
+        **fields: Unpack[RequestFields],
     ) -> Ticket:
         """Take a request in, as `DreamMix.inpaint` has it. Pictures in memory must stay as they are until its end.
 
@@ -93,8 +92,8 @@ class RequestQueue:
         request = prompt.replace(**fields) if isinstance(prompt, Request) else self._request(prompt, **fields)
         if on_step is not None and not callable(on_step):
             raise InputError(f"on_step is a {type(on_step).__name__}: give a function of one StepEvent")
-        job = Job(image, mask_image, request, {"noise": noise, "keep_stages": keep_stages}, on_step)
-        ticket = Ticket(self._line, job, begun, allowed)
+        order = Order(image, mask_image, request, noise, keep_stages, on_step)
+        ticket = Ticket(self._line, order, begun, allowed)
         with self._line.lock:
             self._line.admit(ticket, patience)
             self._keeper.hear_of(ticket)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dreammix_trt.core.errors import Cancelled, EngineError, TimedOut
+from dreammix_trt.core.noise import NoiseProvider
 from dreammix_trt.core.request import Request
 from dreammix_trt.engine.canvas.pictures import Source
 from dreammix_trt.engine.result import Result, StepEvent
@@ -19,6 +20,7 @@ from dreammix_trt.engine.result import Result, StepEvent
 if TYPE_CHECKING:
     from dreammix_trt.engine.requests.line import Line
 
+Noise = NoiseProvider | Sequence[NoiseProvider] | None
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 
 
@@ -30,13 +32,14 @@ class Steps(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Job:
+class Order:
     """What a worker needs of a request."""
 
     image: Source
     mask_image: Source
     request: Request
-    options: dict[str, Any]
+    noise: Noise
+    keep_stages: bool
     on_step: Callable[[StepEvent], object] | None
 
 
@@ -48,12 +51,12 @@ class Ticket:
 
     # Names with an underscore are the queue's; those that change a ticket are called under its lock.
 
-    def __init__(self, line: Line, job: Job, begun: float, allowed: float | None) -> None:
-        self.request = job.request
+    def __init__(self, line: Line, order: Order, begun: float, allowed: float | None) -> None:
+        self.request = order.request
         self._line, self._allowed = line, allowed
-        self._job: Job | None = job  # given up at the end: tickets are kept longer than pictures should be
+        self._order: Order | None = order  # given up at the end: tickets are kept longer than pictures should be
         self._future: Future[Result] = Future()
-        self._steps = Steps(0, job.request.steps * job.request.num_images_per_prompt)
+        self._steps = Steps(0, order.request.steps * order.request.num_images_per_prompt)
         self._begun, self._deadline = begun, math.inf if allowed is None else begun + allowed
         self._started: float | None = None
         self._ended: float | None = None
@@ -148,7 +151,7 @@ class Ticket:
         if error is not None and not isinstance(error, Exception):  # it would end the app's thread or event loop
             cause, error = error, Cancelled(f"the request was stopped by {type(error).__name__} in its worker")
             error.__cause__ = cause
-        self._ended, self._job = time.monotonic(), None
+        self._ended, self._order = time.monotonic(), None
         if error is None and result is not None:
             self._future.set_result(result)
         else:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Protocol, Unpack
 
 from dreammix_trt.core.errors import DeviceError
-from dreammix_trt.core.request import Request
+from dreammix_trt.core.request import Request, RequestFields
 from dreammix_trt.engine.canvas.pictures import Source
 from dreammix_trt.engine.requests.line import Line
-from dreammix_trt.engine.requests.tickets import Steps, Ticket
+from dreammix_trt.engine.requests.tickets import Noise, Steps, Ticket
 from dreammix_trt.engine.result import Result, StepEvent
 
 
 class Paints(Protocol):
     """What a queue asks of a painter: see `DreamMix`."""
 
-    def request(self, prompt: str, **fields: Any) -> Request: ...
-    def iterate(self, image: Source, mask_image: Source, prompt: Request, /, **options: Any) -> Iterator[StepEvent]: ...
+    def request(self, prompt: str, **fields: Unpack[RequestFields]) -> Request: ...
+    def iterate(
+        self, image: Source, mask_image: Source, prompt: Request, /, *, noise: Noise, keep_stages: bool
+    ) -> Iterator[StepEvent]: ...
     def close(self) -> None: ...
 
 
@@ -47,16 +49,18 @@ def _serve(line: Line, painter: Paints, ticket: Ticket) -> DeviceError | None:
 
 def _paint(painter: Paints, ticket: Ticket) -> Result | None:
     """Take the steps of a request; None when it was left before the last one."""
-    job, result = ticket._job, None
+    order, result = ticket._order, None
     try:
-        if job is None:  # its deadline passed in this moment
+        if order is None:  # its deadline passed in this moment
             return None
-        events = painter.iterate(job.image, job.mask_image, job.request, **job.options)
+        events = painter.iterate(
+            order.image, order.mask_image, order.request, noise=order.noise, keep_stages=order.keep_stages
+        )
         try:
             for event in events:
                 ticket._steps = Steps(event.index + 1, event.total)
-                if job.on_step is not None and not ticket._leaving():
-                    job.on_step(event)
+                if order.on_step is not None and not ticket._leaving():
+                    order.on_step(event)
                 result = event.result or result
                 if ticket._leaving():
                     break
