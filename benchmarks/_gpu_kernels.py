@@ -31,7 +31,7 @@ def kernels(part: Part, setting: Setting) -> None:
 
 def measure(part: Part, device: Device, *, side: int) -> None:
     """Rows of every kernel: correctness first, then time and share of the copy bandwidth."""
-    from dreammix_trt import _cpp  # type: ignore[attr-defined,unused-ignore]
+    from dreammix_trt import _cpp
 
     bandwidth = copy_bandwidth(device, nbytes=CACHE if side < 512 else 1 << 30)
     part.add("copy within the device [GB/s]", bandwidth / 1e9)

@@ -343,7 +343,7 @@ class StepRig:
         return own | self.layout.arrays("unet", factors, self.pictures)
 
     def _states(self) -> dict[str, Array]:
-        from dreammix_trt import _cpp  # type: ignore[attr-defined,unused-ignore]
+        from dreammix_trt import _cpp
         from dreammix_trt.core.request import Request
         from dreammix_trt.core.schedule import make_schedule
         from dreammix_trt.core.seam import BaseFacts

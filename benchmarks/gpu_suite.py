@@ -217,7 +217,7 @@ def work_of(name: str) -> Callable[[Part, Setting], None]:
 
 def _loaded_info() -> dict[str, Any] | None:
     try:
-        from dreammix_trt import _cpp  # type: ignore[attr-defined,unused-ignore]
+        from dreammix_trt import _cpp
     except ImportError:
         return None
     info: dict[str, Any] = _cpp.build_info()

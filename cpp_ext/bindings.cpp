@@ -293,7 +293,7 @@ NB_MODULE(_cpp, module) {
     module.def("normals", &normals, "seed"_a, "draw"_a, "step"_a, "shape"_a);
     module.def("philox", &philox, "counter"_a, "key"_a);
     module.def("set_threads", &set_threads, "count"_a);
-    module.def("build_info", &build_info);
+    module.def("build_info", &build_info, nb::sig("def build_info() -> dict[str, typing.Any]"));
     nb::module_ gpu = module.def_submodule("gpu", "Kernels of the device runtime, in a CUDA stream or on the host.");
     dmx::bind_pictures(gpu);
     dmx::bind_numbers(gpu);

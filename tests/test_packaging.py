@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import shutil
@@ -130,3 +131,21 @@ def test_an_editable_install_makes_the_links_it_needs(plain_clone: Path, links: 
         assert (plain_clone / link).readlink() == Path("..", folder)
         module = plain_clone / link / "__init__.py"
         assert repr(str(module)) in finder, "modules must be found through the links, as mypy and unbuilt runs do"
+
+
+def test_the_stub_says_what_the_module_has(tmp_path: Path) -> None:
+    """As the build makes it (cpp_ext/CMakeLists.txt): every public name, and no import that only works at build."""
+    module = pytest.importorskip(f"{PACKAGE}._cpp")
+    pytest.importorskip("nanobind")
+    stub, folder, patterns = tmp_path / "_cpp.pyi", Path(module.__file__).parent, ROOT / "cpp_ext" / "stub.txt"
+    command = [sys.executable, "-m", "nanobind.stubgen", "-q", "-m", "_cpp"]
+    command += ["-i", str(folder), "-p", str(patterns), "-o", str(stub)]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    tree = ast.parse(stub.read_text())
+    said = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    said |= {ast.unparse(node.target) for node in tree.body if isinstance(node, ast.AnnAssign)}
+    assert said == {name for name in dir(module) if not name.startswith("_")}
+    assert not [
+        node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "_cpp" in str(node.module)
+    ]

@@ -364,7 +364,7 @@ def test_every_kernel_is_held_against_right_values(
     import _gpu_cases
     import _gpu_kernels
 
-    from dreammix_trt import _cpp  # type: ignore[attr-defined,unused-ignore]
+    from dreammix_trt import _cpp
 
     kernel = device.kernel
 
