@@ -140,8 +140,8 @@ def guided_step(
 
     With e = sigma eps: `e_pos = a B(e_pos; x_in - e_pos) + (1 - a) e_pos` for a = blur_alpha > 0 (B: `bilateral`),
     `x0 = x_in - (e_neg + guidance_scale (e_pos - e_neg))`, and
-    `x_out = c_x x_in + c_x0 x0 + c_dx0 (x0 - x0_prev) + c_noise noise` (docs/algorithm.md, 7.3 to 7.7). The caller gives
-    c_x = 0, c_x0 = 1, c_noise = 0 where sigma falls to 0, and x0_prev = None where the solver has no history.
+    `x_out = c_x x_in + c_x0 x0 + c_dx0 (x0 - x0_prev) + c_noise noise` (docs/algorithm.md, 7.3 to 7.7). The caller
+    gives c_x = 0, c_x0 = 1, c_noise = 0 where sigma falls to 0, and x0_prev = None where the solver has no history.
     guidance_rescale in 0..1 brings the guided noise back to the spread of the positive row (Lin et al. 2305.08891).
 
     `x_in`, `x0_prev`, `noise` are (N, C, h, w); `eps` has rows [neg0, pos0, ...] (2N, C, h, w), or with

@@ -195,7 +195,10 @@ def random_hole(rng: np.random.Generator, subject: Mask) -> Mask:
 
 
 def latent_mask(hole: Mask, factor: int = 8) -> NDArray[np.float32]:
-    """bool (H, W) -> float32 (H/factor, W/factor) in {0, 1}: any masked pixel makes its cell count (docs/algorithm.md, 4.2)."""
+    """bool (H, W) -> float32 (H/factor, W/factor) in {0, 1}: any masked pixel makes its cell count.
+
+    docs/algorithm.md, 4.2.
+    """
     height, width = hole.shape
     cells = hole.reshape(height // factor, factor, width // factor, factor).any((1, 3))
     return np.asarray(cells, np.float32)

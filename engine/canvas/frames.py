@@ -1,8 +1,8 @@
 """From the user's picture to the frames the networks work on, and back.
 
 Geometry is in pixels: boxes are (row0, row1, col0, col1) with ends exclusive, sizes (height, width). What the reference
-ties to 1024 (frame, size class, snap, fill radii) scales with the base's native side; the feather scales with the picture's short
-side.
+ties to 1024 (frame, size class, snap, fill radii) scales with the base's native side; the feather scales with the
+picture's short side.
 
 `native` mode keeps the user's resolution and aspect; `reference` mode stretches the picture to native x native and
 follows the authors' arithmetic to the byte (docs/algorithm.md, 1 to 4, 8, 9).
@@ -166,7 +166,7 @@ class Canvas:
         divisor: int = 32,
         sizes: Sequence[Size] | None = None,
     ) -> Canvas:
-        """Lay the canvas: the user's own pixels, or stretched to native x native in reference mode (docs/algorithm.md, 1.2).
+        """Lay the canvas (docs/algorithm.md, 1.2): the user's own pixels, or in reference mode native x native.
 
         divisor: the base's least multiple of a side in pixels, 8 * 2^(levels - 1). sizes: the frame sizes (height,
         width) in pixels that the engines take, where they do not take all: native frames are chosen among them,
@@ -233,7 +233,7 @@ class Canvas:
         return profile_sizes(self.native, self.snap) if self.sizes is None else self.sizes
 
     def local_frame(self, field: float, *, fill: bool = True, dilate: int = 0) -> Frame:
-        """The frame of the local stage (LCG), its hole filled from around unless `fill` is False (docs/algorithm.md, 2 and 3).
+        """The local stage's frame (docs/algorithm.md, 2 and 3), its hole filled from around unless `fill` is False.
 
         dilate: enlarge the frame's mask by that many canvas pixels; neither the box nor the paste follow it.
         """
@@ -252,7 +252,7 @@ class Canvas:
         return _resized(picture, (h, w), frame.box)
 
     def hand_over(self, frame: Frame, decoded: U8, *, soft: bool = False) -> U8:
-        """Put a stage's picture (uint8, `frame.size`) back into its box and blend its rim into the canvas (docs/algorithm.md, 9.2).
+        """Put a stage's picture (uint8, `frame.size`) back into its box, its rim blended (docs/algorithm.md, 9.2).
 
         soft: blend the content radially first (`soft_blending`). Returns uint8 (H, W, 3); pixels farther from the
         mask than the feather are those of the canvas.

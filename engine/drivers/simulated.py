@@ -29,8 +29,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dreammix_trt.core.axes import Sides, Tensor
 from dreammix_trt.core.errors import DeviceError, OutOfMemoryError
-from dreammix_trt.core.networks import Sides, Tensor, is_twin, plain_name, twin_name
+from dreammix_trt.core.networks import is_twin, plain_name, twin_name
 from dreammix_trt.core.seam import Array, Stream
 from dreammix_trt.core.slots import Slot
 from dreammix_trt.engine.drivers.device import Memory

@@ -1,6 +1,6 @@
 """The sampling loop once more, in double precision and straight from its equations: what the runtime's is held against.
 
-It shares no code with the runtime: sigmas, timesteps and solver are written out here from the equations of docs/algorithm.md, 6 and 7.
+It shares no code with the runtime: sigmas, timesteps and solver are written out here from docs/algorithm.md, 6 and 7.
 """
 
 from __future__ import annotations
