@@ -223,7 +223,7 @@ def _canvas(scene: Scene) -> list[Case]:
 def _final_paste(scene: Scene, content: list[U8], seam: U8) -> Case:
     """The last paste where the local result stays inside the mask (as `Canvas.final`)."""
     canvas, records = scene.canvas, scene.records
-    first, second = scene.picture.first.box, scene.picture.last.box
+    first, second = scene.picture.first.box, scene.picture.framings[-1].box
     whole = [canvas.image.copy() for _ in content]
     for picture, part, box in zip(whole, content, (first, second), strict=True):
         picture[box[0] : box[1], box[2] : box[3]] = part
@@ -242,7 +242,7 @@ def _final_paste(scene: Scene, content: list[U8], seam: U8) -> Case:
 
 
 def _box_size(scene: Scene, which: str) -> tuple[int, int, int]:
-    crop = (scene.picture.first if which == "first" else scene.picture.last).crop
+    crop = (scene.picture.first if which == "first" else scene.picture.framings[-1]).crop
     return (*crop, 3)
 
 
