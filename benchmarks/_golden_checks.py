@@ -40,10 +40,10 @@ def check_case(case: Case, networks: Networks, run: Run | None) -> list[Row]:
     rest = {name for name in case.unread if not name.endswith(("_rgb_sha256", "final_image_sha256"))}
     if run is not None:
         rows += [Row(f"{name} (unknown array)", float("nan"), 0.0, False) for name in sorted(rest)]
-    return grouped(rows)
+    return group_rows(rows)
 
 
-def grouped(rows: list[Row]) -> list[Row]:
+def group_rows(rows: list[Row]) -> list[Row]:
     """One row for the arrays of all steps: the largest error."""
     found: dict[str, list[Row]] = {}
     for row in rows:
@@ -119,19 +119,19 @@ class _Checks:
 
     def text(self) -> Iterator[Row]:
         """The encoders, and TAS on the recorded embeddings."""
-        tokens, pooled = self._encoded(self.request.prompt)
+        tokens, pooled = self._encode(self.request.prompt)
         yield from self._row("prompt_embeds_raw", tokens[None], HEAD)
         yield from self._row("pooled_raw", pooled[None], HEAD)
         if self.request.negative_prompt is None:
             other = np.zeros_like(tokens), np.zeros_like(pooled)
         else:
-            other = self._encoded(self.request.negative_prompt)
+            other = self._encode(self.request.negative_prompt)
         yield from self._row("negative_prompt_embeds", other[0][None], HEAD)
         yield from self._row("negative_pooled", other[1][None], HEAD)
         less = self.case["prompt_embeds_raw"][0], self.case["pooled_raw"][0]
         if self.request.substitute:
             prefix, words = self.request.substitute_prefix or "", self.request.substitute
-            removed = self._encoded(elimination_text(prefix, words))
+            removed = self._encode(elimination_text(prefix, words))
             yield from self._row("peli_embeds", removed[0][None], HEAD)
             yield from self._row("peli_pooled", removed[1][None], HEAD)
             plan = plan_tas(None, self.request.prompt, words, prefix, "words", self.case.subject.token)
@@ -146,7 +146,7 @@ class _Checks:
                 rows = [self.case[negative][0], positive] if guided else [positive]
                 yield from self._row(f"{s}_unet_{name}", np.stack(rows), ARITHMETIC)
 
-    def _encoded(self, prompt: str) -> tuple[Array, Array]:
+    def _encode(self, prompt: str) -> tuple[Array, Array]:
         outputs = []
         for encoder, folder in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
             ids = Tokenizer.load(self.base.folder / folder).encode(prompt, truncate=True)[None]
@@ -233,23 +233,23 @@ class _Checks:
         yield from self._row(f"x_in_{at}", blended, ARITHMETIC)
         x_in, x0 = case[f"x_in_{at}"], case[f"x0_{at}"]
         if f"unet_cond_{at}" in case:
-            yield from self._guided(step, x_in)
+            yield from self._check_guidance(step, x_in)
         previous = None if first else case[f"x0_step{i - 1:02d}"]
         noise = draws[step.solver_draw[0]] if step.solver_draw else np.zeros_like(x_in)
-        solved, _ = _stepped(step, x_in, (x_in - x0) / np.float32(step.sigma), previous, noise, rows=1, blur=0.0)
+        solved, _ = _take_step(step, x_in, (x_in - x0) / np.float32(step.sigma), previous, noise, rows=1, blur=0.0)
         yield from self._row(f"x_out_{at}", solved, ARITHMETIC)
 
-    def _guided(self, step: Step, x_in: Array) -> Iterator[Row]:
+    def _check_guidance(self, step: Step, x_in: Array) -> Iterator[Row]:
         at, case = f"step{step.index:02d}", self.case
         positive, nothing = case[f"unet_cond_{at}"], np.zeros_like(x_in)
-        before = _stepped(step, x_in, positive, None, nothing, rows=1, blur=0.0)[1]
+        before = _take_step(step, x_in, positive, None, nothing, rows=1, blur=0.0)[1]
         yield from self._row(f"x0_cond_preblur_{at}", before, ARITHMETIC)
-        after = _stepped(step, x_in, positive, None, nothing, rows=1, blur=step.blur_alpha)[1]
+        after = _take_step(step, x_in, positive, None, nothing, rows=1, blur=step.blur_alpha)[1]
         yield from self._row(f"x0_cond_postblur_{at}", after, ARITHMETIC)
         guided, eps = self.request.guided, positive
         if guided:
             eps = np.concatenate([case[f"unet_uncond_{at}"], positive])
-        x0 = _stepped(step, x_in, eps, None, nothing, rows=2 if guided else 1, blur=step.blur_alpha)[1]
+        x0 = _take_step(step, x_in, eps, None, nothing, rows=2 if guided else 1, blur=step.blur_alpha)[1]
         yield from self._row(f"x0_{at}", x0, ARITHMETIC)
 
     def pasting(self) -> Iterator[Row]:
@@ -259,20 +259,20 @@ class _Checks:
         if switch is not None:
             decoded, repasted = case.picture("switch_decoded_rgb"), case.picture("switch_repasted_rgb")
             if decoded is not None and repasted is not None:
-                yield _levels("switch_decoded_rgb", self._decoded(case[f"x0_step{switch - 1:02d}"]), decoded)
+                yield _levels("switch_decoded_rgb", self._decode(case[f"x0_step{switch - 1:02d}"]), decoded)
                 pasted = self.canvas.hand_over(self.of_stage["lcg"], decoded, soft=self.request.soft_blending)
                 yield row_of("switch_repasted_rgb", pasted, repasted, 0)
                 yield from self._picture("switch_crop_rgb", self.canvas.cropped(repasted, self.of_stage["gch"]))
         decoded, final = case.picture("final_decoded_rgb"), case.picture("final_image")
         if decoded is not None and final is not None:
-            yield _levels("final_decoded_rgb", self._decoded(case[f"x0_step{last:02d}"]), decoded)
+            yield _levels("final_decoded_rgb", self._decode(case[f"x0_step{last:02d}"]), decoded)
             yield row_of("final_image", self.canvas.final(self.of_stage[self.schedule[last].stage], decoded), final, 0)
 
-    def _decoded(self, latent: Array) -> Array:
+    def _decode(self, latent: Array) -> Array:
         return from_decoded(self.run("vae_decoder", latent=latent / np.float32(self.base.scaling_factor))["image"])
 
 
-def _stepped(
+def _take_step(
     step: Step, x_in: Array, eps: Array, previous: Array | None, noise: Array, *, rows: int, blur: float
 ) -> tuple[Array, Array]:
     return kernels.guided_step(

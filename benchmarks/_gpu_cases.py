@@ -19,7 +19,7 @@ from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import make_schedule, time_ids
 from dreammix_trt.core.seam import BaseFacts
 from dreammix_trt.engine import kernels
-from dreammix_trt.engine.canvas.frames import Canvas, dilated, from_decoded, seam_weight, to_latent_range
+from dreammix_trt.engine.canvas.frames import Canvas, dilate_mask, from_decoded, seam_weight, to_latent_range
 from dreammix_trt.engine.canvas.geometry import fill_cascade
 from dreammix_trt.engine.device.blocks import MOST_STEPS, PICTURE, Picture, fill_block
 from dreammix_trt.engine.device.records import FACTOR as FACTOR_RECORD
@@ -112,10 +112,10 @@ def all_cases(side: int, gpu: Any) -> list[Case]:
 def kernels_of(gpu: Any) -> set[str]:
     """The kernels there are: what takes a stream."""
     found = {name for name in dir(gpu) if not name.startswith("_") and callable(getattr(gpu, name))}
-    return {name for name in found if "stream" in _told(getattr(gpu, name))}
+    return {name for name in found if "stream" in _read_docstring(getattr(gpu, name))}
 
 
-def _told(function: Any) -> str:
+def _read_docstring(function: Any) -> str:
     """What a kernel function says of its arguments."""
     return str(function.__doc__ or "")
 
@@ -136,7 +136,7 @@ def _cuts(scene: Scene) -> list[Case]:
     image = kernels.resize(canvas.image, h, w, "lanczos", box)
     seen = to_latent_range(image)
     masked = seen * (frame.mask < 128)
-    grown = dilated(canvas.mask, 3)
+    grown = dilate_mask(canvas.mask, 3)
     plain = {**_NOTHING, "channels": 3, "half": 1, "threshold": 0}
     decoded = scene.rng.integers(0, 256, (h, w, 3), np.uint8)
     crop = (box[1] - box[0], box[3] - box[2])
@@ -198,7 +198,7 @@ def _canvas(scene: Scene) -> list[Case]:
         ),
         Case(
             "grow a mask", "feather", {"mask": canvas.mask, "field": scene.record("dilate_field")},
-            {"out": dilated(canvas.mask, 3)}, {"dilate": 1}, distances,
+            {"out": dilate_mask(canvas.mask, 3)}, {"dilate": 1}, distances,
         ),
         Case(
             "seam", "seam",
@@ -335,7 +335,7 @@ def _latents(scene: Scene) -> list[Case]:
             "sample a latent", "encode_latent", {"mean": mean, "std": std, "job": bytes_of_job, "flags": flags},
             {"latent": latent, "network": _half(latent), "flags": flags},
             {"scaling": SCALING, "draw": 4, "channels": CHANNELS, "height": h, "width": w, "half": 1,
-             "bit": 32, **({"network_half": 1} if "network_half" in _told(scene.gpu.encode_latent) else {})},
+             "bit": 32, **({"network_half": 1} if "network_half" in _read_docstring(scene.gpu.encode_latent) else {})},
             times=5,
         ),
         Case(

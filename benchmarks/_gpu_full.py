@@ -35,7 +35,7 @@ def full(part: Part, setting: Setting) -> None:
     _measure(part, setting, "torch, eager", compiled=False)
 
 
-def compiled(part: Part, setting: Setting) -> None:
+def measure_compiled(part: Part, setting: Setting) -> None:
     """The same through torch.compile: a part of its own, as compiling takes minutes."""
     if setting.compiled:
         _measure(part, setting, "torch, compiled", compiled=True)

@@ -126,11 +126,11 @@ def _arrays(case: Case) -> dict[str, Any]:
     arrays = {name: np.array(values) for name, values in case.given.items()}
     for name, values in case.wanted.items():
         if name not in arrays:
-            arrays[name] = poisoned(values.shape, str(values.dtype))
-    return arrays | {name: poisoned((size,), "uint8") for name, size in case.scratch.items()}
+            arrays[name] = make_poison(values.shape, str(values.dtype))
+    return arrays | {name: make_poison((size,), "uint8") for name, size in case.scratch.items()}
 
 
-def poisoned(shape: tuple[int, ...], dtype: str) -> Any:
+def make_poison(shape: tuple[int, ...], dtype: str) -> Any:
     """Values nothing gives: NaN, or a pattern of bits."""
     out = np.empty(shape, dtype)
     out.reshape(-1).view(np.uint8)[...] = 0xFF if out.dtype.kind == "f" else 0x5A

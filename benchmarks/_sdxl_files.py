@@ -63,7 +63,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * _stored(self.dtype).itemsize
+        return math.prod(self.shape) * _numpy_type(self.dtype).itemsize
 
 
 # Configurations
@@ -212,7 +212,7 @@ def _normal(shape: Shape, *names: str, seed: int) -> npt.NDArray[np.float32]:
     return np.random.Generator(_generator(seed, *names)).standard_normal(shape, dtype=np.float32)
 
 
-def _stored(dtype: str) -> np.dtype[Any]:
+def _numpy_type(dtype: str) -> np.dtype[Any]:
     return np.dtype("uint16" if dtype == "bfloat16" else dtype)
 
 
@@ -345,7 +345,7 @@ def _ldm_vae(tensors: Mapping[str, Entry], levels: int) -> dict[str, Entry]:
         if attention:
             name = name.replace("group_norm", "norm").replace("to_out.0", "proj_out").replace(".to_", ".")
             if len(entry.shape) == 2:
-                entry = _changed(entry, (*entry.shape, 1, 1), lambda value: value[:, :, None, None])
+                entry = _change(entry, (*entry.shape, 1, 1), lambda value: value[:, :, None, None])
         renamed[name] = entry
     return renamed
 
@@ -367,22 +367,22 @@ def _open_clip(tensors: Mapping[str, Entry]) -> dict[str, Entry]:
     for name, entry in tensors.items():
         match = re.match(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)$", name)
         if name == "text_projection.weight":
-            renamed["text_projection"] = _changed(entry, entry.shape[::-1], np.transpose)
+            renamed["text_projection"] = _change(entry, entry.shape[::-1], np.transpose)
         elif match is None:
             renamed[outer[name]] = entry
         elif match[2] in inner:
             renamed[f"transformer.resblocks.{match[1]}.{inner[match[2]]}.{match[3]}"] = entry
         elif match[2] == "self_attn.q_proj":
             parts = [tensors[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
-            renamed[f"transformer.resblocks.{match[1]}.attn.in_proj_{match[3]}"] = _joined(parts)
+            renamed[f"transformer.resblocks.{match[1]}.attn.in_proj_{match[3]}"] = _join(parts)
     return renamed
 
 
-def _changed(entry: Entry, shape: Shape, change: Callable[[Array], Array]) -> Entry:
+def _change(entry: Entry, shape: Shape, change: Callable[[Array], Array]) -> Entry:
     return Entry(entry.dtype, shape, lambda: change(entry.make()))
 
 
-def _joined(parts: Sequence[Entry]) -> Entry:
+def _join(parts: Sequence[Entry]) -> Entry:
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
     return Entry(parts[0].dtype, shape, lambda: np.concatenate([part.make() for part in parts]))
 
@@ -480,9 +480,9 @@ def write_lora(
                 up = 2 * (up.astype(np.float16) if dtype == "float16" else up)
             key = sgm[f"{module}.weight"] if dialect == "kohya_sgm" and network == "unet" else module
             down_key, up_key, alpha_key = _lora_names(dialect, network, key.removesuffix(".weight"))
-            entries |= {down_key: _given(down, dtype), up_key: _given(up, dtype)}
+            entries |= {down_key: _from_values(down, dtype), up_key: _from_values(up, dtype)}
             if alpha_key:
-                entries[alpha_key] = _given(np.array(rank / 2), dtype)
+                entries[alpha_key] = _from_values(np.array(rank / 2), dtype)
     metadata = {"format": "pt"}
     if dialect == "peft":
         told = {
@@ -504,7 +504,7 @@ def _delta(seed: int, name: str, shape: Shape) -> tuple[Entry, Entry, Entry]:
         # uniform codes between -r and r have a standard deviation of r / sqrt(3)
         reach = sign * 0.01 * math.sqrt(3) * spread_of(name, shape)[1]
         share = np.random.Generator(_generator(seed, "patch", name, str(sign))).uniform(0.5, 1.5, along)
-        return _given(reach * share, "float16")
+        return _from_values(reach * share, "float16")
 
     along = (shape[0],) + (1,) * (len(shape) - 1)
     return Entry("uint8", shape, codes), limit(-1), limit(1)
@@ -546,7 +546,7 @@ def _lora_names(dialect: str, network: str, module: str) -> tuple[str, str, str]
     return f"{stem}{inner}.down.weight", f"{stem}{inner}.up.weight", ""
 
 
-def _given(values: Array, dtype: str) -> Entry:
+def _from_values(values: Array, dtype: str) -> Entry:
     return Entry(dtype, values.shape, lambda: _as_stored(values, dtype))
 
 
@@ -556,7 +556,7 @@ def _given(values: Array, dtype: str) -> Entry:
 def write_safetensors(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
     """The format from its description: length of the header (8 bytes), JSON, then the tensors without gaps."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    order = sorted(entries, key=lambda name: (-_stored(entries[name].dtype).itemsize, name))
+    order = sorted(entries, key=lambda name: (-_numpy_type(entries[name].dtype).itemsize, name))
     end = 0
     for name in order:
         entry, start = entries[name], end
@@ -567,7 +567,7 @@ def write_safetensors(path: Path, entries: Mapping[str, Entry], metadata: Mappin
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            _made(entries[name]).tofile(file)
+            _make(entries[name]).tofile(file)
 
 
 def _torch_save(path: Path, tree: Mapping[str, tuple[Entry, ...]]) -> None:
@@ -583,8 +583,10 @@ def _torch_save(path: Path, tree: Mapping[str, tuple[Entry, ...]]) -> None:
 
         def tensor(entry: Entry) -> Any:
             start = next(places)
-            values = np.asarray(mapped[start : start + entry.nbytes]).view(_stored(entry.dtype)).reshape(entry.shape)
-            values[...] = _made(entry)
+            values = (
+                np.asarray(mapped[start : start + entry.nbytes]).view(_numpy_type(entry.dtype)).reshape(entry.shape)
+            )
+            values[...] = _make(entry)
             made = torch.from_numpy(values)
             return made.view(torch.bfloat16) if entry.dtype == "bfloat16" else made
 
@@ -592,9 +594,9 @@ def _torch_save(path: Path, tree: Mapping[str, tuple[Entry, ...]]) -> None:
         torch.save({name: parts if len(parts) > 1 else parts[0] for name, parts in made.items()}, path)
 
 
-def _made(entry: Entry) -> Array:
+def _make(entry: Entry) -> Array:
     values = np.ascontiguousarray(entry.make()).reshape(entry.shape)
-    assert values.dtype == _stored(entry.dtype), (values.dtype, entry.dtype)
+    assert values.dtype == _numpy_type(entry.dtype), (values.dtype, entry.dtype)
     return values
 
 

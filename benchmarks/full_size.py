@@ -172,7 +172,7 @@ def child(kind: str, inputs: str, onnx: str, paths: list[str]) -> None:
     from dreammix_trt.core.network_weights import weights_of
     from dreammix_trt.core.networks import describe_networks
     from dreammix_trt.core.packing import pack
-    from dreammix_trt.core.slots import unpacked
+    from dreammix_trt.core.slots import unpack
     from dreammix_trt.export.parity import OnnxNetwork, run_torch
     from dreammix_trt.export.torch_module import torch_module
 
@@ -183,7 +183,7 @@ def child(kind: str, inputs: str, onnx: str, paths: list[str]) -> None:
         factors = read_lora(paths[3], base.configs["unet"]).factors["unet"]
         made |= {
             name: rows.astype(np.float16)
-            for name, rows in unpacked(pack(factors, network.slots)[None], network.slots).items()
+            for name, rows in unpack(pack(factors, network.slots)[None], network.slots).items()
         }
         np.savez(inputs, **made)
         return

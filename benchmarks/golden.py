@@ -41,21 +41,23 @@ def main(words: Sequence[str] | None = None) -> int:
     bench = Benchmark("golden", threads=chosen.threads or None)
     if not chosen.cases and (chosen.folder / "units.npz").is_file():
         _add(bench, "units", check_units(chosen.folder / "units.npz"))
-    for case, networks in _loaded(find_cases(chosen.folder, chosen.cases), chosen.backend, chosen.threads or None):
+    for case, networks in _load_cases(find_cases(chosen.folder, chosen.cases), chosen.backend, chosen.threads or None):
         start = time.perf_counter()
-        _add(bench, case.name, [*_encodings(case, networks), *checked(case, networks, whole=not chosen.no_run)])
+        _add(
+            bench, case.name, [*_encodings(case, networks), *check_whole_case(case, networks, whole=not chosen.no_run)]
+        )
         if isinstance(networks, EngineSet):
             networks.close()  # its arenas have grown to this case's sizes; sessions come back when needed
         bench.add(f"{case.name}: seconds ({chosen.backend})", time.perf_counter() - start)
     return bench.finish(chosen.json)
 
 
-def checked(case: Case, networks: Networks, *, whole: bool = True) -> list[Row]:
+def check_whole_case(case: Case, networks: Networks, *, whole: bool = True) -> list[Row]:
     """Every array of a case; whole False: without the run end to end."""
     return check_case(case, networks, replay(case, networks) if whole else None)
 
 
-def _loaded(cases: list[Case], backend: str, threads: int | None) -> list[tuple[Case, Networks]]:
+def _load_cases(cases: list[Case], backend: str, threads: int | None) -> list[tuple[Case, Networks]]:
     """Each case with its networks, shared by the cases of one model."""
     rank = max((case.rank for case in cases), default=0)
     made: dict[str, Networks] = {}

@@ -89,19 +89,19 @@ def _ints(values: Iterable[Any]) -> tuple[int, ...]:
     return tuple(int(value) for value in values)
 
 
-def _sized(values: Array) -> tuple[int, int]:
+def _read_size(values: Array) -> tuple[int, int]:
     height, width = _ints(values)
     return height, width
 
 
-def _boxed(values: Array) -> tuple[int, int, int, int]:
+def _read_box(values: Array) -> tuple[int, int, int, int]:
     r0, r1, c0, c1 = _ints(values)
     return r0, r1, c0, c1
 
 
 def _boxes(units: _Units) -> Iterator[Row]:
-    frames = [_sized(row) for row in units["crop_frame_hw"]]
-    bounds = [(r0, r1 + 1, c0, c1 + 1) for r0, r1, c0, c1 in map(_boxed, units["crop_bbox_inclusive"])]
+    frames = [_read_size(row) for row in units["crop_frame_hw"]]
+    bounds = [(r0, r1 + 1, c0, c1 + 1) for r0, r1, c0, c1 in map(_read_box, units["crop_bbox_inclusive"])]
     first = [geometry.initial_box(box, frame) for box, frame in zip(bounds, frames, strict=True)]
     yield row_of("crop_initial_box", np.array(first), units["crop_initial_box"], 0)
     fields = [float(k) for k in units["crop_k"]]
@@ -110,7 +110,7 @@ def _boxes(units: _Units) -> Iterator[Row]:
 
 
 def _sizes(units: _Units) -> Iterator[Row]:
-    sizes = [geometry.reference_work_size(_sized(row)) for row in units["resize_in_hw"]]
+    sizes = [geometry.reference_work_size(_read_size(row)) for row in units["resize_in_hw"]]
     yield row_of("resize_out_hw", np.array(sizes), units["resize_out_hw"], 0)
     yield row_of("resize_vae_hw", np.array([geometry.floored(size) for size in sizes]), units["resize_vae_hw"], 0)
 
@@ -123,14 +123,14 @@ def _pictures(units: _Units) -> Iterator[Row]:
     yield row_of("fill_out", fills, units["fill_out"], 0)
     for name, soft in (("paste_out", False), ("paste_out_soft", True)):
         pasted = [
-            _pasted(units["fill_image"][n], content, _boxed(units["paste_box"][n]), units["feather_out"][n], soft)
+            _paste(units["fill_image"][n], content, _read_box(units["paste_box"][n]), units["feather_out"][n], soft)
             for n, content in enumerate(units["paste_content"])
         ]
         yield row_of(name, np.stack(pasted), units[name], 0)
     yield row_of("soft_alpha_96x64", kernels.soft_alpha(96, 64), units["soft_alpha_96x64"], ARITHMETIC)
 
 
-def _pasted(image: Array, content: Array, box: kernels.Box, weight: Array, soft: bool) -> Array:
+def _paste(image: Array, content: Array, box: kernels.Box, weight: Array, soft: bool) -> Array:
     height, width = box[1] - box[0], box[3] - box[2]
     if content.shape[:2] != (height, width):
         content = kernels.resize(content, height, width, "lanczos")
@@ -172,19 +172,19 @@ def _plain(table: Array) -> Array:
 def _counts(units: _Units) -> Iterator[Row]:
     steps = _ints(units["sigma_steps"])
     for name, values, count in (
-        ("adm_scaled_step_count", "adm_end_values", _scaled_steps),
-        ("fooocus_step_count", "fooocus_time_values", _patched_steps),
+        ("adm_scaled_step_count", "adm_end_values", _count_scaled_steps),
+        ("fooocus_step_count", "fooocus_time_values", _count_patched_steps),
     ):
         got = [[count(n, float(value)) for value in units[values]] for n in steps]
         yield row_of(name, np.array(got), units[name], 0)
 
 
-def _scaled_steps(steps: int, end: float) -> int:
+def _count_scaled_steps(steps: int, end: float) -> int:
     rows = schedule.make_schedule(Request(prompt="", num_inference_steps=steps, size_guidance_end=end))
     return sum(step.size_scale_positive != 1 for step in rows)
 
 
-def _patched_steps(steps: int, share: float) -> int:
+def _count_patched_steps(steps: int, share: float) -> int:
     rows = schedule.make_schedule(Request(prompt="", num_inference_steps=steps, patched_fraction=share))
     return sum(step.network == "unet" for step in rows)
 
@@ -198,10 +198,10 @@ def _solver(units: _Units) -> Iterator[Row]:
         wanted = units[f"{name}_coef_x_d_dd_noise"]
         yield row_of(f"{name}_coef_x_d_dd_noise", coefficients, wanted, ARITHMETIC)
         yield row_of(f"{name}_sigmas", schedule.karras_sigmas(count), units[f"{name}_sigmas"], 0)
-        yield row_of(f"{name}_x", _solved(units, name, steps, reset), units[f"{name}_x"][1:], ARITHMETIC)
+        yield row_of(f"{name}_x", _solve(units, name, steps, reset), units[f"{name}_x"][1:], ARITHMETIC)
 
 
-def _solved(units: _Units, name: str, steps: Iterable[schedule.Step], reset: int | None) -> Array:
+def _solve(units: _Units, name: str, steps: Iterable[schedule.Step], reset: int | None) -> Array:
     """Each step from its recorded input, through the kernel that the loop uses."""
     x, x0, noise = units[f"{name}_x"], units[f"{name}_x0"], units[f"{name}_noise"]
     out = []
@@ -279,7 +279,7 @@ def _head(units: _Units) -> Iterator[Row]:
     found = np.stack([kernels.latent_mask(_binary(mask), 8) for mask in masks])
     yield row_of("latmask_out", found.astype(np.uint8), units["latmask_out"], 0)
     weight = fooocus.read_head(units.folder / "inpaint_head.pth")[units["head_channels"]]
-    features = [_convolved(np.concatenate([mask[None], units["head_in_latent"]]), weight) for mask in found]
+    features = [_convolve(np.concatenate([mask[None], units["head_in_latent"]]), weight) for mask in found]
     yield row_of("head_out_ch", np.stack(features), units["head_out_ch"], NETWORK)
     picture = units["masked_image_u8"]
     height, width = picture.shape[:2]
@@ -291,7 +291,7 @@ def _binary(mask: Array) -> Array:
     return np.where(mask > 127, np.uint8(255), np.uint8(0))
 
 
-def _convolved(image: Array, weight: Array) -> Array:
+def _convolve(image: Array, weight: Array) -> Array:
     """3x3 convolution of (C, h, w) with edges repeated, in double precision."""
     padded = np.pad(image.astype(np.float64), ((0, 0), (1, 1), (1, 1)), mode="edge")
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))

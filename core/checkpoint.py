@@ -80,9 +80,9 @@ class BaseFiles:
         head is there, or either with a UNet that has its own head.
         """
         with reading(EMBEDDED if path is None else path):
-            base = cls._found(path, vae, tokenizer)
-            patch_file = _given_or_beside(patch, base.folder, "*.fooocus.patch")
-            head_file = _given_or_beside(head, base.folder, "*inpaint_head.*")
+            base = cls._find(path, vae, tokenizer)
+            patch_file = _choose_file(patch, base.folder, "*.fooocus.patch")
+            head_file = _choose_file(head, base.folder, "*inpaint_head.*")
         if base.nine_channels and (patch_file or head_file):
             raise FileFormatError(f"{patch_file or head_file}: does not go with {base.folder}: {_PATCHED}")
         if (patch_file is None) != (head_file is None):
@@ -93,7 +93,7 @@ class BaseFiles:
         return replace(base, patch=patch_file, head_file=head_file, patch_biases=patch_biases)
 
     @classmethod
-    def _found(cls, path: str | Path | None, vae: str | Path | None, tokenizer: str | Path | None) -> BaseFiles:
+    def _find(cls, path: str | Path | None, vae: str | Path | None, tokenizer: str | Path | None) -> BaseFiles:
         """The base without patch and head, checked."""
         folder = EMBEDDED if path is None else Path(path)
         if path is None and not folder.is_dir():
@@ -282,7 +282,7 @@ def _vae_file_config(path: Path) -> Config:
         raise odd_tensors(path, error) from error
 
 
-def _given_or_beside(given: str | Path | None, folder: Path, pattern: str) -> Path | None:
+def _choose_file(given: str | Path | None, folder: Path, pattern: str) -> Path | None:
     if given is not None:
         if not Path(given).is_file():
             raise FileFormatError(f"{given}: no such file")

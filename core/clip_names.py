@@ -38,7 +38,7 @@ def from_open_clip(layers: int) -> dict[str, tuple[str, View | None]]:
     transpose of transformers' weight.
     """
     plan = {name: (theirs, view) for name, theirs, view in _from_open_clip(layers)}
-    return {**plan, "text_projection.weight": ("text_projection", _transposed)}
+    return {**plan, "text_projection.weight": ("text_projection", _transpose)}
 
 
 def _from_open_clip(layers: int) -> Iterator[tuple[str, str, View | None]]:
@@ -58,5 +58,5 @@ def _third(number: int, stacked: Array) -> Array:
     return stacked[number * height : (number + 1) * height]
 
 
-def _transposed(matrix: Array) -> Array:
+def _transpose(matrix: Array) -> Array:
     return matrix.T

@@ -108,7 +108,7 @@ def _list_of(fits: Callable[[Any], bool], expected: str) -> _Field:
 def _per_block(most: int, *, null: bool = False) -> _Field:
     """A number for all blocks, or a list with one a block."""
     return _Field(
-        lambda value: (null and value is None) or all(_is_whole(one, most) for one in _listed(value)),
+        lambda value: (null and value is None) or all(_is_whole(one, most) for one in _as_list(value)),
         f"a whole number from 1 to {most}, or a list of them with one a block",
     )
 
@@ -117,7 +117,7 @@ def _depths(*, null: bool = False) -> _Field:
     """Transformer layers: as `_per_block`, or a list with one a layer for a block; 0 for one without attention."""
 
     def fits(value: Any) -> bool:
-        return all(one == 0 or _is_whole(one, _MOST_LAYERS) for entry in _listed(value) for one in _listed(entry))
+        return all(one == 0 or _is_whole(one, _MOST_LAYERS) for entry in _as_list(value) for one in _as_list(entry))
 
     if null:  # only lists have another order on the way up
         return _Field(lambda value: value is None or (_is_list(value) and fits(value)), "null or a list, one a block")
@@ -128,7 +128,7 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple)
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return list(value) if _is_list(value) else [value]
 
 
@@ -268,7 +268,7 @@ def _check_layers(config: Config, place: Path) -> None:
         entries = _each(config.get(name), len(counts))
         if any(_is_list(entry) and len(entry) != count for entry, count in zip(entries, counts, strict=True)):
             raise _wrong(place, name, config[name], f"lists of {counts} entries, one for each layer of a block")
-    if any(map(_is_list, _listed(config.get(down)))) and config.get(up) is None:  # the way up has a layer more
+    if any(map(_is_list, _as_list(config.get(down)))) and config.get(up) is None:  # the way up has a layer more
         raise _wrong(place, up, None, f"a list, as {down} tells the layers one by one")
 
 

@@ -112,7 +112,7 @@ def apply_patch(
         len(weights),
     )
     scale = np.float32(alpha)
-    changes: dict[str, Change] = {name: partial(_patched, patch, key, scale) for key, name in used.items()}
+    changes: dict[str, Change] = {name: partial(_patch, patch, key, scale) for key, name in used.items()}
     return weights.changed(changes)
 
 
@@ -140,7 +140,7 @@ def _entry(path: Path, key: Any, value: Any) -> tuple[Stored, Stored, Stored]:
     return codes, low, high
 
 
-def _patched(patch: Mapping[str, PatchEntry], key: str, scale: np.float32, weight: Floats) -> Floats:
+def _patch(patch: Mapping[str, PatchEntry], key: str, scale: np.float32, weight: Floats) -> Floats:
     delta = patch[key].delta()
     delta *= scale
     delta += weight

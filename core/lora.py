@@ -124,10 +124,10 @@ def lora_file(path: str | Path) -> Path:
     """
     path = Path(path)
     with reading(path):
-        return _found(path)
+        return _find_file(path)
 
 
-def _found(path: Path) -> Path:
+def _find_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():

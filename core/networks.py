@@ -60,7 +60,7 @@ class Network:
         """Its entry in the list."""
         return kind_of(self.name)
 
-    def described(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """The part of `network.json` that the graph decides."""
         return {
             "precision": self.precision,
@@ -217,7 +217,7 @@ def _text_encoder(base: BaseFiles, name: str, rank: int) -> Network:
         for part in ("q", "k", "v", "out")
         if rank
     )
-    inputs = (Tensor("input_ids", "int64", ("rows", TOKENS)), *_packed_input(slots))
+    inputs = (Tensor("input_ids", "int64", ("rows", TOKENS)), *_describe_packed_input(slots))
     outputs = [Tensor("hidden", "float32", ("rows", TOKENS, width))]
     if name == "text_encoder_2":
         outputs.append(Tensor("pooled", "float32", ("rows", int(config["projection_dim"]))))
@@ -235,7 +235,7 @@ def _unet(base: BaseFiles, name: str, rank: int) -> Network:
         Tensor("text_embeds", "float32", ("rows", pooled)),
         Tensor("time_ids", "float32", ("rows", 6)),
         Tensor("inpaint_feature", "float32", ("pictures", base.feature_channels, "h", "w")),
-        *_packed_input(slots),
+        *_describe_packed_input(slots),
     )
     outputs = (Tensor("eps", "float32", ("rows", latent, "h", "w")),)
     return Network(name, "unet", f"{_MODULES}:UNet", inputs, outputs, slots, {"unet": config})
@@ -255,7 +255,7 @@ def _unet_slots(config: Mapping[str, Any], rank: int) -> Iterator[Slot]:
         yield Slot(module, context if from_text else width, width, rank)
 
 
-def _packed_input(slots: Sequence[Slot]) -> tuple[Tensor, ...]:
+def _describe_packed_input(slots: Sequence[Slot]) -> tuple[Tensor, ...]:
     return (Tensor(LORA, "float32", ("pictures", packed_size(slots))),) if slots else ()
 
 

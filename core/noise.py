@@ -70,7 +70,7 @@ class SeededNoise:
     """
 
     def __init__(self, seed: int, generate: Callable[[int, int, int, Sequence[int]], F32] | None = None) -> None:
-        self.seed = _unsigned(seed, 64, "seed")
+        self.seed = _check_unsigned(seed, 64, "seed")
         self._generate = generate or normals
 
     def draw(self, label: str, shape: Sequence[int], step: int = 0) -> F32:
@@ -104,7 +104,11 @@ def normals(seed: int, draw: int, step: int, shape: Sequence[int]) -> F32:
 
     `seed` lies in 0 .. 2^64-1, `draw` and `step` in 0 .. 2^32-1; InputError otherwise.
     """
-    seed, draw, step = _unsigned(seed, 64, "seed"), _unsigned(draw, 32, "draw"), _unsigned(step, 32, "step")
+    seed, draw, step = (
+        _check_unsigned(seed, 64, "seed"),
+        _check_unsigned(draw, 32, "draw"),
+        _check_unsigned(step, 32, "step"),
+    )
     count = math.prod(shape)
     blocks = np.arange((count + 3) // 4, dtype=np.uint64)
     counter = np.empty((len(blocks), 4), np.uint32)
@@ -131,7 +135,7 @@ def philox(counter: U32, key: tuple[int, int]) -> U32:
     return np.stack((c0, c1, c2, c3), axis=1).astype(np.uint32)
 
 
-def _unsigned(value: int, bits: int, name: str) -> int:
+def _check_unsigned(value: int, bits: int, name: str) -> int:
     if not 0 <= value < 1 << bits:
         raise InputError(f"{name} is {value}; it must lie in 0 .. 2^{bits}-1")
     return int(value)

@@ -111,9 +111,9 @@ class Passport:
         lists = {"networks": NetworkEntry, "subjects": SubjectEntry}
         plain = {name: value for name, value in record.items() if name not in lists}
         entries: dict[str, tuple[Any, ...]] = {
-            name: tuple(_typed(kind, entry) for entry in record[name]) for name, kind in lists.items()
+            name: tuple(_build_typed(kind, entry) for entry in record[name]) for name, kind in lists.items()
         }
-        passport = _typed(cls, {**plain, **entries})
+        passport = _build_typed(cls, {**plain, **entries})
         if passport.networks_at not in PLACES:
             raise ValueError(f"networks_at is {passport.networks_at!r}, expected one of {', '.join(PLACES)}")
         if not isinstance(passport.base.get("files", {}), dict):
@@ -207,7 +207,7 @@ def _cost(record: Mapping[str, Any]) -> str:
     return f"{seconds:.0f} s{memory}" if isinstance(seconds, int | float) else "unknown time"
 
 
-def _typed(kind: type[_T], record: Mapping[str, Any]) -> _T:
+def _build_typed(kind: type[_T], record: Mapping[str, Any]) -> _T:
     """A dataclass of plain JSON values, each field of its annotated type; TypeError names what is amiss."""
     hints = get_type_hints(kind)
     if not isinstance(record, Mapping) or record.keys() != hints.keys():

@@ -137,13 +137,13 @@ class Request:
     @classmethod
     def of(cls, **fields: Any) -> Request:
         """A request of named fields; InputError, not TypeError, for a field that does not exist or a missing prompt."""
-        if "prompt" not in _known(fields):
+        if "prompt" not in _check_names(fields):
             raise InputError("a request needs a prompt: say what to paint, with the subject's token")
         return cls(**fields)
 
     def replace(self, **fields: Any) -> Request:
         """This request with some fields changed; InputError for a field that does not exist."""
-        return Request(**{**self._fields(), **_known(fields)})
+        return Request(**{**self._fields(), **_check_names(fields)})
 
     def to_json(self, indent: int | None = None) -> str:
         """The request as JSON with its schema number; `from_json` gives an equal request back."""
@@ -208,7 +208,7 @@ class RequestFields(TypedDict, total=False):
     reference_resize: tuple[int, int] | None
 
 
-def _known(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+def _check_names(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     unknown = sorted(set(fields) - set(_CHECKS))
     if unknown:
         raise InputError(f"a request has no field {', '.join(unknown)}; its fields are {', '.join(_CHECKS)}")
@@ -280,12 +280,12 @@ def _or_none(check: Check) -> Check:
 
 
 def _several(check: Check, what: str) -> Check:
-    def checked(name: str, value: Any) -> tuple[Any, ...]:
+    def check_items(name: str, value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list | tuple):
             raise _refuse(name, value, f"a list of {what}")
         return tuple(check(name, item) for item in value)
 
-    return checked
+    return check_items
 
 
 def _size(name: str, value: Any) -> tuple[int, int]:

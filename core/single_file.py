@@ -99,7 +99,7 @@ def read_vae(weights: Weights) -> tuple[Config, Weights]:
     }
     _check_groups("VAE", channels)
     names = keymap.vae_to_diffusers(config)
-    modern = modern_vae(weights if spelling == _VAE_LAYER[1] else _translated(weights, names, "VAE"))
+    modern = modern_vae(weights if spelling == _VAE_LAYER[1] else _translate(weights, names, "VAE"))
     _require(modern, names.values(), "VAE")
     return config, modern
 
@@ -123,7 +123,7 @@ def _unet(weights: Weights, pooled: int) -> tuple[Config, Weights]:
     extra = [key for key in weights if key not in bare]
     if extra:
         raise FileFormatError(f"the UNet has {len(extra)} tensors that SDXL's has not: {_some(extra)}")
-    return config, _translated(weights, bare, "UNet")
+    return config, _translate(weights, bare, "UNet")
 
 
 def _unet_config(weights: Weights, pooled: int) -> Config:
@@ -242,7 +242,7 @@ def _text_config(weights: Weights, layers: int, activation: str) -> Config:
     }
 
 
-def _translated(weights: Weights, names: Mapping[str, str], part: str) -> Weights:
+def _translate(weights: Weights, names: Mapping[str, str], part: str) -> Weights:
     _require(weights, names, part)
     return weights.arranged({ours: (theirs, None) for theirs, ours in names.items()})
 

@@ -46,7 +46,7 @@ def packed_size(slots: Sequence[Slot]) -> int:
     return sum(slot.size for slot in slots)
 
 
-def unpacked(rows: Floats, slots: Sequence[Slot]) -> dict[str, Floats]:
+def unpack(rows: Floats, slots: Sequence[Slot]) -> dict[str, Floats]:
     """Packed rows (N, P) as a tensor a factor, for engines that take them so: "<module>.lora_A" (N, in, rank) and
     "<module>.lora_B" (N, rank, out). Of one row these are views."""
     found, at = {}, 0

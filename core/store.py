@@ -41,7 +41,7 @@ from dreammix_trt.core.files import (
     size_text,
     write_json,
 )
-from dreammix_trt.core.store_users import User, record_user, recorded_users
+from dreammix_trt.core.store_users import User, read_users, record_user
 
 log = logging.getLogger(__name__)
 KINDS: Final = ("base", "graph", "range", "onnx", "engine")
@@ -118,7 +118,7 @@ class Store:
             raise InputError(
                 f"the store {self.root} cannot be made ({error.strerror}); set DREAMMIX_HOME or --store"
             ) from error
-        with self._locked(key):
+        with self._lock(key):
             if self.sound(key):
                 yield None
                 return
@@ -165,7 +165,7 @@ class Store:
 
     def recorded(self) -> list[User]:
         """Every engine directory that is known to need this store, whether it is present now or not."""
-        return recorded_users(self.root / "users")
+        return read_users(self.root / "users")
 
     def users(self) -> dict[Path, frozenset[str]]:
         """The engine directories that are present, each with the keys of the parts it needs."""
@@ -185,7 +185,7 @@ class Store:
         folder = self.root / key
         if not _is_part(folder):
             return None
-        with self._locked(key, wait=False) as held:
+        with self._lock(key, wait=False) as held:
             if not held or not folder.is_dir() or any(key in user.keys for user in self.recorded()):
                 return None
             size = folder_bytes(folder)
@@ -205,7 +205,7 @@ class Store:
         """Remove what killed builds left behind, and the locks of keys that are gone; returns the bytes."""
         size = 0
         for path in self._temporaries():
-            with self._locked(_key_of(path), wait=False) as held:
+            with self._lock(_key_of(path), wait=False) as held:
                 if held:
                     size += folder_bytes(path)
                     shutil.rmtree(path, ignore_errors=True)
@@ -213,7 +213,7 @@ class Store:
             if not _KEY.fullmatch(lock.stem) or (self.root / lock.stem).exists():
                 continue
             # Who waits for a lock opens its file anew at every try, so nobody is left waiting for a file that is gone.
-            with self._locked(lock.stem, wait=False) as held, suppress(OSError):
+            with self._lock(lock.stem, wait=False) as held, suppress(OSError):
                 if held and not (self.root / lock.stem).exists():
                     lock.unlink()
         return size
@@ -249,13 +249,13 @@ class Store:
         if not (self.root / f"{key}.lock").exists():
             return True
         try:
-            with self._locked(key, wait=False) as held:
+            with self._lock(key, wait=False) as held:
                 return held
         except DreamMixError:  # a store that may only be read
             return False
 
     @contextmanager
-    def _locked(self, key: str, *, wait: bool = True) -> Iterator[bool]:
+    def _lock(self, key: str, *, wait: bool = True) -> Iterator[bool]:
         """Hold the lock of a key; False when it is held by another and `wait` is false."""
         from filelock import FileLock, Timeout
 

@@ -40,18 +40,18 @@ def record_user(folder: Path, engine: Path, keys: Collection[str]) -> None:
                 temporary.write_text(json.dumps({"engine": str(engine), "keys": sorted(keys)}), encoding="utf-8")
 
 
-def recorded_users(folder: Path) -> list[User]:
+def read_users(folder: Path) -> list[User]:
     """Every directory that is recorded in `folder` and needs the store, in the order of the paths."""
     users = []
     for file in folder.glob("*.json"):
         record = _read(file)
-        user = _judged(file, *record) if record else None
+        user = _judge(file, *record) if record else None
         if user:
             users.append(user)
     return sorted(users, key=lambda user: user.engine)
 
 
-def _judged(file: Path, engine: Path, recorded: frozenset[str]) -> User | None:
+def _judge(file: Path, engine: Path, recorded: frozenset[str]) -> User | None:
     """What the directory's own passport says; None when it is self-contained."""
     passport = engine / _PASSPORT
     try:

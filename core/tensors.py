@@ -150,7 +150,7 @@ def tensor_places(path: str | Path) -> dict[str, tuple[str, tuple[int, ...], int
     return _header(MappedFile.open(path))[0]
 
 
-def planned_places(
+def plan_places(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
 ) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
     """What `tensor_places` will say of a file that `write_tensors` makes of these tensors without metadata."""
@@ -185,7 +185,7 @@ def write_tensors(
             values = np.asarray(read(name))
             if values.shape != tuple(shape):
                 raise ValueError(f"{name} is {values.shape}, announced as {tuple(shape)}")
-            stream.write(_encoded(values, dtype, f"{path}: tensor {name!r}").data)
+            stream.write(_encode(values, dtype, f"{path}: tensor {name!r}").data)
             del values  # before the next one is read
 
 
@@ -206,7 +206,7 @@ def _layout(
     return len(text).to_bytes(8, "little") + text, order
 
 
-def _encoded(values: Array, dtype: str, origin: str) -> Array:
+def _encode(values: Array, dtype: str, origin: str) -> Array:
     """The numbers as they lie in a file, in C order; `FileFormatError` when they do not fit."""
     with np.errstate(over="ignore", invalid="ignore"):
         if dtype != "bfloat16":

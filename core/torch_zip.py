@@ -127,7 +127,7 @@ def _with_tensors(value: Any, tensors: list[_View], file: MappedFile, name: str)
     """The unpickled value in plain dicts, lists and tuples, with tensors in the place of their numbers."""
     if isinstance(value, _Number):
         view = tensors[value]
-        return Stored(f"{file.path}: tensor {name!r}", view.flat.dtype, view.shape, lambda: _strided(file, view))
+        return Stored(f"{file.path}: tensor {name!r}", view.flat.dtype, view.shape, lambda: _read_strided(file, view))
     if isinstance(value, dict):
         return {key: _with_tensors(item, tensors, file, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -135,7 +135,7 @@ def _with_tensors(value: Any, tensors: list[_View], file: MappedFile, name: str)
     return value
 
 
-def _strided(file: MappedFile, view: _View) -> Array:
+def _read_strided(file: MappedFile, view: _View) -> Array:
     if 0 in view.shape:
         return np.empty(view.shape, LAYOUTS[view.flat.dtype])
     last = view.offset + sum((n - 1) * s for n, s in zip(view.shape, view.stride, strict=True))

@@ -69,9 +69,9 @@ def run_demo(
 
     update = progress or (lambda *_: None)
     seconds: dict[str, float] = {}
-    with _timed(seconds, "photographs"):
+    with _measure(seconds, "photographs"):
         photos = write_photos(out / "photos")
-    with _timed(seconds, "train"):
+    with _measure(seconds, "train"):
         train_lora(
             out / "photos",
             "mug",
@@ -79,13 +79,13 @@ def run_demo(
             steps=training_steps,
             threads=threads,
             seed=seed,
-            progress=_named(update, "train"),
+            progress=_name_part(update, "train"),
         )
-    with _timed(seconds, "build"):
-        passport = build(out / "lora", out=out / "engine", name="mug", progress=_named(update, "build"))
-    with _timed(seconds, "load"):
+    with _measure(seconds, "build"):
+        passport = build(out / "lora", out=out / "engine", name="mug", progress=_name_part(update, "build"))
+    with _measure(seconds, "load"):
         engine = DreamMix.load(out / "engine", threads=threads)
-    with engine as dm, _timed(seconds, "inpaint"):
+    with engine as dm, _measure(seconds, "inpaint"):
         gallery = Gallery(dm, seed, picture_steps, update)
         rows = [Row("The subject: five photographs", [Tile(photo) for photo in photos]), *gallery.rows()]
     title = "dreammix-trt: a subject the model had never seen, placed by mask and text"
@@ -239,12 +239,12 @@ def _tables(seconds: dict[str, float], gallery: Gallery, passport: Passport) -> 
     ]
 
 
-def _named(update: Update, name: str) -> Update:
+def _name_part(update: Update, name: str) -> Update:
     return lambda part, fraction, message: update(f"{name} {part}".strip(), fraction, message)
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+def _measure(seconds: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - start

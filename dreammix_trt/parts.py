@@ -37,8 +37,8 @@ from dreammix_trt.export.onnx_export import (
     SCHEMA,
     export_facts,
     export_network,
+    find_shipped_graph,
     graph_digest,
-    shipped_graph,
     write_graph,
 )
 
@@ -94,9 +94,9 @@ class EngineOptions:
     @property
     def version(self) -> str:
         """Of the back end's package; raises MissingExtraError when it is not installed."""
-        from dreammix_trt.engine.machine import installed_versions
+        from dreammix_trt.engine.machine import find_versions
 
-        found = installed_versions()
+        found = find_versions()
         version = found.get(self.backend) or (found.get("onnxruntime-gpu") if not self.plans else None)
         if version is None:
             extra = {"tensorrt-rtx": "rtx", "tensorrt": "trt"}.get(self.backend)
@@ -145,9 +145,9 @@ class EngineOptions:
         """The GPUs that plans are for, by name also where "current" was asked for."""
         if not self.plans:
             return ()
-        from dreammix_trt.engine.backends.tensorrt.builder import named_targets
+        from dreammix_trt.engine.backends.tensorrt.builder import name_targets
 
-        return named_targets(self.targets)
+        return name_targets(self.targets)
 
     def words(self) -> dict[str, Any]:
         """The options of the command line that say the same."""
@@ -267,7 +267,7 @@ class Parts:
             "version": self.engine.version,
             "targets": sorted(self.engine.gpus),
             "workspace": self.engine.workspace,
-            "profiles": [profile.to_dict() for profile in self._profiles(network.name, network.described()["inputs"])],
+            "profiles": [profile.to_dict() for profile in self._profiles(network.name, network.describe()["inputs"])],
             **self._machine(),
         }
 
@@ -341,7 +341,7 @@ class Parts:
             raise BuildError(f"{network.name}: its files changed while they were read; build again")
 
     def _graph(self, network: Network) -> Path:
-        shipped = shipped_graph(network)
+        shipped = find_shipped_graph(network)
         if shipped:
             return shipped
         facts = {"digest": graph_digest(network)}

@@ -54,7 +54,7 @@ def contact_sheet(rows: Sequence[Row], *, tile: int = 208, title: str = "") -> I
         draw.text((_GAP, y + 4), row.title, fill=_INK, font=heading)
         for column, item in enumerate(row.tiles):
             x = _GAP + column * (tile + _GAP)
-            fitted = _fitted(item.image, tile)
+            fitted = _fit(item.image, tile)
             sheet.paste(fitted, (x + (tile - fitted.width) // 2, y + 30 + (tile - fitted.height) // 2))
             for number, line in enumerate(_lines(item.caption, small, tile)):
                 draw.text((x, y + 32 + tile + 17 * number), line, fill=_FAINT, font=small)
@@ -94,7 +94,7 @@ def html_report(title: str, sheet: Image.Image, tables: Sequence[tuple[str, Sequ
     return _PAGE.format(title=html.escape(title), body="\n".join(parts))
 
 
-def _fitted(image: Image.Image, side: int) -> Image.Image:
+def _fit(image: Image.Image, side: int) -> Image.Image:
     scale = side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)

@@ -136,7 +136,7 @@ def prune(
     if not as_json:
         _show(plan)
     freed, left = 0, list[Entry]()
-    if not dry_run and (plan.goes or plan.leftovers or plan.forgotten) and (yes or _agreed(plan, as_json)):
+    if not dry_run and (plan.goes or plan.leftovers or plan.forgotten) and (yes or _ask(plan, as_json)):
         freed, left = carry_out(shelf, plan)
         for entry in left:
             _err.print(
@@ -241,7 +241,7 @@ def _plan_record(plan: Plan, left: Sequence[Entry]) -> dict[str, Any]:
     }
 
 
-def _agreed(plan: Plan, as_json: bool) -> bool:
+def _ask(plan: Plan, as_json: bool) -> bool:
     if as_json or not sys.stdin.isatty():
         raise InputError(
             f"nothing was removed, as nobody can be asked here: --yes removes {_parts(len(plan.goes))} "

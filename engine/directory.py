@@ -53,7 +53,7 @@ def open_engine(path: Path, *, verify: bool = False, store: Path | None = None) 
             f"{path} was built for {passport.backend!r}, this version runs {', '.join(BACKENDS)}; {remedy}"
         )
     shelf = Store(store)
-    parts = _found(path, passport, shelf, remedy)
+    parts = _find_parts(path, passport, shelf, remedy)
     for name, folder in parts.items():
         files = _files_of(path, passport, name, folder, shelf)
         check_files(folder, files, verify=verify, remedy=remedy)
@@ -150,7 +150,7 @@ def _files_of(path: Path, passport: Passport, name: str, folder: Path, shelf: St
     return files
 
 
-def _found(path: Path, passport: Passport, store: Store, remedy: str) -> dict[str, Path]:
+def _find_parts(path: Path, passport: Passport, store: Store, remedy: str) -> dict[str, Path]:
     """The folder of every part."""
     if passport.networks_at != "store":
         return {name: path / passport.networks_at / name for name in passport.parts}

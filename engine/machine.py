@@ -260,7 +260,7 @@ def examine(store: Path | None = None) -> Machine:
         store=None if store is None else str(store),
         disk_free=None if store is None else disk_free(store),
         driver=ask_driver(),
-        versions=installed_versions(),
+        versions=find_versions(),
         extension=extension,
         kernels=kernels,
     )
@@ -297,7 +297,7 @@ def explain_mismatch(built_for: Mapping[str, Any], here: Machine) -> str | None:
     return f"this {backend} engine cannot run here: {'; '.join((*lacks, *differences))}{remedy}"
 
 
-def installed_versions() -> dict[str, str]:
+def find_versions() -> dict[str, str]:
     """Versions of the packages that matter here and are installed, without importing them."""
     found: dict[str, str] = {}
     for name, distributions in _DISTRIBUTIONS.items():

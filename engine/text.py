@@ -63,7 +63,7 @@ class Tokenizer:
         room = self._length - 2
         if len(ids) > room and not truncate:
             raise InputError(
-                f"the prompt {_shortened(prompt)!r} is {len(ids) + 2} tokens long with its start and end marks and "
+                f"the prompt {_shorten(prompt)!r} is {len(ids) + 2} tokens long with its start and end marks and "
                 f"{self._length} fit: shorten it by {len(ids) - room} tokens, or allow truncation (truncate)"
             )
         marked = [self._id(START), *ids[:room], self._id(END)]
@@ -118,7 +118,7 @@ def plan_tas(
     """
     if not _names_subject(prompt, token, indexing):
         raise InputError(
-            f"the prompt {_shortened(prompt)!r} does not name the subject: attribute removal (substitute) needs "
+            f"the prompt {_shorten(prompt)!r} does not name the subject: attribute removal (substitute) needs "
             f"{token!r} as a word of its own, e.g. 'a red {token} mug'; add it, or leave substitute empty"
         )
     text = elimination_text(prefix, words)
@@ -159,7 +159,7 @@ def _names_subject(prompt: str, token: str, indexing: Indexing) -> bool:
     return re.search(rf"(?<!\w){re.escape(token)}(?!\w)", prompt, re.IGNORECASE) is not None
 
 
-def _shortened(prompt: str, most: int = 60) -> str:
+def _shorten(prompt: str, most: int = 60) -> str:
     return prompt if len(prompt) <= most else prompt[: most - 1] + "…"
 
 

@@ -179,11 +179,11 @@ def paste(original: U8, content: U8, box: Box, weight: U8, alpha: F32 | None = N
     r0, r1, c0, c1 = box
     pasted = original.copy()
     inner = original[r0:r1, c0:c1]
-    pasted[r0:r1, c0:c1] = content if alpha is None else _mixed(content, inner, alpha)
-    return _mixed(pasted, original, weight.astype(np.float32) / np.float32(255))
+    pasted[r0:r1, c0:c1] = content if alpha is None else _mix(content, inner, alpha)
+    return _mix(pasted, original, weight.astype(np.float32) / np.float32(255))
 
 
-def _mixed(top: U8, bottom: U8, share: F32) -> U8:
+def _mix(top: U8, bottom: U8, share: F32) -> U8:
     """Truncated to 8 bit, in the reference's single precision."""
     shares = share[:, :, None]
     value = top.astype(np.float32) * shares + bottom.astype(np.float32) * (np.float32(1) - shares)

@@ -105,7 +105,7 @@ class TextEncoder(nn.Module):
         # transformers: configs of old (eos_token_id 2, wrong) find the end mark as the largest id, others by its id
         marks = input_ids if self.end == 2 else input_ids == self.end
         place = marks.to(torch.int32).argmax(-1, keepdim=True).unsqueeze(-1).expand(-1, 1, last.shape[-1])
-        return hidden, self.network.text_projection(reshaped(torch.gather(last, 1, place), (0, -1)))
+        return hidden, self.network.text_projection(reshape_like_onnx(torch.gather(last, 1, place), (0, -1)))
 
 
 class InpaintHead(nn.Module):
@@ -202,7 +202,7 @@ class LoraInputs:
             sizes = [size for slot in self.slots for size in (slot.inputs * slot.rank, slot.rank * slot.outputs)]
             heights = [height for slot in self.slots for height in (slot.inputs, slot.rank)]
             parts = torch.split(rows, sizes, dim=1)
-            given = [reshaped(part, (0, height, -1)) for part, height in zip(parts, heights, strict=True)]
+            given = [reshape_like_onnx(part, (0, height, -1)) for part, height in zip(parts, heights, strict=True)]
         self._factors = list(given)
 
     def drop(self) -> None:
@@ -227,7 +227,7 @@ class LoraInputs:
         return add
 
 
-def reshaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+def reshape_like_onnx(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """`x` in a new shape where 0 keeps an axis and one -1 is what remains, as ONNX's Reshape has it.
 
     torch's own reshape would put the kept axes into the graph as shape arithmetic.
@@ -262,7 +262,7 @@ class PlainAttention:
         assert attention_mask is None, "SDXL attends everywhere"
         picture, x = hidden_states, hidden_states
         if picture.ndim == 4:
-            x = reshaped(picture, (0, picture.shape[1], -1)).transpose(1, 2)
+            x = reshape_like_onnx(picture, (0, picture.shape[1], -1)).transpose(1, 2)
         if attn.group_norm is not None:
             x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
         context = x if encoder_hidden_states is None else encoder_hidden_states
@@ -282,7 +282,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -
         attended: Tensor = _Attention.apply(q, k, v, heads, causal)
         return attended
     length = int(q.shape[1])
-    q, k, v = (reshaped(x, (0, 0, heads, -1)).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (reshape_like_onnx(x, (0, 0, heads, -1)).transpose(1, 2) for x in (q, k, v))
     if torch.jit.is_tracing():
         scores = (q * width**-0.5) @ k.transpose(-1, -2)
         if causal:  # a bound that float16 holds too; exp(-30000) is 0 in both
@@ -290,14 +290,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -
         x = torch.softmax(scores, dim=-1) @ v
     else:  # torch's own kernel: quicker, and an independent judge of the lines above
         x = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    return reshaped(x.transpose(1, 2), (0, 0, -1))
+    return reshape_like_onnx(x.transpose(1, 2), (0, 0, -1))
 
 
 _fused = False
 
 
 @contextmanager
-def fused_operators(on: bool = True) -> Iterator[None]:
+def fuse_operators(on: bool = True) -> Iterator[None]:
     """Trace attention and group norm as single operators (opset 23) instead of writing them out."""
     global _fused
     before, _fused = _fused, on

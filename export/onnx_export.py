@@ -65,7 +65,7 @@ def export_base(
     with tempfile.TemporaryDirectory() as scratch:
         for number, network in enumerate(networks):
             report(network.name, number, len(networks))
-            graph = shipped_graph(network) or Path(scratch) / network.graph
+            graph = find_shipped_graph(network) or Path(scratch) / network.graph
             if not graph.exists():
                 graph.mkdir()
                 write_graph(network, graph)
@@ -97,7 +97,7 @@ def write_graph(network: Network, folder: Path) -> None:
     write_json(folder / "graph.json", facts)
 
 
-def shipped_graph(network: Network) -> Path | None:
+def find_shipped_graph(network: Network) -> Path | None:
     """The folder of a graph that comes with this package, if it has one of equal configurations and slots.
 
     Graphs beside a user's checkpoint are never taken: a part's key would not tell them from honest ones.
@@ -152,7 +152,7 @@ def export_network(
     weights, file = weights_of(base, network.name, loras), out / f"{network.graph}.safetensors"
     _write_weights(network, weights, facts["weights"], file)
     shutil.copyfile(graph / "graph.onnx", file.with_suffix(".onnx"))
-    described = network.described()  # without inputs that have no effect: factors of a text encoder's unused last layer
+    described = network.describe()  # without inputs that have no effect: factors of a text encoder's unused last layer
     described["inputs"] = [spec for spec in described["inputs"] if spec["name"] in facts["inputs"]]
     entry = {
         "schema": SCHEMA,
@@ -195,7 +195,7 @@ def export_facts(base: BaseFiles, slot_rank: int, out: Path, defaults: Mapping[s
 
 def graph_digest(network: Network) -> str:
     """sha256 of all that decides a graph: configurations, tensors, slots, precision, and the exporter's revision."""
-    facts = [GRAPH_REVISION, network.described(), _canonical(network.configs)]
+    facts = [GRAPH_REVISION, network.describe(), _canonical(network.configs)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=list).encode()).hexdigest()
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from dreammix_trt.core.errors import BuildError, MissingExtraError
 from dreammix_trt.core.networks import Network
 from dreammix_trt.core.slots import LORA_SIDES
-from dreammix_trt.core.tensors import planned_places
+from dreammix_trt.core.tensors import plan_places
 from dreammix_trt.export.precision import typed
 from dreammix_trt.export.torch_module import torch_module
 
@@ -61,13 +61,13 @@ def graph_of(network: Network) -> Graph:
         raise MissingExtraError(
             f"{error.name} is not installed, exporting needs it: pip install dreammix-trt[export]"
         ) from error
-    model = onnx.load_from_string(_traced(module, network))
+    model = onnx.load_from_string(_trace(module, network))
     shapes = {name: tuple(parameter.shape) for name, parameter in module.network.named_parameters()}
     transposed = _name_weights(model.graph, shapes)
     dtypes = typed(model.graph, network, transposed)
     _to_standard_operators(model)
     few = [spec.name for spec in network.inputs if not spec.name.endswith(LORA_SIDES)]
-    model = _slimmed(model, few)
+    model = _slim(model, few)
     for item in model.graph.initializer:  # one way to hold constants, so that equal ones can be found
         item.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(item), item.name))
     onnx.checker.check_model(model, full_check=True)  # here, as later it would look for the weights' files
@@ -86,7 +86,7 @@ def exporter_versions() -> dict[str, str]:
     return {"opset": str(OPSET), **{name: version(name) for name in ("torch", "diffusers", "onnx", "onnxslim")}}
 
 
-def _traced(module: Any, network: Network) -> bytes:
+def _trace(module: Any, network: Network) -> bytes:
     """The one place that knows torch's exporter.
 
     The TorchScript-based one: on a small UNet it takes seconds where `dynamo=True` takes minutes, and its graphs are
@@ -95,7 +95,7 @@ def _traced(module: Any, network: Network) -> bytes:
     """
     import torch
 
-    from dreammix_trt.export.modules import DOMAIN, fused_operators
+    from dreammix_trt.export.modules import DOMAIN, fuse_operators
 
     example = {
         name: torch.from_numpy(value.astype(np.float32) if value.dtype == np.float16 else value)
@@ -106,7 +106,7 @@ def _traced(module: Any, network: Network) -> bytes:
         for spec in (*network.inputs, *network.outputs)
     }
     out = io.BytesIO()
-    with _expected_warnings(), fused_operators(network.fused), torch.inference_mode():
+    with _silence_expected(), fuse_operators(network.fused), torch.inference_mode():
         torch.onnx.export(
             module,
             tuple(example.values()),
@@ -129,7 +129,7 @@ def _uses_own_operators(network: Network) -> bool:
 
 
 @contextmanager
-def _expected_warnings() -> Iterator[None]:
+def _silence_expected() -> Iterator[None]:
     """Silence what tracing is known to say: the exporter's own age, Python values it takes as constants, and that it
     leaves a padding's shape arithmetic to the clean-up."""
     from torch.jit import TracerWarning
@@ -187,7 +187,7 @@ def _to_standard_operators(model: onnx.ModelProto) -> None:
         model.ir_version = max(model.ir_version, 11)
 
 
-def _slimmed(model: onnx.ModelProto, kept_inputs: Collection[str]) -> onnx.ModelProto:
+def _slim(model: onnx.ModelProto, kept_inputs: Collection[str]) -> onnx.ModelProto:
     """onnxslim's clean-up, during which every input but a few comes out of a node of an operator that nobody knows.
 
     Nobody can fold such a node. And onnxslim compares each graph input with every tensor, and all nodes of an operator
@@ -250,7 +250,7 @@ def _weights_to_external(graph: onnx.GraphProto, weights: Mapping[str, Weight], 
     inputs = [item for item in graph.input if item.name not in weights]
     del graph.input[:]
     graph.input.extend(inputs)
-    places = planned_places({name: (weight.dtype, weight.shape) for name, weight in weights.items()})
+    places = plan_places({name: (weight.dtype, weight.shape) for name, weight in weights.items()})
     for name, weight in sorted(weights.items()):
         code = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(weight.dtype))
         tensor = onnx.TensorProto(name=name, data_type=code, dims=weight.shape)
@@ -273,7 +273,7 @@ def _shorten_names(graph: onnx.GraphProto, network: Network) -> None:
     produced = [name for node in graph.node for name in node.output if name and name not in fixed]
     short |= {name: f"v{number}" for number, name in enumerate(produced)}
     kept = [item for item in graph.initializer if item.external_data or first[content[item.name]] == item.name]
-    kept = [_renamed(item, short.get(item.name, item.name)) for item in kept]
+    kept = [_rename(item, short.get(item.name, item.name)) for item in kept]
     del graph.initializer[:]
     graph.initializer.extend(kept)
     for node in graph.node:
@@ -282,7 +282,7 @@ def _shorten_names(graph: onnx.GraphProto, network: Network) -> None:
         node.name = node.name.removeprefix("/network/")
 
 
-def _renamed(item: onnx.TensorProto, name: str) -> onnx.TensorProto:
+def _rename(item: onnx.TensorProto, name: str) -> onnx.TensorProto:
     item.name = name
     return item
 

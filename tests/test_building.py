@@ -366,7 +366,7 @@ def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
 
     def exported(base: Any, network: Any, graph: Path, out: Path, **_: Any) -> None:
         (out / "x.onnx").write_bytes(b"")
-        write_json(out / "network.json", {"schema": 2, "graph": "x.onnx", "weights": "x.onnx", **network.described()})
+        write_json(out / "network.json", {"schema": 2, "graph": "x.onnx", "weights": "x.onnx", **network.describe()})
 
     def planned(onnx: Path, out: Path, *, backend: str, **_: Any) -> BuildReport:
         out.write_bytes(b"plan")
@@ -537,7 +537,7 @@ def test_the_vae_takes_tiles_where_frames_are_that_large(
     found = {
         network.name: [profile.shapes[spec][2][2:] for profile in parts._profiles(network.name, [described])]
         for network in parts._networks()
-        for described in network.described()["inputs"]
+        for described in network.describe()["inputs"]
         if (spec := described["name"]) in ("sample", "latent", "image")
     }
     assert found["unet"] == found["unet_raw"] == whole

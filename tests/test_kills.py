@@ -80,8 +80,8 @@ BUILDER = """
             die()
 
     written_tensors = []
-    export_network, export_facts, encode = parts.export_network, parts.export_facts, tensors._encoded
-    parts.export_network, parts.export_facts, tensors._encoded = exported, written, encoded
+    export_network, export_facts, encode = parts.export_network, parts.export_facts, tensors._encode
+    parts.export_network, parts.export_facts, tensors._encode = exported, written, encoded
     import dreammix_trt.building
     dreammix_trt.building.Store = Watched
     build(out=out, store=store, verify=False)
@@ -217,7 +217,7 @@ class Full:
         self.room -= stored.nbytes
         if self.room < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        assert tensors._encoded is self
+        assert tensors._encode is self
         return stored
 
     def encode(self, *given: Any) -> Any:
@@ -231,9 +231,9 @@ def test_a_disk_that_fills_up_is_named_and_the_next_build_goes_on(
     from dreammix_trt.core import tensors
 
     full = Full(room)
-    monkeypatch.setattr(full, "encode", tensors._encoded)
+    monkeypatch.setattr(full, "encode", tensors._encode)
     with monkeypatch.context() as patch:
-        patch.setattr(tensors, "_encoded", full)
+        patch.setattr(tensors, "_encode", full)
         with pytest.raises(BuildError, match=r"no space left.*store prune.*--store") as caught:
             build(out=place.out, store=place.store, verify=False)
     assert str(place.store) in str(caught.value)

@@ -90,7 +90,7 @@ def _pictures_in(folder: Path, part: str) -> list[Path]:
 
 
 def _read_pair(image_file: Path, mask_file: Path) -> Photograph:
-    image, mask = _decoded(image_file, "RGB"), _decoded(mask_file, "L")
+    image, mask = _decode(image_file, "RGB"), _decode(mask_file, "L")
     if image.shape[:2] != mask.shape:
         sizes = [f"{array.shape[1]}x{array.shape[0]}" for array in (mask, image)]
         raise InputError(f"{mask_file}: {sizes[0]} pixels, but its photograph has {sizes[1]}; they must be of one size")
@@ -100,7 +100,7 @@ def _read_pair(image_file: Path, mask_file: Path) -> Photograph:
     return Photograph(image, subject, image_file.name)
 
 
-def _decoded(path: Path, mode: str) -> Picture:
+def _decode(path: Path, mode: str) -> Picture:
     try:
         with Image.open(path) as picture:
             upright = ImageOps.exif_transpose(picture)

@@ -94,13 +94,13 @@ def write_folder(folder: Path, record: TrainRecord, factors: Factors, merge_into
         "base": record.base,
         "base_hashes": json.dumps(record.base_hashes),
     }
-    (folder / FILE_NAME).write_bytes(_ordered(save(tensors, metadata)))
+    (folder / FILE_NAME).write_bytes(_order_metadata(save(tensors, metadata)))
     if merge_into is not None:
         _write_merged(folder / "unet", merge_into, factors)
     write_json(folder / RECORD, asdict(record) | {"lora_sha256": sha256_of(folder / FILE_NAME)})
 
 
-def _ordered(file: bytes) -> bytes:
+def _order_metadata(file: bytes) -> bytes:
     """A safetensors file with its metadata in order; the library writes them in a different order each time."""
     size = int.from_bytes(file[:8], "little")
     header = json.loads(file[8 : 8 + size])

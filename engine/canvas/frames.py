@@ -26,7 +26,7 @@ from dreammix_trt.engine.canvas.geometry import (
     crop_box,
     feather_width,
     fill_cascade,
-    fitted_box,
+    fit_box,
     floored,
     grown_box,
     initial_box,
@@ -59,7 +59,7 @@ def from_decoded(decoded: F32) -> U8:
     return np.ascontiguousarray(np.rint(values * np.float32(255)).astype(np.uint8))
 
 
-def dilated(mask: U8, pixels: int) -> U8:
+def dilate_mask(mask: U8, pixels: int) -> U8:
     """The mask with its region (above 127) grown by `pixels` to all sides; as it is for 0."""
     while pixels > 0:
         reach = min(pixels, 250)  # the feather tells no more than 255 distances apart
@@ -118,7 +118,7 @@ class Frame:
     @cached_property
     def network_mask(self) -> U8:
         """The mask at `size`, 0 or 255."""
-        return _binary(_resized(self.mask, self.size))
+        return _binary(_resize(self.mask, self.size))
 
     @cached_property
     def latent_mask(self) -> F32:
@@ -127,7 +127,7 @@ class Frame:
 
     def network_input(self, picture: U8) -> F32:
         """A picture of the frame's size as float32 (1, 3, h, w) in [-1, 1], sides whole latent cells."""
-        return to_latent_range(_resized(picture, self.size))
+        return to_latent_range(_resize(picture, self.size))
 
     @property
     def background(self) -> F32:
@@ -209,7 +209,7 @@ class Canvas:
             return crop_box(self.mask, field, threshold=0)
         bounds = mask_bounds(self.mask)
         box = grown_box(union(initial_box(bounds, self.size), bounds), field, self.size)
-        return fitted_box(box, bounds, self.size, self._choices)
+        return fit_box(box, bounds, self.size, self._choices)
 
     def work_size(self, box: Box) -> Size:
         """(height, width) in pixels that a crop box is resized to; in reference mode they may be no whole latent cells.
@@ -222,9 +222,9 @@ class Canvas:
         size = reference_work_size(crop, self.native, self.snap)
         if self.sizes is not None and floored(size) not in self.sizes:
             raise InputError(
-                f"reference mode needs a frame of {_spelled(floored(size))} pixels here, a request larger than any "
-                f"profile: these engines take {_listed(self.sizes)}; use native mode, or build engines of more sizes "
-                "with `--shapes dynamic`"
+                f"reference mode needs a frame of {_spell_size(floored(size))} pixels here, a request larger than any "
+                f"profile: these engines take {_list_sizes(self.sizes)}; use native mode, or build engines of more "
+                "sizes with `--shapes dynamic`"
             )
         return size
 
@@ -249,7 +249,7 @@ class Canvas:
     def cropped(self, picture: U8, frame: Frame) -> U8:
         """Another picture of the canvas' size, cut and resized as `frame` was: what the hand-over encodes."""
         h, w = frame.image.shape[:2]
-        return _resized(picture, (h, w), frame.box)
+        return _resize(picture, (h, w), frame.box)
 
     def hand_over(self, frame: Frame, decoded: U8, *, soft: bool = False) -> U8:
         """Put a stage's picture (uint8, `frame.size`) back into its box, its rim blended (docs/algorithm.md, 9.2).
@@ -282,14 +282,14 @@ class Canvas:
         if local is None or not self.keeps_local(frame, local[0]):
             return self.hand_over(frame, decoded)
         around = np.ascontiguousarray(self.image[self._near])
-        inside, seam = (self._placed(*stage) for stage in (local, (frame, decoded)))
+        inside, seam = (self._place(*stage) for stage in (local, (frame, decoded)))
         part = (0, around.shape[0], 0, around.shape[1])
         mixed = kernels.paste(inside, seam, part, np.ascontiguousarray(self._seam[self._near]))
         out = self.image.copy()
         out[self._near] = kernels.paste(around, mixed, part, np.ascontiguousarray(self.feather[self._near]))
         return out
 
-    def _placed(self, frame: Frame, decoded: U8) -> U8:
+    def _place(self, frame: Frame, decoded: U8) -> U8:
         """The canvas around the mask (`_near`) with a stage's picture put into its box."""
         tops, lefts = (part.indices(side)[:2] for part, side in zip(self._near, self.size, strict=True))
         r0, r1, c0, c1 = frame.box
@@ -304,15 +304,15 @@ class Canvas:
         return seam_weight(self.mask, self.feather_width)
 
     def _frame(self, field: float, dilate: int = 0) -> Frame:
-        box, user_mask = self.box(field), dilated(self.mask, dilate)
+        box, user_mask = self.box(field), dilate_mask(self.mask, dilate)
         size = self.work_size(box)
-        mask = _binary(_resized(user_mask, size, box))
+        mask = _binary(_resize(user_mask, size, box))
         if not mask.any():  # a speck that resampling has lost: keep it
             mask = _nearest(user_mask, size, box)
-        return Frame(box, _resized(self.image, size, box), mask)
+        return Frame(box, _resize(self.image, size, box), mask)
 
 
-def _resized(picture: U8, size: Size, box: Box | None = None) -> U8:
+def _resize(picture: U8, size: Size, box: Box | None = None) -> U8:
     """Crop and Lanczos; a copy where the size stays."""
     r0, r1, c0, c1 = box if box is not None else (0, picture.shape[0], 0, picture.shape[1])
     if (r1 - r0, c1 - c0) == size:
@@ -321,15 +321,15 @@ def _resized(picture: U8, size: Size, box: Box | None = None) -> U8:
 
 
 def _to_box(picture: U8, box: Box) -> U8:
-    return _resized(picture, (box[1] - box[0], box[3] - box[2]))
+    return _resize(picture, (box[1] - box[0], box[3] - box[2]))
 
 
-def _spelled(size: Size) -> str:
+def _spell_size(size: Size) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def _listed(sizes: Sequence[Size]) -> str:
-    told = [_spelled(size) for size in sorted(sizes)]
+def _list_sizes(sizes: Sequence[Size]) -> str:
+    told = [_spell_size(size) for size in sorted(sizes)]
     return ", ".join(told) if len(told) <= 6 else f"{told[0]} to {told[-1]} ({len(told)} sizes)"
 
 

@@ -41,7 +41,7 @@ def initial_box(bounds: Box, frame: Size) -> Box:
     first_row, last_row, first_col, last_col = bounds[0], bounds[1] - 1, bounds[2], bounds[3] - 1
     row, col = (first_row + last_row) // 2, (first_col + last_col) // 2
     half = int(1.15 * max((last_row - first_row) // 2, (last_col - first_col) // 2))
-    return _clipped((row - half, row + half + 1, col - half, col + half + 1), frame)
+    return _clip((row - half, row + half + 1, col - half, col + half + 1), frame)
 
 
 def grown_box(box: Box, field: float, frame: Size) -> Box:
@@ -57,7 +57,7 @@ def grown_box(box: Box, field: float, frame: Size) -> Box:
         taller = r1 - r0 < c1 - c0
         grow_rows = taller or c1 - c0 == width
         grow_cols = not taller or r1 - r0 == height
-        r0, r1, c0, c1 = _clipped((r0 - grow_rows, r1 + grow_rows, c0 - grow_cols, c1 + grow_cols), frame)
+        r0, r1, c0, c1 = _clip((r0 - grow_rows, r1 + grow_rows, c0 - grow_cols, c1 + grow_cols), frame)
     return r0, r1, c0, c1
 
 
@@ -119,7 +119,7 @@ def scale_of(box: Box, size: Size) -> float:
     return math.sqrt((box[1] - box[0]) * (box[3] - box[2]) / (size[0] * size[1]))
 
 
-def fitted_box(box: Box, bounds: Box, frame: Size, sizes: Sequence[Size]) -> Box:
+def fit_box(box: Box, bounds: Box, frame: Size, sizes: Sequence[Size]) -> Box:
     """`box` with an aspect between those of `sizes`, cut around `bounds` and never into it.
 
     Where `bounds` itself is longer, the short side grows as far as the frame allows; what then is still too long is
@@ -129,10 +129,10 @@ def fitted_box(box: Box, bounds: Box, frame: Size, sizes: Sequence[Size]) -> Box
     widest, tallest = max(w / h for h, w in sizes), max(h / w for h, w in sizes)
     if width > height * widest:
         cols = _cut(box[2:], bounds[2:], int(height * widest))
-        rows = _stretched(box[:2], math.ceil((cols[1] - cols[0]) / widest), frame[0])
+        rows = _stretch(box[:2], math.ceil((cols[1] - cols[0]) / widest), frame[0])
     elif height > width * tallest:
         rows = _cut(box[:2], bounds[:2], int(width * tallest))
-        cols = _stretched(box[2:], math.ceil((rows[1] - rows[0]) / tallest), frame[1])
+        cols = _stretch(box[2:], math.ceil((rows[1] - rows[0]) / tallest), frame[1])
     else:
         return box
     return *rows, *cols
@@ -146,14 +146,14 @@ def _cut(span: tuple[int, int], inner: tuple[int, int], length: int) -> tuple[in
     return start, start + length
 
 
-def _stretched(span: tuple[int, int], length: int, limit: int) -> tuple[int, int]:
+def _stretch(span: tuple[int, int], length: int, limit: int) -> tuple[int, int]:
     """`span` lengthened to `length` where it is shorter, within 0..limit."""
     length = min(max(length, span[1] - span[0]), limit)
     start = min(max((span[0] + span[1] - length) // 2, 0), limit - length)
     return start, start + length
 
 
-def _clipped(box: Box, frame: Size) -> Box:
+def _clip(box: Box, frame: Size) -> Box:
     return max(box[0], 0), min(box[1], frame[0]), max(box[2], 0), min(box[3], frame[1])
 
 

@@ -121,7 +121,7 @@ def read_mask(source: Source, size: tuple[int, int], *, name: str = "mask_image"
 
 def _pixels(source: Source, label: str, max_pixels: int) -> tuple[U8, str, bytes | None]:
     """The upright pixels uint8 (H, W, 1..4), their mode (L, LA, RGB or RGBA) and colour profile."""
-    image = _opened(source, label, max_pixels)
+    image = _open_image(source, label, max_pixels)
     profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "L", "LA", "P", "PA") else None
     image = _plain(image, label)
     return np.asarray(image).reshape(image.height, image.width, -1), image.mode, profile
@@ -135,12 +135,12 @@ def _size_text(size: tuple[int, int]) -> str:
     return f"{size[1]}x{size[0]}"
 
 
-def _opened(source: Source, label: str, max_pixels: int) -> Image.Image:
+def _open_image(source: Source, label: str, max_pixels: int) -> Image.Image:
     """The decoded, upright image; its size is checked before decoding."""
     if isinstance(source, np.ndarray):
         return _from_array(source, label, max_pixels)
     if isinstance(source, Image.Image):
-        return _decoded(source, label, max_pixels)
+        return _decode(source, label, max_pixels)
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(f"{label} is a {type(source).__name__}: give a path, a PIL image or a uint8 array")
     try:
@@ -156,10 +156,10 @@ def _opened(source: Source, label: str, max_pixels: int) -> Image.Image:
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"{label} cannot be read: {error}") from error
     with image:
-        return _decoded(image, label, max_pixels)
+        return _decode(image, label, max_pixels)
 
 
-def _decoded(image: Image.Image, label: str, max_pixels: int) -> Image.Image:
+def _decode(image: Image.Image, label: str, max_pixels: int) -> Image.Image:
     _check_pixels(image.height, image.width, label, max_pixels)
     try:
         image.load()

@@ -212,7 +212,7 @@ class Phases:
         background = self._tools.latents("background")[k]
         # The first stage's background is drawn as the local stage's fill, or as the global stage's own.
         self._vae.encode(k, background, "vae_noise_lcg_fill" if stage == "lcg" else "vae_noise_gch_background")
-        self._noised(background, k, self._tools.latents("x")[k], hand_over=False)
+        self._add_noise(background, k, self._tools.latents("x")[k], hand_over=False)
         self._condition(k, stage)
 
     def _hand_over(self, phase: HandOver) -> None:
@@ -242,7 +242,7 @@ class Phases:
             self._vae.encode(k, background, "vae_noise_gch_background")
         else:
             self._tools.device.copy(background, start, self._tools.stream)
-        self._noised(start, k, self._tools.latents("x")[k], hand_over=True)
+        self._add_noise(start, k, self._tools.latents("x")[k], hand_over=True)
         self._condition(k, "gch")
 
     def _finish(self, phase: Finish) -> None:
@@ -291,7 +291,7 @@ class Phases:
             "convert", source=made, source_half=made.half, out=feature, out_half=feature.half, count=made.size
         )
 
-    def _noised(self, latent: Array, k: int, out: Array, *, hand_over: bool) -> None:
+    def _add_noise(self, latent: Array, k: int, out: Array, *, hand_over: bool) -> None:
         self._tools.launch(
             "noised", latent=latent, job=self._tools.arena["jobs"][k], hand_over=hand_over, out=out, count=latent.size
         )

@@ -136,14 +136,16 @@ def plan_memory(
     for strategy in [options.residency] if options.residency else STRATEGIES:
         if strategy == "one-unet" and "unet_raw" not in weights:
             continue
-        tried.append(_planned(strategy, weights, shared, usable, total))
+        tried.append(_plan_strategy(strategy, weights, shared, usable, total))
         if tried[-1].fits:
             return tried[-1]
     least = min(tried, key=lambda plan: plan.needed)
     raise OutOfMemoryError(_too_little(least, options, total - usable, beside))
 
 
-def _planned(strategy: str, weights: Mapping[str, int], shared: Sequence[Row], usable: int, total: int) -> MemoryPlan:
+def _plan_strategy(
+    strategy: str, weights: Mapping[str, int], shared: Sequence[Row], usable: int, total: int
+) -> MemoryPlan:
     """A strategy's plan, which may not fit, with as many twins as fit into it, the smallest first."""
     kept = {name: size for name, size in weights.items() if not (strategy == "one-unet" and name == "unet_raw")}
     plain = {name: size for name, size in kept.items() if not is_twin(name)}

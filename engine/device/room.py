@@ -142,7 +142,7 @@ class Room:
         self._ramps: dict[int, Ramps] = {}
         try:
             if shape.tiling:
-                self._ramps = {factor: self._uploaded(shape.tiling, factor) for factor in (1, FACTOR)}
+                self._ramps = {factor: self._upload_ramps(shape.tiling, factor) for factor in (1, FACTOR)}
             for kind in _kinds_of_rooms(networks):
                 self._bind(kind, layout)
         except BaseException:
@@ -187,7 +187,7 @@ class Room:
         """Each tile's weights along rows and columns, float32; factor 1: in latent cells, `FACTOR`: in pixels."""
         return self._ramps[factor]
 
-    def _uploaded(self, tiling: Tiling, factor: int) -> Ramps:
+    def _upload_ramps(self, tiling: Tiling, factor: int) -> Ramps:
         tiles = tiling.tiles(factor)
         values = np.concatenate([ramp for tile in tiles for ramp in (tile.ramp_rows, tile.ramp_cols)])
         memory = self._device.allocate(values.nbytes)

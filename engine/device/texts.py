@@ -150,13 +150,13 @@ class Texts:
         )
 
     def _write_stages(self, picture: int, context: int, dtype: str, plan: PromptPlan) -> None:
-        sources: dict[Source, tuple[Array, Array] | None] = {"prompt": self._kept_of(plan.prompt), "zeros": None}
+        sources: dict[Source, tuple[Array, Array] | None] = {"prompt": self._find_kept(plan.prompt), "zeros": None}
         if plan.negative is not None:
-            sources["negative"] = self._kept_of(plan.negative)
+            sources["negative"] = self._find_kept(plan.negative)
         if plan.eliminated is not None:
-            plain, arena = self._kept_of(plan.prompt), self._arena
+            plain, arena = self._find_kept(plan.prompt), self._arena
             less = arena["less tokens"], arena["less pooled"].reshaped(plain[1].shape)
-            self._take_away(picture, plain, self._kept_of(plan.eliminated), less)
+            self._take_away(picture, plain, self._find_kept(plan.eliminated), less)
             sources["decomposed"] = less
         for stage, name in enumerate(STAGES):
             tokens, pooled = self.rows_of(stage, context, dtype)
@@ -198,7 +198,7 @@ class Texts:
                 count=source.size,
             )
 
-    def _kept_of(self, prompt: Prompt) -> tuple[Array, Array]:
+    def _find_kept(self, prompt: Prompt) -> tuple[Array, Array]:
         slot = self._kept[prompt.key]
         return self._arena["kept tokens"][slot], self._arena["kept pooled"][slot]
 

@@ -119,11 +119,11 @@ class Ticket:
             if not woken.done():
                 woken.set_result(None)
 
-        def ended(_: Future[Result]) -> None:
+        def wake_up(_: Future[Result]) -> None:
             with suppress(RuntimeError):  # the loop was closed: nobody waits in it any more
                 loop.call_soon_threadsafe(wake)
 
-        self._future.add_done_callback(ended)
+        self._future.add_done_callback(wake_up)
         try:
             await woken
             return self._future.result()

@@ -29,7 +29,7 @@ class TorchBound:
 
     def __init__(self, resident: Resident, inputs: Sequence[Any], outputs: Sequence[Any], mode: str) -> None:
         self._resident, self._inputs, self._outputs = resident, tuple(inputs), tuple(outputs)
-        self._run, self._compiled = _compiled(resident.run, mode) if mode else resident.run, bool(mode)
+        self._run, self._compile = _compile(resident.run, mode) if mode else resident.run, bool(mode)
         self._warm, self._pool = False, None
         if resident.device.type == "cuda":
             with torch.cuda.device(resident.device):
@@ -71,12 +71,12 @@ class TorchBound:
         """Before the first pass in the pool: trying out kernels takes memory that no later pass needs."""
         if torch.cuda.is_current_stream_capturing():
             raise EngineError(f"{self._resident.name}: run it once before a capture")
-        if self._compiled:
+        if self._compile:
             self._run(*self._inputs)
         torch.cuda.empty_cache()  # in a pool torch may never do so itself, even when memory is short
 
 
-def seen(array: Array, device: torch.device) -> torch.Tensor:
+def view_array(array: Array, device: torch.device) -> torch.Tensor:
     """A tensor over an array's memory."""
     shape, dtype = tuple(array.shape), np.dtype(array.dtype)
     if device.type == "cuda":
@@ -102,7 +102,7 @@ def memory_error(name: str) -> Iterator[None]:
         raise MemoryError(f"{name}: {error}") from error
 
 
-def _compiled(run: Callable[..., Any], mode: str) -> Callable[..., Any]:
+def _compile(run: Callable[..., Any], mode: str) -> Callable[..., Any]:
     """`run`, compiled for the shapes that it is first called with.
 
     Every bound network gets a code object of its own: torch counts compilations by those, and stops at eight.

@@ -21,8 +21,8 @@ from dreammix_trt.core.network_weights import BaseLora, weights_of
 from dreammix_trt.core.networks import SLOT_RANK, Network, describe_networks, is_twin, plain_name, twin_name
 from dreammix_trt.core.seam import Array, BaseFacts
 from dreammix_trt.core.slots import Slot
-from dreammix_trt.export.torch_backend.bound import TorchBound, memory_error, seen
-from dreammix_trt.export.torch_backend.resident import Resident, Shapes, Values, drawn, give_back
+from dreammix_trt.export.torch_backend.bound import TorchBound, memory_error, view_array
+from dreammix_trt.export.torch_backend.resident import Resident, Shapes, Values, draw_weight, give_back
 from dreammix_trt.export.torch_module import check_fit
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -95,7 +95,7 @@ class TorchNetworks:
             check_fit(network.name, {name: weights.shape(name) for name in weights}, shapes)
             return lambda name: torch.from_numpy(np.array(weights[name]))
 
-        found = _listed(base, slot_rank, dtype, names)
+        found = _list_networks(base, slot_rank, dtype, names)
         if dtype == "float16":
             found = [replace(network, wide=_wide_units(base, network, wide)) for network in found]
         return cls(found, facts or _facts(base), values, device, dtype, compile, resident)
@@ -125,9 +125,9 @@ class TorchNetworks:
         base, place = BaseFiles(Path("random"), nowhere, nowhere, False, configs), _device(device)
 
         def values(network: Network, shapes: Shapes) -> Callable[[str], Any]:
-            return lambda name: drawn((seed, plain_name(network.name), name), shapes[name], place)
+            return lambda name: draw_weight((seed, plain_name(network.name), name), shapes[name], place)
 
-        listed = _listed(base, slot_rank, dtype, names)
+        listed = _list_networks(base, slot_rank, dtype, names)
         return cls(listed, facts or _facts(base), values, device, dtype, compile, resident)
 
     def __enter__(self) -> TorchNetworks:
@@ -229,14 +229,14 @@ class TorchNetworks:
             raise EngineError(
                 f"{name}: {spec.name} is bound to {tuple(array.shape)} {array.dtype}; it takes {shape} {spec.dtype}"
             )
-        return seen(array, self.device)
+        return view_array(array, self.device)
 
 
 def _facts(base: BaseFiles) -> BaseFacts:
     return BaseFacts(base.native_side, base.divisor, base.scaling_factor, base.feature_channels, {})
 
 
-def _listed(base: BaseFiles, slot_rank: int, dtype: str, names: Collection[str] | None) -> list[Network]:
+def _list_networks(base: BaseFiles, slot_rank: int, dtype: str, names: Collection[str] | None) -> list[Network]:
     """The networks and, but for float32, their twins."""
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")

@@ -34,7 +34,7 @@ class Resident:
     def __init__(self, network: Network, values: Values, dtype: torch.dtype, device: torch.device) -> None:
         self.name, self.device, self.loaded = network.name, device, False
         self.module: Any = torch_module(network)
-        stays = _widened(self.module, network, dtype)
+        stays = _widen(self.module, network, dtype)
         if dtype == torch.bfloat16:
             _convert_inputs(self.module, network)
         self._shapes = {name: tuple(each.shape) for name, each in self.module.network.named_parameters()}
@@ -92,7 +92,7 @@ class Resident:
     def _make(self) -> None:
         value_of = self._values(self._network, self._shapes)
         made = {
-            name: nn.Parameter(_placed(value_of(name), dtype, self.device, f"{self.name}: {name}"), requires_grad=False)
+            name: nn.Parameter(_place(value_of(name), dtype, self.device, f"{self.name}: {name}"), requires_grad=False)
             for name, dtype in self._dtypes.items()
         }
         for name, parameter in made.items():
@@ -121,7 +121,7 @@ def give_back(device: torch.device) -> None:
             torch.cuda.empty_cache()
 
 
-def drawn(what: tuple[object, ...], shape: tuple[int, ...], device: torch.device) -> Tensor:
+def draw_weight(what: tuple[object, ...], shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Random values, float32, decided by `what`, whose end is a parameter's name: matrices of gain 1, norms about 1,
     biases and embeddings about 0."""
     name, mean, spread = str(what[-1]), 0.0, 0.02
@@ -137,7 +137,7 @@ def drawn(what: tuple[object, ...], shape: tuple[int, ...], device: torch.device
     return value.normal_(mean, spread, generator=source)
 
 
-def _placed(value: Tensor, dtype: torch.dtype, device: torch.device, what: str) -> Tensor:
+def _place(value: Tensor, dtype: torch.dtype, device: torch.device, what: str) -> Tensor:
     """A weight on the device; those of convolutions as tensor cores want them, channels last."""
     if dtype == torch.float16 and value.device.type != "meta" and not bool((value.abs() <= _LARGEST).all()):
         raise FileFormatError(f"{what} has values beyond float16; take bfloat16 or float32")
@@ -155,7 +155,7 @@ def _convert_inputs(module: nn.Module, network: Network) -> None:
     module.register_forward_pre_hook(convert)
 
 
-def _widened(module: Any, network: Network, dtype: torch.dtype) -> set[str]:
+def _widen(module: Any, network: Network, dtype: torch.dtype) -> set[str]:
     """Let a float16 VAE's wide units compute in float32; the names of their parameters."""
     if not network.wide:
         return set()

@@ -300,7 +300,7 @@ def test_a_part_that_takes_too_long_is_stopped_and_keeps_its_rows(
     code = f"open(out, 'w').write(json.dumps({record(ROW)!r})); time.sleep(60)"
     in_place_of_the_child(monkeypatch, tmp_path, code)
     started = time.perf_counter()
-    found = gpu_suite.supervised("soak", given(limit=5), os.environ, tmp_path / "suite.json", tmp_path)
+    found = gpu_suite.supervise("soak", given(limit=5), os.environ, tmp_path / "suite.json", tmp_path)
     assert time.perf_counter() - started < 30
     assert found["rows"] == [ROW] and found["error"] == "stopped after 5 s"
     assert json.loads((tmp_path / "suite.json").read_text())["parts"]["soak"] == found
@@ -308,7 +308,7 @@ def test_a_part_that_takes_too_long_is_stopped_and_keeps_its_rows(
 
 def test_a_part_that_crashes_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_place_of_the_child(monkeypatch, tmp_path, "sys.exit(9)")
-    found = gpu_suite.supervised("soak", given(), os.environ, tmp_path / "suite.json", tmp_path)
+    found = gpu_suite.supervise("soak", given(), os.environ, tmp_path / "suite.json", tmp_path)
     assert found["error"] == "the part's process ended with 9" and report.failed(found)
 
 

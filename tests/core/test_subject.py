@@ -19,7 +19,7 @@ MODULES = {"a.to_k": (6, 5), "a.to_v": (7, 5), "b.to_out.0": (5, 5)}
 SLOTS = tuple(Slot(module, inputs, outputs, 8) for module, (inputs, outputs) in MODULES.items())
 
 
-def unpacked(row: np.ndarray, slots: tuple[Slot, ...]) -> dict[str, np.ndarray]:
+def unpack(row: np.ndarray, slots: tuple[Slot, ...]) -> dict[str, np.ndarray]:
     """module -> A @ B, read by the layout's definition: per slot A (in, rank), then B (rank, out)."""
     found, at = {}, 0
     for slot in slots:
@@ -37,14 +37,14 @@ def test_pack_pads_and_scales(rank: int) -> None:
     factors = random_factors(MODULES, rank=rank)
     row = pack(factors, SLOTS, scale=0.5)
     assert row.shape == (packed_size(SLOTS),) and row.dtype == np.float32
-    for module, product in unpacked(row, SLOTS).items():
+    for module, product in unpack(row, SLOTS).items():
         a, b = factors[module]
         np.testing.assert_allclose(product, 0.5 * a @ b, rtol=1e-5, atol=1e-7)
 
 
 def test_slots_without_factors_are_zero() -> None:
     factors = random_factors({"a.to_v": (7, 5)})
-    products = unpacked(pack(factors, SLOTS), SLOTS)
+    products = unpack(pack(factors, SLOTS), SLOTS)
     assert not products["a.to_k"].any() and not products["b.to_out.0"].any() and products["a.to_v"].any()
     assert not pack({}, SLOTS).any()
 
@@ -152,7 +152,7 @@ def test_several_loras_add_up(tmp_path: Path) -> None:
 
     write_subject(tmp_path / "mug.safetensors", made)
     for subject in (made, read_subject(tmp_path / "mug.safetensors")):
-        rows = {network: unpacked(pack(subject.factors_for(network), SLOTS), SLOTS) for network in wanted}
+        rows = {network: unpack(pack(subject.factors_for(network), SLOTS), SLOTS) for network in wanted}
         for module in MODULES:
             for network, other, scale in (("unet", style, 3.0), ("unet_raw", second, -2.0)):
                 expected = 0.5 * product(first, module) + scale * product(other, module)

@@ -413,5 +413,5 @@ def test_versions_are_read_from_the_installation(monkeypatch: pytest.MonkeyPatch
         return installed[name]
 
     monkeypatch.setattr(machine.metadata, "version", version)
-    assert machine.installed_versions() == {"onnxruntime": "1.31.1", "tensorrt": "11.4.0.106"}
+    assert machine.find_versions() == {"onnxruntime": "1.31.1", "tensorrt": "11.4.0.106"}
     assert hardware.processor()

@@ -20,7 +20,7 @@ from dreammix_trt.core.packing import pack
 from dreammix_trt.core.slots import slots_of
 from dreammix_trt.core.tensors import Weights
 from dreammix_trt.export import onnx_export
-from dreammix_trt.export.onnx_export import export_network, shipped_graph
+from dreammix_trt.export.onnx_export import export_network, find_shipped_graph
 from dreammix_trt.export.parity import BOUNDS, OnnxNetwork, check_parity, check_sizes
 from dreammix_trt.export.torch_module import torch_module
 from tests.export.conftest import Exported
@@ -177,7 +177,7 @@ def test_large_networks_are_not_compared_unless_asked(
 def test_the_embedded_base_carries_the_figures_of_its_making(tmp_path: Path) -> None:
     base = BaseFiles.open()
     network = next(network for network in describe_networks(base) if network.name == "vae_encoder")
-    graph = shipped_graph(network)
+    graph = find_shipped_graph(network)
     assert graph is not None
     entry = export_network(base, network, graph, tmp_path, verify=False)
     recorded = json.loads((graph / "graph.json").read_text())["parity"]["vae_encoder"]
@@ -213,25 +213,25 @@ def test_a_shipped_graph_is_used_only_while_it_fits(
     exported: Exported, graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the configuration, whatever base has it; changed, it is not used."""
-    assert shipped_graph(network_of(exported, "vae_decoder")) is None
+    assert find_shipped_graph(network_of(exported, "vae_decoder")) is None
     shutil.copytree(graphs, tmp_path / "graphs")
     monkeypatch.setattr(onnx_export, "EMBEDDED", tmp_path)
     base = exported.base
-    assert shipped_graph(network_of(exported, "vae_decoder")) == tmp_path / "graphs/vae_decoder"
+    assert find_shipped_graph(network_of(exported, "vae_decoder")) == tmp_path / "graphs/vae_decoder"
     halves = {network.name: network for network in describe_networks(base, precision="float16")}
-    assert shipped_graph(halves["vae_decoder"]) is None
-    assert shipped_graph(halves["vae_decoder_float32"]) == tmp_path / "graphs/vae_decoder"
+    assert find_shipped_graph(halves["vae_decoder"]) is None
+    assert find_shipped_graph(halves["vae_decoder_float32"]) == tmp_path / "graphs/vae_decoder"
     unets = {rank: next(each for each in describe_networks(base, rank) if each.name == "unet") for rank in (8, 16)}
-    assert shipped_graph(unets[8]) == tmp_path / "graphs/unet" and shipped_graph(unets[16]) is None
+    assert find_shipped_graph(unets[8]) == tmp_path / "graphs/unet" and find_shipped_graph(unets[16]) is None
     (tmp_path / "graphs/vae_decoder/graph.onnx").write_bytes(b"changed")
-    assert shipped_graph(network_of(exported, "vae_decoder")) is None
+    assert find_shipped_graph(network_of(exported, "vae_decoder")) is None
 
 
 def test_graphs_beside_a_users_checkpoint_are_not_taken(exported: Exported, graphs: Path, tmp_path: Path) -> None:
     """They could compute anything, and the part's key would be that of an honest one."""
     base = BaseFiles.open(shutil.copytree(exported.base.folder, tmp_path / "model"))
     shutil.copytree(graphs, base.folder / "graphs")
-    assert [shipped_graph(network) for network in describe_networks(base)] == [None] * len(NAMES)
+    assert [find_shipped_graph(network) for network in describe_networks(base)] == [None] * len(NAMES)
 
 
 def test_a_graph_that_computes_something_else_is_refused(exported: Exported, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from dreammix_trt.core.checkpoint import BaseFiles  # noqa: E402
 from dreammix_trt.core.network_weights import weights_of  # noqa: E402
 from dreammix_trt.core.networks import Network, describe_networks, is_twin  # noqa: E402
 from dreammix_trt.core.tensors import tensor_places  # noqa: E402
-from dreammix_trt.export.onnx_export import export_network, graph_digest, shipped_graph, write_graph  # noqa: E402
+from dreammix_trt.export.onnx_export import export_network, find_shipped_graph, graph_digest, write_graph  # noqa: E402
 from dreammix_trt.export.onnx_graph import graph_of  # noqa: E402
 from dreammix_trt.export.parity import BOUNDS, OnnxNetwork  # noqa: E402
 from dreammix_trt.export.torch_module import torch_module  # noqa: E402
@@ -188,7 +188,7 @@ def test_what_is_known_of_a_shipped_graph_holds_for_the_twin(
 ) -> None:
     """Where torch is not there to compare: of the embedded model, the figures of the graph's making."""
     base, twin = BaseFiles.open(), of(BaseFiles.open(), "vae_encoder_float32", precision="float16")
-    graph = shipped_graph(twin)
+    graph = find_shipped_graph(twin)
     assert graph is not None
     recorded = json.loads((graph / "graph.json").read_text())["parity"]["vae_encoder"]
     parity = export_network(base, twin, graph, tmp_path, verify=False)["parity"]

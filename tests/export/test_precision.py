@@ -163,7 +163,7 @@ def test_a_text_encoder_without_slots_is_float16_too(small: Any, tmp_path: Path,
 
 def test_factors_one_by_one_are_the_packed_row(small: Any, tmp_path: Path) -> None:
     """The fused form takes a tensor a factor, the other one row: of the same numbers they give the same answer."""
-    from dreammix_trt.core.slots import unpacked
+    from dreammix_trt.core.slots import unpack
 
     packed, single = (
         next(network for network in describe_networks(small, 4, "float32", fused) if network.name == "text_encoder_2")
@@ -172,7 +172,7 @@ def test_factors_one_by_one_are_the_packed_row(small: Any, tmp_path: Path) -> No
     one, other = (exported(small, each, tmp_path / str(each.fused), verify=False) for each in (packed, single))
     inputs = packed.draw_example({"pictures": 2, "rows": 4})
     expected = OnnxNetwork(one.file).run(**inputs)
-    factors = unpacked(inputs["lora"], packed.slots)
+    factors = unpack(inputs["lora"], packed.slots)
     assert {"input_ids", *factors} >= {item.name for item in other.model.graph.input}
     found = OnnxNetwork(other.file).run(input_ids=inputs["input_ids"], **factors)
     for name, value in expected.items():

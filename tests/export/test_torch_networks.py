@@ -24,7 +24,7 @@ from dreammix_trt.core.lora import Lora  # noqa: E402
 from dreammix_trt.core.network_weights import BaseLora, weights_of  # noqa: E402
 from dreammix_trt.core.networks import Network, describe_networks  # noqa: E402
 from dreammix_trt.core.seam import Array, BaseFacts, DeviceNetworks  # noqa: E402
-from dreammix_trt.core.slots import unpacked  # noqa: E402
+from dreammix_trt.core.slots import unpack  # noqa: E402
 from dreammix_trt.export.parity import run_torch  # noqa: E402
 from dreammix_trt.export.torch_backend import resident as torch_resident  # noqa: E402
 from dreammix_trt.export.torch_backend.engine_set import TorchEngineSet  # noqa: E402
@@ -169,7 +169,7 @@ def test_factors_equal_merged_weights(
     sides, sizes = Sides(2, 1, 8, 12), {**SIZES, "rows": 2, "pictures": 1}
     for name, part in (("unet", "unet"), ("text_encoder_2", "text_encoder_2")):
         inputs = plain[name].draw_example(sizes, seed=4)
-        pieces = unpacked(inputs["lora"], plain[name].slots)
+        pieces = unpack(inputs["lora"], plain[name].slots)
         factors = {
             s.module: (pieces[f"{s.module}.lora_A"][0], pieces[f"{s.module}.lora_B"][0]) for s in plain[name].slots
         }
@@ -184,7 +184,7 @@ def test_factors_one_by_one_compute_the_same(base: BaseFiles, truth: TorchEngine
     """The module takes packed rows or a tensor a factor; TensorRT's graphs come of the latter."""
     inputs = plain["unet"].draw_example(SIZES, seed=2)
     fused = next(network for network in describe_networks(base, fused=True) if network.name == "unet")
-    factors = {**inputs, **unpacked(inputs["lora"], fused.slots)}
+    factors = {**inputs, **unpack(inputs["lora"], fused.slots)}
     found = run_torch(torch_module(fused, weights_of(base, "unet")), fused, factors)["eps"]
     np.testing.assert_allclose(found, truth.run("unet", **inputs)["eps"], atol=1e-6)
 
@@ -378,7 +378,7 @@ def test_lack_of_memory_is_a_memory_error(base: BaseFiles, monkeypatch: pytest.M
 
 
 def test_a_load_that_finds_no_memory_leaves_nothing(base: BaseFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    placed, made = torch_resident._placed, []
+    placed, made = torch_resident._place, []
 
     def short(*given: Any) -> Any:
         if len(made) == 3:
@@ -388,7 +388,7 @@ def test_a_load_that_finds_no_memory_leaves_nothing(base: BaseFiles, monkeypatch
         return value
 
     with TorchNetworks.of(base, device="cpu", names=["vae_decoder"], wide={}, resident=()) as networks:
-        monkeypatch.setattr(torch_resident, "_placed", short)
+        monkeypatch.setattr(torch_resident, "_place", short)
         with pytest.raises(MemoryError, match="vae_decoder: CUDA error: out of memory") as caught:
             networks.load("vae_decoder")
         assert networks.loaded == () and [each() for each in made] == [None] * 3, "the error keeps them"
@@ -400,7 +400,7 @@ def test_a_load_that_finds_no_memory_leaves_nothing(base: BaseFiles, monkeypatch
 
 def test_other_errors_stay_what_they_are(base: BaseFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     with TorchNetworks.of(base, device="cpu", names=["vae_decoder"], wide={}, resident=()) as networks:
-        monkeypatch.setattr(torch_resident, "_placed", lambda *_: torch.zeros(2) @ torch.zeros(3))
+        monkeypatch.setattr(torch_resident, "_place", lambda *_: torch.zeros(2) @ torch.zeros(3))
         with pytest.raises(RuntimeError, match="size"):
             networks.load("vae_decoder")
         assert networks.loaded == ()

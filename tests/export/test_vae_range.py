@@ -211,7 +211,7 @@ def test_tensorrt_builds_it(tall_base: BaseFiles, fused: bool, tmp_path: Path) -
 
     network = network_of(tall_base, "vae_decoder", UNITS["vae_decoder"], fused)
     graph, plan = exported(tall_base, network, tmp_path), tmp_path / "plan"
-    profiles = profiles_for(network.described()["inputs"], pictures=1, shapes="static", latent_side=8)
+    profiles = profiles_for(network.describe()["inputs"], pictures=1, shapes="static", latent_side=8)
     report = build_engine(graph, plan, backend="tensorrt-rtx", profiles=profiles, targets=("sm_89",))
     assert report.engine_bytes == plan.stat().st_size > 0
     assert [tensor.dtype for tensor in (*report.inputs, *report.outputs)] == ["float16", "float16"]

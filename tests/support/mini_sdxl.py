@@ -67,7 +67,7 @@ def trace_once(monkeypatch: Any, traces: dict[str, Path], scratch: Path) -> None
     from dreammix_trt import parts
 
     def copied(network: Any, folder: Path) -> None:
-        told = network.described()
+        told = network.describe()
         key = json.dumps([network.graph, told, {k: v.get("padding") for k, v in network.configs.items()}], default=str)
         if key not in traces:
             traces[key] = scratch / f"{len(traces)}"

@@ -232,7 +232,7 @@ def _feather(mask: Mask, reach: int) -> NDArray[np.float32]:
     return value
 
 
-def _judged(
+def _judge_pictures(
     judge: Judge, pictures: Sequence[world.Picture], scenes: Sequence[tuple[world.Scene, Mask]]
 ) -> dict[str, float]:
     readings = judge.read([crop_of_mask(picture, mask) for picture, (_, mask) in zip(pictures, scenes, strict=True)])
@@ -256,10 +256,10 @@ def measure_row(name: str, folder: Path, count: int, steps: int = 20, guidance: 
     seed, shares, field = _ROWS[name]
     scenes = world.held_out_scenes(count, seed, model.native, shares)
     if field is None:
-        return _judged(judge, [s.image for s, _ in scenes], scenes)
+        return _judge_pictures(judge, [s.image for s, _ in scenes], scenes)
     prompts = [describe(s.attributes) for s, _ in scenes]
     images, masks = [s.background for s, _ in scenes], [m for _, m in scenes]
-    return _judged(judge, inpaint(model, images, masks, prompts, field, steps, guidance), scenes)
+    return _judge_pictures(judge, inpaint(model, images, masks, prompts, field, steps, guidance), scenes)
 
 
 def evaluate_model(folder: Path, count: int = 208, processes: int = 1) -> dict[str, dict[str, float]]:

@@ -266,7 +266,7 @@ def _train_raw(team: Team, settings: Settings) -> None:
     denoiser = Denoiser(model.unet)
 
     def keep(average: dict[str, torch.Tensor]) -> None:
-        save_atomic(_rounded(average), settings.work / "raw.pt")
+        save_atomic(_round_to_half(average), settings.work / "raw.pt")
         export(settings)
 
     def loss_of(step: int) -> torch.Tensor:
@@ -300,7 +300,7 @@ def _train_inpaint(team: Team, settings: Settings) -> None:
         keep(average)
 
 
-def _rounded(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _round_to_half(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Through fp16, so that what is fine-tuned is what is shipped."""
     return {name: v.cpu().half().float() if v.is_floating_point() else v.cpu() for name, v in state.items()}
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from dreammix_trt.core.errors import EngineError, InputError
 from dreammix_trt.core.networks import is_twin
 from dreammix_trt.core.seam import BaseFacts
-from dreammix_trt.core.slots import Slot, slots_of, unpacked
+from dreammix_trt.core.slots import Slot, slots_of, unpack
 from dreammix_trt.engine.hardware import cores
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class EngineSet:
         """
         session, entry = self._session(name), self.entries[name]
         if "lora" in arrays and all(spec["name"] != "lora" for spec in entry["inputs"]):
-            arrays |= unpacked(arrays["lora"], self.slots(name))
+            arrays |= unpack(arrays["lora"], self.slots(name))
         given = {
             spec["name"]: arrays[spec["name"]].astype(spec["dtype"], copy=False)
             for spec in entry["inputs"]

@@ -22,13 +22,13 @@ from dreammix_trt.core.errors import BuildError, EngineError, InputError
 from dreammix_trt.core.files import atomic_file
 from dreammix_trt.engine import hardware
 from dreammix_trt.engine.backends.tensorrt.callbacks import HEARD, Events, logger_of, monitor_of, writer_of
-from dreammix_trt.engine.backends.tensorrt.package import PACKAGES, Package, known_targets, load
-from dreammix_trt.engine.backends.tensorrt.plans import guarded_runtime, holds_host_code, refuse_host_code
+from dreammix_trt.engine.backends.tensorrt.package import PACKAGES, Package, list_targets, load
+from dreammix_trt.engine.backends.tensorrt.plans import holds_host_code, open_guarded_runtime, refuse_host_code
 from dreammix_trt.engine.backends.tensorrt.profiles import Profile, Shape, fits, profiles_for
 
 __all__ = [
     "BuildReport", "Estimate", "Profile", "Tensor", "build_engine", "check_room", "check_targets", "estimate", "fits",
-    "guarded_runtime", "holds_host_code", "known_targets", "named_targets", "profiles_for", "refuse_host_code",
+    "holds_host_code", "list_targets", "name_targets", "open_guarded_runtime", "profiles_for", "refuse_host_code",
 ]  # fmt: skip
 
 GIB: Final = 1 << 30
@@ -109,9 +109,9 @@ def build_engine(
         raise BuildError(f"{onnx} is missing; export the networks again with `dreammix-trt build`")
     say = progress or (lambda fraction, phase: None)
     with atomic_file(out) as temporary, hardware.MemoryWatch() as watch, temporary.open("wb") as stream:
-        report = _followed(build, stream, say)
+        report = _follow(build, stream, say)
         say(1.0, "done")
-    return replace(report, targets=named_targets(targets), peak_rss=watch.rss, peak_anonymous=watch.anonymous)
+    return replace(report, targets=name_targets(targets), peak_rss=watch.rss, peak_anonymous=watch.anonymous)
 
 
 def estimate(onnx_bytes: int, weight_bytes: int, backend: str) -> Estimate:
@@ -180,7 +180,7 @@ class _Build:
                 targets=(),
                 inputs=_tensors(network.get_input, network.num_inputs),
                 outputs=_tensors(network.get_output, network.num_outputs),
-                messages=_kept(heard),
+                messages=_keep_messages(heard),
             )
         finally:
             HEARD.messages = None
@@ -194,7 +194,7 @@ class _Build:
         if weights:
             raise BuildError(f"{self.onnx}: its weights are missing or cut ({weights}); export the networks again")
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
-        what = "; ".join(_described(error.node_operator(), error.node_name(), error.desc()) for error in errors[:3])
+        what = "; ".join(_describe(error.node_operator(), error.node_name(), error.desc()) for error in errors[:3])
         raise BuildError(
             f"{self.onnx}: {self.title} {self.trt.__version__} cannot read it: {what or 'there is no network in it'}; "
             "export it again with `dreammix-trt build`, or use `--backend onnxruntime`"
@@ -291,7 +291,7 @@ _REMEDIES: Final = (
 )
 
 
-def _followed(build: _Build, stream: BinaryIO, say: Progress) -> BuildReport:
+def _follow(build: _Build, stream: BinaryIO, say: Progress) -> BuildReport:
     """Run a build in a thread, so that Ctrl-C and `say` are this thread's; whatever happens here ends the build."""
     with ThreadPoolExecutor(1, thread_name_prefix="tensorrt build") as pool:
         future = pool.submit(build.run, stream)
@@ -328,7 +328,7 @@ def _capabilities(trt: Any, backend: str, targets: Sequence[str]) -> tuple[Any, 
     if not package.ahead:
         _check_at_hand(package, targets)
         return ()
-    known = known_targets(trt)
+    known = list_targets(trt)
     if not targets:
         raise InputError(f"name the GPUs to build for with --target: {', '.join(known)}, or current")
     if "current" in targets:
@@ -363,7 +363,7 @@ def _check_at_hand(package: Package, targets: Sequence[str]) -> None:
         )
 
 
-def named_targets(targets: Sequence[str]) -> tuple[str, ...]:
+def name_targets(targets: Sequence[str]) -> tuple[str, ...]:
     """The GPUs built for, by name; "current", or none, is the one at hand."""
     if targets and "current" not in targets:
         return tuple(targets)
@@ -395,12 +395,12 @@ def _tensors(get: Callable[[int], Any], count: int) -> tuple[Tensor, ...]:
     )
 
 
-def _kept(heard: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+def _keep_messages(heard: Iterable[tuple[str, str]]) -> tuple[str, ...]:
     texts = (" ".join(text.split())[:500] for _, text in heard if _NO_DRIVER not in text)
     return tuple(dict.fromkeys(texts))[:MESSAGES]
 
 
-def _described(operator: str, node: str, reason: str) -> str:
+def _describe(operator: str, node: str, reason: str) -> str:
     where = f"{operator} {node!r}: " if operator else ""
     return where + " ".join(reason.partition("[checkMacros.cpp")[0].split())[:300]  # without the missing driver
 

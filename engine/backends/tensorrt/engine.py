@@ -107,11 +107,11 @@ class PlanEngine:
 
         Where the engine is gone, it is brought for that, and the context goes with it.
         """
-        asked = self._asked(shapes, profile)
+        asked = self._ask(shapes, profile)
         if asked not in self._needs:
             with self._at_hand():
                 self._ready = None
-                self._ready = asked, self._shaped(shapes, profile)
+                self._ready = asked, self._open_context(shapes, profile)
         return self._needs[asked]
 
     def measure_profiles(self) -> None:
@@ -122,13 +122,13 @@ class PlanEngine:
 
     def make(self, binding: Binding) -> Any:
         """A context with shapes, memory and addresses set, and nothing missing."""
-        asked, ready = self._asked(binding.shapes, binding.profile), self._ready
+        asked, ready = self._ask(binding.shapes, binding.profile), self._ready
         self._ready = None
         if ready is not None and ready[0] == asked:
             context = ready[1]
         else:
             ready = None  # first, as its memory may be what is lacking
-            context = self._shaped(binding.shapes, binding.profile)
+            context = self._open_context(binding.shapes, binding.profile)
         name, need, workspace = self.shapes.name, self._needs[asked], binding.workspace
         if need and (workspace is None or workspace.nbytes < need):
             have = 0 if workspace is None else workspace.nbytes
@@ -164,7 +164,7 @@ class PlanEngine:
             if not engine.load_weights(data):
                 raise failure(f"{self._origin.plan}: its weights cannot be loaded", messages)
 
-    def _asked(self, shapes: Mapping[str, Shape], profile: int) -> Asked:
+    def _ask(self, shapes: Mapping[str, Shape], profile: int) -> Asked:
         return profile, tuple(shapes[tensor.name] for tensor in self.shapes.inputs)
 
     def _attach(self, context: Any, binding: Binding) -> None:
@@ -180,11 +180,11 @@ class PlanEngine:
                         raise failure(f"{name}: {tensor.name} cannot be bound", messages)
                 missing = context.infer_shapes()
             except RuntimeError as error:
-                raise self._failed("cannot be bound", error, messages) from error
+                raise self._explain_failure("cannot be bound", error, messages) from error
         if missing:
             raise EngineError(f"{name}: the engine still lacks shape or address of {', '.join(missing)}; {REBUILD}")
 
-    def _shaped(self, shapes: Mapping[str, Shape], profile: int) -> Any:
+    def _open_context(self, shapes: Mapping[str, Shape], profile: int) -> Any:
         """A new context with its profile and input shapes; notes the memory it needs."""
         place, name = self._place, self.shapes.name
         place.check()
@@ -198,9 +198,9 @@ class PlanEngine:
                 for tensor in self.shapes.inputs:
                     if not context.set_input_shape(tensor.name, shapes[tensor.name]):
                         raise failure(f"{name}: {tensor.name} cannot be {list(shapes[tensor.name])}", messages)
-                self._needs[self._asked(shapes, profile)] = int(context.update_device_memory_size_for_shapes())
+                self._needs[self._ask(shapes, profile)] = int(context.update_device_memory_size_for_shapes())
             except RuntimeError as error:
-                raise self._failed("no context", error, messages) from error
+                raise self._explain_failure("no context", error, messages) from error
         return context
 
     def _new_context(self) -> Any:
@@ -217,5 +217,5 @@ class PlanEngine:
             self._compiled = Compiled.of(config, kernels_file(self._place, self.shapes.plan))
         return engine.create_execution_context(runtime_config=self._compiled.config)
 
-    def _failed(self, what: str, error: RuntimeError, messages: list[tuple[str, str]]) -> EngineError:
+    def _explain_failure(self, what: str, error: RuntimeError, messages: list[tuple[str, str]]) -> EngineError:
         return failure(f"{self.shapes.name}: {what}", messages or [("ERROR", str(error))])

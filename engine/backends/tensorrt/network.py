@@ -41,7 +41,7 @@ class PlanNetwork:
         self._engine.bring(weights=weights)
         self._engine.learn()
         if weights:
-            self._arrived()
+            self._announce()
         elif not self.jit:
             self._engine.measure_profiles()  # the engine is here now
             self._engine.drop()
@@ -61,7 +61,7 @@ class PlanNetwork:
         except BaseException:
             self._let_go()
             raise
-        self._arrived()
+        self._announce()
 
     def unload(self) -> None:
         """See `TensorRtNetworks.unload`."""
@@ -101,7 +101,7 @@ class PlanNetwork:
         """Write what was compiled, where something new was."""
         self._engine.keep_compiled()
 
-    def _arrived(self) -> None:
+    def _announce(self) -> None:
         """Last of all: from here on other threads run what is bound."""
         self.loads += 1
         self.loaded = True

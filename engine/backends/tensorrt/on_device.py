@@ -28,7 +28,7 @@ from dreammix_trt.engine.backends.tensorrt.network import PlanNetwork, plan_of
 from dreammix_trt.engine.backends.tensorrt.package import PACKAGES, load
 from dreammix_trt.engine.backends.tensorrt.place import Place
 from dreammix_trt.engine.backends.tensorrt.plans import (
-    guarded_runtime,
+    open_guarded_runtime,
     refuse_host_code,
 )
 from dreammix_trt.engine.canvas.geometry import Size
@@ -71,7 +71,7 @@ class TensorRtNetworks:
         entries = {name: (folder, read_network(folder)) for name, folder in parts.items() if name != "base"}
         for name, (folder, entry) in entries.items():
             refuse_host_code(plan_of(name, folder, entry))
-        runtime = guarded_runtime(backend)
+        runtime = open_guarded_runtime(backend)
         place = Place(trt, PACKAGES[backend], runtime, device, device.stream(), cache)
         opened = cls(place, facts, {name: PlanNetwork(name, *entry, place) for name, entry in entries.items()})
         try:

@@ -121,7 +121,7 @@ def _check_names(trt: Any, package: Package, names: tuple[str, ...]) -> None:
         )
 
 
-def known_targets(trt: Any) -> dict[str, Any]:
+def list_targets(trt: Any) -> dict[str, Any]:
     """The GPUs a package builds for without having them: "sm_89" -> its name for it."""
     members = getattr(trt, "ComputeCapability", None)
     found = {name: getattr(members, name) for name in dir(members) if re.fullmatch(r"SM\d+", name)}

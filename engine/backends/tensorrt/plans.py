@@ -48,7 +48,7 @@ def refuse_host_code(plan: Path) -> None:
         )
 
 
-def guarded_runtime(backend: str) -> Any:
+def open_guarded_runtime(backend: str) -> Any:
     """The runtime of a back end, which itself refuses plans with host code.
 
     Raises MissingExtraError or EngineError for a package that is absent or lacks something, DeviceError where the

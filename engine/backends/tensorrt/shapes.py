@@ -106,7 +106,7 @@ class PlanShapes:
     def _refusal(self, sides: Sides, side: int, fitting: bool) -> str:
         spans = self.spans
         asked = {axis: sides.size_of(axis) for axis in AXES if any(axis in span for span in spans)}
-        told = "; or ".join(_told(span) for span in spans)
+        told = "; or ".join(_describe_span(span) for span in spans)
         say = ", ".join(f"{name} {count}" for name, count in asked.items())
         larger = fitting or any(all(count > span[name][1] for span in spans) for name, count in asked.items())
         place = "larger than any profile" if larger else "outside every profile"
@@ -154,7 +154,7 @@ def _spans(tensors: Iterable[Tensor], profile: Profile) -> dict[str, Span]:
     }
 
 
-def _told(span: Mapping[str, Span]) -> str:
+def _describe_span(span: Mapping[str, Span]) -> str:
     return ", ".join(
         f"{name} {low}" if low == high else f"{name} {low} to {high}" for name, (low, high) in span.items()
     )

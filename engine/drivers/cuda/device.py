@@ -16,7 +16,7 @@ from dreammix_trt.engine.drivers.cuda.checks import check_device, check_driver, 
 from dreammix_trt.engine.drivers.cuda.context import Context, handle_of
 from dreammix_trt.engine.drivers.cuda.graphs import CudaGraph, capture
 from dreammix_trt.engine.drivers.cuda.marks import CudaMark, Marks
-from dreammix_trt.engine.drivers.cuda.resources import Belongings, CudaMemory, CudaPinned, CudaStream, told
+from dreammix_trt.engine.drivers.cuda.resources import Belongings, CudaMemory, CudaPinned, CudaStream, describe_array
 
 
 class CudaDevice:
@@ -97,7 +97,7 @@ class CudaDevice:
     def copy(self, to: Array, source: Array, stream: Stream) -> None:
         """Within the device; both of the same size in bytes."""
         if to.nbytes != source.nbytes:
-            raise ValueError(f"{told(source)} does not have the size of {told(to)}")
+            raise ValueError(f"{describe_array(source)} does not have the size of {describe_array(to)}")
         self._belongings.check_bounds(to)
         self._belongings.check_bounds(source)
         self._copy(to.pointer, source.pointer, to.nbytes, self._kinds.cudaMemcpyDeviceToDevice, stream)
@@ -174,7 +174,7 @@ class CudaDevice:
         """Where a host array starts that is copied from or to `other`."""
         if not array.flags.c_contiguous or array.nbytes != other.nbytes:
             raise ValueError(
-                f"a host array {array.shape} {array.dtype} must be contiguous and have the size of {told(other)}"
+                f"a host array {array.shape} {array.dtype} must be contiguous, of the size of {describe_array(other)}"
             )
         self._belongings.check_bounds(other)
         return int(array.ctypes.data)

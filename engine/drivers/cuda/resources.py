@@ -50,7 +50,7 @@ class Belongings:
         for stream in (owned for owned in left if isinstance(owned, CudaStream)):
             self.context.call_quietly("cudaStreamSynchronize", stream.handle)
         if left:
-            _LOG.warning("the %s was closed with %s not given back", self.context.name, _listed(left))
+            _LOG.warning("the %s was closed with %s not given back", self.context.name, _list_owned(left))
         for owned in sorted(left, key=lambda owned: isinstance(owned, CudaStream)):
             owned._give_back()
 
@@ -58,13 +58,13 @@ class Belongings:
         """Raise ValueError where an array begins in memory of this device and ends beyond; other memory (a network's
         own) is its owner's affair."""
         if array.pointer == 0 and array.nbytes:
-            raise ValueError(f"{told(array)} has no memory")
+            raise ValueError(f"{describe_array(array)} has no memory")
         with self._lock:
             memories = [owned for owned in self._owned.values() if isinstance(owned, CudaMemory)]
         for memory in memories:
             beyond = array.pointer + array.nbytes - memory.pointer - memory.nbytes
             if memory.pointer <= array.pointer < memory.pointer + memory.nbytes and beyond > 0:
-                raise ValueError(f"{told(array)} reaches {beyond} bytes beyond its memory")
+                raise ValueError(f"{describe_array(array)} reaches {beyond} bytes beyond its memory")
 
 
 class Owned:
@@ -160,11 +160,11 @@ class CudaStream(Owned):
         return runtime.cudaStreamDestroy(handle)
 
 
-def told(array: Array) -> str:
+def describe_array(array: Array) -> str:
     return f"an array {array.shape} {array.dtype} ({array.nbytes} bytes)"
 
 
-def _listed(owned: list[Owned]) -> str:
+def _list_owned(owned: list[Owned]) -> str:
     kinds = [each.kind for each in owned]
     sizes = sum(each.nbytes for each in owned if isinstance(each, CudaMemory))
     counts = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))

@@ -29,8 +29,8 @@ from dreammix_trt.engine.backends.tensorrt.builder import (
     build_engine,
     check_room,
     estimate,
-    guarded_runtime,
-    known_targets,
+    list_targets,
+    open_guarded_runtime,
     refuse_host_code,
 )
 from dreammix_trt.engine.backends.tensorrt.callbacks import Steps, monitor_of, writer_of
@@ -374,8 +374,8 @@ def test_nested_steps_add_up_to_a_fraction_that_never_falls() -> None:
 
 
 def test_targets_are_those_of_the_package(rtx: Any) -> None:
-    assert tuple(known_targets(rtx)) == RTX_TARGETS
-    assert known_targets(rtx)["sm_89"] == rtx.ComputeCapability.SM89
+    assert tuple(list_targets(rtx)) == RTX_TARGETS
+    assert list_targets(rtx)["sm_89"] == rtx.ComputeCapability.SM89
 
 
 @pytest.mark.parametrize("targets", [["sm_90"], ["sm_89", "ada"], [], ["sm_89", "sm_89"], ["sm_89", "current"]])
@@ -545,4 +545,4 @@ def test_our_plans_carry_none_and_the_runtime_refuses_the_others(rtx: Any, tmp_p
     path = linear(tmp_path / "n.onnx")
     built(path, ROWS)
     refuse_host_code(path.with_suffix(".plan"))
-    assert guarded_runtime("tensorrt-rtx").engine_host_code_allowed is False
+    assert open_guarded_runtime("tensorrt-rtx").engine_host_code_allowed is False

@@ -176,7 +176,7 @@ def test_a_cut_mask_is_binary_and_tells_whether_anything_is_left(place: dict[str
     mask, found = blot(90, 75), np.zeros(1, np.int32)
     box, size = (0, 90, 0, 75), (33, 40)
     out = cut(mask, box, size, place, threshold=1, found=at(found))
-    np.testing.assert_array_equal(out, canvas._binary(canvas._resized(mask, size, box)))
+    np.testing.assert_array_equal(out, canvas._binary(canvas._resize(mask, size, box)))
     assert found[0] == 1
     found[0] = 0
     assert not cut(np.minimum(mask, np.uint8(100)), box, size, place, threshold=1, found=at(found)).any()
