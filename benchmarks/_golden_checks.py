@@ -164,7 +164,7 @@ class _Checks:
         repasted = self.case.picture("switch_repasted_rgb")
         if "gch" in self.names and repasted is not None:
             frame = self.of_stage["gch"]
-            moments = self.run("vae_encoder", image=frame.network_input(self.canvas.cropped(repasted, frame)))
+            moments = self.run("vae_encoder", image=frame.network_input(self.canvas.crop(repasted, frame)))
             yield from self._row("vae_mean_switch_zG", moments["mean"], VAE)
             yield from self._row("vae_std_switch_zG", moments["std"], VAE)
             mean = self.run("vae_encoder", image=frame.background)["mean"]
@@ -262,7 +262,7 @@ class _Checks:
                 yield _levels("switch_decoded_rgb", self._decode(case[f"x0_step{switch - 1:02d}"]), decoded)
                 pasted = self.canvas.hand_over(self.of_stage["lcg"], decoded, soft=self.request.soft_blending)
                 yield row_of("switch_repasted_rgb", pasted, repasted, 0)
-                yield from self._picture("switch_crop_rgb", self.canvas.cropped(repasted, self.of_stage["gch"]))
+                yield from self._picture("switch_crop_rgb", self.canvas.crop(repasted, self.of_stage["gch"]))
         decoded, final = case.picture("final_decoded_rgb"), case.picture("final_image")
         if decoded is not None and final is not None:
             yield _levels("final_decoded_rgb", self._decode(case[f"x0_step{last:02d}"]), decoded)

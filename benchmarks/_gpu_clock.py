@@ -125,7 +125,7 @@ def upload(device: Device, stream: Stream, to: Array, values: Any) -> None:
     """Copy a numpy array to the device, again and again where `to` is larger, and wait."""
     flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     for start in range(0, to.nbytes, max(flat.size, 1)):
-        part = to.reshaped((to.nbytes,), "uint8").part(start, min(flat.size, to.nbytes - start))
+        part = to.reshape((to.nbytes,), "uint8").part(start, min(flat.size, to.nbytes - start))
         device.upload(part, flat[: part.size], stream)
     device.synchronize(stream)
 

@@ -159,7 +159,7 @@ class BaseFiles:
         """
         weights = self._state(component)
         if component == "unet" and self.nine_channels:
-            return weights.arranged({name: (name, _four if name == "conv_in.weight" else None) for name in weights})
+            return weights.arrange({name: (name, _four if name == "conv_in.weight" else None) for name in weights})
         return weights
 
     def unet_patched_state(self) -> Weights:
@@ -176,7 +176,7 @@ class BaseFiles:
     def head(self) -> Floats:
         """The inpainting head, float32 (feature channels, 5, 3, 3), inputs [mask, masked latent x 4]."""
         if self.nine_channels:
-            return self._state("unet").arranged({"head": ("conv_in.weight", _five)})["head"]
+            return self._state("unet").arrange({"head": ("conv_in.weight", _five)})["head"]
         if self.head_file is None:
             raise FileFormatError(f"{self.folder}: this base has no inpaint head; give one with its patch")
         head = fooocus.read_head(self.head_file)

@@ -58,11 +58,11 @@ def read_config(folder: Path) -> Config:
 
 def read_state(folder: Path, component: str) -> Weights:
     """A component's weights by diffusers' and transformers' classic names; folder: the component's own."""
-    weights = Weights.joined([open_tensors(file) for file in weight_files(folder, component)])
+    weights = Weights.join([open_tensors(file) for file in weight_files(folder, component)])
     try:
         if component == "vae":
             return modern_vae(weights)
-        return weights.renamed(classic_text_name) if component.startswith("text_encoder") else weights
+        return weights.rename(classic_text_name) if component.startswith("text_encoder") else weights
     except ValueError as error:
         raise odd_tensors(folder, error) from error
 

@@ -113,7 +113,7 @@ def apply_patch(
     )
     scale = np.float32(alpha)
     changes: dict[str, Change] = {name: partial(_patch, patch, key, scale) for key, name in used.items()}
-    return weights.changed(changes)
+    return weights.change(changes)
 
 
 def read_head(path: str | Path) -> Floats:

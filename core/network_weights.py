@@ -40,5 +40,5 @@ def weights_of(base: BaseFiles, network: str, loras: Sequence[BaseLora] = ()) ->
     for each in loras:
         if each.touches(network):
             check_weights(each.lora, network, {name: weights.shape(name) for name in weights})
-            weights = weights.changed(weight_changes(each.lora, network, each.scale))
+            weights = weights.change(weight_changes(each.lora, network, each.scale))
     return weights

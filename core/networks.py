@@ -287,7 +287,7 @@ def _vae_decoder(base: BaseFiles, _rank: int) -> Network:
 
 
 def _half_of_vae(*prefixes: str) -> Callable[[BaseFiles], Weights]:
-    return lambda base: base.state("vae").renamed(lambda name: name if name.startswith(prefixes) else None)
+    return lambda base: base.state("vae").rename(lambda name: name if name.startswith(prefixes) else None)
 
 
 #: in running order; whoever asks for networks asks this list, so a further entry reaches everyone

@@ -76,7 +76,7 @@ class Array:
 
     def __getitem__(self, index: int) -> Array:
         """Entry `index` of the first axis."""
-        return self.part(index, 1).reshaped(self.shape[1:])
+        return self.part(index, 1).reshape(self.shape[1:])
 
     def part(self, start: int, count: int) -> Array:
         """`count` entries of the first axis from `start` on."""
@@ -85,7 +85,7 @@ class Array:
         each = math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
         return replace(self, pointer=self.pointer + start * each, shape=(count, *self.shape[1:]))
 
-    def reshaped(self, shape: Shape, dtype: str | None = None) -> Array:
+    def reshape(self, shape: Shape, dtype: str | None = None) -> Array:
         """The same memory, or its beginning, seen as another shape (and dtype)."""
         seen = Array(self.pointer, tuple(shape), dtype or self.dtype)
         if seen.nbytes > self.nbytes:

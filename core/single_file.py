@@ -74,9 +74,7 @@ def odd_tensors(path: Path, error: Exception) -> FileFormatError:
 
 def read_vae(weights: Weights) -> tuple[Config, Weights]:
     """(config, weights by diffusers' names) of a VAE under sgm or diffusers names, `first_stage_model.` or not."""
-    weights = weights.renamed(
-        lambda name: None if name.startswith("loss.") else name.removeprefix("first_stage_model.")
-    )
+    weights = weights.rename(lambda name: None if name.startswith("loss.") else name.removeprefix("first_stage_model."))
     spelling = next((spelling for spelling in _VAE_LAYER if spelling.format(0, 0) in weights), None)
     if spelling is None or "decoder.conv_in.weight" not in weights:
         raise FileFormatError("it has no VAE (first_stage_model.*, or encoder.* and decoder.*); give one as vae")
@@ -113,7 +111,7 @@ def modern_vae(weights: Weights) -> Weights:
             new = new.replace(old, modern) if ".attentions." in name else new
         conv = ".attentions." in name and weights.shape(name)[2:] == (1, 1)
         plan[new] = (name, _matrix if conv else None)
-    return weights.arranged(plan)
+    return weights.arrange(plan)
 
 
 def _unet(weights: Weights, pooled: int) -> tuple[Config, Weights]:
@@ -196,8 +194,8 @@ def _unet_blocks(weights: Weights) -> list[list[tuple[int, int]]]:
 
 
 def _first_text_encoder(weights: Weights) -> tuple[Config, Weights]:
-    weights = weights.renamed(lambda name: name if name.startswith("text_model.") else None)
-    weights = weights.renamed(clip_names.classic_text_name)
+    weights = weights.rename(lambda name: name if name.startswith("text_model.") else None)
+    weights = weights.rename(clip_names.classic_text_name)
     layers = _count(weights, "text_model.encoder.layers.{}.mlp.fc1.weight")
     names = clip_names.text_encoder_names(layers)
     _require(weights, [*names, "text_model.encoder.layers.0.mlp.fc1.weight"], "first text encoder")
@@ -213,7 +211,7 @@ def _second_text_encoder(weights: Weights) -> tuple[Config, Weights]:
         [*(name for name, _ in plan.values()), "transformer.resblocks.0.mlp.c_fc.weight"],
         "second text encoder",
     )
-    arranged = weights.arranged(plan)
+    arranged = weights.arrange(plan)
     facts = {
         "architectures": ["CLIPTextModelWithProjection"],
         "projection_dim": arranged.shape("text_projection.weight")[0],
@@ -244,7 +242,7 @@ def _text_config(weights: Weights, layers: int, activation: str) -> Config:
 
 def _translate(weights: Weights, names: Mapping[str, str], part: str) -> Weights:
     _require(weights, names, part)
-    return weights.arranged({ours: (theirs, None) for theirs, ours in names.items()})
+    return weights.arrange({ours: (theirs, None) for theirs, ours in names.items()})
 
 
 def _require(weights: Weights, names: Iterable[str], part: str) -> None:

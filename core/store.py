@@ -163,13 +163,13 @@ class Store:
         """Drop what is remembered of an engine directory that is gone; `engine` as `recorded` gives it."""
         record_user(self.root / "users", engine, ())
 
-    def recorded(self) -> list[User]:
+    def list_users(self) -> list[User]:
         """Every engine directory that is known to need this store, whether it is present now or not."""
         return read_users(self.root / "users")
 
     def users(self) -> dict[Path, frozenset[str]]:
         """The engine directories that are present, each with the keys of the parts it needs."""
-        return {user.engine: user.keys for user in self.recorded() if user.present}
+        return {user.engine: user.keys for user in self.list_users() if user.present}
 
     def entries(self) -> list[Entry]:
         """Every part in the store, by kind, name and age; complete or not."""
@@ -186,7 +186,7 @@ class Store:
         if not _is_part(folder):
             return None
         with self._lock(key, wait=False) as held:
-            if not held or not folder.is_dir() or any(key in user.keys for user in self.recorded()):
+            if not held or not folder.is_dir() or any(key in user.keys for user in self.list_users()):
                 return None
             size = folder_bytes(folder)
             with refusing(folder):

@@ -48,7 +48,7 @@ def prune_plan(
     needs it: traced graphs, the ranges of VAEs. keep_onnx: the ONNX that engines here were made from stays, for
     building them for other GPUs. forget_missing: directories that are not where they were need nothing.
     """
-    missing = {user.engine: user.keys for user in store.recorded() if not user.present}
+    missing = {user.engine: user.keys for user in store.list_users() if not user.present}
     awaited = {} if forget_missing else missing
     entries = store.entries()
     reasons = {entry.key: _why_needed(entry, awaited) for entry in entries}
@@ -72,7 +72,7 @@ def prune_plan(
 
 def prune(store: Store, plan: Plan) -> tuple[int, list[Entry]]:
     """Do what was planned; returns the bytes freed and the parts that stay after all, needed or built meanwhile."""
-    for user in store.recorded():
+    for user in store.list_users():
         if user.engine in plan.forgotten and not user.present:
             store.forget(user.engine)
     freed, left = 0, []

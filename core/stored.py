@@ -39,7 +39,7 @@ class Stored:
     shape: tuple[int, ...]
     raw: Callable[[], Array]
 
-    def viewed(self, view: View) -> Stored:
+    def view(self, view: View) -> Stored:
         """The same numbers seen through a view (slice, transpose, reshape), which is also taken when read."""
         mould = np.broadcast_to(np.zeros((), np.bool_), self.shape)  # finds the shape without any memory
         return Stored(self.origin, self.dtype, view(mould).shape, lambda: view(self.raw()))

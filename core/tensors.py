@@ -57,7 +57,7 @@ class Weights(Mapping[str, Floats]):
         return cls({name: _in_memory(name, np.asarray(array)) for name, array in arrays.items()})
 
     @classmethod
-    def joined(cls, parts: list[Weights]) -> Weights:
+    def join(cls, parts: list[Weights]) -> Weights:
         """The tensors of several files, as of shards; of equal names the later counts."""
         tensors = {name: stored for part in parts for name, stored in part._tensors.items()}
         changes = {name: made for part in parts for name, made in part._changes.items()}
@@ -91,7 +91,7 @@ class Weights(Mapping[str, Floats]):
         """The type a tensor is stored in ("float16", "bfloat16", ...; others as the file names them)."""
         return self._tensors[name].dtype
 
-    def renamed(self, new: Callable[[str], str | None]) -> Weights:
+    def rename(self, new: Callable[[str], str | None]) -> Weights:
         """The same tensors under new names; those for which `new` gives None are left out."""
         names = {name: named for name in self if (named := new(name)) is not None}
         if len(set(names.values())) != len(names):
@@ -102,19 +102,19 @@ class Weights(Mapping[str, Floats]):
 
     def under(self, prefix: str) -> Weights:
         """The tensors whose names begin with a prefix, without it."""
-        return self.renamed(lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None)
+        return self.rename(lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None)
 
-    def arranged(self, plan: Mapping[str, tuple[str, View | None]]) -> Weights:
+    def arrange(self, plan: Mapping[str, tuple[str, View | None]]) -> Weights:
         """New names -> (a name of this, a view of it: slice, transpose, reshape). Not after `changed`."""
         if self._changes:
             raise ValueError("arrange the tensors first, then change them")
         tensors = {
-            new: self._tensors[name] if view is None else self._tensors[name].viewed(view)
+            new: self._tensors[name] if view is None else self._tensors[name].view(view)
             for new, (name, view) in plan.items()
         }
         return Weights(tensors, None, self.metadata)
 
-    def changed(self, changes: Mapping[str, Change]) -> Weights:
+    def change(self, changes: Mapping[str, Change]) -> Weights:
         """The same tensors, some of which pass through a function (equal shapes) when read, after earlier changes.
 
         Raises `KeyError` for a name that is not here.

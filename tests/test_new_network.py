@@ -98,6 +98,6 @@ def test_a_device_plans_loads_and_binds_it(engine: Path) -> None:
             for _ in range(2):  # run plainly and captured, then replayed
                 room.play(Change(), lambda _: room.enqueue("toy", studio.stream), studio.stream, capture=True)
             assert any(entry.kind == "launch" for entry in device.record)
-            found = studio.bring(arrays["changed"].reshaped((latent.nbytes,), "uint8")).view(np.float32)
+            found = studio.bring(arrays["changed"].reshape((latent.nbytes,), "uint8")).view(np.float32)
     np.testing.assert_allclose(found.reshape(latent.shape), latent * GAIN[:, None, None], rtol=1e-6)
     assert flag_of("toy") == 1 << len(KINDS) - 1

@@ -246,7 +246,7 @@ class Canvas:
         """The frame of the global stage (GCH): the plain image; field 1 is the whole canvas where its aspect allows."""
         return self._frame(field)
 
-    def cropped(self, picture: U8, frame: Frame) -> U8:
+    def crop(self, picture: U8, frame: Frame) -> U8:
         """Another picture of the canvas' size, cut and resized as `frame` was: what the hand-over encodes."""
         h, w = frame.image.shape[:2]
         return _resize(picture, (h, w), frame.box)

@@ -37,7 +37,7 @@ class Pace:
     def wait_for(self, mark: Mark) -> None:
         """Wait for a point in the stream. Raises DeviceError where the device stays silent."""
         started = time.monotonic()
-        while not mark.passed():
+        while not mark.has_passed():
             if time.monotonic() - started > PATIENCE:
                 self.lost = True
                 raise self.describe_loss()

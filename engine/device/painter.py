@@ -138,7 +138,7 @@ class DevicePainter:
         """After `finish`: what picture k's stages decoded, uint8 (h, w, 3), by name."""
         found = {}
         if self._batch[k].second is not None:
-            decoded = self._studio.arena["decoded"][k].reshaped((*self._batch[k].first.size, 3))
+            decoded = self._studio.arena["decoded"][k].reshape((*self._batch[k].first.size, 3))
             found["local result"] = self._studio.bring(decoded)
         return found | {"last result": self._show_latent(k, "x")}
 

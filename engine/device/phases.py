@@ -147,7 +147,7 @@ class Phases:
     def preview(self, k: int, source: Latent) -> Array:
         """Enqueue picture k's present prediction as a picture of the frame, in "last decoded" (uint8, h, w, 3). It sets
         no flag: looking must not change what becomes of a request."""
-        last = self._tools.arena["last decoded"].reshaped((*self._tools.room.shape.size, 3))
+        last = self._tools.arena["last decoded"].reshape((*self._tools.room.shape.size, 3))
         self._vae.decode(k, self._tools.latents(source)[k], last, flag=self._tools.arena["found"])
         return last
 

@@ -205,7 +205,7 @@ class Room:
         for tensor in (*self._networks.inputs(actual), *self._networks.outputs(actual)):
             region = _region_of(kind, tensor)
             if region is not None:
-                arrays[tensor.name] = self._arena[region].reshaped(sides.shape(tensor), tensor.dtype)
+                arrays[tensor.name] = self._arena[region].reshape(sides.shape(tensor), tensor.dtype)
         arrays |= layout.arrays(name, self._arena["bound factors"], sides.pictures)
         self.arrays[name] = arrays
         need = self._networks.workspace_bytes(actual, sides)

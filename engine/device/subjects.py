@@ -101,7 +101,7 @@ class Layout:
         count = pictures if on_unet else 1
         shift = 0 if on_unet else (self.pictures - 1) * self.unet_numbers
         return {
-            entry.tensor: bound.part(shift + entry.start * count, count * entry.size).reshaped((count, *entry.shape))
+            entry.tensor: bound.part(shift + entry.start * count, count * entry.size).reshape((count, *entry.shape))
             for entry in self.entries.get(name, ())
         }
 

@@ -145,8 +145,8 @@ class Texts:
         tokens, pooled = self._arena["stage tokens"], self._arena["stage pooled"]
         stages, rows, _, width = tokens.shape
         return (
-            tokens.reshaped((stages, rows, context, width), dtype)[stage],
-            pooled.reshaped(pooled.shape, dtype)[stage],
+            tokens.reshape((stages, rows, context, width), dtype)[stage],
+            pooled.reshape(pooled.shape, dtype)[stage],
         )
 
     def _write_stages(self, picture: int, context: int, dtype: str, plan: PromptPlan) -> None:
@@ -155,7 +155,7 @@ class Texts:
             sources["negative"] = self._find_kept(plan.negative)
         if plan.eliminated is not None:
             plain, arena = self._find_kept(plan.prompt), self._arena
-            less = arena["less tokens"], arena["less pooled"].reshaped(plain[1].shape)
+            less = arena["less tokens"], arena["less pooled"].reshape(plain[1].shape)
             self._take_away(picture, plain, self._find_kept(plan.eliminated), less)
             sources["decomposed"] = less
         for stage, name in enumerate(STAGES):
@@ -229,7 +229,7 @@ class _Encoders:
             for name in names_of_phase("text"):
                 actual = choose_twin(networks, name, safe)
                 tensors = [t for t in (*networks.inputs(actual), *networks.outputs(actual)) if "lora" not in t.name]
-                own = {t.name: arena[f"{name} {t.name}"].reshaped(_SIDES.shape(t), t.dtype) for t in tensors}
+                own = {t.name: arena[f"{name} {t.name}"].reshape(_SIDES.shape(t), t.dtype) for t in tensors}
                 self.arrays[name] = own | layout.arrays(name, arena["bound factors"], 1)
                 self._bound[name] = networks.bind(actual, _SIDES, self.arrays[name], arena["workspace"])
         except BaseException:

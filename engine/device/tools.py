@@ -29,30 +29,30 @@ class RoomTools:
 
     def latents(self, region: str) -> Array:
         shape = self.room.shape
-        return self.arena[region].reshaped((shape.pictures, CHANNELS, *shape.latent))
+        return self.arena[region].reshape((shape.pictures, CHANNELS, *shape.latent))
 
     def latent_mask(self) -> Array:
         shape = self.room.shape
-        return self.arena["latent mask"].reshaped((shape.pictures, 1, *shape.latent))
+        return self.arena["latent mask"].reshape((shape.pictures, 1, *shape.latent))
 
     def image(self) -> Array:
         """The frame as the VAE encoder takes it; where it goes in tiles, the whole of it."""
         image = self.room.arrays["vae_encoder"]["image"]
         if self.room.shape.tiling is None:
             return image
-        return self.arena["tile image"].reshaped((1, 3, *self.room.shape.size), image.dtype)
+        return self.arena["tile image"].reshape((1, 3, *self.room.shape.size), image.dtype)
 
     def masked(self) -> Array:
-        return self.arena["masked image"].reshaped((1, 3, *self.room.shape.size), self.image().dtype)
+        return self.arena["masked image"].reshape((1, 3, *self.room.shape.size), self.image().dtype)
 
     def work_frame(self) -> Array:
-        return self.arena["frame"].reshaped((*self.room.shape.work, 3))
+        return self.arena["frame"].reshape((*self.room.shape.work, 3))
 
     def frame_mask(self) -> Array:
-        return self.arena["frame mask"].reshaped(self.room.shape.work)
+        return self.arena["frame mask"].reshape(self.room.shape.work)
 
     def network_mask(self) -> Array:
-        return self.arena["network mask"].reshaped(self.room.shape.size)
+        return self.arena["network mask"].reshape(self.room.shape.size)
 
     def canvas(self, k: int, region: str) -> Array:
         return self.arena[region][k]

@@ -27,7 +27,7 @@ class Transfers:
         self._device, self._arena = device, arena
 
         def pin(name: str) -> Pinned:
-            memory = device.pinned(arena[name].nbytes)
+            memory = device.allocate_pinned(arena[name].nbytes)
             made.callback(memory.free)
             return memory
 
@@ -52,13 +52,13 @@ class Transfers:
         parts = []
         for k, (height, width) in enumerate(sizes):
             part = self._down["out"].array[k * each : k * each + 3 * height * width]
-            self._device.download(part, out[k].reshaped((part.nbytes,), "uint8"), stream)
+            self._device.download(part, out[k].reshape((part.nbytes,), "uint8"), stream)
             parts.append(part.reshape(height, width, 3))
         words = self._down["flags"].array[: flags.nbytes]
-        self._device.download(words, flags.reshaped((flags.nbytes,), "uint8"), stream)
+        self._device.download(words, flags.reshape((flags.nbytes,), "uint8"), stream)
         return lambda: (words.view(np.int32).copy(), [part.copy() for part in parts])
 
     def _copy(self, name: str, to: Array, at: int, data: U8, stream: Stream) -> None:
         pinned = self._up[name].array[at : at + data.nbytes]
         pinned[:] = data
-        self._device.upload(to.reshaped((data.nbytes,), "uint8"), pinned, stream)
+        self._device.upload(to.reshape((data.nbytes,), "uint8"), pinned, stream)

@@ -78,7 +78,7 @@ class Vae:
             self._tools.room.shape.latent,
         )
         assert tiling is not None
-        moments = self._tools.arena["tile moments"].reshaped((2, CHANNELS, h, w))
+        moments = self._tools.arena["tile moments"].reshape((2, CHANNELS, h, w))
         self._tools.device.clear(moments, self._tools.stream)
         source, height, width = self._tools.image(), *self._tools.room.shape.size
         for number, tile in enumerate(tiling.tiles()):
@@ -111,7 +111,7 @@ class Vae:
         )
         assert tiling is not None
         height, width = self._tools.room.shape.size
-        image, unscaled = self._tools.arena["tile image"].reshaped((3, height, width)), self._tools.latents("x in")[0]
+        image, unscaled = self._tools.arena["tile image"].reshape((3, height, width)), self._tools.latents("x in")[0]
         self._tools.device.clear(image, self._tools.stream)
         self._tools.launch(
             "scaled",

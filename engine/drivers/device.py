@@ -42,7 +42,7 @@ class Pinned(Protocol):
 class Mark(Protocol):
     """A point in a stream (an event)."""
 
-    def passed(self) -> bool:
+    def has_passed(self) -> bool:
         """Whether the work before it is done; never waits."""
         ...
 
@@ -72,7 +72,7 @@ class Device(Protocol):
         """Memory aligned to 256 bytes. Raises OutOfMemoryError; never during a capture."""
         ...
 
-    def pinned(self, nbytes: int) -> Pinned: ...
+    def allocate_pinned(self, nbytes: int) -> Pinned: ...
     def stream(self) -> Stream: ...
 
     def upload(self, to: Array, source: npt.NDArray[Any], stream: Stream) -> None:
@@ -118,10 +118,10 @@ def put(device: Device, to: Array, values: npt.NDArray[Any], stream: Stream, wai
     A lost device may still read the pinned memory, and giving it back could wait without end, so then it stays.
     """
     flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-    pinned = device.pinned(flat.nbytes)
+    pinned = device.allocate_pinned(flat.nbytes)
     try:
         pinned.array[:] = flat
-        device.upload(to.reshaped((flat.nbytes,), "uint8"), pinned.array, stream)
+        device.upload(to.reshape((flat.nbytes,), "uint8"), pinned.array, stream)
         wait()
     except DeviceError as error:
         if not error.lost:

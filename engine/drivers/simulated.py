@@ -103,7 +103,7 @@ class SimulatedDevice:
         self.record.append(Entry("allocate", str(nbytes)))
         return memory
 
-    def pinned(self, nbytes: int) -> SimulatedPinned:
+    def allocate_pinned(self, nbytes: int) -> SimulatedPinned:
         self._not_capturing("allocate host memory")
         self.record.append(Entry("pinned", str(nbytes)))
         pinned = SimulatedPinned(np.zeros(nbytes, np.uint8))
@@ -284,7 +284,7 @@ class SimulatedMark:
     done: int
     moment: float
 
-    def passed(self) -> bool:
+    def has_passed(self) -> bool:
         self.device.reach(self.done)
         return True
 

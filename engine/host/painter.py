@@ -101,7 +101,7 @@ class HostPainter:
         with self._clock("canvas"):
             pasted = self._canvas.hand_over(local, decoded, soft=self._request.soft_blending)
             self.frame = self._global_frame
-            picture = self.frame.network_input(self._canvas.cropped(pasted, self.frame))
+            picture = self.frame.network_input(self._canvas.crop(pasted, self.frame))
         self._show("local result", decoded)
         self._show("handed over", pasted)
         start = self._encode(picture, "vae_noise_switch_zG")

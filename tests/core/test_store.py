@@ -315,13 +315,13 @@ def test_an_engine_that_is_not_there_is_no_user_but_remembered(tmp_path: Path) -
     for engine in (gone, broken):
         store.register(engine, {"1", "2"})
     assert store.users() == {}
-    assert [(user.engine, user.keys, user.present) for user in store.recorded()] == [
+    assert [(user.engine, user.keys, user.present) for user in store.list_users()] == [
         (broken, frozenset("12"), False),
         (gone, frozenset("12"), False),
     ]
     store.forget(gone)
     store.register(broken, ())
-    assert store.recorded() == []
+    assert store.list_users() == []
 
 
 def test_registering_again_writes_nothing(tmp_path: Path) -> None:
@@ -340,9 +340,9 @@ def test_registering_never_fails(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     strange = Path(os.fsdecode(bytes(tmp_path) + b"/\xff\xfe"))
     store.register(strange, ["1"])
-    assert [user.engine for user in store.recorded()] == [strange]
+    assert [user.engine for user in store.list_users()] == [strange]
     record_of(store).write_text("[")
-    assert store.recorded() == []
+    assert store.list_users() == []
 
 
 def test_entries_tell_what_is_there(tmp_path: Path) -> None:
@@ -427,7 +427,7 @@ def test_an_engine_on_a_disk_that_is_not_mounted_keeps_its_parts(shelf: Shelf) -
     assert keys_of(prune(shelf.store, forgetting)[1]) == {shelf.base, shelf.plan}
     shelf.engine.rename(away)
     prune(shelf.store, forgetting)
-    assert shelf.present() == {shelf.graph} and shelf.store.recorded() == []
+    assert shelf.present() == {shelf.graph} and shelf.store.list_users() == []
 
 
 def test_what_comes_to_be_needed_after_the_plan_stays(shelf: Shelf, tmp_path: Path) -> None:

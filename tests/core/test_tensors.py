@@ -95,31 +95,31 @@ def test_opening_costs_the_header_and_reading_one_tensor(tmp_path: Path) -> None
 def test_views_and_changes_are_taken_when_read() -> None:
     source = {"a": np.arange(12, dtype=np.float16).reshape(4, 3), "b": np.ones(2, np.float32)}
     weights = Weights.of(source)
-    views = weights.arranged({"low": ("a", lambda x: x[:2]), "flipped": ("a", np.transpose), "b": ("b", None)})
+    views = weights.arrange({"low": ("a", lambda x: x[:2]), "flipped": ("a", np.transpose), "b": ("b", None)})
     assert {name: views.shape(name) for name in views} == {"low": (2, 3), "flipped": (3, 4), "b": (2,)}
     assert np.array_equal(views["flipped"], source["a"].T) and views["flipped"].flags.c_contiguous
-    twice = views.changed({"low": lambda x: x + 1}).changed({"low": lambda x: x * 10, "b": lambda x: x - 1})
+    twice = views.change({"low": lambda x: x + 1}).change({"low": lambda x: x * 10, "b": lambda x: x - 1})
     assert np.array_equal(twice["low"], (source["a"][:2] + 1) * 10) and twice["b"].tolist() == [0, 0]
-    renamed = twice.renamed(lambda name: None if name == "b" else f"new.{name}")
+    renamed = twice.rename(lambda name: None if name == "b" else f"new.{name}")
     assert set(renamed.under("new.")) == {"low", "flipped"}
     assert np.array_equal(renamed["new.low"], twice["low"])
     assert views["low"][0, 0] == 0 and source["a"][0, 0] == 0
     weights["b"][:] = 7  # a reader's own copy
     assert weights["b"].tolist() == [1, 1]
-    both = Weights.joined([renamed, weights])
+    both = Weights.join([renamed, weights])
     assert set(both) == {"new.low", "new.flipped", "a", "b"} and np.array_equal(both["new.low"], twice["low"])
 
 
 def test_wrong_changes_are_refused() -> None:
     weights = Weights.of({"a": np.ones((2, 2), np.float32)})
     with pytest.raises(KeyError, match="no tensors z"):
-        weights.changed({"z": lambda x: x})
+        weights.change({"z": lambda x: x})
     with pytest.raises(ValueError, match=r"made \(2,\) of \(2, 2\)"):
-        weights.changed({"a": lambda x: x[0]})["a"]
+        weights.change({"a": lambda x: x[0]})["a"]
     with pytest.raises(FileFormatError, match="'a', once changed, holds NaN"):
-        weights.changed({"a": lambda x: x * np.float32(np.inf)})["a"]
+        weights.change({"a": lambda x: x * np.float32(np.inf)})["a"]
     with pytest.raises(ValueError, match="the same name"):
-        Weights.of({"a": np.ones(1), "b": np.ones(1)}).renamed(lambda name: "c")
+        Weights.of({"a": np.ones(1), "b": np.ones(1)}).rename(lambda name: "c")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -191,7 +191,7 @@ def loud_vae(base: Any) -> Weights:
         return np.float32(5e4) * value
 
     weights = weights_of(base, "vae_decoder")
-    return weights.changed(dict.fromkeys(("decoder.conv_in.weight", "decoder.conv_in.bias"), louder))
+    return weights.change(dict.fromkeys(("decoder.conv_in.weight", "decoder.conv_in.bias"), louder))
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ class Settings:
         """Of activations in training."""
         return choose_precision(self.device)
 
-    def scaled(self, minutes_scale: float) -> Settings:
+    def scale(self, minutes_scale: float) -> Settings:
         """The same recipe with every stage's steps and time limit multiplied."""
 
         def scale(plan: Plan) -> Plan:

@@ -77,7 +77,7 @@ class PlanEngine:
 
     def learn(self) -> None:
         """Ask the engine for its shapes. Raises EngineError where they are not those that were told."""
-        self.shapes = self.shapes.found(self._place.trt, self._engine)
+        self.shapes = self.shapes.read_engine(self._place.trt, self._engine)
 
     def bring_weights(self) -> None:
         """Those that `give_weights_back` gave back (TensorRT-RTX only)."""

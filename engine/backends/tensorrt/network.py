@@ -28,7 +28,7 @@ class PlanNetwork:
         self.jit, self.lock = place.package.jit, place.lock
         self.loads, self.loaded = 0, False
         self.bound: list[TensorRtBound] = []
-        self._engine = PlanEngine(place, PlanShapes.told(name, self.plan, entry), entry.get("build") or {})
+        self._engine = PlanEngine(place, PlanShapes.from_entry(name, self.plan, entry), entry.get("build") or {})
 
     @property
     def shapes(self) -> PlanShapes:

@@ -34,13 +34,13 @@ class PlanShapes:
     profiles: tuple[Profile, ...] = ()
 
     @classmethod
-    def told(cls, name: str, plan: Path, entry: Mapping[str, Any]) -> PlanShapes:
+    def from_entry(cls, name: str, plan: Path, entry: Mapping[str, Any]) -> PlanShapes:
         """As `network.json` has them, which tells no profiles."""
         inputs = tuple(Tensor.of(tensor) for tensor in entry["inputs"])
         outputs = tuple(Tensor.of(tensor) for tensor in entry["outputs"])
         return cls(name, plan, inputs, outputs, frozenset(tensor.name for tensor in (*inputs, *outputs)))
 
-    def found(self, trt: Any, engine: Any) -> PlanShapes:
+    def read_engine(self, trt: Any, engine: Any) -> PlanShapes:
         """As the engine itself has them. Raises EngineError where it is not the network that was told of."""
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         given = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]

@@ -65,7 +65,7 @@ class CudaDevice:
             ) from error
         return CudaMemory(self._belongings, int(pointer), nbytes)
 
-    def pinned(self, nbytes: int) -> CudaPinned:
+    def allocate_pinned(self, nbytes: int) -> CudaPinned:
         """Page-locked host memory. Raises OutOfMemoryError; never during a capture."""
         self._context.check_outside_capture("allocating")
         if nbytes < 0:

@@ -30,7 +30,7 @@ class Marks:
         self._context.call("cudaEventRecord", event, handle)
         return mark
 
-    def passed(self, event: Any) -> bool:
+    def has_passed(self, event: Any) -> bool:
         """Whether the work before an event is done; an error of that work is raised."""
         context, runtime = self._context, self._context.runtime
         context.check_outside_capture("asking for a mark")
@@ -71,15 +71,15 @@ class CudaMark:
     def __init__(self, marks: Marks, event: Any, timed: bool) -> None:
         self._marks, self._event, self._timed = marks, event, timed
 
-    def passed(self) -> bool:
+    def has_passed(self) -> bool:
         """Whether the work before it is done; an error of that work is raised."""
-        return self._marks.passed(self._event)
+        return self._marks.has_passed(self._event)
 
     def seconds_since(self, earlier: Mark) -> float:
         """Device time between two passed marks that were made with timed=True; resolution about half a microsecond."""
         if not (isinstance(earlier, CudaMark) and earlier._timed and self._timed):
             raise ValueError("time lies between two marks made with timed=True")
-        if not (self.passed() and earlier.passed()):
+        if not (self.has_passed() and earlier.has_passed()):
             raise ValueError("time lies between two marks that have passed; synchronize first")
         return self._marks.seconds_between(earlier._event, self._event)
 

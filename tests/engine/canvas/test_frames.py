@@ -71,7 +71,7 @@ def test_reference_pastes_equal_the_recorded_ones(golden: Path, case: str) -> No
     np.testing.assert_array_equal(handed, recorded("switch_repasted_rgb"))
     arrays = np.load(folder / "golden.npz")
     if "switch_crop_rgb_sha256" in arrays:
-        assert digest(laid.cropped(handed, whole)) == arrays["switch_crop_rgb_sha256"].tobytes()
+        assert digest(laid.crop(handed, whole)) == arrays["switch_crop_rgb_sha256"].tobytes()
     last = laid.final(whole, recorded("final_decoded_rgb"), local=(local, recorded("switch_decoded_rgb")))
     np.testing.assert_array_equal(last, recorded("final_image"))
 
@@ -167,7 +167,12 @@ def test_fill_radii_follow_the_native_side() -> None:
 def test_dilation_reaches_exactly_as_far_as_asked() -> None:
     _, mask = scene(700, 700, (350, 351, 350, 351))
     for reach in (0, 1, 3, 250, 300):
-        assert geometry.mask_bounds(canvas.dilated(mask, reach)) == (350 - reach, 351 + reach, 350 - reach, 351 + reach)
+        assert geometry.mask_bounds(canvas.dilate_mask(mask, reach)) == (
+            350 - reach,
+            351 + reach,
+            350 - reach,
+            351 + reach,
+        )
 
 
 def test_seam_takes_the_edge_from_the_global_stage_and_the_core_from_the_local_one() -> None:
@@ -196,7 +201,7 @@ def test_a_coarse_global_stage_keeps_the_local_inside() -> None:
 
 
 def mask_far(mask: canvas.U8, distance: int) -> np.ndarray:
-    return canvas.dilated(mask, distance - 1) == 0
+    return canvas.dilate_mask(mask, distance - 1) == 0
 
 
 def test_a_fine_global_stage_is_taken_whole() -> None:

@@ -360,7 +360,7 @@ def test_feather_over_the_canvas_part_that_a_paste_can_change() -> None:
 @pytest.mark.parametrize("pixels", [1, 3, 20, 260])
 def test_dilated_is_the_canvas(pixels: int, place: dict[str, int]) -> None:
     for mask in (dots(30, 310, 2), dots(30, 310, 0), blot(40, 30)):
-        np.testing.assert_array_equal(feather(mask, pixels, place, dilate=1), canvas.dilated(mask, pixels))
+        np.testing.assert_array_equal(feather(mask, pixels, place, dilate=1), canvas.dilate_mask(mask, pixels))
 
 
 def seam(mask: U8, reach: int, place: dict[str, int]) -> U8:

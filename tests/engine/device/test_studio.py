@@ -353,7 +353,7 @@ def test_work_that_runs_as_late_as_it_may_paints_the_same(simulated: Any, cup: P
 
 def test_pinned_memory_is_read_late_and_other_memory_at_once() -> None:
     with SimulatedDevice(late=True) as device:
-        stream, pinned, memory = device.stream(), device.pinned(8), device.allocate(8)
+        stream, pinned, memory = device.stream(), device.allocate_pinned(8), device.allocate(8)
         array, plain = Array(memory.pointer, (8,), "uint8"), np.full(8, 7, np.uint8)
         device.upload(array, plain, stream)
         plain[:] = 8
@@ -362,7 +362,7 @@ def test_pinned_memory_is_read_late_and_other_memory_at_once() -> None:
         device.upload(array, pinned.array, stream)
         pinned.array[:] = 9
         mark = device.mark(stream)
-        assert (device.view(array) == 7).all() and mark.passed() and (device.view(array) == 9).all()
+        assert (device.view(array) == 7).all() and mark.has_passed() and (device.view(array) == 9).all()
         graph = device.capture(stream, lambda: device.clear(array, stream))
         graph.launch(stream)
         with pytest.raises(DeviceError, match="under way"):

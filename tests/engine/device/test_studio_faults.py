@@ -34,7 +34,7 @@ def hang(monkeypatch: pytest.MonkeyPatch) -> Callable[[SimulatedDevice], None]:
             Event().wait(5)
             raise AssertionError("waited for a device that does not answer")
 
-        monkeypatch.setattr(SimulatedMark, "passed", lambda self: False)
+        monkeypatch.setattr(SimulatedMark, "has_passed", lambda self: False)
         monkeypatch.setattr(device, "synchronize", endless)
         monkeypatch.setattr(pace, "PATIENCE", 0.01)
 
@@ -208,7 +208,7 @@ def test_a_subject_that_cannot_be_brought_changes_nothing(
         raise OutOfMemoryError("no pinned memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(device, "pinned", full)
+        patched.setattr(device, "allocate_pinned", full)
         with pytest.raises(OutOfMemoryError, match="no pinned memory"):
             dm.add_subject(cup, name="mug")
     assert_alike(painted(dm, job(subject="mug")), expected)

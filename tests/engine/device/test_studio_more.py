@@ -269,7 +269,7 @@ def test_a_device_that_does_not_answer_counts_as_lost_at_once(simulated: Any, mo
     next(events)
     asked: list[float] = []
     with monkeypatch.context() as patched:
-        patched.setattr(SimulatedMark, "passed", lambda self: bool(asked.append(0.0)))
+        patched.setattr(SimulatedMark, "has_passed", lambda self: bool(asked.append(0.0)))
         patched.setattr(pace, "PATIENCE", 0.01)
         with pytest.raises(DeviceError, match="not answered") as told:
             list(events)

@@ -89,10 +89,10 @@ def test_copies_run_in_order_when_somebody_waits(fake: FakeCuda, device: CudaDev
     with device.allocate(16) as memory, device.allocate(16) as other, device.stream() as stream:
         assert memory.pointer % 256 == 0 and device.memory()[0] == (1 << 20) - 32
         there, beside = Array(memory.pointer, (4,), "float32"), Array(other.pointer, (2, 2), "float32")
-        pinned = device.pinned(16)
+        pinned = device.allocate_pinned(16)
         staged = pinned.array.view(np.float32)
         staged[:] = 0
-        out = device.pinned(16)
+        out = device.allocate_pinned(16)
         out.array[:] = 255
         device.upload(there, staged, stream)
         staged[:] = [1, 2, 3, 4]  # pinned memory is read when the copy runs
@@ -142,7 +142,7 @@ def test_sizes_and_bounds_are_checked_before_any_call(fake: FakeCuda, device: Cu
             lambda: device.copy(there, beyond, stream),
             lambda: device.clear(beyond, stream),
             lambda: device.allocate(-1),
-            lambda: device.pinned(-1),
+            lambda: device.allocate_pinned(-1),
         ):
             with pytest.raises(ValueError):
                 wrong()
@@ -159,7 +159,7 @@ def test_memory_that_does_not_fit_is_told_with_what_there_is(device: CudaDevice)
 
 
 def test_what_is_given_back_is_given_back_once(fake: FakeCuda, device: CudaDevice) -> None:
-    memory, pinned, stream = device.allocate(8), device.pinned(8), device.stream()
+    memory, pinned, stream = device.allocate(8), device.allocate_pinned(8), device.stream()
     graph = device.capture(stream, lambda: None)
     for _ in range(2):
         memory.free()
@@ -182,7 +182,7 @@ def test_what_is_given_back_is_given_back_once(fake: FakeCuda, device: CudaDevic
 def test_closing_gives_back_what_is_left_and_says_so(fake: FakeCuda, caplog: pytest.LogCaptureFixture) -> None:
     device = CudaDevice(bindings=Bindings(fake, fake))
     stream, memory = device.stream(), device.allocate(3 << 10)
-    device.pinned(8)
+    device.allocate_pinned(8)
     mark = device.mark(stream)
     device.capture(stream, lambda: device.clear(Array(memory.pointer, (8,), "uint8"), stream))
     assert fake.left() == {"memory": 1, "pinned": 1, "streams": 1, "events": 1, "graphs": 1}
@@ -228,12 +228,12 @@ def test_what_is_not_allowed_in_a_capture_ends_it(fake: FakeCuda, device: CudaDe
         spare, mark = device.allocate(8), device.mark(stream)
         for wrong in (
             lambda: device.allocate(1),
-            lambda: device.pinned(1),
+            lambda: device.allocate_pinned(1),
             lambda: device.synchronize(stream),
             lambda: device.upload(values, host, stream),
             lambda: device.download(host, values, stream),
             lambda: device.mark(stream),
-            lambda: mark.passed(),
+            lambda: mark.has_passed(),
             lambda: device.capture(stream, lambda: None),
             lambda: spare.free(),
             lambda: device.close(),
@@ -305,11 +305,11 @@ def test_marks_pass_when_the_work_before_them_is_done(fake: FakeCuda, device: Cu
         fake.enqueue(stream.handle, lambda: time.sleep(0.01))
         second = device.mark(stream, timed=True)
         plain = device.mark(stream)
-        assert not first.passed() and not plain.passed()
+        assert not first.has_passed() and not plain.has_passed()
         with pytest.raises(ValueError, match="have passed"):
             second.seconds_since(first)
         device.synchronize(stream)
-        assert first.passed() and plain.passed()
+        assert first.has_passed() and plain.has_passed()
         assert 0.01 <= second.seconds_since(first) < 1
         with pytest.raises(ValueError, match="timed=True"):
             plain.seconds_since(first)
@@ -323,7 +323,7 @@ def test_events_are_used_again_when_their_marks_are_gone(fake: FakeCuda, device:
         gc.collect()
         assert len(fake.events) == 4
         device.synchronize(stream)
-        assert all(mark.passed() for mark in kept)
+        assert all(mark.has_passed() for mark in kept)
 
 
 def test_a_network_enqueues_its_own_work_now(device: CudaDevice) -> None:
@@ -584,7 +584,7 @@ def test_real_copies_and_memory(real: CudaDevice) -> None:
     with real.allocate(values.nbytes) as memory, real.allocate(values.nbytes) as other, real.stream() as stream:
         assert memory.pointer % 256 == 0 and real.memory()[0] < before
         there, beside = (Array(each.pointer, values.shape, "uint8") for each in (memory, other))
-        pinned = real.pinned(values.nbytes)
+        pinned = real.allocate_pinned(values.nbytes)
         pinned.array[:] = values
         real.upload(there, pinned.array, stream)
         real.copy(beside, there, stream)
@@ -607,7 +607,7 @@ def test_real_events_tell_device_time(real: CudaDevice) -> None:
             real.clear(there, stream)
         second = real.mark(stream, timed=True)
         real.synchronize(stream)
-        assert first.passed() and second.passed()
+        assert first.has_passed() and second.has_passed()
         assert 20 * (256 << 20) / 20e12 < second.seconds_since(first) < 10  # no GPU writes 20 TB/s
 
 

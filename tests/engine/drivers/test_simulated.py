@@ -41,7 +41,7 @@ def test_a_capture_runs_nothing_and_its_replays_run_everything_in_order() -> Non
     "forbidden",
     [
         lambda device, array: device.allocate(16),
-        lambda device, array: device.pinned(16),
+        lambda device, array: device.allocate_pinned(16),
         lambda device, array: device.synchronize(STREAM),
         lambda device, array: device.upload(array, np.zeros(2, np.float32), STREAM),
         lambda device, array: device.download(np.zeros(2, np.float32), array, STREAM),
@@ -97,9 +97,9 @@ def test_arrays_are_cut_where_numpy_cuts() -> None:
     array = Array(1024, (3, 4, 2), "float16")
     assert array[1] == Array(1024 + 16, (4, 2), "float16")
     assert array.part(1, 2) == Array(1024 + 16, (2, 4, 2), "float16")
-    assert array.reshaped((6,), "float32").nbytes == 24 and array.half
+    assert array.reshape((6,), "float32").nbytes == 24 and array.half
     with pytest.raises(ValueError, match="larger"):
-        array.reshaped((13,), "float32")
+        array.reshape((13,), "float32")
     with pytest.raises(ValueError, match="entries 2 to 4"):
         array.part(2, 2)
 

@@ -285,7 +285,7 @@ def test_a_picture_through_both_stages() -> None:
     def handed(x0: Any) -> Any:
         decoded = from_decoded(networks.run("vae_decoder", latent=x0.astype(np.float32) / 0.5)["image"])
         pasted = canvas.hand_over(local, decoded, soft=True)
-        return encoded(whole.network_input(canvas.cropped(pasted, whole)))
+        return encoded(whole.network_input(canvas.crop(pasted, whole)))
 
     def draw(label: str, step: int) -> Any:
         frame = whole if label == "renoise_switch" or step >= request.local_steps else local
