@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from dreammix_trt.building import Defaults, EngineOptions, build
+from dreammix_trt.building.ingredients import Ingredients
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import EngineError, FileFormatError, InputError
 from dreammix_trt.core.files import folder_bytes, write_json
@@ -24,7 +25,6 @@ from dreammix_trt.core.passport import Passport
 from dreammix_trt.core.store import Store
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.directory import check_engine
-from dreammix_trt.parts import Parts
 from tests.conftest import write_lora
 
 IMAGE = Image.fromarray(np.random.default_rng(3).integers(0, 255, (96, 96, 3), np.uint8))
@@ -354,7 +354,7 @@ class Held:
 @pytest.fixture
 def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
     """The embedded base, its parts made of next to nothing."""
-    from dreammix_trt import parts
+    from dreammix_trt.building import parts
     from dreammix_trt.engine.backends.tensorrt.builder import BuildReport
     from dreammix_trt.export import vae_range
 
@@ -379,7 +379,7 @@ def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
     monkeypatch.setattr(parts, "write_graph", traced)
     monkeypatch.setattr(parts, "export_network", exported)
     monkeypatch.setattr("dreammix_trt.engine.backends.tensorrt.builder.build_engine", planned)
-    monkeypatch.setattr(vae_range, "wide_units", lambda *_: Calm())
+    monkeypatch.setattr(vae_range, "find_wide_units", lambda *_: Calm())
     yield Held(folder)
 
 
@@ -533,10 +533,10 @@ def test_the_vae_takes_tiles_where_frames_are_that_large(
     base = BaseFiles.open(held.folder)
     base = replace(base, configs={**base.configs, "unet": {**base.configs["unet"], "sample_size": side // 8}})
     engine = EngineOptions(backend="tensorrt-rtx", targets=("sm_89",), shapes=shapes)
-    parts = Parts(Store(tmp_path), tmp_path, base, 8, engine, (), {}, None, lambda *_: None, lambda _: None)
+    ingredients = Ingredients(base, 8, engine, (), {})
     found = {
-        network.name: [profile.shapes[spec][2][2:] for profile in parts._profiles(network.name, [described])]
-        for network in parts._networks()
+        network.name: [profile.shapes[spec][2][2:] for profile in ingredients.profiles_of(network.name, [described])]
+        for network in ingredients.networks
         for described in network.describe()["inputs"]
         if (spec := described["name"]) in ("sample", "latent", "image")
     }

@@ -199,7 +199,7 @@ def test_the_passport_holds_figures_of_each_build(plans: Path, shelf: Path) -> N
 def test_a_second_subject_takes_seconds_and_no_builder(
     plans: Path, held: Checkpoint, loras: dict[str, Path], shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dreammix_trt import parts
+    from dreammix_trt.building import parts
     from dreammix_trt.engine.backends.tensorrt import builder as tensorrt
 
     def never(*_: Any, **__: Any) -> None:

@@ -33,9 +33,9 @@ PARTS = ["text_encoder", "text_encoder_2", "unet", "unet_raw", "inpaint_head", "
 BUILDER = """
     import os, sys
     from pathlib import Path
-    from dreammix_trt import parts
-    from dreammix_trt.building import build
+    from dreammix_trt.building import build, one_build, parts
     from dreammix_trt.core import tensors
+    from dreammix_trt.core.store import Store
     from dreammix_trt.export import onnx_export
 
     out, store, log, when = sys.argv[1:]
@@ -65,7 +65,7 @@ BUILDER = """
             die()
         return encode(values, *rest)
 
-    class Watched(parts.Store):
+    class Watched(Store):
         def put(self, key, what):
             return watched(super().put(key, what))
 
@@ -82,8 +82,7 @@ BUILDER = """
     written_tensors = []
     export_network, export_facts, encode = parts.export_network, parts.export_facts, tensors._encode
     parts.export_network, parts.export_facts, tensors._encode = exported, written, encoded
-    import dreammix_trt.building
-    dreammix_trt.building.Store = Watched
+    one_build.Store = Watched
     build(out=out, store=store, verify=False)
 """
 

@@ -66,7 +66,7 @@ def test_builds_of_one_place_at_once_leave_one_whole_engine(mug_engine: Path, tm
 def test_a_damaged_part_is_found_and_the_remedy_makes_that_part_alone(
     mug_engine: Path, mug_lora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dreammix_trt import parts
+    from dreammix_trt.building import parts
 
     passport, store = Passport.read(mug_engine), Store()
     folder = store.get(passport.parts["inpaint_head"])

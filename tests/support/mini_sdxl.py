@@ -64,7 +64,7 @@ def trace_once(monkeypatch: Any, traces: dict[str, Path], scratch: Path) -> None
     import json
     import shutil
 
-    from dreammix_trt import parts
+    from dreammix_trt.building import parts
 
     def copied(network: Any, folder: Path) -> None:
         told = network.describe()
