@@ -224,7 +224,7 @@ class Front:
     def plan_for(self, total: int) -> Any:
         """The memory plan on a device of `total` bytes of which others hold as much as here."""
         from dreammix_trt.engine.device.arena import sizes
-        from dreammix_trt.engine.device.plan import plan_memory
+        from dreammix_trt.engine.device.memory_plan import plan_memory
 
         plan, taken = self.studio.plan, sizes(self.studio.needs.regions)
         workspace = taken.pop("workspace")
@@ -237,8 +237,8 @@ def studio_for(
     device: Device, networks: Any, tokenizers: Sequence[Any], subjects: Sequence[Subject] = (),
     stream: Stream | None = None, **options: Any,
 ) -> Iterator[Front]:  # fmt: skip
-    """The device runtime over these networks; stream: where they must run; options: of `engine.device.plan.Options`."""
-    from dreammix_trt.engine.device.plan import Options
+    """The device runtime over these networks; stream: where they must run; options: of `engine.Options`."""
+    from dreammix_trt.engine.device.memory_plan import Options
     from dreammix_trt.engine.device.studio import Studio
 
     with Studio(device, networks, Options(**options), stream) as studio:

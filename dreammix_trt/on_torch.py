@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreammix_trt.core.errors import MissingExtraError
-from dreammix_trt.engine.device.plan import Options
+from dreammix_trt.engine.device.memory_plan import Options
 from dreammix_trt.engine.dreammix import DreamMix
 from dreammix_trt.engine.text import Tokenizer
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from dreammix_trt.core.errors import QueueFull as QueueFull
     from dreammix_trt.core.errors import TimedOut as TimedOut
     from dreammix_trt.core.request import Request as Request
-    from dreammix_trt.engine.device.plan import Options as Options
+    from dreammix_trt.engine.device.memory_plan import Options as Options
     from dreammix_trt.engine.dreammix import DreamMix as DreamMix
     from dreammix_trt.engine.dreammix import Job as Job
     from dreammix_trt.engine.dreammix import Result as Result
@@ -29,7 +29,7 @@ _HOMES = {
     "RequestQueue": "dreammix_trt.engine.requests",
     "Ticket": "dreammix_trt.engine.requests",
     "Job": "dreammix_trt.engine.dreammix",
-    "Options": "dreammix_trt.engine.device.plan",
+    "Options": "dreammix_trt.engine.device.memory_plan",
     "QueueFull": "dreammix_trt.core.errors",
     "TimedOut": "dreammix_trt.core.errors",
     "Cancelled": "dreammix_trt.core.errors",

@@ -29,7 +29,7 @@ from dreammix_trt.engine.runtime import Runtime
 from dreammix_trt.engine.text import Tokenizer
 
 if TYPE_CHECKING:
-    from dreammix_trt.engine.device.plan import Options
+    from dreammix_trt.engine.device.memory_plan import Options
     from dreammix_trt.engine.device.studio import Studio
     from dreammix_trt.engine.drivers.device import Device
 
@@ -300,7 +300,7 @@ def _device_options(device: str, options: Mapping[str, Any]) -> Options:
     """The options of a device; unknown devices, options and values are refused before anything is opened."""
     from dataclasses import fields
 
-    from dreammix_trt.engine.device.plan import Options
+    from dreammix_trt.engine.device.memory_plan import Options
 
     if device not in ("cpu", "cuda"):
         raise InputError(

@@ -20,7 +20,7 @@ pytest.importorskip("torch")
 from dreammix_trt.building import build
 from dreammix_trt.core.networks import KINDS, flag_of, names_of_phase
 from dreammix_trt.engine import DreamMix
-from dreammix_trt.engine.device.plan import Options
+from dreammix_trt.engine.device.memory_plan import Options
 from dreammix_trt.engine.device.room import Shape
 from dreammix_trt.engine.drivers.simulated import SimulatedDevice, SimulatedNetworks
 from dreammix_trt.engine.host import runtime as host_runtime

@@ -16,7 +16,7 @@ from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import DreamMixError, EngineError, FileFormatError, InputError, OutOfMemoryError
 from dreammix_trt.core.subject import read_subject
 from dreammix_trt.engine import DreamMix
-from dreammix_trt.engine.device.plan import Options
+from dreammix_trt.engine.device.memory_plan import Options
 from dreammix_trt.engine.device.studio import Studio
 from dreammix_trt.engine.directory import open_engine
 from dreammix_trt.engine.drivers.simulated import SimulatedDevice

@@ -15,7 +15,7 @@ from dreammix_trt.engine.canvas.geometry import Size
 from dreammix_trt.engine.device import blocks, phases, room, texts
 from dreammix_trt.engine.device.arena import Regions, sizes
 from dreammix_trt.engine.device.blocks import Picture
-from dreammix_trt.engine.device.plan import MemoryPlan, Options, plan_memory
+from dreammix_trt.engine.device.memory_plan import MemoryPlan, Options, plan_memory
 from dreammix_trt.engine.device.room import Shape
 from dreammix_trt.engine.device.subjects import Layout
 from dreammix_trt.engine.device.tools import CHANNELS

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from dreammix_trt.core.networks import KINDS, is_twin, twin_name, unets_of
 from dreammix_trt.core.seam import DeviceNetworks
-from dreammix_trt.engine.device.plan import MemoryPlan
+from dreammix_trt.engine.device.memory_plan import MemoryPlan
 from dreammix_trt.engine.device.room import choose_twin
 
 _LOADING: Final = threading.Lock()  # runtimes that share networks bring a twin one after the other

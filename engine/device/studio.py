@@ -22,10 +22,10 @@ from dreammix_trt.engine.canvas.geometry import Size
 from dreammix_trt.engine.device import blocks
 from dreammix_trt.engine.device.arena import Arena
 from dreammix_trt.engine.device.blocks import Picture
+from dreammix_trt.engine.device.memory_plan import MemoryPlan, Options
 from dreammix_trt.engine.device.needs import Needs
 from dreammix_trt.engine.device.pace import Pace
 from dreammix_trt.engine.device.painter import DevicePainter, Marks, add_up_marks
-from dreammix_trt.engine.device.plan import MemoryPlan, Options
 from dreammix_trt.engine.device.residency import Residency, Usable, planned
 from dreammix_trt.engine.device.room import Room, Rooms, Shape
 from dreammix_trt.engine.device.subjects import Subjects

@@ -12,7 +12,7 @@ import pytest
 from dreammix_trt.core.subject import read_subject
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet
-from dreammix_trt.engine.device.plan import Options
+from dreammix_trt.engine.device.memory_plan import Options
 from dreammix_trt.engine.directory import open_engine
 from dreammix_trt.engine.drivers.simulated import SimulatedDevice, SimulatedNetworks
 from dreammix_trt.engine.text import Tokenizer

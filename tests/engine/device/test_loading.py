@@ -22,7 +22,7 @@ from dreammix_trt.core.seam import Array
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.backends.onnxruntime.on_device import OnnxNetworks
 from dreammix_trt.engine.device.loading import OnDevice, open_device
-from dreammix_trt.engine.device.plan import Options
+from dreammix_trt.engine.device.memory_plan import Options
 from dreammix_trt.engine.drivers import cuda
 from dreammix_trt.engine.drivers.simulated import SimulatedDevice
 from tests.engine.backends.test_tensorrt_on_device import BOTH, write_part

@@ -15,7 +15,7 @@ from dreammix_trt.core.request import Request
 from dreammix_trt.core.subject import read_subject
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.device import needs, pace, residency, studio
-from dreammix_trt.engine.device.plan import Options, plan_memory
+from dreammix_trt.engine.device.memory_plan import Options, plan_memory
 from dreammix_trt.engine.device.subjects import Subjects
 from dreammix_trt.engine.dreammix import Job
 from dreammix_trt.engine.drivers.simulated import SimulatedDevice, SimulatedMark, SimulatedNetworks

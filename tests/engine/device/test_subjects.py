@@ -101,7 +101,7 @@ def test_an_engine_without_the_factors_nothing_reads_paints_the_same(
     subject = replace(read_subject(next((mug_engine / "subjects").glob("*.safetensors"))), factors=everywhere)
     dm, _, _ = simulated(networks={"factors": True, "unread": unread})
     for each in (dm, host):
-        each._add(subject, "everywhere")
+        each._roster.add(subject, "everywhere")
     got, expected, without = (
         pixels(each, subject=name).astype(int) for each, name in ((dm, "everywhere"), (host, "everywhere"), (host, ""))
     )

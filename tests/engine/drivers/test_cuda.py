@@ -193,7 +193,7 @@ def test_closing_gives_back_what_is_left_and_says_so(fake: FakeCuda, caplog: pyt
     (record,) = caplog.records
     for words in ("the Fake RTX was closed", "1 x stream", "1 x memory", "1 x graph", "3.0 KiB of device memory"):
         assert words in record.getMessage()
-    for used in (device.memory, device.stream, mark.passed, lambda: device.allocate(1)):
+    for used in (device.memory, device.stream, mark.has_passed, lambda: device.allocate(1)):
         with pytest.raises(DeviceError, match="closed"):
             used()
     memory.free()

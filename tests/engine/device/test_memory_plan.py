@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dreammix_trt.core.errors import InputError, OutOfMemoryError
-from dreammix_trt.engine.device.plan import STRATEGIES, MemoryPlan, Options, plan_memory
+from dreammix_trt.engine.device.memory_plan import STRATEGIES, MemoryPlan, Options, plan_memory
 
 MIB, GIB = 1 << 20, 1 << 30
 SDXL = {
