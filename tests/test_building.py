@@ -472,7 +472,7 @@ def test_plans_depend_on_what_they_are_built_for(held: Held, monkeypatch: pytest
         engine=options(targets=("sm_86", "sm_89"))
     )
     versions = {"tensorrt-rtx": "9.9", "onnxruntime": "9.9"}
-    monkeypatch.setattr("dreammix_trt.engine.machine.installed_versions", lambda: versions)
+    monkeypatch.setattr("dreammix_trt.engine.machine.find_versions", lambda: versions)
     assert held.differing(before, engine=options()) == HALF, "plans are of a version"
     assert {entry.key for entry in store.entries() if entry.kind == "onnx"} == plain
 
@@ -548,7 +548,7 @@ def test_the_vae_takes_tiles_where_frames_are_that_large(
 
 def test_networks_for_onnx_runtime_are_of_no_version(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     before = held.keys()
-    monkeypatch.setattr("dreammix_trt.engine.machine.installed_versions", lambda: {"onnxruntime": "9.9"})
+    monkeypatch.setattr("dreammix_trt.engine.machine.find_versions", lambda: {"onnxruntime": "9.9"})
     assert held.differing(before) == set()
 
 

@@ -241,7 +241,7 @@ def test_loading_it_where_it_cannot_run_says_why_and_the_command(
 
 def test_loading_it_under_another_version_says_which(plans: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dreammix_trt.engine.machine.ask_driver", lambda: Driver("13.0", (ADA,)))
-    monkeypatch.setattr("dreammix_trt.engine.machine.installed_versions", lambda: {"tensorrt-rtx": "1.9"})
+    monkeypatch.setattr("dreammix_trt.engine.machine.find_versions", lambda: {"tensorrt-rtx": "1.9"})
     version = Passport.read(plans).backend_version
     with pytest.raises(EngineError, match=f"built with tensorrt-rtx {version}, installed is 1.9.*dreammix-trt build"):
         DreamMix.load(plans, store=shelf)
