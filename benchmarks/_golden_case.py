@@ -175,7 +175,7 @@ def networks_for(case: Case, backend: str, rank: int, threads: int | None = None
 
     code = b"".join(file.read_bytes() for file in sorted(Path(onnx_export.__file__).parent.glob("*.py")))
     parts = {
-        "files": base.content_hashes(), "biases": base.patch_biases, "alpha": getattr(base, "alpha", 1.0), "rank": rank,
+        "files": base.hash_contents(), "biases": base.patch_biases, "alpha": getattr(base, "alpha", 1.0), "rank": rank,
         "exporter": exporter_versions(), "code": hashlib.sha256(code).hexdigest(),
     }  # fmt: skip
     shelf, key = Store(home() / "golden"), Store.key(parts)

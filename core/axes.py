@@ -1,8 +1,11 @@
-"""Tensors of networks by their named axes, and the sizes that one call gives the axes.
+"""The inputs and outputs of networks with named axes, and the sizes of these axes in one call.
 
-"rows" of the UNet's batch or of prompts, "pictures", "context" (rows of the text condition), "h" and "w" in latent
-cells, "H" and "W" in pixels. Rows run [neg0, pos0, neg1, pos1, ...] for N pictures, or one a picture where guidance is
-off.
+rows: of the UNet's batch, or of prompts: [neg0, pos0, neg1, pos1, ...] for N pictures, or one per picture without
+    guidance.
+pictures: N.
+context: rows of the text condition.
+h, w: in latent cells.
+H, W: in pixels.
 """
 
 from __future__ import annotations
@@ -20,7 +23,11 @@ _ALWAYS_FLOAT32: Final = ("timestep", "time_ids")  # float16 cannot count to 100
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output: its numpy dtype, and sides as numbers or as names of axes."""
+    """An input or output of a network.
+
+    dtype: of numpy.
+    shape: each side a number or the name of an axis.
+    """
 
     name: str
     dtype: str
@@ -28,18 +35,22 @@ class Tensor:
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> Tensor:
-        """From a `network.json`."""
+        """Make a tensor from its entry in `network.json`."""
         return cls(str(entry["name"]), str(entry["dtype"]), tuple(entry["shape"]))
 
     @property
     def stays_float32(self) -> bool:
-        """Whether it is float32 whatever the network's precision."""
+        """Whether it is float32 in every precision of the network."""
         return self.name in _ALWAYS_FLOAT32
 
 
 @dataclass(frozen=True)
 class Sides:
-    """The sizes of one call's axes: rows, pictures, the latent's height and width, rows of the condition."""
+    """The sizes of the axes in one call.
+
+    height, width: of the latent, in cells.
+    context: rows of the text condition.
+    """
 
     rows: int
     pictures: int
@@ -61,5 +72,5 @@ class Sides:
         return named[axis]
 
     def shape(self, tensor: Tensor) -> tuple[int, ...]:
-        """A tensor's shape at these sizes."""
+        """The shape of a tensor at these sizes."""
         return tuple(self.size_of(side) if isinstance(side, str) else side for side in tensor.shape)

@@ -1,4 +1,4 @@
-"""The weights of a base's networks, with the LoRAs that belong to the base added to them."""
+"""The weights of a base's networks, with the base's own LoRAs added to them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from dreammix_trt.core.tensors import Weights
 
 @dataclass(frozen=True)
 class BaseLora:
-    """A LoRA that is part of a base's weights: W + scale * (A B)^T.
+    """A LoRA that is merged into a base's weights: W + scale * (A B)^T.
 
-    target: "patched", "raw" or "both" UNets; the text encoders always get their part.
+    target: "patched", "raw" or "both" UNets. The text encoders always get their part.
     """
 
     lora: Lora
@@ -31,10 +31,12 @@ class BaseLora:
 
 
 def weights_of(base: BaseFiles, network: str, loras: Sequence[BaseLora] = ()) -> Weights:
-    """The weights of a network (or of its twin) by torch name, float32, read one at a time when asked for.
+    """The weights of a network (or of its twin) by torch name, float32. Each is read when it is needed.
 
-    loras: added in float32. Raises FileFormatError when a LoRA names modules that the base lacks or has in another
-    shape.
+    network: its name.
+    loras: merged into the weights in float32.
+
+    Raises FileFormatError when a LoRA names modules that the base lacks or has in another shape.
     """
     weights = kind_of(network).weights(base)
     for each in loras:

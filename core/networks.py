@@ -1,6 +1,6 @@
-"""The one list of networks: what a base consists of, in the order in which a request runs it.
+"""The one list of networks: the networks of a base in the order in which a request runs them.
 
-An entry (`NetworkKind`) says everything that differs between networks; everyone else asks the list. Adding a network is
+An entry (`NetworkKind`) has everything that differs between networks; all other code asks the list. A new network takes
 one entry here, one torch module, and a phase of the painters that uses it (docs/architecture.md, "A new network").
 """
 
@@ -35,13 +35,18 @@ _ATTENTION_LINEARS: Final = (".to_q", ".to_k", ".to_v", ".to_out.0")
 
 @dataclass(frozen=True)
 class Network:
-    """One network of a base, described.
+    """The description of one network of one base.
 
-    name: its own, or a twin's. graph: name of its graph (`unet_raw` shares `unet`'s). module: the torch module that
-    export makes of it, "package.module:Class", by `Class.of(network)`. inputs, outputs: in call order. slots: its LoRA
-    slots in packed order. configs: the component configs its graph is made of. precision: of its arithmetic. fused:
-    attention and group norm as single operators and an input for each LoRA factor (what TensorRT wants) instead of
-    written out and one packed input (what ONNX Runtime does best). wide: units of a float16 VAE that stay float32.
+    name: of the network, or of its twin.
+    graph: the name of its graph (`unet_raw` shares `unet`'s).
+    module: its torch module, "package.module:Class"; export makes it with `Class.of(network)`.
+    inputs, outputs: in call order.
+    slots: its LoRA slots in packed order.
+    configs: the component configs that its graph is made from.
+    precision: of its arithmetic.
+    fused: whether attention and group norm are single operators and each LoRA factor is an input, as TensorRT wants.
+        Otherwise they are written out and the factors are one packed input, which suits ONNX Runtime best.
+    wide: the units of a float16 VAE that stay float32.
     """
 
     name: str
@@ -61,7 +66,7 @@ class Network:
         return kind_of(self.name)
 
     def describe(self) -> dict[str, Any]:
-        """The part of `network.json` that the graph decides."""
+        """The part of `network.json` that depends on the graph."""
         return {
             "precision": self.precision,
             "fused": self.fused,
@@ -74,7 +79,7 @@ class Network:
     def at(self, precision: Precision, fused: bool) -> Network:
         """The same network in another precision and form."""
         inputs = self.inputs
-        if fused and self.slots:  # A and B of every slot in packed order: a packed row is what lies behind them
+        if fused and self.slots:  # A and B of every slot, in the order of a packed row
             factors = (Tensor(name, "float32", ("pictures", *shape)) for s in self.slots for name, shape in s.factors)
             inputs = (*(tensor for tensor in inputs if tensor.name != LORA), *factors)
         inputs, outputs = (
@@ -87,9 +92,11 @@ class Network:
         return replace(self, inputs=inputs, outputs=outputs, precision=precision, fused=fused)
 
     def draw_example(self, sizes: Mapping[str, int], seed: int = 0) -> dict[str, NDArray[Any]]:
-        """Random inputs; LoRA factors are not zero.
+        """Draw random inputs; LoRA factors are not zero.
 
-        sizes: of the named axes, e.g. {"pictures": 1, "rows": 2, "h": 16, "w": 24}; "context" is 77 if it is not said.
+        sizes: of the named axes, for example {"pictures": 1, "rows": 2, "h": 16, "w": 24}; "context" is 77 by default.
+
+        Returns input name -> array.
         """
         rng, known = np.random.default_rng(seed), {"context": TOKENS, **sizes}
         shapes = {t: tuple(known[side] if isinstance(side, str) else side for side in t.shape) for t in self.inputs}
@@ -107,7 +114,9 @@ class Network:
         if tensor.name == "time_ids":
             values = 128 * np.abs(values)
         elif tensor.name == LORA or tensor.name.endswith(LORA_SIDES):
-            values = 0.03 * values  # several times a trained LoRA; more, and rounding errors grow a hundredfold
+            values = (
+                0.03 * values
+            )  # several times a trained LoRA's; still larger factors make rounding errors grow a hundredfold
         elif tensor.name == "mask":
             values = values > 0
         elif tensor.name == "image":
@@ -122,12 +131,15 @@ class Network:
 class NetworkKind:
     """One entry of the list.
 
-    name: of the network. phase: networks of one phase are needed together, so their weights are brought together.
+    name: of the network.
+    phase: networks of one phase are needed together, so their weights are loaded together.
     call: how it is called: for one "prompt", one "frame", one frame or tile of the "vae", or one "step" of a batch.
-    describe: base, rank of the LoRA slots (0: none) -> the network, or None where the base has none. weights: base ->
-    its own weights by torch name. component: the part of a base that decides its weights (`BaseFiles.content_hashes`).
-    factors: the part of a LoRA that it takes ("unet" for both UNets), None where it takes none. twin: whether a float16
-    build makes it a second time in float32, for pictures that overflow. required: whether the runtime can do without.
+    describe: (base, rank of the LoRA slots, 0 for none) -> the network; None when the base does not have it.
+    weights: base -> the network's own weights by torch name.
+    component: the part of a base that decides its weights (`BaseFiles.hash_contents`).
+    factors: the part of a LoRA that it takes ("unet" for both UNets); None when it takes none.
+    twin: whether a float16 build also makes it in float32, for pictures that overflow.
+    required: whether the runtime needs it.
     """
 
     name: str
@@ -142,7 +154,7 @@ class NetworkKind:
 
 
 def kind_of(name: str) -> NetworkKind:
-    """The entry of a network or of its twin. Raises KeyError for a name that is not in the list."""
+    """The entry of a network or its twin. Raises KeyError for a name that is not in the list."""
     plain = plain_name(name)
     for kind in KINDS:
         if kind.name == plain:
@@ -156,12 +168,12 @@ def names_of_phase(phase: Phase) -> tuple[str, ...]:
 
 
 def names_of_factors(part: str) -> tuple[str, ...]:
-    """The networks that take a part of a LoRA: "unet" both UNets, "text_encoder" itself."""
+    """The networks that take a part of a LoRA: both UNets for "unet", the text encoder for "text_encoder"."""
     return tuple(kind.name for kind in KINDS if kind.factors == part)
 
 
 def unets_of(target: str) -> tuple[str, ...]:
-    """The UNets that a LoRA's target means: "patched", "raw" or "both"."""
+    """The UNets that a LoRA's target names: "patched", "raw" or "both"."""
     unets = names_of_factors("unet")
     return {"patched": unets[:1], "raw": unets[1:], "both": unets}[target]
 
@@ -172,7 +184,7 @@ def all_phases() -> tuple[Phase, ...]:
 
 
 def flag_of(name: str) -> int:
-    """The bit by which the device reports values of this network that are not finite."""
+    """The bit that the device sets when this network gives values that are not finite."""
     return 1 << KINDS.index(kind_of(name))
 
 
@@ -182,20 +194,26 @@ def twin_name(name: str) -> str:
 
 
 def plain_name(name: str) -> str:
-    """The name without the mark of a twin."""
+    """The name of the network itself, given its own name or its twin's."""
     return name.removesuffix(_TWIN)
 
 
 def is_twin(name: str) -> bool:
-    """Whether this names a float32 twin."""
+    """Whether this is the name of a float32 twin."""
     return name.endswith(_TWIN)
 
 
 def describe_networks(
     base: BaseFiles, slot_rank: int = SLOT_RANK, precision: Precision = "float32", fused: bool = False
 ) -> tuple[Network, ...]:
-    """Every network of a base, in running order; in float16 then the float32 twins, whose graphs are those of a float32
-    base. slot_rank 0: without LoRA slots."""
+    """Describe every network of a base.
+
+    slot_rank: of the LoRA slots; 0: no slots.
+    precision, fused: see `Network`.
+
+    Returns the networks in running order. With float16 the float32 twins follow; their graphs are those of a float32
+    base.
+    """
     plain = [network for kind in KINDS if (network := kind.describe(base, slot_rank)) is not None]
     found = [network.at(precision, fused) for network in plain]
     if precision == "float16":
@@ -208,7 +226,7 @@ def describe_networks(
 _MODULES: Final = "dreammix_trt.export.modules"
 
 
-def _text_encoder(base: BaseFiles, name: str, rank: int) -> Network:
+def _describe_text_encoder(base: BaseFiles, name: str, rank: int) -> Network:
     config = base.configs[name]
     width, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
     slots = tuple(
@@ -224,9 +242,9 @@ def _text_encoder(base: BaseFiles, name: str, rank: int) -> Network:
     return Network(name, name, f"{_MODULES}:TextEncoder", inputs, tuple(outputs), slots, {name: config})
 
 
-def _unet(base: BaseFiles, name: str, rank: int) -> Network:
+def _describe_unet(base: BaseFiles, name: str, rank: int) -> Network:
     config, latent = base.configs["unet"], base.latent_channels
-    slots = tuple(_unet_slots(config, rank)) if rank else ()
+    slots = tuple(_list_unet_slots(config, rank)) if rank else ()
     pooled = int(base.configs["text_encoder_2"]["projection_dim"])
     inputs = (
         Tensor("sample", "float32", ("rows", latent, "h", "w")),
@@ -241,8 +259,8 @@ def _unet(base: BaseFiles, name: str, rank: int) -> Network:
     return Network(name, "unet", f"{_MODULES}:UNet", inputs, outputs, slots, {"unet": config})
 
 
-def _unet_slots(config: Mapping[str, Any], rank: int) -> Iterator[Slot]:
-    """The attention projections in the order of the sgm names: down, middle, up."""
+def _list_unet_slots(config: Mapping[str, Any], rank: int) -> Iterator[Slot]:
+    """List the attention projections in the order of the sgm names: down, middle, up."""
     channels, context = list(config["block_out_channels"]), int(config["cross_attention_dim"])
     for name in sgm_to_diffusers(config).values():
         module = name.removesuffix(".weight")
@@ -259,7 +277,7 @@ def _describe_packed_input(slots: Sequence[Slot]) -> tuple[Tensor, ...]:
     return (Tensor(LORA, "float32", ("pictures", packed_size(slots))),) if slots else ()
 
 
-def _inpaint_head(base: BaseFiles, _rank: int) -> Network | None:
+def _describe_inpaint_head(base: BaseFiles, _rank: int) -> Network | None:
     if not base.has_head:
         return None
     channels, latent = base.feature_channels, base.latent_channels
@@ -272,14 +290,14 @@ def _inpaint_head(base: BaseFiles, _rank: int) -> Network | None:
     return Network("inpaint_head", "inpaint_head", f"{_MODULES}:InpaintHead", inputs, feature, (), configs)
 
 
-def _vae_encoder(base: BaseFiles, _rank: int) -> Network:
+def _describe_vae_encoder(base: BaseFiles, _rank: int) -> Network:
     image = Tensor("image", "float32", ("pictures", 3, "H", "W"))
     moments = tuple(Tensor(name, "float32", ("pictures", base.latent_channels, "h", "w")) for name in ("mean", "std"))
     configs = {"vae": base.configs["vae"]}
     return Network("vae_encoder", "vae_encoder", f"{_MODULES}:VaeEncoder", (image,), moments, (), configs)
 
 
-def _vae_decoder(base: BaseFiles, _rank: int) -> Network:
+def _describe_vae_decoder(base: BaseFiles, _rank: int) -> Network:
     latent = Tensor("latent", "float32", ("pictures", base.latent_channels, "h", "w"))
     image = Tensor("image", "float32", ("pictures", 3, "H", "W"))
     configs = {"vae": base.configs["vae"]}
@@ -290,42 +308,70 @@ def _half_of_vae(*prefixes: str) -> Callable[[BaseFiles], Weights]:
     return lambda base: base.state("vae").rename(lambda name: name if name.startswith(prefixes) else None)
 
 
-#: in running order; whoever asks for networks asks this list, so a further entry reaches everyone
+#: in running order; all code that needs networks asks this list, so a new entry reaches all of it
 KINDS: Final[list[NetworkKind]] = [
     NetworkKind(
-        "text_encoder", "text", "prompt",
-        lambda base, rank: _text_encoder(base, "text_encoder", rank),
+        "text_encoder",
+        "text",
+        "prompt",
+        lambda base, rank: _describe_text_encoder(base, "text_encoder", rank),
         lambda base: base.state("text_encoder"),
-        component="text_encoder", factors="text_encoder",
+        component="text_encoder",
+        factors="text_encoder",
     ),
     NetworkKind(
-        "text_encoder_2", "text", "prompt",
-        lambda base, rank: _text_encoder(base, "text_encoder_2", rank),
+        "text_encoder_2",
+        "text",
+        "prompt",
+        lambda base, rank: _describe_text_encoder(base, "text_encoder_2", rank),
         lambda base: base.state("text_encoder_2"),
-        component="text_encoder_2", factors="text_encoder_2",
+        component="text_encoder_2",
+        factors="text_encoder_2",
     ),
     NetworkKind(
-        "vae_encoder", "picture", "vae", _vae_encoder, _half_of_vae("encoder.", "quant_conv."),
-        component="vae", twin=True,
+        "vae_encoder",
+        "picture",
+        "vae",
+        _describe_vae_encoder,
+        _half_of_vae("encoder.", "quant_conv."),
+        component="vae",
+        twin=True,
     ),
     NetworkKind(
-        "inpaint_head", "picture", "frame", _inpaint_head, lambda base: Weights.of({"head.weight": base.head()}),
-        component="inpaint_head", required=False,
+        "inpaint_head",
+        "picture",
+        "frame",
+        _describe_inpaint_head,
+        lambda base: Weights.of({"head.weight": base.head()}),
+        component="inpaint_head",
+        required=False,
     ),
     NetworkKind(
-        "unet", "unet", "step",
-        lambda base, rank: _unet(base, "unet", rank),
+        "unet",
+        "unet",
+        "step",
+        lambda base, rank: _describe_unet(base, "unet", rank),
         lambda base: base.unet_patched_state(),
-        component="unet", factors="unet",
+        component="unet",
+        factors="unet",
     ),
     NetworkKind(
-        "unet_raw", "unet_raw", "step",
-        lambda base, rank: _unet(base, "unet_raw", rank) if base.patch else None,
+        "unet_raw",
+        "unet_raw",
+        "step",
+        lambda base, rank: _describe_unet(base, "unet_raw", rank) if base.patch else None,
         lambda base: base.state("unet"),
-        component="unet_raw", factors="unet", required=False,
+        component="unet_raw",
+        factors="unet",
+        required=False,
     ),
     NetworkKind(
-        "vae_decoder", "picture", "vae", _vae_decoder, _half_of_vae("decoder.", "post_quant_conv."),
-        component="vae", twin=True,
+        "vae_decoder",
+        "picture",
+        "vae",
+        _describe_vae_decoder,
+        _half_of_vae("decoder.", "post_quant_conv."),
+        component="vae",
+        twin=True,
     ),
-]  # fmt: skip
+]

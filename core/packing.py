@@ -1,4 +1,4 @@
-"""LoRA factors laid out as the packed row that the slots of one network take (see slots.py)."""
+"""LoRA factors laid out as the packed row for the slots of one network (see slots.py)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from typing import NamedTuple
 import numpy as np
 
 from dreammix_trt.core.errors import FileFormatError
-from dreammix_trt.core.lora import another_base
+from dreammix_trt.core.lora import describe_other_base
 from dreammix_trt.core.slots import Floats, Slot, packed_size
 
 
 class Placed(NamedTuple):
-    """One factor and where it goes in the packed row: `values` (rows, columns) times `scale`, into the upper left of
-    (target rows, target columns) = `shape` at number `at`; the rest is zeros."""
+    """One factor and its place in the packed row: `values * scale` in the upper left corner, zeros elsewhere.
+
+    values: float32 (rows, columns).
+    at: the number in the row at which the slot's factor begins.
+    shape: (rows, columns) of the slot's factor.
+    scale: factor of the values.
+    """
 
     values: Floats
     at: int
@@ -25,10 +30,14 @@ class Placed(NamedTuple):
 def place_factors(
     factors: Mapping[str, tuple[Floats, Floats]], slots: Sequence[Slot], scale: float = 1.0
 ) -> Iterator[Placed]:
-    """The factors of one network in the order of the packed row; scale multiplies B.
+    """Give the factors of one network their places, in the order of the packed row.
 
-    Raises `FileFormatError` listing the modules of other shape (a LoRA for another base) or of a kind that has no slots
-    (feed-forward, convolution), or when the rank exceeds the slots'.
+    factors: module -> (A float32 (in, r), B float32 (r, out)).
+    slots: of the network, in packed order.
+    scale: multiplies B.
+
+    Raises `FileFormatError` listing the modules that have another shape (a LoRA for another base) or a kind without
+    slots (feed-forward, convolution), and when the rank exceeds that of the slots.
     """
     _check_modules(factors, slots)
     by_module = {slot.module: slot for slot in slots}
@@ -43,9 +52,9 @@ def place_factors(
 
 
 def pack(factors: Mapping[str, tuple[Floats, Floats]], slots: Sequence[Slot], scale: float = 1.0) -> Floats:
-    """One picture's packed `lora` row, float32 (P,): per slot A (in, rank) then B (rank, out), zero-padded in rank.
+    """Make the packed `lora` row of one picture, float32 (P,): per slot A (in, rank), then B (rank, out), zero-padded.
 
-    scale and errors: see `place_factors`.
+    factors, slots, scale: as for `place_factors`, which also names the errors.
     """
     row = np.zeros(packed_size(slots), np.float32)
     for values, at, shape, times in place_factors(factors, slots, scale):
@@ -84,10 +93,10 @@ def _check_modules(factors: Mapping[str, tuple[Floats, Floats]], slots: Sequence
             f"{len(wrong)} modules of this LoRA have no slots in the engine, which takes attention layers: {listed}; "
             "merge the LoRA into the base with `dreammix-trt build --base-lora FILE`"
         )
-    base = another_base(factors, {slot.module: slot.inputs for slot in slots})
+    base = describe_other_base(factors, {slot.module: slot.inputs for slot in slots})
     raise FileFormatError(f"this LoRA is for {base}; {len(wrong)} modules do not fit: {listed}")
 
 
 def _kind(module: str) -> tuple[str, ...]:
-    """What sort of layer it is, wherever it stands: its last two words without numbers ("attn1", "to_out")."""
+    """The kind of a layer: the last two words of its name without numbers ("attn1", "to_out")."""
     return tuple([word for word in module.split(".") if not word.isdigit()][-2:])

@@ -1,8 +1,8 @@
-"""The protocols between the runtime and what runs networks: on the host, and on a device.
+"""The protocols between the runtime and the back ends that run networks: on the host, and on a device.
 
-On the host a network is a function of arrays. On a device a back end binds a network to arrays of fixed shapes and
-addresses once; after that, running it is one call that only enqueues. Precision, weights and kernels are the back end's
-affair; guidance, blending and solver stand outside it.
+On the host a network is a function of arrays. On a device a back end binds a network once to arrays of fixed shapes and
+addresses; then running it is one call that only enqueues. The back end decides precision, weights and kernels.
+Guidance, blending and the solver are not its concern.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What the runtime must know of a base (base.json).
+    """What the runtime must know about a base (base.json).
 
-    native_side: pixels it was trained at. divisor: what picture sides must be multiples of. scaling_factor: of the
-    VAE's latents. feature_channels: of the inpaint head. defaults: fields of a request that suit the base.
+    native_side: side in pixels of the pictures that it was trained on.
+    divisor: picture sides must be multiples of this many pixels.
+    scaling_factor: of the VAE's latents.
+    feature_channels: of the inpaint head.
+    defaults: fields of a request that suit the base.
     """
 
     native_side: int
@@ -42,7 +45,12 @@ class Networks(Protocol):
 
     def __contains__(self, name: str) -> bool: ...
     def run(self, name: str, **arrays: Any) -> dict[str, npt.NDArray[Any]]:
-        """Outputs by name; floats are float32 on both sides."""
+        """Run a network.
+
+        arrays: inputs by name; floats are float32.
+
+        Returns outputs by name; floats are float32.
+        """
         ...
 
     def slots(self, name: str) -> tuple[Slot, ...]:
@@ -55,7 +63,11 @@ class Networks(Protocol):
 
 @dataclass(frozen=True)
 class Array:
-    """Memory on a device, in C order: where it starts, its shape, its numpy dtype ("float16", "uint8", ...)."""
+    """Memory on a device, in C order.
+
+    pointer: its address.
+    dtype: of numpy ("float16", "uint8", ...).
+    """
 
     pointer: int
     shape: Shape
@@ -79,14 +91,14 @@ class Array:
         return self.part(index, 1).reshape(self.shape[1:])
 
     def part(self, start: int, count: int) -> Array:
-        """`count` entries of the first axis from `start` on."""
+        """`count` entries of the first axis, from `start` on."""
         if not 0 <= start <= start + count <= self.shape[0]:
             raise ValueError(f"entries {start} to {start + count} of {self.shape}")
         each = math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
         return replace(self, pointer=self.pointer + start * each, shape=(count, *self.shape[1:]))
 
     def reshape(self, shape: Shape, dtype: str | None = None) -> Array:
-        """The same memory, or its beginning, seen as another shape (and dtype)."""
+        """The same memory, or its beginning, with another shape (and dtype)."""
         seen = Array(self.pointer, tuple(shape), dtype or self.dtype)
         if seen.nbytes > self.nbytes:
             raise ValueError(f"{seen.shape} {seen.dtype} is larger than {self.shape} {self.dtype}")
@@ -94,7 +106,10 @@ class Array:
 
 
 class Stream(Protocol):
-    """Work in order. handle: CUDA's cudaStream_t as an int (None on the simulated device)."""
+    """A queue of work that runs in order.
+
+    handle: CUDA's cudaStream_t as an int; None on the simulated device.
+    """
 
     @property
     def handle(self) -> int | None: ...
@@ -106,11 +121,11 @@ class Bound(Protocol):
 
     @property
     def capturable(self) -> bool:
-        """Whether `enqueue` may stand inside a captured graph (after one call outside)."""
+        """Whether `enqueue` may be called during a graph capture (after one call outside)."""
         ...
 
     def enqueue(self, stream: Stream) -> None:
-        """Run once, in the stream; allocates nothing on the device and waits for nothing."""
+        """Run once in the stream. Allocates nothing on the device and does not wait."""
         ...
 
     def close(self) -> None: ...
@@ -119,24 +134,24 @@ class Bound(Protocol):
 class DeviceNetworks(Protocol):
     """A base's networks on a device, by the names of the list (core/networks.py).
 
-    A network that may leave float16's range can have a float32 twin, which the runtime takes after it did.
+    A network that may leave float16's range can have a float32 twin. The runtime uses the twin after an overflow.
     """
 
     @property
     def facts(self) -> Any:
-        """Of the base: `BaseFacts`."""
+        """The `BaseFacts` of the base."""
         ...
 
     def __contains__(self, name: str) -> bool: ...
     def slots(self, name: str) -> tuple[Slot, ...]: ...
     def inputs(self, name: str) -> tuple[Tensor, ...]:
-        """LoRA factors are one packed `lora` (pictures, P), or inputs of their own (`Slot.factors`) in packed order."""
+        """The inputs. LoRA factors are one packed `lora` (pictures, P), or separate inputs in packed order."""
         ...
 
     def outputs(self, name: str) -> tuple[Tensor, ...]: ...
 
     def frames(self) -> tuple[Size, ...] | None:
-        """The frame sizes (height, width in pixels) that every network takes; None: any."""
+        """The frame sizes (height, width) in pixels that all networks take; None: any."""
         ...
 
     def contexts(self) -> tuple[int, ...] | None:
@@ -149,15 +164,22 @@ class DeviceNetworks(Protocol):
         ...
 
     def weight_bytes(self, name: str) -> int:
-        """Device memory a network's weights take while loaded."""
+        """The device memory that a network's weights take while loaded."""
         ...
 
     def workspace_bytes(self, name: str, sides: Sides) -> int:
-        """Scratch memory to hand to `bind`; 0 where the back end allocates its own."""
+        """The scratch memory that `bind` needs; 0 when the back end allocates its own."""
         ...
 
     def bind(self, name: str, sides: Sides, arrays: Mapping[str, Array], workspace: Array | None = None) -> Bound:
-        """Fix shapes and addresses. Raises ProfileError for sides the network was not built for."""
+        """Fix shapes and addresses.
+
+        sides: of the named axes.
+        arrays: inputs and outputs by name.
+        workspace: scratch memory of `workspace_bytes`.
+
+        Raises ProfileError for sides that the network was not built for.
+        """
         ...
 
     @property
@@ -166,11 +188,11 @@ class DeviceNetworks(Protocol):
         ...
 
     def unload(self, name: str) -> None:
-        """Give the weights' memory back; what is bound stays bound and must not be enqueued until `load`."""
+        """Free the memory of the weights. What is bound stays bound, but must not be enqueued before `load`."""
         ...
 
     def load(self, name: str) -> None:
-        """Bring the weights; does nothing when they are there."""
+        """Put the weights on the device. Does nothing when they are there."""
         ...
 
     def close(self) -> None: ...

@@ -128,11 +128,11 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Remove what no engine needs; what one needs always stays."""
+    from dreammix_trt.core.store_prune import plan_pruning
     from dreammix_trt.core.store_prune import prune as carry_out
-    from dreammix_trt.core.store_prune import prune_plan
 
     shelf = Store(store)
-    plan = prune_plan(shelf, everything=everything, keep_onnx=keep_onnx, forget_missing=forget_missing)
+    plan = plan_pruning(shelf, everything=everything, keep_onnx=keep_onnx, forget_missing=forget_missing)
     if not as_json:
         _show(plan)
     freed, left = 0, list[Entry]()

@@ -66,7 +66,7 @@ class TrainRecord:
             threads=threads,
             parameters=parameters,
             base=task.base.folder.name,
-            base_hashes=task.base.content_hashes(),
+            base_hashes=task.base.hash_contents(),
             recipe=asdict(task.recipe),
         )
 

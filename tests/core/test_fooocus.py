@@ -81,7 +81,7 @@ def test_the_count_of_what_is_applied_is_told(caplog: pytest.LogCaptureFixture) 
     patch = {"diffusion_model.a.weight": entry((2, 3), 0, 1), "diffusion_model.a.bias": entry((2,), 0, 1)}
     with caplog.at_level("INFO"):
         apply_patch(state(), patch, NAMES)
-    assert "1 tensors applied, 1 biases left out; 1 of the UNet's 3 are not in the patch" in caplog.text
+    assert "1 tensors applied, 1 biases skipped; 1 of the UNet's 3 are not in the patch" in caplog.text
 
 
 class Unread(Weights):

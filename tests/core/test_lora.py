@@ -244,7 +244,7 @@ def test_adapter_metadata_gives_the_scale(tmp_path: Path, fields: dict[str, Any]
         (f'{{"unet.lora_alpha": 1{"0" * 400}}}', "not what PEFT writes"),
         ('{"unet.use_dora": true}', "DoRA"),
         ('{"unet.alpha_pattern": {"to_.*": 3}}', r"alphas for modules that the file lacks: unet\.to_\.\*"),
-        ('{"unet.lora_alpha": Infinity}', "no number to scale with"),
+        ('{"unet.lora_alpha": Infinity}', "not a usable scale"),
     ],
 )
 def test_damaged_adapter_metadata_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -300,7 +300,7 @@ def test_one_module_in_two_spellings_is_refused(tmp_path: Path) -> None:
     factors = random_factors({K: (32, 32)})
     tensors = in_dialect("kohya", factors, sgm_names(SDXL)) | in_dialect("kohya sgm", factors, sgm_names(SDXL))
     save_file(tensors, tmp_path / "x.safetensors")
-    with pytest.raises(FileFormatError, match=r"3 factors stand there twice.*input_blocks_4_1"):
+    with pytest.raises(FileFormatError, match=r"3 factors appear twice.*input_blocks_4_1"):
         read_lora(tmp_path / "x.safetensors")
 
 
@@ -556,7 +556,7 @@ def test_a_peft_folder_gives_its_scale(tmp_path: Path, prefix: str, config: Any,
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"r": 8, "lora_alpha": 8}, r"has rank 4, by adapter_config\.json beside it 8; the files do not belong"),
+        ({"r": 8, "lora_alpha": 8}, r"has rank 4, but adapter_config\.json beside it says 8; the files do not belong"),
         ({"r": 4, "lora_alpha": 0}, "alpha 0 .lora_alpha, or .alpha., which turns it off"),
         ({"r": 4, "lora_alpha": "x"}, r"adapter_config\.json beside it is not what PEFT writes"),
         ({"r": 4, "rank_pattern": [1]}, r"adapter_config\.json beside it is not what PEFT writes"),

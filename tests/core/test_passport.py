@@ -98,7 +98,7 @@ def test_a_missing_or_cut_passport_names_the_remedy(folder: Path) -> None:
     path.unlink()
     with pytest.raises(EngineError, match=r"is missing.*dreammix-trt build"):
         Passport.read(folder)
-    with pytest.raises(EngineError, match="no engine directory"):
+    with pytest.raises(EngineError, match="is not an engine directory"):
         Passport.read(folder / "nothing")
 
 

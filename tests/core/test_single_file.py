@@ -233,7 +233,7 @@ def test_an_inpainting_unet_is_a_base_with_its_own_head(
     parts = torch.from_numpy(base.unet_patched_state()["conv_in.weight"]), torch.from_numpy(base.head())
     both = conv(inputs[:, :4], parts[0], padding=1) + conv(inputs[:, 4:], parts[1], padding=1)
     torch.testing.assert_close(both, conv(inputs, torch.from_numpy(wide), padding=1))
-    assert base.content_hashes("inpaint_head") == base.content_hashes("unet")
+    assert base.hash_contents("inpaint_head") == base.hash_contents("unet")
     for given in ({"patch": EMBEDDED / "micro.fooocus.patch"}, {"head": EMBEDDED / "inpaint_head.pth"}):
         with pytest.raises(FileFormatError, match="brings its own head"):
             BaseFiles.open(path, **given)
@@ -269,7 +269,7 @@ def test_a_vae_is_taken_from_anywhere(
         base = BaseFiles.open(base_file, vae=path)
         assert_same(base.state("vae"), {name: value.astype(np.float32) for name, value in truth.items()})
         assert base.scaling_factor == (0.2 if kind in ("folder", "pipeline") else 0.13025)
-        assert base.content_hashes("vae").keys() == (
+        assert base.hash_contents("vae").keys() == (
             {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"} if path.is_dir() else {"vae"}
         )
     with pytest.raises(FileFormatError, match="it has no VAE"):
@@ -300,7 +300,7 @@ def test_missing_foreign_and_marked_tensors_are_named(small_file: Path, tmp_path
         ({k: v for k, v in whole.items() if not k.startswith(deep)}, r"different widths or transformer depths"),
         ({k: v for k, v in whole.items() if "input_blocks.5." not in k}, r"different widths|lacks"),
         ({k: v for k, v in whole.items() if "label_emb" not in k}, r"not SDXL's \(no label_emb"),
-        ({**whole, f"{unet}.time_embed.cond_proj.weight": (1,)}, r"SDXL's has not: time_embed\.cond_proj"),
+        ({**whole, f"{unet}.time_embed.cond_proj.weight": (1,)}, r"SDXL's does not have: time_embed\.cond_proj"),
         ({**whole, "v_pred": (1,)}, r"prediction_type is 'v_prediction'"),
         ({**whole, "ztsnr": (1,)}, r"prediction_type is 'v_prediction'"),
         ({**whole, f"{unet}.input_blocks.0.0.weight": (64, 8, 3, 3)}, r"takes 8 input channels"),
@@ -327,7 +327,7 @@ def test_quantised_and_cut_files_say_so(small_file: Path, tmp_path: Path) -> Non
         BaseFiles.open(write_header(tmp_path / "f8.safetensors", shapes, "F8_E4M3", 1))
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(small_file.read_bytes()[:-1000])
-    with pytest.raises(FileFormatError, match=r"cut\.safetensors: truncated: \d+ bytes, its header tells of \d+"):
+    with pytest.raises(FileFormatError, match=r"cut\.safetensors: truncated: \d+ bytes, its header describes \d+"):
         BaseFiles.open(cut)
 
 
@@ -349,7 +349,7 @@ def test_quantised_and_cut_files_say_so(small_file: Path, tmp_path: Path) -> Non
         (["text_model.encoder.layers.0.mlp.fc1.weight"], "a text encoder alone"),
         (["control_model.input_blocks.0.0.weight"], "a ControlNet"),
         (["head"], "an inpaint head"),
-        (["layer.0.weight", "layer.1.weight"], r"no model known here .*layer\.0\.weight, layer\.1\.weight"),
+        (["layer.0.weight", "layer.1.weight"], r"not a model known here .*layer\.0\.weight, layer\.1\.weight"),
         ([], "without named tensors"),
     ],
 )
@@ -380,7 +380,7 @@ def test_a_patch_file_is_no_base() -> None:
 
 def test_odd_widths_ask_for_the_folder(tmp_path: Path) -> None:
     path = as_safetensors(tmp_path / "micro.safetensors", micro_checkpoint())
-    with pytest.raises(FileFormatError, match=r"\d+ wide, no multiple of CLIP's head size 64"):
+    with pytest.raises(FileFormatError, match=r"\d+ wide, not a multiple of CLIP's head size 64"):
         BaseFiles.open(path, tokenizer=EMBEDDED)
 
 

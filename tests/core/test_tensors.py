@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dreammix_trt.core.errors import FileFormatError
-from dreammix_trt.core.tensors import Weights, open_tensors, tensor_places, write_tensors
+from dreammix_trt.core.tensors import Weights, open_tensors, read_places, write_tensors
 
 ARRAYS = {
     "half": np.linspace(-2, 2, 30, dtype=np.float16).reshape(5, 6),
@@ -101,7 +101,7 @@ def test_views_and_changes_are_taken_when_read() -> None:
     twice = views.change({"low": lambda x: x + 1}).change({"low": lambda x: x * 10, "b": lambda x: x - 1})
     assert np.array_equal(twice["low"], (source["a"][:2] + 1) * 10) and twice["b"].tolist() == [0, 0]
     renamed = twice.rename(lambda name: None if name == "b" else f"new.{name}")
-    assert set(renamed.under("new.")) == {"low", "flipped"}
+    assert set(renamed.strip_prefix("new.")) == {"low", "flipped"}
     assert np.array_equal(renamed["new.low"], twice["low"])
     assert views["low"][0, 0] == 0 and source["a"][0, 0] == 0
     weights["b"][:] = 7  # a reader's own copy
@@ -195,7 +195,7 @@ def test_places_are_aligned_where_sizes_allow(tmp_path: Path) -> None:
     path = tmp_path / "p.safetensors"
     numbers = {name: np.random.default_rng(1).standard_normal(shape) for name, shape in shapes.items()}
     write_tensors(path, {name: ("float16", shape) for name, shape in shapes.items()}, lambda name: numbers[name])
-    places, data = tensor_places(path), path.read_bytes()
+    places, data = read_places(path), path.read_bytes()
     for name, (dtype, shape, offset, length) in places.items():
         assert (dtype, shape, length) == ("float16", shapes[name], 2 * int(np.prod(shape)))
         assert offset % min(64, length & -length) == 0, name
