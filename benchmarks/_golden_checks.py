@@ -266,7 +266,9 @@ class _Checks:
         decoded, final = case.picture("final_decoded_rgb"), case.picture("final_image")
         if decoded is not None and final is not None:
             yield _levels("final_decoded_rgb", self._decode(case[f"x0_step{last:02d}"]), decoded)
-            yield row_of("final_image", self.canvas.final(self.of_stage[self.schedule[last].stage], decoded), final, 0)
+            yield row_of(
+                "final_image", self.canvas.compose(self.of_stage[self.schedule[last].stage], decoded), final, 0
+            )
 
     def _decode(self, latent: Array) -> Array:
         return from_decoded(self.run("vae_decoder", latent=latent / np.float32(self.base.scaling_factor))["image"])

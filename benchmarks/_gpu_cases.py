@@ -221,7 +221,7 @@ def _canvas(scene: Scene) -> list[Case]:
 
 
 def _final_paste(scene: Scene, content: list[U8], seam: U8) -> Case:
-    """The last paste where the local result stays inside the mask (as `Canvas.final`)."""
+    """The last paste where the local result stays inside the mask (as `Canvas.compose`)."""
     canvas, records = scene.canvas, scene.records
     first, second = scene.picture.first.box, scene.picture.framings[-1].box
     whole = [canvas.image.copy() for _ in content]

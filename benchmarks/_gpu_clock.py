@@ -72,7 +72,7 @@ def wall_seconds(work: Work, wait: Work, *, repeats: int = 5, warm: int = 1) -> 
 def copy_bandwidth(device: Device, *, nbytes: int = 1 << 30) -> float:
     """Bytes read plus bytes written a second of a copy within the device."""
     with ExitStack() as owned:
-        stream = device.stream()
+        stream = device.make_stream()
         owned.callback(stream.close)
         here, there = (array(device, owned, (nbytes,), "uint8") for _ in range(2))
         upload(device, stream, here, np.random.default_rng(0).integers(0, 256, 1 << 20, np.uint8))

@@ -113,7 +113,7 @@ def bound_alone(device: Any, networks: Any, name: str, side: int, stream: Any = 
     sides, rng = Sides(1, 1, side, side), np.random.default_rng(2)
     with ExitStack() as owned:
         if stream is None:
-            stream = device.stream()
+            stream = device.make_stream()
             owned.callback(stream.close)
         arrays = {
             tensor.name: array(device, owned, sides.shape(tensor), tensor.dtype)

@@ -60,7 +60,7 @@ def one(part: Part, device: Device, gpu: Any, case: Case, bandwidth: float) -> t
     """A case's rows; returns whether it is right, and its seconds."""
     on_host = run_on_host(gpu, case)
     with ExitStack() as owned:
-        stream = device.stream()
+        stream = device.make_stream()
         owned.callback(stream.close)
         copies = max(2, min(MOST_COPIES, -(-CACHE // max(case.moved, 1))))
         sets = [on_device(device, stream, owned, case) for _ in range(copies)]
@@ -100,7 +100,7 @@ def difference(found: Any, truth: Any) -> float:
 
 def run(device: Device, stream: Stream, case: Case, arrays: dict[str, Array]) -> None:
     """Enqueue the case's kernel."""
-    device.kernel(case.kernel, stream, **{**case.plain, **arrays})
+    device.launch_kernel(case.kernel, stream, **{**case.plain, **arrays})
 
 
 def on_device(device: Device, stream: Stream, owned: ExitStack, case: Case) -> dict[str, Array]:

@@ -143,7 +143,7 @@ class RecordedBound:
 
     def enqueue(self, stream: Stream) -> None:
         """Put one pass into the stream."""
-        self._device.work(self._name, stream, lambda: self._bound.enqueue(stream))
+        self._device.enqueue_work(self._name, stream, lambda: self._bound.enqueue(stream))
 
     def close(self) -> None:
         """As the networks' own."""
@@ -223,10 +223,10 @@ class Front:
 
     def plan_for(self, total: int) -> Any:
         """The memory plan on a device of `total` bytes of which others hold as much as here."""
-        from dreammix_trt.engine.device.arena import sizes
+        from dreammix_trt.engine.device.arena import measure_regions
         from dreammix_trt.engine.device.memory_plan import plan_memory
 
-        plan, taken = self.studio.plan, sizes(self.studio.needs.regions)
+        plan, taken = self.studio.plan, measure_regions(self.studio.needs.regions)
         workspace = taken.pop("workspace")
         usable = total - (plan.total - plan.free)
         return plan_memory(self.studio.networks, usable, total, self.studio.options, taken, workspace, loaded=())
@@ -268,12 +268,12 @@ class StepRig:
         self.device, self.pictures, self.rows, self.latent = device, pictures, rows, latent
         self._owned = ExitStack()
         try:
-            self.stream: Stream = stream or device.stream()
+            self.stream: Stream = stream or device.make_stream()
             if stream is None:
                 self._owned.callback(self.stream.close)
             self.sides = Sides(pictures * rows, pictures, *latent)
             self.layout = Layout(networks, pictures)
-            arena = Arena(device, self.layout.regions(max(len(subjects), 1)))
+            arena = Arena(device, self.layout.list_regions(max(len(subjects), 1)))
             self._owned.callback(arena.close)
             self.subjects = Subjects(device, self.stream, self.layout, arena, lambda: device.synchronize(self.stream))
             for subject in subjects:
@@ -340,7 +340,7 @@ class StepRig:
             tensor.name: array(self.device, self._owned, self.sides.shape(tensor), tensor.dtype)
             for tensor in (*networks.inputs("unet"), *networks.outputs("unet")) if "lora" not in tensor.name
         }  # fmt: skip
-        return own | self.layout.arrays("unet", factors, self.pictures)
+        return own | self.layout.cut_arrays("unet", factors, self.pictures)
 
     def _states(self) -> dict[str, Array]:
         from dreammix_trt import _cpp
@@ -388,7 +388,7 @@ class StepRig:
         }  # fmt: skip
 
     def _kernel(self, name: str, **arguments: Any) -> None:
-        self.device.kernel(name, self.stream, **arguments)
+        self.device.launch_kernel(name, self.stream, **arguments)
 
 
 def _same(arrays: Mapping[str, Array], *names: str) -> dict[str, Array]:

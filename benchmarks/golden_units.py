@@ -105,14 +105,16 @@ def _boxes(units: _Units) -> Iterator[Row]:
     first = [geometry.initial_box(box, frame) for box, frame in zip(bounds, frames, strict=True)]
     yield row_of("crop_initial_box", np.array(first), units["crop_initial_box"], 0)
     fields = [float(k) for k in units["crop_k"]]
-    grown = [[geometry.grown_box(box, k, frame) for k in fields] for box, frame in zip(first, frames, strict=True)]
+    grown = [[geometry.grow_box(box, k, frame) for k in fields] for box, frame in zip(first, frames, strict=True)]
     yield row_of("crop_box", np.array(grown), units["crop_box"], 0)
 
 
 def _sizes(units: _Units) -> Iterator[Row]:
     sizes = [geometry.reference_work_size(_read_size(row)) for row in units["resize_in_hw"]]
     yield row_of("resize_out_hw", np.array(sizes), units["resize_out_hw"], 0)
-    yield row_of("resize_vae_hw", np.array([geometry.floored(size) for size in sizes]), units["resize_vae_hw"], 0)
+    yield row_of(
+        "resize_vae_hw", np.array([geometry.floor_to_cells(size) for size in sizes]), units["resize_vae_hw"], 0
+    )
 
 
 def _pictures(units: _Units) -> Iterator[Row]:

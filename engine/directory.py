@@ -117,8 +117,8 @@ def write_engine(
         parts=dict(keys),
         files=dict(files),
         networks_at="networks" if self_contained else "store",
-        versions=_versions(),
-        networks=tuple(_entry(name, entry, parts[name]) for name, entry in networks),
+        versions=_find_versions(),
+        networks=tuple(_make_entry(name, entry, parts[name]) for name, entry in networks),
         subjects=(),
         **facts,
     )
@@ -180,7 +180,7 @@ def _write(folder: Path, subject: Subject, source: str) -> SubjectEntry:
     )
 
 
-def _entry(name: str, entry: Mapping[str, Any], folder: Path) -> NetworkEntry:
+def _make_entry(name: str, entry: Mapping[str, Any], folder: Path) -> NetworkEntry:
     cost = {"export": read_json(folder / COST)} if (folder / COST).is_file() else {}
     return NetworkEntry(
         name=name,
@@ -196,7 +196,7 @@ def _entry(name: str, entry: Mapping[str, Any], folder: Path) -> NetworkEntry:
     )
 
 
-def _versions() -> dict[str, str]:
+def _find_versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

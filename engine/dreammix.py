@@ -101,7 +101,7 @@ class DreamMix:
         """
         from dreammix_trt.engine.directory import check_runnable, open_engine
 
-        given = _device_options(device, options)
+        given = _check_options(device, options)
         opened = open_engine(Path(path), verify=verify, store=Path(store) if store else None)
         check_runnable(Path(path), opened, device)
         tokenizers = [Tokenizer.load(opened.parts["base"] / name) for name in ("tokenizer", "tokenizer_2")]
@@ -296,7 +296,7 @@ class DreamMix:
             raise EngineError("this engine was closed: load it again with DreamMix.load, or use it before close()")
 
 
-def _device_options(device: str, options: Mapping[str, Any]) -> Options:
+def _check_options(device: str, options: Mapping[str, Any]) -> Options:
     """The options of a device; unknown devices, options and values are refused before anything is opened."""
     from dataclasses import fields
 

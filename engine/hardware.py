@@ -45,18 +45,18 @@ class Driver:
     problem: str | None = None
     visible: tuple[str, ...] = ()
 
-    def choosing(self, index: int) -> str:
+    def setting_for(self, index: int) -> str:
         """The setting that makes GPU `index` of `gpus` the first."""
         return f"CUDA_VISIBLE_DEVICES={self.visible[index] if self.visible else index}"
 
 
-def memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
+def measure_memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
     """Bytes of memory in all and free for this process, within the limits of its control groups; (None, None): unknown.
 
     File pages that the system may drop count as free. Windows and macOS know no groups, and macOS tells the whole only.
     root: where /proc and /sys are, for tests.
     """
-    elsewhere = {"Windows": _windows_memory, "Darwin": _mac_memory}.get(platform.system())
+    elsewhere = {"Windows": _measure_windows_memory, "Darwin": _measure_mac_memory}.get(platform.system())
     if elsewhere:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             return elsewhere()
@@ -67,12 +67,12 @@ def memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
         total, available = sizes["MemTotal"], sizes["MemAvailable"]
     except (OSError, ValueError, KeyError, IndexError):
         return None, None
-    for limit, used in _group_limits(root):
+    for limit, used in _read_group_limits(root):
         total, available = min(total, limit), min(available, max(limit - used, 0))
     return total, available
 
 
-def processor() -> str:
+def name_processor() -> str:
     """The processor's name, as far as the system tells."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -81,7 +81,7 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def cores() -> int:
+def count_cores() -> int:
     """Cores this process may run on."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
@@ -104,9 +104,9 @@ def ask_driver(load: Callable[[str], Any] | None = None) -> Driver:
     if failed:
         reason = {100: "finds no device", 803: "does not fit its library", 804: "does not fit this device"}.get(failed)
         return Driver(problem=f"the NVIDIA driver {reason or 'does not start'} (CUDA error {failed})")
-    version = _whole(lambda out: library.cuDriverGetVersion(out)) or 0
-    count = _whole(lambda out: library.cuDeviceGetCount(out)) or 0
-    gpus = tuple(gpu for index in range(count) if (gpu := _gpu(library, index)))
+    version = _read_int(lambda out: library.cuDriverGetVersion(out)) or 0
+    count = _read_int(lambda out: library.cuDeviceGetCount(out)) or 0
+    gpus = tuple(gpu for index in range(count) if (gpu := _read_gpu(library, index)))
     problem = None if gpus else "the NVIDIA driver finds no device"
     entries = (entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))
     return Driver(cuda_text(version), gpus, problem, tuple(filter(None, entries)))
@@ -212,19 +212,19 @@ class _MemoryStatus(ctypes.Structure):
     )
 
 
-def _windows_memory() -> tuple[int | None, int | None]:
+def _measure_windows_memory() -> tuple[int | None, int | None]:
     status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
     kernel: Any = getattr(ctypes, "windll").kernel32  # noqa: B009  only there on Windows
     done = kernel.GlobalMemoryStatusEx(ctypes.byref(status))
     return (int(status.total), int(status.available)) if done else (None, None)
 
 
-def _mac_memory() -> tuple[int | None, int | None]:
+def _measure_mac_memory() -> tuple[int | None, int | None]:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return (total, None) if total > 0 else (None, None)
 
 
-def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
+def _read_group_limits(root: Path) -> Iterator[tuple[int, int]]:
     """(limit, used without droppable file pages) of every control group this process is in, versions 1 and 2."""
     try:
         entries = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
@@ -244,11 +244,11 @@ def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
         # The group's own folder and those above it; inside a container only the top may be visible.
         group = top / path.lstrip("/")
         for folder in (group, *group.parents):
-            if folder.is_relative_to(top) and (limit := _limit(folder, *files)):
+            if folder.is_relative_to(top) and (limit := _read_limit(folder, *files)):
                 yield limit
 
 
-def _limit(folder: Path, limit: str, usage: str, droppable: str) -> tuple[int, int] | None:
+def _read_limit(folder: Path, limit: str, usage: str, droppable: str) -> tuple[int, int] | None:
     try:
         bound = int((folder / limit).read_text())
         used = int((folder / usage).read_text())
@@ -260,20 +260,20 @@ def _limit(folder: Path, limit: str, usage: str, droppable: str) -> tuple[int, i
     return bound, max(used, 0)
 
 
-def _gpu(library: Any, index: int) -> Gpu | None:
-    device = _whole(lambda out: library.cuDeviceGet(out, index))
+def _read_gpu(library: Any, index: int) -> Gpu | None:
+    device = _read_int(lambda out: library.cuDeviceGet(out, index))
     if device is None:
         return None
     name = ctypes.create_string_buffer(256)
     library.cuDeviceGetName(name, 256, device)
-    major = _whole(lambda out: library.cuDeviceGetAttribute(out, 75, device))
-    minor = _whole(lambda out: library.cuDeviceGetAttribute(out, 76, device))
+    major = _read_int(lambda out: library.cuDeviceGetAttribute(out, 75, device))
+    minor = _read_int(lambda out: library.cuDeviceGetAttribute(out, 76, device))
     size = ctypes.c_size_t()
     library.cuDeviceTotalMem_v2(ctypes.byref(size), device)
     return Gpu(name.value.decode(errors="replace"), f"sm_{major}{minor}", size.value)
 
 
-def _whole(call: Callable[[Any], int]) -> int | None:
+def _read_int(call: Callable[[Any], int]) -> int | None:
     """The int a driver call writes, None when it fails."""
     value = ctypes.c_int()
     return None if call(ctypes.byref(value)) else value.value

@@ -64,11 +64,11 @@ def resize(image: U8, out_h: int, out_w: int, filter: str = "lanczos", box: Box 
     `image` is uint8 (H, W) or (H, W, 1..4), channels independent of one another (no premultiplied alpha); `filter` is
     "lanczos", "bicubic" or "bilinear". Returns uint8 (out_h, out_w[, C]).
     """
-    image = _array(image, np.uint8, "image")
+    image = _check_array(image, np.uint8, "image")
     _require(image.ndim == 2 or (image.ndim == 3 and 1 <= image.shape[2] <= 4), f"image has shape {image.shape}")
     _require(out_h > 0 and out_w > 0, f"output size {out_h} x {out_w} is empty")
     _require(filter in _FILTERS, f"filter {filter!r} is none of {', '.join(_FILTERS)}")
-    checked = _box(box if box is not None else (0, image.shape[0], 0, image.shape[1]), image)
+    checked = _check_box(box if box is not None else (0, image.shape[0], 0, image.shape[1]), image)
     return _impl.resize(image, int(out_h), int(out_w), filter, checked)
 
 
@@ -78,7 +78,7 @@ def fill(image: U8, mask: U8, cascade: Sequence[tuple[int, int]] = CASCADE) -> U
     `image` is uint8 (H, W, 3), `mask` uint8 (H, W), `cascade` holds (radius 0..65535, repeats >= 0) in pixels.
     Bit-equal to the cascade in Pillow's BoxBlur (docs/algorithm.md, 3.6); known pixels stay as they are.
     """
-    image, mask = _rgb(image, "image"), _array(mask, np.uint8, "mask")
+    image, mask = _check_rgb(image, "image"), _check_array(mask, np.uint8, "mask")
     _require(mask.shape == image.shape[:2], f"mask has shape {mask.shape}, image {image.shape}")
     pairs = [(int(radius), int(repeats)) for radius, repeats in cascade]
     _require(
@@ -92,7 +92,7 @@ def latent_mask(mask: U8, factor: int = 8) -> F32:
 
     `mask` is uint8 (H, W) with sides that are multiples of `factor` (docs/algorithm.md, 4.2).
     """
-    mask = _plane(mask, "mask")
+    mask = _check_plane(mask, "mask")
     _require(factor > 0 and all(side % factor == 0 for side in mask.shape), f"{mask.shape} is no multiple of {factor}")
     return _impl.latent_mask(mask, int(factor))
 
@@ -104,7 +104,7 @@ def feather(mask: U8, width: int = 32) -> U8:
     `max(v, maxfilter3x3(v) - 8)` (docs/algorithm.md, 9.1). Returns uint8 (H, W).
     """
     _require(1 <= width <= 32767, f"width is {width}; it must lie in 1..32767")
-    return _impl.feather(_plane(mask, "mask"), int(width))
+    return _impl.feather(_check_plane(mask, "mask"), int(width))
 
 
 def blend_scale(x: F32, z_bg: F32, mask: F32, noise: F32, sigma: float) -> tuple[F32, F32]:
@@ -113,8 +113,8 @@ def blend_scale(x: F32, z_bg: F32, mask: F32, noise: F32, sigma: float) -> tuple
     `x`, `z_bg`, `noise` are (N, C, h, w), `mask` (N, 1, h, w) in 0..1. Returns (x_in (N, C, h, w), scaled and doubled
     to rows [neg0, pos0, neg1, pos1, ...] (2N, C, h, w)). docs/algorithm.md, 7.1 and 7.2.
     """
-    x, z_bg, noise = _latents(x, z_bg, noise)
-    mask = _array(mask, np.float32, "mask")
+    x, z_bg, noise = _check_latents(x, z_bg, noise)
+    mask = _check_array(mask, np.float32, "mask")
     expected = (x.shape[0], 1, *x.shape[2:])
     _require(mask.shape == expected, f"mask has shape {mask.shape}, expected {expected}")
     return _impl.blend_scale(x, z_bg, mask, noise, float(sigma))
@@ -148,13 +148,13 @@ def guided_step(
     rows_per_picture = 1 only positive ones (N, C, h, w), which switches classifier-free guidance off.
     Returns (x_out, x0), both (N, C, h, w).
     """
-    x_in, noise = _latents(x_in, noise)
-    eps = _array(eps, np.float32, "eps")
+    x_in, noise = _check_latents(x_in, noise)
+    eps = _check_array(eps, np.float32, "eps")
     _require(rows_per_picture in (1, 2), f"rows_per_picture is {rows_per_picture}; it must be 1 or 2")
     expected = (x_in.shape[0] * rows_per_picture, *x_in.shape[1:])
     _require(eps.shape == expected, f"eps has shape {eps.shape}, expected {expected}")
     if x0_prev is not None:
-        x_in, x0_prev = _latents(x_in, x0_prev)
+        x_in, x0_prev = _check_latents(x_in, x0_prev)
     return _impl.guided_step(
         x_in,
         eps,
@@ -179,7 +179,7 @@ def bilateral(e: F32, guide: F32) -> F32:
     exp(-d^2/18) exp(-(dy^2 + dx^2)/18) with d the channel-summed absolute guide difference; edges are reflected.
     docs/algorithm.md, 7.4.
     """
-    e, guide = _latents(e, guide)
+    e, guide = _check_latents(e, guide)
     return _impl.bilateral(e, guide)
 
 
@@ -190,7 +190,7 @@ def tas_project(tokens: F32, remove: F32, positions: npt.ArrayLike) -> F32:
     `remove` in order and each position: t -= (t . e)/|e|^2 e, accumulated in double; a row of zeros removes nothing.
     DreamMix section 3.4 (docs/algorithm.md, 5.4). Returns a new (L, D).
     """
-    tokens, remove = _array(tokens, np.float32, "tokens"), _array(remove, np.float32, "remove")
+    tokens, remove = _check_array(tokens, np.float32, "tokens"), _check_array(remove, np.float32, "remove")
     _require(tokens.ndim == 2 and remove.ndim == 2, f"tokens {tokens.shape} and remove {remove.shape} must be 2-D")
     _require(tokens.shape[1] == remove.shape[1], f"tokens are {tokens.shape[1]} wide, remove {remove.shape[1]}")
     rows = np.ascontiguousarray(positions, np.int64).reshape(-1)
@@ -205,13 +205,13 @@ def paste(original: U8, content: U8, box: Box, weight: U8, alpha: F32 | None = N
     float32 (h, w) in 0..1 softens the content first (see `soft_alpha`). Single precision, truncated to 8 bit: equal
     to the reference byte for byte (docs/algorithm.md, 9.2). Pixels of weight 0 are those of `original`.
     """
-    original, content = _rgb(original, "original"), _rgb(content, "content")
-    box, weight = _box(box, original), _array(weight, np.uint8, "weight")
+    original, content = _check_rgb(original, "original"), _check_rgb(content, "content")
+    box, weight = _check_box(box, original), _check_array(weight, np.uint8, "weight")
     size = (box[1] - box[0], box[3] - box[2])
     _require(content.shape[:2] == size, f"content has size {content.shape[:2]}, box {size}")
     _require(weight.shape == original.shape[:2], f"weight has shape {weight.shape}, original {original.shape}")
     if alpha is not None:
-        alpha = _array(alpha, np.float32, "alpha")
+        alpha = _check_array(alpha, np.float32, "alpha")
         _require(alpha.shape == size, f"alpha has shape {alpha.shape}, box {size}")
     return _impl.paste(original, content, box, weight, alpha)
 
@@ -237,33 +237,33 @@ def _require(fits: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _array(array: Any, dtype: Any, name: str) -> Any:
+def _check_array(array: Any, dtype: Any, name: str) -> Any:
     """`array` in C order; ValueError for another dtype (values are never converted silently)."""
     if not isinstance(array, np.ndarray) or array.dtype != dtype:
         raise ValueError(f"{name} must be a {np.dtype(dtype)} array")
     return np.ascontiguousarray(array)
 
 
-def _plane(array: U8, name: str) -> U8:
-    checked: U8 = _array(array, np.uint8, name)
+def _check_plane(array: U8, name: str) -> U8:
+    checked: U8 = _check_array(array, np.uint8, name)
     _require(checked.ndim == 2 and checked.size > 0, f"{name} has shape {checked.shape}, expected (H, W)")
     return checked
 
 
-def _rgb(array: U8, name: str) -> U8:
-    checked: U8 = _array(array, np.uint8, name)
+def _check_rgb(array: U8, name: str) -> U8:
+    checked: U8 = _check_array(array, np.uint8, name)
     _require(checked.ndim == 3 and checked.shape[2] == 3, f"{name} has shape {checked.shape}, expected (H, W, 3)")
     return checked
 
 
-def _latents(*arrays: F32) -> tuple[Any, ...]:
-    checked = tuple(_array(array, np.float32, "a latent") for array in arrays)
+def _check_latents(*arrays: F32) -> tuple[Any, ...]:
+    checked = tuple(_check_array(array, np.float32, "a latent") for array in arrays)
     shapes = {array.shape for array in checked}
     _require(len(shapes) == 1 and checked[0].ndim == 4, f"latents have shapes {shapes}, expected one (N, C, h, w)")
     return checked
 
 
-def _box(box: Box, picture: U8) -> Box:
+def _check_box(box: Box, picture: U8) -> Box:
     r0, r1, c0, c1 = (int(value) for value in box)
     inside = 0 <= r0 < r1 <= picture.shape[0] and 0 <= c0 < c1 <= picture.shape[1]
     _require(inside, f"box (row0, row1, col0, col1) = {(r0, r1, c0, c1)} is empty or outside {picture.shape[:2]}")

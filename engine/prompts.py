@@ -38,7 +38,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Row:
+class ConditionRow:
     """One row of a stage's condition: where its token rows and its pooled vector come from."""
 
     tokens: Source
@@ -60,7 +60,7 @@ class PromptPlan:
     eliminated: Prompt | None
     negative: Prompt | None
     tas: TasPlan | None
-    stages: Mapping[Stage, tuple[Row, ...]]
+    stages: Mapping[Stage, tuple[ConditionRow, ...]]
     appended: F32 | None = None
 
     @property
@@ -96,16 +96,16 @@ def plan_prompts(
     if request.guided and request.negative_prompt is not None:
         negative = tokenize(request.negative_prompt)
     against: Source = "zeros" if negative is None else "negative"
-    stages: dict[Stage, tuple[Row, ...]] = {}
+    stages: dict[Stage, tuple[ConditionRow, ...]] = {}
     for stage in STAGES:
-        tokens, pooled = (_positive(request, tas, f"{part}_{stage}") for part in ("tokens", "pooled"))
-        towards = Row(tokens, pooled)
-        stages[stage] = (Row(against, against), towards) if request.guided else (towards,)
+        tokens, pooled = (_choose_source(request, tas, f"{part}_{stage}") for part in ("tokens", "pooled"))
+        towards = ConditionRow(tokens, pooled)
+        stages[stage] = (ConditionRow(against, against), towards) if request.guided else (towards,)
     if appended is not None and len(appended) != len(stages["lcg"]):
         raise InputError(f"{len(appended)} rows of appended tokens for a condition of {len(stages['lcg'])} rows")
     return PromptPlan(prompt, eliminated, negative, tas, stages, appended)
 
 
-def _positive(request: Request, tas: TasPlan | None, part: str) -> Source:
+def _choose_source(request: Request, tas: TasPlan | None, part: str) -> Source:
     """Where a part of the positive row comes from; part: as `Request.tas_stages` names it."""
     return "decomposed" if tas is not None and part in request.tas_stages else "prompt"

@@ -36,7 +36,7 @@ class Tokenizer:
     def __init__(self, backend: Any, pad: str, length: int = TOKENS) -> None:
         self._backend = backend
         self._length = length
-        self._pad_id = self._id(pad)
+        self._pad_id = self._find_id(pad)
 
     @classmethod
     def load(cls, folder: str | Path, pad: str | None = None, length: int = TOKENS) -> Tokenizer:
@@ -47,8 +47,8 @@ class Tokenizer:
         """
         folder = Path(folder)
         try:
-            pad = pad if pad is not None else _pad_of(folder)
-            return cls(_clip_backend(folder / "vocab.json", folder / "merges.txt", pad), pad, length)
+            pad = pad if pad is not None else _read_pad(folder)
+            return cls(_make_backend(folder / "vocab.json", folder / "merges.txt", pad), pad, length)
         except FileFormatError:
             raise
         except Exception as error:  # the Rust side raises plain Exception
@@ -59,25 +59,25 @@ class Tokenizer:
 
         Raises InputError for a prompt that does not fit, unless `truncate`: then its last tokens are dropped.
         """
-        ids = self._content(prompt).ids
+        ids = self._split(prompt).ids
         room = self._length - 2
         if len(ids) > room and not truncate:
             raise InputError(
                 f"the prompt {_shorten(prompt)!r} is {len(ids) + 2} tokens long with its start and end marks and "
                 f"{self._length} fit: shorten it by {len(ids) - room} tokens, or allow truncation (truncate)"
             )
-        marked = [self._id(START), *ids[:room], self._id(END)]
+        marked = [self._find_id(START), *ids[:room], self._find_id(END)]
         return np.array(marked + [self._pad_id] * (self._length - len(marked)), np.int64)
 
-    def spans(self, prompt: str) -> list[tuple[int, int, int]]:
+    def find_spans(self, prompt: str) -> list[tuple[int, int, int]]:
         """(position, start, end) of each token that fits: its row of the embedding and its characters in `prompt`."""
-        offsets = self._content(prompt).offsets[: self._length - 2]
+        offsets = self._split(prompt).offsets[: self._length - 2]
         return [(position, start, end) for position, (start, end) in enumerate(offsets, start=1)]
 
-    def _content(self, prompt: str) -> Any:
+    def _split(self, prompt: str) -> Any:
         return self._backend.encode(prompt, add_special_tokens=False)
 
-    def _id(self, token: str) -> int:
+    def _find_id(self, token: str) -> int:
         return int(self._backend.token_to_id(token))
 
 
@@ -126,13 +126,13 @@ def plan_tas(
         first = 1 + len(prefix.lower().split())
         removed = tuple(range(first, first + len(words)))
         projected = tuple(range(1, 1 + len(prompt.lower().split())))
-        return TasPlan(text, _rows(removed), _rows(projected))
+        return TasPlan(text, _drop_beyond(removed), _drop_beyond(projected))
     if tokenizer is None:
         raise ValueError("indexing 'bpe' needs a tokenizer")
-    removed = tuple(position for position, start, _ in tokenizer.spans(text) if start >= len(prefix))
+    removed = tuple(position for position, start, _ in tokenizer.find_spans(text) if start >= len(prefix))
     if not removed:
         raise InputError(f"substitute is {list(words)!r}: it holds no word to eliminate; name one, or leave it empty")
-    return TasPlan(text, removed, tuple(position for position, _, _ in tokenizer.spans(prompt)))
+    return TasPlan(text, removed, tuple(position for position, _, _ in tokenizer.find_spans(prompt)))
 
 
 def apply_tas(
@@ -149,7 +149,7 @@ def apply_tas(
     return decomposed, rest[0]
 
 
-def _rows(positions: tuple[int, ...]) -> tuple[int, ...]:
+def _drop_beyond(positions: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(position for position in positions if position < TOKENS)
 
 
@@ -163,7 +163,7 @@ def _shorten(prompt: str, most: int = 60) -> str:
     return prompt if len(prompt) <= most else prompt[: most - 1] + "…"
 
 
-def _clip_backend(vocab: Path, merges: Path, pad: str) -> Any:
+def _make_backend(vocab: Path, merges: Path, pad: str) -> Any:
     from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
     backend = Tokenizer(models.BPE.from_file(str(vocab), str(merges), end_of_word_suffix="</w>", unk_token=END))
@@ -181,7 +181,7 @@ def _clip_backend(vocab: Path, merges: Path, pad: str) -> Any:
     return backend
 
 
-def _pad_of(folder: Path) -> str:
+def _read_pad(folder: Path) -> str:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         file = folder / name
         if file.is_file():

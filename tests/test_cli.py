@@ -155,7 +155,7 @@ def test_a_gpu_is_given_room_for_this_request_alone(
 
     def opened(engine: OpenedEngine, store: Path | None = None) -> OnDevice:
         device = SimulatedDevice()
-        return OnDevice(device, SimulatedNetworks(device, EngineSet.load(engine.parts, 1)), device.stream())
+        return OnDevice(device, SimulatedNetworks(device, EngineSet.load(engine.parts, 1)), device.make_stream())
 
     def noted(studio: Studio, *arguments: Any, **options: Any) -> None:
         made(studio, *arguments, **options)

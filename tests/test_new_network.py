@@ -21,7 +21,7 @@ from dreammix_trt.building import build
 from dreammix_trt.core.networks import KINDS, flag_of, names_of_phase
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.device.memory_plan import Options
-from dreammix_trt.engine.device.room import Shape
+from dreammix_trt.engine.device.room import RoomShape
 from dreammix_trt.engine.drivers.simulated import SimulatedDevice, SimulatedNetworks
 from dreammix_trt.engine.host import runtime as host_runtime
 from dreammix_trt.engine.host.painter import HostPainter
@@ -90,7 +90,7 @@ def test_a_device_plans_loads_and_binds_it(engine: Path) -> None:
             studio = dm.studio
             assert studio is not None and "toy" in str(studio.plan)
             side = host.facts.native_side
-            room, _ = studio.rooms.enter(Shape((side, side), 1, 2))
+            room, _ = studio.rooms.enter(RoomShape((side, side), 1, 2))
             studio.residency.need("toy")
             arrays = room.arrays["toy"]
             latent = np.random.default_rng(0).standard_normal(arrays["latent"].shape).astype(np.float32)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dreammix_trt.building.ingredients import Ingredients
 from dreammix_trt.building.part_store import PartStore
 from dreammix_trt.core.network_weights import weights_of
-from dreammix_trt.engine.backends.tensorrt.builder import Estimate, check_room, estimate
+from dreammix_trt.engine.backends.tensorrt.builder import Estimate, check_room, estimate_build
 
 GIB = 1 << 30
 #: what tracing a full-size UNet holds at once (measured: 4.9 GiB, with what the networks before it left 7)
@@ -45,4 +45,4 @@ def _list_needs(ingredients: Ingredients, store: PartStore) -> Iterator[Estimate
         if not store.holds(network.name, "onnx", ingredients.of_onnx(network)):
             yield Estimate(_TRACING if count > GIB else 0, count)
         if engine.plans:
-            yield estimate(4 << 20, count, engine.backend)
+            yield estimate_build(4 << 20, count, engine.backend)

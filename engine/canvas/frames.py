@@ -27,14 +27,14 @@ from dreammix_trt.engine.canvas.geometry import (
     feather_width,
     fill_cascade,
     fit_box,
-    floored,
-    grown_box,
+    floor_to_cells,
+    grow_box,
     initial_box,
+    join_boxes,
     mask_bounds,
     profile_sizes,
     reference_work_size,
     scale_of,
-    union,
     work_size,
 )
 from dreammix_trt.engine.kernels import Box
@@ -104,7 +104,7 @@ class Frame:
     @property
     def size(self) -> Size:
         """(height, width) in pixels of what the VAE takes."""
-        return floored((self.image.shape[0], self.image.shape[1]))
+        return floor_to_cells((self.image.shape[0], self.image.shape[1]))
 
     @property
     def latent_size(self) -> Size:
@@ -118,7 +118,7 @@ class Frame:
     @cached_property
     def network_mask(self) -> U8:
         """The mask at `size`, 0 or 255."""
-        return _binary(_resize(self.mask, self.size))
+        return _to_binary(_resize(self.mask, self.size))
 
     @cached_property
     def latent_mask(self) -> F32:
@@ -208,7 +208,7 @@ class Canvas:
         if self.mode == "reference":
             return crop_box(self.mask, field, threshold=0)
         bounds = mask_bounds(self.mask)
-        box = grown_box(union(initial_box(bounds, self.size), bounds), field, self.size)
+        box = grow_box(join_boxes(initial_box(bounds, self.size), bounds), field, self.size)
         return fit_box(box, bounds, self.size, self._choices)
 
     def work_size(self, box: Box) -> Size:
@@ -220,9 +220,10 @@ class Canvas:
         if self.mode == "native":
             return work_size(crop, self.native, self.snap, self._choices)
         size = reference_work_size(crop, self.native, self.snap)
-        if self.sizes is not None and floored(size) not in self.sizes:
+        whole = floor_to_cells(size)
+        if self.sizes is not None and whole not in self.sizes:
             raise InputError(
-                f"reference mode needs a frame of {_spell_size(floored(size))} pixels here, a request larger than any "
+                f"reference mode needs a frame of {_spell_size(whole)} pixels here, a request larger than any "
                 f"profile: these engines take {_list_sizes(self.sizes)}; use native mode, or build engines of more "
                 "sizes with `--shapes dynamic`"
             )
@@ -237,14 +238,14 @@ class Canvas:
 
         dilate: enlarge the frame's mask by that many canvas pixels; neither the box nor the paste follow it.
         """
-        frame = self._frame(field, dilate)
+        frame = self._make_frame(field, dilate)
         if not fill:
             return frame
         return replace(frame, fill=kernels.fill(frame.image, frame.mask, fill_cascade(self.native)))
 
     def global_frame(self, field: float = 1.0) -> Frame:
         """The frame of the global stage (GCH): the plain image; field 1 is the whole canvas where its aspect allows."""
-        return self._frame(field)
+        return self._make_frame(field)
 
     def crop(self, picture: U8, frame: Frame) -> U8:
         """Another picture of the canvas' size, cut and resized as `frame` was: what the hand-over encodes."""
@@ -272,7 +273,7 @@ class Canvas:
         """`keeps_local` of frames by their boxes and sizes alone."""
         return self.mode == "native" and scale_of(box, size) > max(1.0, scale_of(local_box, local_size))
 
-    def final(self, frame: Frame, decoded: U8, *, local: tuple[Frame, U8] | None = None) -> U8:
+    def compose(self, frame: Frame, decoded: U8, *, local: tuple[Frame, U8] | None = None) -> U8:
         """The finished picture, uint8 (H, W, 3), from the last stage's frame and picture (docs/algorithm.md, 9.3).
 
         local: the local stage's frame and finished picture, when a global stage followed. Where the global frame
@@ -303,12 +304,12 @@ class Canvas:
     def _seam(self) -> U8:
         return seam_weight(self.mask, self.feather_width)
 
-    def _frame(self, field: float, dilate: int = 0) -> Frame:
+    def _make_frame(self, field: float, dilate: int = 0) -> Frame:
         box, user_mask = self.box(field), dilate_mask(self.mask, dilate)
         size = self.work_size(box)
-        mask = _binary(_resize(user_mask, size, box))
+        mask = _to_binary(_resize(user_mask, size, box))
         if not mask.any():  # a speck that resampling has lost: keep it
-            mask = _nearest(user_mask, size, box)
+            mask = _resize_nearest(user_mask, size, box)
         return Frame(box, _resize(self.image, size, box), mask)
 
 
@@ -333,11 +334,11 @@ def _list_sizes(sizes: Sequence[Size]) -> str:
     return ", ".join(told) if len(told) <= 6 else f"{told[0]} to {told[-1]} ({len(told)} sizes)"
 
 
-def _binary(mask: U8) -> U8:
+def _to_binary(mask: U8) -> U8:
     return np.where(mask > 127, np.uint8(255), np.uint8(0))
 
 
-def _nearest(mask: U8, size: Size, box: Box) -> U8:
+def _resize_nearest(mask: U8, size: Size, box: Box) -> U8:
     """The mask at `size`, each frame pixel that any repainted pixel falls into set."""
     rows, cols = np.nonzero(mask[box[0] : box[1], box[2] : box[3]] > 127)
     out = np.zeros(size, np.uint8)

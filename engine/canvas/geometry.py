@@ -44,7 +44,7 @@ def initial_box(bounds: Box, frame: Size) -> Box:
     return _clip((row - half, row + half + 1, col - half, col + half + 1), frame)
 
 
-def grown_box(box: Box, field: float, frame: Size) -> Box:
+def grow_box(box: Box, field: float, frame: Size) -> Box:
     """Grow `box`, shorter side first, until it spans `field` of the frame in both directions (docs/algorithm.md, 2.3).
 
     field: 0 leaves the box as it is, 1 gives the whole frame.
@@ -64,7 +64,7 @@ def grown_box(box: Box, field: float, frame: Size) -> Box:
 def crop_box(mask: U8, field: float, *, threshold: int = 127) -> Box:
     """The reference's crop box of a mask (docs/algorithm.md, 2); the reference's threshold is 0."""
     frame: Size = (mask.shape[0], mask.shape[1])
-    return grown_box(initial_box(mask_bounds(mask, threshold), frame), field, frame)
+    return grow_box(initial_box(mask_bounds(mask, threshold), frame), field, frame)
 
 
 def size_class(size: Size, snap: int = 64) -> int:
@@ -88,7 +88,7 @@ def reference_work_size(size: Size, native: int = 1024, snap: int = 64) -> Size:
     return height, width
 
 
-def floored(size: Size) -> Size:
+def floor_to_cells(size: Size) -> Size:
     """The sides as whole latent cells."""
     return max(size[0] // FACTOR, 1) * FACTOR, max(size[1] // FACTOR, 1) * FACTOR
 
@@ -157,7 +157,7 @@ def _clip(box: Box, frame: Size) -> Box:
     return max(box[0], 0), min(box[1], frame[0]), max(box[2], 0), min(box[3], frame[1])
 
 
-def union(a: Box, b: Box) -> Box:
+def join_boxes(a: Box, b: Box) -> Box:
     return min(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), max(a[3], b[3])
 
 

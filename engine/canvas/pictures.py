@@ -77,7 +77,7 @@ def read_image(source: Source, *, name: str = "image", max_pixels: int = MAX_PIX
 
     Raises InputError, naming `name` or the file, for what is missing, truncated, no picture, or above `max_pixels`.
     """
-    pixels, mode, profile = _pixels(source, _label(source, name), max_pixels)
+    pixels, mode, profile = _read_pixels(source, _name_source(source, name), max_pixels)
     grey, alpha = mode in ("L", "LA"), None
     if mode in ("LA", "RGBA"):
         alpha = np.ascontiguousarray(pixels[..., -1])
@@ -97,12 +97,12 @@ def read_mask(source: Source, size: tuple[int, int], *, name: str = "mask_image"
     """
     if isinstance(source, np.ndarray) and source.dtype == np.bool_:
         source = source.astype(np.uint8) * np.uint8(255)
-    label = _label(source, name)
-    pixels, mode, _ = _pixels(source, label, max_pixels)
+    label = _name_source(source, name)
+    pixels, mode, _ = _read_pixels(source, label, max_pixels)
     found = pixels.shape[0], pixels.shape[1]
     if found != tuple(size):
         raise InputError(
-            f"{label} is {_size_text(found)} but the image is {_size_text(size)} (width x height, upright): "
+            f"{label} is {_spell_size(found)} but the image is {_spell_size(size)} (width x height, upright): "
             "give a mask of the image's size"
         )
     alpha = pixels[..., -1] if mode in ("LA", "RGBA") else None
@@ -119,19 +119,19 @@ def read_mask(source: Source, size: tuple[int, int], *, name: str = "mask_image"
     return mask
 
 
-def _pixels(source: Source, label: str, max_pixels: int) -> tuple[U8, str, bytes | None]:
+def _read_pixels(source: Source, label: str, max_pixels: int) -> tuple[U8, str, bytes | None]:
     """The upright pixels uint8 (H, W, 1..4), their mode (L, LA, RGB or RGBA) and colour profile."""
     image = _open_image(source, label, max_pixels)
     profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "L", "LA", "P", "PA") else None
-    image = _plain(image, label)
+    image = _convert_mode(image, label)
     return np.asarray(image).reshape(image.height, image.width, -1), image.mode, profile
 
 
-def _label(source: Source, name: str) -> str:
+def _name_source(source: Source, name: str) -> str:
     return f"{name} {os.fspath(source)!r}" if isinstance(source, (str, os.PathLike)) else name
 
 
-def _size_text(size: tuple[int, int]) -> str:
+def _spell_size(size: tuple[int, int]) -> str:
     return f"{size[1]}x{size[0]}"
 
 
@@ -192,7 +192,7 @@ def _check_pixels(height: int, width: int, label: str, max_pixels: int) -> None:
         raise InputError(f"{label} is {width}x{height}: it has no pixels")
 
 
-def _plain(image: Image.Image, label: str) -> Image.Image:
+def _convert_mode(image: Image.Image, label: str) -> Image.Image:
     """As L, LA, RGB or RGBA."""
     mode, see_through = image.mode, "transparency" in image.info
     if mode.startswith("I;16"):

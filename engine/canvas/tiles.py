@@ -59,8 +59,8 @@ class Tiling:
 
     def tiles(self, factor: int = 1) -> tuple[Tile, ...]:
         """Row by row; factor 1: in latent cells, `FACTOR` (8): in pixels. The weights sum to 1 at every element."""
-        down = _ramps(self.rows, self.height, factor)
-        across = _ramps(self.cols, self.width, factor)
+        down = _make_ramps(self.rows, self.height, factor)
+        across = _make_ramps(self.cols, self.width, factor)
         return tuple(
             Tile(factor * row, factor * col, *ramps)
             for (row, col), ramps in zip(product(self.rows, self.cols), product(down, across), strict=True)
@@ -78,7 +78,7 @@ def tiles_of(height: int, width: int, *, side: int = SIDE, overlap: int = OVERLA
     side: of a tile, in latent cells, less where the frame is smaller; overlap: cells that neighbours share at least,
     1 to side - 1.
     """
-    rows, cols = (_starts(length, side, overlap) for length in (height, width))
+    rows, cols = (_find_starts(length, side, overlap) for length in (height, width))
     return Tiling(min(side, height), min(side, width), rows, cols)
 
 
@@ -95,23 +95,23 @@ def run_tiled(
     joined: dict[str, F32] = {}
     for number in range(len(tiles[1])):
         given = {
-            name: np.ascontiguousarray(array[_place(tiles[array.shape[2] // height][number])])
+            name: np.ascontiguousarray(array[_slice_tile(tiles[array.shape[2] // height][number])])
             for name, array in arrays.items()
         }
         for name, values in run(given).items():
             factor = values.shape[2] // tiling.height
             tile, size = tiles[factor][number], (*values.shape[:2], factor * height, factor * width)
             whole = joined.setdefault(name, np.zeros(size, np.float32))
-            whole[_place(tile)] += values * (tile.ramp_rows[:, None] * tile.ramp_cols)
+            whole[_slice_tile(tile)] += values * (tile.ramp_rows[:, None] * tile.ramp_cols)
     return joined
 
 
-def _place(tile: Tile) -> tuple[slice, ...]:
+def _slice_tile(tile: Tile) -> tuple[slice, ...]:
     rows, cols = slice(tile.row, tile.row + len(tile.ramp_rows)), slice(tile.col, tile.col + len(tile.ramp_cols))
     return slice(None), slice(None), rows, cols
 
 
-def _starts(length: int, side: int, overlap: int) -> tuple[int, ...]:
+def _find_starts(length: int, side: int, overlap: int) -> tuple[int, ...]:
     """First cells of tiles along an axis: the first at 0, the last ends where the axis does."""
     room = length - side
     if room <= 0:
@@ -120,7 +120,7 @@ def _starts(length: int, side: int, overlap: int) -> tuple[int, ...]:
     return tuple(index * room // gaps for index in range(gaps + 1))
 
 
-def _ramps(starts: Sequence[int], side: int, factor: int) -> list[F32]:
+def _make_ramps(starts: Sequence[int], side: int, factor: int) -> list[F32]:
     """The weights of tiles along one axis, (factor * side,) each.
 
     From each tile to the next a step goes from 0 to 1 in a straight line over what they share; a tile's weight is the

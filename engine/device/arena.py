@@ -11,7 +11,7 @@ ALIGNMENT = 256
 Regions = Mapping[str, tuple[Shape, str]]
 
 
-def sizes(regions: Regions) -> dict[str, int]:
+def measure_regions(regions: Regions) -> dict[str, int]:
     """Bytes of each region, given as (shape, numpy dtype), rounded up to the alignment."""
     return {name: -(-Array(0, *region).nbytes // ALIGNMENT) * ALIGNMENT for name, region in regions.items()}
 
@@ -20,7 +20,7 @@ class Arena:
     """One allocation of `regions`; `arena[name]` is the whole region. A context manager that frees it."""
 
     def __init__(self, device: Device, regions: Regions) -> None:
-        taken = sizes(regions)
+        taken = measure_regions(regions)
         self._memory = device.allocate(max(sum(taken.values()), ALIGNMENT))
         self._arrays: dict[str, Array] = {}
         at = self._memory.pointer

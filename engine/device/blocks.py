@@ -21,7 +21,7 @@ from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.schedule import Schedule, time_ids
 from dreammix_trt.core.seam import BaseFacts
 from dreammix_trt.engine.canvas.frames import Canvas
-from dreammix_trt.engine.canvas.geometry import Size, floored, mask_bounds
+from dreammix_trt.engine.canvas.geometry import Size, floor_to_cells, mask_bounds
 from dreammix_trt.engine.device.arena import Regions
 from dreammix_trt.engine.device.records import CUT, FIELD, JOB, SHEET, STEP, STEP_FIELDS
 from dreammix_trt.engine.kernels import Box
@@ -53,7 +53,7 @@ class Framing:
 
     @property
     def size(self) -> Size:
-        return floored(self.work)
+        return floor_to_cells(self.work)
 
     @property
     def crop(self) -> Size:
@@ -72,9 +72,9 @@ class Picture:
     def of(cls, work: Work) -> Picture:
         """Frame the stages. Raises InputError for frames the engines do not take."""
         request, schedule = work.request, work.schedule
-        first = _framing(work.canvas, request.lcg_field if schedule[0].stage == "lcg" else request.gch_field)
+        first = _frame_stage(work.canvas, request.lcg_field if schedule[0].stage == "lcg" else request.gch_field)
         two = schedule.hand_over_index is not None
-        return cls(work, first, _framing(work.canvas, request.gch_field) if two else None)
+        return cls(work, first, _frame_stage(work.canvas, request.gch_field) if two else None)
 
     @property
     def framings(self) -> tuple[Framing, ...]:
@@ -108,12 +108,12 @@ class Picture:
         )
 
 
-def _framing(canvas: Canvas, field: float) -> Framing:
+def _frame_stage(canvas: Canvas, field: float) -> Framing:
     box = canvas.box(field)
     return Framing(box, canvas.work_size(box))
 
 
-def regions(pictures: int, appended: int, width: int) -> Regions:
+def list_regions(pictures: int, appended: int, width: int) -> Regions:
     """Device memory for what a batch uploads, in its order; of the tables, which stand last, only a part is used.
 
     appended: most rows behind a text. width: of a row.

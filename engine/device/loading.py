@@ -37,7 +37,7 @@ def open_device(opened: OpenedEngine, store: Path | None = None) -> OnDevice:
     with ExitStack() as made:
         device = CudaDevice()
         made.callback(device.close)
-        stream = device.stream()
+        stream = device.make_stream()
         made.callback(stream.close)
         networks = _networks(opened, device, stream, Store(store).root / "compiled")
         made.pop_all()

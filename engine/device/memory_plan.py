@@ -61,7 +61,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Row:
+class MemoryRow:
     """One thing that takes memory: bytes, and what for."""
 
     name: str
@@ -80,7 +80,7 @@ class MemoryPlan:
     """
 
     strategy: str
-    rows: tuple[Row, ...]
+    rows: tuple[MemoryRow, ...]
     free: int
     total: int
     safe: tuple[str, ...]
@@ -126,12 +126,12 @@ def plan_memory(
     Raises OutOfMemoryError with the whole plan when no strategy fits, or not that of `options.residency`; InputError
     when that is "one-unet" and the base has no unet_raw.
     """
-    weights = {name: networks.weight_bytes(name) for name in _present(networks)}
+    weights = {name: networks.weight_bytes(name) for name in _list_present(networks)}
     there = [name for name in weights if not is_twin(name)] if loaded is None else loaded
     usable = min(free + sum(weights[name] for name in there), total)
     if options.residency == "one-unet" and "unet_raw" not in weights:
         raise InputError("residency is 'one-unet', but this base has no second UNet; leave residency out")
-    shared = (*_regions(regions), _workspace(workspace), *_reserves(options))
+    shared = (*_list_regions(regions), _make_workspace_row(workspace), *_list_reserves(options))
     tried = []
     for strategy in [options.residency] if options.residency else STRATEGIES:
         if strategy == "one-unet" and "unet_raw" not in weights:
@@ -140,39 +140,41 @@ def plan_memory(
         if tried[-1].fits:
             return tried[-1]
     least = min(tried, key=lambda plan: plan.needed)
-    raise OutOfMemoryError(_too_little(least, options, total - usable, beside))
+    raise OutOfMemoryError(_explain_shortage(least, options, total - usable, beside))
 
 
 def _plan_strategy(
-    strategy: str, weights: Mapping[str, int], shared: Sequence[Row], usable: int, total: int
+    strategy: str, weights: Mapping[str, int], shared: Sequence[MemoryRow], usable: int, total: int
 ) -> MemoryPlan:
     """A strategy's plan, which may not fit, with as many twins as fit into it, the smallest first."""
     kept = {name: size for name, size in weights.items() if not (strategy == "one-unet" and name == "unet_raw")}
     plain = {name: size for name, size in kept.items() if not is_twin(name)}
-    rows = _weights(strategy, plain)
+    rows = _list_weights(strategy, plain)
     safe: list[str] = []
     for name in sorted(kept.keys() - plain.keys(), key=lambda name: (kept[name], name)):
-        more = _weights(strategy, plain | {twin: kept[twin] for twin in (*safe, name)})
+        more = _list_weights(strategy, plain | {twin: kept[twin] for twin in (*safe, name)})
         if sum(row.bytes for row in (*more, *shared)) <= usable:
             rows, safe = more, [*safe, name]
     without = tuple(sorted(kept.keys() - plain.keys() - set(safe)))
     return MemoryPlan(
-        strategy, (*rows, *shared), usable, total, tuple(sorted(safe)), without, _notice(strategy, without)
+        strategy, (*rows, *shared), usable, total, tuple(sorted(safe)), without, _write_notice(strategy, without)
     )
 
 
-def _weights(strategy: str, weights: Mapping[str, int]) -> tuple[Row, ...]:
+def _list_weights(strategy: str, weights: Mapping[str, int]) -> tuple[MemoryRow, ...]:
     if strategy != "swap":
         return tuple(
-            Row(name, size, "weights, from the first overflow on" if is_twin(name) else "weights")
+            MemoryRow(name, size, "weights, from the first overflow on" if is_twin(name) else "weights")
             for name, size in weights.items()
         )
-    turns = dict(_turns(weights))
+    turns = dict(_list_turns(weights))
     neediest = max(turns, key=lambda turn: turns[turn], default="nothing")
-    return (Row("weights", max(turns.values(), default=0), f"of {neediest}; the networks of each phase take turns"),)
+    return (
+        MemoryRow("weights", max(turns.values(), default=0), f"of {neediest}; the networks of each phase take turns"),
+    )
 
 
-def _turns(weights: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+def _list_turns(weights: Mapping[str, int]) -> Iterator[tuple[str, int]]:
     """What is on the device at once under "swap", and its bytes: each phase, and each with its twins."""
     for phase in map(names_of_phase, all_phases()):
         plain = [name for name in phase if name in weights]
@@ -181,30 +183,30 @@ def _turns(weights: Mapping[str, int]) -> Iterator[tuple[str, int]]:
             yield ", ".join(turn), sum(weights[name] for name in turn)
 
 
-def _regions(regions: Mapping[str, int]) -> Iterator[Row]:
+def _list_regions(regions: Mapping[str, int]) -> Iterator[MemoryRow]:
     """The larger regions of the arena by name, the small ones together."""
     small = {name for name, size in regions.items() if size < 16 * MIB}
     for name, size in sorted(regions.items(), key=lambda item: -item[1]):
         if name not in small:
-            yield Row(name, size, "arena")
+            yield MemoryRow(name, size, "arena")
     if small:
-        yield Row("the rest", sum(regions[name] for name in small), f"arena: {len(small)} small regions")
+        yield MemoryRow("the rest", sum(regions[name] for name in small), f"arena: {len(small)} small regions")
 
 
-def _workspace(count: int) -> Row:
+def _make_workspace_row(count: int) -> MemoryRow:
     if count < MIB:
-        return Row(
+        return MemoryRow(
             "workspace", count, "as good as none: the back end takes scratch memory of its own, not counted here"
         )
-    return Row("workspace", count, "scratch of the neediest network; all share it, they never run at once")
+    return MemoryRow("workspace", count, "scratch of the neediest network; all share it, they never run at once")
 
 
-def _reserves(options: Options) -> Iterator[Row]:
-    yield Row("graphs", options.shapes * _GRAPHS_OF_A_SHAPE, f"of {options.shapes} shapes; estimated")
-    yield Row("reserve", _RESERVE, "kernels that are loaded or compiled when first used; estimated")
+def _list_reserves(options: Options) -> Iterator[MemoryRow]:
+    yield MemoryRow("graphs", options.shapes * _GRAPHS_OF_A_SHAPE, f"of {options.shapes} shapes; estimated")
+    yield MemoryRow("reserve", _RESERVE, "kernels that are loaded or compiled when first used; estimated")
 
 
-def _notice(strategy: str, without: Sequence[str]) -> str | None:
+def _write_notice(strategy: str, without: Sequence[str]) -> str | None:
     told = {
         "one-unet": "unet_raw stays away: requests run with patched_fraction=1",
         "swap": "the networks take turns: each phase of a request waits for its weights",
@@ -215,7 +217,7 @@ def _notice(strategy: str, without: Sequence[str]) -> str | None:
     return told
 
 
-def _too_little(plan: MemoryPlan, options: Options, taken: int, beside: bool) -> str:
+def _explain_shortage(plan: MemoryPlan, options: Options, taken: int, beside: bool) -> str:
     """What to do: what is set higher than it must be, then what other programs hold."""
     lower = {
         name: f"{name} (now {value})"
@@ -244,6 +246,6 @@ def _too_little(plan: MemoryPlan, options: Options, taken: int, beside: bool) ->
     return f"{what}, {size_text(plan.needed - plan.free)} are missing:\n{plan}\nWhat helps: {'; or '.join(remedies)}"
 
 
-def _present(networks: DeviceNetworks) -> list[str]:
+def _list_present(networks: DeviceNetworks) -> list[str]:
     names = [name for phase in all_phases() for name in names_of_phase(phase)]
     return [each for name in names for each in (name, twin_name(name)) if each in networks]

@@ -13,10 +13,10 @@ from dreammix_trt.core.networks import KINDS, twin_name
 from dreammix_trt.core.seam import BaseFacts, DeviceNetworks
 from dreammix_trt.engine.canvas.geometry import Size
 from dreammix_trt.engine.device import blocks, phases, room, texts
-from dreammix_trt.engine.device.arena import Regions, sizes
+from dreammix_trt.engine.device.arena import Regions, measure_regions
 from dreammix_trt.engine.device.blocks import Picture
 from dreammix_trt.engine.device.memory_plan import MemoryPlan, Options, plan_memory
-from dreammix_trt.engine.device.room import Shape
+from dreammix_trt.engine.device.room import RoomShape
 from dreammix_trt.engine.device.subjects import Layout
 from dreammix_trt.engine.device.tools import CHANNELS
 from dreammix_trt.engine.drivers.device import Device
@@ -41,12 +41,12 @@ class Needs:
         self.layout = Layout(networks, options.pictures)
 
     @cached_property
-    def largest(self) -> Shape:
+    def largest(self) -> RoomShape:
         """The largest shape there will be."""
         side = self._facts.native_side
         frames: Sequence[Size] = self._networks.frames() or ((side, side),)
         work = max(frames, key=lambda size: size[0] * size[1])
-        return Shape(work, self._options.pictures, 2, self.most_context)
+        return RoomShape(work, self._options.pictures, 2, self.most_context)
 
     @property
     def most_context(self) -> int:
@@ -92,26 +92,26 @@ class Needs:
     @cached_property
     def blocks(self) -> Regions:
         """The regions that a batch's records fill."""
-        width, _ = texts.widths(self._networks)
-        return blocks.regions(self._options.pictures, self.most_context - TOKENS, width)
+        width, _ = texts.find_widths(self._networks)
+        return blocks.list_regions(self._options.pictures, self.most_context - TOKENS, width)
 
     @cached_property
     def regions(self) -> Regions:
         """Everything in the arena."""
         options, networks = self._options, self._networks
         return {
-            **phases.regions(measure_scratch, self.largest, options.largest_picture),
+            **phases.list_regions(measure_scratch, self.largest, options.largest_picture),
             **self.blocks,
-            **room.regions(networks, self.largest),
-            **texts.regions(networks, options.pictures, 2, options.texts, self.most_context),
-            **self.layout.regions(options.subjects),
+            **room.list_regions(networks, self.largest),
+            **texts.list_regions(networks, options.pictures, 2, options.texts, self.most_context),
+            **self.layout.list_regions(options.subjects),
             "workspace": ((self._measure_workspace(),), "uint8"),
         }
 
     def plan(self, device: Device, *, beside: bool) -> MemoryPlan:
         """The memory plan on a device. beside: another runtime uses the same networks."""
         free, total = device.memory()
-        taken = sizes(self.regions)
+        taken = measure_regions(self.regions)
         workspace = taken.pop("workspace")
         loaded = [name for name in self._networks.loaded if name in self._networks]
         plan = plan_memory(self._networks, free, total, self._options, taken, workspace, loaded=loaded, beside=beside)

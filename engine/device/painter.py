@@ -16,7 +16,7 @@ from dreammix_trt.core.seam import Array
 from dreammix_trt.engine.device import phases
 from dreammix_trt.engine.device.blocks import Picture
 from dreammix_trt.engine.device.phases import Phases
-from dreammix_trt.engine.device.room import Room, Shape
+from dreammix_trt.engine.device.room import Room, RoomShape
 from dreammix_trt.engine.drivers.device import Mark
 
 if TYPE_CHECKING:
@@ -63,14 +63,14 @@ class DevicePainter:
         rows = 2 if first.work.request.guided else 1
         context = studio.needs.check_context(first.work.prompts.extra)
         for framing in first.framings:
-            shape = Shape(framing.work, len(self._batch), rows, context, self._safe)
+            shape = RoomShape(framing.work, len(self._batch), rows, context, self._safe)
             same = next((entered for entered in self._rooms if entered[0].shape == shape), None)
             self._rooms.append(same or studio.rooms.enter(shape))
         if not self.marks:
             self._mark("")
         studio.transfers.upload(self._batch, studio.facts, studio.stream)
         self._mark("upload")
-        self._tell()
+        self._prepare_texts()
         studio.residency.need("vae_encoder", "inpaint_head", safe=self._safe)
         if "inpaint_head" in studio.networks:  # the raw UNet never gets the head's feature
             studio.device.clear(studio.arena["no feature"], studio.stream)
@@ -148,7 +148,7 @@ class DevicePainter:
     def _room(self) -> Room:
         return self._rooms[self._now][0]
 
-    def _tell(self) -> None:
+    def _prepare_texts(self) -> None:
         """Subjects and texts."""
         studio = self._studio
         studio.device.clear(studio.arena["flags"], studio.stream)

@@ -19,8 +19,8 @@ from dreammix_trt.engine.canvas.geometry import fill_cascade
 from dreammix_trt.engine.device.arena import Arena, Regions
 from dreammix_trt.engine.device.blocks import MOST_STEPS
 from dreammix_trt.engine.device.framing import Frames
-from dreammix_trt.engine.device.room import Room, Shape
-from dreammix_trt.engine.device.texts import Texts
+from dreammix_trt.engine.device.room import Room, RoomShape
+from dreammix_trt.engine.device.texts import DeviceTexts
 from dreammix_trt.engine.device.tools import CHANNELS, RoomTools
 from dreammix_trt.engine.device.vae import Vae
 from dreammix_trt.engine.drivers.device import Device
@@ -77,7 +77,7 @@ class Finish:
 Phase = Start | TakeStep | DecodeLocal | HandOver | Finish
 
 
-def regions(device_scratch: Callable[[str, int, int, int], int], largest: Shape, pixels: int) -> Regions:
+def list_regions(device_scratch: Callable[[str, int, int, int], int], largest: RoomShape, pixels: int) -> Regions:
     """Memory of the phases, for the largest room and pictures of at most `pixels`.
 
     device_scratch: bytes that a kernel ("fill", "distance", "step") needs, from (pictures, height, width).
@@ -123,7 +123,7 @@ class Phases:
     """The phases in one room, over the arena's regions."""
 
     def __init__(
-        self, device: Device, stream: Stream, arena: Arena, room: Room, texts: Texts, facts: BaseFacts
+        self, device: Device, stream: Stream, arena: Arena, room: Room, texts: DeviceTexts, facts: BaseFacts
     ) -> None:
         self._tools, self._texts = RoomTools(device, stream, arena, room, facts), texts
         self._frames, self._vae = Frames(self._tools), Vae(self._tools)
@@ -213,7 +213,7 @@ class Phases:
         # The first stage's background is drawn as the local stage's fill, or as the global stage's own.
         self._vae.encode(k, background, "vae_noise_lcg_fill" if stage == "lcg" else "vae_noise_gch_background")
         self._add_noise(background, k, self._tools.latents("x")[k], hand_over=False)
-        self._condition(k, stage)
+        self._set_condition(k, stage)
 
     def _hand_over(self, phase: HandOver) -> None:
         k = phase.k
@@ -243,7 +243,7 @@ class Phases:
         else:
             self._tools.device.copy(background, start, self._tools.stream)
         self._add_noise(start, k, self._tools.latents("x")[k], hand_over=True)
-        self._condition(k, "gch")
+        self._set_condition(k, "gch")
 
     def _finish(self, phase: Finish) -> None:
         k = phase.k
@@ -261,7 +261,7 @@ class Phases:
             )
         self._frames.paste(k, "second" if phase.second else "first", "final_sheet", last, seam=phase.keeps_local)
 
-    def _condition(self, k: int, stage: Stage) -> None:
+    def _set_condition(self, k: int, stage: Stage) -> None:
         """What the stage tells the UNet of picture k: text, and the head's feature of the masked picture."""
         rows, unet = self._tools.room.shape.rows_per_picture, self._tools.room.arrays["unet"]
         dtype, context = unet["encoder_hidden_states"].dtype, self._tools.room.shape.context

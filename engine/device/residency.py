@@ -21,7 +21,7 @@ class Usable:
 
     def __init__(self, networks: DeviceNetworks, hidden: Collection[str] = ()) -> None:
         self._networks = networks
-        self._hidden = {*hidden, *_of_other_factors(networks)}
+        self._hidden = {*hidden, *_find_unlike_twins(networks)}
         if any(name in self and twin_name(name) not in self for name in unets_of("both")):
             self._hidden |= {twin_name(name) for name in unets_of("both")}
 
@@ -32,13 +32,13 @@ class Usable:
         return getattr(self._networks, name)
 
 
-def planned(networks: DeviceNetworks, plan: MemoryPlan) -> Usable:
+def restrict_to_plan(networks: DeviceNetworks, plan: MemoryPlan) -> Usable:
     """Networks as a memory plan leaves them: those it has no room for are not there."""
     one = plan.strategy == "one-unet"
     return Usable(networks, {*plan.without, *(("unet_raw", twin_name("unet_raw")) if one else ())})
 
 
-def _of_other_factors(networks: DeviceNetworks) -> Iterator[str]:
+def _find_unlike_twins(networks: DeviceNetworks) -> Iterator[str]:
     """Twins that take LoRA factors in another type than the networks they stand in for."""
     for name in [kind.name for kind in KINDS]:
         if name in networks and twin_name(name) in networks:

@@ -19,7 +19,7 @@ from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import OutOfMemoryError
 from dreammix_trt.core.networks import KINDS, Call, NetworkKind, twin_name
 from dreammix_trt.core.seam import Array, Bound, DeviceNetworks, Stream
-from dreammix_trt.engine.canvas.geometry import Size, floored
+from dreammix_trt.engine.canvas.geometry import Size, floor_to_cells
 from dreammix_trt.engine.canvas.tiles import Tiling, needs_tiles, tiles_of
 from dreammix_trt.engine.device.arena import Arena, Regions
 from dreammix_trt.engine.device.subjects import Layout
@@ -34,7 +34,7 @@ UNET_INPUTS = {
 
 
 @dataclass(frozen=True)
-class Shape:
+class RoomShape:
     """What decides a room: the frame's work size in pixels, pictures, rows a picture, rows of the text condition, and
     whether it is the safe one, where networks are taken as their float32 twins."""
 
@@ -47,7 +47,7 @@ class Shape:
     @property
     def size(self) -> Size:
         """Pixels the networks see."""
-        return floored(self.work)
+        return floor_to_cells(self.work)
 
     @property
     def latent(self) -> Size:
@@ -85,7 +85,7 @@ def choose_twin(networks: DeviceNetworks, name: str, safe: bool) -> str:
     return twin if safe and twin in networks else name
 
 
-def regions(networks: DeviceNetworks, largest: Shape) -> Regions:
+def list_regions(networks: DeviceNetworks, largest: RoomShape) -> Regions:
     """Memory the networks are bound to, for the largest room.
 
     The UNets share theirs. Every other network has its own, sized for float32, which twins take.
@@ -94,11 +94,11 @@ def regions(networks: DeviceNetworks, largest: Shape) -> Regions:
     batch = largest.batch
     inputs = {tensor.name: tensor for tensor in networks.inputs("unet")}
     for name, region in UNET_INPUTS.items():
-        found[region] = (batch.shape(inputs[name]), _wide(networks, "unet", inputs[name]))
+        found[region] = (batch.shape(inputs[name]), _choose_dtype(networks, "unet", inputs[name]))
     found["no feature"] = found["feature"]
     eps = networks.outputs("unet")[0]
-    found["eps"] = (batch.shape(eps), _wide(networks, "unet", eps))
-    for kind in _kinds_of_rooms(networks):
+    found["eps"] = (batch.shape(eps), _choose_dtype(networks, "unet", eps))
+    for kind in _list_kinds(networks):
         if kind.call != "step":
             sides = largest.sides_of(kind.call)
             for tensor in (*networks.inputs(kind.name), *networks.outputs(kind.name)):
@@ -106,12 +106,12 @@ def regions(networks: DeviceNetworks, largest: Shape) -> Regions:
     return found
 
 
-def _kinds_of_rooms(networks: DeviceNetworks) -> Iterator[NetworkKind]:
+def _list_kinds(networks: DeviceNetworks) -> Iterator[NetworkKind]:
     """The networks that rooms bind: all but those of prompts, whose sizes no frame changes."""
     return (kind for kind in KINDS if kind.call != "prompt" and kind.name in networks)
 
 
-def _wide(networks: DeviceNetworks, name: str, tensor: Tensor) -> str:
+def _choose_dtype(networks: DeviceNetworks, name: str, tensor: Tensor) -> str:
     """The larger type where a float32 twin shares the memory."""
     return "float32" if twin_name(name) in networks and tensor.dtype == "float16" else tensor.dtype
 
@@ -121,7 +121,7 @@ class Room:
 
     def __init__(
         self,
-        shape: Shape,
+        shape: RoomShape,
         device: Device,
         networks: DeviceNetworks,
         arena: Arena,
@@ -143,7 +143,7 @@ class Room:
         try:
             if shape.tiling:
                 self._ramps = {factor: self._upload_ramps(shape.tiling, factor) for factor in (1, FACTOR)}
-            for kind in _kinds_of_rooms(networks):
+            for kind in _list_kinds(networks):
                 self._bind(kind, layout)
         except BaseException:
             self.close()
@@ -206,7 +206,7 @@ class Room:
             region = _region_of(kind, tensor)
             if region is not None:
                 arrays[tensor.name] = self._arena[region].reshape(sides.shape(tensor), tensor.dtype)
-        arrays |= layout.arrays(name, self._arena["bound factors"], sides.pictures)
+        arrays |= layout.cut_arrays(name, self._arena["bound factors"], sides.pictures)
         self.arrays[name] = arrays
         need = self._networks.workspace_bytes(actual, sides)
         if need > self._workspace.nbytes:  # a smaller frame may take kernels that want more than the largest frame's
@@ -244,17 +244,17 @@ class Rooms:
     that the same request has entered.
     """
 
-    def __init__(self, make: Callable[[Shape], Room], most: int = 4) -> None:
+    def __init__(self, make: Callable[[RoomShape], Room], most: int = 4) -> None:
         self._make, self._most = make, most
-        self._kept: OrderedDict[Shape, Room] = OrderedDict()
-        self._seen: OrderedDict[Shape, None] = OrderedDict()
+        self._kept: OrderedDict[RoomShape, Room] = OrderedDict()
+        self._seen: OrderedDict[RoomShape, None] = OrderedDict()
         self._guests: list[Room] = []
-        self._entered: set[Shape] = set()
+        self._entered: set[RoomShape] = set()
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def enter(self, shape: Shape) -> tuple[Room, bool]:
+    def enter(self, shape: RoomShape) -> tuple[Room, bool]:
         """The room of a shape, and whether its phases may be captured. The device must be idle."""
         self._entered.add(shape)
         if shape in self._kept:

@@ -26,10 +26,10 @@ from dreammix_trt.engine.device.memory_plan import MemoryPlan, Options
 from dreammix_trt.engine.device.needs import Needs
 from dreammix_trt.engine.device.pace import Pace
 from dreammix_trt.engine.device.painter import DevicePainter, Marks, add_up_marks
-from dreammix_trt.engine.device.residency import Residency, Usable, planned
-from dreammix_trt.engine.device.room import Room, Rooms, Shape
+from dreammix_trt.engine.device.residency import Residency, Usable, restrict_to_plan
+from dreammix_trt.engine.device.room import Room, Rooms, RoomShape
 from dreammix_trt.engine.device.subjects import Subjects
-from dreammix_trt.engine.device.texts import Texts
+from dreammix_trt.engine.device.texts import DeviceTexts
 from dreammix_trt.engine.device.transfers import Transfers
 from dreammix_trt.engine.drivers.device import Device, put
 from dreammix_trt.engine.painting import paint_safely
@@ -66,25 +66,25 @@ class Studio:
         self.facts: BaseFacts = networks.facts
         self.needs = Needs(usable, self.options)
         self.plan: MemoryPlan = self.needs.plan(device, beside=shares)
-        self.networks = cast(DeviceNetworks, planned(usable, self.plan))
+        self.networks = cast(DeviceNetworks, restrict_to_plan(usable, self.plan))
         self.turn: object | None = None  # the batch that has the device's memory now
         self.closed = False
         self._marks: Marks = []
         self._weights_before = 0.0
         with self.explain_memory(), ExitStack() as made:
-            self.stream = stream or device.stream()
+            self.stream = stream or device.make_stream()
             if stream is None:
                 made.callback(self.stream.close)
             self.pace = Pace(device, self.stream)
             try:
-                self._make(made, shares)
+                self._take_memory(made, shares)
             except DeviceError:
                 if self.pace.lost:  # then nothing can be given back
                     made.pop_all()
                 raise
             self._owned = made.pop_all()
 
-    def _make(self, made: ExitStack, shares: bool) -> None:
+    def _take_memory(self, made: ExitStack, shares: bool) -> None:
         """What takes memory; each is given back by `made`."""
         device, networks = self.device, self.networks
         serves = getattr(networks, "serves", None)
@@ -98,12 +98,12 @@ class Studio:
         self.transfers = Transfers(device, self.arena, list(self.needs.blocks), made)
         self._put(self.arena["numbers"], np.arange(blocks.MOST_STEPS + 1, dtype=np.int32))  # what the counter is set to
         self.subjects = Subjects(device, self.stream, self.needs.layout, self.arena, self.pace.wait)
-        self.texts = Texts(device, self.stream, networks, self.arena, self.needs.layout, self.subjects, self._put)
+        self.texts = DeviceTexts(device, self.stream, networks, self.arena, self.needs.layout, self.subjects, self._put)
         made.callback(self.texts.close)
         self.rooms = Rooms(self._make_room, self.options.shapes)
         made.callback(self.rooms.close)
 
-    def _make_room(self, shape: Shape) -> Room:
+    def _make_room(self, shape: RoomShape) -> Room:
         self.residency.make_room()
         workspace = self.arena["workspace"]
         return Room(shape, self.device, self.networks, self.arena, self.needs.layout, workspace, self._put)

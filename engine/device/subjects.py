@@ -28,7 +28,7 @@ from dreammix_trt.engine.drivers.device import Device, put
 NOBODY = ""  # the subject whose factors are zeros
 
 
-class Entry(NamedTuple):
+class FactorInput(NamedTuple):
     """One LoRA input of a network: its shape for one picture, its place in the network's packed row and in ours."""
 
     tensor: str
@@ -56,20 +56,20 @@ class Layout:
         found = {
             dtypes[name][tensor]
             for name in names
-            for tensor, _ in _inputs(dtypes[name], self.slots[name])
+            for tensor, _ in _list_inputs(dtypes[name], self.slots[name])
             if tensor in dtypes[name]
         }
         self.dtype = found.pop() if found else "float32"
         if found:
             raise EngineError("the networks take LoRA factors in different types; build the base again as a whole")
-        self.entries: dict[str, list[Entry]] = {}
+        self.inputs: dict[str, list[FactorInput]] = {}
         self.numbers = self.unet_numbers = 0
         for name in names:
-            self.entries[name] = self._entries(_inputs(dtypes[name], self.slots[name]), dtypes[name])
+            self.inputs[name] = self._place_inputs(_list_inputs(dtypes[name], self.slots[name]), dtypes[name])
             if name in unets_of("both"):
                 self.unet_numbers = self.numbers
 
-    def regions(self, subjects: int) -> Regions:
+    def list_regions(self, subjects: int) -> Regions:
         """Memory for `subjects` resident rows (and the zeros), the bound buffer, and packing."""
         numbers = max(self.numbers, 1)
         factors = 2 * sum(map(len, self.slots.values()))
@@ -78,34 +78,34 @@ class Layout:
             "bound factors": ((self.pictures * self.unet_numbers + numbers - self.unet_numbers,), self.dtype),
             "raw factors": ((numbers,), "float32"),
             "factor table": ((max(factors, 1) * FACTOR.itemsize,), "uint8"),
-            "segments": ((max(len(self.segments()), 1) * SEGMENT.itemsize,), "uint8"),
+            "segments": ((max(len(self.make_segments()), 1) * SEGMENT.itemsize,), "uint8"),
         }
 
-    def segments(self) -> np.ndarray:
+    def make_segments(self) -> np.ndarray:
         """SEGMENT records: what `place_factors` moves of a row's UNet part; the same for every batch size."""
-        unets = [entry for name in unets_of("both") for entry in self.entries.get(name, ())]
+        unets = [entry for name in unets_of("both") for entry in self.inputs.get(name, ())]
         return np.array([(entry.start, entry.start, entry.size) for entry in unets], SEGMENT)
 
-    def target(self, name: str, at: int) -> int | None:
+    def find_target(self, name: str, at: int) -> int | None:
         """Where number `at` of a network's packed row stands in ours; None: the network has no input for it."""
-        entries = self.entries[name]
+        entries = self.inputs[name]
         before = bisect_right(entries, at, key=lambda entry: entry.packed_at)
         entry = entries[before - 1] if before else None
         if entry is None or at >= entry.packed_at + entry.size:
             return None
         return entry.start + at - entry.packed_at
 
-    def arrays(self, name: str, bound: Array, pictures: int) -> dict[str, Array]:
+    def cut_arrays(self, name: str, bound: Array, pictures: int) -> dict[str, Array]:
         """The LoRA inputs of a network as parts of the bound buffer, for a batch of `pictures` (text encoders: 1)."""
         on_unet = name in unets_of("both")
         count = pictures if on_unet else 1
         shift = 0 if on_unet else (self.pictures - 1) * self.unet_numbers
         return {
             entry.tensor: bound.part(shift + entry.start * count, count * entry.size).reshape((count, *entry.shape))
-            for entry in self.entries.get(name, ())
+            for entry in self.inputs.get(name, ())
         }
 
-    def _entries(self, inputs: list[tuple[str, tuple[int, ...]]], known: Collection[str]) -> list[Entry]:
+    def _place_inputs(self, inputs: list[tuple[str, tuple[int, ...]]], known: Collection[str]) -> list[FactorInput]:
         """Place those of the inputs that the network has after what is placed already: engines lack the factors of a
         layer whose output nothing reads, and the packed row has them."""
         each = ALIGNMENT // np.dtype(self.dtype).itemsize
@@ -113,13 +113,13 @@ class Layout:
         for tensor, shape in inputs:
             size = math.prod(shape)
             if tensor in known:
-                entries.append(Entry(tensor, shape, packed_at, self.numbers))
+                entries.append(FactorInput(tensor, shape, packed_at, self.numbers))
                 self.numbers += -(-size // each) * each
             packed_at += size
         return entries
 
 
-def _inputs(known: Mapping[str, str], slots: Sequence[Slot]) -> list[tuple[str, tuple[int, ...]]]:
+def _list_inputs(known: Mapping[str, str], slots: Sequence[Slot]) -> list[tuple[str, tuple[int, ...]]]:
     """The LoRA inputs its slots stand for in packed order, with their shapes for one picture. known: all it has."""
     if "lora" in known:
         return [("lora", (packed_size(slots),))]
@@ -138,11 +138,11 @@ class Subjects:
         self._resident: OrderedDict[str, int] = OrderedDict()
         self._entered: tuple[str, ...] | None = None
         self._in_text: str | None = None
-        self._segments = len(layout.segments())
+        self._segments = len(layout.make_segments())
         device.clear(arena["subject rows"][0], stream)
         device.clear(arena["bound factors"], stream)
         if self._segments:
-            self._upload("segments", layout.segments().view(np.uint8))
+            self._upload("segments", layout.make_segments().view(np.uint8))
         wait()
 
     @property
@@ -155,7 +155,7 @@ class Subjects:
 
         Raises FileFormatError where it does not fit the base, DeviceError; then the one that had the name keeps it.
         """
-        table, raw = self._packing(subject)
+        table, raw = self._pack(subject)
         self._resident.pop(name, None)
         self._forget(name)
         self._place(name, table, raw)
@@ -175,7 +175,7 @@ class Subjects:
                 self._enter(picture, len(chosen), name)
         self._entered = chosen
 
-    def for_text(self, name: str) -> None:
+    def enter_text(self, name: str) -> None:
         """Let the text encoders use a subject's factors."""
         if self._layout.pictures == 1 and self._entered != (name,):
             self.enter((name,))
@@ -187,15 +187,15 @@ class Subjects:
             bound = self._arena["bound factors"].part(
                 self._layout.pictures * first, count
             )  # behind all pictures' UNets
-            self._device.copy(bound, self._row(name).part(first, count), self._stream)
+            self._device.copy(bound, self._find_row(name).part(first, count), self._stream)
         self._in_text = name
 
     def _enter(self, picture: int, pictures: int, name: str) -> None:
-        row, bound = self._row(name), self._arena["bound factors"]
+        row, bound = self._find_row(name), self._arena["bound factors"]
         if self._layout.pictures == 1:
             self._device.copy(bound.part(0, self._layout.numbers), row.part(0, self._layout.numbers), self._stream)
         elif self._segments:
-            self._device.kernel(
+            self._device.launch_kernel(
                 "place_factors",
                 self._stream,
                 row=row,
@@ -207,12 +207,12 @@ class Subjects:
                 half=bound.half,
             )
 
-    def _row(self, name: str) -> Array:
+    def _find_row(self, name: str) -> Array:
         rows = self._arena["subject rows"]
         if name == NOBODY:
             return rows[0]
         if name not in self._resident:
-            self._place(name, *self._packing(self._known[name]))
+            self._place(name, *self._pack(self._known[name]))
         self._resident.move_to_end(name)
         return rows[self._resident[name]]
 
@@ -225,7 +225,7 @@ class Subjects:
         if len(table):
             self._upload("factor table", table.view(np.uint8))
             self._upload("raw factors", raw)
-            self._device.kernel(
+            self._device.launch_kernel(
                 "pack_factors",
                 self._stream,
                 raw=self._arena["raw factors"],
@@ -238,12 +238,12 @@ class Subjects:
         self._wait()
         self._resident[name] = index
 
-    def _packing(self, subject: Subject) -> tuple[np.ndarray, np.ndarray]:
+    def _pack(self, subject: Subject) -> tuple[np.ndarray, np.ndarray]:
         """FACTOR records of a subject and the numbers they refer to, float32."""
         found, values, source = [], [np.zeros(0, np.float32)], 0
         for network, slots in self._layout.slots.items():
             for each in place_factors(subject.factors_for(network), slots, subject.scale):
-                target = self._layout.target(network, each.at)
+                target = self._layout.find_target(network, each.at)
                 if target is None:
                     continue
                 found.append((source, target, *each.values.shape, *each.shape, each.scale, 0))

@@ -25,13 +25,13 @@ _SIDES = Sides(1, 1, 1, 1)
 _TAS = 2 + 2 * TOKENS  # numbers of a TAS plan
 
 
-def regions(networks: DeviceNetworks, pictures: int, rows: int, kept: int, context: int) -> Regions:
+def list_regions(networks: DeviceNetworks, pictures: int, rows: int, kept: int, context: int) -> Regions:
     """Memory for the encoders, `kept` encoded prompts (at least all of one picture's), and the rows of both stages.
 
     rows: a picture, 1 or 2. context: the longest condition.
     """
     kept = max(kept, MOST_PROMPTS)
-    width, pooled = widths(networks)
+    width, pooled = find_widths(networks)
     unet = {tensor.name: tensor.dtype for tensor in networks.inputs("unet")}
     wide = "float32" if twin_name("unet") in networks else unet["encoder_hidden_states"]
     found: dict[str, tuple[tuple[int, ...], str]] = {
@@ -53,13 +53,13 @@ def regions(networks: DeviceNetworks, pictures: int, rows: int, kept: int, conte
     return found
 
 
-def widths(networks: DeviceNetworks) -> tuple[int, int]:
+def find_widths(networks: DeviceNetworks) -> tuple[int, int]:
     """Numbers a token and a pooled vector have."""
     inputs = {tensor.name: tensor.shape for tensor in networks.inputs("unet")}
     return int(inputs["encoder_hidden_states"][-1]), int(inputs["text_embeds"][-1])
 
 
-class Texts:
+class DeviceTexts:
     """The text side of a runtime."""
 
     def __init__(
@@ -108,8 +108,8 @@ class Texts:
             if prompt.key in self._kept:
                 self._kept.move_to_end(prompt.key)
                 continue
-            self._subjects.for_text(prompt.subject)
-            slot = self._slot({other.key for other in plan.prompts})
+            self._subjects.enter_text(prompt.subject)
+            slot = self._choose_slot({other.key for other in plan.prompts})
             ids = self._arena["ids"][picture * MOST_PROMPTS + number]
             self._encode(ids, slot, safe, capture)
             self._kept[prompt.key] = slot
@@ -122,7 +122,7 @@ class Texts:
             encoders.close()
         self._encoders.clear()
 
-    def _slot(self, needed: set[tuple[str, str, bytes]]) -> int:
+    def _choose_slot(self, needed: set[tuple[str, str, bytes]]) -> int:
         most = self._arena["kept tokens"].shape[0]
         free = set(range(most)) - set(self._kept.values())
         if free:
@@ -156,7 +156,7 @@ class Texts:
         if plan.eliminated is not None:
             plain, arena = self._find_kept(plan.prompt), self._arena
             less = arena["less tokens"], arena["less pooled"].reshape(plain[1].shape)
-            self._take_away(picture, plain, self._find_kept(plan.eliminated), less)
+            self._remove_attributes(picture, plain, self._find_kept(plan.eliminated), less)
             sources["decomposed"] = less
         for stage, name in enumerate(STAGES):
             tokens, pooled = self.rows_of(stage, context, dtype)
@@ -172,14 +172,14 @@ class Texts:
         if extra:
             self._write(place.part(TOKENS, extra), self._arena["appended"].part(row * extra, extra))
 
-    def _take_away(
+    def _remove_attributes(
         self, picture: int, plain: tuple[Array, Array], removed: tuple[Array, Array], less: tuple[Array, Array]
     ) -> None:
         for to, source in zip(less, plain, strict=True):
             self._device.copy(to, source, self._stream)
         plans = (self._arena["tas plans"][picture], self._arena["pooled plan"])
         for tokens, away, plan, rows in zip(less, removed, plans, (TOKENS, 1), strict=True):
-            self._device.kernel(
+            self._device.launch_kernel(
                 "tas", self._stream, tokens=tokens, removed=away, plan=plan, rows=rows, width=tokens.shape[-1]
             )
 
@@ -188,7 +188,7 @@ class Texts:
         if source is None:
             self._device.clear(place, self._stream)
         else:
-            self._device.kernel(
+            self._device.launch_kernel(
                 "convert",
                 self._stream,
                 source=source,
@@ -230,7 +230,7 @@ class _Encoders:
                 actual = choose_twin(networks, name, safe)
                 tensors = [t for t in (*networks.inputs(actual), *networks.outputs(actual)) if "lora" not in t.name]
                 own = {t.name: arena[f"{name} {t.name}"].reshape(_SIDES.shape(t), t.dtype) for t in tensors}
-                self.arrays[name] = own | layout.arrays(name, arena["bound factors"], 1)
+                self.arrays[name] = own | layout.cut_arrays(name, arena["bound factors"], 1)
                 self._bound[name] = networks.bind(actual, _SIDES, self.arrays[name], arena["workspace"])
         except BaseException:
             self.close()
@@ -257,7 +257,7 @@ class _Encoders:
             bound.enqueue(stream)
         first, second = (self.arrays[name]["hidden"] for name in names_of_phase("text"))
         pooled = self.arrays["text_encoder_2"]["pooled"]
-        self._device.kernel(
+        self._device.launch_kernel(
             "join_text",
             stream,
             first=first,
@@ -271,7 +271,7 @@ class _Encoders:
             first_bit=flag_of("text_encoder"),
             second_bit=flag_of("text_encoder_2"),
         )
-        self._device.kernel(
+        self._device.launch_kernel(
             "convert",
             stream,
             source=pooled,

@@ -20,7 +20,7 @@ class RoomTools:
         self.device, self.stream, self.arena, self.room, self.facts = device, stream, arena, room, facts
 
     def launch(self, name: str, **arguments: Any) -> None:
-        self.device.kernel(name, self.stream, **arguments)
+        self.device.launch_kernel(name, self.stream, **arguments)
 
     @property
     def fits(self) -> bool:

@@ -40,7 +40,7 @@ _ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
-class Entry:
+class RecordEntry:
     """One thing that happened: kind ("kernel", "work", "copy", "clear", "upload", "download", "allocate", "pinned",
     "free", "capture", "launch", "synchronize", "mark"), its name, the arrays it touches, the graph it belongs to."""
 
@@ -52,7 +52,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class _Task:
-    entry: Entry
+    entry: RecordEntry
     run: Callable[[], None]
 
 
@@ -71,7 +71,7 @@ class SimulatedDevice:
         self._waiting: deque[Callable[[], None]] = deque()
         self._done = 0
         self._pinned: list[SimulatedPinned] = []
-        self.record: list[Entry] = []
+        self.record: list[RecordEntry] = []
         self.transferred = {"uploaded": 0, "downloaded": 0}
         self._live: dict[int, SimulatedMemory] = {}
         self._starts: list[int] = []
@@ -92,7 +92,7 @@ class SimulatedDevice:
         return self.total - self.used, self.total
 
     def allocate(self, nbytes: int) -> SimulatedMemory:
-        self._not_capturing("allocate memory")
+        self._refuse_in_capture("allocate memory")
         if nbytes > self.total - self.used:
             raise OutOfMemoryError(
                 f"{nbytes} bytes were asked for, {self.total - self.used} of {self.total} are free on the {self.name}"
@@ -100,58 +100,60 @@ class SimulatedDevice:
         memory = SimulatedMemory(self, nbytes)
         self._live[memory.pointer] = memory
         bisect.insort(self._starts, memory.pointer)
-        self.record.append(Entry("allocate", str(nbytes)))
+        self.record.append(RecordEntry("allocate", str(nbytes)))
         return memory
 
     def allocate_pinned(self, nbytes: int) -> SimulatedPinned:
-        self._not_capturing("allocate host memory")
-        self.record.append(Entry("pinned", str(nbytes)))
+        self._refuse_in_capture("allocate host memory")
+        self.record.append(RecordEntry("pinned", str(nbytes)))
         pinned = SimulatedPinned(np.zeros(nbytes, np.uint8))
         self._pinned = [*(each for each in self._pinned if each.array.size), pinned]
         return pinned
 
-    def stream(self) -> SimulatedStream:
+    def make_stream(self) -> SimulatedStream:
         return SimulatedStream()
 
     def upload(self, to: Array, source: npt.NDArray[Any], stream: Stream) -> None:
-        self._not_capturing("copy from the host")
-        self._same_size(to, source.nbytes)
+        self._refuse_in_capture("copy from the host")
+        self._check_size(to, source.nbytes)
         if not source.flags.c_contiguous:
             raise DeviceError("only contiguous host memory can be copied to a device")
         self.transferred["uploaded"] += to.nbytes
         pinned = any(np.may_share_memory(source, each.array) for each in self._pinned)
         kept = source if pinned or not self.late else source.copy()  # other memory is read before the call returns
-        self._enqueue(Entry("upload", "", {"to": to}), lambda: _copy(self.bytes(to), kept.reshape(-1).view(np.uint8)))
-
-    def download(self, to: npt.NDArray[Any], source: Array, stream: Stream) -> None:
-        self._not_capturing("copy to the host")
-        self._same_size(source, to.nbytes)
-        self.transferred["downloaded"] += source.nbytes
-        entry = Entry("download", "", {"source": source})
-        self._enqueue(entry, lambda: _copy(to.reshape(-1).view(np.uint8), self.bytes(source)))
-
-    def copy(self, to: Array, source: Array, stream: Stream) -> None:
-        self._same_size(to, source.nbytes)
-        entry = Entry("copy", "", {"to": to, "source": source})
-        self._enqueue(entry, lambda: _copy(self.bytes(to), self.bytes(source)))
-
-    def clear(self, to: Array, stream: Stream) -> None:
-        self._enqueue(Entry("clear", "", {"to": to}), lambda: self.bytes(to).fill(0))
-
-    def kernel(self, name: str, stream: Stream, **arguments: Any) -> None:
-        function = getattr(self._kernels, name)
-        arrays = {key: value for key, value in arguments.items() if isinstance(value, Array)}
-        plain = {key: _plain(value) for key, value in arguments.items()}
-        blocks, threads = self.threads
         self._enqueue(
-            Entry("kernel", name, arrays), lambda: function(**plain, stream=None, blocks=blocks, threads=threads)
+            RecordEntry("upload", "", {"to": to}), lambda: _copy(self.view_bytes(to), kept.reshape(-1).view(np.uint8))
         )
 
-    def work(self, label: str, stream: Stream, run: Callable[[], None]) -> None:
-        self._enqueue(Entry("work", label), run)
+    def download(self, to: npt.NDArray[Any], source: Array, stream: Stream) -> None:
+        self._refuse_in_capture("copy to the host")
+        self._check_size(source, to.nbytes)
+        self.transferred["downloaded"] += source.nbytes
+        entry = RecordEntry("download", "", {"source": source})
+        self._enqueue(entry, lambda: _copy(to.reshape(-1).view(np.uint8), self.view_bytes(source)))
+
+    def copy(self, to: Array, source: Array, stream: Stream) -> None:
+        self._check_size(to, source.nbytes)
+        entry = RecordEntry("copy", "", {"to": to, "source": source})
+        self._enqueue(entry, lambda: _copy(self.view_bytes(to), self.view_bytes(source)))
+
+    def clear(self, to: Array, stream: Stream) -> None:
+        self._enqueue(RecordEntry("clear", "", {"to": to}), lambda: self.view_bytes(to).fill(0))
+
+    def launch_kernel(self, name: str, stream: Stream, **arguments: Any) -> None:
+        function = getattr(self._kernels, name)
+        arrays = {key: value for key, value in arguments.items() if isinstance(value, Array)}
+        plain = {key: _to_argument(value) for key, value in arguments.items()}
+        blocks, threads = self.threads
+        self._enqueue(
+            RecordEntry("kernel", name, arrays), lambda: function(**plain, stream=None, blocks=blocks, threads=threads)
+        )
+
+    def enqueue_work(self, label: str, stream: Stream, run: Callable[[], None]) -> None:
+        self._enqueue(RecordEntry("work", label), run)
 
     def capture(self, stream: Stream, record: Callable[[], None]) -> SimulatedGraph:
-        self._not_capturing("capture")
+        self._refuse_in_capture("capture")
         tasks: list[_Task] = []
         self._threads.tasks = tasks
         try:
@@ -159,17 +161,17 @@ class SimulatedDevice:
         finally:
             self._threads.tasks = None
         self._graphs += 1
-        self.record.append(Entry("capture", "", graph=self._graphs))
+        self.record.append(RecordEntry("capture", "", graph=self._graphs))
         return SimulatedGraph(self, self._graphs, tasks)
 
     def mark(self, stream: Stream, *, timed: bool = False) -> SimulatedMark:
-        self._not_capturing("mark the stream")
-        self.record.append(Entry("mark"))
+        self._refuse_in_capture("mark the stream")
+        self.record.append(RecordEntry("mark"))
         return SimulatedMark(self, self._done + len(self._waiting), time.perf_counter())
 
     def synchronize(self, stream: Stream) -> None:
-        self._not_capturing("wait")
-        self.record.append(Entry("synchronize"))
+        self._refuse_in_capture("wait")
+        self.record.append(RecordEntry("synchronize"))
         self.reach(self._done + len(self._waiting))
 
     def reach(self, done: int) -> None:
@@ -191,10 +193,10 @@ class SimulatedDevice:
 
     def view(self, array: Array) -> npt.NDArray[Any]:
         """An array's memory as numpy; for tests and simulated networks."""
-        seen: npt.NDArray[Any] = self.bytes(array).view(array.dtype).reshape(array.shape)
+        seen: npt.NDArray[Any] = self.view_bytes(array).view(array.dtype).reshape(array.shape)
         return seen
 
-    def bytes(self, array: Array) -> npt.NDArray[np.uint8]:
+    def view_bytes(self, array: Array) -> npt.NDArray[np.uint8]:
         """The array's bytes, uint8 (nbytes,). Raises DeviceError where it does not lie in allocated memory."""
         place = bisect.bisect_right(self._starts, array.pointer) - 1
         memory = self._live.get(self._starts[place]) if place >= 0 else None
@@ -205,15 +207,15 @@ class SimulatedDevice:
 
     def forget(self, memory: SimulatedMemory) -> None:
         """Called by memory that is given back."""
-        self._not_capturing("free memory")
+        self._refuse_in_capture("free memory")
         self.reach(self._done + len(self._waiting))  # as cudaFree does
         del self._live[memory.pointer]
         self._starts.remove(memory.pointer)
-        self.record.append(Entry("free", str(memory.nbytes)))
+        self.record.append(RecordEntry("free", str(memory.nbytes)))
 
-    def _enqueue(self, entry: Entry, run: Callable[[], None]) -> None:
+    def _enqueue(self, entry: RecordEntry, run: Callable[[], None]) -> None:
         for array in entry.arrays.values():
-            self.bytes(array)
+            self.view_bytes(array)
         if self._capturing is not None:
             self._capturing.append(_Task(entry, run))
             return
@@ -227,15 +229,15 @@ class SimulatedDevice:
         else:
             task()
 
-    def idle(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether nothing waits to be run."""
         return not self._waiting
 
-    def _not_capturing(self, what: str) -> None:
+    def _refuse_in_capture(self, what: str) -> None:
         if self._capturing is not None:
             raise DeviceError(f"a captured graph cannot {what}")
 
-    def _same_size(self, array: Array, nbytes: int) -> None:
+    def _check_size(self, array: Array, nbytes: int) -> None:
         if array.nbytes != nbytes:
             raise DeviceError(f"a copy between {array.nbytes} and {nbytes} bytes")
 
@@ -300,24 +302,24 @@ class SimulatedGraph:
         self.open = True
 
     @property
-    def entries(self) -> tuple[Entry, ...]:
+    def entries(self) -> tuple[RecordEntry, ...]:
         """What was captured."""
         return tuple(task.entry for task in self._tasks)
 
     def launch(self, stream: Stream) -> None:
-        self._device._not_capturing("launch another")
+        self._device._refuse_in_capture("launch another")
         if not self.open:
             raise DeviceError("a closed graph was launched")
-        self._device.record.append(Entry("launch", graph=self.number))
+        self._device.record.append(RecordEntry("launch", graph=self.number))
         for task in self._tasks:
             for array in task.entry.arrays.values():
-                self._device.bytes(array)
+                self._device.view_bytes(array)
             entry = task.entry
-            self._device.record.append(Entry(entry.kind, entry.name, entry.arrays, self.number))
+            self._device.record.append(RecordEntry(entry.kind, entry.name, entry.arrays, self.number))
             self._device.run(task.run)
 
     def close(self) -> None:
-        if not self._device.idle():
+        if not self._device.is_idle():
             raise DeviceError("a graph is closed while work is under way")
         self.open = False
 
@@ -358,14 +360,14 @@ class SimulatedNetworks:
         return name in self._runner or name in map(twin_name, self._twins)
 
     def slots(self, name: str) -> tuple[Slot, ...]:
-        slots: tuple[Slot, ...] = self._runner.slots(_plain_name(name))
+        slots: tuple[Slot, ...] = self._runner.slots(plain_name(name))
         return slots
 
     def inputs(self, name: str) -> tuple[Tensor, ...]:
-        return tuple(self._tensors(name, "inputs"))
+        return tuple(self._list_tensors(name, "inputs"))
 
     def outputs(self, name: str) -> tuple[Tensor, ...]:
-        return tuple(self._tensors(name, "outputs"))
+        return tuple(self._list_tensors(name, "outputs"))
 
     def contexts(self) -> tuple[int, ...] | None:
         """As given."""
@@ -389,7 +391,7 @@ class SimulatedNetworks:
         for key, tensor in given.items():
             if arrays[key].shape != sides.shape(tensor) or arrays[key].dtype != tensor.dtype:
                 raise DeviceError(f"{name}: {key} is {arrays[key]}, expected {sides.shape(tensor)} {tensor.dtype}")
-            self._device.bytes(arrays[key])
+            self._device.view_bytes(arrays[key])
         if workspace is None or workspace.nbytes < self.workspace_bytes(name, sides):
             raise DeviceError(f"{name} has too little workspace")
         self.bound.append(name)
@@ -426,22 +428,22 @@ class SimulatedNetworks:
             pictures = len(next(iter(found.values())))
             rows = [found.get(factor, np.zeros((pictures, *shape), np.float32)) for factor, shape in factors.items()]
             given["lora"] = np.concatenate([row.reshape(pictures, -1) for row in rows], axis=1)
-        for key, value in self._runner.run(_plain_name(name), **given).items():
+        for key, value in self._runner.run(plain_name(name), **given).items():
             with np.errstate(over="ignore"):
                 values[key][...] = value
 
     def enqueue(self, name: str, arrays: Mapping[str, Array], stream: Stream) -> None:
         """Put a bound network's work into the stream."""
-        self._device.work(name, stream, lambda: self.run(name, arrays))
+        self._device.enqueue_work(name, stream, lambda: self.run(name, arrays))
 
     @property
     def captures(self) -> bool:
         return self._capturable
 
-    def _tensors(self, name: str, side: str) -> list[Tensor]:
+    def _list_tensors(self, name: str, side: str) -> list[Tensor]:
         found = []
         wide = is_twin(name)
-        for entry in self._runner.entries[_plain_name(name)][side]:
+        for entry in self._runner.entries[plain_name(name)][side]:
             tensor = Tensor.of(entry)
             keeps = wide or not self._half or tensor.dtype != "float32" or tensor.name in ("timestep", "time_ids")
             dtype = tensor.dtype if keeps else "float16"
@@ -477,11 +479,7 @@ class SimulatedBound:
         """Nothing is held."""
 
 
-def _plain_name(name: str) -> str:
-    return plain_name(name)
-
-
-def _plain(value: Any) -> Any:
+def _to_argument(value: Any) -> Any:
     return value.pointer if isinstance(value, Array) else 0 if value is None else value
 
 

@@ -117,7 +117,7 @@ class HostPainter:
         decoded = self._decode(self.taken.x)
         self._show("last result", decoded)
         with self._clock("canvas"):
-            return [self._canvas.final(self.frame, decoded, local=self._local)]
+            return [self._canvas.compose(self.frame, decoded, local=self._local)]
 
     def open_preview(self) -> Callable[[int], U8]:
         """What shows the last prediction; it goes on showing that one after the next step."""

@@ -21,7 +21,7 @@ from dreammix_trt.engine.canvas.geometry import Size
 from dreammix_trt.engine.host.clock import Clock
 from dreammix_trt.engine.host.denoiser import Denoiser, EngineDenoiser
 from dreammix_trt.engine.host.painter import HostPainter, Sitting
-from dreammix_trt.engine.host.texts import Texts
+from dreammix_trt.engine.host.texts import HostTexts
 from dreammix_trt.engine.painting import paint_safely
 from dreammix_trt.engine.runtime import Painted, Painting, Work
 
@@ -39,7 +39,7 @@ class HostRuntime:
     def __init__(self, networks: Networks, facts: BaseFacts, denoiser: Denoiser | None = None) -> None:
         self.networks, self.facts = networks, facts
         self.timings: Mapping[str, float] = {}
-        self._denoiser, self._closed, self._texts = denoiser, False, Texts()
+        self._denoiser, self._closed, self._texts = denoiser, False, HostTexts()
         self._names = [kind.name for kind in KINDS if kind.factors and kind.name in networks]
         self._factors: dict[str, dict[str, F32]] = {
             "": {name: np.zeros(packed_size(networks.slots(name)), np.float32) for name in self._names}

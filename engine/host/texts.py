@@ -26,7 +26,7 @@ class Text:
     pooled: F32
 
 
-class Texts:
+class HostTexts:
     """Encodes prompts, and remembers what it encoded."""
 
     def __init__(self) -> None:

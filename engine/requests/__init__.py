@@ -8,6 +8,6 @@ of the app runs under it. That code, `on_step`, runs in a worker's thread, where
 
 from dreammix_trt.engine.requests.queue import RequestQueue
 from dreammix_trt.engine.requests.tally import Percentiles, Statistics
-from dreammix_trt.engine.requests.tickets import Steps, Ticket
+from dreammix_trt.engine.requests.tickets import StepCount, Ticket
 
-__all__ = ["Percentiles", "RequestQueue", "Statistics", "Steps", "Ticket"]
+__all__ = ["Percentiles", "RequestQueue", "Statistics", "StepCount", "Ticket"]

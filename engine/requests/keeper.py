@@ -6,7 +6,7 @@ import math
 import threading
 import time
 
-from dreammix_trt.engine.requests.line import Line, pause
+from dreammix_trt.engine.requests.line import Line, limit_wait
 from dreammix_trt.engine.requests.tickets import Ticket
 
 
@@ -18,7 +18,7 @@ class Keeper:
         self._times = threading.Condition(line.lock)  # an earlier deadline, or the end
         self._alarm = math.inf  # when the keeper wakes
 
-    def hear_of(self, ticket: Ticket) -> None:
+    def note_deadline(self, ticket: Ticket) -> None:
         """A ticket was taken in; its deadline may be the next one."""
         with self._line.lock:
             if ticket._deadline < self._alarm:
@@ -35,4 +35,4 @@ class Keeper:
             while self._line.workers:
                 now = time.monotonic()
                 self._alarm = self._line.expire_until(now)
-                self._times.wait(pause(self._alarm - now))
+                self._times.wait(limit_wait(self._alarm - now))

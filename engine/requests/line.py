@@ -34,7 +34,7 @@ class Line:
         self._closing = False
         self._lost: DeviceError | None = None
 
-    def inside(self) -> bool:
+    def is_inside(self) -> bool:
         """Whether this is a thread of the queue, which must not wait for it."""
         return threading.current_thread() in self.threads
 
@@ -52,13 +52,13 @@ class Line:
                 while not self._lets_in(here):
                     now = time.monotonic()
                     if now >= ticket._deadline:
-                        raise ticket._overdue()
+                        raise ticket._make_overdue_error()
                     if now >= limit:
                         raise QueueFull(
                             f"{len(self._waiting)} requests wait, and the queue takes waiting={self._most_waiting}: "
                             f"submit again later, or with wait=SECONDS"
                         )
-                    self._room.wait(pause(limit - now))
+                    self._room.wait(limit_wait(limit - now))
             finally:
                 self._doors.remove(here)
                 self._room.notify_all()
@@ -130,17 +130,17 @@ class Line:
             self.workers -= 1
             if not self.workers:
                 if lost is not None and not self._closing:
-                    self._lost = _again(lost)
+                    self._lost = _copy_error(lost)
                 self._closing = True
                 for ticket in tuple(self._waiting):
-                    self._drop(ticket, EngineError("the queue's workers ended") if lost is None else _again(lost))
+                    self._drop(ticket, EngineError("the queue's workers ended") if lost is None else _copy_error(lost))
             self._room.notify_all()
             return not self.workers
 
     def statistics(self) -> Statistics:
         """Counts, and how long finished requests waited and ran."""
         with self.lock:
-            return self._tally.statistics(len(self._waiting), len(self._running))
+            return self._tally.summarise(len(self._waiting), len(self._running))
 
     # Under the lock
 
@@ -150,7 +150,7 @@ class Line:
         A ticket that an idle worker is about to take does not count as waiting.
         """
         if self._lost is not None:
-            raise _again(self._lost)
+            raise _copy_error(self._lost)
         if self._closing:
             raise EngineError("this queue was closed: make another RequestQueue, or submit before close()")
         there = len(self._waiting) + len(self._running)
@@ -159,9 +159,9 @@ class Line:
     def _expire(self, ticket: Ticket) -> None:
         """End a ticket whose deadline has passed."""
         if ticket.state == "waiting":
-            self._drop(ticket, ticket._overdue())
+            self._drop(ticket, ticket._make_overdue_error())
         else:
-            self._end(ticket, error=ticket._overdue())
+            self._end(ticket, error=ticket._make_overdue_error())
 
     def _drop(self, ticket: Ticket, error: BaseException | None = None) -> None:
         """End a waiting ticket."""
@@ -174,12 +174,12 @@ class Line:
             self._tally.add(ticket)
 
 
-def pause(seconds: float) -> float | None:
+def limit_wait(seconds: float) -> float | None:
     """As `threading` takes it."""
     return None if seconds == math.inf else min(max(seconds, 0.0), threading.TIMEOUT_MAX)
 
 
-def _again(error: DeviceError) -> DeviceError:
+def _copy_error(error: DeviceError) -> DeviceError:
     """The same error without a traceback: raising one object again and again makes its traceback grow."""
     fresh = DeviceError(*error.args)
     fresh.lost = True

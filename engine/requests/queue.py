@@ -44,7 +44,7 @@ class RequestQueue:
         _check_painters(painters)
         if isinstance(waiting, bool) or not isinstance(waiting, int) or waiting < 0:
             raise InputError(f"waiting is {waiting!r}; allowed: a whole number from 0")
-        self._timeout = _seconds("timeout", timeout)
+        self._timeout = _check_seconds("timeout", timeout)
         self._owned = tuple(painters) if owned else ()
         self._request = painters[0].request
         self._line = Line(waiting)
@@ -87,8 +87,8 @@ class RequestQueue:
         request is painted.
         """
         begun = time.monotonic()
-        allowed = self._timeout if isinstance(timeout, EllipsisType) else _seconds("timeout", timeout)
-        patience = _seconds("wait", 0 if self._line.inside() else wait)
+        allowed = self._timeout if isinstance(timeout, EllipsisType) else _check_seconds("timeout", timeout)
+        patience = _check_seconds("wait", 0 if self._line.is_inside() else wait)
         request = prompt.replace(**fields) if isinstance(prompt, Request) else self._request(prompt, **fields)
         if on_step is not None and not callable(on_step):
             raise InputError(f"on_step is a {type(on_step).__name__}: give a function of one StepEvent")
@@ -96,7 +96,7 @@ class RequestQueue:
         ticket = Ticket(self._line, order, begun, allowed)
         with self._line.lock:
             self._line.admit(ticket, patience)
-            self._keeper.hear_of(ticket)
+            self._keeper.note_deadline(ticket)
         return ticket
 
     def statistics(self) -> Statistics:
@@ -116,7 +116,7 @@ class RequestQueue:
             self._line.close()
             if not finish:
                 self._line.cancel_all()
-        if self._line.inside():
+        if self._line.is_inside():
             return
         try:
             for thread in self._line.threads:
@@ -167,7 +167,7 @@ def _check_painters(painters: Sequence[Paints]) -> None:
         raise InputError(f"painters: {len(painters)} given; give one DreamMix or more, each of them once")
 
 
-def _seconds(name: str, value: Any) -> float | None:
+def _check_seconds(name: str, value: Any) -> float | None:
     """Seconds that were given, None for no limit. Raises InputError for anything else."""
     try:
         seconds = None if value is None else float(value)

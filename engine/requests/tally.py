@@ -47,14 +47,14 @@ class Tally:
         if ticket.state == "done":
             self._history.append((ticket.waited, ticket.ran))
 
-    def statistics(self, waiting: int, running: int) -> Statistics:
+    def summarise(self, waiting: int, running: int) -> Statistics:
         """With the numbers of requests that have not ended."""
         waited, ran = ([pair[k] for pair in self._history] for k in (0, 1))
         ends = (self._ends["done"], self._ends["failed"], self._ends["cancelled"])
-        return Statistics(waiting, running, *ends, _percentiles(waited), _percentiles(ran))
+        return Statistics(waiting, running, *ends, _find_percentiles(waited), _find_percentiles(ran))
 
 
-def _percentiles(seconds: list[float]) -> Percentiles | None:
+def _find_percentiles(seconds: list[float]) -> Percentiles | None:
     if not seconds:
         return None
     ranked = sorted(seconds)

@@ -24,7 +24,7 @@ Noise = NoiseProvider | Sequence[NoiseProvider] | None
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 
 
-class Steps(NamedTuple):
+class StepCount(NamedTuple):
     """Steps taken, and how many there are over all pictures of the request."""
 
     done: int
@@ -56,7 +56,7 @@ class Ticket:
         self._line, self._allowed = line, allowed
         self._order: Order | None = order  # given up at the end: tickets are kept longer than pictures should be
         self._future: Future[Result] = Future()
-        self._steps = Steps(0, order.request.steps * order.request.num_images_per_prompt)
+        self._steps = StepCount(0, order.request.steps * order.request.num_images_per_prompt)
         self._begun, self._deadline = begun, math.inf if allowed is None else begun + allowed
         self._started: float | None = None
         self._ended: float | None = None
@@ -69,7 +69,7 @@ class Ticket:
         as it was. From an `on_step` callback it never waits.
         """
         try:
-            return self._future.result(0 if self._line.inside() else timeout)
+            return self._future.result(0 if self._line.is_inside() else timeout)
         finally:
             del self  # or the error's traceback keeps the ticket, and the ticket the error
 
@@ -94,24 +94,24 @@ class Ticket:
         return "done" if error is None else "cancelled" if isinstance(error, Cancelled) else "failed"
 
     @property
-    def steps(self) -> Steps:
+    def steps(self) -> StepCount:
         """(done, total) steps over all pictures of the request."""
         return self._steps
 
     @property
     def waited(self) -> float:
         """Seconds from the call of `submit` to the start of its work (or the end, or now)."""
-        return _first(self._started, self._ended) - self._begun
+        return _choose_time(self._started, self._ended) - self._begun
 
     @property
     def ran(self) -> float:
         """Seconds from the start of its work to the end (or now)."""
-        return 0.0 if self._started is None else _first(self._ended) - self._started
+        return 0.0 if self._started is None else _choose_time(self._ended) - self._started
 
     def __await__(self) -> Generator[Any, None, Result]:
-        return self._awaited().__await__()
+        return self._wait_for_result().__await__()
 
-    async def _awaited(self) -> Result:
+    async def _wait_for_result(self) -> Result:
         loop = asyncio.get_running_loop()
         woken = loop.create_future()
 
@@ -130,11 +130,11 @@ class Ticket:
         finally:
             del self
 
-    def _leaving(self) -> bool:
+    def _must_stop(self) -> bool:
         """Whether its worker should stop."""
         return self._stop is not None or self._future.done()
 
-    def _overdue(self) -> TimedOut:
+    def _make_overdue_error(self) -> TimedOut:
         """The error of its deadline, as things stand now."""
         done, total = self._steps
         fewer = ", or submit fewer at a time" if self.waited > self.ran / 4 else ""
@@ -159,6 +159,6 @@ class Ticket:
         return True
 
 
-def _first(*times: float | None) -> float:
+def _choose_time(*times: float | None) -> float:
     """The first time that is known, or now."""
     return next((each for each in times if each is not None), time.monotonic())

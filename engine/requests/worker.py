@@ -9,7 +9,7 @@ from dreammix_trt.core.errors import DeviceError
 from dreammix_trt.core.request import Request, RequestFields
 from dreammix_trt.engine.canvas.pictures import Source
 from dreammix_trt.engine.requests.line import Line
-from dreammix_trt.engine.requests.tickets import Noise, Steps, Ticket
+from dreammix_trt.engine.requests.tickets import Noise, StepCount, Ticket
 from dreammix_trt.engine.result import Result, StepEvent
 
 
@@ -58,11 +58,11 @@ def _paint(painter: Paints, ticket: Ticket) -> Result | None:
         )
         try:
             for event in events:
-                ticket._steps = Steps(event.index + 1, event.total)
-                if order.on_step is not None and not ticket._leaving():
+                ticket._steps = StepCount(event.index + 1, event.total)
+                if order.on_step is not None and not ticket._must_stop():
                     order.on_step(event)
                 result = event.result or result
-                if ticket._leaving():
+                if ticket._must_stop():
                     break
         finally:
             getattr(events, "close", lambda: None)()  # a generator; leaving it stops the work

@@ -347,10 +347,10 @@ def test_a_copy_is_timed_over_all_its_bytes(device: Any, monkeypatch: pytest.Mon
 
 
 def test_a_replay_counts_one_of_its_works(device: Any) -> None:
-    stream, done = device.stream(), []
+    stream, done = device.make_stream(), []
 
     def work(number: int) -> None:
-        device.work("network", stream, lambda: done.append(number))
+        device.enqueue_work("network", stream, lambda: done.append(number))
 
     times = clock.replay_seconds(device, stream, [lambda: work(1), lambda: work(2)], repeats=3, warm=1)
     assert done == [1, 2] * 5  # once to load, once to warm up, three times measured
@@ -366,16 +366,16 @@ def test_every_kernel_is_held_against_right_values(
 
     from dreammix_trt import _cpp
 
-    kernel = device.kernel
+    launch = device.launch_kernel
 
     def spoilt(name: str, stream: Any, **arguments: Any) -> None:
         if name == "scaled" and fault == "unwritten":
             return
-        kernel(name, stream, **arguments)
+        launch(name, stream, **arguments)
         if name == "paste" and fault == "wrong":
             device.view(arguments["out"])[0, 0, 0] ^= 1
 
-    device.kernel = spoilt
+    device.launch_kernel = spoilt
     monkeypatch.setattr(clock, "REPEATS", 1)
     part = report.Part("kernels")
     for case in _gpu_cases.all_cases(64, _cpp.gpu):
@@ -456,7 +456,7 @@ def test_an_engine_is_timed_in_its_own_stream_from_nothing_loaded(
     from dreammix_trt.engine.drivers.simulated import SimulatedDevice, SimulatedNetworks
 
     device = SimulatedDevice()
-    own = device.stream()
+    own = device.make_stream()
 
     class OneStream(SimulatedNetworks):
         def serves(self, stream: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dreammix_trt.engine import hardware, machine
-from dreammix_trt.engine.hardware import Driver, Gpu, ask_driver, disk_free, memory
+from dreammix_trt.engine.hardware import Driver, Gpu, ask_driver, disk_free, measure_memory
 from dreammix_trt.engine.machine import Machine, examine, explain_mismatch
 
 GIB = 1 << 30
@@ -32,11 +32,11 @@ BARE = Machine(
 
 
 def states(here: Machine) -> dict[str, tuple[bool, bool]]:
-    return {state.name: (state.can_build, state.can_run) for state in here.backends()}
+    return {state.name: (state.can_build, state.can_run) for state in here.list_backends()}
 
 
 def why(here: Machine, backend: str) -> str:
-    return next(state.why for state in here.backends() if state.name == backend)
+    return next(state.why for state in here.list_backends() if state.name == backend)
 
 
 def with_gpu(gpu: Gpu, **versions: str) -> Machine:
@@ -132,9 +132,9 @@ def test_a_gpu_that_tensorrt_rtx_does_not_know_can_only_build_with_it() -> None:
 def test_what_running_on_a_gpu_lacks_is_said_with_the_remedy(change: dict[str, Any], said: str) -> None:
     here = replace(with_gpu(ADA, tensorrt="11.4.0.106"), **change)
     assert states(here)["tensorrt"][1] is False and said in why(here, "tensorrt")
-    (lack,) = here.lacks_for_gpu()
+    (lack,) = here.list_gpu_lacks()
     assert said in lack
-    assert with_gpu(ADA).lacks_for_gpu() == []
+    assert with_gpu(ADA).list_gpu_lacks() == []
 
 
 def test_without_what_tracing_needs_only_the_embedded_model_is_built() -> None:
@@ -149,11 +149,11 @@ def test_without_what_tracing_needs_only_the_embedded_model_is_built() -> None:
 
 
 def test_faults_of_the_installation_come_with_a_remedy() -> None:
-    assert BARE.faults() == []
+    assert BARE.list_faults() == []
     both = replace(BARE, versions={"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.31.1"})
-    assert "overwrite" in both.faults()[0] and "pip uninstall" in both.faults()[0]
+    assert "overwrite" in both.list_faults()[0] and "pip uninstall" in both.list_faults()[0]
     old = with_gpu(ADA, tensorrt="10.16.2")
-    assert "10.16.2" in old.faults()[0] and states(old)["tensorrt"] == (False, False)
+    assert "10.16.2" in old.list_faults()[0] and states(old)["tensorrt"] == (False, False)
 
 
 def test_tables_and_json_say_the_same() -> None:
@@ -227,7 +227,7 @@ def test_the_driver_is_asked_for_its_devices(
     driver = ask_driver(lambda name: library)
     gpus = Gpu("RTX 4090", "sm_89", 24 * GIB), Gpu("RTX 5090", "sm_120", 32 * GIB)
     assert driver == Driver("12.8", gpus, visible=visible)
-    assert driver.choosing(1) == f"CUDA_VISIBLE_DEVICES={second}"
+    assert driver.setting_for(1) == f"CUDA_VISIBLE_DEVICES={second}"
 
 
 @pytest.mark.parametrize("starts, said", [(100, "no device"), (999, "does not start"), (803, "library")])
@@ -258,8 +258,8 @@ def system(root: Path, groups: str, **files: str) -> Path:
 
 
 def test_memory_without_groups_is_what_the_system_says(tmp_path: Path) -> None:
-    assert memory(system(tmp_path, "")) == (16 * GIB, 12 * GIB)
-    assert memory(tmp_path / "nothing") == (None, None)
+    assert measure_memory(system(tmp_path, "")) == (16 * GIB, 12 * GIB)
+    assert measure_memory(tmp_path / "nothing") == (None, None)
 
 
 class FakeKernel:
@@ -279,19 +279,19 @@ def test_memory_of_windows_and_macos(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware.platform, "system", lambda: "Windows")
     for works, told in ((True, (16 * GIB, 5 * GIB)), (False, (None, None))):
         monkeypatch.setattr(hardware.ctypes, "windll", FakeKernel(works), raising=False)
-        assert memory() == told
+        assert measure_memory() == told
     monkeypatch.delattr(hardware.ctypes, "windll")
-    assert memory() == (None, None)
+    assert measure_memory() == (None, None)
     monkeypatch.setattr(hardware.platform, "system", lambda: "Darwin")
     pages = {"SC_PHYS_PAGES": 1 << 20, "SC_PAGE_SIZE": 16384}
     monkeypatch.setattr(hardware.os, "sysconf", pages.__getitem__)
-    assert memory() == (16 * GIB, None)
+    assert measure_memory() == (16 * GIB, None)
 
     def unknown(name: str) -> int:
         raise ValueError("unrecognized configuration name")
 
     monkeypatch.setattr(hardware.os, "sysconf", unknown)
-    assert memory() == (None, None)
+    assert measure_memory() == (None, None)
 
 
 def test_memory_keeps_to_the_limit_of_a_group_and_counts_droppable_pages_as_free(tmp_path: Path) -> None:
@@ -299,12 +299,12 @@ def test_memory_keeps_to_the_limit_of_a_group_and_counts_droppable_pages_as_free
         tmp_path / "2", "0::/app\n", app__memory_DOT_max=str(4 * GIB), app__memory_DOT_current=str(3 * GIB),
         app__memory_DOT_stat=f"anon 1\ninactive_file {GIB}\n",
     )  # fmt: skip
-    assert memory(version2) == (4 * GIB, 2 * GIB)
+    assert measure_memory(version2) == (4 * GIB, 2 * GIB)
     version1 = system(
         tmp_path / "1", "9:name=systemd:/\n4:cpu,memory:/host/path\n", memory__memory_DOT_limit_in_bytes=str(6 * GIB),
         memory__memory_DOT_usage_in_bytes=str(5 * GIB), memory__memory_DOT_stat=f"total_inactive_file {2 * GIB}\n",
     )  # fmt: skip
-    assert memory(version1) == (6 * GIB, 3 * GIB)
+    assert measure_memory(version1) == (6 * GIB, 3 * GIB)
 
 
 def test_the_tightest_of_nested_groups_counts(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_the_tightest_of_nested_groups_counts(tmp_path: Path) -> None:
         tmp_path, "0::/a/b\n", a__b__memory_DOT_max="max", a__b__memory_DOT_current="5", a__b__memory_DOT_stat="",
         a__memory_DOT_max=str(GIB), a__memory_DOT_current=str(2 * GIB), a__memory_DOT_stat="",
     )  # fmt: skip
-    assert memory(root) == (GIB, 0)
+    assert measure_memory(root) == (GIB, 0)
 
 
 def test_disk_is_measured_where_the_folder_will_be(tmp_path: Path) -> None:
@@ -414,4 +414,4 @@ def test_versions_are_read_from_the_installation(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(machine.metadata, "version", version)
     assert machine.find_versions() == {"onnxruntime": "1.31.1", "tensorrt": "11.4.0.106"}
-    assert hardware.processor()
+    assert hardware.name_processor()

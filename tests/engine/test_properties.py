@@ -106,7 +106,7 @@ def test_far_pixels_stay_bit_for_bit(mask: canvas.U8, field: float, seed: int, s
     far = distances(mask) >= laid.feather_width
     handed = laid.hand_over(local, pictures[0], soft=soft)
     for kept in ((local, pictures[0]), None):
-        final = laid.final(whole, pictures[1], local=kept)
+        final = laid.compose(whole, pictures[1], local=kept)
         np.testing.assert_array_equal(final[far], image[far])
     np.testing.assert_array_equal(handed[far], image[far])
 

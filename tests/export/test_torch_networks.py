@@ -491,7 +491,7 @@ class OnDevice:
     def __init__(
         self, device: Any, networks: TorchNetworks, name: str, sides: Sides, inputs: dict[str, np.ndarray]
     ) -> None:
-        self.device, self.stream, self.outputs = device, device.stream(), networks.outputs(name)
+        self.device, self.stream, self.outputs = device, device.make_stream(), networks.outputs(name)
         specs = (*networks.inputs(name), *self.outputs)
         self.arrays, self.memory = {}, []
         for spec in specs:

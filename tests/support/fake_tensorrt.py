@@ -55,7 +55,7 @@ class Gpu:
         self._at += -(-max(made.nbytes, 1) // 256) * 256
         return made
 
-    def stream(self) -> SimpleNamespace:
+    def make_stream(self) -> SimpleNamespace:
         self._streams += 1
         return SimpleNamespace(handle=0x5000 + self._streams, close=lambda: self.log.append("close stream"))
 
@@ -65,7 +65,7 @@ class Gpu:
         if self.log[-1:] != ["synchronize"]:
             self.log.append("synchronize")
 
-    def work(self, label: str, stream: Any, run: Callable[[], None]) -> None:
+    def enqueue_work(self, label: str, stream: Any, run: Callable[[], None]) -> None:
         self.log.append(f"work {label}")
         run()
 

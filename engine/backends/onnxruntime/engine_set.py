@@ -21,7 +21,7 @@ from dreammix_trt.core.errors import EngineError, InputError
 from dreammix_trt.core.networks import is_twin
 from dreammix_trt.core.seam import BaseFacts
 from dreammix_trt.core.slots import Slot, slots_of, unpack
-from dreammix_trt.engine.hardware import cores
+from dreammix_trt.engine.hardware import count_cores
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -56,7 +56,7 @@ class EngineSet:
 
         Raises EngineError for parts that are none or lack a file, InputError for threads < 1.
         """
-        places = parts if isinstance(parts, Mapping) else parts_in(Path(parts))
+        places = parts if isinstance(parts, Mapping) else list_parts(Path(parts))
         if threads is not None and threads < 1:
             raise InputError(f"threads is {threads}; it must be at least 1")
         entries = {name: read_network(folder) for name, folder in places.items() if name != "base"}
@@ -64,7 +64,7 @@ class EngineSet:
             for file in filter(None, (entry.get("graph"), entry.get("weights"))):
                 if not (places[name] / file).is_file():
                     raise EngineError(f"{places[name] / file}: missing, so {name} cannot run; {REBUILD}")
-        return cls(places, read_facts(places["base"]), entries, threads or cores())
+        return cls(places, read_facts(places["base"]), entries, threads or count_cores())
 
     def __enter__(self) -> EngineSet:
         return self
@@ -88,8 +88,8 @@ class EngineSet:
         """Make the sessions of these networks now, side by side; default: all but float32 twins, which may never be
         needed."""
         usual = [name for name in self.entries if not is_twin(name)]
-        with ThreadPoolExecutor(max_workers=min(4, cores())) as pool:
-            list(pool.map(self._session, names if names is not None else usual))
+        with ThreadPoolExecutor(max_workers=min(4, count_cores())) as pool:
+            list(pool.map(self._find_session, names if names is not None else usual))
 
     def run(self, name: str, **arrays: Array) -> dict[str, Array]:
         """Run a network: its inputs as contiguous arrays, its outputs by name; floats are float32 on both sides.
@@ -97,7 +97,7 @@ class EngineSet:
         `lora` is packed, whatever form the graph takes the factors in. Inputs that the network does not have (the
         factors of one without slots) are ignored.
         """
-        session, entry = self._session(name), self.entries[name]
+        session, entry = self._find_session(name), self.entries[name]
         if "lora" in arrays and all(spec["name"] != "lora" for spec in entry["inputs"]):
             arrays |= unpack(arrays["lora"], self.slots(name))
         given = {
@@ -110,7 +110,7 @@ class EngineSet:
         ]
         return dict(zip((spec["name"] for spec in entry["outputs"]), outputs, strict=True))
 
-    def _session(self, name: str) -> onnxruntime.InferenceSession:
+    def _find_session(self, name: str) -> onnxruntime.InferenceSession:
         if name not in self.entries:
             raise EngineError(f"this base has no network {name!r}; it has {', '.join(self.entries)}")
         session = self._sessions.get(name)
@@ -139,7 +139,7 @@ class EngineSet:
         return session
 
 
-def parts_in(folder: Path) -> dict[str, Path]:
+def list_parts(folder: Path) -> dict[str, Path]:
     """The parts below one folder: name -> folder, in the order of their names."""
     found = {place.name: place for place in sorted(folder.iterdir()) if place.is_dir()} if folder.is_dir() else {}
     if "base" not in found:
@@ -149,7 +149,7 @@ def parts_in(folder: Path) -> dict[str, Path]:
 
 def read_network(folder: Path) -> dict[str, Any]:
     """A part's `network.json`: graph or engine, weights, inputs, outputs, slots, parity."""
-    record = _json(folder / "network.json")
+    record = _read_json(folder / "network.json")
     if record.get("schema") != SCHEMA or not isinstance(record.get("inputs"), list):
         raise EngineError(
             f"{folder / 'network.json'}: schema {record.get('schema')!r}, this version reads {SCHEMA}; {REBUILD}"
@@ -159,7 +159,7 @@ def read_network(folder: Path) -> dict[str, Any]:
 
 def read_facts(folder: Path) -> BaseFacts:
     """What `base.json` says of the base."""
-    record = _json(folder / "base.json")
+    record = _read_json(folder / "base.json")
     try:
         return BaseFacts(
             native_side=record["native_side"],
@@ -172,7 +172,7 @@ def read_facts(folder: Path) -> BaseFacts:
         raise EngineError(f"{folder / 'base.json'}: {error} is missing; {REBUILD}") from error
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

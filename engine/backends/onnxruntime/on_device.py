@@ -17,9 +17,9 @@ from dreammix_trt.core.errors import DeviceError, EngineError, InputError, OutOf
 from dreammix_trt.core.networks import is_twin
 from dreammix_trt.core.seam import Array, BaseFacts, Stream
 from dreammix_trt.core.slots import Slot, slots_of
-from dreammix_trt.engine.backends.onnxruntime.engine_set import REBUILD, parts_in, read_facts, read_network
+from dreammix_trt.engine.backends.onnxruntime.engine_set import REBUILD, list_parts, read_facts, read_network
 from dreammix_trt.engine.canvas.geometry import Size
-from dreammix_trt.engine.hardware import cores
+from dreammix_trt.engine.hardware import count_cores
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -46,7 +46,7 @@ class OnnxNetworks:
         memory_limit: int | None = None,
     ) -> None:
         self.facts, self._parts, self._entries, self._stream = facts, parts, entries, stream
-        self.provider, self._providers = provider, _providers(provider, stream, memory_limit)
+        self.provider, self._providers = provider, _choose_providers(provider, stream, memory_limit)
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         self.bound: list[OnnxBound] = []
 
@@ -71,7 +71,7 @@ class OnnxNetworks:
         """
         if provider not in PROVIDERS:
             raise InputError(f"provider is {provider!r}; allowed: {', '.join(PROVIDERS)}")
-        places = parts if isinstance(parts, Mapping) else parts_in(Path(parts))
+        places = parts if isinstance(parts, Mapping) else list_parts(Path(parts))
         entries = {name: read_network(folder) for name, folder in places.items() if name != "base"}
         for name, entry in entries.items():
             if not entry.get("graph"):
@@ -165,7 +165,7 @@ class OnnxNetworks:
         """Make it again from the files: seconds for a large network. Raises EngineError, OutOfMemoryError."""
         self._entry(name)
         if name not in self._sessions:
-            self._sessions[name] = self._session(name)
+            self._sessions[name] = self._open_session(name)
 
     def session(self, name: str) -> onnxruntime.InferenceSession:
         """The session of a loaded network."""
@@ -189,19 +189,19 @@ class OnnxNetworks:
             raise EngineError(f"there is no network {name!r} here; there are {', '.join(self._entries) or 'none'}")
         return self._entries[name]
 
-    def _session(self, name: str) -> onnxruntime.InferenceSession:
+    def _open_session(self, name: str) -> onnxruntime.InferenceSession:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = cores() if self.provider == "cpu" else 1
+        options.intra_op_num_threads = count_cores() if self.provider == "cpu" else 1
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         graph = self._parts[name] / self._entries[name]["graph"]
         try:
             session = ort.InferenceSession(str(graph), options, providers=self._providers)
         except Exception as error:  # ONNX Runtime raises its own unrelated classes
-            raise _failure(f"{graph}: {name} cannot be loaded", error, REBUILD) from error
+            raise _explain_failure(f"{graph}: {name} cannot be loaded", error, REBUILD) from error
         if PROVIDERS[self.provider] not in session.get_providers():  # it warns and takes the CPU
             raise DeviceError(f"ONNX Runtime cannot use this GPU for {name} (`dreammix-trt doctor` tells more)")
         return session
@@ -235,14 +235,14 @@ class OnnxBound:
             raise EngineError(f"{self.name} runs in the stream that it was opened with alone; open networks for each")
         session = self._networks.session(self.name)
         if self._bound is None:
-            self._bound = self._binding(session)
+            self._bound = self._bind_arrays(session)
         options = ort.RunOptions()
         options.log_severity_level = 3
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         try:
             session.run_with_iobinding(self._bound, options)
         except Exception as error:  # ONNX Runtime raises its own unrelated classes
-            raise _failure(f"{self.name} failed", error, "see ONNX Runtime's message") from error
+            raise _explain_failure(f"{self.name} failed", error, "see ONNX Runtime's message") from error
 
     def close(self) -> None:
         """Forget the arrays; again does nothing."""
@@ -254,7 +254,7 @@ class OnnxBound:
         """Let go of the session: its memory is free when nobody holds it."""
         self._bound = None
 
-    def _binding(self, session: onnxruntime.InferenceSession) -> Any:
+    def _bind_arrays(self, session: onnxruntime.InferenceSession) -> Any:
         if self._arrays is None:
             raise EngineError(f"{self.name} cannot run: it is closed, bind it anew")
         binding = session.io_binding()
@@ -264,7 +264,9 @@ class OnnxBound:
         return binding
 
 
-def _providers(provider: str, stream: Stream, memory_limit: int | None) -> list[str | tuple[str, dict[str, str]]]:
+def _choose_providers(
+    provider: str, stream: Stream, memory_limit: int | None
+) -> list[str | tuple[str, dict[str, str]]]:
     """What sessions are told to run on. Raises DeviceError where ONNX Runtime cannot."""
     import onnxruntime as ort
 
@@ -289,7 +291,7 @@ def _providers(provider: str, stream: Stream, memory_limit: int | None) -> list[
     return [(_CUDA, options), _CPU]
 
 
-def _failure(what: str, error: Exception, remedy: str) -> EngineError:
+def _explain_failure(what: str, error: Exception, remedy: str) -> EngineError:
     """The error with what can be done; ONNX Runtime tells lack of memory in its message alone."""
     text = " ".join(str(error).split())
     if any(sign in text for sign in ("Failed to allocate memory", "out of memory", "Available memory of")):

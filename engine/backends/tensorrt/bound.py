@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from dreammix_trt.core.errors import EngineError
 from dreammix_trt.core.seam import Stream
-from dreammix_trt.engine.backends.tensorrt.callbacks import hearing
+from dreammix_trt.engine.backends.tensorrt.callbacks import collect_messages
 from dreammix_trt.engine.backends.tensorrt.engine import Binding
 from dreammix_trt.engine.backends.tensorrt.place import handle_of
-from dreammix_trt.engine.backends.tensorrt.plans import failure
+from dreammix_trt.engine.backends.tensorrt.plans import explain_failure
 from dreammix_trt.engine.drivers.device import Device
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class TensorRtBound:
             raise EngineError(f"{self._network.name}: closed; bind it anew")
         if self._context is None or not self._network.loaded:
             raise EngineError(f"{self._network.name}: its weights are unloaded; load them first")
-        self._device.work(self._network.name, stream, lambda: self._run(handle))
+        self._device.enqueue_work(self._network.name, stream, lambda: self._run(handle))
 
     def close(self) -> None:
         """Free the context; the arrays are their owner's. The stream must be idle."""
@@ -53,7 +53,7 @@ class TensorRtBound:
     def renew(self) -> None:
         """Make the context where there is none."""
         if self._context is None:
-            self._context = self._network.context_for(self._binding)
+            self._context = self._network.make_context(self._binding)
 
     def lapse(self, *, whole: bool) -> None:
         """The weights go: the next run is a first run. whole: the context goes, too."""
@@ -63,14 +63,14 @@ class TensorRtBound:
 
     def _run(self, handle: int) -> None:
         context = self._context
-        with hearing() as messages:
+        with collect_messages() as messages:
             try:
                 done = context.execute_async_v3(handle)
             except RuntimeError as error:
                 messages.append(("ERROR", str(error)))
                 done = False
         if not done:
-            raise failure(f"{self._network.name} cannot be run", messages)
+            raise explain_failure(f"{self._network.name} cannot be run", messages)
         if not self._ran:
             self._ran = True
             self._capturable = bool(context.is_stream_capturable(handle)) if self._network.jit else True

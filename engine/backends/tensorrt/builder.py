@@ -21,14 +21,15 @@ from typing import Any, BinaryIO, Final
 from dreammix_trt.core.errors import BuildError, EngineError, InputError
 from dreammix_trt.core.files import atomic_file
 from dreammix_trt.engine import hardware
-from dreammix_trt.engine.backends.tensorrt.callbacks import HEARD, Events, logger_of, monitor_of, writer_of
+from dreammix_trt.engine.backends.tensorrt.callbacks import HEARD, Events, get_logger, make_monitor, make_writer
 from dreammix_trt.engine.backends.tensorrt.package import PACKAGES, Package, list_targets, load
 from dreammix_trt.engine.backends.tensorrt.plans import holds_host_code, open_guarded_runtime, refuse_host_code
 from dreammix_trt.engine.backends.tensorrt.profiles import Profile, Shape, fits, profiles_for
 
 __all__ = [
-    "BuildReport", "Estimate", "Profile", "Tensor", "build_engine", "check_room", "check_targets", "estimate", "fits",
-    "holds_host_code", "list_targets", "name_targets", "open_guarded_runtime", "profiles_for", "refuse_host_code",
+    "BuildReport", "Estimate", "PlanTensor", "Profile", "build_engine", "check_room", "check_targets", "estimate_build",
+    "fits", "holds_host_code", "list_targets", "name_targets", "open_guarded_runtime", "profiles_for",
+    "refuse_host_code",
 ]  # fmt: skip
 
 GIB: Final = 1 << 30
@@ -42,7 +43,7 @@ DTYPES: Final = {
 
 
 @dataclass(frozen=True)
-class Tensor:
+class PlanTensor:
     """An input or output of the parsed network; -1 in the shape is a dynamic side."""
 
     name: str
@@ -64,8 +65,8 @@ class BuildReport:
     backend: str
     version: str
     targets: tuple[str, ...]
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    inputs: tuple[PlanTensor, ...]
+    outputs: tuple[PlanTensor, ...]
     messages: tuple[str, ...]
     peak_rss: int | None = None
     peak_anonymous: int | None = None
@@ -104,7 +105,7 @@ def build_engine(
     built and for a full disk.
     """
     trt = load(backend)
-    build = _Build(trt, backend, onnx, tuple(profiles), workspace, _capabilities(trt, backend, targets))
+    build = _Build(trt, backend, onnx, tuple(profiles), workspace, _find_capabilities(trt, backend, targets))
     if not onnx.is_file():
         raise BuildError(f"{onnx} is missing; export the networks again with `dreammix-trt build`")
     say = progress or (lambda fraction, phase: None)
@@ -114,7 +115,7 @@ def build_engine(
     return replace(report, targets=name_targets(targets), peak_rss=watch.rss, peak_anonymous=watch.anonymous)
 
 
-def estimate(onnx_bytes: int, weight_bytes: int, backend: str) -> Estimate:
+def estimate_build(onnx_bytes: int, weight_bytes: int, backend: str) -> Estimate:
     """What building a network will need, an upper bound. onnx_bytes: of the graph file; weight_bytes: beside it.
 
     TensorRT-RTX 1.7, measured: the builder holds linear weights once or twice and convolutions twice, and the plan
@@ -128,17 +129,17 @@ def estimate(onnx_bytes: int, weight_bytes: int, backend: str) -> Estimate:
 
 def check_room(need: Estimate, folder: Path) -> None:
     """Raise BuildError when memory (within the limits of the container) or the folder's disk will not suffice."""
-    _, memory = hardware.memory()
+    _, memory = hardware.measure_memory()
     disk = hardware.disk_free(folder)
     if memory is not None and memory < need.host_bytes:
         raise BuildError(
-            f"the build needs {_gib(need.host_bytes)} of memory and {_gib(memory)} are free; end other programs, "
-            "or build on a larger computer (tensorrt-rtx needs no GPU for that) and copy the engine"
+            f"the build needs {_spell_gib(need.host_bytes)} of memory and {_spell_gib(memory)} are free; end other "
+            "programs, or build on a larger computer (tensorrt-rtx needs no GPU for that) and copy the engine"
         )
     if disk is not None and disk < need.disk_bytes:
         raise BuildError(
-            f"{folder}: the engine needs {_gib(need.disk_bytes)} and {_gib(disk)} are free there; free some "
-            "(`dreammix-trt store prune`), or choose another place with --store"
+            f"{folder}: the engine needs {_spell_gib(need.disk_bytes)} and {_spell_gib(disk)} are free there; free "
+            "some (`dreammix-trt store prune`), or choose another place with --store"
         )
 
 
@@ -164,12 +165,12 @@ class _Build:
         heard = HEARD.messages = []
         started = time.perf_counter()
         try:
-            trt, builder = self.trt, self.trt.Builder(logger_of(self.trt))
+            trt, builder = self.trt, self.trt.Builder(get_logger(self.trt))
             network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
             self.events.put((0.0, "reading the network"))
             self._parse(network, heard)
-            config = self._config(builder, network)
-            decomposed = self._build(builder, network, config, stream, heard)
+            config = self._make_config(builder, network)
+            decomposed = self._write_plan(builder, network, config, stream, heard)
             return BuildReport(
                 seconds=time.perf_counter() - started,
                 engine_bytes=stream.tell(),
@@ -178,8 +179,8 @@ class _Build:
                 backend=self.backend,
                 version=str(trt.__version__),
                 targets=(),
-                inputs=_tensors(network.get_input, network.num_inputs),
-                outputs=_tensors(network.get_output, network.num_outputs),
+                inputs=_read_tensors(network.get_input, network.num_inputs),
+                outputs=_read_tensors(network.get_output, network.num_outputs),
                 messages=_keep_messages(heard),
             )
         finally:
@@ -187,23 +188,25 @@ class _Build:
             self.events.put(None)
 
     def _parse(self, network: Any, heard: list[tuple[str, str]]) -> None:
-        parser = self.trt.OnnxParser(network, logger_of(self.trt))
+        parser = self.trt.OnnxParser(network, get_logger(self.trt))
         if parser.parse_from_file(str(self.onnx)) and network.num_outputs:
             return
         weights = next((found[1] for _, text in heard if (found := re.search(r"WeightsContext\S+ (.+)", text))), None)
         if weights:
             raise BuildError(f"{self.onnx}: its weights are missing or cut ({weights}); export the networks again")
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
-        what = "; ".join(_describe(error.node_operator(), error.node_name(), error.desc()) for error in errors[:3])
+        what = "; ".join(
+            _describe_error(error.node_operator(), error.node_name(), error.desc()) for error in errors[:3]
+        )
         raise BuildError(
             f"{self.onnx}: {self.title} {self.trt.__version__} cannot read it: {what or 'there is no network in it'}; "
             "export it again with `dreammix-trt build`, or use `--backend onnxruntime`"
         )
 
-    def _config(self, builder: Any, network: Any) -> Any:
+    def _make_config(self, builder: Any, network: Any) -> Any:
         trt, config = self.trt, builder.create_builder_config()
         config.set_flag(trt.BuilderFlag.TF32)
-        config.progress_monitor = monitor_of(trt, self.events, self.cancelled)
+        config.progress_monitor = make_monitor(trt, self.events, self.cancelled)
         if self.workspace is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self.workspace)
         if PACKAGES[self.backend].ahead:  # contexts then never allocate while they run, so graphs can hold them
@@ -235,7 +238,7 @@ class _Build:
             ]
 
     def _check(self, profile: Profile, network: Any) -> None:
-        wanted = {tensor.name: tensor.shape for tensor in _tensors(network.get_input, network.num_inputs)}
+        wanted = {tensor.name: tensor.shape for tensor in _read_tensors(network.get_input, network.num_inputs)}
         if profile.shapes.keys() != wanted.keys():
             alone = [sorted(names) for names in (wanted.keys() - profile.shapes.keys(), profile.shapes.keys() - wanted)]
             raise BuildError(
@@ -253,13 +256,15 @@ class _Build:
             if any(sorted(sides) != list(sides) for sides in zip(*profile.shapes[name], strict=True)):
                 raise BuildError(f"{self.onnx}: the profile's shapes of {name} do not grow: {profile.shapes[name]}")
 
-    def _build(self, builder: Any, network: Any, config: Any, stream: BinaryIO, heard: list[tuple[str, str]]) -> int:
+    def _write_plan(
+        self, builder: Any, network: Any, config: Any, stream: BinaryIO, heard: list[tuple[str, str]]
+    ) -> int:
         """Write the plan; the number of attentions that had to be taken apart for it."""
         decomposed = 0
-        while not self._written(builder, network, config, stream):
+        while not self._try_build(builder, network, config, stream):
             unfused = any("decomposable" in text for _, text in heard)
             if self.cancelled.is_set() or decomposed or not unfused:
-                raise self._failure(heard)
+                raise self._explain_failure(heard)
             # No fused kernel for the width or type of some attention: let those be products and a softmax.
             decomposed = _allow_decomposition(self.trt, network)
             heard[:] = [entry for entry in heard if entry[0] == "WARNING"]
@@ -267,14 +272,14 @@ class _Build:
             stream.truncate()
         return decomposed
 
-    def _written(self, builder: Any, network: Any, config: Any, stream: BinaryIO) -> bool:
-        writer = writer_of(self.trt, stream)
+    def _try_build(self, builder: Any, network: Any, config: Any, stream: BinaryIO) -> bool:
+        writer = make_writer(self.trt, stream)
         done = builder.build_serialized_network_to_stream(network, config, writer)
         if writer.error is not None:  # the builder itself takes no notice of a write that failed
             raise writer.error
         return bool(done)
 
-    def _failure(self, heard: list[tuple[str, str]]) -> BuildError:
+    def _explain_failure(self, heard: list[tuple[str, str]]) -> BuildError:
         said = [text for level, text in heard if level != "WARNING" and _NO_DRIVER not in text]
         text = " ".join((said or [text for _, text in heard] or ["no reason given"])[-1].split())
         remedy = next((remedy for mark, remedy in _REMEDIES if mark in text), _REMEDIES[-1][1])
@@ -296,7 +301,7 @@ def _follow(build: _Build, stream: BinaryIO, say: Progress) -> BuildReport:
     with ThreadPoolExecutor(1, thread_name_prefix="tensorrt build") as pool:
         future = pool.submit(build.run, stream)
         try:
-            for fraction, phase in _until_done(build, future):
+            for fraction, phase in _read_events(build, future):
                 say(0.99 * fraction, phase)
             return future.result()
         except BaseException:
@@ -304,7 +309,7 @@ def _follow(build: _Build, stream: BinaryIO, say: Progress) -> BuildReport:
             raise
 
 
-def _until_done(build: _Build, future: Future[BuildReport]) -> Iterator[tuple[float, str]]:
+def _read_events(build: _Build, future: Future[BuildReport]) -> Iterator[tuple[float, str]]:
     while True:
         try:
             event = build.events.get(timeout=0.2)  # a bounded wait, so that Ctrl-C gets through everywhere
@@ -319,10 +324,10 @@ def _until_done(build: _Build, future: Future[BuildReport]) -> Iterator[tuple[fl
 
 def check_targets(backend: str, targets: Sequence[str]) -> None:
     """Raise InputError for GPUs the back end cannot build for, EngineError where it is missing or needs a GPU."""
-    _capabilities(load(backend), backend, targets)
+    _find_capabilities(load(backend), backend, targets)
 
 
-def _capabilities(trt: Any, backend: str, targets: Sequence[str]) -> tuple[Any, ...]:
+def _find_capabilities(trt: Any, backend: str, targets: Sequence[str]) -> tuple[Any, ...]:
     """What to tell the builder of the GPUs to build for; nothing where it builds for the one at hand."""
     package = PACKAGES[backend]
     if not package.ahead:
@@ -334,7 +339,7 @@ def _capabilities(trt: Any, backend: str, targets: Sequence[str]) -> tuple[Any, 
     if "current" in targets:
         if len(targets) > 1:
             raise InputError(f"targets are {', '.join(targets)}; current cannot stand beside others")
-        if problem := _no_gpu():
+        if problem := _find_gpu_problem():
             raise EngineError(f"the target is current, but {problem}; name the GPU instead, e.g. --target sm_89")
         return (trt.ComputeCapability.CURRENT,)
     for target in targets:
@@ -370,7 +375,7 @@ def name_targets(targets: Sequence[str]) -> tuple[str, ...]:
     return tuple(gpu.capability for gpu in hardware.ask_driver().gpus[:1])
 
 
-def _no_gpu() -> str | None:
+def _find_gpu_problem() -> str | None:
     driver = hardware.ask_driver()
     return None if driver.gpus else driver.problem
 
@@ -387,10 +392,10 @@ def _allow_decomposition(trt: Any, network: Any) -> int:
     return count
 
 
-def _tensors(get: Callable[[int], Any], count: int) -> tuple[Tensor, ...]:
+def _read_tensors(get: Callable[[int], Any], count: int) -> tuple[PlanTensor, ...]:
     tensors = [get(index) for index in range(count)]
     return tuple(
-        Tensor(str(tensor.name), DTYPES.get(tensor.dtype.name, tensor.dtype.name.lower()), tuple(tensor.shape))
+        PlanTensor(str(tensor.name), DTYPES.get(tensor.dtype.name, tensor.dtype.name.lower()), tuple(tensor.shape))
         for tensor in tensors
     )
 
@@ -400,10 +405,10 @@ def _keep_messages(heard: Iterable[tuple[str, str]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(texts))[:MESSAGES]
 
 
-def _describe(operator: str, node: str, reason: str) -> str:
+def _describe_error(operator: str, node: str, reason: str) -> str:
     where = f"{operator} {node!r}: " if operator else ""
     return where + " ".join(reason.partition("[checkMacros.cpp")[0].split())[:300]  # without the missing driver
 
 
-def _gib(count: int) -> str:
+def _spell_gib(count: int) -> str:
     return f"{count / GIB:.1f} GiB"

@@ -29,7 +29,7 @@ HEARD = Heard()
 
 
 @contextlib.contextmanager
-def hearing() -> Iterator[list[tuple[str, str]]]:
+def collect_messages() -> Iterator[list[tuple[str, str]]]:
     """What the package says in this thread within the block: (severity, text), warnings and errors."""
     before, HEARD.messages = HEARD.messages, []
     try:
@@ -39,7 +39,7 @@ def hearing() -> Iterator[list[tuple[str, str]]]:
 
 
 @functools.cache
-def logger_of(trt: Any) -> Any:
+def get_logger(trt: Any) -> Any:
     """The one logger a package accepts in a process; what it hears goes to who listens in the thread that speaks."""
 
     class Listener(trt.ILogger):
@@ -56,24 +56,24 @@ def logger_of(trt: Any) -> Any:
     return Listener()
 
 
-def monitor_of(trt: Any, events: Events, cancelled: threading.Event) -> Any:
+def make_monitor(trt: Any, events: Events, cancelled: threading.Event) -> Any:
     """The builder's own progress, put on a queue; it stops the build at the next step once `cancelled` is set."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.steps, self.told = Steps(), -1.0
+            self.steps, self.reported = BuildSteps(), -1.0
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self.tell(self.steps.start(phase_name, parent_phase, num_steps), phase_name)
+            self.report(self.steps.start(phase_name, parent_phase, num_steps), phase_name)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            self.tell(self.steps.complete(phase_name, step), phase_name)
+            self.report(self.steps.complete(phase_name, step), phase_name)
             return not cancelled.is_set()
 
-        def tell(self, fraction: float, phase: str) -> None:
-            if fraction >= self.told + NOTICEABLE:  # a large network has a hundred thousand steps
-                self.told = fraction
+        def report(self, fraction: float, phase: str) -> None:
+            if fraction >= self.reported + NOTICEABLE:  # a large network has a hundred thousand steps
+                self.reported = fraction
                 events.put((fraction, phase))
 
         def phase_finish(self, phase_name: str) -> None:
@@ -82,7 +82,7 @@ def monitor_of(trt: Any, events: Events, cancelled: threading.Event) -> Any:
     return Monitor()
 
 
-class Steps:
+class BuildSteps:
     """Nested phases of so many steps each -> one fraction in 0..1 that never falls."""
 
     def __init__(self) -> None:
@@ -92,19 +92,19 @@ class Steps:
     def start(self, name: str, parent: str | None, steps: int) -> float:
         with self._lock:
             self._phases[name] = [parent, max(1, steps), 0]
-            return self._now(name)
+            return self._find_fraction(name)
 
     def complete(self, name: str, step: int) -> float:
         with self._lock:
             if name in self._phases:
                 self._phases[name][2] = step + 1
-            return self._now(name)
+            return self._find_fraction(name)
 
     def finish(self, name: str) -> None:
         with self._lock:
             self._phases.pop(name, None)
 
-    def _now(self, name: str | None) -> float:
+    def _find_fraction(self, name: str | None) -> float:
         fraction = 0.0
         while name is not None and name in self._phases:
             name, steps, done = self._phases[name]
@@ -113,7 +113,7 @@ class Steps:
         return self._reached
 
 
-def writer_of(trt: Any, stream: BinaryIO) -> Any:
+def make_writer(trt: Any, stream: BinaryIO) -> Any:
     """Takes the plan in pieces; the first error is kept, for the builder swallows what is raised and ends well."""
 
     class Writer(trt.IStreamWriter):

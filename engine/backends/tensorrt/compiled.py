@@ -10,7 +10,7 @@ from typing import Any
 
 from dreammix_trt.core.errors import DreamMixError
 from dreammix_trt.core.files import atomic_file, sha256_of
-from dreammix_trt.engine.backends.tensorrt.place import Place
+from dreammix_trt.engine.backends.tensorrt.place import PlanPlace
 
 LOGGER = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Compiled:
             LOGGER.warning("%s: compiled kernels cannot be kept (%s)", self.file, error)
 
 
-def kernels_file(place: Place, plan: Path) -> Path | None:
+def kernels_file(place: PlanPlace, plan: Path) -> Path | None:
     """Where the kernels of a plan are kept: they fit one version of the package on one kind of GPU."""
     trt = place.trt
     if place.cache is None:

@@ -13,20 +13,20 @@ from typing import Any
 
 from dreammix_trt.core.errors import EngineError
 from dreammix_trt.core.seam import Array, Shape
-from dreammix_trt.engine.backends.tensorrt.callbacks import hearing
+from dreammix_trt.engine.backends.tensorrt.callbacks import collect_messages
 from dreammix_trt.engine.backends.tensorrt.compiled import Compiled, kernels_file
-from dreammix_trt.engine.backends.tensorrt.place import Place, handle_of
+from dreammix_trt.engine.backends.tensorrt.place import PlanPlace, handle_of
 from dreammix_trt.engine.backends.tensorrt.plans import (
     REBUILD,
     Origin,
     check_origin,
     check_validity,
-    failure,
-    mapped,
+    explain_failure,
+    map_plan,
 )
 from dreammix_trt.engine.backends.tensorrt.shapes import PlanShapes, check_address
 
-Asked = tuple[int, tuple[Shape, ...]]  # a profile, and every input's shape
+ContextKey = tuple[int, tuple[Shape, ...]]  # a profile, and every input's shape
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class PlanEngine:
     What contexts need, and what TensorRT-RTX compiled for them, is kept while the engine is gone.
     """
 
-    def __init__(self, place: Place, shapes: PlanShapes, build: Mapping[str, Any]) -> None:
+    def __init__(self, place: PlanPlace, shapes: PlanShapes, build: Mapping[str, Any]) -> None:
         self.shapes = shapes
         self._place, self._origin = place, Origin(shapes.plan, build, place.gpu)
         self._engine: Any = None
         self._compiled: Compiled | None = None
-        self._needs: dict[Asked, int] = {}
-        self._ready: tuple[Asked, Any] | None = None  # a context that `measure` made and nobody has bound yet
+        self._needs: dict[ContextKey, int] = {}
+        self._ready: tuple[ContextKey, Any] | None = None  # a context that `measure` made and nobody has bound yet
 
     @property
     def here(self) -> bool:
@@ -63,14 +63,14 @@ class PlanEngine:
         """Load it. Only TensorRT-RTX leaves out the weights; raises what fits where it cannot be loaded."""
         trt, runtime, package = self._place.trt, self._place.runtime, self._place.package
         check_origin(trt, package, self._origin)
-        with mapped(self._origin.plan) as data:
+        with map_plan(self._origin.plan) as data:
             if package.jit:
                 check_validity(trt, package, runtime, data, self._origin)
                 runtime.defer_weights_loading = True  # else they could not be unloaded
-            with hearing() as messages:
+            with collect_messages() as messages:
                 engine = runtime.deserialize_cuda_engine(data)
             if engine is None:
-                raise failure(f"{self._origin.plan} cannot be loaded", messages)
+                raise explain_failure(f"{self._origin.plan} cannot be loaded", messages)
             self._engine = engine
             if package.jit and weights:
                 self._bring_weights(data)
@@ -81,16 +81,16 @@ class PlanEngine:
 
     def bring_weights(self) -> None:
         """Those that `give_weights_back` gave back (TensorRT-RTX only)."""
-        with mapped(self._origin.plan) as data:
+        with map_plan(self._origin.plan) as data:
             self._bring_weights(data)
 
     def give_weights_back(self) -> None:
         """Contexts stay (TensorRT-RTX only)."""
         self._place.check()
         engine = self._engine
-        with hearing() as messages:
+        with collect_messages() as messages:
             if not engine.unload_weights():
-                raise failure(f"{self._origin.plan}: its weights cannot be unloaded", messages)
+                raise explain_failure(f"{self._origin.plan}: its weights cannot be unloaded", messages)
 
     def drop(self) -> None:
         """Let it go; nobody else has a context of it."""
@@ -103,16 +103,16 @@ class PlanEngine:
         self._compiled = self._engine = None
 
     def measure(self, shapes: Mapping[str, Shape], profile: int) -> int:
-        """Bytes of workspace at these shapes, by a context that stays ready for the next `make`.
+        """Bytes of workspace at these shapes, by a context that stays ready for the next `make_context`.
 
         Where the engine is gone, it is brought for that, and the context goes with it.
         """
-        asked = self._ask(shapes, profile)
-        if asked not in self._needs:
-            with self._at_hand():
+        key = self._key_of(shapes, profile)
+        if key not in self._needs:
+            with self._hold_engine():
                 self._ready = None
-                self._ready = asked, self._open_context(shapes, profile)
-        return self._needs[asked]
+                self._ready = key, self._open_context(shapes, profile)
+        return self._needs[key]
 
     def measure_profiles(self) -> None:
         """Note what the profiles' own shapes need: most questions are about these."""
@@ -120,16 +120,16 @@ class PlanEngine:
             for end in range(3):
                 self.measure({name: span[end] for name, span in profile.shapes.items()}, index)
 
-    def make(self, binding: Binding) -> Any:
+    def make_context(self, binding: Binding) -> Any:
         """A context with shapes, memory and addresses set, and nothing missing."""
-        asked, ready = self._ask(binding.shapes, binding.profile), self._ready
+        key, ready = self._key_of(binding.shapes, binding.profile), self._ready
         self._ready = None
-        if ready is not None and ready[0] == asked:
+        if ready is not None and ready[0] == key:
             context = ready[1]
         else:
             ready = None  # first, as its memory may be what is lacking
             context = self._open_context(binding.shapes, binding.profile)
-        name, need, workspace = self.shapes.name, self._needs[asked], binding.workspace
+        name, need, workspace = self.shapes.name, self._needs[key], binding.workspace
         if need and (workspace is None or workspace.nbytes < need):
             have = 0 if workspace is None else workspace.nbytes
             raise EngineError(f"{name}: needs {need} bytes of workspace and is given {have}; see workspace_bytes")
@@ -146,7 +146,7 @@ class PlanEngine:
             self._compiled.keep()
 
     @contextmanager
-    def _at_hand(self) -> Iterator[None]:
+    def _hold_engine(self) -> Iterator[None]:
         """Within the block the engine is here."""
         if self.here:
             yield
@@ -160,24 +160,24 @@ class PlanEngine:
 
     def _bring_weights(self, data: Any) -> None:
         engine = self._engine
-        with hearing() as messages:
+        with collect_messages() as messages:
             if not engine.load_weights(data):
-                raise failure(f"{self._origin.plan}: its weights cannot be loaded", messages)
+                raise explain_failure(f"{self._origin.plan}: its weights cannot be loaded", messages)
 
-    def _ask(self, shapes: Mapping[str, Shape], profile: int) -> Asked:
+    def _key_of(self, shapes: Mapping[str, Shape], profile: int) -> ContextKey:
         return profile, tuple(shapes[tensor.name] for tensor in self.shapes.inputs)
 
     def _attach(self, context: Any, binding: Binding) -> None:
         """Set memory and addresses."""
         name, workspace = self.shapes.name, binding.workspace
-        with hearing() as messages:
+        with collect_messages() as messages:
             try:
                 if workspace is not None:
                     check_address(f"{name}: the workspace", workspace)
                     context.set_device_memory(workspace.pointer, workspace.nbytes)
                 for tensor in (*self.shapes.inputs, *self.shapes.outputs):
                     if not context.set_tensor_address(tensor.name, binding.arrays[tensor.name].pointer):
-                        raise failure(f"{name}: {tensor.name} cannot be bound", messages)
+                        raise explain_failure(f"{name}: {tensor.name} cannot be bound", messages)
                 missing = context.infer_shapes()
             except RuntimeError as error:
                 raise self._explain_failure("cannot be bound", error, messages) from error
@@ -189,21 +189,21 @@ class PlanEngine:
         place, name = self._place, self.shapes.name
         place.check()
         handle = handle_of(place.stream)
-        with hearing() as messages:
+        with collect_messages() as messages:
             try:
-                context = self._new_context()
+                context = self._make_context()
                 if context is None or not context.set_optimization_profile_async(profile, handle):
-                    raise failure(f"{name}: no context for profile {profile}", messages)
+                    raise explain_failure(f"{name}: no context for profile {profile}", messages)
                 place.device.synchronize(place.stream)
                 for tensor in self.shapes.inputs:
                     if not context.set_input_shape(tensor.name, shapes[tensor.name]):
-                        raise failure(f"{name}: {tensor.name} cannot be {list(shapes[tensor.name])}", messages)
-                self._needs[self._ask(shapes, profile)] = int(context.update_device_memory_size_for_shapes())
+                        raise explain_failure(f"{name}: {tensor.name} cannot be {list(shapes[tensor.name])}", messages)
+                self._needs[self._key_of(shapes, profile)] = int(context.update_device_memory_size_for_shapes())
             except RuntimeError as error:
                 raise self._explain_failure("no context", error, messages) from error
         return context
 
-    def _new_context(self) -> Any:
+    def _make_context(self) -> Any:
         trt, engine = self._place.trt, self._engine
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if not self._place.package.jit:
@@ -218,4 +218,4 @@ class PlanEngine:
         return engine.create_execution_context(runtime_config=self._compiled.config)
 
     def _explain_failure(self, what: str, error: RuntimeError, messages: list[tuple[str, str]]) -> EngineError:
-        return failure(f"{self.shapes.name}: {what}", messages or [("ERROR", str(error))])
+        return explain_failure(f"{self.shapes.name}: {what}", messages or [("ERROR", str(error))])

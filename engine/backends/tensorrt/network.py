@@ -11,7 +11,7 @@ from dreammix_trt.core.errors import EngineError
 from dreammix_trt.core.seam import Array, BaseFacts
 from dreammix_trt.engine.backends.tensorrt.bound import TensorRtBound
 from dreammix_trt.engine.backends.tensorrt.engine import Binding, PlanEngine
-from dreammix_trt.engine.backends.tensorrt.place import Place
+from dreammix_trt.engine.backends.tensorrt.place import PlanPlace
 from dreammix_trt.engine.backends.tensorrt.plans import REBUILD
 from dreammix_trt.engine.backends.tensorrt.shapes import PlanShapes
 
@@ -22,7 +22,7 @@ class PlanNetwork:
     bound: what runs it. loads: how often its weights came.
     """
 
-    def __init__(self, name: str, folder: Path, entry: Mapping[str, Any], place: Place) -> None:
+    def __init__(self, name: str, folder: Path, entry: Mapping[str, Any], place: PlanPlace) -> None:
         self.name, self.entry, self._place = name, entry, place
         self.plan = plan_of(name, folder, entry)
         self.jit, self.lock = place.package.jit, place.lock
@@ -76,7 +76,7 @@ class PlanNetwork:
         self._engine.close()
         self.loaded = False
 
-    def workspace(self, sides: Sides, facts: BaseFacts) -> int:
+    def measure_workspace(self, sides: Sides, facts: BaseFacts) -> int:
         """See `TensorRtNetworks.workspace_bytes`."""
         return self._engine.measure(*self.shapes.choose(sides, facts))
 
@@ -93,9 +93,9 @@ class PlanNetwork:
         self.bound.append(bound)
         return bound
 
-    def context_for(self, binding: Binding) -> Any:
+    def make_context(self, binding: Binding) -> Any:
         """A context with shapes, memory and addresses set, and nothing missing."""
-        return self._engine.make(binding)
+        return self._engine.make_context(binding)
 
     def keep_compiled(self) -> None:
         """Write what was compiled, where something new was."""

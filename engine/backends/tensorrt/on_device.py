@@ -26,7 +26,7 @@ from dreammix_trt.engine.backends.onnxruntime.engine_set import read_facts, read
 from dreammix_trt.engine.backends.tensorrt.bound import TensorRtBound
 from dreammix_trt.engine.backends.tensorrt.network import PlanNetwork, plan_of
 from dreammix_trt.engine.backends.tensorrt.package import PACKAGES, load
-from dreammix_trt.engine.backends.tensorrt.place import Place
+from dreammix_trt.engine.backends.tensorrt.place import PlanPlace
 from dreammix_trt.engine.backends.tensorrt.plans import (
     open_guarded_runtime,
     refuse_host_code,
@@ -43,7 +43,7 @@ class TensorRtNetworks:
     A captured graph holds the addresses of weights: it is void once `loads` of its network has changed.
     """
 
-    def __init__(self, place: Place, facts: BaseFacts, networks: Mapping[str, PlanNetwork]) -> None:
+    def __init__(self, place: PlanPlace, facts: BaseFacts, networks: Mapping[str, PlanNetwork]) -> None:
         self.facts = facts
         self._place, self._networks = place, dict(networks)
 
@@ -72,7 +72,7 @@ class TensorRtNetworks:
         for name, (folder, entry) in entries.items():
             refuse_host_code(plan_of(name, folder, entry))
         runtime = open_guarded_runtime(backend)
-        place = Place(trt, PACKAGES[backend], runtime, device, device.stream(), cache)
+        place = PlanPlace(trt, PACKAGES[backend], runtime, device, device.make_stream(), cache)
         opened = cls(place, facts, {name: PlanNetwork(name, *entry, place) for name, entry in entries.items()})
         try:
             usual = [name for name in entries if not is_twin(name)]
@@ -138,7 +138,7 @@ class TensorRtNetworks:
         TensorRT-RTX may compile kernels; `bind` then takes it. Where TensorRT 11 has unloaded the network, shapes other
         than its profiles' own bring it for the answer and let it go again. Raises as `bind`."""
         with self._place.lock:
-            return self._network(name).workspace(sides, self.facts)
+            return self._network(name).measure_workspace(sides, self.facts)
 
     def bind(
         self, name: str, sides: Sides, arrays: Mapping[str, Array], workspace: Array | None = None
@@ -158,7 +158,7 @@ class TensorRtNetworks:
         """The networks whose weights are on the device now."""
         return tuple(name for name, network in self._networks.items() if network.loaded)
 
-    def loads(self, name: str) -> int:
+    def count_loads(self, name: str) -> int:
         """How often the weights came: graphs that were captured at another count must be captured again."""
         return self._network(name).loads
 

@@ -14,7 +14,7 @@ from dreammix_trt.engine.drivers.device import Device
 
 
 @dataclass
-class Place:
+class PlanPlace:
     """What all networks of a base share.
 
     stream: for setting contexts up.

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from dreammix_trt.core.errors import DeviceError, EngineError, OutOfMemoryError
 from dreammix_trt.engine import hardware
-from dreammix_trt.engine.backends.tensorrt.callbacks import hearing, logger_of
+from dreammix_trt.engine.backends.tensorrt.callbacks import collect_messages, get_logger
 from dreammix_trt.engine.backends.tensorrt.package import PACKAGES, Package, check_runtime, load
 from dreammix_trt.engine.machine import RTX_TARGETS
 
@@ -56,12 +56,14 @@ def open_guarded_runtime(backend: str) -> Any:
     """
     trt = load(backend)
     check_runtime(trt, PACKAGES[backend])
-    with hearing() as messages:
+    with collect_messages() as messages:
         try:
-            runtime = trt.Runtime(logger_of(trt))
+            runtime = trt.Runtime(get_logger(trt))
         except (RuntimeError, TypeError) as error:  # pybind11 raises TypeError where the factory gives nothing
-            raise failure(f"{PACKAGES[backend].title} does not start", messages or [("ERROR", str(error))]) from error
-    runtime = trt.Runtime(logger_of(trt))
+            raise explain_failure(
+                f"{PACKAGES[backend].title} does not start", messages or [("ERROR", str(error))]
+            ) from error
+    runtime = trt.Runtime(get_logger(trt))
     runtime.engine_host_code_allowed = False
     if runtime.engine_host_code_allowed:
         raise EngineError(f"{PACKAGES[backend].title} does not refuse engines with host code; install it again")
@@ -88,7 +90,7 @@ class Origin:
 
 
 @contextlib.contextmanager
-def mapped(plan: Path) -> Iterator[mmap.mmap]:
+def map_plan(plan: Path) -> Iterator[mmap.mmap]:
     """A plan's bytes without a copy of them: its pages come from the file and go again.
 
     Raises EngineError for a file that is missing, unreadable or empty.
@@ -106,21 +108,21 @@ def check_origin(trt: Any, package: Package, origin: Origin) -> None:
     """Raise EngineError for a plan of another version, DeviceError for one of another GPU, as far as `network.json`
     tells; TensorRT-RTX itself knows better which GPUs a plan runs on (`check_validity`)."""
     if origin.version and origin.version != str(trt.__version__):
-        raise _other_version(trt, package, origin)
+        raise _make_version_error(trt, package, origin)
     if not package.jit and origin.targets and origin.gpu[1] not in origin.targets:
-        raise _other_gpu(package, origin)
+        raise _make_gpu_error(package, origin)
 
 
 def check_validity(trt: Any, package: Package, runtime: Any, data: Any, origin: Origin) -> None:
     """Raise the error that fits what TensorRT-RTX finds wrong with a plan on this GPU, before loading it."""
-    with hearing() as messages:
+    with collect_messages() as messages:
         validity, bits = runtime.get_engine_validity(data)
     if validity == trt.EngineValidity.SUBOPTIMAL:
         LOGGER.warning("%s: not made for %s (%s); it may be slow", origin.plan, *origin.gpu)
     if validity != trt.EngineValidity.INVALID:
         return
     kinds = trt.EngineInvalidityDiagnostics
-    driver = f"{package.title} {trt.__version__} needs another NVIDIA driver ({_driver()})"
+    driver = f"{package.title} {trt.__version__} needs another NVIDIA driver ({_describe_driver()})"
     reasons: list[tuple[Any, EngineError]] = [
         (kinds.CUDA_ERROR, DeviceError(f"{driver}: CUDA does not work here; install a driver again")),
         (kinds.OLD_CUDA_DRIVER, DeviceError(f"{driver}: this one is too old; update it")),
@@ -131,8 +133,8 @@ def check_validity(trt: Any, package: Package, runtime: Any, data: Any, origin: 
             ),
         ),
         (kinds.MALFORMED_ENGINE, EngineError(f"{origin.plan}: damaged, or no {package.title} engine; {REBUILD}")),
-        (kinds.VERSION_MISMATCH, _other_version(trt, package, origin)),
-        (kinds.UNSUPPORTED_CC, _other_gpu(package, origin)),
+        (kinds.VERSION_MISMATCH, _make_version_error(trt, package, origin)),
+        (kinds.UNSUPPORTED_CC, _make_gpu_error(package, origin)),
         (
             kinds.INSUFFICIENT_GPU_MEMORY,
             OutOfMemoryError(f"{origin.plan}: {origin.gpu[0]} has too little memory for it; {SMALLER}"),
@@ -141,23 +143,23 @@ def check_validity(trt: Any, package: Package, runtime: Any, data: Any, origin: 
     for kind, error in reasons:
         if int(bits) & int(kind):
             raise error
-    raise failure(f"{origin.plan} does not fit {origin.gpu[0]} ({origin.gpu[1]})", messages)
+    raise explain_failure(f"{origin.plan} does not fit {origin.gpu[0]} ({origin.gpu[1]})", messages)
 
 
 SMALLER: Final = "end other programs that use the GPU, or take less: `--pictures 1`, static shapes, or a smaller base"
 
 
-def failure(what: str, messages: Sequence[tuple[str, str]]) -> EngineError:
+def explain_failure(what: str, messages: Sequence[tuple[str, str]]) -> EngineError:
     """The error for something the package did not do, by what it said: OutOfMemoryError, DeviceError or EngineError.
 
-    messages: (severity, text) as `hearing` gives them.
+    messages: (severity, text) as `collect_messages` gives them.
     """
     said = [text for level, text in messages if level != "WARNING"] or [text for _, text in messages]
     everything = " ".join(said)
     why = " ".join((said or ["no reason given"])[0].split())[:500]
     for mark, kind, remedy in _CAUSES:
         if mark.search(everything):
-            return kind(f"{what}: {why}; {remedy or f'install or update the NVIDIA driver ({_driver()})'}")
+            return kind(f"{what}: {why}; {remedy or f'install or update the NVIDIA driver ({_describe_driver()})'}")
     return EngineError(f"{what}: {why}; {REBUILD}")
 
 
@@ -186,12 +188,12 @@ _CAUSES: Final[tuple[tuple[re.Pattern[str], type[EngineError], str], ...]] = (
 )  # fmt: skip
 
 
-def _other_version(trt: Any, package: Package, origin: Origin) -> EngineError:
+def _make_version_error(trt: Any, package: Package, origin: Origin) -> EngineError:
     built = f"{package.title} {origin.version}" if origin.version else f"another {package.title}"
     return EngineError(f"{origin.plan}: built with {built}, installed is {trt.__version__}; {REBUILD}")
 
 
-def _other_gpu(package: Package, origin: Origin) -> DeviceError:
+def _make_gpu_error(package: Package, origin: Origin) -> DeviceError:
     name, capability = origin.gpu
     built = ", ".join(origin.targets) or "another GPU"
     remedy = f"build it for this GPU (`dreammix-trt build ... --target {capability}`), or"
@@ -202,6 +204,6 @@ def _other_gpu(package: Package, origin: Origin) -> DeviceError:
     )
 
 
-def _driver() -> str:
+def _describe_driver() -> str:
     driver = hardware.ask_driver()
     return driver.problem or f"installed is one for CUDA {driver.cuda}"

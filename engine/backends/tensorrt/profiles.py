@@ -71,8 +71,8 @@ def profiles_for(
     profiles = []
     for length, (h, w) in product(contexts, frames):
         sides = {"rows": rows, "pictures": count, "context": (length, length, length)}
-        sides |= {"h": h, "w": w, "H": _eightfold(h), "W": _eightfold(w)}
-        profiles.append(Profile({str(entry["name"]): _ranges(entry, sides) for entry in inputs}))
+        sides |= {"h": h, "w": w, "H": _scale_to_pixels(h), "W": _scale_to_pixels(w)}
+        profiles.append(Profile({str(entry["name"]): _make_ranges(entry, sides) for entry in inputs}))
     return tuple(profile for index, profile in enumerate(profiles) if profile not in profiles[:index])
 
 
@@ -81,7 +81,7 @@ def fits(h: int, w: int, latent_side: int) -> bool:
     return h * w <= latent_side**2
 
 
-def _ranges(entry: Mapping[str, Any], sides: Mapping[str, tuple[int, int, int]]) -> tuple[Shape, Shape, Shape]:
+def _make_ranges(entry: Mapping[str, Any], sides: Mapping[str, tuple[int, int, int]]) -> tuple[Shape, Shape, Shape]:
     for side in entry["shape"]:
         if isinstance(side, str) and side not in sides:
             raise InputError(f"input {entry['name']} has the unknown side {side!r}; known are {', '.join(sides)}")
@@ -90,6 +90,6 @@ def _ranges(entry: Mapping[str, Any], sides: Mapping[str, tuple[int, int, int]])
     return low, usual, high
 
 
-def _eightfold(span: tuple[int, int, int]) -> tuple[int, int, int]:
+def _scale_to_pixels(span: tuple[int, int, int]) -> tuple[int, int, int]:
     low, usual, high = span
     return 8 * low, 8 * usual, 8 * high

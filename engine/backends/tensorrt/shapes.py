@@ -47,13 +47,13 @@ class PlanShapes:
         self._compare(trt, engine, given, [name for name in names if name not in given])
         # TensorRT may leave out an input that nothing reads: a LoRA slot of a layer whose output is not used.
         inputs = tuple(tensor for tensor in self.inputs if tensor.name in given)
-        profiles = tuple(_profile(engine, inputs, index) for index in range(engine.num_optimization_profiles))
+        profiles = tuple(_read_profile(engine, inputs, index) for index in range(engine.num_optimization_profiles))
         return replace(self, inputs=inputs, profiles=profiles)
 
     @cached_property
     def spans(self) -> tuple[dict[str, Span], ...]:
         """Of each profile the named sides: (smallest, largest)."""
-        return tuple(_spans(self.inputs, profile) for profile in self.profiles)
+        return tuple(_find_spans(self.inputs, profile) for profile in self.profiles)
 
     def choose(self, sides: Sides, facts: BaseFacts) -> tuple[dict[str, Shape], int]:
         """Every input's and output's shape, and the first profile that holds the inputs'.
@@ -65,7 +65,7 @@ class PlanShapes:
         side = facts.native_side // FACTOR
         found = [index for index, profile in enumerate(self.profiles) if profile.holds(shapes)]
         if not found or (framed and not fits(sides.height, sides.width, side)):
-            raise ProfileError(self._refusal(sides, side, fitting=bool(found)))
+            raise ProfileError(self._explain_refusal(sides, side, fitting=bool(found)))
         return shapes | {tensor.name: sides.shape(tensor) for tensor in self.outputs}, found[0]
 
     def check_arrays(self, shapes: Mapping[str, Shape], arrays: Mapping[str, Array]) -> None:
@@ -103,7 +103,7 @@ class PlanShapes:
                 f"{self.plan}: its network.json tells of another network: {', '.join(wrong[:6])}; {REBUILD}"
             )
 
-    def _refusal(self, sides: Sides, side: int, fitting: bool) -> str:
+    def _explain_refusal(self, sides: Sides, side: int, fitting: bool) -> str:
         spans = self.spans
         asked = {axis: sides.size_of(axis) for axis in AXES if any(axis in span for span in spans)}
         told = "; or ".join(_describe_span(span) for span in spans)
@@ -130,7 +130,7 @@ def check_address(what: str, array: Array) -> None:
         raise EngineError(f"{what} is at address {array.pointer}; TensorRT wants multiples of {ALIGNMENT}")
 
 
-def _profile(engine: Any, inputs: Iterable[Tensor], index: int) -> Profile:
+def _read_profile(engine: Any, inputs: Iterable[Tensor], index: int) -> Profile:
     """The shapes of every input; static sides are not always in the engine's profiles."""
     shapes = {}
     for tensor in inputs:
@@ -143,7 +143,7 @@ def _profile(engine: Any, inputs: Iterable[Tensor], index: int) -> Profile:
     return Profile(shapes)
 
 
-def _spans(tensors: Iterable[Tensor], profile: Profile) -> dict[str, Span]:
+def _find_spans(tensors: Iterable[Tensor], profile: Profile) -> dict[str, Span]:
     return {
         side: (low, high)
         for tensor in tensors

@@ -47,37 +47,37 @@ class Bindings:
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What a runtime function gives besides its error code. Raises DeviceError or OutOfMemoryError."""
         if self.lost:
-            raise _lost(self.lost)
+            raise _make_lost_error(self.lost)
         error, *results = function(*arguments)
         if error != self.runtime.cudaError_t.cudaSuccess:
-            raise self.failure(function.__name__, error)
+            raise self.explain_failure(function.__name__, error)
         return results[0] if len(results) == 1 else tuple(results)
 
-    def failure(self, what: str, error: Any) -> DeviceError:
+    def explain_failure(self, what: str, error: Any) -> DeviceError:
         """The exception for an error code; remembers when the device is lost with it."""
         text = f"{what}: {self.runtime.cudaGetErrorString(error)[1].decode()} (CUDA error {int(error)})"
         self.runtime.cudaGetLastError()  # a later look at the last error must not find this one
         if error.name in _LOSING:
             self.lost = f"{text}; the device's context is lost and nothing runs in it any more: start the program again"
-            return _lost(self.lost)
+            return _make_lost_error(self.lost)
         if error == self.runtime.cudaError_t.cudaErrorMemoryAllocation:
             return OutOfMemoryError(f"{text}; close what else uses the GPU, or ask for less")
         return DeviceError(text)
 
-    def kernel_failure(self, name: str, error: RuntimeError) -> DeviceError:
+    def explain_kernel_failure(self, name: str, error: RuntimeError) -> DeviceError:
         """The exception for a kernel of the extension that failed.
 
         The extension has a CUDA runtime of its own, so its errors arrive as texts; whether all is lost is asked here.
         """
         state, *_ = self.runtime.cudaMemGetInfo()
         if state != self.runtime.cudaError_t.cudaSuccess and state.name in _LOSING:
-            return self.failure(f"kernel {name}", state)
+            return self.explain_failure(f"kernel {name}", state)
         if "out of memory" in str(error):
             return OutOfMemoryError(f"kernel {name}: {error}")
         return DeviceError(f"kernel {name}: {error}")
 
 
-def _lost(why: str) -> DeviceError:
+def _make_lost_error(why: str) -> DeviceError:
     """An error that says so: who serves requests must not try the next one on this device."""
     error = DeviceError(why)
     error.lost = True

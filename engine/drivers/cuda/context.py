@@ -46,7 +46,7 @@ class Context:
             _LOG.warning("closing the %s: %s", self.name, error)
 
     @contextmanager
-    def capturing(self) -> Iterator[None]:
+    def enter_capture(self) -> Iterator[None]:
         """This thread captures within the block."""
         self._thread.capturing = True
         try:

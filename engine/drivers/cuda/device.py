@@ -73,7 +73,7 @@ class CudaDevice:
         flags = self._context.runtime.cudaHostAllocPortable
         return CudaPinned(self._belongings, int(self._context.call("cudaHostAlloc", max(nbytes, 1), flags)), nbytes)
 
-    def stream(self) -> CudaStream:
+    def make_stream(self) -> CudaStream:
         """A new stream."""
         flags = self._context.runtime.cudaStreamNonBlocking
         return CudaStream(self._belongings, self._context.call("cudaStreamCreateWithFlags", flags))
@@ -81,7 +81,7 @@ class CudaDevice:
     def upload(self, to: Array, source: npt.NDArray[Any], stream: Stream) -> None:
         """Copy contiguous host memory of `to`'s size to the device; pinned memory must stay as it is until then."""
         self._context.check_outside_capture("copying from the host")
-        pointer = self._host(source, to)
+        pointer = self._check_host(source, to)
         self._copy(to.pointer, pointer, to.nbytes, self._kinds.cudaMemcpyHostToDevice, stream)
         self._count("uploaded", to.nbytes)
 
@@ -90,7 +90,7 @@ class CudaDevice:
         self._context.check_outside_capture("copying to the host")
         if not to.flags.writeable:
             raise ValueError("the host array is read-only")
-        pointer = self._host(to, source)
+        pointer = self._check_host(to, source)
         self._copy(pointer, source.pointer, source.nbytes, self._kinds.cudaMemcpyDeviceToHost, stream)
         self._count("downloaded", source.nbytes)
 
@@ -108,7 +108,7 @@ class CudaDevice:
         if to.nbytes:
             self._context.call("cudaMemsetAsync", to.pointer, 0, to.nbytes, handle_of(stream))
 
-    def kernel(self, name: str, stream: Stream, **arguments: Any) -> None:
+    def launch_kernel(self, name: str, stream: Stream, **arguments: Any) -> None:
         """Enqueue a kernel of `dreammix_trt._cpp.gpu`; an Array stands for its pointer, None for no pointer.
 
         Raises ValueError for arguments that the kernel refuses, DeviceError where there is no such kernel.
@@ -121,9 +121,9 @@ class CudaDevice:
         try:
             function(**{key: _pointer(value) for key, value in arguments.items()}, stream=handle)
         except RuntimeError as error:
-            raise self._context.bindings.kernel_failure(name, error) from error
+            raise self._context.bindings.explain_kernel_failure(name, error) from error
 
-    def work(self, label: str, stream: Stream, run: Callable[[], None]) -> None:
+    def enqueue_work(self, label: str, stream: Stream, run: Callable[[], None]) -> None:
         """A network enqueues its own work, now."""
         self._context.make_current()
         run()
@@ -170,7 +170,7 @@ class CudaDevice:
     def _kinds(self) -> Any:
         return self._context.runtime.cudaMemcpyKind
 
-    def _host(self, array: npt.NDArray[Any], other: Array) -> int:
+    def _check_host(self, array: npt.NDArray[Any], other: Array) -> int:
         """Where a host array starts that is copied from or to `other`."""
         if not array.flags.c_contiguous or array.nbytes != other.nbytes:
             raise ValueError(

@@ -33,7 +33,7 @@ def capture(belongings: Belongings, stream: Stream, record: Callable[[], None]) 
     context.check_outside_capture("another capture")
     handle, runtime = handle_of(stream), context.runtime
     context.call("cudaStreamBeginCapture", handle, runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
-    with context.capturing():
+    with context.enter_capture():
         try:
             record()
         except BaseException:

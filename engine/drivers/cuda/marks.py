@@ -39,7 +39,7 @@ class Marks:
         if error == runtime.cudaError_t.cudaErrorNotReady:
             return False
         if error != runtime.cudaError_t.cudaSuccess:
-            raise context.bindings.failure("cudaEventQuery", error)
+            raise context.bindings.explain_failure("cudaEventQuery", error)
         return True
 
     def seconds_between(self, earlier: Any, later: Any) -> float:

@@ -42,7 +42,7 @@ class Belongings:
         error, *_ = owned._destroy(bindings.runtime, handle)
         if error != bindings.runtime.cudaError_t.cudaSuccess:
             # most likely an error of earlier work, which whoever waits for that work is told as well
-            _LOG.warning("giving back a %s: %s", owned.kind, bindings.failure("CUDA", error))
+            _LOG.warning("giving back a %s: %s", owned.kind, bindings.explain_failure("CUDA", error))
 
     def release_all(self) -> None:
         """Wait for the streams that are left, give everything back, and log that it was left."""

@@ -13,7 +13,7 @@ import pytest
 
 from dreammix_trt.core.errors import DreamMixError, EngineError, InputError
 from dreammix_trt.core.networks import twin_name
-from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet, parts_in
+from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet, list_parts
 from dreammix_trt.engine.directory import open_engine
 
 
@@ -44,7 +44,7 @@ def test_parts_below_one_folder_are_those_of_the_mapping(
 ) -> None:
     for name, folder in parts.items():
         shutil.copytree(folder, tmp_path / name)
-    assert parts_in(tmp_path) == {name: tmp_path / name for name in sorted(parts)}
+    assert list_parts(tmp_path) == {name: tmp_path / name for name in sorted(parts)}
     inputs = {"mask": np.ones((1, 1, 8, 8), np.float32), "masked_latent": np.ones((1, 4, 8, 8), np.float32)}
     with EngineSet.load(tmp_path, threads=1) as moved:
         assert moved.facts == networks.facts
@@ -112,7 +112,7 @@ def half_part(folder: Path) -> dict[str, Path]:
     facts = {"native_side": 64, "divisor": 32, "scaling_factor": 0.13, "feature_channels": 4}
     (folder / "base").mkdir()
     (folder / "base/base.json").write_text(json.dumps(facts))
-    return parts_in(folder)
+    return list_parts(folder)
 
 
 def test_float16_networks_take_and_give_float32(tmp_path: Path) -> None:

@@ -270,7 +270,7 @@ def test_on_a_gpu_it_computes_what_the_host_does(gpu: None, parts: dict[str, Pat
     from dreammix_trt.engine.drivers.cuda import CudaDevice
 
     device = CudaDevice()
-    stream = device.stream()
+    stream = device.make_stream()
     with OnnxNetworks.open(parts, stream) as networks, OnnxNetworks.open(parts, Line(), provider="cpu") as here:
         for name in ("unet", "vae_decoder"):
             held, memory = Held(here, name), []

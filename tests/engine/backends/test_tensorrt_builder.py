@@ -28,12 +28,12 @@ from dreammix_trt.engine.backends.tensorrt.builder import (
     Profile,
     build_engine,
     check_room,
-    estimate,
+    estimate_build,
     list_targets,
     open_guarded_runtime,
     refuse_host_code,
 )
-from dreammix_trt.engine.backends.tensorrt.callbacks import Steps, monitor_of, writer_of
+from dreammix_trt.engine.backends.tensorrt.callbacks import BuildSteps, make_monitor, make_writer
 from dreammix_trt.engine.backends.tensorrt.package import NAMES, NAMES_AHEAD, PACKAGES, check_package, load
 from dreammix_trt.engine.hardware import Driver, Gpu
 from dreammix_trt.engine.machine import RTX_TARGETS
@@ -151,7 +151,7 @@ def test_memory_of_a_build_stays_within_the_estimate(rtx: Any, tmp_path: Path) -
     command = [sys.executable, "-c", probe, str(path), str(tmp_path / "n.plan")]
     out = subprocess.run(command, capture_output=True, text=True, check=True)
     report = json.loads(out.stdout)
-    need = estimate(path.stat().st_size, wide.nbytes, "tensorrt-rtx")
+    need = estimate_build(path.stat().st_size, wide.nbytes, "tensorrt-rtx")
     assert wide.nbytes < report["peak_anonymous"] < need.host_bytes
     assert report["peak_anonymous"] < report["peak_rss"]
     assert wide.nbytes < report["engine_bytes"] < need.disk_bytes
@@ -319,12 +319,12 @@ def test_stopping_tells_the_builder_to_stop(rtx: Any, tmp_path: Path, monkeypatc
 
     def noted(trt: Any, events: Any, cancelled: threading.Event) -> Any:
         told.append(cancelled)
-        return monitor_of(trt, events, cancelled)
+        return make_monitor(trt, events, cancelled)
 
     def progress(fraction: float, phase: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tensorrt, "monitor_of", noted)
+    monkeypatch.setattr(tensorrt, "make_monitor", noted)
     with pytest.raises(KeyboardInterrupt):
         built(linear(tmp_path / "n.onnx"), ROWS, progress=progress)
     assert [cancelled.is_set() for cancelled in told] == [True]
@@ -337,10 +337,10 @@ def test_a_full_disk_is_not_taken_for_a_plan(rtx: Any, tmp_path: Path, monkeypat
         def write(data: bytes) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        return writer_of(trt, SimpleNamespace(write=write))
+        return make_writer(trt, SimpleNamespace(write=write))
 
     path = linear(tmp_path / "n.onnx")
-    monkeypatch.setattr(tensorrt, "writer_of", full)
+    monkeypatch.setattr(tensorrt, "make_writer", full)
     with pytest.raises(BuildError, match="no space left"):
         built(path, ROWS)
     assert list(tmp_path.iterdir()) == [path]
@@ -348,7 +348,7 @@ def test_a_full_disk_is_not_taken_for_a_plan(rtx: Any, tmp_path: Path, monkeypat
 
 def test_a_cancelled_monitor_stops_the_builder(rtx: Any) -> None:
     cancelled = threading.Event()
-    monitor = monitor_of(rtx, tensorrt.Events(), cancelled)
+    monitor = make_monitor(rtx, tensorrt.Events(), cancelled)
     monitor.phase_start("build", None, 2)
     assert monitor.step_complete("build", 0) is True
     cancelled.set()
@@ -356,7 +356,7 @@ def test_a_cancelled_monitor_stops_the_builder(rtx: Any) -> None:
 
 
 def test_nested_steps_add_up_to_a_fraction_that_never_falls() -> None:
-    steps = Steps()
+    steps = BuildSteps()
     assert steps.start("build", None, 4) == 0
     assert steps.complete("build", 0) == 0.25
     assert steps.start("inner", "build", 2) == 0.25
@@ -394,7 +394,7 @@ def test_the_current_gpu_needs_a_driver(rtx: Any, tmp_path: Path, monkeypatch: p
 def test_everything_used_of_the_package_is_there(rtx: Any) -> None:
     """Instances, too: properties of a class need not exist before there is one."""
     check_package(rtx, PACKAGES["tensorrt-rtx"])
-    config = rtx.Builder(tensorrt.logger_of(rtx)).create_builder_config()
+    config = rtx.Builder(tensorrt.get_logger(rtx)).create_builder_config()
     assert config.num_compute_capabilities == 0 and config.get_flag(rtx.BuilderFlag.TF32)
     assert not hasattr(rtx.BuilderFlag, "FP16")
 
@@ -405,14 +405,14 @@ def test_contexts_of_tensorrt_rtx_never_allocate_while_they_run(
 ) -> None:
     """Else no graph could hold them; of TensorRT 11 nothing like it is asked. The revision is in the parts' keys."""
     seen: list[bool] = []
-    make = tensorrt._Build._config
+    make = tensorrt._Build._make_config
 
     def noted(self: Any, builder: Any, network: Any) -> Any:
         config = make(self, builder, network)
         seen.append(bool(config.get_flag(rtx.BuilderFlag.REQUIRE_USER_ALLOCATION)))
         return config
 
-    monkeypatch.setattr(tensorrt._Build, "_config", noted)
+    monkeypatch.setattr(tensorrt._Build, "_make_config", noted)
     monkeypatch.setattr(hardware, "ask_driver", lambda: ADA)
     monkeypatch.setitem(sys.modules, "tensorrt", rtx_as_eleven(rtx))
     built(linear(tmp_path / "n.onnx"), ROWS, backend=backend)
@@ -521,22 +521,22 @@ def test_tensorrt_refuses_other_gpus_and_none_with_the_way_out(
     ],
 )
 def test_the_estimate_bounds_what_was_measured(graph: int, weights: int, held: int, plan: int) -> None:
-    need = estimate(graph, weights, "tensorrt-rtx")
+    need = estimate_build(graph, weights, "tensorrt-rtx")
     assert held < need.host_bytes < 2.5 * weights + (1200 << 20)
     assert plan < need.disk_bytes
-    assert estimate(graph, weights, "tensorrt").host_bytes > need.host_bytes
+    assert estimate_build(graph, weights, "tensorrt").host_bytes > need.host_bytes
 
 
 def test_too_little_memory_or_disk_is_said_before_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gib = 1 << 30
-    monkeypatch.setattr(hardware, "memory", lambda: (16 * gib, 8 * gib))
+    monkeypatch.setattr(hardware, "measure_memory", lambda: (16 * gib, 8 * gib))
     monkeypatch.setattr(hardware, "disk_free", lambda folder: 4 * gib)
     check_room(Estimate(8 * gib, 4 * gib), tmp_path)
     with pytest.raises(BuildError, match=r"needs 9\.0 GiB of memory and 8\.0 GiB are free; end other programs"):
         check_room(Estimate(9 * gib, 1), tmp_path)
     with pytest.raises(BuildError, match=r"needs 5\.0 GiB and 4\.0 GiB are free there; free some"):
         check_room(Estimate(1, 5 * gib), tmp_path)
-    monkeypatch.setattr(hardware, "memory", lambda: (None, None))
+    monkeypatch.setattr(hardware, "measure_memory", lambda: (None, None))
     monkeypatch.setattr(hardware, "disk_free", lambda folder: None)
     check_room(Estimate(1 << 60, 1 << 60), tmp_path)
 

@@ -32,7 +32,7 @@ from dreammix_trt.engine.backends.tensorrt import plans
 from dreammix_trt.engine.backends.tensorrt import shapes as tensorrt_shapes
 from dreammix_trt.engine.backends.tensorrt.on_device import ProfileError, TensorRtNetworks
 from dreammix_trt.engine.backends.tensorrt.package import PACKAGES, RUNTIME_NAMES, RUNTIME_NAMES_JIT, check_runtime
-from dreammix_trt.engine.backends.tensorrt.plans import failure
+from dreammix_trt.engine.backends.tensorrt.plans import explain_failure
 from dreammix_trt.engine.backends.tensorrt.profiles import profiles_for
 from dreammix_trt.engine.hardware import Driver, Gpu
 from tests.support import fake_tensorrt as fake
@@ -173,7 +173,7 @@ def test_one_context_is_set_up_once_in_order_and_runs_where_it_was_bound(
     ]  # fmt: skip
     assert not unet.capturable
     card.log.clear()
-    stream = card.stream()
+    stream = card.make_stream()
     unet.enqueue(stream)
     assert unet.capturable
     card.capturing = True
@@ -190,9 +190,9 @@ def test_each_binding_has_a_context_of_its_own(networks: TensorRtNetworks, card:
     first.close()
     assert card.log.count("free context unet") == 1
     first.close()
-    second.enqueue(card.stream())
+    second.enqueue(card.make_stream())
     with pytest.raises(EngineError, match="unet: closed; bind it anew"):
-        first.enqueue(card.stream())
+        first.enqueue(card.make_stream())
 
 
 def test_asking_for_the_workspace_makes_the_context_that_is_bound(networks: TensorRtNetworks, card: fake.Gpu) -> None:
@@ -208,7 +208,7 @@ def test_asking_for_the_workspace_makes_the_context_that_is_bound(networks: Tens
 def test_the_package_says_whether_a_context_may_be_captured(card: fake.Gpu, tmp_path: Path) -> None:
     with opened(write_base(tmp_path, "tensorrt-rtx", not_capturable=True), "tensorrt-rtx", card) as networks:
         unet = bound(networks, card)
-        unet.enqueue(card.stream())
+        unet.enqueue(card.make_stream())
         assert not unet.capturable
 
 
@@ -216,9 +216,9 @@ def test_the_first_run_within_a_capture_is_refused(networks: TensorRtNetworks, c
     unet = bound(networks, card)
     card.capturing = True
     with pytest.raises(EngineError, match=r"unet cannot be run: .*first run cannot be captured"):
-        unet.enqueue(card.stream())
+        unet.enqueue(card.make_stream())
     card.capturing = False
-    unet.enqueue(card.stream())
+    unet.enqueue(card.make_stream())
 
 
 def test_an_input_that_the_engine_left_out_is_not_bound(card: fake.Gpu, backend: str, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_an_input_that_the_engine_left_out_is_not_bound(card: fake.Gpu, backend:
         assert "block.to_q.lora_B" not in [tensor.name for tensor in networks.inputs("unet")]
         arrays = arrays_for(networks, card, "unet") | {"block.to_q.lora_B": card.array((1, 8, 32), "float16")}
         workspace = card.array((networks.workspace_bytes("unet", ONE),), "uint8")
-        networks.bind("unet", ONE, arrays, workspace).enqueue(card.stream())
+        networks.bind("unet", ONE, arrays, workspace).enqueue(card.make_stream())
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -235,9 +235,9 @@ def test_an_input_that_the_engine_left_out_is_not_bound(card: fake.Gpu, backend:
 def test_weights_go_and_come_back_and_what_is_bound_stays(
     networks: TensorRtNetworks, card: fake.Gpu, backend: str
 ) -> None:
-    unet, stream = bound(networks, card), card.stream()
+    unet, stream = bound(networks, card), card.make_stream()
     unet.enqueue(stream)
-    free, before = card.memory()[0], networks.loads("unet")
+    free, before = card.memory()[0], networks.count_loads("unet")
     networks.unload("unet")
     assert card.memory()[0] == free + 1000 and not unet.capturable
     networks.unload("unet")
@@ -246,7 +246,7 @@ def test_weights_go_and_come_back_and_what_is_bound_stays(
     card.log.clear()
     networks.load("unet")
     networks.load("unet")
-    assert card.memory()[0] == free and networks.loads("unet") == before + 1
+    assert card.memory()[0] == free and networks.count_loads("unet") == before + 1
     remade = backend == "tensorrt"
     assert ("context unet" in card.log) is remade and ("unet: address eps" in card.log) is remade
     unet.enqueue(stream)
@@ -265,15 +265,15 @@ def test_networks_can_share_memory_that_is_too_small_for_all(card: fake.Gpu, bac
         unet = bound(networks, card)
         with pytest.raises(OutOfMemoryError):
             networks.load("vae_decoder")
-        unet.enqueue(card.stream())
+        unet.enqueue(card.make_stream())
         networks.unload("unet")
         networks.load("vae_decoder")
-        bound(networks, card, "vae_decoder").enqueue(card.stream())
+        bound(networks, card, "vae_decoder").enqueue(card.make_stream())
         with pytest.raises(OutOfMemoryError):
             networks.load("unet")
         networks.unload("vae_decoder")
         networks.load("unet")
-        unet.enqueue(card.stream())
+        unet.enqueue(card.make_stream())
     assert card.weights == {}
 
 
@@ -287,9 +287,9 @@ def test_a_float32_twin_stays_away_until_it_is_needed(card: fake.Gpu, backend: s
         arrays = arrays_for(networks, card, "vae_decoder_float32")
         twin = networks.bind("vae_decoder_float32", ONE, arrays, card.array((1 << 20,), "uint8"))
         with pytest.raises(EngineError, match="load them first"):
-            twin.enqueue(card.stream())
+            twin.enqueue(card.make_stream())
         networks.load("vae_decoder_float32")
-        twin.enqueue(card.stream())
+        twin.enqueue(card.make_stream())
         assert networks.loaded == ("unet", "vae_decoder", "vae_decoder_float32")
 
 
@@ -305,11 +305,11 @@ def test_what_is_opened_without_weights_answers_is_bound_and_runs_once_they_came
             other = replace(ONE, height=12, width=20)
             assert networks.workspace_bytes("unet", other) == 100 * 2 * 4 * 12 * 20 and card.weights == {}
         assert card.log.count("deserialise unet") == (1 if backend == "tensorrt" else 0)
-        unet, stream = bound(networks, card, "unet", other), card.stream()
+        unet, stream = bound(networks, card, "unet", other), card.make_stream()
         with pytest.raises(EngineError, match="unet: its weights are unloaded; load them first"):
             unet.enqueue(stream)
         networks.load("unet")
-        assert networks.loaded == ("unet",) and networks.loads("unet") == 1
+        assert networks.loaded == ("unet",) and networks.count_loads("unet") == 1
         unet.enqueue(stream)
         assert unet.capturable
 
@@ -333,14 +333,14 @@ def test_a_network_counts_as_loaded_when_all_that_is_bound_can_run(
     assert networks.loaded == ("vae_decoder",) and "unet" not in card.weights
     networks.load("unet")
     assert seen == [("vae_decoder",)] * 2 and networks.loaded == ("unet", "vae_decoder")
-    unet.enqueue(card.stream())
+    unet.enqueue(card.make_stream())
 
 
 def test_threads_that_need_a_network_at_once_load_it_once(
     networks: TensorRtNetworks, card: fake.Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     networks.unload("unet")
-    fit, before = card.fit, networks.loads("unet")
+    fit, before = card.fit, networks.count_loads("unet")
 
     def slow(name: str, nbytes: int) -> bool:
         time.sleep(0.05)
@@ -349,7 +349,7 @@ def test_threads_that_need_a_network_at_once_load_it_once(
     monkeypatch.setattr(card, "fit", slow)
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(networks.load, ["unet"] * 4))
-    assert networks.loads("unet") == before + 1
+    assert networks.count_loads("unet") == before + 1
 
 
 def test_closing_frees_contexts_before_engines(networks: TensorRtNetworks, card: fake.Gpu) -> None:
@@ -363,7 +363,7 @@ def test_closing_frees_contexts_before_engines(networks: TensorRtNetworks, card:
     ]  # fmt: skip
     networks.close()
     with pytest.raises(EngineError, match="closed"):
-        unet.enqueue(card.stream())
+        unet.enqueue(card.make_stream())
     with pytest.raises(EngineError, match="closed"):
         networks.load("unet")
     with pytest.raises(EngineError, match="closed"):
@@ -379,7 +379,7 @@ def test_kernels_are_compiled_once_and_kept(card: fake.Gpu, tmp_path: Path, capl
     def used() -> list[str]:
         card.compilations.clear()
         with opened(parts, "tensorrt-rtx", card, cache=cache) as networks:
-            bound(networks, card).enqueue(card.stream())
+            bound(networks, card).enqueue(card.make_stream())
             assert len(list(cache.iterdir())) == 1  # written after the first run, not only at the end
         return list(card.compilations)
 
@@ -397,7 +397,7 @@ def test_another_engine_has_another_file_of_kernels(card: fake.Gpu, tmp_path: Pa
     for version in ("one", "other"):
         parts = write_base(tmp_path / version, "tensorrt-rtx", note=version)
         with opened(parts, "tensorrt-rtx", card, cache=tmp_path / "cache") as networks:
-            bound(networks, card).enqueue(card.stream())
+            bound(networks, card).enqueue(card.make_stream())
     assert len(list((tmp_path / "cache").iterdir())) == 2 and len(card.compilations) == 2
 
 
@@ -407,7 +407,7 @@ def test_a_place_that_takes_no_files_costs_time_only(
     (tmp_path / "cache").write_text("a file where the folder should be")
     parts = write_base(tmp_path / "parts", "tensorrt-rtx")
     with opened(parts, "tensorrt-rtx", card, cache=tmp_path / "cache") as networks:
-        bound(networks, card).enqueue(card.stream())
+        bound(networks, card).enqueue(card.make_stream())
     assert "compiled kernels cannot be kept" in caplog.text
 
 
@@ -457,11 +457,11 @@ def test_arrays_that_do_not_fit_are_named(networks: TensorRtNetworks, card: fake
             networks.bind("unet", ONE, good, workspace)
     with pytest.raises(EngineError, match=r"the workspace is at address .*multiples of 256"):
         networks.bind("unet", ONE, good, Array(sample.pointer + 8, (need,), "uint8"))
-    bound(networks, card).enqueue(card.stream())
+    bound(networks, card).enqueue(card.make_stream())
 
 
 def test_a_device_without_streams_is_refused(networks: TensorRtNetworks, card: fake.Gpu) -> None:
-    stream: Any = card.stream()
+    stream: Any = card.make_stream()
     stream.handle = None
     with pytest.raises(DeviceError, match="CUDA streams only"):
         bound(networks, card).enqueue(stream)
@@ -566,7 +566,7 @@ def test_failures_of_contexts_and_runs_carry_the_packages_words(card: fake.Gpu, 
         bound(networks, card)
     parts = write_base(tmp_path / "b", backend, fails="Error Code 1: Cuda Runtime (an illegal memory access)")
     with opened(parts, backend, card) as networks, pytest.raises(DeviceError, match=r"unet cannot be run.*illegal"):
-        bound(networks, card).enqueue(card.stream())
+        bound(networks, card).enqueue(card.make_stream())
     parts = write_base(tmp_path / "d", backend, too_large=1)
     with (
         opened(parts, backend, card) as networks,
@@ -596,9 +596,9 @@ def test_failures_of_contexts_and_runs_carry_the_packages_words(card: fake.Gpu, 
     ],
 )
 def test_messages_become_errors_with_a_remedy(card: fake.Gpu, text: str, kind: type[EngineError]) -> None:
-    error = failure("unet", [("WARNING", "out of memory soon"), ("ERROR", text)])
+    error = explain_failure("unet", [("WARNING", "out of memory soon"), ("ERROR", text)])
     assert type(error) is kind and str(error).startswith(f"unet: {text[:40]}") and ";" in str(error)
-    assert "no reason given" in str(failure("unet", []))
+    assert "no reason given" in str(explain_failure("unet", []))
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -641,9 +641,15 @@ def test_every_name_that_running_uses_was_looked_for_in_tensorrt_11() -> None:
 
 #: the modules that run plans
 RUNNING = (
-    plans, tensorrt_bound, tensorrt_compiled, tensorrt_engine, tensorrt_network, tensorrt_networks, tensorrt_place,
+    plans,
+    tensorrt_bound,
+    tensorrt_compiled,
+    tensorrt_engine,
+    tensorrt_network,
+    tensorrt_networks,
+    tensorrt_place,
     tensorrt_shapes,
-)  # fmt: skip
+)
 #: variables (and attributes of that name) that hold the package's objects
 RECEIVERS = {
     "runtime": "Runtime", "engine": "ICudaEngine", "context": "IExecutionContext", "config": "IRuntimeConfig",
@@ -746,7 +752,7 @@ def test_a_real_plan_runs_is_captured_and_replayed(real: tuple[Any, TensorRtNetw
     sides, rng = Sides(rows=2, pictures=2, height=16, width=16), np.random.default_rng(6)
     shapes = {tensor.name: sides.shape(tensor) for tensor in (*networks.inputs("m"), *networks.outputs("m"))}
     values = {name: (rng.standard_normal(shape) / 4).astype(np.float16) for name, shape in shapes.items()}
-    stream = device.stream()
+    stream = device.make_stream()
     memories = {name: device.allocate(value.nbytes) for name, value in values.items()}
     arrays = {name: Array(memories[name].pointer, value.shape, "float16") for name, value in values.items()}
     scratch = device.allocate(max(256, networks.workspace_bytes("m", sides)))

@@ -72,7 +72,7 @@ def test_reference_pastes_equal_the_recorded_ones(golden: Path, case: str) -> No
     arrays = np.load(folder / "golden.npz")
     if "switch_crop_rgb_sha256" in arrays:
         assert digest(laid.crop(handed, whole)) == arrays["switch_crop_rgb_sha256"].tobytes()
-    last = laid.final(whole, recorded("final_decoded_rgb"), local=(local, recorded("switch_decoded_rgb")))
+    last = laid.compose(whole, recorded("final_decoded_rgb"), local=(local, recorded("switch_decoded_rgb")))
     np.testing.assert_array_equal(last, recorded("final_image"))
 
 
@@ -140,7 +140,7 @@ def test_one_pixel_works() -> None:
     laid = Canvas.of(np.full((1, 1, 3), 9, np.uint8), np.full((1, 1), 255, np.uint8), native=128)
     frame = laid.local_frame(0.5)
     assert frame.size == (128, 128) and frame.latent_mask.all()
-    assert laid.final(frame, np.full((128, 128, 3), 77, np.uint8)).tolist() == [[[77, 77, 77]]]
+    assert laid.compose(frame, np.full((128, 128, 3), 77, np.uint8)).tolist() == [[[77, 77, 77]]]
 
 
 def test_a_speck_survives_the_way_down() -> None:
@@ -193,10 +193,10 @@ def test_a_coarse_global_stage_keeps_the_local_inside() -> None:
     red, blue = np.zeros((128, 128, 3), np.uint8), np.zeros((128, 128, 3), np.uint8)
     red[..., 0], blue[..., 2] = 200, 200
     assert whole.scale > local.scale > 1
-    out = laid.final(whole, blue, local=(local, red))
+    out = laid.compose(whole, blue, local=(local, red))
     assert out[250, 250].tolist() == [200, 0, 0]
     assert out[200, 250, 2] > 180  # at the edge the global picture
-    assert laid.final(whole, blue)[250, 250].tolist() == [0, 0, 200]
+    assert laid.compose(whole, blue)[250, 250].tolist() == [0, 0, 200]
     np.testing.assert_array_equal(out[mask_far(mask, laid.feather_width)], image[mask_far(mask, laid.feather_width)])
 
 
@@ -209,7 +209,7 @@ def test_a_fine_global_stage_is_taken_whole() -> None:
     laid = Canvas.of(image, mask, native=128)
     local, whole = laid.local_frame(0.5), laid.global_frame(1.0)
     blue = np.zeros((128, 128, 3), np.uint8)
-    assert laid.final(whole, blue, local=(local, blue + 200))[60, 60].tolist() == [0, 0, 0]
+    assert laid.compose(whole, blue, local=(local, blue + 200))[60, 60].tolist() == [0, 0, 0]
 
 
 # Engines that do not take every frame

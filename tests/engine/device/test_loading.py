@@ -58,8 +58,8 @@ class Card(SimulatedDevice):
         free, total = super().memory()
         return free - sum(self.gpu.weights.values()), total
 
-    def stream(self) -> Any:
-        return self.gpu.stream()
+    def make_stream(self) -> Any:
+        return self.gpu.make_stream()
 
     def synchronize(self, stream: Any) -> None:
         self.gpu.current = True
@@ -161,7 +161,7 @@ def test_onnx_runtimes_sessions_take_turns_and_are_gone_after_theirs(
     opened: Any, host: DreamMix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engines, tokenizers, subjects = opened
-    held, alive, made = list[set[str]](), dict[str, weakref.ref[Any]](), OnnxNetworks._session
+    held, alive, made = list[set[str]](), dict[str, weakref.ref[Any]](), OnnxNetworks._open_session
 
     def session(self: OnnxNetworks, name: str) -> Any:
         found = made(self, name)
@@ -169,10 +169,10 @@ def test_onnx_runtimes_sessions_take_turns_and_are_gone_after_theirs(
         held.append({each for each, session in alive.items() if session() is not None})
         return found
 
-    monkeypatch.setattr(OnnxNetworks, "_session", session)
+    monkeypatch.setattr(OnnxNetworks, "_open_session", session)
     options = Options(largest_picture=320 * 320, residency="swap")
     with SimulatedDevice() as device:
-        networks = OnnxNetworks.open(engines.parts, device.stream(), provider="cpu", resident=())
+        networks = OnnxNetworks.open(engines.parts, device.make_stream(), provider="cpu", resident=())
         with networks, DreamMix.on_device(device, networks, tokenizers, subjects, options) as dm:
             assert held == []
             for size in ((128, 128), (128, 160), (128, 128)):

@@ -63,14 +63,14 @@ def launch_on(device: Any, name: str, arguments: dict[str, Any]) -> None:
     """On a GPU, with copies of the arrays, whose contents come back."""
     arrays = {address(value): value for value in arguments.values() if isinstance(value, np.ndarray)}
     with ExitStack() as stack:
-        stream, there = device.stream(), {}
+        stream, there = device.make_stream(), {}
         stack.callback(stream.close)
         for at, array in arrays.items():
             memory = stack.enter_context(device.allocate(array.nbytes))
             there[at] = Array(memory.pointer, (array.nbytes,), "uint8")
             device.upload(there[at], array.reshape(-1).view(np.uint8), stream)
         given = {key: there[address(each)] if isinstance(each, np.ndarray) else each for key, each in arguments.items()}
-        device.kernel(name, stream, **given)
+        device.launch_kernel(name, stream, **given)
         for at, array in arrays.items():
             device.download(array.reshape(-1).view(np.uint8), there[at], stream)
         device.synchronize(stream)

@@ -176,7 +176,7 @@ def test_a_cut_mask_is_binary_and_tells_whether_anything_is_left(place: dict[str
     mask, found = blot(90, 75), np.zeros(1, np.int32)
     box, size = (0, 90, 0, 75), (33, 40)
     out = cut(mask, box, size, place, threshold=1, found=at(found))
-    np.testing.assert_array_equal(out, canvas._binary(canvas._resize(mask, size, box)))
+    np.testing.assert_array_equal(out, canvas._to_binary(canvas._resize(mask, size, box)))
     assert found[0] == 1
     found[0] = 0
     assert not cut(np.minimum(mask, np.uint8(100)), box, size, place, threshold=1, found=at(found)).any()
@@ -192,7 +192,7 @@ def test_a_speck_that_resampling_lost_is_kept(place: dict[str, int], size: tuple
     record, _ = cut_record(mask, box, size)
     found, out = np.zeros(1, np.int32), np.full(size, 3, np.uint8)
     gpu.keep_speck(source=at(mask), cut=at(record), found=at(found), out=at(out), **place)
-    np.testing.assert_array_equal(out, canvas._nearest(mask, size, box))
+    np.testing.assert_array_equal(out, canvas._resize_nearest(mask, size, box))
     found[0], out[:] = 1, 3
     gpu.keep_speck(source=at(mask), cut=at(record), found=at(found), out=at(out), **place)
     assert (out == 3).all()
@@ -429,7 +429,7 @@ def test_paste_is_the_canvas_final_where_local_is_kept(place: dict[str, int]) ->
     inside, around = canvas._to_box(pictures[0], local.box), canvas._to_box(pictures[1], frame.box)
     sheet = {**boxed(frame.box), **boxed(local.box, "local_"), "keeps_local": 1}
     result = paste(whole, around, sheet, place, inside)
-    np.testing.assert_array_equal(result, whole.final(frame, pictures[1], local=(local, pictures[0])))
+    np.testing.assert_array_equal(result, whole.compose(frame, pictures[1], local=(local, pictures[0])))
     # The mask's values inside differ from both plain pastes: the seam took part.
     assert (result != whole.hand_over(frame, pictures[1])).any() and (result != image).any()
 

@@ -15,7 +15,7 @@ from dreammix_trt.core.request import Request
 from dreammix_trt.core.seam import Array
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.dreammix import Job
-from dreammix_trt.engine.drivers.simulated import Entry, SimulatedDevice
+from dreammix_trt.engine.drivers.simulated import RecordEntry, SimulatedDevice
 from tests.engine.conftest import scene
 
 STEPS = 6
@@ -63,7 +63,7 @@ def test_half_networks_stay_near_the_host(simulated: Any, host: DreamMix) -> Non
     assert (got != expected).any()  # float16 was really between
 
 
-def between(device: SimulatedDevice, start: int = 0) -> list[Entry]:
+def between(device: SimulatedDevice, start: int = 0) -> list[RecordEntry]:
     """What was enqueued from the last upload to the first download after `start`."""
     entries = device.record[start:]
     uploads = [k for k, entry in enumerate(entries) if entry.kind == "upload"]
@@ -129,7 +129,7 @@ def test_swapping_subjects_and_back_is_exact_and_touches_only_the_bound_factors(
     assert [(entry.kind, entry.graph) for entry in writes] == [("copy", None)]
 
 
-def _writes(entry: Entry, region: Array) -> bool:
+def _writes(entry: RecordEntry, region: Array) -> bool:
     targets = [array for name, array in entry.arrays.items() if name in ("to", "out")]
     return any(region.pointer <= array.pointer < region.pointer + region.nbytes for array in targets)
 
@@ -353,7 +353,7 @@ def test_work_that_runs_as_late_as_it_may_paints_the_same(simulated: Any, cup: P
 
 def test_pinned_memory_is_read_late_and_other_memory_at_once() -> None:
     with SimulatedDevice(late=True) as device:
-        stream, pinned, memory = device.stream(), device.allocate_pinned(8), device.allocate(8)
+        stream, pinned, memory = device.make_stream(), device.allocate_pinned(8), device.allocate(8)
         array, plain = Array(memory.pointer, (8,), "uint8"), np.full(8, 7, np.uint8)
         device.upload(array, plain, stream)
         plain[:] = 8

@@ -253,7 +253,7 @@ def test_a_runtime_that_cannot_be_made_leaves_nothing(opened: Any, monkeypatch: 
     def full(*_: Any) -> None:
         raise OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(studio, "Texts", full)
+    monkeypatch.setattr(studio, "DeviceTexts", full)
     engines, tokenizers, subjects = opened
     with SimulatedDevice() as device:
         with pytest.raises(OutOfMemoryError):

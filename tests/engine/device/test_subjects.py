@@ -61,16 +61,16 @@ def test_every_factor_comes_to_its_own_input(unread: Collection[tuple[str, str]]
     }  # fmt: skip
     networks: Any = Networks(unread)
     with SimulatedDevice() as device:
-        stream = device.stream()
+        stream = device.make_stream()
         layout = Layout(networks, pictures)
-        arena = Arena(device, layout.regions(1))
+        arena = Arena(device, layout.list_regions(1))
         subjects = Subjects(device, stream, layout, arena, lambda: device.synchronize(stream))
         subjects.add("mug", Subject("mug", "sks", "mug", factors))
         subjects.enter(["mug"] * pictures)
-        subjects.for_text("mug")
+        subjects.enter_text("mug")
         device.synchronize(stream)
         for network, slots in SLOTS.items():
-            bound = layout.arrays(network, arena["bound factors"], pictures)
+            bound = layout.cut_arrays(network, arena["bound factors"], pictures)
             assert bound.keys() == {tensor.name for tensor in networks.inputs(network)}
             for slot in slots:
                 for (name, _), values in zip(slot.factors, factors[network][slot.module], strict=True):

@@ -86,7 +86,7 @@ def test_it_is_a_device(device: CudaDevice) -> None:
 
 
 def test_copies_run_in_order_when_somebody_waits(fake: FakeCuda, device: CudaDevice) -> None:
-    with device.allocate(16) as memory, device.allocate(16) as other, device.stream() as stream:
+    with device.allocate(16) as memory, device.allocate(16) as other, device.make_stream() as stream:
         assert memory.pointer % 256 == 0 and device.memory()[0] == (1 << 20) - 32
         there, beside = Array(memory.pointer, (4,), "float32"), Array(other.pointer, (2, 2), "float32")
         pinned = device.allocate_pinned(16)
@@ -96,7 +96,7 @@ def test_copies_run_in_order_when_somebody_waits(fake: FakeCuda, device: CudaDev
         out.array[:] = 255
         device.upload(there, staged, stream)
         staged[:] = [1, 2, 3, 4]  # pinned memory is read when the copy runs
-        device.kernel("double", stream, values=there, count=3, nothing=None)
+        device.launch_kernel("double", stream, values=there, count=3, nothing=None)
         device.copy(beside, there, stream)
         device.clear(there.part(0, 1), stream)
         device.download(out.array, beside, stream)
@@ -116,7 +116,7 @@ def test_copies_run_in_order_when_somebody_waits(fake: FakeCuda, device: CudaDev
 
 
 def test_pageable_memory_is_read_at_once(device: CudaDevice) -> None:
-    with device.allocate(16) as memory, device.stream() as stream:
+    with device.allocate(16) as memory, device.make_stream() as stream:
         there, source, back = Array(memory.pointer, (4,), "float32"), numbers(1, 2, 3, 4), numbers(0, 0, 0, 0)
         device.upload(there, source, stream)
         source[:] = 0
@@ -125,7 +125,7 @@ def test_pageable_memory_is_read_at_once(device: CudaDevice) -> None:
 
 
 def test_sizes_and_bounds_are_checked_before_any_call(fake: FakeCuda, device: CudaDevice) -> None:
-    with device.allocate(16) as memory, device.stream() as stream:
+    with device.allocate(16) as memory, device.make_stream() as stream:
         there = Array(memory.pointer, (4,), "float32")
         beyond = Array(memory.pointer + 4, (4,), "float32")
         read_only = numbers(1, 2, 3, 4)
@@ -159,7 +159,7 @@ def test_memory_that_does_not_fit_is_told_with_what_there_is(device: CudaDevice)
 
 
 def test_what_is_given_back_is_given_back_once(fake: FakeCuda, device: CudaDevice) -> None:
-    memory, pinned, stream = device.allocate(8), device.allocate_pinned(8), device.stream()
+    memory, pinned, stream = device.allocate(8), device.allocate_pinned(8), device.make_stream()
     graph = device.capture(stream, lambda: None)
     for _ in range(2):
         memory.free()
@@ -172,7 +172,7 @@ def test_what_is_given_back_is_given_back_once(fake: FakeCuda, device: CudaDevic
         lambda: pinned.array,
         lambda: stream.handle,
         lambda: device.synchronize(stream),
-        lambda: graph.launch(device.stream()),
+        lambda: graph.launch(device.make_stream()),
     ):
         with pytest.raises(DeviceError, match="after it was given back"):
             used()
@@ -181,7 +181,7 @@ def test_what_is_given_back_is_given_back_once(fake: FakeCuda, device: CudaDevic
 
 def test_closing_gives_back_what_is_left_and_says_so(fake: FakeCuda, caplog: pytest.LogCaptureFixture) -> None:
     device = CudaDevice(bindings=Bindings(fake, fake))
-    stream, memory = device.stream(), device.allocate(3 << 10)
+    stream, memory = device.make_stream(), device.allocate(3 << 10)
     device.allocate_pinned(8)
     mark = device.mark(stream)
     device.capture(stream, lambda: device.clear(Array(memory.pointer, (8,), "uint8"), stream))
@@ -193,7 +193,7 @@ def test_closing_gives_back_what_is_left_and_says_so(fake: FakeCuda, caplog: pyt
     (record,) = caplog.records
     for words in ("the Fake RTX was closed", "1 x stream", "1 x memory", "1 x graph", "3.0 KiB of device memory"):
         assert words in record.getMessage()
-    for used in (device.memory, device.stream, mark.has_passed, lambda: device.allocate(1)):
+    for used in (device.memory, device.make_stream, mark.has_passed, lambda: device.allocate(1)):
         with pytest.raises(DeviceError, match="closed"):
             used()
     memory.free()
@@ -202,16 +202,16 @@ def test_closing_gives_back_what_is_left_and_says_so(fake: FakeCuda, caplog: pyt
 
 def test_a_device_whose_owners_gave_all_back_closes_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
     fake = FakeCuda()
-    with caplog.at_level(logging.DEBUG), made(fake) as device, device.stream() as stream, device.allocate(8):
+    with caplog.at_level(logging.DEBUG), made(fake) as device, device.make_stream() as stream, device.allocate(8):
         device.mark(stream)
     assert fake.left() == {} and not caplog.records
 
 
 def test_a_graph_is_captured_once_and_launched_often(fake: FakeCuda, device: CudaDevice) -> None:
-    with device.allocate(16) as memory, device.stream() as stream:
+    with device.allocate(16) as memory, device.make_stream() as stream:
         values, back = Array(memory.pointer, (4,), "float32"), numbers(0, 0, 0, 0)
         device.upload(values, numbers(1, 2, 3, 4), stream)
-        graph: Any = device.capture(stream, lambda: device.kernel("double", stream, values=values, count=4))
+        graph: Any = device.capture(stream, lambda: device.launch_kernel("double", stream, values=values, count=4))
         assert int(graph._live) in fake.uploaded and not fake.templates
         device.download(back, values, stream)
         np.testing.assert_array_equal(back, [1, 2, 3, 4])
@@ -223,7 +223,7 @@ def test_a_graph_is_captured_once_and_launched_often(fake: FakeCuda, device: Cud
 
 
 def test_what_is_not_allowed_in_a_capture_ends_it(fake: FakeCuda, device: CudaDevice) -> None:
-    with device.allocate(16) as memory, device.stream() as stream:
+    with device.allocate(16) as memory, device.make_stream() as stream:
         values, host = Array(memory.pointer, (4,), "float32"), numbers(1, 2, 3, 4)
         spare, mark = device.allocate(8), device.mark(stream)
         for wrong in (
@@ -255,7 +255,7 @@ def test_an_exception_of_the_recorder_goes_on(fake: FakeCuda, device: CudaDevice
         device.clear(Array(memory.pointer, (16,), "uint8"), stream)
         raise KeyboardInterrupt
 
-    with device.allocate(16) as memory, device.stream() as stream:
+    with device.allocate(16) as memory, device.make_stream() as stream:
         with pytest.raises(KeyboardInterrupt):
             device.capture(stream, record)
         assert not fake.streams[stream.handle].waiting
@@ -263,7 +263,7 @@ def test_an_exception_of_the_recorder_goes_on(fake: FakeCuda, device: CudaDevice
 
 
 def test_a_capture_that_others_spoiled_is_an_error(fake: FakeCuda, device: CudaDevice) -> None:
-    with device.stream() as stream:
+    with device.make_stream() as stream:
         with pytest.raises(DeviceError, match=r"cudaStreamEndCapture.*CUDA error 901"):
             device.capture(stream, lambda: done_with(fake.cudaMalloc(1)))
         assert fake.last == 0, "the last error must not be found by others"
@@ -272,7 +272,7 @@ def test_a_capture_that_others_spoiled_is_an_error(fake: FakeCuda, device: CudaD
 
 def test_another_thread_may_allocate_beside_a_capture(device: CudaDevice) -> None:
     def elsewhere() -> None:
-        with device.allocate(8), device.stream() as own:
+        with device.allocate(8), device.make_stream() as own:
             device.synchronize(own)
         done.append(True)
 
@@ -282,7 +282,7 @@ def test_another_thread_may_allocate_beside_a_capture(device: CudaDevice) -> Non
         thread.join()
 
     done: list[bool] = []
-    with device.stream() as stream:
+    with device.make_stream() as stream:
         device.capture(stream, record).close()
     assert done == [True]
 
@@ -300,7 +300,7 @@ def test_every_thread_works_on_the_chosen_device() -> None:
 
 
 def test_marks_pass_when_the_work_before_them_is_done(fake: FakeCuda, device: CudaDevice) -> None:
-    with device.stream() as stream:
+    with device.make_stream() as stream:
         first = device.mark(stream, timed=True)
         fake.enqueue(stream.handle, lambda: time.sleep(0.01))
         second = device.mark(stream, timed=True)
@@ -316,7 +316,7 @@ def test_marks_pass_when_the_work_before_them_is_done(fake: FakeCuda, device: Cu
 
 
 def test_events_are_used_again_when_their_marks_are_gone(fake: FakeCuda, device: CudaDevice) -> None:
-    with device.stream() as stream:
+    with device.make_stream() as stream:
         for _ in range(1000):
             device.mark(stream)
         kept = [device.mark(stream, timed=True) for _ in range(3)]
@@ -328,14 +328,14 @@ def test_events_are_used_again_when_their_marks_are_gone(fake: FakeCuda, device:
 
 def test_a_network_enqueues_its_own_work_now(device: CudaDevice) -> None:
     ran: list[str] = []
-    with device.stream() as stream:
-        device.work("unet", stream, lambda: ran.append("unet"))
+    with device.make_stream() as stream:
+        device.enqueue_work("unet", stream, lambda: ran.append("unet"))
     assert ran == ["unet"]
 
 
 def test_the_context_is_lost_with_an_illegal_access(fake: FakeCuda, caplog: pytest.LogCaptureFixture) -> None:
     device = CudaDevice(bindings=Bindings(fake, fake), extension=FakeExtension(fake))
-    memory, stream = device.allocate(8), device.stream()
+    memory, stream = device.allocate(8), device.make_stream()
     fake.enqueue(stream.handle, fake.lose)
     with pytest.raises(
         DeviceError, match=r"cudaErrorIllegalAddress.*context is lost.*start the program again"
@@ -343,7 +343,7 @@ def test_the_context_is_lost_with_an_illegal_access(fake: FakeCuda, caplog: pyte
         device.synchronize(stream)
     assert first.value.lost
     calls = len(fake.calls)
-    for used in (device.memory, lambda: device.allocate(1), lambda: device.kernel("double", stream, count=1)):
+    for used in (device.memory, lambda: device.allocate(1), lambda: device.launch_kernel("double", stream, count=1)):
         with pytest.raises(DeviceError, match="context is lost") as again:
             used()
         assert again.value.lost
@@ -354,7 +354,7 @@ def test_the_context_is_lost_with_an_illegal_access(fake: FakeCuda, caplog: pyte
 
 
 def test_other_errors_leave_the_device_usable(fake: FakeCuda, device: CudaDevice) -> None:
-    with device.stream() as stream:
+    with device.make_stream() as stream:
         stranger: Any = SimpleNamespace(handle=12345)
         with pytest.raises(DeviceError, match=r"cudaStreamSynchronize: .*CUDA error 400"):
             device.synchronize(stranger)
@@ -367,21 +367,21 @@ def test_other_errors_leave_the_device_usable(fake: FakeCuda, device: CudaDevice
 
 def test_kernels_that_fail_are_told_by_name(fake: FakeCuda) -> None:
     extension = FakeExtension(fake)
-    with CudaDevice(bindings=Bindings(fake, fake), extension=extension) as device, device.stream() as stream:
+    with CudaDevice(bindings=Bindings(fake, fake), extension=extension) as device, device.make_stream() as stream:
         with pytest.raises(DeviceError, match="no kernel 'halve'"):
-            device.kernel("halve", stream)
+            device.launch_kernel("halve", stream)
         with pytest.raises(ValueError, match="count must be positive"):
-            device.kernel("double", stream, values=1, count=-1)
+            device.launch_kernel("double", stream, values=1, count=-1)
         extension.fails = "launch: invalid argument"
         with pytest.raises(DeviceError, match="kernel double: launch: invalid argument") as caught:
-            device.kernel("double", stream)
+            device.launch_kernel("double", stream)
         assert "lost" not in str(caught.value) and not caught.value.lost
         extension.fails = "launch: out of memory"
         with pytest.raises(OutOfMemoryError):
-            device.kernel("double", stream)
+            device.launch_kernel("double", stream)
         extension.loses = True
         with pytest.raises(DeviceError, match=r"kernel double: .*context is lost") as caught:
-            device.kernel("double", stream)
+            device.launch_kernel("double", stream)
         assert caught.value.lost
 
 
@@ -395,8 +395,8 @@ def test_kernels_that_fail_are_told_by_name(fake: FakeCuda) -> None:
 )
 def test_an_extension_that_does_not_fit_is_told_with_the_remedy(built: Any, said: list[str], fake: FakeCuda) -> None:
     with CudaDevice(bindings=Bindings(fake, fake), extension=FakeExtension(fake, built)) as device:
-        with device.stream() as stream, pytest.raises(DeviceError) as caught:
-            device.kernel("double", stream)
+        with device.make_stream() as stream, pytest.raises(DeviceError) as caught:
+            device.launch_kernel("double", stream)
         for words in (*said, "Fake RTX (sm_89)"):
             assert words in str(caught.value)
 
@@ -581,7 +581,7 @@ def test_real_copies_and_memory(real: CudaDevice) -> None:
     values = np.random.default_rng(1).integers(0, 256, 5 << 20, np.uint8)
     before, total = real.memory()
     assert 0 < before <= total
-    with real.allocate(values.nbytes) as memory, real.allocate(values.nbytes) as other, real.stream() as stream:
+    with real.allocate(values.nbytes) as memory, real.allocate(values.nbytes) as other, real.make_stream() as stream:
         assert memory.pointer % 256 == 0 and real.memory()[0] < before
         there, beside = (Array(each.pointer, values.shape, "uint8") for each in (memory, other))
         pinned = real.allocate_pinned(values.nbytes)
@@ -600,7 +600,7 @@ def test_real_copies_and_memory(real: CudaDevice) -> None:
 
 
 def test_real_events_tell_device_time(real: CudaDevice) -> None:
-    with real.allocate(256 << 20) as memory, real.stream() as stream:
+    with real.allocate(256 << 20) as memory, real.make_stream() as stream:
         there = Array(memory.pointer, (256 << 20,), "uint8")
         first = real.mark(stream, timed=True)
         for _ in range(20):
@@ -613,13 +613,13 @@ def test_real_events_tell_device_time(real: CudaDevice) -> None:
 
 def test_a_real_graph_with_a_kernel(real: CudaDevice) -> None:
     real.require_kernels()
-    with real.allocate(4096) as memory, real.stream() as stream:
+    with real.allocate(4096) as memory, real.make_stream() as stream:
         wide = Array(memory.pointer, (256,), "float32")
         narrow = Array(memory.pointer + 2048, (256,), "float16")
         back = np.empty(256, np.float16)
 
         def record() -> None:
-            real.kernel(
+            real.launch_kernel(
                 "convert", stream, source=wide, source_half=0, out=narrow, out_half=1, count=256
             )  # fmt: skip
 
@@ -641,13 +641,13 @@ def test_real_memory_that_does_not_fit_leaves_the_device_usable(real: CudaDevice
     total = real.memory()[1]
     with pytest.raises(OutOfMemoryError, match="are free"):
         real.allocate(2 * total)
-    with real.allocate(1 << 20), real.stream() as stream:
+    with real.allocate(1 << 20), real.make_stream() as stream:
         real.synchronize(stream)
 
 
 def test_a_real_capture_that_something_spoils_is_discarded(real: CudaDevice) -> None:
     runtime = real._context.runtime
-    with real.stream() as stream, real.allocate(256) as memory:
+    with real.make_stream() as stream, real.allocate(256) as memory:
         with pytest.raises(DeviceError, match="CUDA error 90"):
             real.capture(stream, lambda: done_with(runtime.cudaStreamSynchronize(stream.handle)))
         real.clear(Array(memory.pointer, (256,), "uint8"), stream)

@@ -22,7 +22,7 @@ def filled(device: SimulatedDevice, values: list[float]) -> Array:
 
 
 def halved(device: SimulatedDevice, source: Array, out: Array) -> None:
-    device.kernel("scaled", STREAM, latent=source, factor=2.0, out=out, count=source.size, half=False)
+    device.launch_kernel("scaled", STREAM, latent=source, factor=2.0, out=out, count=source.size, half=False)
 
 
 def test_a_capture_runs_nothing_and_its_replays_run_everything_in_order() -> None:
