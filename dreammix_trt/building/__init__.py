@@ -7,6 +7,7 @@ seconds and needs no torch.
 
 from dreammix_trt.building.defaults import Defaults
 from dreammix_trt.building.engine_options import EngineOptions
-from dreammix_trt.building.one_build import build
+from dreammix_trt.building.one_build import build, carry_out
+from dreammix_trt.building.order import BaseSources, Order
 
-__all__ = ["Defaults", "EngineOptions", "build"]
+__all__ = ["BaseSources", "Defaults", "EngineOptions", "Order", "build", "carry_out"]
