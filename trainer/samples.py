@@ -33,8 +33,8 @@ class Samples:
         """Those with these numbers; chosen: int64 (M,)."""
         return Samples(*(value[chosen] for value in self._values()))
 
-    def replaced(self, where: Tensor, other: Samples) -> Samples:
-        """With the rows of `other` where `where`, bool (N,), is true."""
+    def mix_in(self, where: Tensor, other: Samples) -> Samples:
+        """These with the rows of `other` where `where`, bool (N,), is true."""
         import torch
 
         pairs = zip(other._values(), self._values(), strict=True)

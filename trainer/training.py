@@ -148,7 +148,7 @@ class Training:
             batch = replace(batch, captions=torch.where(named, further, batch.captions))
         if self._regular is not None:
             other = self._regular.rows(torch.randint(len(self._regular), (count,), generator=dice))
-            batch = batch.replaced(torch.rand(count, generator=dice) < self._recipe.regular, other)
+            batch = batch.mix_in(torch.rand(count, generator=dice) < self._recipe.regular, other)
         noise = torch.randn(batch.latents.shape, generator=dice)
         # stratified over the batch: every row is still uniform, the batch's loss varies less
         places = (torch.randperm(count, generator=dice) + torch.rand(count, generator=dice)) / count
