@@ -39,9 +39,10 @@ _TAS = 2 + 2 * TOKENS  # numbers of a TAS plan
 CUTS = ("image_first", "fit_first", "box_first", "image_second", "fit_second", "box_second")
 SHEETS, FIELDS = ("hand_over", "final"), ("feather", "dilate", "seam")
 PICTURE = np.dtype(
-    [(name, CUT) for name in CUTS] + [(f"{name}_sheet", SHEET) for name in SHEETS]
+    [(name, CUT) for name in CUTS]
+    + [(f"{name}_sheet", SHEET) for name in SHEETS]
     + [(f"{name}_field", FIELD) for name in FIELDS]
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,10 @@ STEP_FIELDS: Final = (
 #: One row of the schedule. time_ids: of the negative and the positive row. solver_step: -1 where the solver draws no
 #: noise.
 STEP: Final = np.dtype(
-    [(name, _F) for name in STEP_FIELDS] + [("time_ids", _F, (2, 6))]
+    [(name, _F) for name in STEP_FIELDS]
+    + [("time_ids", _F, (2, 6))]
     + [("blend_step", _I), ("solver_step", _I), ("unused", _I)]
-)  # fmt: skip
+)
 
 #: Where one LoRA factor lies: (rows, columns) at `source` numbers into the subject's packed row; at `target` numbers
 #: into the bound buffer of a batch of one, where it starts at target * pictures.
@@ -58,6 +59,14 @@ SEGMENT: Final = np.dtype([("source", np.int64), ("target", np.int64), ("size", 
 #: One factor as a file has it (rows, cols) at `source`, to be laid out (target_rows, target_cols) at `target`, zeros
 #: where the file has less; scale multiplies it.
 FACTOR: Final = np.dtype(
-    [("source", np.int64), ("target", np.int64), ("rows", _I), ("cols", _I), ("target_rows", _I), ("target_cols", _I),
-     ("scale", _F), ("unused", _I)]
-)  # fmt: skip
+    [
+        ("source", np.int64),
+        ("target", np.int64),
+        ("rows", _I),
+        ("cols", _I),
+        ("target_rows", _I),
+        ("target_cols", _I),
+        ("scale", _F),
+        ("unused", _I),
+    ]
+)

@@ -28,9 +28,13 @@ from dreammix_trt.engine.drivers.device import Device, Graph, Memory
 Ramps = list[tuple[Array, Array]]
 
 UNET_INPUTS = {
-    "sample": "sample", "timestep": "timestep", "encoder_hidden_states": "text", "text_embeds": "pooled text",
-    "time_ids": "time ids", "inpaint_feature": "feature",
-}  # fmt: skip
+    "sample": "sample",
+    "timestep": "timestep",
+    "encoder_hidden_states": "text",
+    "text_embeds": "pooled text",
+    "time_ids": "time ids",
+    "inpaint_feature": "feature",
+}
 
 
 @dataclass(frozen=True)

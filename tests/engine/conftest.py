@@ -54,9 +54,12 @@ def simulated(opened: Any) -> Iterator[Callable[..., Made]]:
     made: list[Any] = []
 
     def make(
-        *, runner: Callable[[Any], Any] = lambda engines: engines, networks: dict[str, Any] | None = None,
-        device: SimulatedDevice | None = None, **options: Any,
-    ) -> Made:  # fmt: skip
+        *,
+        runner: Callable[[Any], Any] = lambda engines: engines,
+        networks: dict[str, Any] | None = None,
+        device: SimulatedDevice | None = None,
+        **options: Any,
+    ) -> Made:
         engines, tokenizers, subjects = opened
         device = device or SimulatedDevice()
         on_device = SimulatedNetworks(device, runner(engines), **(networks or {}))

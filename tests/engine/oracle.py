@@ -16,9 +16,20 @@ Predict = Callable[[Array, float, str], tuple[Array, Array]]  # (x_in, sigma, st
 
 
 def sampled(
-    steps: int, local: int, z: Array, masks: Array, handed: Callable[[Array], Array], predict: Predict, draw: Draw, *,
-    guidance: float = 4.0, rescale: float = 0.0, sharpness: float = 0.0, fixed: bool = False, blends: bool = False,
-) -> list[tuple[Array, Array, Array]]:  # fmt: skip
+    steps: int,
+    local: int,
+    z: Array,
+    masks: Array,
+    handed: Callable[[Array], Array],
+    predict: Predict,
+    draw: Draw,
+    *,
+    guidance: float = 4.0,
+    rescale: float = 0.0,
+    sharpness: float = 0.0,
+    fixed: bool = False,
+    blends: bool = False,
+) -> list[tuple[Array, Array, Array]]:
     """(x_in, x0, x_out) of every step. z, masks: by stage; handed: last local x0 -> latent of the global stage."""
     high, low = 14.6146 ** (1 / 7), 0.0292 ** (1 / 7)
     s = [(high + i / max(steps - 1, 1) * (low - high)) ** 7 for i in range(steps)] + [0.0]

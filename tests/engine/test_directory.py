@@ -141,15 +141,22 @@ def test_plans_run_where_nothing_speaks_against_it(mug_engine: Path, monkeypatch
     opened = open_engine(mug_engine)
     check_runnable(mug_engine, opened, "cuda")
     plans = replace(
-        opened.passport, backend="tensorrt-rtx", backend_version="1.7", targets=["sm_89"], networks=(),
+        opened.passport,
+        backend="tensorrt-rtx",
+        backend_version="1.7",
+        targets=["sm_89"],
+        networks=(),
         command="dreammix-trt build --out it --target sm_89",
-    )  # fmt: skip
+    )
     opened = replace(opened, passport=plans)
     here = replace(
-        machine.examine(), versions={"tensorrt-rtx": "1.7", "cuda-python": "13.4.4"}, extension=True,
-        kernels={"toolkit": "13.0", "architectures": ["sm_86"], "ptx": "compute_120"}, platform=plans.platform,
+        machine.examine(),
+        versions={"tensorrt-rtx": "1.7", "cuda-python": "13.4.4"},
+        extension=True,
+        kernels={"toolkit": "13.0", "architectures": ["sm_86"], "ptx": "compute_120"},
+        platform=plans.platform,
         driver=Driver("13.0", (Gpu("RTX 4090", "sm_89", 1),)),
-    )  # fmt: skip
+    )
     monkeypatch.setattr(machine, "examine", lambda: here)
     check_runnable(mug_engine, opened, "cuda")
     for change, told in (

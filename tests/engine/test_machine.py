@@ -22,13 +22,27 @@ ADA = Gpu("NVIDIA GeForce RTX 4090", "sm_89", 24 * GIB)
 HOPPER = Gpu("NVIDIA H200", "sm_90", 139 * GIB)
 NONE = Driver(problem="there is no NVIDIA driver here")
 BARE = Machine(
-    platform="Linux x86_64", system="Linux-6.1", cpu="a processor", cores=2, memory_total=24 * GIB,
-    memory_available=8 * GIB, store="store", disk_free=9 * GIB, driver=NONE,
+    platform="Linux x86_64",
+    system="Linux-6.1",
+    cpu="a processor",
+    cores=2,
+    memory_total=24 * GIB,
+    memory_available=8 * GIB,
+    store="store",
+    disk_free=9 * GIB,
+    driver=NONE,
     versions={
-        "onnxruntime": "1.31.1", "tensorrt-rtx": "1.7.1.116", "torch": "2.13.0", "diffusers": "0.42.1",
-        "onnx": "1.23.2", "onnxslim": "0.1.98", "cuda-python": "13.4.4",
-    }, extension=True, kernels={"toolkit": "13.0", "architectures": ["sm_75", "sm_86", "sm_90"], "ptx": "compute_120"},
-)  # fmt: skip
+        "onnxruntime": "1.31.1",
+        "tensorrt-rtx": "1.7.1.116",
+        "torch": "2.13.0",
+        "diffusers": "0.42.1",
+        "onnx": "1.23.2",
+        "onnxslim": "0.1.98",
+        "cuda-python": "13.4.4",
+    },
+    extension=True,
+    kernels={"toolkit": "13.0", "architectures": ["sm_75", "sm_86", "sm_90"], "ptx": "compute_120"},
+)
 
 
 def states(here: Machine) -> dict[str, tuple[bool, bool]]:
@@ -296,22 +310,34 @@ def test_memory_of_windows_and_macos(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_memory_keeps_to_the_limit_of_a_group_and_counts_droppable_pages_as_free(tmp_path: Path) -> None:
     version2 = system(
-        tmp_path / "2", "0::/app\n", app__memory_DOT_max=str(4 * GIB), app__memory_DOT_current=str(3 * GIB),
+        tmp_path / "2",
+        "0::/app\n",
+        app__memory_DOT_max=str(4 * GIB),
+        app__memory_DOT_current=str(3 * GIB),
         app__memory_DOT_stat=f"anon 1\ninactive_file {GIB}\n",
-    )  # fmt: skip
+    )
     assert measure_memory(version2) == (4 * GIB, 2 * GIB)
     version1 = system(
-        tmp_path / "1", "9:name=systemd:/\n4:cpu,memory:/host/path\n", memory__memory_DOT_limit_in_bytes=str(6 * GIB),
-        memory__memory_DOT_usage_in_bytes=str(5 * GIB), memory__memory_DOT_stat=f"total_inactive_file {2 * GIB}\n",
-    )  # fmt: skip
+        tmp_path / "1",
+        "9:name=systemd:/\n4:cpu,memory:/host/path\n",
+        memory__memory_DOT_limit_in_bytes=str(6 * GIB),
+        memory__memory_DOT_usage_in_bytes=str(5 * GIB),
+        memory__memory_DOT_stat=f"total_inactive_file {2 * GIB}\n",
+    )
     assert measure_memory(version1) == (6 * GIB, 3 * GIB)
 
 
 def test_the_tightest_of_nested_groups_counts(tmp_path: Path) -> None:
     root = system(
-        tmp_path, "0::/a/b\n", a__b__memory_DOT_max="max", a__b__memory_DOT_current="5", a__b__memory_DOT_stat="",
-        a__memory_DOT_max=str(GIB), a__memory_DOT_current=str(2 * GIB), a__memory_DOT_stat="",
-    )  # fmt: skip
+        tmp_path,
+        "0::/a/b\n",
+        a__b__memory_DOT_max="max",
+        a__b__memory_DOT_current="5",
+        a__b__memory_DOT_stat="",
+        a__memory_DOT_max=str(GIB),
+        a__memory_DOT_current=str(2 * GIB),
+        a__memory_DOT_stat="",
+    )
     assert measure_memory(root) == (GIB, 0)
 
 
@@ -339,9 +365,12 @@ assert watch.rss > watch.anonymous
 
 
 BUILT: dict[str, Any] = {
-    "backend": "tensorrt-rtx", "version": "1.7.1.116", "targets": ["sm_86", "sm_89"], "platform": "Linux x86_64",
+    "backend": "tensorrt-rtx",
+    "version": "1.7.1.116",
+    "targets": ["sm_86", "sm_89"],
+    "platform": "Linux x86_64",
     "command": "dreammix-trt build --target sm_89",
-}  # fmt: skip
+}
 
 
 def test_the_first_gpu_is_what_the_runtime_opens() -> None:
@@ -371,26 +400,44 @@ UNBUILT = replace(BARE, versions={}, kernels=None)
 @pytest.mark.parametrize(
     "change, here, said, remedy",
     [
-        ({}, with_gpu(HOPPER), ["built for sm_86, sm_89", "NVIDIA H200 (sm_90)"],
-         "build it again here: `dreammix-trt build --backend tensorrt`"),
-        ({"targets": ["sm_86"], "command": "dreammix-trt build --target sm_86 --target sm_80 --out it"}, with_gpu(ADA),
-         ["built for sm_86, the first GPU here is NVIDIA GeForce RTX 4090"],
-         "build it again here: `dreammix-trt build --out it --target sm_89`"),
+        (
+            {},
+            with_gpu(HOPPER),
+            ["built for sm_86, sm_89", "NVIDIA H200 (sm_90)"],
+            "build it again here: `dreammix-trt build --backend tensorrt`",
+        ),
+        (
+            {"targets": ["sm_86"], "command": "dreammix-trt build --target sm_86 --target sm_80 --out it"},
+            with_gpu(ADA),
+            ["built for sm_86, the first GPU here is NVIDIA GeForce RTX 4090"],
+            "build it again here: `dreammix-trt build --out it --target sm_89`",
+        ),
         ({"version": "1.6.1.120"}, with_gpu(ADA), ["1.6.1.120", "1.7.1.116"], AGAIN),
-        ({"command": "dreammix-trt build --out it --backend tensorrt-rtx --precision float16 "
-          "--vae-image a.png --no-safe-vae --pictures 2 --slot-rank 4"}, BARE,
-         ["no NVIDIA driver"],
-         "(name another --out to keep this one): `dreammix-trt build --out it --slot-rank 4 --backend onnxruntime`"),
+        (
+            {
+                "command": "dreammix-trt build --out it --backend tensorrt-rtx --precision float16 "
+                "--vae-image a.png --no-safe-vae --pictures 2 --slot-rank 4"
+            },
+            BARE,
+            ["no NVIDIA driver"],
+            "(name another --out to keep this one): `dreammix-trt build --out it --slot-rank 4 --backend onnxruntime`",
+        ),
         ({"command": None}, BARE, ["no NVIDIA driver"], "(name another --out to keep this one)"),
-        ({}, replace(UNBUILT, driver=Driver("13.0", (ADA,))),
-         ["not installed", "dreammix-trt[rtx]", "dreammix-trt[cuda]"],
-         "`pip install . -C cmake.define.DREAMMIX_CUDA=ON`"),
+        (
+            {},
+            replace(UNBUILT, driver=Driver("13.0", (ADA,))),
+            ["not installed", "dreammix-trt[rtx]", "dreammix-trt[cuda]"],
+            "`pip install . -C cmake.define.DREAMMIX_CUDA=ON`",
+        ),
         ({}, replace(with_gpu(ADA), platform="Linux aarch64"), ["Linux x86_64", "Linux aarch64"], AGAIN),
-        ({"backend": "tensorrt", "version": "11.4", "command": "dreammix-trt build --backend tensorrt"},
-         replace(with_gpu(ADA, tensorrt="11.4"), platform="Windows AMD64"), ["Windows AMD64"],
-         "build it again here: `dreammix-trt build --backend tensorrt`"),
+        (
+            {"backend": "tensorrt", "version": "11.4", "command": "dreammix-trt build --backend tensorrt"},
+            replace(with_gpu(ADA, tensorrt="11.4"), platform="Windows AMD64"),
+            ["Windows AMD64"],
+            "build it again here: `dreammix-trt build --backend tensorrt`",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_differs_is_said_with_what_to_do(
     change: dict[str, Any], here: Machine, said: list[str], remedy: str
 ) -> None:

@@ -378,8 +378,13 @@ def test_the_keeper_wakes_by_itself() -> None:
 
 
 ERRORS: list[BaseException] = [
-    ValueError("v"), InputError("i"), OutOfMemoryError("o"), DeviceError("d"), StopIteration(), MemoryError(),
-]  # fmt: skip
+    ValueError("v"),
+    InputError("i"),
+    OutOfMemoryError("o"),
+    DeviceError("d"),
+    StopIteration(),
+    MemoryError(),
+]
 STOPS: list[BaseException] = [KeyboardInterrupt(), SystemExit(3), GeneratorExit(), asyncio.CancelledError()]
 
 

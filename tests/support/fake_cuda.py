@@ -98,20 +98,16 @@ def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-class FakeCuda:
-    """Both modules in one: `runtime` and `driver` of `Bindings`.
-
-    devices: (name, major, minor, bytes of memory). starts: what cuInit gives, or an exception that it raises.
-    """
-
-    cudaError_t, CUresult = cudaError_t, CUresult
-    cudaMemcpyKind, cudaStreamCaptureMode = cudaMemcpyKind, cudaStreamCaptureMode
-    cudaHostAllocPortable, cudaStreamNonBlocking, cudaEventDefault, cudaEventDisableTiming = 1, 1, 0, 2
+class FakeState:
+    """What a fake CUDA holds: devices, memory, streams with their work, events and graphs; and what tests ask of it."""
 
     def __init__(
-        self, *devices: tuple[str, int, int, int], served: int = 13020, runtime: int = 13040,
+        self,
+        *devices: tuple[str, int, int, int],
+        served: int = 13020,
+        runtime: int = 13040,
         starts: CUresult | Exception = CUresult.CUDA_SUCCESS,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.devices = devices or (("Fake RTX", 8, 9, 1 << 20),)
         self.served, self.version, self.starts = served, runtime, starts
         self.current, self.lost, self.last = threading.local(), False, E.cudaSuccess
@@ -124,6 +120,85 @@ class FakeCuda:
         self.graphs: dict[int, list[Task]] = {}
         self.uploaded: set[int] = set()
         self._numbers = iter(range(1000, 1 << 30))
+
+    # for tests
+
+    def enqueue(self, stream: int, task: Task) -> None:
+        """Work of a kernel."""
+        assert self._enqueue(stream, task) == (E.cudaSuccess,)
+
+    def lose(self) -> None:
+        """An illegal access: every further call fails."""
+        self.lost = True
+
+    def left(self) -> dict[str, int]:
+        """What was made and not given back."""
+        held = ("memory", "pinned", "streams", "events", "templates", "graphs")
+        return {name: len(getattr(self, name)) for name in held if getattr(self, name)}
+
+    def _enqueue(self, stream: int, task: Task) -> Any:
+        held = self.streams.get(stream)
+        if held is None:
+            return (E.cudaErrorInvalidResourceHandle,)
+        (held.waiting if held.capture is None else held.capture).append(task)
+        return (E.cudaSuccess,)
+
+    def _run(self, stream: int) -> None:
+        while self.streams[stream].waiting and not self.lost:
+            self.streams[stream].waiting.pop(0)()
+
+    def _spoils(self) -> bool:
+        """Whether this thread captures: then the call is not allowed, and the capture is of no use any more."""
+        mine = [
+            held for held in self.streams.values() if held.capture is not None and held.owner == threading.get_ident()
+        ]
+        for held in mine:
+            held.spoiled = True
+        return bool(mine)
+
+    def _new(self, place: dict[int, Any], size: int) -> int:
+        room = (ctypes.c_uint8 * (size + 256))()
+        pointer = -(-ctypes.addressof(room) // 256) * 256
+        place[pointer] = memoryview(room)[256:]  # keeps it, and knows the size
+        return pointer
+
+    def _freed(self, place: dict[int, Any], pointer: int) -> Any:
+        if self._spoils():
+            return (E.cudaErrorStreamCaptureUnsupported,)
+        return (E.cudaErrorInvalidValue if place.pop(pointer, None) is None else E.cudaSuccess,)
+
+    def _inside(self, place: dict[int, Any], pointer: int, count: int) -> bool:
+        return any(start <= pointer and pointer + count <= start + len(room) for start, room in place.items())
+
+    def _handle(self, place: dict[int, Any], value: Any) -> Handle:
+        handle = Handle(next(self._numbers))
+        place[int(handle)] = value
+        return handle
+
+    def _failed(self, error: cudaError_t, method: Callable[..., Any]) -> Any:
+        """As many values as the real function returns."""
+        gives = {
+            "cudaMemGetInfo": 2,
+            "cudaMalloc": 1,
+            "cudaHostAlloc": 1,
+            "cudaStreamCreateWithFlags": 1,
+            "cudaStreamEndCapture": 1,
+            "cudaGraphInstantiate": 1,
+            "cudaEventCreateWithFlags": 1,
+            "cudaEventElapsedTime": 1,
+        }
+        return error, *[None] * gives.get(method.__name__, 0)
+
+
+class FakeCuda(FakeState):
+    """Both modules in one: `runtime` and `driver` of `Bindings`.
+
+    devices: (name, major, minor, bytes of memory). starts: what cuInit gives, or an exception that it raises.
+    """
+
+    cudaError_t, CUresult = cudaError_t, CUresult
+    cudaMemcpyKind, cudaStreamCaptureMode = cudaMemcpyKind, cudaStreamCaptureMode
+    cudaHostAllocPortable, cudaStreamNonBlocking, cudaEventDefault, cudaEventDisableTiming = 1, 1, 0, 2
 
     # the driver
 
@@ -312,66 +387,3 @@ class FakeCuda:
     def cudaEventDestroy(self, event: Handle) -> Any:
         del self.events[int(event)]
         return (E.cudaSuccess,)
-
-    # for tests
-
-    def enqueue(self, stream: int, task: Task) -> None:
-        """Work of a kernel."""
-        assert self._enqueue(stream, task) == (E.cudaSuccess,)
-
-    def lose(self) -> None:
-        """An illegal access: every further call fails."""
-        self.lost = True
-
-    def left(self) -> dict[str, int]:
-        """What was made and not given back."""
-        held = ("memory", "pinned", "streams", "events", "templates", "graphs")
-        return {name: len(getattr(self, name)) for name in held if getattr(self, name)}
-
-    def _enqueue(self, stream: int, task: Task) -> Any:
-        held = self.streams.get(stream)
-        if held is None:
-            return (E.cudaErrorInvalidResourceHandle,)
-        (held.waiting if held.capture is None else held.capture).append(task)
-        return (E.cudaSuccess,)
-
-    def _run(self, stream: int) -> None:
-        while self.streams[stream].waiting and not self.lost:
-            self.streams[stream].waiting.pop(0)()
-
-    def _spoils(self) -> bool:
-        """Whether this thread captures: then the call is not allowed, and the capture is of no use any more."""
-        mine = [
-            held for held in self.streams.values() if held.capture is not None and held.owner == threading.get_ident()
-        ]
-        for held in mine:
-            held.spoiled = True
-        return bool(mine)
-
-    def _new(self, place: dict[int, Any], size: int) -> int:
-        room = (ctypes.c_uint8 * (size + 256))()
-        pointer = -(-ctypes.addressof(room) // 256) * 256
-        place[pointer] = memoryview(room)[256:]  # keeps it, and knows the size
-        return pointer
-
-    def _freed(self, place: dict[int, Any], pointer: int) -> Any:
-        if self._spoils():
-            return (E.cudaErrorStreamCaptureUnsupported,)
-        return (E.cudaErrorInvalidValue if place.pop(pointer, None) is None else E.cudaSuccess,)
-
-    def _inside(self, place: dict[int, Any], pointer: int, count: int) -> bool:
-        return any(start <= pointer and pointer + count <= start + len(room) for start, room in place.items())
-
-    def _handle(self, place: dict[int, Any], value: Any) -> Handle:
-        handle = Handle(next(self._numbers))
-        place[int(handle)] = value
-        return handle
-
-    def _failed(self, error: cudaError_t, method: Callable[..., Any]) -> Any:
-        """As many values as the real function returns."""
-        gives = {
-            "cudaMemGetInfo": 2, "cudaMalloc": 1, "cudaHostAlloc": 1, "cudaStreamCreateWithFlags": 1,
-            "cudaStreamEndCapture": 1, "cudaGraphInstantiate": 1, "cudaEventCreateWithFlags": 1,
-            "cudaEventElapsedTime": 1,
-        }  # fmt: skip
-        return error, *[None] * gives.get(method.__name__, 0)

@@ -78,9 +78,15 @@ class Gpu:
 
 
 def write_plan(
-    path: Path, tensors: dict[str, tuple[str, str, list[int]]], profiles: list[dict[str, Any]], *,
-    named: dict[str, list[int | str]], weights: int = 1000, scratch: int = 100, **more: Any,
-) -> None:  # fmt: skip
+    path: Path,
+    tensors: dict[str, tuple[str, str, list[int]]],
+    profiles: list[dict[str, Any]],
+    *,
+    named: dict[str, list[int | str]],
+    weights: int = 1000,
+    scratch: int = 100,
+    **more: Any,
+) -> None:
     """A plan: name -> ("INPUT" or "OUTPUT", data type, shape with -1), profiles of the dynamic inputs, shapes with
     the names of their sides, bytes of weights and of scratch for each element of the first input. more: whatever a test
     wants to differ."""
@@ -115,9 +121,16 @@ def package(gpu: Gpu, backend: str = "tensorrt-rtx", version: str | None = None)
         trt.EngineValidity = enum.Enum("EngineValidity", ["VALID", "SUBOPTIMAL", "INVALID"])
         trt.EngineInvalidityDiagnostics = enum.IntFlag(
             "EngineInvalidityDiagnostics",
-            ["VERSION_MISMATCH", "UNSUPPORTED_CC", "OLD_CUDA_DRIVER", "OLD_CUDA_RUNTIME", "INSUFFICIENT_GPU_MEMORY",
-             "MALFORMED_ENGINE", "CUDA_ERROR"],
-        )  # fmt: skip
+            [
+                "VERSION_MISMATCH",
+                "UNSUPPORTED_CC",
+                "OLD_CUDA_DRIVER",
+                "OLD_CUDA_RUNTIME",
+                "INSUFFICIENT_GPU_MEMORY",
+                "MALFORMED_ENGINE",
+                "CUDA_ERROR",
+            ],
+        )
         trt.IRuntimeConfig, trt.IRuntimeCache = IRuntimeConfig, IRuntimeCache
     return trt
 

@@ -25,10 +25,12 @@ def small_configs() -> dict[str, Config]:
     """Two levels, 32 and 64 wide, attention in the second; a VAE of one layer a block."""
     configs = copy.deepcopy(mini_configs())
     configs["unet"] |= {
-        "block_out_channels": [32, 64], "attention_head_dim": [1, 1], "transformer_layers_per_block": [1, 1],
+        "block_out_channels": [32, 64],
+        "attention_head_dim": [1, 1],
+        "transformer_layers_per_block": [1, 1],
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    }  # fmt: skip
+    }
     configs["vae"] |= {"layers_per_block": 1, "block_out_channels": [32, 32, 32, 64]}
     return configs
 

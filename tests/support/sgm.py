@@ -84,9 +84,11 @@ def _unet(name: str, layers: int, attentions: set[str]) -> str:
         return f"input_blocks.{(block + 1) * (layers + 1)}.0.op.{rest.removeprefix('conv.')}"
     if kind == "upsamplers":
         return f"output_blocks.{block * (layers + 1) + layers}.{2 if f'up_blocks.{block}' in attentions else 1}.{rest}"
-    place = f"input_blocks.{1 + block * (layers + 1) + layer}" if side == "down" else (
-        f"output_blocks.{block * (layers + 1) + layer}"
-    )  # fmt: skip
+    place = (
+        f"input_blocks.{1 + block * (layers + 1) + layer}"
+        if side == "down"
+        else f"output_blocks.{block * (layers + 1) + layer}"
+    )
     return f"{place}.0.{_words(rest, _RESNET)}" if kind == "resnets" else f"{place}.1.{rest}"
 
 

@@ -75,33 +75,55 @@ def write_tiny_model(folder: Path, *, half: bool = True, seed: int = 0, native: 
 
 def unet_config(native: int) -> dict[str, Any]:
     return {
-        "sample_size": native // 8, "in_channels": 4, "out_channels": 4, "block_out_channels": WIDTHS,
+        "sample_size": native // 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": WIDTHS,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "layers_per_block": 1, "transformer_layers_per_block": (1, 1, 2), "attention_head_dim": (2, 2, 4),
-        "norm_num_groups": 8, "cross_attention_dim": sum(TEXT_WIDTHS), "use_linear_projection": True,
-        "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+        "layers_per_block": 1,
+        "transformer_layers_per_block": (1, 1, 2),
+        "attention_head_dim": (2, 2, 4),
+        "norm_num_groups": 8,
+        "cross_attention_dim": sum(TEXT_WIDTHS),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": POOLED + 6 * 8,
-    }  # fmt: skip
+    }
 
 
 def vae_config(native: int) -> dict[str, Any]:
     return {
-        "block_out_channels": (8, 8, 16, 16), "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4,
-        "scaling_factor": 0.13025, "sample_size": native,
-    }  # fmt: skip
+        "block_out_channels": (8, 8, 16, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "latent_channels": 4,
+        "scaling_factor": 0.13025,
+        "sample_size": native,
+    }
 
 
 def text_config(number: int, vocabulary: int) -> dict[str, Any]:
     """The first encoder is a CLIPTextModel, the second has a projection; both end a text at the last token id."""
     return {
-        "hidden_size": TEXT_WIDTHS[number], "intermediate_size": 2 * TEXT_WIDTHS[number],
-        "num_hidden_layers": (2, 3)[number], "num_attention_heads": (2, 4)[number], "max_position_embeddings": 77,
-        "vocab_size": vocabulary, "hidden_act": ("quick_gelu", "gelu")[number], "layer_norm_eps": 1e-5,
-        "projection_dim": POOLED, "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "pad_token_id": 0,
-        "architectures": [("CLIPTextModel", "CLIPTextModelWithProjection")[number]], "model_type": "clip_text_model",
-    }  # fmt: skip
+        "hidden_size": TEXT_WIDTHS[number],
+        "intermediate_size": 2 * TEXT_WIDTHS[number],
+        "num_hidden_layers": (2, 3)[number],
+        "num_attention_heads": (2, 4)[number],
+        "max_position_embeddings": 77,
+        "vocab_size": vocabulary,
+        "hidden_act": ("quick_gelu", "gelu")[number],
+        "layer_norm_eps": 1e-5,
+        "projection_dim": POOLED,
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+        "pad_token_id": 0,
+        "architectures": [("CLIPTextModel", "CLIPTextModelWithProjection")[number]],
+        "model_type": "clip_text_model",
+    }
 
 
 def text_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -167,25 +167,30 @@ _CAUSES: Final[tuple[tuple[re.Pattern[str], type[EngineError], str], ...]] = (
     # None here or too old; names and numbers are those of the CUDA runtime's cudaError.
     (
         re.compile(r"cudaError (?:35|100|803|804)\b|driver version is insufficient|no CUDA-capable device"),
-        DeviceError, "",
+        DeviceError,
+        "",
     ),
     (
         re.compile(r"out ?of ?memory|cudaError 2\b|memory allocation failed|could not be allocated", re.IGNORECASE),
-        OutOfMemoryError, SMALLER,
+        OutOfMemoryError,
+        SMALLER,
     ),
     (
         re.compile(r"compute capability|different (?:device|GPU) model|no kernel image", re.IGNORECASE),
-        DeviceError, f"it is for another GPU: {REBUILD}",
+        DeviceError,
+        f"it is for another GPU: {REBUILD}",
     ),
     (
         re.compile(r"Serialization|version tag|incompatible.*version", re.IGNORECASE),
-        EngineError, f"the plan is damaged or of another version: {REBUILD}",
+        EngineError,
+        f"the plan is damaged or of another version: {REBUILD}",
     ),
     (
         re.compile(r"Cuda Runtime|cudaError \d+|illegal memory access"),
-        DeviceError, "the device failed: start the program again; if it recurs, update the NVIDIA driver",
+        DeviceError,
+        "the device failed: start the program again; if it recurs, update the NVIDIA driver",
     ),
-)  # fmt: skip
+)
 
 
 def _make_version_error(trt: Any, package: Package, origin: Origin) -> EngineError:

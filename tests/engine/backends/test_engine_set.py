@@ -96,18 +96,21 @@ def half_part(folder: Path) -> dict[str, Path]:
 
     half, sides = TensorProto.FLOAT16, ["pictures", 4, "h", "w"]
     graph = helper.make_graph(
-        [helper.make_node("Mul", ["masked_latent", "mask"], ["feature"])], "half",
+        [helper.make_node("Mul", ["masked_latent", "mask"], ["feature"])],
+        "half",
         [helper.make_tensor_value_info(name, half, sides) for name in ("mask", "masked_latent")],
         [helper.make_tensor_value_info("feature", half, sides)],
-    )  # fmt: skip
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     (folder / "inpaint_head").mkdir()
     (folder / "inpaint_head/inpaint_head.onnx").write_bytes(model.SerializeToString())
     entry = {
-        "schema": 2, "graph": "inpaint_head.onnx",
+        "schema": 2,
+        "graph": "inpaint_head.onnx",
         "inputs": [{"name": name, "dtype": "float16", "shape": sides} for name in ("mask", "masked_latent")],
-        "outputs": [{"name": "feature", "dtype": "float16", "shape": sides}], "slots": [],
-    }  # fmt: skip
+        "outputs": [{"name": "feature", "dtype": "float16", "shape": sides}],
+        "slots": [],
+    }
     (folder / "inpaint_head/network.json").write_text(json.dumps(entry))
     facts = {"native_side": 64, "divisor": 32, "scaling_factor": 0.13, "feature_channels": 4}
     (folder / "base").mkdir()

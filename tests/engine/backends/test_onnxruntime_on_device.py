@@ -227,9 +227,13 @@ def test_the_cuda_session_runs_in_the_given_stream_and_waits_for_nothing(
         (name, options), fallback = session.providers
         assert (name, fallback) == ("CUDAExecutionProvider", "CPUExecutionProvider")
         assert options == {
-            "device_id": "0", "user_compute_stream": str(0xABC0), "do_copy_in_default_stream": "1",
-            "enable_cuda_graph": "0", "arena_extend_strategy": "kSameAsRequested", "gpu_mem_limit": str(1 << 30),
-        }  # fmt: skip
+            "device_id": "0",
+            "user_compute_stream": str(0xABC0),
+            "do_copy_in_default_stream": "1",
+            "enable_cuda_graph": "0",
+            "arena_extend_strategy": "kSameAsRequested",
+            "gpu_mem_limit": str(1 << 30),
+        }
         held = Held(networks, "inpaint_head")
         held.run(Line(0xABC0))
         held.run(Line(0xABC0))

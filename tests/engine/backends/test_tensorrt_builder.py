@@ -54,9 +54,14 @@ def rtx() -> Any:
 
 
 def network(
-    path: Path, nodes: list[tuple[Any, ...]], inputs: dict[str, list[Any]], weights: dict[str, Any], *,
-    dtype: str = "FLOAT16", opset: int = 21,
-) -> Path:  # fmt: skip
+    path: Path,
+    nodes: list[tuple[Any, ...]],
+    inputs: dict[str, list[Any]],
+    weights: dict[str, Any],
+    *,
+    dtype: str = "FLOAT16",
+    opset: int = 21,
+) -> Path:
     """Write a network whose last node's output is `y`. A node is (operator, inputs, output, attributes)."""
     import onnx
     from onnx import helper, numpy_helper
@@ -71,10 +76,12 @@ def network(
         for name, value in weights.items()
     ]
     graph = helper.make_graph(
-        made, "network",
+        made,
+        "network",
         [helper.make_tensor_value_info(name, kind, shape) for name, shape in inputs.items()],
-        [helper.make_tensor_value_info("y", kind, None)], held,
-    )  # fmt: skip
+        [helper.make_tensor_value_info("y", kind, None)],
+        held,
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
     path.write_bytes(model.SerializeToString())
     return path
@@ -171,16 +178,21 @@ def test_a_convolution_builds_for_two_profiles_and_several_gpus(rtx: Any, tmp_pa
 
 def test_lora_factors_come_as_inputs(rtx: Any, tmp_path: Path) -> None:
     nodes = [
-        ("MatMul", ["x", "w"], "p"), ("MatMul", ["x", "a"], "q"), ("MatMul", ["q", "b"], "r"), ("Add", ["p", "r"], "y"),
-    ]  # fmt: skip
+        ("MatMul", ["x", "w"], "p"),
+        ("MatMul", ["x", "a"], "q"),
+        ("MatMul", ["q", "b"], "r"),
+        ("Add", ["p", "r"], "y"),
+    ]
     shapes = {"x": ["rows", 5, 64], "a": ["pictures", 64, 8], "b": ["pictures", 8, 64]}
     path = network(tmp_path / "n.onnx", nodes, shapes, {"w": MATRIX})
     inputs = [{"name": name, "shape": shape} for name, shape in shapes.items()]
     # One factor for all rows of a picture: here rows and pictures are the same axis.
     profiles = tensorrt.profiles_for(
         [entry | {"shape": ["pictures", *entry["shape"][1:]]} for entry in inputs],
-        pictures=2, shapes="static", latent_side=128,
-    )  # fmt: skip
+        pictures=2,
+        shapes="static",
+        latent_side=128,
+    )
     report = built(path, *profiles)
     assert [tensor.name for tensor in report.inputs] == ["x", "a", "b"]
 

@@ -55,9 +55,16 @@ ONE = Sides(rows=2, pictures=1, height=16, width=16)
 
 
 def write_part(
-    folder: Path, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]], *, shapes: str = "static",
-    pictures: int = 1, version: str | None = "1.7.1.116", slots: list[Any] | None = None, **plan: Any,
-) -> None:  # fmt: skip
+    folder: Path,
+    inputs: list[dict[str, Any]],
+    outputs: list[dict[str, Any]],
+    *,
+    shapes: str = "static",
+    pictures: int = 1,
+    version: str | None = "1.7.1.116",
+    slots: list[Any] | None = None,
+    **plan: Any,
+) -> None:
     """A part as `dreammix-trt build` writes it, its engine a stand-in's plan: fixed sides are static in it."""
     profiles = profiles_for(inputs, pictures=pictures, shapes=shapes, latent_side=NATIVE // 8, step=1)
     tensors = {}
@@ -74,10 +81,12 @@ def write_part(
     dropped = plan.pop("dropped", ())
     tensors = {name: tensor for name, tensor in tensors.items() if name not in dropped}
     fake.write_plan(
-        folder / f"{folder.name}.engine", tensors,
+        folder / f"{folder.name}.engine",
+        tensors,
         [{name: span for name, span in profile.to_dict().items() if name not in dropped} for profile in profiles],
-        named={spec["name"]: spec["shape"] for spec in (*inputs, *outputs)}, **plan,
-    )  # fmt: skip
+        named={spec["name"]: spec["shape"] for spec in (*inputs, *outputs)},
+        **plan,
+    )
     build = {"targets": ["sm_89"]} | ({"version": version} if version else {})
     entry = {"schema": 2, "inputs": inputs, "outputs": outputs, "slots": slots or []}
     (folder / "network.json").write_text(json.dumps({**entry, "engine": f"{folder.name}.engine", "build": build}))
@@ -168,9 +177,15 @@ def test_one_context_is_set_up_once_in_order_and_runs_where_it_was_bound(
     unet = bound(networks, card)
     names = [tensor.name for tensor in networks.inputs("unet")]
     assert card.log == [
-        "synchronize", "context unet", "unet: profile 0", "synchronize", *(f"unet: shape {name}" for name in names),
-        "synchronize", "unet: memory", *(f"unet: address {name}" for name in (*names, "eps")),
-    ]  # fmt: skip
+        "synchronize",
+        "context unet",
+        "unet: profile 0",
+        "synchronize",
+        *(f"unet: shape {name}" for name in names),
+        "synchronize",
+        "unet: memory",
+        *(f"unet: address {name}" for name in (*names, "eps")),
+    ]
     assert not unet.capturable
     card.log.clear()
     stream = card.make_stream()
@@ -359,8 +374,12 @@ def test_closing_frees_contexts_before_engines(networks: TensorRtNetworks, card:
     networks.close()
     freed = [entry for entry in card.log if entry.startswith(("free", "close"))]
     assert freed == [
-        "free context unet", "free unet", "free context vae_decoder", "free vae_decoder", "close stream",
-    ]  # fmt: skip
+        "free context unet",
+        "free unet",
+        "free context vae_decoder",
+        "free vae_decoder",
+        "close stream",
+    ]
     networks.close()
     with pytest.raises(EngineError, match="closed"):
         unet.enqueue(card.make_stream())
@@ -652,9 +671,12 @@ RUNNING = (
 )
 #: variables (and attributes of that name) that hold the package's objects
 RECEIVERS = {
-    "runtime": "Runtime", "engine": "ICudaEngine", "context": "IExecutionContext", "config": "IRuntimeConfig",
+    "runtime": "Runtime",
+    "engine": "ICudaEngine",
+    "context": "IExecutionContext",
+    "config": "IRuntimeConfig",
     "kernels": "IRuntimeCache",
-}  # fmt: skip
+}
 #: names that the package's classes share with others': of DataType members, of our own classes
 SHARED = {"name", "engine"}
 
@@ -709,14 +731,14 @@ def write_real_part(folder: Path, backend: str) -> None:
 
     folder.mkdir(parents=True)
     nodes = [
-        ("MatMul", ["x", "w"], "p"), ("MatMul", ["x", "m.lora_A"], "q"), ("MatMul", ["q", "m.lora_B"], "r"),
+        ("MatMul", ["x", "w"], "p"),
+        ("MatMul", ["x", "m.lora_A"], "q"),
+        ("MatMul", ["q", "m.lora_B"], "r"),
         ("Add", ["p", "r"], "y"),
-    ]  # fmt: skip
+    ]
     shapes: dict[str, list[Any]] = {"x": ["n", 7, 64], "m.lora_A": ["n", 64, 8], "m.lora_B": ["n", 8, 64]}
     graph = network(folder / "graph.onnx", nodes, shapes, {"w": WEIGHT})
-    inputs = [
-        {"name": name, "dtype": "float16", "shape": ["pictures", *shape[1:]]} for name, shape in shapes.items()
-    ]  # fmt: skip
+    inputs = [{"name": name, "dtype": "float16", "shape": ["pictures", *shape[1:]]} for name, shape in shapes.items()]
     outputs = [{"name": "y", "dtype": "float16", "shape": ["pictures", 7, 64]}]
     profiles = profiles_for(inputs, pictures=4, shapes="static", latent_side=16)
     report = build_engine(graph, folder / "m.engine", backend=backend, profiles=profiles, targets=("current",))

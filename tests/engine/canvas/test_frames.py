@@ -236,9 +236,11 @@ def test_frames_are_chosen_among_the_sizes_that_there_are() -> None:
     """Boxes have aspects between those of the sizes, on either side alone too; equal aspects take the larger one."""
     image, mask = scene(300, 400)
     for sizes, box, size in (
-        ([(64, 128)], (55, 255, 0, 400), (64, 128)), ([(128, 64)], (0, 300, 110, 260), (128, 64)),
-        ([(64, 64), (96, 128)], (0, 300, 0, 400), (96, 128)), ([(64, 64), (128, 128)], (0, 300, 35, 335), (128, 128)),
-    ):  # fmt: skip
+        ([(64, 128)], (55, 255, 0, 400), (64, 128)),
+        ([(128, 64)], (0, 300, 110, 260), (128, 64)),
+        ([(64, 64), (96, 128)], (0, 300, 0, 400), (96, 128)),
+        ([(64, 64), (128, 128)], (0, 300, 35, 335), (128, 128)),
+    ):
         frame = Canvas.of(image, mask, native=128, sizes=sizes).global_frame(1.0)
         assert frame.size == size
         r0, r1, c0, c1 = frame.box

@@ -27,9 +27,7 @@ def weights_of(tiling: Tiling, height: int, width: int, factor: int) -> np.ndarr
 
 
 @SETTINGS
-@given(
-    st.integers(1, 90), st.integers(1, 90), st.integers(4, 40), st.floats(0, 1), st.sampled_from([1, 8])
-)  # fmt: skip
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(4, 40), st.floats(0, 1), st.sampled_from([1, 8]))
 def test_weights_sum_to_one_everywhere(height: int, width: int, side: int, share: float, factor: int) -> None:
     overlap = 1 + int(share * (side - 2))
     tiling = tiles_of(height, width, side=side, overlap=overlap)

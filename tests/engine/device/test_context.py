@@ -19,8 +19,11 @@ EXTRA = 5
 @pytest.fixture
 def appending(host: DreamMix, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Plans get "rows" appended token rows, drawn from the request's seed."""
-    width = next(tensor["shape"][-1] for tensor in host.networks.entries["unet"]["inputs"]
-                 if tensor["name"] == "encoder_hidden_states")  # fmt: skip
+    width = next(
+        tensor["shape"][-1]
+        for tensor in host.networks.entries["unet"]["inputs"]
+        if tensor["name"] == "encoder_hidden_states"
+    )
     chosen = {"rows": EXTRA}
 
     def plan(tokenizers: Any, request: Any, *names: str) -> Any:

@@ -12,9 +12,14 @@ from dreammix_trt.engine.device.memory_plan import STRATEGIES, MemoryPlan, Optio
 
 MIB, GIB = 1 << 20, 1 << 30
 SDXL = {
-    "text_encoder": 225, "text_encoder_2": 1334, "unet": 4953, "unet_raw": 4953, "inpaint_head": 1, "vae_encoder": 70,
+    "text_encoder": 225,
+    "text_encoder_2": 1334,
+    "unet": 4953,
+    "unet_raw": 4953,
+    "inpaint_head": 1,
+    "vae_encoder": 70,
     "vae_decoder": 98,
-}  # fmt: skip
+}
 SAFE_VAE = {"vae_encoder_float32": 130, "vae_decoder_float32": 189}
 REGIONS = {"picture": 48 * MIB, "canvas": 96 * MIB, "subjects": 150 * MIB, "flags": 256, "text": MIB, "sample": MIB}
 WORKSPACE = 1800 * MIB
@@ -97,9 +102,16 @@ def test_eight_gibibytes_are_told_what_would_help() -> None:
     missing = SDXL["unet"] * MIB + sum(REGIONS.values()) + WORKSPACE + 640 * MIB - int(7.3 * GIB)
     assert f"{missing / MIB:.1f} MiB are missing" in said
     for words in (
-        "memory plan 'swap'", "workspace", "1.8 GiB", "the device has 8.0 GiB", "lower pictures (now 2), ",
-        "largest_picture (now 16777216)", "close the programs that hold 716.8 MiB", "--workspace", "device='cpu'",
-    ):  # fmt: skip
+        "memory plan 'swap'",
+        "workspace",
+        "1.8 GiB",
+        "the device has 8.0 GiB",
+        "lower pictures (now 2), ",
+        "largest_picture (now 16777216)",
+        "close the programs that hold 716.8 MiB",
+        "--workspace",
+        "device='cpu'",
+    ):
         assert words in said
     assert "residency" not in said
     # and that helps

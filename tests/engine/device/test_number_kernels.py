@@ -123,18 +123,30 @@ class Device:
     def _launch(self, name: str, **arguments: Any) -> None:
         count, channels, h, w = self.shape
         launch(
-            name, self.group, counter=self.counter, table=self.table, jobs=self.jobs, x=self.x, x_in=self.x_in,
-            background=self.background, mask=self.mask, most_steps=self.table.shape[1], pictures=count,
-            channels=channels, height=h, width=w, rows_per_picture=self.rows, half=int(self.half), **arguments,
-        )  # fmt: skip
+            name,
+            self.group,
+            counter=self.counter,
+            table=self.table,
+            jobs=self.jobs,
+            x=self.x,
+            x_in=self.x_in,
+            background=self.background,
+            mask=self.mask,
+            most_steps=self.table.shape[1],
+            pictures=count,
+            channels=channels,
+            height=h,
+            width=w,
+            rows_per_picture=self.rows,
+            half=int(self.half),
+            **arguments,
+        )
 
     def before(self) -> None:
         self._launch("step_before", network_in=self.network_in, timestep=self.timestep, time_ids=self.time_ids)
 
     def after(self) -> None:
-        self._launch(
-            "step_after", eps=self.eps, x0=self.x0, scratch=self.scratch, flags=self.flags, bit=BIT
-        )  # fmt: skip
+        self._launch("step_after", eps=self.eps, x0=self.x0, scratch=self.scratch, flags=self.flags, bit=BIT)
 
 
 class Halved:
@@ -154,9 +166,13 @@ def stage_for(count: int, guided: bool, size: tuple[int, int]) -> Stage:
     rows = count * (2 if guided else 1)
     sizes = tuple((8 * h + 16 * k, 8 * w) for k in range(count))
     told = Conditioning(
-        np.zeros((rows, 77, 2), np.float32), np.zeros((rows, 2), np.float32), sizes, 1024,
-        np.zeros((count, 2, h, w), np.float32), {},
-    )  # fmt: skip
+        np.zeros((rows, 77, 2), np.float32),
+        np.zeros((rows, 2), np.float32),
+        sizes,
+        1024,
+        np.zeros((count, 2, h, w), np.float32),
+        {},
+    )
     background, mask = random(count, 4, h, w), (random(count, 1, h, w, seed=1) < 0.3).astype(np.float32)
     mask[:, :, 0] = 0.25  # weights, not only switches
     return Stage(np.zeros_like(background), background, mask, told)
@@ -186,8 +202,15 @@ def both_ways(
         if step.index == schedule.hand_over_index:
             device.jobs["hand_over_sigma"] = step.sigma
             for k in range(count):
-                launch("noised", group, latent=device.x0[k], job=device.jobs[k : k + 1], hand_over=1,
-                       out=device.x[k], count=device.x[k].size)  # fmt: skip
+                launch(
+                    "noised",
+                    group,
+                    latent=device.x0[k],
+                    job=device.jobs[k : k + 1],
+                    hand_over=1,
+                    out=device.x[k],
+                    count=device.x[k].size,
+                )
             device.x0[:] = np.nan
         device.before()
         assert device.counter[0] == step.index and set(device.timestep) == {np.float32(step.timestep)}
@@ -218,7 +241,7 @@ PATHS = {
     "euler": replace(SHARP, sampler="euler", guidance_scale=1.0, sharpness=0),
     "lcm": replace(SHARP, sampler="lcm", guidance_scale=1.0, sharpness=0),
     "lcm blends output": replace(SHARP, sampler="lcm", guidance_scale=1.0, blend_output=True),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -311,8 +334,20 @@ def test_posteriors(samples: bool, half: bool, group: Any) -> None:
     latent, out = np.empty((4, h, w), np.float32), np.empty((4, h, w), network(half))
     job = np.zeros(1, JOB)
     job["seed"], job["samples_vae"] = seed, samples
-    arguments = dict(mean=mean, std=std, job=job, latent=latent, scaling=0.13025, draw=DRAWS["vae_noise_switch_zG"],
-                     channels=4, height=h, width=w, half=int(half), flags=flags, bit=32)  # fmt: skip
+    arguments = dict(
+        mean=mean,
+        std=std,
+        job=job,
+        latent=latent,
+        scaling=0.13025,
+        draw=DRAWS["vae_noise_switch_zG"],
+        channels=4,
+        height=h,
+        width=w,
+        half=int(half),
+        flags=flags,
+        bit=32,
+    )
     launch("encode_latent", group, network=out, **arguments)
     value = mean.astype(np.float32)
     if samples:
@@ -383,8 +418,18 @@ def test_check_finite(bad: float, half: bool, group: Any) -> None:
 def test_join_text(half: bool, group: Any) -> None:
     first, second = random(2 * 77, 6).astype(network(half)), random(2 * 77, 10).astype(network(half))
     out, flags = np.empty((2 * 77, 16), np.float32), np.zeros(1, np.int32)
-    arguments = dict(first=first, second=second, out=out, rows=154, first_width=6, second_width=10, half=int(half),
-                     flags=flags, first_bit=1, second_bit=2)  # fmt: skip
+    arguments = dict(
+        first=first,
+        second=second,
+        out=out,
+        rows=154,
+        first_width=6,
+        second_width=10,
+        half=int(half),
+        flags=flags,
+        first_bit=1,
+        second_bit=2,
+    )
     launch("join_text", group, **arguments)
     assert np.array_equal(out, np.concatenate([first, second], axis=1).astype(np.float32)) and flags[0] == 0
     second[150, 9] = np.inf
@@ -429,8 +474,17 @@ def test_factors_are_placed_bit_for_bit(half: bool, group: Any) -> None:
             for source, target, size in zip(sources, targets[:-1], sizes, strict=True):
                 start = target * pictures + picture * size
                 wanted[start : start + size] = row[source : source + size] ^ picture
-            launch("place_factors", group, row=row ^ word(picture), segments=segments, count=len(sizes), out=out,
-                   pictures=pictures, picture=picture, half=int(half))  # fmt: skip
+            launch(
+                "place_factors",
+                group,
+                row=row ^ word(picture),
+                segments=segments,
+                count=len(sizes),
+                out=out,
+                pictures=pictures,
+                picture=picture,
+                half=int(half),
+            )
         assert np.array_equal(out, wanted)
 
 
@@ -446,8 +500,16 @@ def test_packed_factors_are_the_hosts(half: bool, group: Any) -> None:
             records.append((source, target, *part.shape, *shape, scale, 0))
             source, target = source + part.size, target + shape[0] * shape[1]
     out = np.full(packed_size(slots), np.nan, network(half))
-    launch("pack_factors", group, raw=raw, factors=np.array(records, FACTOR), count=4, out=out, raw_half=1,
-           out_half=int(half))  # fmt: skip
+    launch(
+        "pack_factors",
+        group,
+        raw=raw,
+        factors=np.array(records, FACTOR),
+        count=4,
+        out=out,
+        raw_half=1,
+        out_half=int(half),
+    )
     read = {module: (a.astype(np.float32), b.astype(np.float32)) for module, (a, b) in halved.items()}
     assert np.array_equal(out, pack(read, slots, 0.8).astype(out.dtype))
 

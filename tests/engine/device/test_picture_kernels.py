@@ -83,9 +83,7 @@ def cut(picture: U8, box: Box, size: tuple[int, int], place: dict[str, int], **a
     record, tables = cut_record(picture, box, size)
     channels = 1 if picture.ndim == 2 else 3
     out = np.full((*size, channels), 77, np.uint8)
-    gpu.cut(
-        source=at(picture), channels=channels, cut=at(record), tables=at(tables), out=at(out), **arguments, **place
-    )  # fmt: skip
+    gpu.cut(source=at(picture), channels=channels, cut=at(record), tables=at(tables), out=at(out), **arguments, **place)
     return out[:, :, 0] if picture.ndim == 2 else out
 
 
@@ -212,9 +210,7 @@ def fill(picture: U8, mask: U8, cascade: list[tuple[int, int]], place: dict[str,
     height, width = mask.shape
     nbytes = nbytes or gpu.fill_scratch(height, width)
     out, scratch = picture.copy(), aligned(nbytes)
-    gpu.fill(
-        picture=at(out), mask=at(mask), scratch=at(scratch), height=height, width=width, cascade=cascade, **place
-    )  # fmt: skip
+    gpu.fill(picture=at(out), mask=at(mask), scratch=at(scratch), height=height, width=width, cascade=cascade, **place)
     assert (scratch[nbytes:] == 0xA5).all(), "written beyond the scratch memory"
     return out
 
@@ -305,9 +301,7 @@ def test_latent_mask_is_the_hosts(place: dict[str, int]) -> None:
 def field(mask: U8, reach: int, box: Box | None = None) -> Array:
     record = np.zeros(1, records.FIELD)
     record["height"], record["width"], record["reach"] = *mask.shape, reach
-    for name, value in zip(
-        ("row0", "row1", "col0", "col1"), box or (0, mask.shape[0], 0, mask.shape[1]), strict=True
-    ):  # fmt: skip
+    for name, value in zip(("row0", "row1", "col0", "col1"), box or (0, mask.shape[0], 0, mask.shape[1]), strict=True):
         record[name] = value
     return record
 
@@ -393,9 +387,15 @@ def paste(whole: Canvas, content: U8, sheet: dict[str, Any], place: dict[str, in
         record[name] = value
     rim = None if local is None else whole._seam
     gpu.paste(
-        original=at(whole.image), content=at(content), local=at(local), seam=at(rim), weight=at(whole.feather),
-        sheet=at(record), out=at(out), **place,
-    )  # fmt: skip
+        original=at(whole.image),
+        content=at(content),
+        local=at(local),
+        seam=at(rim),
+        weight=at(whole.feather),
+        sheet=at(record),
+        out=at(out),
+        **place,
+    )
     return out
 
 
@@ -446,9 +446,13 @@ def test_paste_of_any_box_is_the_hosts(data: st.DataObject) -> None:
     for name, value in {"height": height, "width": width, "soft": soft, **boxed(box)}.items():
         record[name] = value
     gpu.paste(
-        original=at(original), content=at(content), weight=at(weight), sheet=at(record), out=at(out),
+        original=at(original),
+        content=at(content),
+        weight=at(weight),
+        sheet=at(record),
+        out=at(out),
         **data.draw(st.sampled_from(PLACES)),
-    )  # fmt: skip
+    )
     alpha = kernels.soft_alpha(*content.shape[:2]) if soft else None
     np.testing.assert_array_equal(out, kernels.paste(original, content, box, weight, alpha))
 
@@ -507,9 +511,7 @@ def test_tiles_are_taken_and_added(place: dict[str, int], source_type: Any, out_
     expected = out.copy()
     expected[:, :, 8:17, 12:23] += tile.astype(np.float32) * rows[:, None] * cols
     half = int(out_type == np.float16)
-    gpu.add_tile(
-        tile=at(tile), ramp_rows=at(rows), ramp_cols=at(cols), out=at(out), half=half, **shape, **place
-    )  # fmt: skip
+    gpu.add_tile(tile=at(tile), ramp_rows=at(rows), ramp_cols=at(cols), out=at(out), half=half, **shape, **place)
     assert out.tobytes() == expected.tobytes()
 
 

@@ -93,9 +93,10 @@ def test_a_step_is_two_launches_around_the_network(simulated: Any) -> None:
             steps.setdefault(entry.graph, []).append(entry.name)
     whole = [names for graph, names in steps.items() if "step_before" in names for _ in range(launched[graph])]
     assert len(whole) == 2 * STEPS or len(whole) == STEPS
-    assert {tuple(names[: 3]) for names in steps.values() if "step_before" in names} == {
-        ("step_before", "unet", "step_after"), ("step_before", "unet_raw", "step_after"),
-    }  # fmt: skip
+    assert {tuple(names[:3]) for names in steps.values() if "step_before" in names} == {
+        ("step_before", "unet", "step_after"),
+        ("step_before", "unet_raw", "step_after"),
+    }
 
 
 def test_graphs_serve_any_picture_prompt_seed_subject_and_number_of_steps(
@@ -106,9 +107,13 @@ def test_graphs_serve_any_picture_prompt_seed_subject_and_number_of_steps(
     pixels(dm)
     start = len(device.record)
     other: dict[str, Any] = {
-        "size": (120, 120), "seed": 1 << 40, "prompt": "a photo of a sks mug on grass", "num_inference_steps": 9,
-        "guidance_scale": 2.0, "substitute": ("blue",),
-    }  # fmt: skip
+        "size": (120, 120),
+        "seed": 1 << 40,
+        "prompt": "a photo of a sks mug on grass",
+        "num_inference_steps": 9,
+        "guidance_scale": 2.0,
+        "substitute": ("blue",),
+    }
     with DreamMix.load(cup, threads=1) as cups:
         expected = pixels(cups, **other)
     assert np.abs(pixels(dm, subject="cup", **other).astype(int) - expected).max() <= 1
@@ -296,10 +301,12 @@ def test_bad_requests_are_refused_before_anything_is_uploaded(simulated: Any) ->
     dm, device, _ = simulated(largest_picture=130 * 130)
     start = len(device.record)
     for side, fields, text in (
-        (140, {}, "largest_picture=19600"), (120, {"subject": "teapot"}, "'teapot'"),
-        (120, {"noise": object()}, "device='cpu'"), (120, {"substitute": ("x",), "prompt": "a mug"}, "'sks'"),
+        (140, {}, "largest_picture=19600"),
+        (120, {"subject": "teapot"}, "'teapot'"),
+        (120, {"noise": object()}, "device='cpu'"),
+        (120, {"substitute": ("x",), "prompt": "a mug"}, "'sks'"),
         (120, {"prompt": "a sks mug " * 40}, "tokens long"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(InputError, match=text):
             dm.inpaint(*scene(side, side), **{"prompt": "a sks mug", **fields})
     assert len(device.record) == start
@@ -332,9 +339,12 @@ def test_work_that_runs_as_late_as_it_may_paints_the_same(simulated: Any, cup: P
     for dm in (late, now):
         dm.add_subject(cup, "cup")
     requests: list[dict[str, Any]] = [
-        {}, {"seed": 4, "subject": "cup", "prompt": "a green sks cup"}, {"size": (96, 160), "substitute": ("blue",)},
-        {"num_images_per_prompt": 3}, {"gch_background": "intermediate"},
-    ]  # fmt: skip
+        {},
+        {"seed": 4, "subject": "cup", "prompt": "a green sks cup"},
+        {"size": (96, 160), "substitute": ("blue",)},
+        {"num_images_per_prompt": 3},
+        {"gch_background": "intermediate"},
+    ]
     for fields in requests:
         image, mask = scene(seed=9)
         for event in late.iterate(image, mask, "a green sks mug", num_inference_steps=STEPS):

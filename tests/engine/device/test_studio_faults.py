@@ -131,9 +131,12 @@ def test_a_runtime_that_has_ended_takes_nothing(simulated: Any, cup: Path, state
 
 @pytest.mark.parametrize("kind", [EngineError, RuntimeError])
 def test_whatever_a_back_end_raises_while_captured_it_goes_on_plainly(
-    simulated: Any, host: DreamMix, monkeypatch: pytest.MonkeyPatch, kind: type[Exception],
+    simulated: Any,
+    host: DreamMix,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[Exception],
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     dm, device, _ = simulated()
     plain = SimulatedBound.enqueue
 

@@ -42,8 +42,10 @@ class Networks:
     def inputs(self, name: str) -> tuple[Tensor, ...]:
         return tuple(
             Tensor(factor, "float16", ("pictures", *shape))
-            for slot in SLOTS[name] for factor, shape in slot.factors if (name, slot.module) not in self._unread
-        )  # fmt: skip
+            for slot in SLOTS[name]
+            for factor, shape in slot.factors
+            if (name, slot.module) not in self._unread
+        )
 
 
 @pytest.mark.parametrize("pictures", [1, 2])
@@ -55,10 +57,13 @@ def test_every_factor_comes_to_its_own_input(unread: Collection[tuple[str, str]]
     factors = {
         network: {
             slot.module: (
-                rng.standard_normal((slot.inputs, 2), np.float32), rng.standard_normal((2, slot.outputs), np.float32)
-            ) for slot in slots
-        } for network, slots in SLOTS.items()
-    }  # fmt: skip
+                rng.standard_normal((slot.inputs, 2), np.float32),
+                rng.standard_normal((2, slot.outputs), np.float32),
+            )
+            for slot in slots
+        }
+        for network, slots in SLOTS.items()
+    }
     networks: Any = Networks(unread)
     with SimulatedDevice() as device:
         stream = device.make_stream()
@@ -95,9 +100,11 @@ def test_an_engine_without_the_factors_nothing_reads_paints_the_same(
             slot.module: (
                 0.3 * rng.standard_normal((slot.inputs, 2), np.float32),
                 0.3 * rng.standard_normal((2, slot.outputs), np.float32),
-            ) for slot in networks.slots(network)
-        } for network in ("text_encoder", "unet")
-    }  # fmt: skip
+            )
+            for slot in networks.slots(network)
+        }
+        for network in ("text_encoder", "unet")
+    }
     subject = replace(read_subject(next((mug_engine / "subjects").glob("*.safetensors"))), factors=everywhere)
     dm, _, _ = simulated(networks={"factors": True, "unread": unread})
     for each in (dm, host):

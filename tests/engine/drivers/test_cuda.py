@@ -107,9 +107,7 @@ def test_copies_run_in_order_when_somebody_waits(fake: FakeCuda, device: CudaDev
         device.download(back, there, stream)
         np.testing.assert_array_equal(back, [0, 4, 6, 4])
         extension: Any = device._extension
-        assert extension.given == {
-            "values": memory.pointer, "count": 3, "nothing": 0, "stream": stream.handle
-        }  # fmt: skip
+        assert extension.given == {"values": memory.pointer, "count": 3, "nothing": 0, "stream": stream.handle}
         assert device.transferred == {"uploaded": 16, "downloaded": 32}
         pinned.free()
         out.free()
@@ -242,8 +240,11 @@ def test_what_is_not_allowed_in_a_capture_ends_it(fake: FakeCuda, device: CudaDe
             with pytest.raises(DeviceError, match="not allowed within a capture"):
                 device.capture(stream, wrong)
             assert fake.calls[before:] == [
-                "cudaSetDevice", "cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphDestroy"
-            ]  # fmt: skip
+                "cudaSetDevice",
+                "cudaStreamBeginCapture",
+                "cudaStreamEndCapture",
+                "cudaGraphDestroy",
+            ]
             assert fake.streams[stream.handle].capture is None
         device.capture(stream, lambda: device.clear(values, stream)).close()
         spare.free()
@@ -619,9 +620,7 @@ def test_a_real_graph_with_a_kernel(real: CudaDevice) -> None:
         back = np.empty(256, np.float16)
 
         def record() -> None:
-            real.launch_kernel(
-                "convert", stream, source=wide, source_half=0, out=narrow, out_half=1, count=256
-            )  # fmt: skip
+            real.launch_kernel("convert", stream, source=wide, source_half=0, out=narrow, out_half=1, count=256)
 
         graph = real.capture(stream, record)
         for seed in (1, 2):

@@ -33,9 +33,13 @@ def stage_of(name: str, count: int, guided: bool) -> Stage:
     h, w = SHAPES[name]
     rows = count * (2 if guided else 1)
     told = Conditioning(
-        np.zeros((rows, 77, 2), np.float32), np.zeros((rows, 2), np.float32), ((8 * h, 8 * w),) * count, 64,
-        np.zeros((count, 2, h, w), np.float32), {},
-    )  # fmt: skip
+        np.zeros((rows, 77, 2), np.float32),
+        np.zeros((rows, 2), np.float32),
+        ((8 * h, 8 * w),) * count,
+        64,
+        np.zeros((count, 2, h, w), np.float32),
+        {},
+    )
     background = rng.standard_normal((count, 4, h, w)).astype(np.float32)
     mask = (rng.random((count, 1, h, w)) < 0.6).astype(np.float32)
     return Stage(np.zeros_like(background), background, mask, told)
@@ -88,11 +92,19 @@ def predicted(request: Request, seeds: Sequence[int] = (3,)) -> list[tuple[Any, 
         return resized(x0).astype(np.float64)
 
     return sampled(
-        request.steps, request.local_steps, {n: s.background.astype(np.float64) for n, s in stages.items()},
-        {n: s.mask.astype(np.float64) for n, s in stages.items()}, handed, predict, draw,
-        guidance=request.guidance_scale, rescale=request.guidance_rescale, sharpness=request.sharpness,
-        fixed=request.blend_noise == "fixed", blends=request.blend_output,
-    )  # fmt: skip
+        request.steps,
+        request.local_steps,
+        {n: s.background.astype(np.float64) for n, s in stages.items()},
+        {n: s.mask.astype(np.float64) for n, s in stages.items()},
+        handed,
+        predict,
+        draw,
+        guidance=request.guidance_scale,
+        rescale=request.guidance_rescale,
+        sharpness=request.sharpness,
+        fixed=request.blend_noise == "fixed",
+        blends=request.blend_output,
+    )
 
 
 def largest_error(request: Request, seeds: Sequence[int] = (3,)) -> float:
@@ -292,11 +304,15 @@ def test_a_picture_through_both_stages() -> None:
         return noise.draw(label, (1, 4, *frame.latent_size), step).astype(np.float64)
 
     truth = sampled(
-        request.steps, request.local_steps, {"lcg": encoded(local.background), "gch": encoded(whole.background)},
-        {"lcg": local.latent_mask, "gch": whole.latent_mask}, handed,
-        lambda x, sigma, _: (sigma * x / (sigma**2 + 0.25), sigma * (x - 0.5) / (sigma**2 + 0.25)), draw,
+        request.steps,
+        request.local_steps,
+        {"lcg": encoded(local.background), "gch": encoded(whole.background)},
+        {"lcg": local.latent_mask, "gch": whole.latent_mask},
+        handed,
+        lambda x, sigma, _: (sigma * x / (sigma**2 + 0.25), sigma * (x - 0.5) / (sigma**2 + 0.25)),
+        draw,
         sharpness=40.0,
-    )  # fmt: skip
+    )
     for taken, (x_in, x0, x) in zip(ours, truth, strict=True):
         for got, wanted in ((taken.x_in, x_in), (taken.x0, x0), (taken.x, x)):
             assert np.abs(got - wanted).max() < BOUND * np.abs(wanted).max()
