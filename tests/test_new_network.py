@@ -25,7 +25,7 @@ from dreammix_trt.engine.device.room import RoomShape
 from dreammix_trt.engine.drivers.simulated import SimulatedDevice, SimulatedNetworks
 from dreammix_trt.engine.host import runtime as host_runtime
 from dreammix_trt.engine.host.painter import HostPainter
-from tests.engine.conftest import scene
+from tests.engine.conftest import make_scene
 from tests.support.toy_network import GAIN, TOY
 
 
@@ -69,7 +69,7 @@ def test_a_phase_on_the_host_uses_it(engine: Path, monkeypatch: pytest.MonkeyPat
             self.taken = replace(self.taken, x=changed)
             return super().finish()
 
-    image, mask = scene()
+    image, mask = make_scene()
     with DreamMix.load(engine, threads=1) as dm:
         plain = dm.inpaint(image, mask, "a mug", **WORDS).images[0]
         monkeypatch.setattr(host_runtime, "HostPainter", Painter)
@@ -85,7 +85,7 @@ def test_a_device_plans_loads_and_binds_it(engine: Path) -> None:
         networks = SimulatedNetworks(device, host.networks)
         options = Options(largest_picture=128 * 128)
         with DreamMix.on_device(device, networks, host.tokenizers, (), options, owned=(device,)) as dm:
-            image, mask = scene()
+            image, mask = make_scene()
             dm.inpaint(image, mask, "a mug", **WORDS)
             studio = dm.studio
             assert studio is not None and "toy" in str(studio.plan)

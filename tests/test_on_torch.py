@@ -23,13 +23,13 @@ from dreammix_trt.engine.drivers.simulated import SimulatedDevice
 from dreammix_trt.engine.text import Tokenizer
 from dreammix_trt.export.torch_backend.on_device import TorchNetworks
 from dreammix_trt.on_torch import load_torch
-from tests.engine.conftest import scene
+from tests.engine.conftest import make_scene
 
 BASE = ("text_encoder", "text_encoder_2", "unet", "unet_raw", "inpaint_head", "vae_encoder", "vae_decoder")
 
 
 def test_torch_paints_what_the_engine_paints(mug_engine: Path) -> None:
-    image, mask = scene()
+    image, mask = make_scene()
     subjects = [read_subject(file) for file in open_engine(mug_engine).subjects]
     options = Options(largest_picture=128 * 128, subjects=1)
     with (
@@ -57,7 +57,7 @@ def test_weights_come_as_the_memory_plan_says(residency: str, monkeypatch: pytes
         load(networks, name)
 
     monkeypatch.setattr(TorchNetworks, "load", told)
-    image, mask = scene()
+    image, mask = make_scene()
     options = Options(largest_picture=128 * 128, subjects=1, residency=residency)
     with SimulatedDevice() as device, opened(device, options=options) as dm:
         assert dm.studio is not None and dm.studio.plan.strategy == residency

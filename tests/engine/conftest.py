@@ -73,7 +73,7 @@ def simulated(opened: Any) -> Iterator[Callable[..., Made]]:
         dm.close()
 
 
-def scene(height: int = 128, width: int = 128, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def make_scene(height: int = 128, width: int = 128, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """A picture uint8 (height, width, 3) with structure and noise, and a mask (height, width) with a hole."""
     rng = np.random.default_rng(seed)
     rows, cols = np.mgrid[:height, :width]

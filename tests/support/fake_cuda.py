@@ -82,14 +82,14 @@ class Event:
         self.pending = 0
 
 
-def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
+def _check_call(method: Callable[..., Any]) -> Callable[..., Any]:
     """What holds for every call: a lost device stays lost, and a failed call is remembered as the last error."""
 
     @functools.wraps(method)
     def call(self: FakeCuda, *arguments: Any) -> Any:
         self.calls.append(method.__name__)
         if self.lost and method.__name__ not in ("cudaGetErrorString", "cudaGetLastError"):
-            return self._failed(E.cudaErrorIllegalAddress, method)
+            return self._fail(E.cudaErrorIllegalAddress, method)
         result = method(self, *arguments)
         if result[0] not in (E.cudaSuccess, E.cudaErrorNotReady):
             self.last = result[0]
@@ -131,7 +131,7 @@ class FakeState:
         """An illegal access: every further call fails."""
         self.lost = True
 
-    def left(self) -> dict[str, int]:
+    def list_left(self) -> dict[str, int]:
         """What was made and not given back."""
         held = ("memory", "pinned", "streams", "events", "templates", "graphs")
         return {name: len(getattr(self, name)) for name in held if getattr(self, name)}
@@ -156,26 +156,26 @@ class FakeState:
             held.spoiled = True
         return bool(mine)
 
-    def _new(self, place: dict[int, Any], size: int) -> int:
+    def _allocate(self, place: dict[int, Any], size: int) -> int:
         room = (ctypes.c_uint8 * (size + 256))()
         pointer = -(-ctypes.addressof(room) // 256) * 256
         place[pointer] = memoryview(room)[256:]  # keeps it, and knows the size
         return pointer
 
-    def _freed(self, place: dict[int, Any], pointer: int) -> Any:
+    def _free(self, place: dict[int, Any], pointer: int) -> Any:
         if self._spoils():
             return (E.cudaErrorStreamCaptureUnsupported,)
         return (E.cudaErrorInvalidValue if place.pop(pointer, None) is None else E.cudaSuccess,)
 
-    def _inside(self, place: dict[int, Any], pointer: int, count: int) -> bool:
+    def _is_inside(self, place: dict[int, Any], pointer: int, count: int) -> bool:
         return any(start <= pointer and pointer + count <= start + len(room) for start, room in place.items())
 
-    def _handle(self, place: dict[int, Any], value: Any) -> Handle:
+    def _make_handle(self, place: dict[int, Any], value: Any) -> Handle:
         handle = Handle(next(self._numbers))
         place[int(handle)] = value
         return handle
 
-    def _failed(self, error: cudaError_t, method: Callable[..., Any]) -> Any:
+    def _fail(self, error: cudaError_t, method: Callable[..., Any]) -> Any:
         """As many values as the real function returns."""
         gives = {
             "cudaMemGetInfo": 2,
@@ -212,27 +212,27 @@ class FakeCuda(FakeState):
 
     # the device
 
-    @_checked
+    @_check_call
     def cudaRuntimeGetVersion(self) -> Any:
         return E.cudaSuccess, self.version
 
-    @_checked
+    @_check_call
     def cudaGetDeviceCount(self) -> Any:
         return E.cudaSuccess, len(self.devices)
 
-    @_checked
+    @_check_call
     def cudaGetDeviceProperties(self, device: int) -> Any:
         name, major, minor, _ = self.devices[device]
         return E.cudaSuccess, SimpleNamespace(name=name.encode() + b"\0\0rest", major=major, minor=minor)
 
-    @_checked
+    @_check_call
     def cudaSetDevice(self, device: int) -> Any:
         if not 0 <= device < len(self.devices):
             return (E.cudaErrorInvalidDevice,)
         self.current.device = device
         return (E.cudaSuccess,)
 
-    @_checked
+    @_check_call
     def cudaMemGetInfo(self) -> Any:
         total = self.devices[self.current.device][3]
         return E.cudaSuccess, total - sum(len(memory) for memory in self.memory.values()), total
@@ -246,57 +246,57 @@ class FakeCuda(FakeState):
 
     # memory
 
-    @_checked
+    @_check_call
     def cudaMalloc(self, size: int) -> Any:
         if self._spoils():
             return E.cudaErrorStreamCaptureUnsupported, None
         if size > self.cudaMemGetInfo()[1]:
             return E.cudaErrorMemoryAllocation, None
-        return E.cudaSuccess, self._new(self.memory, size)
+        return E.cudaSuccess, self._allocate(self.memory, size)
 
-    @_checked
+    @_check_call
     def cudaFree(self, devPtr: int) -> Any:
-        return self._freed(self.memory, devPtr)
+        return self._free(self.memory, devPtr)
 
-    @_checked
+    @_check_call
     def cudaHostAlloc(self, size: int, flags: int) -> Any:
-        return E.cudaSuccess, self._new(self.pinned, size)
+        return E.cudaSuccess, self._allocate(self.pinned, size)
 
-    @_checked
+    @_check_call
     def cudaFreeHost(self, ptr: int) -> Any:
-        return self._freed(self.pinned, ptr)
+        return self._free(self.pinned, ptr)
 
-    @_checked
+    @_check_call
     def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: cudaMemcpyKind, stream: int) -> Any:
         ours = {
             cudaMemcpyKind.cudaMemcpyHostToDevice: (dst,),
             cudaMemcpyKind.cudaMemcpyDeviceToHost: (src,),
             cudaMemcpyKind.cudaMemcpyDeviceToDevice: (dst, src),
         }[kind]
-        if not all(self._inside(self.memory, pointer, count) for pointer in ours):
+        if not all(self._is_inside(self.memory, pointer, count) for pointer in ours):
             return (E.cudaErrorInvalidValue,)
-        if kind == cudaMemcpyKind.cudaMemcpyHostToDevice and not self._inside(self.pinned, src, count):
+        if kind == cudaMemcpyKind.cudaMemcpyHostToDevice and not self._is_inside(self.pinned, src, count):
             staged = ctypes.string_at(src, count)  # pageable memory is read before the call returns
             return self._enqueue(stream, lambda: ctypes.memmove(dst, staged, count))
         done = self._enqueue(stream, lambda: ctypes.memmove(dst, src, count))
-        if kind == cudaMemcpyKind.cudaMemcpyDeviceToHost and not self._inside(self.pinned, dst, count):
+        if kind == cudaMemcpyKind.cudaMemcpyDeviceToHost and not self._is_inside(self.pinned, dst, count):
             self._run(stream)  # pageable memory is written before the call returns
         return done
 
-    @_checked
+    @_check_call
     def cudaMemsetAsync(self, devPtr: int, value: int, count: int, stream: int) -> Any:
-        if not self._inside(self.memory, devPtr, count):
+        if not self._is_inside(self.memory, devPtr, count):
             return (E.cudaErrorInvalidValue,)
         return self._enqueue(stream, lambda: ctypes.memset(devPtr, value, count))
 
     # streams
 
-    @_checked
+    @_check_call
     def cudaStreamCreateWithFlags(self, flags: int) -> Any:
         assert flags == self.cudaStreamNonBlocking
-        return E.cudaSuccess, self._handle(self.streams, Stream())
+        return E.cudaSuccess, self._make_handle(self.streams, Stream())
 
-    @_checked
+    @_check_call
     def cudaStreamDestroy(self, stream: Any) -> Any:
         if int(stream) not in self.streams:
             return (E.cudaErrorInvalidResourceHandle,)
@@ -304,7 +304,7 @@ class FakeCuda(FakeState):
         del self.streams[int(stream)]
         return (E.cudaSuccess,)
 
-    @_checked
+    @_check_call
     def cudaStreamSynchronize(self, stream: int) -> Any:
         if self._spoils():
             return (E.cudaErrorStreamCaptureUnsupported,)
@@ -313,54 +313,54 @@ class FakeCuda(FakeState):
         self._run(stream)
         return (E.cudaErrorIllegalAddress if self.lost else E.cudaSuccess,)
 
-    @_checked
+    @_check_call
     def cudaStreamBeginCapture(self, stream: int, mode: cudaStreamCaptureMode) -> Any:
         self.streams[stream].capture, self.streams[stream].spoiled = [], False
         self.streams[stream].owner = threading.get_ident()
         return (E.cudaSuccess,)
 
-    @_checked
+    @_check_call
     def cudaStreamEndCapture(self, stream: int) -> Any:
         held = self.streams[stream]
         tasks, held.capture = held.capture, None
         if tasks is None or held.spoiled:
             return E.cudaErrorStreamCaptureInvalidated, None
-        return E.cudaSuccess, self._handle(self.templates, tasks)
+        return E.cudaSuccess, self._make_handle(self.templates, tasks)
 
     # graphs
 
-    @_checked
+    @_check_call
     def cudaGraphInstantiate(self, graph: Handle, flags: int) -> Any:
-        return E.cudaSuccess, self._handle(self.graphs, list(self.templates[int(graph)]))
+        return E.cudaSuccess, self._make_handle(self.graphs, list(self.templates[int(graph)]))
 
-    @_checked
+    @_check_call
     def cudaGraphUpload(self, graphExec: Handle, stream: int) -> Any:
         self.uploaded.add(int(graphExec))
         return (E.cudaSuccess,)
 
-    @_checked
+    @_check_call
     def cudaGraphLaunch(self, graphExec: Handle, stream: int) -> Any:
         for task in self.graphs[int(graphExec)]:
             self._enqueue(stream, task)
         return (E.cudaSuccess,)
 
-    @_checked
+    @_check_call
     def cudaGraphDestroy(self, graph: Handle) -> Any:
         del self.templates[int(graph)]
         return (E.cudaSuccess,)
 
-    @_checked
+    @_check_call
     def cudaGraphExecDestroy(self, graphExec: Handle) -> Any:
         del self.graphs[int(graphExec)]
         return (E.cudaSuccess,)
 
     # events
 
-    @_checked
+    @_check_call
     def cudaEventCreateWithFlags(self, flags: int) -> Any:
-        return E.cudaSuccess, self._handle(self.events, Event(flags == self.cudaEventDefault))
+        return E.cudaSuccess, self._make_handle(self.events, Event(flags == self.cudaEventDefault))
 
-    @_checked
+    @_check_call
     def cudaEventRecord(self, event: Handle, stream: int) -> Any:
         held = self.events[int(event)]
         held.recorded, held.pending = True, held.pending + 1
@@ -370,11 +370,11 @@ class FakeCuda(FakeState):
 
         return self._enqueue(stream, reached)
 
-    @_checked
+    @_check_call
     def cudaEventQuery(self, event: Handle) -> Any:
         return (E.cudaErrorNotReady if self.events[int(event)].pending else E.cudaSuccess,)
 
-    @_checked
+    @_check_call
     def cudaEventElapsedTime(self, start: Handle, end: Handle) -> Any:
         first, last = self.events[int(start)], self.events[int(end)]
         if not (first.timed and last.timed and first.recorded and last.recorded):
@@ -383,7 +383,7 @@ class FakeCuda(FakeState):
             return E.cudaErrorNotReady, None
         return E.cudaSuccess, 1000 * (last.time - first.time)
 
-    @_checked
+    @_check_call
     def cudaEventDestroy(self, event: Handle) -> Any:
         del self.events[int(event)]
         return (E.cudaSuccess,)

@@ -43,10 +43,10 @@ def write_tiny_model(folder: Path, *, half: bool = True, seed: int = 0, native: 
         "vae": {name: tuple(value.shape) for name, value in vae.state_dict().items()},
     }
     configs = {"unet": dict(unet.config), "vae": dict(vae.config)}
-    vocabulary, merges = tiny_vocabulary()
+    vocabulary, merges = make_tiny_vocabulary()
     for number, name in enumerate(("text_encoder", "text_encoder_2")):
         configs[name] = text_config(number, len(vocabulary))
-        shapes[name] = dict(text_shapes(configs[name]))
+        shapes[name] = dict(list_text_shapes(configs[name]))
     for name, config in configs.items():
         (folder / name).mkdir(parents=True)
         (folder / name / "config.json").write_text(json.dumps(config, default=list))
@@ -67,7 +67,7 @@ def write_tiny_model(folder: Path, *, half: bool = True, seed: int = 0, native: 
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"prediction_type": "epsilon"}))
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
     patch, head = folder / "tiny.fooocus.patch", folder / "inpaint_head.pth"
-    torch.save(tiny_patch(rng, shapes["unet"], configs["unet"], torch.from_numpy), patch)
+    torch.save(make_tiny_patch(rng, shapes["unet"], configs["unet"], torch.from_numpy), patch)
     wide = torch.from_numpy(rng.standard_normal((WIDTHS[0], 9, 3, 3)).astype(np.float16) * np.float16(0.1))
     torch.save(OrderedDict(head=wide[:, 4:]), head)
     return TinyModel(folder, patch, head)
@@ -126,7 +126,7 @@ def text_config(number: int, vocabulary: int) -> dict[str, Any]:
     }
 
 
-def text_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def list_text_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     width, wide = config["hidden_size"], config["intermediate_size"]
     yield "text_model.embeddings.token_embedding.weight", (config["vocab_size"], width)
     yield "text_model.embeddings.position_embedding.weight", (77, width)
@@ -155,7 +155,7 @@ def random_weight(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -
     return (centre + 0.1 * rng.standard_normal(shape)).astype(np.float32)
 
 
-def tiny_patch(
+def make_tiny_patch(
     rng: np.random.Generator,
     shapes: dict[str, tuple[int, ...]],
     config: dict[str, Any],
@@ -226,7 +226,7 @@ def unet_attention_modules(config: dict[str, Any]) -> dict[str, tuple[int, int]]
     return modules
 
 
-def tiny_vocabulary() -> tuple[dict[str, int], list[str]]:
+def make_tiny_vocabulary() -> tuple[dict[str, int], list[str]]:
     """A CLIP-style byte-level BPE in which every word of `WORDS` is one token; id 0 is "!"."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [256 + n for n in range(256 - len(printable))]

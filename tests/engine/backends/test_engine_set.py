@@ -29,7 +29,7 @@ def networks(parts: dict[str, Path]) -> Iterator[EngineSet]:
         yield opened
 
 
-def unet_inputs(networks: EngineSet, pictures: int = 1) -> dict[str, np.ndarray]:
+def draw_unet_inputs(networks: EngineSet, pictures: int = 1) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(5)
     sides = {"pictures": pictures, "rows": 2 * pictures, "context": 77, "h": 8, "w": 12}
     arrays = {}
@@ -62,14 +62,14 @@ def test_a_folder_without_a_base_is_no_set_of_parts(parts: dict[str, Path], tmp_
 def test_both_unets_run_one_graph_with_two_weight_sets(parts: dict[str, Path], networks: EngineSet) -> None:
     graphs = [(parts[name] / networks.entries[name]["graph"]).read_bytes() for name in ("unet", "unet_raw")]
     assert graphs[0] == graphs[1]
-    inputs = unet_inputs(networks)
+    inputs = draw_unet_inputs(networks)
     patched, raw = (networks.run(name, **inputs)["eps"] for name in ("unet", "unet_raw"))
     assert patched.shape == inputs["sample"].shape and patched.dtype == np.float32
     assert np.abs(patched - raw).max() > 1e-3
 
 
 def test_the_same_call_gives_the_same_bits_in_any_batch(networks: EngineSet) -> None:
-    inputs = unet_inputs(networks, pictures=2)
+    inputs = draw_unet_inputs(networks, pictures=2)
     both = networks.run("unet", **inputs)["eps"]
     np.testing.assert_array_equal(networks.run("unet", **inputs)["eps"], both)
     alone = {name: array[len(array) // 2 :] for name, array in inputs.items()}
@@ -77,7 +77,7 @@ def test_the_same_call_gives_the_same_bits_in_any_batch(networks: EngineSet) -> 
 
 
 def test_lora_factors_change_the_answer_and_zeros_do_not(networks: EngineSet) -> None:
-    inputs = unet_inputs(networks)
+    inputs = draw_unet_inputs(networks)
     off = networks.run("unet", **{**inputs, "lora": np.zeros_like(inputs["lora"])})["eps"]
     assert np.abs(networks.run("unet", **inputs)["eps"] - off).max() > 1e-4
     assert sum(slot.size for slot in networks.slots("unet")) == inputs["lora"].shape[1]
@@ -90,7 +90,7 @@ def test_an_unknown_network_is_named(networks: EngineSet) -> None:
         networks.run("asuka")
 
 
-def half_part(folder: Path) -> dict[str, Path]:
+def write_half_part(folder: Path) -> dict[str, Path]:
     """A base whose head is a float16 network of one node without slots: feature = masked_latent * mask."""
     from onnx import TensorProto, helper
 
@@ -122,7 +122,7 @@ def test_float16_networks_take_and_give_float32(tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     rng = np.random.default_rng(0)
     mask, latent = (rng.standard_normal((1, 4, 3, 5), np.float32) for _ in range(2))
-    with EngineSet.load(half_part(tmp_path), threads=1) as networks:
+    with EngineSet.load(write_half_part(tmp_path), threads=1) as networks:
         found = networks.run("inpaint_head", mask=mask, masked_latent=latent)["feature"]
         assert networks.facts.defaults == {}
     assert found.dtype == np.float32
@@ -132,7 +132,7 @@ def test_float16_networks_take_and_give_float32(tmp_path: Path) -> None:
 def test_inputs_a_network_does_not_have_are_left_out(tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     ones = np.ones((1, 4, 2, 2), np.float32)
-    with EngineSet.load(half_part(tmp_path), threads=1) as networks:
+    with EngineSet.load(write_half_part(tmp_path), threads=1) as networks:
         given: dict[str, Any] = {"mask": ones, "masked_latent": ones, "lora": np.zeros((1, 0), np.float32)}
         assert networks.run("inpaint_head", **given)["feature"].shape == ones.shape
 
@@ -155,7 +155,7 @@ def test_threads_below_one_are_refused(parts: dict[str, Path]) -> None:
 def test_twins_are_opened_when_asked_for_and_not_before(tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     twin = twin_name("inpaint_head")
-    half_part(tmp_path)
+    write_half_part(tmp_path)
     shutil.copytree(tmp_path / "inpaint_head", tmp_path / twin)
     (tmp_path / twin / "inpaint_head.onnx").write_bytes(b"no graph")
     with EngineSet.load(tmp_path, threads=1) as networks:
@@ -165,7 +165,7 @@ def test_twins_are_opened_when_asked_for_and_not_before(tmp_path: Path) -> None:
             networks.prepare([twin])
 
 
-def _newer(folder: Path) -> None:
+def _write_newer(folder: Path) -> None:
     table = json.loads((folder / "unet/network.json").read_text())
     (folder / "unet/network.json").write_text(json.dumps({**table, "schema": 99}))
 
@@ -174,7 +174,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no entry": (lambda folder: (folder / "unet/network.json").unlink(), "network.json"),
     "broken entry": (lambda folder: (folder / "unet/network.json").write_text("{"), "network.json"),
     "a list for an entry": (lambda folder: (folder / "unet/network.json").write_text("[]"), "network.json"),
-    "newer entry": (_newer, "schema 99"),
+    "newer entry": (_write_newer, "schema 99"),
     "no facts": (lambda folder: (folder / "base/base.json").write_text("{}"), "native_side"),
     "no weights": (lambda folder: (folder / "vae_encoder/vae_encoder.safetensors").unlink(), "vae_encoder.safetensors"),
     "no graph": (lambda folder: (folder / "unet/unet.onnx").unlink(), "unet.onnx"),

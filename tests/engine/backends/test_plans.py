@@ -12,12 +12,12 @@ from dreammix_trt.core.errors import EngineError
 from dreammix_trt.engine.backends.tensorrt.plans import holds_host_code, refuse_host_code
 
 
-def elf(machine: int) -> bytes:
+def make_elf(machine: int) -> bytes:
     """The head of a 64-bit little-endian ELF file for a processor."""
     return b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HHI", 3, machine, 1) + bytes(40)
 
 
-def image(processor: int, magic: int) -> bytes:
+def make_image(processor: int, magic: int) -> bytes:
     """The headers of a Windows executable."""
     return (
         b"MZ"
@@ -33,9 +33,9 @@ def image(processor: int, magic: int) -> bytes:
 @pytest.mark.parametrize(
     "inside, found",
     [
-        (b"", False), (bytes(1000), False), (elf(190), False), (b"\x7fELF", False), (b"PE\0\0 and text", False),
-        (elf(62), True), (elf(183), True), (elf(190) + elf(62), True), (image(0x8664, 0x20B), True),
-        (image(0xAA64, 0x20B), True), (image(0x1234, 0x20B), False),
+        (b"", False), (bytes(1000), False), (make_elf(190), False), (b"\x7fELF", False), (b"PE\0\0 and text", False),
+        (make_elf(62), True), (make_elf(183), True), (make_elf(190) + make_elf(62), True),
+        (make_image(0x8664, 0x20B), True), (make_image(0xAA64, 0x20B), True), (make_image(0x1234, 0x20B), False),
     ],
 )  # fmt: skip
 def test_programs_for_the_host_are_found_in_a_plan(tmp_path: Path, inside: bytes, found: bool) -> None:

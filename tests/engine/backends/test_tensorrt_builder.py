@@ -53,7 +53,7 @@ def rtx() -> Any:
     return pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install dreammix-trt[rtx]")
 
 
-def network(
+def write_network(
     path: Path,
     nodes: list[tuple[Any, ...]],
     inputs: dict[str, list[Any]],
@@ -87,18 +87,18 @@ def network(
     return path
 
 
-def linear(path: Path, weight: Any = MATRIX) -> Path:
+def write_linear(path: Path, weight: Any = MATRIX) -> Path:
     bias = np.full(64, 0.25, np.float16)
     nodes = [("MatMul", ["x", "w"], "p"), ("Add", ["p", "b"], "y")]
-    return network(path, nodes, {"x": ["rows", 64]}, {"w": weight, "b": bias})
+    return write_network(path, nodes, {"x": ["rows", 64]}, {"w": weight, "b": bias})
 
 
-def built(path: Path, *profiles: Profile, **options: Any) -> BuildReport:
+def build(path: Path, *profiles: Profile, **options: Any) -> BuildReport:
     options = {"backend": "tensorrt-rtx", "targets": ("sm_89",)} | options
     return build_engine(path, path.with_suffix(".plan"), profiles=profiles, **options)
 
 
-def outside(file: Path, name: str, weight: Array, offset: int) -> Any:
+def make_external(file: Path, name: str, weight: Array, offset: int) -> Any:
     """An initializer whose bytes lie in another file."""
     import onnx
 
@@ -109,7 +109,7 @@ def outside(file: Path, name: str, weight: Array, offset: int) -> Any:
     return tensor
 
 
-def offset_in(file: Path, name: str) -> int:
+def find_offset(file: Path, name: str) -> int:
     raw = file.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     return int(8 + length + json.loads(raw[8 : 8 + length])[name]["data_offsets"][0])
@@ -126,7 +126,7 @@ def test_a_float16_network_becomes_a_plan_that_holds_its_weights(rtx: Any, tmp_p
         heard.append((fraction, phase))
         threads.add(threading.current_thread())
 
-    report = built(linear(tmp_path / "n.onnx"), ROWS, progress=progress)
+    report = build(write_linear(tmp_path / "n.onnx"), ROWS, progress=progress)
     plan = (tmp_path / "n.plan").read_bytes()
     assert report.engine_bytes == len(plan) and MATRIX.tobytes() in plan
     assert [(tensor.name, tensor.dtype, tensor.shape) for tensor in report.inputs] == [("x", "float16", (-1, 64))]
@@ -147,7 +147,9 @@ def test_memory_of_a_build_stays_within_the_estimate(rtx: Any, tmp_path: Path) -
     nodes = [("MatMul", ["x", "w"], "y")]
     file = tmp_path / "n.safetensors"
     save_file({"w": wide}, file)
-    path = network(tmp_path / "n.onnx", nodes, {"x": [2, 4096]}, {"w": outside(file, "w", wide, offset_in(file, "w"))})
+    path = write_network(
+        tmp_path / "n.onnx", nodes, {"x": [2, 4096]}, {"w": make_external(file, "w", wide, find_offset(file, "w"))}
+    )
     probe = (
         "import json, pathlib, sys\n"
         "from dreammix_trt.engine.backends.tensorrt.builder import build_engine\n"
@@ -167,11 +169,11 @@ def test_memory_of_a_build_stays_within_the_estimate(rtx: Any, tmp_path: Path) -
 def test_a_convolution_builds_for_two_profiles_and_several_gpus(rtx: Any, tmp_path: Path) -> None:
     kernel = (RNG.standard_normal((8, 4, 3, 3)) / 6).astype(np.float16)
     nodes = [("Conv", ["x", "k"], "y", {"pads": [1, 1, 1, 1]})]
-    path = network(tmp_path / "n.onnx", nodes, {"x": ["rows", 4, "h", "w"]}, {"k": kernel})
+    path = write_network(tmp_path / "n.onnx", nodes, {"x": ["rows", 4, "h", "w"]}, {"k": kernel})
     inputs = [{"name": "x", "dtype": "float16", "shape": ["rows", 4, "h", "w"]}]
     profiles = tensorrt.profiles_for(inputs, pictures=1, shapes="dynamic", latent_side=16, step=1)
     assert len(profiles) == 2
-    report = built(path, *profiles, targets=("sm_86", "sm_89", "sm_120"))
+    report = build(path, *profiles, targets=("sm_86", "sm_89", "sm_120"))
     assert report.inputs[0].shape == (-1, 4, -1, -1) and report.targets == ("sm_86", "sm_89", "sm_120")
     assert report.engine_bytes == path.with_suffix(".plan").stat().st_size > kernel.nbytes
 
@@ -184,7 +186,7 @@ def test_lora_factors_come_as_inputs(rtx: Any, tmp_path: Path) -> None:
         ("Add", ["p", "r"], "y"),
     ]
     shapes = {"x": ["rows", 5, 64], "a": ["pictures", 64, 8], "b": ["pictures", 8, 64]}
-    path = network(tmp_path / "n.onnx", nodes, shapes, {"w": MATRIX})
+    path = write_network(tmp_path / "n.onnx", nodes, shapes, {"w": MATRIX})
     inputs = [{"name": name, "shape": shape} for name, shape in shapes.items()]
     # One factor for all rows of a picture: here rows and pictures are the same axis.
     profiles = tensorrt.profiles_for(
@@ -193,7 +195,7 @@ def test_lora_factors_come_as_inputs(rtx: Any, tmp_path: Path) -> None:
         shapes="static",
         latent_side=128,
     )
-    report = built(path, *profiles)
+    report = build(path, *profiles)
     assert [tensor.name for tensor in report.inputs] == ["x", "a", "b"]
 
 
@@ -201,46 +203,46 @@ def test_weights_are_read_from_an_offset_inside_safetensors(rtx: Any, tmp_path: 
     """The plan holds the bytes of the tensor named, not of the one before it."""
     file, other = tmp_path / "n.safetensors", (RNG.standard_normal((64, 64)) / 8).astype(np.float16)
     save_file({"a": other, "b": MATRIX, "c": np.ones(3, np.float16)}, file)
-    offset = offset_in(file, "b")
+    offset = find_offset(file, "b")
     assert offset > other.nbytes
-    built(linear(tmp_path / "n.onnx", outside(file, "w", MATRIX, offset)), ROWS)
+    build(write_linear(tmp_path / "n.onnx", make_external(file, "w", MATRIX, offset)), ROWS)
     plan = (tmp_path / "n.plan").read_bytes()
     assert MATRIX.tobytes() in plan and other.tobytes() not in plan
 
 
 def test_missing_or_cut_weights_are_named(rtx: Any, tmp_path: Path) -> None:
     file = tmp_path / "n.safetensors"
-    path = linear(tmp_path / "n.onnx", outside(file, "w", MATRIX, 0))
+    path = write_linear(tmp_path / "n.onnx", make_external(file, "w", MATRIX, 0))
     with pytest.raises(BuildError, match=r"n\.onnx.*weights are missing or cut .*n\.safetensors"):
-        built(path, ROWS)
+        build(path, ROWS)
     file.write_bytes(b"\0" * 100)
     with pytest.raises(BuildError, match=r"n\.onnx.*weights are missing or cut"):
-        built(path, ROWS)
+        build(path, ROWS)
     assert not path.with_suffix(".plan").exists()
 
 
 def test_a_network_without_dynamic_sides_builds_with_and_without_a_profile(rtx: Any, tmp_path: Path) -> None:
-    path = network(tmp_path / "n.onnx", [("MatMul", ["x", "w"], "y")], {"x": [2, 64]}, {"w": MATRIX})
+    path = write_network(tmp_path / "n.onnx", [("MatMul", ["x", "w"], "y")], {"x": [2, 64]}, {"w": MATRIX})
     for profiles in ((), (Profile({"x": ((2, 64),) * 3}),)):
-        assert built(path, *profiles).inputs[0].shape == (2, 64)
+        assert build(path, *profiles).inputs[0].shape == (2, 64)
 
 
-def attention(path: Path, dtype: str, width: int) -> tuple[Path, Profile]:
+def write_attention(path: Path, dtype: str, width: int) -> tuple[Path, Profile]:
     shape, name = [2, 4, "tokens", width], ("q", "k", "v")
-    network(path, [("Attention", list(name), "y")], dict.fromkeys(name, shape), {}, dtype=dtype, opset=23)
+    write_network(path, [("Attention", list(name), "y")], dict.fromkeys(name, shape), {}, dtype=dtype, opset=23)
     return path, Profile(dict.fromkeys(name, ((2, 4, 64, width), (2, 4, 256, width), (2, 4, 256, width))))
 
 
 def test_fused_attention_takes_half_precision_heads_of_64(rtx: Any, tmp_path: Path) -> None:
-    path, profile = attention(tmp_path / "n.onnx", "FLOAT16", 64)
-    report = built(path, profile)
+    path, profile = write_attention(tmp_path / "n.onnx", "FLOAT16", 64)
+    report = build(path, profile)
     assert report.decomposed == 0 and report.messages == ()
 
 
 @pytest.mark.parametrize("dtype, width", [("FLOAT", 64), ("FLOAT16", 512)])
 def test_attention_that_no_fused_kernel_takes_is_taken_apart(rtx: Any, tmp_path: Path, dtype: str, width: int) -> None:
-    path, profile = attention(tmp_path / "n.onnx", dtype, width)
-    report = built(path, profile)
+    path, profile = write_attention(tmp_path / "n.onnx", dtype, width)
+    report = build(path, profile)
     assert report.decomposed == 1
     assert report.engine_bytes == path.with_suffix(".plan").stat().st_size > 0
 
@@ -248,17 +250,17 @@ def test_attention_that_no_fused_kernel_takes_is_taken_apart(rtx: Any, tmp_path:
 def test_group_normalization_builds_in_half_precision(rtx: Any, tmp_path: Path) -> None:
     nodes = [("GroupNormalization", ["x", "scale", "bias"], "y", {"num_groups": 4})]
     ones = np.ones(16, np.float16)
-    path = network(tmp_path / "n.onnx", nodes, {"x": [2, 16, "h", "w"]}, {"scale": ones, "bias": ones})
+    path = write_network(tmp_path / "n.onnx", nodes, {"x": [2, 16, "h", "w"]}, {"scale": ones, "bias": ones})
     sides = (2, 16, 8, 8), (2, 16, 16, 16), (2, 16, 16, 24)
-    assert built(path, Profile({"x": sides})).messages == ()
+    assert build(path, Profile({"x": sides})).messages == ()
 
 
 def test_builds_run_side_by_side_and_each_hears_its_own_errors(rtx: Any, tmp_path: Path) -> None:
-    good = [linear(tmp_path / f"good{index}.onnx") for index in range(3)]
-    bad = network(tmp_path / "bad.onnx", [("NoSuchOperator", ["x"], "y")], {"x": [2, 64]}, {})
+    good = [write_linear(tmp_path / f"good{index}.onnx") for index in range(3)]
+    bad = write_network(tmp_path / "bad.onnx", [("NoSuchOperator", ["x"], "y")], {"x": [2, 64]}, {})
     with ThreadPoolExecutor(4) as pool:
-        futures = [pool.submit(built, path, ROWS) for path in good]
-        failed = pool.submit(built, bad)
+        futures = [pool.submit(build, path, ROWS) for path in good]
+        failed = pool.submit(build, bad)
     assert len({future.result().engine_bytes for future in futures}) == 1
     assert all(future.result().messages == () for future in futures)
     with pytest.raises(BuildError, match="NoSuchOperator"):
@@ -269,19 +271,19 @@ def test_builds_run_side_by_side_and_each_hears_its_own_errors(rtx: Any, tmp_pat
 
 
 def test_an_operator_that_cannot_be_built_is_named(rtx: Any, tmp_path: Path) -> None:
-    path = network(tmp_path / "n.onnx", [("NoSuchOperator", ["x"], "y")], {"x": [2, 64]}, {})
+    path = write_network(tmp_path / "n.onnx", [("NoSuchOperator", ["x"], "y")], {"x": [2, 64]}, {})
     with pytest.raises(BuildError, match=r"n\.onnx: TensorRT-RTX 1\.\S+ cannot read it: NoSuchOperator.*onnxruntime"):
-        built(path)
+        build(path)
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_files_that_are_no_networks_are_named(rtx: Any, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"n\.onnx is missing"):
-        built(tmp_path / "n.onnx", ROWS)
+        build(tmp_path / "n.onnx", ROWS)
     for content in (b"", b"no network", bytes(300)):
         (tmp_path / "n.onnx").write_bytes(content)
         with pytest.raises(BuildError, match=r"n\.onnx: .* cannot read it"):
-            built(tmp_path / "n.onnx", ROWS)
+            build(tmp_path / "n.onnx", ROWS)
 
 
 @pytest.mark.parametrize(
@@ -295,17 +297,17 @@ def test_files_that_are_no_networks_are_named(rtx: Any, tmp_path: Path) -> None:
 )
 def test_a_profile_for_another_network_is_refused(rtx: Any, tmp_path: Path, profile: Profile, named: str) -> None:
     with pytest.raises(BuildError, match=named):
-        built(linear(tmp_path / "n.onnx"), profile)
+        build(write_linear(tmp_path / "n.onnx"), profile)
 
 
 def test_a_failing_build_leaves_no_file_and_says_why(rtx: Any, tmp_path: Path) -> None:
-    path = linear(tmp_path / "n.onnx")
+    path = write_linear(tmp_path / "n.onnx")
     with pytest.raises(BuildError, match=r"n\.onnx.*cannot build it.*needs a profile"):
-        built(path)
+        build(path)
     with pytest.raises(BuildError, match=r"cannot build it.*--workspace"):
-        built(path, ROWS, workspace=0)
+        build(path, ROWS, workspace=0)
     assert list(tmp_path.iterdir()) == [path]
-    built(path, ROWS, workspace=64 << 20)
+    build(path, ROWS, workspace=64 << 20)
 
 
 @pytest.mark.parametrize("at", [0.0, 0.3, 1.0])
@@ -313,7 +315,7 @@ def test_a_failing_build_leaves_no_file_and_says_why(rtx: Any, tmp_path: Path) -
 def test_stopping_a_build_leaves_what_was_there(
     rtx: Any, tmp_path: Path, error: type[BaseException], at: float
 ) -> None:
-    path = linear(tmp_path / "n.onnx")
+    path = write_linear(tmp_path / "n.onnx")
     path.with_suffix(".plan").write_text("old")
 
     def progress(fraction: float, phase: str) -> None:
@@ -321,7 +323,7 @@ def test_stopping_a_build_leaves_what_was_there(
             raise error
 
     with pytest.raises(error):
-        built(path, ROWS, progress=progress)
+        build(path, ROWS, progress=progress)
     assert path.with_suffix(".plan").read_text() == "old"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["n.onnx", "n.plan"]
 
@@ -338,7 +340,7 @@ def test_stopping_tells_the_builder_to_stop(rtx: Any, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(tensorrt, "make_monitor", noted)
     with pytest.raises(KeyboardInterrupt):
-        built(linear(tmp_path / "n.onnx"), ROWS, progress=progress)
+        build(write_linear(tmp_path / "n.onnx"), ROWS, progress=progress)
     assert [cancelled.is_set() for cancelled in told] == [True]
 
 
@@ -351,10 +353,10 @@ def test_a_full_disk_is_not_taken_for_a_plan(rtx: Any, tmp_path: Path, monkeypat
 
         return make_writer(trt, SimpleNamespace(write=write))
 
-    path = linear(tmp_path / "n.onnx")
+    path = write_linear(tmp_path / "n.onnx")
     monkeypatch.setattr(tensorrt, "make_writer", full)
     with pytest.raises(BuildError, match="no space left"):
-        built(path, ROWS)
+        build(path, ROWS)
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -393,14 +395,14 @@ def test_targets_are_those_of_the_package(rtx: Any) -> None:
 @pytest.mark.parametrize("targets", [["sm_90"], ["sm_89", "ada"], [], ["sm_89", "sm_89"], ["sm_89", "current"]])
 def test_impossible_targets_are_named_with_what_there_is(rtx: Any, tmp_path: Path, targets: list[str]) -> None:
     with pytest.raises(InputError, match="sm_89") as caught:
-        built(linear(tmp_path / "n.onnx"), ROWS, targets=targets)
+        build(write_linear(tmp_path / "n.onnx"), ROWS, targets=targets)
     assert all(target in str(caught.value) for target in targets)
 
 
 def test_the_current_gpu_needs_a_driver(rtx: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "ask_driver", lambda: NO_DRIVER)
     with pytest.raises(EngineError, match=r"no NVIDIA driver here.*--target sm_89"):
-        built(linear(tmp_path / "n.onnx"), ROWS, targets=["current"])
+        build(write_linear(tmp_path / "n.onnx"), ROWS, targets=["current"])
 
 
 def test_everything_used_of_the_package_is_there(rtx: Any) -> None:
@@ -427,11 +429,11 @@ def test_contexts_of_tensorrt_rtx_never_allocate_while_they_run(
     monkeypatch.setattr(tensorrt._Build, "_make_config", noted)
     monkeypatch.setattr(hardware, "ask_driver", lambda: ADA)
     monkeypatch.setitem(sys.modules, "tensorrt", rtx_as_eleven(rtx))
-    built(linear(tmp_path / "n.onnx"), ROWS, backend=backend)
+    build(write_linear(tmp_path / "n.onnx"), ROWS, backend=backend)
     assert seen == [backend == "tensorrt-rtx"] and tensorrt.REVISION >= 2
 
 
-def package(version: str, names: tuple[str, ...]) -> ModuleType:
+def make_package(version: str, names: tuple[str, ...]) -> ModuleType:
     """A module with the given dotted names and nothing else."""
     module: Any = ModuleType("package")
     module.__version__ = version
@@ -446,22 +448,22 @@ def package(version: str, names: tuple[str, ...]) -> ModuleType:
 
 def test_tensorrt_11_needs_no_names_of_capabilities_and_tensorrt_rtx_does() -> None:
     assert not any(name.startswith("ComputeCapability") for name in NAMES)
-    check_package(package("11.4.0.106", NAMES), PACKAGES["tensorrt"])
+    check_package(make_package("11.4.0.106", NAMES), PACKAGES["tensorrt"])
     with pytest.raises(EngineError, match="set_compute_capability"):
-        check_package(package("1.7.1", NAMES), PACKAGES["tensorrt-rtx"])
-    check_package(package("1.7.1", NAMES + NAMES_AHEAD), PACKAGES["tensorrt-rtx"])
+        check_package(make_package("1.7.1", NAMES), PACKAGES["tensorrt-rtx"])
+    check_package(make_package("1.7.1", NAMES + NAMES_AHEAD), PACKAGES["tensorrt-rtx"])
 
 
 def test_old_and_incomplete_packages_are_refused() -> None:
     with pytest.raises(EngineError, match=r"TensorRT 10\.16\.2 is too old, 11\.0 is needed.*dreammix-trt\[trt\]"):
-        check_package(package("10.16.2", NAMES), PACKAGES["tensorrt"])
+        check_package(make_package("10.16.2", NAMES), PACKAGES["tensorrt"])
     for name in NAMES:
         with pytest.raises(EngineError, match=f"lacks {name}"):
-            check_package(package("11.4", tuple(n for n in NAMES if not n.startswith(name))), PACKAGES["tensorrt"])
+            check_package(make_package("11.4", tuple(n for n in NAMES if not n.startswith(name))), PACKAGES["tensorrt"])
 
 
 def test_packages_that_are_absent_or_broken_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(error: Exception) -> Any:
+    def make_failing_importer(error: Exception) -> Any:
         def import_module(name: str) -> Any:
             raise error
 
@@ -469,10 +471,12 @@ def test_packages_that_are_absent_or_broken_are_told_apart(monkeypatch: pytest.M
 
     with pytest.raises(InputError, match=r"onnxruntime.*tensorrt-rtx"):
         load("onnxruntime")
-    monkeypatch.setattr(tensorrt_package, "importlib", fails(ModuleNotFoundError("none", name="tensorrt_rtx")))
+    monkeypatch.setattr(
+        tensorrt_package, "importlib", make_failing_importer(ModuleNotFoundError("none", name="tensorrt_rtx"))
+    )
     with pytest.raises(MissingExtraError, match=r"dreammix-trt\[rtx\]"):
         load("tensorrt-rtx")
-    monkeypatch.setattr(tensorrt_package, "importlib", fails(OSError("libnvinfer.so.11: cannot open")))
+    monkeypatch.setattr(tensorrt_package, "importlib", make_failing_importer(OSError("libnvinfer.so.11: cannot open")))
     with pytest.raises(EngineError, match=r"libnvinfer.*dreammix-trt\[trt\]"):
         load("tensorrt")
 
@@ -497,7 +501,7 @@ def test_tensorrt_builds_on_the_same_path_for_the_gpu_at_hand(
 ) -> None:
     monkeypatch.setattr(hardware, "ask_driver", lambda: ADA)
     for targets in ((), ("current",), ("sm_89",)):
-        report = built(linear(tmp_path / "n.onnx"), ROWS, backend="tensorrt", targets=targets)
+        report = build(write_linear(tmp_path / "n.onnx"), ROWS, backend="tensorrt", targets=targets)
         assert (report.backend, report.version, report.targets) == ("tensorrt", "11.4.0.106", ("sm_89",))
         assert MATRIX.tobytes() in (tmp_path / "n.plan").read_bytes()
 
@@ -505,13 +509,13 @@ def test_tensorrt_builds_on_the_same_path_for_the_gpu_at_hand(
 def test_tensorrt_refuses_other_gpus_and_none_with_the_way_out(
     eleven: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = linear(tmp_path / "n.onnx")
+    path = write_linear(tmp_path / "n.onnx")
     monkeypatch.setattr(hardware, "ask_driver", lambda: ADA)
     with pytest.raises(InputError, match=r"RTX 4090.*not for sm_86.*tensorrt-rtx"):
-        built(path, ROWS, backend="tensorrt", targets=("sm_86",))
+        build(path, ROWS, backend="tensorrt", targets=("sm_86",))
     monkeypatch.setattr(hardware, "ask_driver", lambda: NO_DRIVER)
     with pytest.raises(EngineError, match=r"no NVIDIA driver here.*--backend tensorrt-rtx"):
-        built(path, ROWS, backend="tensorrt")
+        build(path, ROWS, backend="tensorrt")
 
 
 # --- room -------------------------------------------------------------------------------------------------------------
@@ -554,7 +558,7 @@ def test_too_little_memory_or_disk_is_said_before_the_build(tmp_path: Path, monk
 
 
 def test_our_plans_carry_none_and_the_runtime_refuses_the_others(rtx: Any, tmp_path: Path) -> None:
-    path = linear(tmp_path / "n.onnx")
-    built(path, ROWS)
+    path = write_linear(tmp_path / "n.onnx")
+    build(path, ROWS)
     refuse_host_code(path.with_suffix(".plan"))
     assert open_guarded_runtime("tensorrt-rtx").engine_host_code_allowed is False

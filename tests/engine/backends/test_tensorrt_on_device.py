@@ -107,8 +107,8 @@ def write_base(root: Path, backend: str, **options: Any) -> dict[str, Path]:
 def card(monkeypatch: pytest.MonkeyPatch) -> fake.Gpu:
     """A stand-in GPU with both packages on it."""
     made = fake.Gpu()
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake.package(made))
-    monkeypatch.setitem(sys.modules, "tensorrt", fake.package(made, "tensorrt"))
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake.make_package(made))
+    monkeypatch.setitem(sys.modules, "tensorrt", fake.make_package(made, "tensorrt"))
     monkeypatch.setattr(hardware, "ask_driver", lambda: Driver("13.0", (Gpu(made.name, "sm_89", made.total),)))
     return made
 
@@ -121,23 +121,23 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def networks(card: fake.Gpu, backend: str, tmp_path: Path) -> Iterator[TensorRtNetworks]:
     parts = write_base(tmp_path / "parts", backend)
-    with opened(parts, backend, card, cache=tmp_path / "cache") as made:
+    with open_networks(parts, backend, card, cache=tmp_path / "cache") as made:
         yield made
 
 
-def opened(parts: Mapping[str, Path], backend: str, card: fake.Gpu, **options: Any) -> TensorRtNetworks:
+def open_networks(parts: Mapping[str, Path], backend: str, card: fake.Gpu, **options: Any) -> TensorRtNetworks:
     device: Any = card
     return TensorRtNetworks.open(parts, backend, device, **options)
 
 
-def arrays_for(networks: TensorRtNetworks, card: fake.Gpu, name: str, sides: Sides = ONE) -> dict[str, Array]:
+def make_arrays(networks: TensorRtNetworks, card: fake.Gpu, name: str, sides: Sides = ONE) -> dict[str, Array]:
     tensors = (*networks.inputs(name), *networks.outputs(name))
-    return {tensor.name: card.array(sides.shape(tensor), tensor.dtype) for tensor in tensors}
+    return {tensor.name: card.make_array(sides.shape(tensor), tensor.dtype) for tensor in tensors}
 
 
-def bound(networks: TensorRtNetworks, card: fake.Gpu, name: str = "unet", sides: Sides = ONE) -> Any:
-    workspace = card.array((networks.workspace_bytes(name, sides),), "uint8")
-    return networks.bind(name, sides, arrays_for(networks, card, name, sides), workspace)
+def bind_network(networks: TensorRtNetworks, card: fake.Gpu, name: str = "unet", sides: Sides = ONE) -> Any:
+    workspace = card.make_array((networks.workspace_bytes(name, sides),), "uint8")
+    return networks.bind(name, sides, make_arrays(networks, card, name, sides), workspace)
 
 
 # --- what a base is ---------------------------------------------------------------------------------------------------
@@ -158,11 +158,11 @@ def test_a_base_tells_its_networks_frames_and_batch(networks: TensorRtNetworks, 
 
 def test_dynamic_sides_take_any_frame_within_the_profiles(card: fake.Gpu, backend: str, tmp_path: Path) -> None:
     parts = write_base(tmp_path, backend, shapes="dynamic", pictures=3)
-    with opened(parts, backend, card) as networks:
+    with open_networks(parts, backend, card) as networks:
         assert networks.frames() is None and networks.most_pictures == 3
         card.log.clear()
         for sides in (Sides(6, 3, 16, 16), Sides(1, 1, 12, 20), Sides(2, 2, 20, 12)):
-            bound(networks, card, "unet", sides).close()
+            bind_network(networks, card, "unet", sides).close()
         chosen = [entry for entry in card.log if "profile" in entry]
         assert chosen == ["unet: profile 0", "unet: profile 0", "unet: profile 1"]
 
@@ -174,7 +174,7 @@ def test_one_context_is_set_up_once_in_order_and_runs_where_it_was_bound(
     networks: TensorRtNetworks, card: fake.Gpu
 ) -> None:
     card.log.clear()
-    unet = bound(networks, card)
+    unet = bind_network(networks, card)
     names = [tensor.name for tensor in networks.inputs("unet")]
     assert card.log == [
         "synchronize",
@@ -200,7 +200,7 @@ def test_one_context_is_set_up_once_in_order_and_runs_where_it_was_bound(
 
 def test_each_binding_has_a_context_of_its_own(networks: TensorRtNetworks, card: fake.Gpu) -> None:
     card.log.clear()
-    first, second = bound(networks, card), bound(networks, card)
+    first, second = bind_network(networks, card), bind_network(networks, card)
     assert card.log.count("context unet") == 2
     first.close()
     assert card.log.count("free context unet") == 1
@@ -216,19 +216,19 @@ def test_asking_for_the_workspace_makes_the_context_that_is_bound(networks: Tens
     fewer = replace(ONE, rows=1)
     assert networks.workspace_bytes("unet", fewer) == networks.workspace_bytes("unet", ONE) // 2
     assert card.log.count("context unet") == 2 and card.log.count("free context unet") == 1
-    bound(networks, card, "unet", fewer)
+    bind_network(networks, card, "unet", fewer)
     assert card.log.count("context unet") == 2
 
 
 def test_the_package_says_whether_a_context_may_be_captured(card: fake.Gpu, tmp_path: Path) -> None:
-    with opened(write_base(tmp_path, "tensorrt-rtx", not_capturable=True), "tensorrt-rtx", card) as networks:
-        unet = bound(networks, card)
+    with open_networks(write_base(tmp_path, "tensorrt-rtx", not_capturable=True), "tensorrt-rtx", card) as networks:
+        unet = bind_network(networks, card)
         unet.enqueue(card.make_stream())
         assert not unet.capturable
 
 
 def test_the_first_run_within_a_capture_is_refused(networks: TensorRtNetworks, card: fake.Gpu) -> None:
-    unet = bound(networks, card)
+    unet = bind_network(networks, card)
     card.capturing = True
     with pytest.raises(EngineError, match=r"unet cannot be run: .*first run cannot be captured"):
         unet.enqueue(card.make_stream())
@@ -237,10 +237,10 @@ def test_the_first_run_within_a_capture_is_refused(networks: TensorRtNetworks, c
 
 
 def test_an_input_that_the_engine_left_out_is_not_bound(card: fake.Gpu, backend: str, tmp_path: Path) -> None:
-    with opened(write_base(tmp_path, backend, dropped=("block.to_q.lora_B",)), backend, card) as networks:
+    with open_networks(write_base(tmp_path, backend, dropped=("block.to_q.lora_B",)), backend, card) as networks:
         assert "block.to_q.lora_B" not in [tensor.name for tensor in networks.inputs("unet")]
-        arrays = arrays_for(networks, card, "unet") | {"block.to_q.lora_B": card.array((1, 8, 32), "float16")}
-        workspace = card.array((networks.workspace_bytes("unet", ONE),), "uint8")
+        arrays = make_arrays(networks, card, "unet") | {"block.to_q.lora_B": card.make_array((1, 8, 32), "float16")}
+        workspace = card.make_array((networks.workspace_bytes("unet", ONE),), "uint8")
         networks.bind("unet", ONE, arrays, workspace).enqueue(card.make_stream())
 
 
@@ -250,7 +250,7 @@ def test_an_input_that_the_engine_left_out_is_not_bound(card: fake.Gpu, backend:
 def test_weights_go_and_come_back_and_what_is_bound_stays(
     networks: TensorRtNetworks, card: fake.Gpu, backend: str
 ) -> None:
-    unet, stream = bound(networks, card), card.make_stream()
+    unet, stream = bind_network(networks, card), card.make_stream()
     unet.enqueue(stream)
     free, before = card.memory()[0], networks.count_loads("unet")
     networks.unload("unet")
@@ -273,17 +273,17 @@ def test_networks_can_share_memory_that_is_too_small_for_all(card: fake.Gpu, bac
     parts = write_base(tmp_path, backend)
     message = r"unet|vae_decoder.*out ?of ?memory.*--pictures 1.*weights: unet .*, vae_decoder .* are free"
     with pytest.raises(OutOfMemoryError, match=message):
-        opened(parts, backend, card)
+        open_networks(parts, backend, card)
     assert card.weights == {}
-    with opened(parts, backend, card, resident=["unet"]) as networks:
+    with open_networks(parts, backend, card, resident=["unet"]) as networks:
         assert list(card.weights) == ["unet"]
-        unet = bound(networks, card)
+        unet = bind_network(networks, card)
         with pytest.raises(OutOfMemoryError):
             networks.load("vae_decoder")
         unet.enqueue(card.make_stream())
         networks.unload("unet")
         networks.load("vae_decoder")
-        bound(networks, card, "vae_decoder").enqueue(card.make_stream())
+        bind_network(networks, card, "vae_decoder").enqueue(card.make_stream())
         with pytest.raises(OutOfMemoryError):
             networks.load("unet")
         networks.unload("vae_decoder")
@@ -297,10 +297,10 @@ def test_a_float32_twin_stays_away_until_it_is_needed(card: fake.Gpu, backend: s
     parts["vae_decoder_float32"] = tmp_path / "vae_decoder_float32"
     version = None if backend == "tensorrt" else "1.7.1.116"
     write_part(parts["vae_decoder_float32"], VAE_INPUTS, VAE_OUTPUTS, version=version)
-    with opened(parts, backend, card) as networks:
+    with open_networks(parts, backend, card) as networks:
         assert networks.loaded == ("unet", "vae_decoder")
-        arrays = arrays_for(networks, card, "vae_decoder_float32")
-        twin = networks.bind("vae_decoder_float32", ONE, arrays, card.array((1 << 20,), "uint8"))
+        arrays = make_arrays(networks, card, "vae_decoder_float32")
+        twin = networks.bind("vae_decoder_float32", ONE, arrays, card.make_array((1 << 20,), "uint8"))
         with pytest.raises(EngineError, match="load them first"):
             twin.enqueue(card.make_stream())
         networks.load("vae_decoder_float32")
@@ -311,7 +311,7 @@ def test_a_float32_twin_stays_away_until_it_is_needed(card: fake.Gpu, backend: s
 def test_what_is_opened_without_weights_answers_is_bound_and_runs_once_they_came(
     card: fake.Gpu, backend: str, tmp_path: Path
 ) -> None:
-    with opened(write_base(tmp_path, backend, shapes="dynamic"), backend, card, resident=()) as networks:
+    with open_networks(write_base(tmp_path, backend, shapes="dynamic"), backend, card, resident=()) as networks:
         assert networks.loaded == () and card.weights == {}
         card.log.clear()
         assert networks.workspace_bytes("unet", ONE) == 100 * 2 * 4 * 16 * 16
@@ -320,7 +320,7 @@ def test_what_is_opened_without_weights_answers_is_bound_and_runs_once_they_came
             other = replace(ONE, height=12, width=20)
             assert networks.workspace_bytes("unet", other) == 100 * 2 * 4 * 12 * 20 and card.weights == {}
         assert card.log.count("deserialise unet") == (1 if backend == "tensorrt" else 0)
-        unet, stream = bound(networks, card, "unet", other), card.make_stream()
+        unet, stream = bind_network(networks, card, "unet", other), card.make_stream()
         with pytest.raises(EngineError, match="unet: its weights are unloaded; load them first"):
             unet.enqueue(stream)
         networks.load("unet")
@@ -332,7 +332,7 @@ def test_what_is_opened_without_weights_answers_is_bound_and_runs_once_they_came
 def test_a_network_counts_as_loaded_when_all_that_is_bound_can_run(
     networks: TensorRtNetworks, card: fake.Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unet, seen = bound(networks, card), []
+    unet, seen = bind_network(networks, card), []
     networks.unload("unet")
     renew = tensorrt_bound.TensorRtBound.renew
 
@@ -368,7 +368,7 @@ def test_threads_that_need_a_network_at_once_load_it_once(
 
 
 def test_closing_frees_contexts_before_engines(networks: TensorRtNetworks, card: fake.Gpu) -> None:
-    unet = bound(networks, card)
+    unet = bind_network(networks, card)
     networks.workspace_bytes("vae_decoder", ONE)
     card.log.clear()
     networks.close()
@@ -386,7 +386,7 @@ def test_closing_frees_contexts_before_engines(networks: TensorRtNetworks, card:
     with pytest.raises(EngineError, match="closed"):
         networks.load("unet")
     with pytest.raises(EngineError, match="closed"):
-        networks.bind("unet", ONE, arrays_for(networks, card, "unet"))
+        networks.bind("unet", ONE, make_arrays(networks, card, "unet"))
 
 
 # --- what was compiled ------------------------------------------------------------------------------------------------
@@ -395,28 +395,28 @@ def test_closing_frees_contexts_before_engines(networks: TensorRtNetworks, card:
 def test_kernels_are_compiled_once_and_kept(card: fake.Gpu, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     parts, cache = write_base(tmp_path / "parts", "tensorrt-rtx"), tmp_path / "cache"
 
-    def used() -> list[str]:
+    def list_compiled() -> list[str]:
         card.compilations.clear()
-        with opened(parts, "tensorrt-rtx", card, cache=cache) as networks:
-            bound(networks, card).enqueue(card.make_stream())
+        with open_networks(parts, "tensorrt-rtx", card, cache=cache) as networks:
+            bind_network(networks, card).enqueue(card.make_stream())
             assert len(list(cache.iterdir())) == 1  # written after the first run, not only at the end
         return list(card.compilations)
 
-    assert used() == ["unet/2x4x16x16"] and used() == []
+    assert list_compiled() == ["unet/2x4x16x16"] and list_compiled() == []
     (file,) = cache.iterdir()
     assert "1.7.1.116" in file.name and "Stand-in-4090-sm-89" in file.name
     file.write_bytes(b"damaged")
     with caplog.at_level(logging.WARNING):
-        assert used() == ["unet/2x4x16x16"]
+        assert list_compiled() == ["unet/2x4x16x16"]
     assert "damaged, or of another driver; kernels are compiled again" in caplog.text
-    assert used() == []
+    assert list_compiled() == []
 
 
 def test_another_engine_has_another_file_of_kernels(card: fake.Gpu, tmp_path: Path) -> None:
     for version in ("one", "other"):
         parts = write_base(tmp_path / version, "tensorrt-rtx", note=version)
-        with opened(parts, "tensorrt-rtx", card, cache=tmp_path / "cache") as networks:
-            bound(networks, card).enqueue(card.make_stream())
+        with open_networks(parts, "tensorrt-rtx", card, cache=tmp_path / "cache") as networks:
+            bind_network(networks, card).enqueue(card.make_stream())
     assert len(list((tmp_path / "cache").iterdir())) == 2 and len(card.compilations) == 2
 
 
@@ -425,8 +425,8 @@ def test_a_place_that_takes_no_files_costs_time_only(
 ) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     parts = write_base(tmp_path / "parts", "tensorrt-rtx")
-    with opened(parts, "tensorrt-rtx", card, cache=tmp_path / "cache") as networks:
-        bound(networks, card).enqueue(card.make_stream())
+    with open_networks(parts, "tensorrt-rtx", card, cache=tmp_path / "cache") as networks:
+        bind_network(networks, card).enqueue(card.make_stream())
     assert "compiled kernels cannot be kept" in caplog.text
 
 
@@ -446,7 +446,7 @@ def test_a_place_that_takes_no_files_costs_time_only(
 def test_sides_outside_the_profiles_are_named_with_the_way_out(
     card: fake.Gpu, backend: str, tmp_path: Path, shapes: str, sides: Sides, named: str
 ) -> None:
-    with opened(write_base(tmp_path, backend, shapes=shapes), backend, card) as networks:
+    with open_networks(write_base(tmp_path, backend, shapes=shapes), backend, card) as networks:
         with pytest.raises(ProfileError, match=f"unet: a request {named}"):
             networks.workspace_bytes("unet", sides)
         with pytest.raises(ProfileError, match=named):
@@ -454,7 +454,7 @@ def test_sides_outside_the_profiles_are_named_with_the_way_out(
 
 
 def test_arrays_that_do_not_fit_are_named(networks: TensorRtNetworks, card: fake.Gpu) -> None:
-    good = arrays_for(networks, card, "unet")
+    good = make_arrays(networks, card, "unet")
     sample = good["sample"]
     bad: list[tuple[dict[str, Array], str]] = [
         ({"sample": replace(sample, dtype="float32")}, r"sample is float32 \[2, 4, 16, 16\], the engine wants float16"),
@@ -471,19 +471,19 @@ def test_arrays_that_do_not_fit_are_named(networks: TensorRtNetworks, card: fake
         networks.bind("unet", ONE, {name: array for name, array in good.items() if name != "block.to_q.lora_B"})
     assert set(card.log) == {"synchronize"}
     need = networks.workspace_bytes("unet", ONE)
-    for workspace in (None, card.array((need - 1,), "uint8")):
+    for workspace in (None, card.make_array((need - 1,), "uint8")):
         with pytest.raises(EngineError, match=f"needs {need} bytes of workspace"):
             networks.bind("unet", ONE, good, workspace)
     with pytest.raises(EngineError, match=r"the workspace is at address .*multiples of 256"):
         networks.bind("unet", ONE, good, Array(sample.pointer + 8, (need,), "uint8"))
-    bound(networks, card).enqueue(card.make_stream())
+    bind_network(networks, card).enqueue(card.make_stream())
 
 
 def test_a_device_without_streams_is_refused(networks: TensorRtNetworks, card: fake.Gpu) -> None:
     stream: Any = card.make_stream()
     stream.handle = None
     with pytest.raises(DeviceError, match="CUDA streams only"):
-        bound(networks, card).enqueue(stream)
+        bind_network(networks, card).enqueue(stream)
 
 
 @pytest.mark.parametrize(
@@ -503,7 +503,7 @@ def test_what_the_package_finds_wrong_with_a_plan(
 ) -> None:
     parts = write_base(tmp_path, "tensorrt-rtx", invalid=diagnosis, version=None)
     with pytest.raises(kind, match=named):
-        opened(parts, "tensorrt-rtx", card)
+        open_networks(parts, "tensorrt-rtx", card)
     assert not any(entry.startswith("deserialise") for entry in card.log)
 
 
@@ -512,18 +512,18 @@ def test_plans_of_other_versions_and_gpus_are_refused_before_loading(
 ) -> None:
     installed = {"tensorrt-rtx": r"1\.7\.1\.116", "tensorrt": r"11\.4\.0\.106"}[backend]
     with pytest.raises(EngineError, match=rf"unet\.engine: built with .* 1\.6\.0, installed is {installed}"):
-        opened(write_base(tmp_path, backend, version="1.6.0"), backend, card)
+        open_networks(write_base(tmp_path, backend, version="1.6.0"), backend, card)
     card.capability = "sm_90"
     remedy = {"tensorrt-rtx": "no engines for that: use `--backend tensorrt`", "tensorrt": "--target sm_90"}[backend]
     with pytest.raises(DeviceError, match=rf"built for sm_89, here is .*\(sm_90\).*{remedy}"):
-        opened(write_base(tmp_path, backend), backend, card)
+        open_networks(write_base(tmp_path, backend), backend, card)
     assert not any(entry.startswith("deserialise") for entry in card.log)
 
 
 def test_a_plan_that_will_be_slow_here_is_said(
     card: fake.Gpu, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    opened(write_base(tmp_path, "tensorrt-rtx", suboptimal=True), "tensorrt-rtx", card).close()
+    open_networks(write_base(tmp_path, "tensorrt-rtx", suboptimal=True), "tensorrt-rtx", card).close()
     assert "unet.engine: not made for NVIDIA Stand-in 4090 (sm_89); it may be slow" in caplog.text
 
 
@@ -533,7 +533,7 @@ def test_without_a_driver_it_says_so(
     card.driver = False
     monkeypatch.setattr(hardware, "ask_driver", lambda: Driver(problem="there is no NVIDIA driver here"))
     with pytest.raises(DeviceError, match=r"cudaError 35.*install or update the NVIDIA driver \(there is no NVIDIA"):
-        opened(write_base(tmp_path, backend), backend, card)
+        open_networks(write_base(tmp_path, backend), backend, card)
 
 
 @pytest.mark.parametrize("content", [b"", b"no plan", b"\x7fELF\x02\x01\x01" + bytes(9) + b"\3\0\x3e\0" + bytes(60)])
@@ -544,13 +544,13 @@ def test_damaged_missing_and_dangerous_plans_are_refused(
     plan = parts["unet"] / "unet.engine"
     plan.write_bytes(content)
     with pytest.raises(EngineError, match=r"unet\.engine.*(empty|damaged|carries code for the host)"):
-        opened(parts, backend, card)
+        open_networks(parts, backend, card)
     plan.unlink()
     with pytest.raises(EngineError, match=r"unet\.engine: missing, so unet cannot run"):
-        opened(parts, backend, card)
+        open_networks(parts, backend, card)
     (parts["unet"] / "network.json").write_text(json.dumps({"schema": 2, "inputs": [], "outputs": []}))
     with pytest.raises(EngineError, match="unet is no TensorRT engine"):
-        opened(parts, backend, card)
+        open_networks(parts, backend, card)
 
 
 @pytest.mark.parametrize(
@@ -564,7 +564,7 @@ def test_an_engine_that_is_not_the_described_network_is_refused(
     card: fake.Gpu, backend: str, tmp_path: Path, change: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(EngineError, match=f"network.json tells of another network: .*{named}"):
-        opened(write_base(tmp_path, backend, **change), backend, card)
+        open_networks(write_base(tmp_path, backend, **change), backend, card)
 
 
 @pytest.mark.parametrize("field, value", [("dtype", "float32"), ("shape", ["rows", 5, "h", "w"]), ("name", "x")])
@@ -576,25 +576,31 @@ def test_a_description_of_another_network_is_refused(
     entry["inputs"][0][field] = value
     (parts["unet"] / "network.json").write_text(json.dumps(entry))
     with pytest.raises(EngineError, match="tells of another network: sample"):
-        opened(parts, backend, card)
+        open_networks(parts, backend, card)
 
 
 def test_failures_of_contexts_and_runs_carry_the_packages_words(card: fake.Gpu, backend: str, tmp_path: Path) -> None:
     parts = write_base(tmp_path / "a", backend, no_context="Error Code 2: OutOfMemory (Requested size was 5 bytes.)")
-    with opened(parts, backend, card) as networks, pytest.raises(OutOfMemoryError, match=r"unet: no context.*5 bytes"):
-        bound(networks, card)
+    with (
+        open_networks(parts, backend, card) as networks,
+        pytest.raises(OutOfMemoryError, match=r"unet: no context.*5 bytes"),
+    ):
+        bind_network(networks, card)
     parts = write_base(tmp_path / "b", backend, fails="Error Code 1: Cuda Runtime (an illegal memory access)")
-    with opened(parts, backend, card) as networks, pytest.raises(DeviceError, match=r"unet cannot be run.*illegal"):
-        bound(networks, card).enqueue(card.make_stream())
+    with (
+        open_networks(parts, backend, card) as networks,
+        pytest.raises(DeviceError, match=r"unet cannot be run.*illegal"),
+    ):
+        bind_network(networks, card).enqueue(card.make_stream())
     parts = write_base(tmp_path / "d", backend, too_large=1)
     with (
-        opened(parts, backend, card) as networks,
+        open_networks(parts, backend, card) as networks,
         pytest.raises(EngineError, match=r"eps comes out as \[3, 4, 17, 17\]"),
     ):
-        bound(networks, card)
+        bind_network(networks, card)
     parts = write_base(tmp_path / "c", backend, unknown="timestep")
-    with opened(parts, backend, card) as networks, pytest.raises(EngineError, match=r"still lacks .* timestep"):
-        bound(networks, card)
+    with open_networks(parts, backend, card) as networks, pytest.raises(EngineError, match=r"still lacks .* timestep"):
+        bind_network(networks, card)
 
 
 @pytest.mark.parametrize(
@@ -652,7 +658,7 @@ def test_every_name_that_running_uses_is_in_tensorrt_rtx() -> None:
 def test_every_name_that_running_uses_was_looked_for_in_tensorrt_11() -> None:
     assert set(RUNTIME_NAMES) == IN_THE_SOURCE_OF_11 | UNVERIFIED_IN_11
     assert not set(RUNTIME_NAMES) & {*RUNTIME_NAMES_JIT, *REMOVED_IN_11}
-    eleven = fake.package(fake.Gpu(), "tensorrt")
+    eleven = fake.make_package(fake.Gpu(), "tensorrt")
     check_runtime(eleven, PACKAGES["tensorrt"])
     with pytest.raises(EngineError, match=r"load_weights"):
         check_runtime(eleven, PACKAGES["tensorrt-rtx"])
@@ -727,7 +733,7 @@ WEIGHT = (np.random.default_rng(5).standard_normal((64, 64)) / 8).astype(np.floa
 def write_real_part(folder: Path, backend: str) -> None:
     """y = x W + (x A) B, built for the GPU at hand, as `dreammix-trt build` writes it."""
     from dreammix_trt.engine.backends.tensorrt.builder import build_engine
-    from tests.engine.backends.test_tensorrt_builder import network
+    from tests.engine.backends.test_tensorrt_builder import write_network
 
     folder.mkdir(parents=True)
     nodes = [
@@ -737,7 +743,7 @@ def write_real_part(folder: Path, backend: str) -> None:
         ("Add", ["p", "r"], "y"),
     ]
     shapes: dict[str, list[Any]] = {"x": ["n", 7, 64], "m.lora_A": ["n", 64, 8], "m.lora_B": ["n", 8, 64]}
-    graph = network(folder / "graph.onnx", nodes, shapes, {"w": WEIGHT})
+    graph = write_network(folder / "graph.onnx", nodes, shapes, {"w": WEIGHT})
     inputs = [{"name": name, "dtype": "float16", "shape": ["pictures", *shape[1:]]} for name, shape in shapes.items()]
     outputs = [{"name": "y", "dtype": "float16", "shape": ["pictures", 7, 64]}]
     profiles = profiles_for(inputs, pictures=4, shapes="static", latent_side=16)
@@ -827,12 +833,12 @@ def test_the_real_package_without_a_driver_says_what_is_missing(tmp_path: Path) 
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install dreammix-trt[rtx]")
     if not hardware.ask_driver().problem:
         pytest.skip("there is a driver here")
-    from tests.engine.backends.test_tensorrt_builder import ROWS, built, linear
+    from tests.engine.backends.test_tensorrt_builder import ROWS, build, write_linear
 
     (tmp_path / "unet").mkdir()
-    built(linear(tmp_path / "unet" / "unet.onnx"), ROWS)
+    build(write_linear(tmp_path / "unet" / "unet.onnx"), ROWS)
     entry = {"schema": 2, "inputs": [{"name": "x", "dtype": "float16", "shape": ["rows", 64]}], "outputs": []}
     (tmp_path / "unet" / "network.json").write_text(json.dumps({**entry, "engine": "unet.plan"}))
     parts = write_base(tmp_path / "other", "tensorrt-rtx") | {"unet": tmp_path / "unet"}
     with pytest.raises(DeviceError, match=r"cudaError 35.*install or update the NVIDIA driver \("):
-        opened({name: parts[name] for name in ("unet", "base")}, "tensorrt-rtx", fake.Gpu())
+        open_networks({name: parts[name] for name in ("unet", "base")}, "tensorrt-rtx", fake.Gpu())

@@ -79,7 +79,7 @@ def test_the_colour_profile_is_passed_on(tmp_path: Path) -> None:
         assert written.info["icc_profile"] == b"profile"
 
 
-def masks() -> dict[str, Image.Image | np.ndarray]:
+def make_masks() -> dict[str, Image.Image | np.ndarray]:
     colour = np.zeros((6, 9, 3), np.uint8)
     colour[..., 2] = MASK  # painted blue
     painted = np.dstack([np.full((6, 9, 3), 40, np.uint8), MASK])  # a dark brush on a clear layer
@@ -98,12 +98,12 @@ def masks() -> dict[str, Image.Image | np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("kind", list(masks()))
+@pytest.mark.parametrize("kind", list(make_masks()))
 def test_masks_of_every_kind(kind: str) -> None:
-    np.testing.assert_array_equal(read_mask(masks()[kind], (6, 9)), MASK)
+    np.testing.assert_array_equal(read_mask(make_masks()[kind], (6, 9)), MASK)
 
 
-def huge_png() -> bytes:
+def make_huge_png() -> bytes:
     """The first bytes of a 20,000 x 20,000 picture: enough to refuse it."""
     header = struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
     body = b"IHDR" + header
@@ -132,7 +132,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 
 
 def test_huge_pictures_are_refused_before_decoding(tmp_path: Path) -> None:
-    (tmp_path / "huge.png").write_bytes(huge_png())
+    (tmp_path / "huge.png").write_bytes(make_huge_png())
     with pytest.raises(InputError, match=r"huge\.png.*million pixels|huge\.png.*too many pixels"):
         read_image(tmp_path / "huge.png")
     with pytest.raises(InputError, match="9x6"):

@@ -16,7 +16,7 @@ from dreammix_trt.engine.canvas.tiles import Tiling, needs_tiles, run_tiled, til
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
 
 
-def weights_of(tiling: Tiling, height: int, width: int, factor: int) -> np.ndarray:
+def add_weights(tiling: Tiling, height: int, width: int, factor: int) -> np.ndarray:
     """The sum of all tiles' weights at every element, in float64."""
     total = np.zeros((factor * height, factor * width))
     for tile in tiling.tiles(factor):
@@ -31,7 +31,7 @@ def weights_of(tiling: Tiling, height: int, width: int, factor: int) -> np.ndarr
 def test_weights_sum_to_one_everywhere(height: int, width: int, side: int, share: float, factor: int) -> None:
     overlap = 1 + int(share * (side - 2))
     tiling = tiles_of(height, width, side=side, overlap=overlap)
-    assert np.abs(weights_of(tiling, height, width, factor) - 1).max() <= 1e-6
+    assert np.abs(add_weights(tiling, height, width, factor) - 1).max() <= 1e-6
     assert (tiling.height, tiling.width) == (min(side, height), min(side, width))
     for length, extent, starts in ((height, tiling.height, tiling.rows), (width, tiling.width, tiling.cols)):
         assert starts[0] == 0 and starts[-1] + extent == length
@@ -76,11 +76,11 @@ def test_frames_above_the_threshold_are_tiled(size: tuple[int, int], tiled: bool
     assert needs_tiles(*size) is tiled
 
 
-def grown(latent: np.ndarray) -> dict[str, np.ndarray]:
+def enlarge(latent: np.ndarray) -> dict[str, np.ndarray]:
     return {"image": np.repeat(np.repeat(latent[:, :3], 8, 2), 8, 3)}
 
 
-def shrunk(image: np.ndarray) -> dict[str, np.ndarray]:
+def shrink(image: np.ndarray) -> dict[str, np.ndarray]:
     n, c, h, w = image.shape
     mean = image.reshape(n, c, h // 8, 8, w // 8, 8).mean((3, 5), dtype=np.float32)
     return {"mean": mean, "std": np.abs(mean)}
@@ -92,20 +92,20 @@ def test_a_network_that_looks_at_single_cells_gives_what_it_gives_whole() -> Non
     tiling = tiles_of(13, 21, side=8, overlap=3)
     seen = []
 
-    def noted(array: np.ndarray) -> np.ndarray:
+    def note(array: np.ndarray) -> np.ndarray:
         assert array.flags.c_contiguous and array.dtype == np.float32
         seen.append(array.shape)
         return array
 
     latent = rng.standard_normal((2, 4, 13, 21), np.float32)
-    image = run_tiled(lambda tile: grown(noted(tile["latent"])), {"latent": latent}, tiling)
+    image = run_tiled(lambda tile: enlarge(note(tile["latent"])), {"latent": latent}, tiling)
     assert set(seen) == {(2, 4, 8, 8)} and len(seen) == 2 * 4
-    np.testing.assert_allclose(image["image"], grown(latent)["image"], atol=1e-5)
+    np.testing.assert_allclose(image["image"], enlarge(latent)["image"], atol=1e-5)
     seen.clear()
     picture = rng.uniform(-1, 1, (2, 3, 104, 168)).astype(np.float32)
-    moments = run_tiled(lambda tile: shrunk(noted(tile["image"])), {"image": picture}, tiling)
+    moments = run_tiled(lambda tile: shrink(note(tile["image"])), {"image": picture}, tiling)
     assert set(seen) == {(2, 3, 64, 64)} and moments.keys() == {"mean", "std"}
-    for name, value in shrunk(picture).items():
+    for name, value in shrink(picture).items():
         assert moments[name].dtype == np.float32
         np.testing.assert_allclose(moments[name], value, atol=1e-6)
 
@@ -114,12 +114,12 @@ def test_tiles_that_differ_fade_into_each_other() -> None:
     """A network that gives each tile its number: the joined picture goes from one to the next without a jump."""
     numbers = iter(range(3))
 
-    def numbered(tile: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def number_tile(tile: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         height, width = tile["latent"].shape[2:]
         return {"image": np.full((1, 1, 8 * height, 8 * width), next(numbers), np.float32)}
 
     tiling = tiles_of(4, 32, side=16, overlap=8)
-    image = run_tiled(numbered, {"latent": np.zeros((1, 4, 4, 32), np.float32)}, tiling)["image"][0, 0]
+    image = run_tiled(number_tile, {"latent": np.zeros((1, 4, 4, 32), np.float32)}, tiling)["image"][0, 0]
     assert image[:, 0].tolist() == [0] * 32 and image[:, -1].tolist() == [2] * 32
     steps = np.diff(image[0])
     assert steps.min() >= 0 and steps.max() == pytest.approx(1 / 64, rel=1e-4)

@@ -11,7 +11,7 @@ from dreammix_trt.core.errors import InputError
 from dreammix_trt.engine import DreamMix, jobs
 from dreammix_trt.engine.drivers.simulated import SimulatedNetworks
 from dreammix_trt.engine.prompts import plan_prompts
-from tests.engine.conftest import scene
+from tests.engine.conftest import make_scene
 
 EXTRA = 5
 
@@ -37,7 +37,7 @@ def appending(host: DreamMix, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]
 
 
 def paint(dm: DreamMix, seed: int = 3, **fields: Any) -> np.ndarray:
-    image, mask = scene()
+    image, mask = make_scene()
     fields = {"num_inference_steps": 4, "seed": seed, **fields}
     return np.asarray(dm.inpaint(image, mask, "a red sks mug", **fields).images[0]).astype(int)
 

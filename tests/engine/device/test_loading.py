@@ -26,7 +26,7 @@ from dreammix_trt.engine.device.memory_plan import Options
 from dreammix_trt.engine.drivers import cuda
 from dreammix_trt.engine.drivers.simulated import SimulatedDevice
 from tests.engine.backends.test_tensorrt_on_device import BOTH, write_part
-from tests.engine.conftest import scene
+from tests.engine.conftest import make_scene
 from tests.support import fake_tensorrt as fake
 
 TWINS = ("vae_encoder_float32", "vae_decoder_float32")
@@ -99,8 +99,8 @@ def loaded(
         return dm, gpu
 
     gpu.compute = compute
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake.package(gpu))
-    monkeypatch.setitem(sys.modules, "tensorrt", fake.package(gpu, "tensorrt"))
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake.make_package(gpu))
+    monkeypatch.setitem(sys.modules, "tensorrt", fake.make_package(gpu, "tensorrt"))
     monkeypatch.setattr(cuda, "CudaDevice", lambda: card)
     yield load
     for dm in made:
@@ -112,8 +112,8 @@ def plain_name(name: str) -> str:
     return name.removesuffix("_float32")
 
 
-def painted(dm: DreamMix, *size: int) -> np.ndarray:
-    result = dm.inpaint(*scene(*size), "a sks mug", num_inference_steps=3, seed=3)
+def paint(dm: DreamMix, *size: int) -> np.ndarray:
+    result = dm.inpaint(*make_scene(*size), "a sks mug", num_inference_steps=3, seed=3)
     return np.asarray(result.images[0]).astype(int)
 
 
@@ -125,7 +125,7 @@ def test_engines_opened_without_weights_paint_what_the_host_does(
     """Two frames, the second again after the first; each asks for shapes of its own."""
     dm, _ = loaded(backend, residency=residency)
     for size in ((128, 128), (128, 160), (128, 128)):
-        assert np.abs(painted(dm, *size) - painted(host, *size)).max() <= 1
+        assert np.abs(paint(dm, *size) - paint(host, *size)).max() <= 1
 
 
 @pytest.mark.parametrize("residency", ["resident", "swap"])
@@ -133,7 +133,7 @@ def test_engines_opened_without_weights_paint_what_the_host_does(
 def test_a_twin_is_bound_before_its_weights_come(loaded: Any, host: DreamMix, backend: str, residency: str) -> None:
     dm, gpu = loaded(backend, residency=residency)
     gpu.overflowing = ("vae_decoder",)
-    assert np.abs(painted(dm, 128, 160) - painted(host, 128, 160)).max() <= 1
+    assert np.abs(paint(dm, 128, 160) - paint(host, 128, 160)).max() <= 1
     assert {"vae_decoder_float32"} <= set(gpu.weights)
 
 
@@ -150,7 +150,7 @@ def test_an_engine_is_read_only_when_it_must_be(loaded: Any, backend: str) -> No
 def test_networks_that_take_turns_are_there_with_their_phase_alone(loaded: Any, backend: str) -> None:
     dm, gpu = loaded(backend, shapes="static", residency="swap")
     assert gpu.weights == {}
-    painted(dm, 128, 128)
+    paint(dm, 128, 128)
     together = [set(map(plain_name, held)) for held in gpu.held]
     assert {"unet"} in together and all(
         any(held <= set(phase) for phase in map(names_of_phase, all_phases())) for held in together
@@ -176,7 +176,7 @@ def test_onnx_runtimes_sessions_take_turns_and_are_gone_after_theirs(
         with networks, DreamMix.on_device(device, networks, tokenizers, subjects, options) as dm:
             assert held == []
             for size in ((128, 128), (128, 160), (128, 128)):
-                assert np.abs(painted(dm, *size) - painted(host, *size)).max() <= 1
+                assert np.abs(paint(dm, *size) - paint(host, *size)).max() <= 1
     assert {"unet"} in held and all(
         any(each <= set(phase) for phase in map(names_of_phase, all_phases())) for each in held
     )

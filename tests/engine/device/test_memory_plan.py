@@ -38,7 +38,7 @@ class Weights:
         return self.sizes[name] * MIB
 
 
-def planned(
+def make_plan(
     total: float, sizes: dict[str, int] | None = None, taken: float = 0.7, workspace: int = WORKSPACE, **options: Any
 ) -> MemoryPlan:
     """total, taken: GiB of the card and of that what others hold; nothing is loaded yet."""
@@ -47,7 +47,7 @@ def planned(
     return plan_memory(networks, free, int(total * GIB), Options(**options), REGIONS, workspace, loaded=())
 
 
-def rows(plan: MemoryPlan) -> dict[str, int]:
+def list_bytes(plan: MemoryPlan) -> dict[str, int]:
     return {row.name: row.bytes for row in plan.rows}
 
 
@@ -55,34 +55,34 @@ def rows(plan: MemoryPlan) -> dict[str, int]:
     "total, strategy", [(24, "resident"), (16, "resident"), (14, "one-unet"), (12, "one-unet"), (9, "swap")]
 )
 def test_the_first_strategy_that_fits_is_taken(total: int, strategy: str) -> None:
-    plan = planned(total)
+    plan = make_plan(total)
     assert plan.strategy == strategy and plan.fits and plan.needed <= plan.free < plan.total == total * GIB
     for more in STRATEGIES[: STRATEGIES.index(strategy)]:
         with pytest.raises(OutOfMemoryError):
-            planned(total, residency=more)
+            make_plan(total, residency=more)
 
 
 def test_what_stays_adds_up() -> None:
     shared = sum(REGIONS.values()) + WORKSPACE + (512 + 4 * 32) * MIB
-    assert planned(24).needed == sum(SDXL.values()) * MIB + shared
-    assert planned(12).needed == (sum(SDXL.values()) - SDXL["unet_raw"]) * MIB + shared
-    assert planned(9).needed == SDXL["unet"] * MIB + shared
-    found = rows(planned(24))
+    assert make_plan(24).needed == sum(SDXL.values()) * MIB + shared
+    assert make_plan(12).needed == (sum(SDXL.values()) - SDXL["unet_raw"]) * MIB + shared
+    assert make_plan(9).needed == SDXL["unet"] * MIB + shared
+    found = list_bytes(make_plan(24))
     assert found["unet"] == found["unet_raw"] == 4953 * MIB and found["workspace"] == WORKSPACE
     assert found["subjects"] == 150 * MIB and found["the rest"] == 2 * MIB + 256
-    assert "unet_raw" not in rows(planned(12))
+    assert "unet_raw" not in list_bytes(make_plan(12))
 
 
 def test_users_are_told_what_they_do_without() -> None:
-    assert planned(24).notice is None
-    assert "patched_fraction=1" in str(planned(12).notice)
-    assert "waits for its weights" in str(planned(9).notice)
+    assert make_plan(24).notice is None
+    assert "patched_fraction=1" in str(make_plan(12).notice)
+    assert "waits for its weights" in str(make_plan(9).notice)
 
 
 def test_the_printed_plan_is_a_table() -> None:
-    lines = str(planned(24)).splitlines()
+    lines = str(make_plan(24)).splitlines()
     assert lines[0] == "memory plan 'resident': 14.0 GiB of 23.3 GiB that can be used", lines[0]
-    assert len(lines) == len(planned(24).rows) + 2
+    assert len(lines) == len(make_plan(24).rows) + 2
     columns = [re.fullmatch(r"  (\S.*?)  +([\d.]+ (?:bytes|[KMG]iB))  (\S.*)", line) for line in lines[1:]]
     assert all(columns), lines
     assert len({found.end(2) for found in columns if found}) == 1  # sizes end below each other
@@ -91,13 +91,13 @@ def test_the_printed_plan_is_a_table() -> None:
     assert cells["vae_decoder"] == ("98.0 MiB", "weights")
     assert cells["total"] == ("14.0 GiB", "the device has 24.0 GiB")
     assert "never run at once" in cells["workspace"][1]
-    assert str(planned(12)).splitlines()[-1].strip() == planned(12).notice
-    assert "of unet; the networks of each phase take turns" in str(planned(9))
+    assert str(make_plan(12)).splitlines()[-1].strip() == make_plan(12).notice
+    assert "of unet; the networks of each phase take turns" in str(make_plan(9))
 
 
 def test_eight_gibibytes_are_told_what_would_help() -> None:
     with pytest.raises(OutOfMemoryError) as caught:
-        planned(8, pictures=2)
+        make_plan(8, pictures=2)
     said = str(caught.value)
     missing = SDXL["unet"] * MIB + sum(REGIONS.values()) + WORKSPACE + 640 * MIB - int(7.3 * GIB)
     assert f"{missing / MIB:.1f} MiB are missing" in said
@@ -115,49 +115,49 @@ def test_eight_gibibytes_are_told_what_would_help() -> None:
         assert words in said
     assert "residency" not in said
     # and that helps
-    assert planned(8, workspace=900 * MIB).strategy == "swap"
+    assert make_plan(8, workspace=900 * MIB).strategy == "swap"
 
 
 def test_a_strategy_by_name_is_the_one_that_is_taken() -> None:
     for strategy in STRATEGIES:
-        assert planned(24, residency=strategy).strategy == strategy
+        assert make_plan(24, residency=strategy).strategy == strategy
     with pytest.raises(OutOfMemoryError, match=r"(?s)memory plan 'resident'.*leave residency out"):
-        planned(12, residency="resident")
+        make_plan(12, residency="resident")
 
 
 def test_a_base_with_one_unet_swaps_where_not_all_fits() -> None:
     single = {name: size for name, size in SDXL.items() if name not in ("unet_raw", "inpaint_head")}
-    assert planned(12, single).strategy == "resident"
-    assert planned(9, single).strategy == "swap"
+    assert make_plan(12, single).strategy == "resident"
+    assert make_plan(9, single).strategy == "swap"
     with pytest.raises(InputError, match="no second UNet"):
-        planned(24, single, residency="one-unet")
+        make_plan(24, single, residency="one-unet")
 
 
 def test_twins_have_room_where_there_is_some() -> None:
-    plan = planned(24, SDXL | SAFE_VAE)
+    plan = make_plan(24, SDXL | SAFE_VAE)
     assert plan.safe == ("vae_decoder_float32", "vae_encoder_float32") and plan.without == () and plan.notice is None
-    assert plan.needed - planned(24).needed == sum(SAFE_VAE.values()) * MIB
+    assert plan.needed - make_plan(24).needed == sum(SAFE_VAE.values()) * MIB
     assert "from the first overflow on" in str(plan)
 
 
 def test_twins_never_cost_a_network_its_place() -> None:
     wide = SDXL | SAFE_VAE | {"unet_float32": 9906, "unet_raw_float32": 9906}
-    plan = planned(24, wide)
+    plan = make_plan(24, wide)
     assert (plan.strategy, plan.without) == ("resident", ("unet_float32", "unet_raw_float32"))
     assert plan.safe == tuple(sorted(SAFE_VAE)) and plan.fits
     assert "no room for unet_float32, unet_raw_float32" in str(plan.notice)
-    assert planned(40, wide).without == ()
-    tight = planned(14.2, SDXL | SAFE_VAE, taken=0)
+    assert make_plan(40, wide).without == ()
+    tight = make_plan(14.2, SDXL | SAFE_VAE, taken=0)
     assert tight.strategy == "resident" and tight.fits
     assert (tight.safe, tight.without) == (("vae_encoder_float32",), ("vae_decoder_float32",))
 
 
 def test_twins_take_the_turn_of_their_network() -> None:
-    plan = planned(9, SDXL | SAFE_VAE | {"unet_float32": 9906})
+    plan = make_plan(9, SDXL | SAFE_VAE | {"unet_float32": 9906})
     assert plan.strategy == "swap" and plan.without == ("unet_float32",)
-    assert rows(plan)["weights"] == SDXL["unet"] * MIB
-    forced = planned(24, SDXL | {"unet_float32": 9906}, residency="swap")
-    assert rows(forced)["weights"] == 9906 * MIB and "of unet_float32;" in str(forced)
+    assert list_bytes(plan)["weights"] == SDXL["unet"] * MIB
+    forced = make_plan(24, SDXL | {"unet_float32": 9906}, residency="swap")
+    assert list_bytes(forced)["weights"] == 9906 * MIB and "of unet_float32;" in str(forced)
 
 
 def test_weights_that_are_there_already_count_as_free() -> None:
@@ -173,7 +173,7 @@ def test_weights_that_are_there_already_count_as_free() -> None:
 
 
 def test_a_back_end_with_scratch_of_its_own_is_said_to_be_one() -> None:
-    assert "not counted here" in str(planned(24, workspace=256))
+    assert "not counted here" in str(make_plan(24, workspace=256))
 
 
 @pytest.mark.parametrize(

@@ -55,13 +55,13 @@ def launch(name: str, group: Any = (1, 1), **arguments: Any) -> None:
     """Run a kernel; arrays stand for their pointers, None for no array."""
     if not isinstance(group, tuple):
         return launch_on(group, name, arguments)
-    given = {key: address(value) for key, value in arguments.items()}
+    given = {key: find_address(value) for key, value in arguments.items()}
     return getattr(gpu, name)(**given, blocks=group[0], threads=group[1])  # type: ignore[no-any-return]
 
 
 def launch_on(device: Any, name: str, arguments: dict[str, Any]) -> None:
     """On a GPU, with copies of the arrays, whose contents come back."""
-    arrays = {address(value): value for value in arguments.values() if isinstance(value, np.ndarray)}
+    arrays = {find_address(value): value for value in arguments.values() if isinstance(value, np.ndarray)}
     with ExitStack() as stack:
         stream, there = device.make_stream(), {}
         stack.callback(stream.close)
@@ -69,32 +69,34 @@ def launch_on(device: Any, name: str, arguments: dict[str, Any]) -> None:
             memory = stack.enter_context(device.allocate(array.nbytes))
             there[at] = Array(memory.pointer, (array.nbytes,), "uint8")
             device.upload(there[at], array.reshape(-1).view(np.uint8), stream)
-        given = {key: there[address(each)] if isinstance(each, np.ndarray) else each for key, each in arguments.items()}
+        given = {
+            key: there[find_address(each)] if isinstance(each, np.ndarray) else each for key, each in arguments.items()
+        }
         device.launch_kernel(name, stream, **given)
         for at, array in arrays.items():
             device.download(array.reshape(-1).view(np.uint8), there[at], stream)
         device.synchronize(stream)
 
 
-def address(value: Any) -> Any:
+def find_address(value: Any) -> Any:
     if not isinstance(value, np.ndarray):
         return 0 if value is None else value
     assert value.flags.c_contiguous
     return value.ctypes.data
 
 
-def random(*shape: int, seed: int = 0) -> np.ndarray:
+def draw_random(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed + sum(shape)).standard_normal(shape).astype(np.float32)
 
 
-def network(half: bool) -> Any:
+def dtype_of(half: bool) -> Any:
     return np.float16 if half else np.float32
 
 
 FACTS = BaseFacts(native_side=1024, divisor=8, scaling_factor=1.0, feature_channels=2)
 
 
-def rows_of(schedule: Schedule, size: tuple[int, int] = (72, 144)) -> np.ndarray:
+def make_rows(schedule: Schedule, size: tuple[int, int] = (72, 144)) -> np.ndarray:
     """STEP records of a schedule. size: what the UNet is told, in pixels."""
     return make_steps(schedule, size, FACTS)
 
@@ -106,13 +108,13 @@ class Device:
         count, _, h, w = self.shape = stage.latent.shape
         self.group, self.half, self.rows = group, half, stage.conditioning.rows_per_picture
         self.counter, self.flags = np.zeros(1, np.int32), np.zeros(count, np.int32)
-        self.table = np.stack([rows_of(schedule, size) for size in stage.conditioning.sizes])
+        self.table = np.stack([make_rows(schedule, size) for size in stage.conditioning.sizes])
         self.jobs = np.zeros(count, JOB)
         for job, seed in zip(self.jobs, seeds, strict=True):
             job["seed"], job["blends_output"], job["start_scale"] = seed, schedule.blends_output, schedule.start_scale
         self.x, self.background, self.mask = stage.latent.copy(), stage.background, stage.mask
         self.x_in, self.x0 = np.full(self.shape, np.nan, np.float32), np.full(self.shape, np.nan, np.float32)
-        self.network_in = np.full((count * self.rows, 4, h, w), np.nan, network(half))
+        self.network_in = np.full((count * self.rows, 4, h, w), np.nan, dtype_of(half))
         self.eps = np.full_like(self.network_in, np.nan)
         self.timestep, self.time_ids = (
             np.zeros(count * self.rows, np.float32),
@@ -142,10 +144,10 @@ class Device:
             **arguments,
         )
 
-    def before(self) -> None:
+    def run_before(self) -> None:
         self._launch("step_before", network_in=self.network_in, timestep=self.timestep, time_ids=self.time_ids)
 
-    def after(self) -> None:
+    def run_after(self) -> None:
         self._launch("step_after", eps=self.eps, x0=self.x0, scratch=self.scratch, flags=self.flags, bit=BIT)
 
 
@@ -153,7 +155,7 @@ class Halved:
     """A denoiser whose inputs and outputs are float16."""
 
     def __init__(self, half: bool) -> None:
-        self.fake, self.dtype = FakeDenoiser(), network(half)
+        self.fake, self.dtype = FakeDenoiser(), dtype_of(half)
 
     def __call__(self, latents: Any, step: Step, told: Conditioning) -> Any:
         return (
@@ -161,7 +163,7 @@ class Halved:
         )
 
 
-def stage_for(count: int, guided: bool, size: tuple[int, int]) -> Stage:
+def make_stage(count: int, guided: bool, size: tuple[int, int]) -> Stage:
     h, w = size
     rows = count * (2 if guided else 1)
     sizes = tuple((8 * h + 16 * k, 8 * w) for k in range(count))
@@ -173,19 +175,19 @@ def stage_for(count: int, guided: bool, size: tuple[int, int]) -> Stage:
         np.zeros((count, 2, h, w), np.float32),
         {},
     )
-    background, mask = random(count, 4, h, w), (random(count, 1, h, w, seed=1) < 0.3).astype(np.float32)
+    background, mask = draw_random(count, 4, h, w), (draw_random(count, 1, h, w, seed=1) < 0.3).astype(np.float32)
     mask[:, :, 0] = 0.25  # weights, not only switches
     return Stage(np.zeros_like(background), background, mask, told)
 
 
-def both_ways(
+def run_both_ways(
     request: Request, count: int, group: Any, half: bool, size: tuple[int, int] = (9, 18)
 ) -> tuple[list[Taken], list[Taken], Device]:
     """Every step by the host's loop and by the device's kernels."""
     schedule, seeds = make_schedule(request), SEEDS[:count]
     noises, stage, denoiser = (
         [SeededNoise(seed) for seed in seeds],
-        stage_for(count, request.guided, size),
+        make_stage(count, request.guided, size),
         Halved(half),
     )
     one = (1, *stage.latent.shape[1:])
@@ -212,18 +214,18 @@ def both_ways(
                     count=device.x[k].size,
                 )
             device.x0[:] = np.nan
-        device.before()
+        device.run_before()
         assert device.counter[0] == step.index and set(device.timestep) == {np.float32(step.timestep)}
         np.testing.assert_allclose(device.time_ids, stage.conditioning.time_ids(step), rtol=1e-6)
         eps = denoiser(device.network_in.astype(np.float32), step, stage.conditioning)
         device.eps[:] = eps
-        device.after()
+        device.run_after()
         taken.append(Taken(step, device.x_in.copy(), device.x0.copy(), device.x.copy(), stage))
     assert device.counter[0] == len(schedule) and not device.flags.any()
     return host, taken, device
 
 
-def largest_error(host: list[Taken], device: list[Taken]) -> float:
+def find_largest_error(host: list[Taken], device: list[Taken]) -> float:
     pairs = [(getattr(a, n), getattr(b, n)) for a, b in zip(host, device, strict=True) for n in ("x_in", "x0", "x")]
     return float(max(np.abs(a - b).max() / np.abs(a).max() for a, b in pairs))
 
@@ -247,50 +249,50 @@ PATHS = {
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("path", list(PATHS))
 def test_a_whole_schedule_is_the_hosts(path: str, count: int, group: Any) -> None:
-    host, device, _ = both_ways(PATHS[path], count, group, half=False)
-    assert largest_error(host, device) <= 1e-5
+    host, device, _ = run_both_ways(PATHS[path], count, group, half=False)
+    assert find_largest_error(host, device) <= 1e-5
 
 
 @pytest.mark.parametrize("path", ["sharp and rescaled", "unguided"])
 def test_half_precision_networks(path: str, group: Any) -> None:
-    host, device, _ = both_ways(PATHS[path], 1, group, half=True)
-    assert largest_error(host[:1], device[:1]) <= 1e-5
-    assert largest_error(host, device) <= 2e-3  # a number on the edge between two halves falls to either side
+    host, device, _ = run_both_ways(PATHS[path], 1, group, half=True)
+    assert find_largest_error(host[:1], device[:1]) <= 1e-5
+    assert find_largest_error(host, device) <= 2e-3  # a number on the edge between two halves falls to either side
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (8, 16), (17, 3), (20, 33)], ids=str)
 def test_any_latent_size(size: tuple[int, int]) -> None:
     """Tiles that end early, and windows that are reflected more than once."""
     request = replace(SHARP, num_inference_steps=2, guidance_rescale=0.5)
-    host, device, _ = both_ways(request, 2, (2, 8), half=False, size=size)
-    assert largest_error(host, device) <= 1e-5
+    host, device, _ = run_both_ways(request, 2, (2, 8), half=False, size=size)
+    assert find_largest_error(host, device) <= 1e-5
 
 
 def test_results_do_not_hang_on_timing(group: Any) -> None:
     """Bit for bit the same, whoever comes first; sums are made in one order."""
-    runs = [both_ways(PATHS["sharp and rescaled"], 2, group, half=False)[1] for _ in range(3)]
+    runs = [run_both_ways(PATHS["sharp and rescaled"], 2, group, half=False)[1] for _ in range(3)]
     assert all(np.array_equal(run[-1].x, runs[0][-1].x) for run in runs)
 
 
 def test_pictures_of_a_batch_have_their_own_rows_and_are_as_alone() -> None:
     """Different seeds, sharpness and rescaling side by side; each picture equals itself in a batch of one."""
     requests = [PATHS["sharp"], PATHS["rescaled"], PATHS["plain"]]
-    schedules, stage = [make_schedule(request) for request in requests], stage_for(3, True, (9, 18))
-    stage = replace(stage, latent=random(3, 4, 9, 18, seed=9))
+    schedules, stage = [make_schedule(request) for request in requests], make_stage(3, True, (9, 18))
+    stage = replace(stage, latent=draw_random(3, 4, 9, 18, seed=9))
     batch = Device(schedules[0], stage, SEEDS, (1, 1), half=False)
     sizes = stage.conditioning.sizes
-    batch.table = np.stack([rows_of(schedule, size) for schedule, size in zip(schedules, sizes, strict=True)])
-    batch.counter[0], batch.x0[:], batch.eps[:] = 2, random(3, 4, 9, 18), random(6, 4, 9, 18)
+    batch.table = np.stack([make_rows(schedule, size) for schedule, size in zip(schedules, sizes, strict=True)])
+    batch.counter[0], batch.x0[:], batch.eps[:] = 2, draw_random(3, 4, 9, 18), draw_random(6, 4, 9, 18)
     history = batch.x0.copy()
-    batch.before()
-    batch.after()
+    batch.run_before()
+    batch.run_after()
     for k, schedule in enumerate(schedules):
         told = replace(stage.conditioning, text=stage.conditioning.text[:2], sizes=stage.conditioning.sizes[k : k + 1])
         one = (stage.latent[k : k + 1], stage.background[k : k + 1].copy(), stage.mask[k : k + 1].copy())
         alone = Device(schedule, Stage(*one, told), SEEDS[k : k + 1], (1, 1), half=False)
         alone.counter[0], alone.x0[:], alone.eps[:] = 2, history[k], batch.eps[2 * k : 2 * k + 2]
-        alone.before()
-        alone.after()
+        alone.run_before()
+        alone.run_after()
         assert np.array_equal(alone.network_in, batch.network_in[2 * k : 2 * k + 2])
         assert np.array_equal(alone.time_ids, batch.time_ids[2 * k : 2 * k + 2])
         np.testing.assert_allclose(alone.x[0], batch.x[k], rtol=0, atol=1e-6 * np.abs(alone.x).max())
@@ -300,29 +302,29 @@ def test_pictures_of_a_batch_have_their_own_rows_and_are_as_alone() -> None:
 @halves
 @pytest.mark.parametrize("row", [0, 1])
 def test_what_is_not_finite_is_flagged_for_its_picture(row: int, half: bool, group: Any) -> None:
-    stage = stage_for(3, True, (9, 18))
+    stage = make_stage(3, True, (9, 18))
     device = Device(make_schedule(PATHS["sharp"]), stage, SEEDS, group, half)
-    device.before()
+    device.run_before()
     device.eps[:], device.flags[:] = 0.1, [0, 1, 2]
     device.eps[2 + row, 3, 8, 17] = np.inf if row else np.nan
-    device.after()
+    device.run_after()
     assert device.flags.tolist() == [0, 1 | BIT, 2] and device.counter[0] == 1
     assert np.isfinite(device.x[[0, 2]]).all()
 
 
 def test_a_prediction_beyond_float32_is_flagged() -> None:
-    device = Device(make_schedule(PATHS["plain"]), stage_for(1, True, (9, 18)), SEEDS[:1], (1, 1), half=False)
-    device.before()
+    device = Device(make_schedule(PATHS["plain"]), make_stage(1, True, (9, 18)), SEEDS[:1], (1, 1), half=False)
+    device.run_before()
     device.eps[:] = 3e38
     device.eps[0] = -3e38
-    device.after()
+    device.run_after()
     assert device.flags[0] == BIT
 
 
 def test_a_replay_too_many_stays_within_the_table() -> None:
-    device = Device(make_schedule(PATHS["plain"]), stage_for(1, True, (9, 18)), SEEDS[:1], (1, 1), half=False)
+    device = Device(make_schedule(PATHS["plain"]), make_stage(1, True, (9, 18)), SEEDS[:1], (1, 1), half=False)
     device.counter[0] = 6
-    device.before()
+    device.run_before()
     assert device.timestep[0] == device.table[0, -1]["timestep"]
 
 
@@ -330,8 +332,8 @@ def test_a_replay_too_many_stays_within_the_table() -> None:
 @pytest.mark.parametrize("samples", [False, True])
 def test_posteriors(samples: bool, half: bool, group: Any) -> None:
     h, w, seed, flags = 5, 7, SEEDS[0], np.zeros(1, np.int32)
-    mean, std = random(4, h, w).astype(network(half)), np.abs(random(4, h, w, seed=2)).astype(network(half))
-    latent, out = np.empty((4, h, w), np.float32), np.empty((4, h, w), network(half))
+    mean, std = draw_random(4, h, w).astype(dtype_of(half)), np.abs(draw_random(4, h, w, seed=2)).astype(dtype_of(half))
+    latent, out = np.empty((4, h, w), np.float32), np.empty((4, h, w), dtype_of(half))
     job = np.zeros(1, JOB)
     job["seed"], job["samples_vae"] = seed, samples
     arguments = dict(
@@ -362,7 +364,7 @@ def test_posteriors(samples: bool, half: bool, group: Any) -> None:
 @pytest.mark.parametrize("hand_over", [0, 1])
 @pytest.mark.parametrize("count", [1, 6, 4 * 35])
 def test_start_and_hand_over_noise(count: int, hand_over: int, group: Any) -> None:
-    latent, job = random(count), np.zeros(1, JOB)
+    latent, job = draw_random(count), np.zeros(1, JOB)
     job["seed"], job["start_scale"], job["hand_over_sigma"] = SEEDS[0], 14.65, 3.5
     drawn = normals(SEEDS[0], DRAWS["renoise_switch" if hand_over else "init_noise"], 0, (count,))
     wanted = latent + np.float32(3.5 if hand_over else 14.65) * drawn
@@ -398,7 +400,7 @@ def test_every_half_and_the_edges_between_them(group: Any) -> None:
 
 @halves
 def test_scaled(half: bool, group: Any) -> None:
-    latent, out = random(4, 5, 3), np.empty((4, 5, 3), network(half))
+    latent, out = draw_random(4, 5, 3), np.empty((4, 5, 3), dtype_of(half))
     launch("scaled", group, latent=latent, factor=0.13025, out=out, count=60, half=int(half))
     assert np.array_equal(out, (latent / np.float32(0.13025)).astype(out.dtype))
 
@@ -406,7 +408,7 @@ def test_scaled(half: bool, group: Any) -> None:
 @halves
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_check_finite(bad: float, half: bool, group: Any) -> None:
-    values, flags = random(1001).astype(network(half)), np.array([2], np.int32)
+    values, flags = draw_random(1001).astype(dtype_of(half)), np.array([2], np.int32)
     for place, wanted in ((None, 2), (1000, 6)):
         if place is not None:
             values[place] = bad
@@ -416,7 +418,7 @@ def test_check_finite(bad: float, half: bool, group: Any) -> None:
 
 @halves
 def test_join_text(half: bool, group: Any) -> None:
-    first, second = random(2 * 77, 6).astype(network(half)), random(2 * 77, 10).astype(network(half))
+    first, second = draw_random(2 * 77, 6).astype(dtype_of(half)), draw_random(2 * 77, 10).astype(dtype_of(half))
     out, flags = np.empty((2 * 77, 16), np.float32), np.zeros(1, np.int32)
     arguments = dict(
         first=first,
@@ -448,7 +450,7 @@ def test_join_text(half: bool, group: Any) -> None:
 def test_tas(unwanted: list[int], positions: list[int], group: Any) -> None:
     """Also repeated rows, a row of zeros, and rows that do not exist, which are passed over."""
     rows, width = 12, 37
-    tokens, removed = random(rows, width), random(rows, width, seed=4)
+    tokens, removed = draw_random(rows, width), draw_random(rows, width, seed=4)
     removed[9] = 0
     plan = np.full(2 + 2 * rows, -7, np.int32)
     plan[0], plan[1] = len(unwanted), len(positions)
@@ -491,7 +493,10 @@ def test_factors_are_placed_bit_for_bit(half: bool, group: Any) -> None:
 @halves
 def test_packed_factors_are_the_hosts(half: bool, group: Any) -> None:
     slots = (Slot("one.attn1.to_k", 6, 10, 4), Slot("two.attn1.to_k", 7, 3, 4))
-    factors = {slots[0].module: (random(6, 2), random(2, 10)), slots[1].module: (random(7, 4), random(4, 3))}
+    factors = {
+        slots[0].module: (draw_random(6, 2), draw_random(2, 10)),
+        slots[1].module: (draw_random(7, 4), draw_random(4, 3)),
+    }
     halved = {module: (a.astype(np.float16), b.astype(np.float16)) for module, (a, b) in factors.items()}
     raw = np.concatenate([part.ravel() for pair in halved.values() for part in pair])
     records, source, target = [], 0, 0
@@ -499,7 +504,7 @@ def test_packed_factors_are_the_hosts(half: bool, group: Any) -> None:
         for part, (_, shape), scale in zip(halved[slot.module], slot.factors, (1.0, 0.8), strict=True):
             records.append((source, target, *part.shape, *shape, scale, 0))
             source, target = source + part.size, target + shape[0] * shape[1]
-    out = np.full(packed_size(slots), np.nan, network(half))
+    out = np.full(packed_size(slots), np.nan, dtype_of(half))
     launch(
         "pack_factors",
         group,

@@ -16,13 +16,13 @@ from dreammix_trt.core.seam import Array
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.dreammix import Job
 from dreammix_trt.engine.drivers.simulated import RecordEntry, SimulatedDevice
-from tests.engine.conftest import scene
+from tests.engine.conftest import make_scene
 
 STEPS = 6
 
 
-def pixels(dm: DreamMix, size: tuple[int, int] = (128, 128), **fields: Any) -> np.ndarray:
-    image, mask = scene(*size)
+def paint_pixels(dm: DreamMix, size: tuple[int, int] = (128, 128), **fields: Any) -> np.ndarray:
+    image, mask = make_scene(*size)
     fields = {"num_inference_steps": STEPS, "seed": 3, "prompt": "a red sks mug", **fields}
     return np.stack([np.asarray(picture) for picture in dm.inpaint(image, mask, **fields).images])
 
@@ -51,19 +51,19 @@ def pixels(dm: DreamMix, size: tuple[int, int] = (128, 128), **fields: Any) -> n
 )
 def test_the_pictures_are_the_hosts(simulated: Any, host: DreamMix, fields: dict[str, Any]) -> None:
     dm, _, _ = simulated()
-    got, expected = pixels(dm, **fields).astype(int), pixels(host, **fields).astype(int)
+    got, expected = paint_pixels(dm, **fields).astype(int), paint_pixels(host, **fields).astype(int)
     assert np.abs(got - expected).max() <= 1
     assert np.mean(got != expected) < 1e-3
 
 
 def test_half_networks_stay_near_the_host(simulated: Any, host: DreamMix) -> None:
     dm, _, _ = simulated(networks={"half": True, "factors": True})
-    got, expected = pixels(dm).astype(int), pixels(host).astype(int)
+    got, expected = paint_pixels(dm).astype(int), paint_pixels(host).astype(int)
     assert np.abs(got - expected).max() <= 4
     assert (got != expected).any()  # float16 was really between
 
 
-def between(device: SimulatedDevice, start: int = 0) -> list[RecordEntry]:
+def list_between(device: SimulatedDevice, start: int = 0) -> list[RecordEntry]:
     """What was enqueued from the last upload to the first download after `start`."""
     entries = device.record[start:]
     uploads = [k for k, entry in enumerate(entries) if entry.kind == "upload"]
@@ -73,22 +73,22 @@ def between(device: SimulatedDevice, start: int = 0) -> list[RecordEntry]:
 
 def test_nothing_crosses_to_the_host_and_nothing_waits(simulated: Any) -> None:
     dm, device, _ = simulated()
-    pixels(dm)
+    paint_pixels(dm)
     start = len(device.record)
-    pixels(dm, seed=4)
-    kinds = Counter(entry.kind for entry in between(device, start))
+    paint_pixels(dm, seed=4)
+    kinds = Counter(entry.kind for entry in list_between(device, start))
     assert not kinds.keys() & {"upload", "download", "allocate", "pinned", "free", "capture", "synchronize"}
     assert kinds["launch"] == 1 + STEPS + 2 + 1  # start, steps, both halves of the hand-over, finish
 
 
 def test_a_step_is_two_launches_around_the_network(simulated: Any) -> None:
     dm, device, _ = simulated()
-    pixels(dm)
+    paint_pixels(dm)
     start = len(device.record)
-    pixels(dm, seed=5, prompt="another sks mug")
+    paint_pixels(dm, seed=5, prompt="another sks mug")
     steps: dict[int | None, list[str]] = {}
-    launched = Counter(entry.graph for entry in between(device, start) if entry.kind == "launch")
-    for entry in between(device, start):
+    launched = Counter(entry.graph for entry in list_between(device, start) if entry.kind == "launch")
+    for entry in list_between(device, start):
         if entry.graph is not None and entry.kind != "launch":
             steps.setdefault(entry.graph, []).append(entry.name)
     whole = [names for graph, names in steps.items() if "step_before" in names for _ in range(launched[graph])]
@@ -104,7 +104,7 @@ def test_graphs_serve_any_picture_prompt_seed_subject_and_number_of_steps(
 ) -> None:
     dm, device, _ = simulated()
     dm.add_subject(cup)
-    pixels(dm)
+    paint_pixels(dm)
     start = len(device.record)
     other: dict[str, Any] = {
         "size": (120, 120),
@@ -115,18 +115,18 @@ def test_graphs_serve_any_picture_prompt_seed_subject_and_number_of_steps(
         "substitute": ("blue",),
     }
     with DreamMix.load(cup, threads=1) as cups:
-        expected = pixels(cups, **other)
-    assert np.abs(pixels(dm, subject="cup", **other).astype(int) - expected).max() <= 1
+        expected = paint_pixels(cups, **other)
+    assert np.abs(paint_pixels(dm, subject="cup", **other).astype(int) - expected).max() <= 1
     assert not [entry for entry in device.record[start:] if entry.kind == "capture"]
 
 
 def test_swapping_subjects_and_back_is_exact_and_touches_only_the_bound_factors(simulated: Any, cup: Path) -> None:
     dm, device, _ = simulated(networks={"factors": True, "half": True})
     dm.add_subject(cup)
-    first = pixels(dm, subject="mug")
-    second = pixels(dm, subject="cup")
+    first = paint_pixels(dm, subject="mug")
+    second = paint_pixels(dm, subject="cup")
     start = len(device.record)
-    again = pixels(dm, subject="mug")
+    again = paint_pixels(dm, subject="mug")
     assert (first == again).all() and (first != second).any()
     bound = dm.studio.arena["bound factors"] if dm.studio else None
     assert bound is not None
@@ -140,7 +140,7 @@ def _writes(entry: RecordEntry, region: Array) -> bool:
 
 
 def test_one_batch_serves_different_subjects(simulated: Any, cup: Path) -> None:
-    image, mask = scene()
+    image, mask = make_scene()
     request = Request("a red sks mug", num_inference_steps=STEPS, seed=3)
     together, device, _ = simulated(networks={"factors": True}, pictures=2)
     alone, _, _ = simulated(networks={"factors": True})
@@ -158,14 +158,14 @@ def test_one_batch_serves_different_subjects(simulated: Any, cup: Path) -> None:
 
 def test_a_count_is_painted_in_batches_and_equals_its_seeds(simulated: Any, host: DreamMix) -> None:
     dm, _, _ = simulated(pictures=2)
-    got, expected = (pixels(each, num_images_per_prompt=3).astype(int) for each in (dm, host))
+    got, expected = (paint_pixels(each, num_images_per_prompt=3).astype(int) for each in (dm, host))
     assert got.shape[0] == 3
     assert np.abs(got - expected).max() <= 1
 
 
 def test_events_tell_each_step_and_preview_it(simulated: Any, host: DreamMix) -> None:
     dm, _, _ = simulated()
-    image, mask = scene()
+    image, mask = make_scene()
     told = []
     for one, other in zip(
         *(each.iterate(image, mask, "a red sks mug", num_inference_steps=STEPS) for each in (dm, host)), strict=True
@@ -180,8 +180,8 @@ def test_events_tell_each_step_and_preview_it(simulated: Any, host: DreamMix) ->
 
 def test_leaving_the_iteration_stops_the_work_and_harms_nothing(simulated: Any) -> None:
     dm, device, _ = simulated()
-    whole = pixels(dm)
-    image, mask = scene(seed=9)
+    whole = paint_pixels(dm)
+    image, mask = make_scene(seed=9)
     start = len(device.record)
     for event in dm.iterate(image, mask, "a green sks mug", num_inference_steps=STEPS):
         if event.index == 1:
@@ -190,7 +190,7 @@ def test_leaving_the_iteration_stops_the_work_and_harms_nothing(simulated: Any) 
     gc.collect()
     unets = [entry for entry in device.record[start:] if entry.kind == "work" and entry.name.startswith("unet")]
     assert len(unets) == 2
-    assert (pixels(dm) == whole).all()
+    assert (paint_pixels(dm) == whole).all()
 
 
 class Overflowing:
@@ -218,9 +218,9 @@ def test_a_network_without_a_twin_that_overflows_is_named(simulated: Any, name: 
     broken: list[Overflowing] = []
     dm, _, _ = simulated(runner=lambda engines: broken.append(Overflowing(engines, name)) or broken[-1])
     with pytest.raises(NotFiniteError, match=f"{name}.*there is no float32 twin"):
-        pixels(dm)
+        paint_pixels(dm)
     broken[0].on = False
-    assert pixels(dm).any()
+    assert paint_pixels(dm).any()
 
 
 class Twinned(Overflowing):
@@ -245,8 +245,8 @@ def test_an_overflow_is_painted_again_in_float32(
 
     monkeypatch.setattr(SimulatedNetworks, "run", run)
     dm, _, networks = simulated(networks={"half": True, "twins": ("vae_encoder", "vae_decoder")})
-    got = pixels(dm).astype(int)
-    assert np.abs(got - pixels(host)).max() <= 4
+    got = paint_pixels(dm).astype(int)
+    assert np.abs(got - paint_pixels(host)).max() <= 4
     assert "vae_decoder_float32" in networks.bound
     assert "vae_decoder gave values that are not numbers" in caplog.text
 
@@ -254,10 +254,10 @@ def test_an_overflow_is_painted_again_in_float32(
 @pytest.mark.parametrize("strategy", ["swap", "one-unet"])
 def test_weights_leave_when_the_plan_says_so(simulated: Any, host: DreamMix, strategy: str) -> None:
     dm, device, _ = simulated(residency=strategy)
-    expected = pixels(host, **({"patched_fraction": 1.0} if strategy == "one-unet" else {})).astype(int)
-    assert np.abs(pixels(dm) - expected).max() <= 1
+    expected = paint_pixels(host, **({"patched_fraction": 1.0} if strategy == "one-unet" else {})).astype(int)
+    assert np.abs(paint_pixels(dm) - expected).max() <= 1
     if strategy == "one-unet":
-        image, mask = scene()
+        image, mask = make_scene()
         assert dm.inpaint(image, mask, "a sks mug", num_inference_steps=1).request.patched_fraction == 1
     if strategy == "swap":
         assert not [entry for entry in device.record if entry.kind == "capture"]
@@ -273,7 +273,7 @@ def test_a_request_that_finds_no_memory_leaves_the_runtime_usable(
     simulated: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dm, _, networks = simulated()
-    before = pixels(dm)
+    before = paint_pixels(dm)
     bind = networks.bind
 
     def full(*arguments: Any, **named: Any) -> Any:
@@ -281,19 +281,19 @@ def test_a_request_that_finds_no_memory_leaves_the_runtime_usable(
 
     monkeypatch.setattr(networks, "bind", full)
     with pytest.raises(OutOfMemoryError, match=r"no memory left\n.*plan"):
-        pixels(dm, size=(200, 120))
+        paint_pixels(dm, size=(200, 120))
     monkeypatch.setattr(networks, "bind", bind)
-    assert (pixels(dm) == before).all()
+    assert (paint_pixels(dm) == before).all()
 
 
 def test_shapes_beyond_the_kept_ones_run_uncaptured(simulated: Any, host: DreamMix) -> None:
     dm, device, _ = simulated(shapes=2)
     sizes = [(128, 128), (128, 192), (200, 120)]
     for size in sizes:
-        pixels(dm, size=size)
+        paint_pixels(dm, size=size)
     assert dm.studio is not None and dm.studio.shapes == 2
     start = len(device.record)
-    assert np.abs(pixels(dm, size=(128, 128)).astype(int) - pixels(host, size=(128, 128))).max() <= 1
+    assert np.abs(paint_pixels(dm, size=(128, 128)).astype(int) - paint_pixels(host, size=(128, 128))).max() <= 1
     assert [entry for entry in device.record[start:] if entry.kind == "launch"]
 
 
@@ -308,25 +308,28 @@ def test_bad_requests_are_refused_before_anything_is_uploaded(simulated: Any) ->
         (120, {"prompt": "a sks mug " * 40}, "tokens long"),
     ):
         with pytest.raises(InputError, match=text):
-            dm.inpaint(*scene(side, side), **{"prompt": "a sks mug", **fields})
+            dm.inpaint(*make_scene(side, side), **{"prompt": "a sks mug", **fields})
     assert len(device.record) == start
 
 
 def test_a_closed_runtime_gives_everything_back(simulated: Any) -> None:
     dm, device, _ = simulated()
-    pixels(dm)
+    paint_pixels(dm)
     dm.close()
     dm.close()
     assert device.used == 0
     with pytest.raises(EngineError, match="closed"):
-        pixels(dm)
+        paint_pixels(dm)
 
 
 def test_two_runtimes_share_a_device(simulated: Any) -> None:
     dm, _, _ = simulated()
     with dm.another() as second:
         both = list(
-            zip(*(each.iterate(*scene(), "a sks mug", num_inference_steps=STEPS) for each in (dm, second)), strict=True)
+            zip(
+                *(each.iterate(*make_scene(), "a sks mug", num_inference_steps=STEPS) for each in (dm, second)),
+                strict=True,
+            )
         )
     first, other = (np.asarray(event.result.images[0]) for event in both[-1])
     assert (first == other).all()
@@ -346,13 +349,13 @@ def test_work_that_runs_as_late_as_it_may_paints_the_same(simulated: Any, cup: P
         {"gch_background": "intermediate"},
     ]
     for fields in requests:
-        image, mask = scene(seed=9)
+        image, mask = make_scene(seed=9)
         for event in late.iterate(image, mask, "a green sks mug", num_inference_steps=STEPS):
             if event.index == 1:
                 break
         del event
-        assert (pixels(late, **fields) == pixels(now, **fields)).all(), fields
-    image, mask = scene()
+        assert (paint_pixels(late, **fields) == paint_pixels(now, **fields)).all(), fields
+    image, mask = make_scene()
     shown = [
         [np.asarray(event.preview()) for event in dm.iterate(image, mask, "a red sks mug", num_inference_steps=STEPS)]
         for dm in (late, now)
@@ -386,7 +389,7 @@ def test_kernels_of_many_threads_paint_the_same(simulated: Any) -> None:
     fields: dict[str, Any] = {"num_inference_steps": 2, "guidance_rescale": 0.5, "substitute": ("blue",)}
     plain, _, _ = simulated()
     threaded, _, _ = simulated(device=SimulatedDevice(threads=(2, 4)))
-    got, expected = pixels(threaded, **fields).astype(int), pixels(plain, **fields).astype(int)
+    got, expected = paint_pixels(threaded, **fields).astype(int), paint_pixels(plain, **fields).astype(int)
     assert np.abs(got - expected).max() <= 1
 
 

@@ -22,7 +22,14 @@ from dreammix_trt.engine.drivers.simulated import (
     SimulatedNetworks,
     SimulatedPinned,
 )
-from tests.engine.device.test_studio_more import VAES, assert_alike, job, more_where_not_square, overflowing, painted
+from tests.engine.device.test_studio_more import (
+    VAES,
+    assert_alike,
+    let_overflow,
+    make_job,
+    need_more_where_not_square,
+    paint_jobs,
+)
 
 
 @pytest.fixture
@@ -44,7 +51,7 @@ def hang(monkeypatch: pytest.MonkeyPatch) -> Callable[[SimulatedDevice], None]:
 @pytest.mark.parametrize("what", ["preview", "add_subject", "paint", "swap"])
 def test_no_wait_for_a_device_is_endless(simulated: Any, cup: Path, hang: Any, what: str) -> None:
     dm, device, _ = simulated(residency="swap" if what == "swap" else None)
-    events = dm.iterate(*job(num_inference_steps=9)[:3])
+    events = dm.iterate(*make_job(num_inference_steps=9)[:3])
     event = next(events)
     hang(device)
     with pytest.raises(DeviceError, match="has not answered for") as told:
@@ -60,7 +67,7 @@ def test_no_wait_for_a_device_is_endless(simulated: Any, cup: Path, hang: Any, w
 
 def test_closing_a_runtime_whose_device_hangs_leaves_it_alone(simulated: Any, hang: Any) -> None:
     dm, device, _ = simulated()
-    painted(dm, job())
+    paint_jobs(dm, make_job())
     hang(device)
     start = len(device.record)
     dm.studio.close()
@@ -102,10 +109,10 @@ class Kept:
 def test_nothing_is_freed_on_a_device_that_hangs(simulated: Any, hang: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Freeing waits for the device, so a room that is not kept stays."""
 
-    monkeypatch.setattr(SimulatedNetworks, "workspace_bytes", more_where_not_square)
+    monkeypatch.setattr(SimulatedNetworks, "workspace_bytes", need_more_where_not_square)
     dm, device, _ = simulated(shapes=1)
-    painted(dm, job())
-    events = dm.iterate(*job((128, 300), num_inference_steps=9)[:3])
+    paint_jobs(dm, make_job())
+    events = dm.iterate(*make_job((128, 300), num_inference_steps=9)[:3])
     next(events)
     start = len(device.record)
     hang(device)
@@ -146,19 +153,19 @@ def test_whatever_a_back_end_raises_while_captured_it_goes_on_plainly(
         plain(self, stream)
 
     monkeypatch.setattr(SimulatedBound, "enqueue", enqueue)
-    expected = painted(host, job())
+    expected = paint_jobs(host, make_job())
     for _ in range(2):
-        assert_alike(painted(dm, job()), expected)
+        assert_alike(paint_jobs(dm, make_job()), expected)
     assert caplog.text.count("cannot be captured and goes on running plainly") == 2  # start and hand-over, once each
 
 
 def test_only_a_network_with_a_twin_is_worth_another_try(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the UNet spoils, the decoder passes on; its twin could not mend that."""
     dm, _, _ = simulated(networks={"half": True, "twins": VAES})
-    ran = overflowing(monkeypatch, "unet", "unet_raw")
+    ran = let_overflow(monkeypatch, "unet", "unet_raw")
     with pytest.raises(NotFiniteError, match=r"^unet gave values that are not numbers and there is no float32 twin"):
-        painted(dm, job())
-    assert len([name for name in ran if name.startswith("unet")]) == job().request.num_inference_steps
+        paint_jobs(dm, make_job())
+    assert len([name for name in ran if name.startswith("unet")]) == make_job().request.num_inference_steps
     assert not [name for name in ran if name.endswith("_float32")]
 
 
@@ -166,21 +173,21 @@ def test_an_encoder_that_spoils_all_after_it_is_worth_another_try(
     simulated: Any, host: DreamMix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dm, _, _ = simulated(networks={"half": True, "twins": VAES})
-    overflowing(monkeypatch, "vae_encoder")
-    got, expected = painted(dm, job()), painted(host, job())
+    let_overflow(monkeypatch, "vae_encoder")
+    got, expected = paint_jobs(dm, make_job()), paint_jobs(host, make_job())
     assert np.abs(got[0] - expected[0]).max() <= 4
 
 
 def test_texts_of_the_twins_serve_no_later_request(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A seed gives the same picture whatever overflowed before."""
     dm, _, _ = simulated(networks={"twins": (*VAES, "text_encoder", "text_encoder_2")})
-    painted(dm, job())
+    paint_jobs(dm, make_job())
     with monkeypatch.context() as patched:
-        ran = overflowing(patched, "vae_decoder")
-        painted(dm, job())
+        ran = let_overflow(patched, "vae_decoder")
+        paint_jobs(dm, make_job())
         assert "text_encoder_float32" in ran
-    ran = overflowing(monkeypatch)
-    painted(dm, job())
+    ran = let_overflow(monkeypatch)
+    paint_jobs(dm, make_job())
     assert "text_encoder" in ran and "text_encoder_float32" not in ran
 
 
@@ -194,10 +201,10 @@ def test_a_request_that_is_painted_twice_is_charged_twice(simulated: Any, monkey
         attempts.append(len(self.marks))
 
     monkeypatch.setattr(DevicePainter, "_mark", marked)
-    painted(dm, job())
+    paint_jobs(dm, make_job())
     once = max(attempts)
-    overflowing(monkeypatch, "vae_decoder")
-    painted(dm, job())
+    let_overflow(monkeypatch, "vae_decoder")
+    paint_jobs(dm, make_job())
     assert max(attempts) == 2 * once - 1  # the first mark is where both begin
 
 
@@ -205,7 +212,7 @@ def test_a_subject_that_cannot_be_brought_changes_nothing(
     simulated: Any, host: DreamMix, cup: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dm, device, _ = simulated()
-    expected = painted(host, job(subject="mug"))
+    expected = paint_jobs(host, make_job(subject="mug"))
 
     def full(nbytes: int) -> Any:
         raise OutOfMemoryError("no pinned memory")
@@ -214,7 +221,7 @@ def test_a_subject_that_cannot_be_brought_changes_nothing(
         patched.setattr(device, "allocate_pinned", full)
         with pytest.raises(OutOfMemoryError, match="no pinned memory"):
             dm.add_subject(cup, name="mug")
-    assert_alike(painted(dm, job(subject="mug")), expected)
+    assert_alike(paint_jobs(dm, make_job(subject="mug")), expected)
 
 
 def test_a_second_runtime_without_room_is_told_what_helps(simulated: Any) -> None:
@@ -252,8 +259,8 @@ def test_what_is_owned_is_closed_though_one_of_it_cannot(opened: Any) -> None:
 def test_torchs_lack_of_memory_is_told_with_the_plan(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether it comes while weights are brought, in a picture's steps, or in a preview."""
     dm, _, _ = simulated()
-    expected = painted(dm, job())
-    events = dm.iterate(*job()[:3])
+    expected = paint_jobs(dm, make_job())
+    events = dm.iterate(*make_job()[:3])
     event = next(events)
 
     def full(*_: Any) -> None:
@@ -261,7 +268,7 @@ def test_torchs_lack_of_memory_is_told_with_the_plan(simulated: Any, monkeypatch
 
     with monkeypatch.context() as patched:
         patched.setattr(SimulatedNetworks, "run", full)
-        for use in (event.preview, lambda: painted(dm, job())):
+        for use in (event.preview, lambda: paint_jobs(dm, make_job())):
             with pytest.raises(OutOfMemoryError, match=r"20 GiB(.|\n)*memory plan 'resident'"):
                 use()
     events.close()
@@ -269,7 +276,7 @@ def test_torchs_lack_of_memory_is_told_with_the_plan(simulated: Any, monkeypatch
         patched.setattr(SimulatedNetworks, "load", full)
         with pytest.raises(OutOfMemoryError, match=r"20 GiB(.|\n)*memory plan 'resident'"):
             simulated(networks={"away": ("unet",)})
-    assert_alike(painted(dm, job()), expected)
+    assert_alike(paint_jobs(dm, make_job()), expected)
 
 
 def test_networks_that_take_turns_are_bound_when_all_are_away(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,10 +290,10 @@ def test_networks_that_take_turns_are_bound_when_all_are_away(simulated: Any, mo
         return plain(self, *arguments)
 
     monkeypatch.setattr(SimulatedNetworks, "bind", bind)
-    events = dm.iterate(*job()[:3])
+    events = dm.iterate(*make_job()[:3])
     next(events)
     events.close()
     assert networks.loaded
     bound.clear()
-    painted(dm, job((128, 200)))
+    paint_jobs(dm, make_job((128, 200)))
     assert bound and not any(bound)

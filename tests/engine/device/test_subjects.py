@@ -17,7 +17,7 @@ from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.device.arena import Arena
 from dreammix_trt.engine.device.subjects import Layout, Subjects
 from dreammix_trt.engine.drivers.simulated import SimulatedDevice
-from tests.engine.device.test_studio import pixels
+from tests.engine.device.test_studio import paint_pixels
 from tests.engine.device.test_studio_more import assert_alike
 
 SLOTS = {
@@ -110,7 +110,8 @@ def test_an_engine_without_the_factors_nothing_reads_paints_the_same(
     for each in (dm, host):
         each._roster.add(subject, "everywhere")
     got, expected, without = (
-        pixels(each, subject=name).astype(int) for each, name in ((dm, "everywhere"), (host, "everywhere"), (host, ""))
+        paint_pixels(each, subject=name).astype(int)
+        for each, name in ((dm, "everywhere"), (host, "everywhere"), (host, ""))
     )
     assert_alike([got], [expected])
     assert (expected != without).any()

@@ -64,18 +64,18 @@ def fake() -> FakeCuda:
 def device(fake: FakeCuda) -> Iterator[CudaDevice]:
     with CudaDevice(bindings=Bindings(fake, fake), extension=FakeExtension(fake)) as device:
         yield device
-    assert fake.lost or fake.left() == {}
+    assert fake.lost or fake.list_left() == {}
 
 
-def made(fake: FakeCuda, index: int = 0) -> CudaDevice:
+def open_fake(fake: FakeCuda, index: int = 0) -> CudaDevice:
     return CudaDevice(index, bindings=Bindings(fake, fake))
 
 
-def done_with(*_: object) -> None:
+def ignore(*_: object) -> None:
     """Calls as statements, in a lambda."""
 
 
-def numbers(*values: float) -> Any:
+def make_numbers(*values: float) -> Any:
     return np.array(values, np.float32)
 
 
@@ -115,7 +115,7 @@ def test_copies_run_in_order_when_somebody_waits(fake: FakeCuda, device: CudaDev
 
 def test_pageable_memory_is_read_at_once(device: CudaDevice) -> None:
     with device.allocate(16) as memory, device.make_stream() as stream:
-        there, source, back = Array(memory.pointer, (4,), "float32"), numbers(1, 2, 3, 4), numbers(0, 0, 0, 0)
+        there, source, back = Array(memory.pointer, (4,), "float32"), make_numbers(1, 2, 3, 4), make_numbers(0, 0, 0, 0)
         device.upload(there, source, stream)
         source[:] = 0
         device.download(back, there, stream)
@@ -126,15 +126,15 @@ def test_sizes_and_bounds_are_checked_before_any_call(fake: FakeCuda, device: Cu
     with device.allocate(16) as memory, device.make_stream() as stream:
         there = Array(memory.pointer, (4,), "float32")
         beyond = Array(memory.pointer + 4, (4,), "float32")
-        read_only = numbers(1, 2, 3, 4)
+        read_only = make_numbers(1, 2, 3, 4)
         read_only.flags.writeable = False
         before = len(fake.calls)
         for wrong in (
-            lambda: device.upload(there, numbers(1, 2, 3), stream),
+            lambda: device.upload(there, make_numbers(1, 2, 3), stream),
             lambda: device.upload(there, np.zeros((4, 2), np.float32)[:, 0], stream),
-            lambda: device.upload(beyond, numbers(1, 2, 3, 4), stream),
-            lambda: device.upload(Array(0, (4,), "float32"), numbers(1, 2, 3, 4), stream),
-            lambda: device.download(numbers(1, 2, 3), there, stream),
+            lambda: device.upload(beyond, make_numbers(1, 2, 3, 4), stream),
+            lambda: device.upload(Array(0, (4,), "float32"), make_numbers(1, 2, 3, 4), stream),
+            lambda: device.download(make_numbers(1, 2, 3), there, stream),
             lambda: device.download(read_only, there, stream),
             lambda: device.copy(there, there.part(0, 3), stream),
             lambda: device.copy(there, beyond, stream),
@@ -145,7 +145,7 @@ def test_sizes_and_bounds_are_checked_before_any_call(fake: FakeCuda, device: Cu
             with pytest.raises(ValueError):
                 wrong()
         assert len(fake.calls) == before and device.transferred == {"uploaded": 0, "downloaded": 0}
-        device.upload(there.part(4, 0), numbers(), stream)  # nothing is nothing
+        device.upload(there.part(4, 0), make_numbers(), stream)  # nothing is nothing
 
 
 def test_memory_that_does_not_fit_is_told_with_what_there_is(device: CudaDevice) -> None:
@@ -183,11 +183,11 @@ def test_closing_gives_back_what_is_left_and_says_so(fake: FakeCuda, caplog: pyt
     device.allocate_pinned(8)
     mark = device.mark(stream)
     device.capture(stream, lambda: device.clear(Array(memory.pointer, (8,), "uint8"), stream))
-    assert fake.left() == {"memory": 1, "pinned": 1, "streams": 1, "events": 1, "graphs": 1}
+    assert fake.list_left() == {"memory": 1, "pinned": 1, "streams": 1, "events": 1, "graphs": 1}
     with caplog.at_level(logging.WARNING):
         device.close()
         device.close()
-    assert fake.left() == {}
+    assert fake.list_left() == {}
     (record,) = caplog.records
     for words in ("the Fake RTX was closed", "1 x stream", "1 x memory", "1 x graph", "3.0 KiB of device memory"):
         assert words in record.getMessage()
@@ -200,15 +200,15 @@ def test_closing_gives_back_what_is_left_and_says_so(fake: FakeCuda, caplog: pyt
 
 def test_a_device_whose_owners_gave_all_back_closes_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
     fake = FakeCuda()
-    with caplog.at_level(logging.DEBUG), made(fake) as device, device.make_stream() as stream, device.allocate(8):
+    with caplog.at_level(logging.DEBUG), open_fake(fake) as device, device.make_stream() as stream, device.allocate(8):
         device.mark(stream)
-    assert fake.left() == {} and not caplog.records
+    assert fake.list_left() == {} and not caplog.records
 
 
 def test_a_graph_is_captured_once_and_launched_often(fake: FakeCuda, device: CudaDevice) -> None:
     with device.allocate(16) as memory, device.make_stream() as stream:
-        values, back = Array(memory.pointer, (4,), "float32"), numbers(0, 0, 0, 0)
-        device.upload(values, numbers(1, 2, 3, 4), stream)
+        values, back = Array(memory.pointer, (4,), "float32"), make_numbers(0, 0, 0, 0)
+        device.upload(values, make_numbers(1, 2, 3, 4), stream)
         graph: Any = device.capture(stream, lambda: device.launch_kernel("double", stream, values=values, count=4))
         assert int(graph._live) in fake.uploaded and not fake.templates
         device.download(back, values, stream)
@@ -222,7 +222,7 @@ def test_a_graph_is_captured_once_and_launched_often(fake: FakeCuda, device: Cud
 
 def test_what_is_not_allowed_in_a_capture_ends_it(fake: FakeCuda, device: CudaDevice) -> None:
     with device.allocate(16) as memory, device.make_stream() as stream:
-        values, host = Array(memory.pointer, (4,), "float32"), numbers(1, 2, 3, 4)
+        values, host = Array(memory.pointer, (4,), "float32"), make_numbers(1, 2, 3, 4)
         spare, mark = device.allocate(8), device.mark(stream)
         for wrong in (
             lambda: device.allocate(1),
@@ -266,7 +266,7 @@ def test_an_exception_of_the_recorder_goes_on(fake: FakeCuda, device: CudaDevice
 def test_a_capture_that_others_spoiled_is_an_error(fake: FakeCuda, device: CudaDevice) -> None:
     with device.make_stream() as stream:
         with pytest.raises(DeviceError, match=r"cudaStreamEndCapture.*CUDA error 901"):
-            device.capture(stream, lambda: done_with(fake.cudaMalloc(1)))
+            device.capture(stream, lambda: ignore(fake.cudaMalloc(1)))
         assert fake.last == 0, "the last error must not be found by others"
         device.capture(stream, lambda: None).close()
 
@@ -290,7 +290,7 @@ def test_another_thread_may_allocate_beside_a_capture(device: CudaDevice) -> Non
 
 def test_every_thread_works_on_the_chosen_device() -> None:
     fake = FakeCuda(("A", 8, 9, 1 << 20), ("B", 12, 0, 2 << 20))
-    with made(fake, 1) as device:
+    with open_fake(fake, 1) as device:
         told: list[tuple[int, int]] = []
         fake.cudaSetDevice(0)  # as others in the same process may do
         told.append(device.memory())
@@ -406,7 +406,7 @@ def test_an_extension_that_is_missing_or_old_is_told(fake: FakeCuda, monkeypatch
     def absent(name: str) -> Any:
         raise ImportError(name)
 
-    with made(fake) as device:
+    with open_fake(fake) as device:
         monkeypatch.setattr(checks, "import_module", absent)
         with pytest.raises(DeviceError, match=r"C.. extension is missing"):
             device.require_kernels()
@@ -451,34 +451,34 @@ def test_ptx_needs_a_driver_that_knows_its_toolkit() -> None:
 )
 def test_a_driver_or_device_that_does_not_do_is_told(fake: FakeCuda, said: list[str]) -> None:
     with pytest.raises(DeviceError) as caught:
-        made(fake, 7)
+        open_fake(fake, 7)
     for words in said:
         assert words in str(caught.value)
 
 
 def test_an_old_gpu_is_told() -> None:
     with pytest.raises(DeviceError, match=r"the GTX 1080 is an sm_61, GPUs from sm_75 on .*device='cpu'"):
-        made(FakeCuda(("GTX 1080", 6, 1, 1)))
+        open_fake(FakeCuda(("GTX 1080", 6, 1, 1)))
     for index in (-1, 1):
         with pytest.raises(DeviceError, match=f"no GPU {index} here"):
-            made(FakeCuda(), index)
+            open_fake(FakeCuda(), index)
 
 
 def test_a_driver_of_the_same_major_version_will_do() -> None:
-    made(FakeCuda(served=13000, runtime=13040)).close()
+    open_fake(FakeCuda(served=13000, runtime=13040)).close()
 
 
 def test_the_package_that_is_missing_or_broken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(error: Exception) -> Any:
+    def fail_with(error: Exception) -> Any:
         def load(name: str) -> Any:
             raise error
 
         return load
 
-    monkeypatch.setattr(bindings, "import_module", failing(ModuleNotFoundError("no module", name="cuda")))
+    monkeypatch.setattr(bindings, "import_module", fail_with(ModuleNotFoundError("no module", name="cuda")))
     with pytest.raises(MissingExtraError, match=r"dreammix-trt\[cuda\]"):
         CudaDevice()
-    monkeypatch.setattr(bindings, "import_module", failing(ImportError("undefined symbol")))
+    monkeypatch.setattr(bindings, "import_module", fail_with(ImportError("undefined symbol")))
     with pytest.raises(DeviceError, match=r"does not load .undefined symbol.*force-reinstall"):
         CudaDevice()
 
@@ -488,7 +488,7 @@ def test_the_package_that_is_missing_or_broken_is_named(monkeypatch: pytest.Monk
 NAMES = re.compile(r"cu(da)?[A-Z]\w+|CU[a-z]\w+|CUDA_(SUCCESS|ERROR_\w+)")
 
 
-def used_names() -> set[tuple[str, ...]]:
+def find_used_names() -> set[tuple[str, ...]]:
     """Dotted names of cuda.bindings in the source: `runtime.cudaMemcpyKind.cudaMemcpyHostToDevice`, `"cudaMalloc"`."""
     found = set()
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in Path(str(cuda.__file__)).parent.glob("*.py")]
@@ -507,7 +507,7 @@ def used_names() -> set[tuple[str, ...]]:
     return found
 
 
-def modules() -> tuple[Any, Any]:
+def import_modules() -> tuple[Any, Any]:
     return (
         pytest.importorskip("cuda.bindings.runtime", exc_type=ImportError),
         pytest.importorskip("cuda.bindings.driver", exc_type=ImportError),
@@ -515,8 +515,8 @@ def modules() -> tuple[Any, Any]:
 
 
 def test_every_name_that_is_used_exists_in_the_package() -> None:
-    runtime, driver = modules()
-    names = used_names()
+    runtime, driver = import_modules()
+    names = find_used_names()
     assert {("cudaMalloc",), ("cudaMemcpyKind",), ("cuInit",), ("cudaErrorUnknown",)} <= names
     for chain in names:
         holder: Any = runtime if hasattr(runtime, chain[0]) else driver
@@ -529,11 +529,11 @@ def test_every_name_that_is_used_exists_in_the_package() -> None:
 
 
 def test_the_fake_keeps_the_packages_convention() -> None:
-    runtime, driver = modules()
+    runtime, driver = import_modules()
     functions = {
         name: each for name, each in vars(FakeCuda).items() if NAMES.fullmatch(name) and inspect.isfunction(each)
     }
-    used = {name for name, *_ in used_names() if hasattr(runtime, name) or hasattr(driver, name)}
+    used = {name for name, *_ in find_used_names() if hasattr(runtime, name) or hasattr(driver, name)}
     assert used <= set(dir(FakeCuda))
     for name, function in functions.items():
         real = getattr(runtime, name, None) or getattr(driver, name)
@@ -551,7 +551,7 @@ def test_the_fake_keeps_the_packages_convention() -> None:
 def test_without_a_driver_the_real_package_is_told_so() -> None:
     from dreammix_trt.engine.hardware import ask_driver
 
-    modules()
+    import_modules()
     if ask_driver().problem != "there is no NVIDIA driver here":
         pytest.skip("there is a driver here")
     with pytest.raises(DeviceError, match="there is no NVIDIA driver here; install"):
@@ -631,7 +631,7 @@ def test_a_real_graph_with_a_kernel(real: CudaDevice) -> None:
             real.synchronize(stream)
             np.testing.assert_array_equal(back, values.astype(np.float16))
         with pytest.raises(DeviceError, match="not allowed within a capture"):
-            real.capture(stream, lambda: done_with(real.allocate(1)))
+            real.capture(stream, lambda: ignore(real.allocate(1)))
         real.synchronize(stream)
         graph.close()
 
@@ -648,7 +648,7 @@ def test_a_real_capture_that_something_spoils_is_discarded(real: CudaDevice) -> 
     runtime = real._context.runtime
     with real.make_stream() as stream, real.allocate(256) as memory:
         with pytest.raises(DeviceError, match="CUDA error 90"):
-            real.capture(stream, lambda: done_with(runtime.cudaStreamSynchronize(stream.handle)))
+            real.capture(stream, lambda: ignore(runtime.cudaStreamSynchronize(stream.handle)))
         real.clear(Array(memory.pointer, (256,), "uint8"), stream)
         real.synchronize(stream)
 

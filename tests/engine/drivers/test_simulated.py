@@ -15,20 +15,20 @@ from dreammix_trt.engine.drivers.simulated import SimulatedDevice, SimulatedStre
 STREAM = SimulatedStream()
 
 
-def filled(device: SimulatedDevice, values: list[float]) -> Array:
+def fill_array(device: SimulatedDevice, values: list[float]) -> Array:
     array = Array(device.allocate(4 * len(values)).pointer, (len(values),), "float32")
     device.upload(array, np.array(values, np.float32), STREAM)
     return array
 
 
-def halved(device: SimulatedDevice, source: Array, out: Array) -> None:
+def halve(device: SimulatedDevice, source: Array, out: Array) -> None:
     device.launch_kernel("scaled", STREAM, latent=source, factor=2.0, out=out, count=source.size, half=False)
 
 
 def test_a_capture_runs_nothing_and_its_replays_run_everything_in_order() -> None:
     with SimulatedDevice() as device:
-        first, second = filled(device, [8, 4]), filled(device, [0, 0])
-        graph = device.capture(STREAM, lambda: (halved(device, first, second), device.copy(first, second, STREAM)))
+        first, second = fill_array(device, [8, 4]), fill_array(device, [0, 0])
+        graph = device.capture(STREAM, lambda: (halve(device, first, second), device.copy(first, second, STREAM)))
         assert device.view(second).tolist() == [0, 0]
         graph.launch(STREAM)
         graph.launch(STREAM)
@@ -53,10 +53,10 @@ def test_what_a_capture_must_not_do_is_refused_and_ends_it(
     forbidden: Callable[[SimulatedDevice, Array], object],
 ) -> None:
     with SimulatedDevice() as device:
-        array = filled(device, [8, 4])
+        array = fill_array(device, [8, 4])
         with pytest.raises(DeviceError, match="a captured graph cannot"):
             device.capture(STREAM, lambda: forbidden(device, array))
-        halved(device, array, array)
+        halve(device, array, array)
         assert device.view(array).tolist() == [4, 2]
 
 
@@ -64,7 +64,7 @@ def test_memory_cannot_leave_a_captured_graph() -> None:
     with SimulatedDevice() as device:
         memory = device.allocate(8)
         array = Array(memory.pointer, (2,), "float32")
-        graph = device.capture(STREAM, lambda: halved(device, array, array))
+        graph = device.capture(STREAM, lambda: halve(device, array, array))
         memory.free()
         with pytest.raises(DeviceError, match="does not lie in memory"):
             graph.launch(STREAM)
@@ -72,9 +72,9 @@ def test_memory_cannot_leave_a_captured_graph() -> None:
 
 def test_arrays_must_lie_in_memory_and_copies_must_fit() -> None:
     with SimulatedDevice() as device:
-        array = filled(device, [1, 2])
+        array = fill_array(device, [1, 2])
         with pytest.raises(DeviceError, match="does not lie in memory"):
-            halved(device, Array(array.pointer, (3,), "float32"), array)
+            halve(device, Array(array.pointer, (3,), "float32"), array)
         with pytest.raises(DeviceError, match="a copy between 8 and 12 bytes"):
             device.upload(array, np.zeros(3, np.float32), STREAM)
         with pytest.raises(DeviceError, match="a copy between"):
@@ -106,11 +106,11 @@ def test_arrays_are_cut_where_numpy_cuts() -> None:
 
 def test_a_capture_is_its_threads_alone() -> None:
     with SimulatedDevice() as device:
-        first, second = filled(device, [8, 4]), filled(device, [8, 4])
+        first, second = fill_array(device, [8, 4]), fill_array(device, [8, 4])
 
         def record() -> None:
-            halved(device, first, first)
-            other = threading.Thread(target=lambda: halved(device, second, second))
+            halve(device, first, first)
+            other = threading.Thread(target=lambda: halve(device, second, second))
             other.start()
             other.join()
 

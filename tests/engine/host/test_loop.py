@@ -19,7 +19,7 @@ from dreammix_trt.engine.host.denoiser import Conditioning, EngineDenoiser, Fake
 from dreammix_trt.engine.host.painter import HostPainter, Sitting
 from dreammix_trt.engine.host.sampling import Stage, Taken
 from dreammix_trt.engine.host.texts import Text
-from tests.engine.oracle import sampled
+from tests.engine.oracle import sample_exactly
 from tests.support.host import paint_all, sample
 
 F32 = npt.NDArray[np.float32]
@@ -27,7 +27,7 @@ SHAPES = {"lcg": (12, 10), "gch": (9, 14)}
 BOUND = 1e-5  # of the largest value: the loop's single precision against double
 
 
-def stage_of(name: str, count: int, guided: bool) -> Stage:
+def make_stage(name: str, count: int, guided: bool) -> Stage:
     """Random backgrounds and masks, all of a stage's pictures alike in size."""
     rng = np.random.default_rng(len(name) + ord(name[0]))
     h, w = SHAPES[name]
@@ -45,33 +45,33 @@ def stage_of(name: str, count: int, guided: bool) -> Stage:
     return Stage(np.zeros_like(background), background, mask, told)
 
 
-def resized(x0: F32) -> F32:
+def resize(x0: F32) -> F32:
     """A stand-in for decode, paste, encode: linear, and into the global stage's shape."""
     h, w = SHAPES["gch"]
     return 0.5 * np.pad(x0, ((0, 0), (0, 0), (0, 5), (0, 8)))[:, :, :h, :w].astype(np.float32) + np.float32(0.1)
 
 
-def looped(request: Request, denoiser: Any, seeds: Sequence[int] = (3,)) -> list[Taken]:
+def run_loop(request: Request, denoiser: Any, seeds: Sequence[int] = (3,)) -> list[Taken]:
     schedule, noises = make_schedule(request), [SeededNoise(seed) for seed in seeds]
-    stages = {name: stage_of(name, len(seeds), request.guided) for name in SHAPES}
+    stages = {name: make_stage(name, len(seeds), request.guided) for name in SHAPES}
 
-    def drawn(label: str, like: F32) -> F32:
+    def draw(label: str, like: F32) -> F32:
         return np.concatenate([noise.draw(label, (1, *like.shape[1:]), 0) for noise in noises])
 
     def hand_over(step: Step, x0: F32) -> Stage:
         to = stages["gch"]
-        latent = resized(x0) + np.float32(step.sigma) * drawn("renoise_switch", to.background)
+        latent = resize(x0) + np.float32(step.sigma) * draw("renoise_switch", to.background)
         return Stage(latent, to.background, to.mask, to.conditioning)
 
     first = stages[schedule[0].stage]
-    latent = first.background + np.float32(schedule.start_scale) * drawn("init_noise", first.background)
+    latent = first.background + np.float32(schedule.start_scale) * draw("init_noise", first.background)
     begin = Stage(latent, first.background, first.mask, first.conditioning)
     return list(sample(schedule, denoiser, noises, begin, hand_over))
 
 
-def predicted(request: Request, seeds: Sequence[int] = (3,)) -> list[tuple[Any, Any, Any]]:
+def predict_steps(request: Request, seeds: Sequence[int] = (3,)) -> list[tuple[Any, Any, Any]]:
     """The same by the oracle; the denoiser's formula is written out again."""
-    stages = {name: stage_of(name, len(seeds), request.guided) for name in SHAPES}
+    stages = {name: make_stage(name, len(seeds), request.guided) for name in SHAPES}
     at = ["gch" if request.local_steps == 0 else "lcg"]
 
     def predict(x: Any, sigma: float, stage: str) -> tuple[Any, Any]:
@@ -87,16 +87,16 @@ def predicted(request: Request, seeds: Sequence[int] = (3,)) -> list[tuple[Any, 
 
     seen = [np.zeros((1, 4, *SHAPES[at[0]]))]
 
-    def handed(x0: Any) -> Any:
+    def hand_over(x0: Any) -> Any:
         seen[0] = np.zeros((1, 4, *SHAPES["gch"]))
-        return resized(x0).astype(np.float64)
+        return resize(x0).astype(np.float64)
 
-    return sampled(
+    return sample_exactly(
         request.steps,
         request.local_steps,
         {n: s.background.astype(np.float64) for n, s in stages.items()},
         {n: s.mask.astype(np.float64) for n, s in stages.items()},
-        handed,
+        hand_over,
         predict,
         draw,
         guidance=request.guidance_scale,
@@ -107,8 +107,8 @@ def predicted(request: Request, seeds: Sequence[int] = (3,)) -> list[tuple[Any, 
     )
 
 
-def largest_error(request: Request, seeds: Sequence[int] = (3,)) -> float:
-    ours, truth = looped(request, FakeDenoiser(), seeds), predicted(request, seeds)
+def find_largest_error(request: Request, seeds: Sequence[int] = (3,)) -> float:
+    ours, truth = run_loop(request, FakeDenoiser(), seeds), predict_steps(request, seeds)
     assert len(ours) == len(truth) == request.steps
     errors = [
         np.abs(got - wanted).max() / np.abs(wanted).max()
@@ -142,11 +142,11 @@ PLAIN = Request("", num_inference_steps=9, sharpness=0)
 )
 @pytest.mark.parametrize("seeds", [(3,), (3, 1 << 40)], ids=["one picture", "two pictures"])
 def test_every_step_follows_the_equations(request_: Request, seeds: tuple[int, ...]) -> None:
-    assert largest_error(request_, seeds) < BOUND
+    assert find_largest_error(request_, seeds) < BOUND
 
 
-def few_steps(request: Request) -> list[tuple[Any, Any]]:
-    """(x0, x) of every step of one picture without guidance, blended and handed over as in `looped`.
+def take_few_steps(request: Request) -> list[tuple[Any, Any]]:
+    """(x0, x) of every step of one picture without guidance, blended and handed over as in `run_loop`.
 
     From the papers' equations: Euler's dx/dsigma = eps, or a consistency function of variance-preserving latents.
     """
@@ -155,7 +155,7 @@ def few_steps(request: Request) -> list[tuple[Any, Any]]:
     n, local, lcm = request.steps, request.local_steps, request.sampler == "lcm"
     times = [999 - 20 * int(i * 50 / n) for i in range(n)] if lcm else [int(1000 * (1 - i / n)) - 1 for i in range(n)]
     levels = [float(np.sqrt(1 / kept[t] - 1)) for t in [*times, 1000]]
-    stages = {name: stage_of(name, 1, False) for name in SHAPES}
+    stages = {name: make_stage(name, 1, False) for name in SHAPES}
     at, told = stages["lcg" if local else "gch"], []
 
     def draw(label: str, step: int = 0) -> Any:
@@ -165,7 +165,7 @@ def few_steps(request: Request) -> list[tuple[Any, Any]]:
     for i, (t, s, following) in enumerate(zip(times, levels, levels[1:], strict=False)):
         if i == local and local:
             at = stages["gch"]
-            x = resized(told[-1][0].astype(np.float32)) + s * draw("renoise_switch")
+            x = resize(told[-1][0].astype(np.float32)) + s * draw("renoise_switch")
         x = x * at.mask + (at.background + s * draw("blend_noise", i)) * (1 - at.mask)
         eps = s * (x - 0.5) / (s**2 + 0.25)
         x0 = x - s * eps
@@ -184,7 +184,7 @@ def few_steps(request: Request) -> list[tuple[Any, Any]]:
 @pytest.mark.parametrize(("steps", "local"), [(1, 1), (1, 0), (2, 1), (4, 3), (4, 0), (8, 5), (8, 8)])
 def test_few_step_samplers_follow_their_equations(sampler: Any, steps: int, local: int) -> None:
     request = PLAIN.replace(sampler=sampler, num_inference_steps=steps, lcg_steps=local, guidance_scale=1)
-    ours, truth = looped(request, FakeDenoiser()), few_steps(request)
+    ours, truth = run_loop(request, FakeDenoiser()), take_few_steps(request)
     for taken, row in zip(ours, truth, strict=True):
         for got, wanted in zip((taken.x0, taken.x), row, strict=True):
             assert np.abs(got - wanted).max() < BOUND * np.abs(wanted).max()
@@ -193,7 +193,7 @@ def test_few_step_samplers_follow_their_equations(sampler: Any, steps: int, loca
 @pytest.mark.parametrize("sampler", ["dpmpp_2m_sde", "euler"])
 @pytest.mark.parametrize("blends", [False, True])
 def test_the_last_step_returns_the_prediction_to_the_bit(sampler: Any, blends: bool) -> None:
-    last = looped(PLAIN.replace(sampler=sampler, blend_output=blends), FakeDenoiser())[-1]
+    last = run_loop(PLAIN.replace(sampler=sampler, blend_output=blends), FakeDenoiser())[-1]
     np.testing.assert_array_equal(last.x, last.x0)
 
 
@@ -202,14 +202,14 @@ WRONG = [{"guidance_scale": 4.01}, {"sharpness": 1}, {"lcg_steps": 5}, {"blend_o
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_the_oracle_sees_a_small_change(wrong: dict[str, Any]) -> None:
-    ours, truth = looped(PLAIN, FakeDenoiser()), predicted(PLAIN.replace(**wrong))
+    ours, truth = run_loop(PLAIN, FakeDenoiser()), predict_steps(PLAIN.replace(**wrong))
     shapes = [taken.x0.shape == row[1].shape for taken, row in zip(ours, truth, strict=True)]
     assert not all(shapes) or max(np.abs(t.x0 - r[1]).max() for t, r in zip(ours, truth, strict=True)) > 10 * BOUND
 
 
 def test_a_picture_of_a_batch_equals_it_alone() -> None:
     request = PLAIN.replace(sharpness=5)
-    stage = stage_of("lcg", 2, True)
+    stage = make_stage("lcg", 2, True)
     told = stage.conditioning
     alone = Conditioning(told.text[:2], told.pooled[:2], told.sizes[:1], 64, told.feature[:1], {})
     schedule = make_schedule(request.replace(lcg_steps=9))
@@ -222,7 +222,7 @@ def test_a_picture_of_a_batch_equals_it_alone() -> None:
 
 def test_leaving_the_iteration_stops_the_work() -> None:
     fake = FakeDenoiser()
-    steps = sample(make_schedule(PLAIN), fake, [SeededNoise(0)], stage_of("lcg", 1, True), _never)
+    steps = sample(make_schedule(PLAIN), fake, [SeededNoise(0)], make_stage("lcg", 1, True), _never)
     next(steps), next(steps)
     steps.close()  # type: ignore[attr-defined]
     assert [step.index for step in fake.steps] == [0, 1]
@@ -232,20 +232,20 @@ def test_leaving_the_iteration_stops_the_work() -> None:
 def test_without_guidance_there_are_no_negative_rows(scale: float, rows: int) -> None:
     seen: list[int] = []
 
-    def counting(latents: F32, step: Step, conditioning: Conditioning) -> F32:
+    def count_rows(latents: F32, step: Step, conditioning: Conditioning) -> F32:
         seen.append(len(latents))
         return np.zeros_like(latents)
 
-    looped(PLAIN.replace(guidance_scale=scale), counting, (1, 2))
+    run_loop(PLAIN.replace(guidance_scale=scale), count_rows, (1, 2))
     assert set(seen) == {rows}
 
 
 def test_numbers_that_are_none_are_refused_with_the_step() -> None:
-    def broken(latents: F32, step: Step, conditioning: Conditioning) -> F32:
+    def spoil_step(latents: F32, step: Step, conditioning: Conditioning) -> F32:
         return np.full_like(latents, np.nan if step.index == 3 else 0)
 
     with pytest.raises(NotFiniteError, match="step 3"):
-        looped(PLAIN, broken)
+        run_loop(PLAIN, spoil_step)
 
 
 class LinearNetworks:
@@ -289,26 +289,26 @@ def test_a_picture_through_both_stages() -> None:
     sitting = Sitting(canvas, request, schedule, texts, {}, noise)
     ours, finished = paint_all(HostPainter(sitting, networks, facts, FakeDenoiser()))
 
-    def encoded(picture: F32) -> Any:
+    def encode(picture: F32) -> Any:
         return 0.5 * networks.run("vae_encoder", image=picture)["mean"].astype(np.float64)
 
     local, whole = canvas.local_frame(request.lcg_field), canvas.global_frame(request.gch_field)
 
-    def handed(x0: Any) -> Any:
+    def hand_over(x0: Any) -> Any:
         decoded = from_decoded(networks.run("vae_decoder", latent=x0.astype(np.float32) / 0.5)["image"])
         pasted = canvas.hand_over(local, decoded, soft=True)
-        return encoded(whole.network_input(canvas.crop(pasted, whole)))
+        return encode(whole.network_input(canvas.crop(pasted, whole)))
 
     def draw(label: str, step: int) -> Any:
         frame = whole if label == "renoise_switch" or step >= request.local_steps else local
         return noise.draw(label, (1, 4, *frame.latent_size), step).astype(np.float64)
 
-    truth = sampled(
+    truth = sample_exactly(
         request.steps,
         request.local_steps,
-        {"lcg": encoded(local.background), "gch": encoded(whole.background)},
+        {"lcg": encode(local.background), "gch": encode(whole.background)},
         {"lcg": local.latent_mask, "gch": whole.latent_mask},
-        handed,
+        hand_over,
         lambda x, sigma, _: (sigma * x / (sigma**2 + 0.25), sigma * (x - 0.5) / (sigma**2 + 0.25)),
         draw,
         sharpness=40.0,
@@ -321,7 +321,7 @@ def test_a_picture_through_both_stages() -> None:
     assert (finished != image).any()
 
 
-def painter_of(networks: LinearNetworks, request: Request) -> HostPainter:
+def make_painter(networks: LinearNetworks, request: Request) -> HostPainter:
     """A picture whose texts have as many rows as the request's guidance takes."""
     image, mask = np.random.default_rng(5).integers(0, 256, (64, 64, 3), np.uint8), np.zeros((64, 64), np.uint8)
     mask[18:34, 24:42] = 255
@@ -337,7 +337,7 @@ def painter_of(networks: LinearNetworks, request: Request) -> HostPainter:
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 1.5])
 def test_the_networks_see_one_row_a_picture_where_guidance_is_off(guidance: float) -> None:
     networks, request = LinearNetworks(), PLAIN.replace(guidance_scale=guidance, num_inference_steps=8)
-    paint_all(painter_of(networks, request))
+    paint_all(make_painter(networks, request))
     rows = 2 if guidance > 1 else 1
     assert len(networks.seen) >= 8
     for _, arrays in networks.seen:
@@ -350,7 +350,7 @@ def test_the_networks_see_one_row_a_picture_where_guidance_is_off(guidance: floa
 @pytest.mark.parametrize("absent", [("unet_raw",), ("unet_raw", "inpaint_head"), ()])
 def test_a_base_without_a_raw_unet_is_patched_in_every_step(absent: tuple[str, ...]) -> None:
     networks, request = LinearNetworks(*absent), PLAIN.replace(patched_fraction=0.2)
-    taken, _ = paint_all(painter_of(networks, request))
+    taken, _ = paint_all(make_painter(networks, request))
     told = {
         name: [bool(a["inpaint_feature"].any()) for each, a in networks.seen if each == name]
         for name, _ in networks.seen

@@ -41,7 +41,7 @@ class NotedNetworks(LinearNetworks):
         return super().run(name, **arrays)
 
 
-def canvas_of(request: Request = REQUEST, sizes: list[Size] | None = None) -> Canvas:
+def lay_canvas(request: Request = REQUEST, sizes: list[Size] | None = None) -> Canvas:
     image, mask = np.random.default_rng(5).integers(0, 256, (60, 90, 3), np.uint8), np.zeros((60, 90), np.uint8)
     mask[:14, 24:70] = 255  # reference mode's square around it is cut off at the top
     return Canvas.of(image, mask, mode=request.mode, native=64, divisor=8, sizes=sizes)
@@ -50,16 +50,16 @@ def canvas_of(request: Request = REQUEST, sizes: list[Size] | None = None) -> Ca
 FACTS = BaseFacts(native_side=64, divisor=8, scaling_factor=0.5, feature_channels=8)
 
 
-def painter_of(networks: LinearNetworks) -> HostPainter:
+def make_painter(networks: LinearNetworks) -> HostPainter:
     texts = {name: Text(np.zeros((2, 77, 2), np.float32), np.zeros((2, 2), np.float32)) for name in ("lcg", "gch")}
-    sitting = Sitting(canvas_of(), REQUEST, make_schedule(REQUEST), texts, {}, SeededNoise(9))
+    sitting = Sitting(lay_canvas(), REQUEST, make_schedule(REQUEST), texts, {}, SeededNoise(9))
     return HostPainter(sitting, networks, FACTS, FakeDenoiser())
 
 
 def check(request: Request, sizes: list[Size] | None = None) -> None:
     """Ask the host's runtime whether it would paint the picture."""
     plan = PromptPlan(Prompt("", "", np.zeros((2, 77), np.int64)), None, None, None, {})
-    work = Work(canvas_of(request, sizes), request, make_schedule(request), 0, "", plan)
+    work = Work(lay_canvas(request, sizes), request, make_schedule(request), 0, "", plan)
     HostRuntime(NotedNetworks(), FACTS).check(work)
 
 
@@ -70,7 +70,7 @@ def test_large_frames_go_through_the_vae_in_tiles(monkeypatch: pytest.MonkeyPatc
         networks = NotedNetworks()
         monkeypatch.setattr(tiles, "ABOVE", above)
         monkeypatch.setattr(host_painter, "tiles_of", lambda h, w: tiles.tiles_of(h, w, side=5, overlap=2))
-        _, finished = paint_all(painter_of(networks))
+        _, finished = paint_all(make_painter(networks))
         pictures[above] = finished.astype(int)
         shapes = set(networks.shapes)
         if above == 40:
