@@ -174,7 +174,7 @@ def child(kind: str, inputs: str, onnx: str, paths: list[str]) -> None:
     from dreammix_trt.core.packing import pack
     from dreammix_trt.core.slots import unpack
     from dreammix_trt.export.parity import OnnxNetwork, run_torch
-    from dreammix_trt.export.torch_module import torch_module
+    from dreammix_trt.export.torch_module import make_torch_module
 
     base = BaseFiles.open(*paths[:3], tokenizer=paths[4] or None)
     network = next(each for each in describe_networks(base, precision="float16", fused=True) if each.name == "unet")
@@ -189,7 +189,7 @@ def child(kind: str, inputs: str, onnx: str, paths: list[str]) -> None:
         return
     arrays = dict(np.load(inputs))
     run = (
-        (lambda: run_torch(torch_module(network, weights_of(base, "unet")), network, arrays))
+        (lambda: run_torch(make_torch_module(network, weights_of(base, "unet")), network, arrays))
         if kind == "torch"
         else (lambda: OnnxNetwork(Path(onnx) / "unet.onnx", light=True).run(**arrays))
     )

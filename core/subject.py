@@ -64,10 +64,12 @@ class Subject:
 def subject_from_loras(
     loras: Sequence[tuple[Lora, float, Target]], name: str, token: str = "sks", class_name: str = "", **more: Any
 ) -> Subject:
-    """A subject of several LoRAs, each with its scale and the UNet weights it acts on; text encoders get all of them.
+    """Make a subject of several LoRAs. Text encoders get all of them.
 
-    On a module that several change, A = [A1 A2 ...] and B = [s1 B1; s2 B2; ...]: ranks add up. `more`: the remaining
-    fields of `Subject`.
+    On a module that several LoRAs change, A = [A1 A2 ...] and B = [s1 B1; s2 B2; ...]: ranks add up.
+
+    loras: (LoRA, scale, UNet weights it acts on) each.
+    more: the remaining fields of `Subject`.
     """
     factors: Factors = {}
     for kind in KINDS:
@@ -82,9 +84,11 @@ def subject_from_loras(
 def write_subject(path: str | Path, subject: Subject) -> None:
     """Write the subject as safetensors, float16, whole or not at all.
 
-    Factors are named `factors.<network>.<module>.A|B`, network `unets` for those that both UNets share. The columns of
-    A and the rows of B are balanced to equal norms before rounding, so that none leaves float16's range, not even those
-    of a weak LoRA stacked beside a strong one.
+    Factors are named `factors.<network>.<module>.A|B`; `unets` stands for factors that both UNets share. The columns of
+    A and the rows of B are scaled to equal norms before rounding. So none leaves float16's range, not even those of a
+    weak LoRA stacked beside a strong one.
+
+    Raises FileFormatError for factors that are too large all the same.
     """
     from safetensors.numpy import save_file
 
@@ -166,7 +170,7 @@ def _stack(loras: Sequence[tuple[Lora, float, Target]], part: str) -> dict[str, 
 
 
 def _name_factors(factors: Factors) -> Iterator[tuple[str, tuple[Floats, Floats]]]:
-    """(name in the file, factors); what both UNets share stands there once."""
+    """(name in the file, factors); what both UNets share is written once."""
     for network, modules in factors.items():
         for module, pair in modules.items():
             unets = unets_of("both")
@@ -178,7 +182,7 @@ def _name_factors(factors: Factors) -> Iterator[tuple[str, tuple[Floats, Floats]
 
 
 def _places(path: Path, facts: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Network in the file -> engine networks that take its factors; in schema 1 a target says it of the UNet."""
+    """Network in the file -> engine networks that take its factors; in schema 1 a target names the UNets."""
     places = {kind.name: (kind.name,) for kind in KINDS if kind.factors} | {_BOTH: unets_of("both")}
     if facts["schema"] > 1:
         return places

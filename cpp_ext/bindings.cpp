@@ -1,6 +1,6 @@
-// The Python module dreammix_trt._cpp; only this file and bindings_*.cpp, which fill its part `gpu`, know Python.
-// Arguments arrive checked and contiguous from engine/kernels.py; what memory safety needs is checked again. The GIL is
-// released while numbers are worked on.
+// The Python module dreammix_trt._cpp. Only this file and bindings_*.cpp, which define its part `gpu`, use Python.
+// engine/kernels.py passes checked and contiguous arguments; everything that memory safety needs is checked again here.
+// The GIL is released during computations.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>

@@ -1,5 +1,5 @@
-// The number kernels of dreammix_trt._cpp.gpu. Python has checked which arrays these are; here it is checked that none is
-// missing and that the counts make sense.
+// The number kernels of dreammix_trt._cpp.gpu. Python has checked the arrays. Here we check that none is missing and
+// that the counts make sense.
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -163,7 +163,7 @@ using Layout = std::pair<size_t, std::map<std::string, size_t>>;
 
 #define DMX_FIELD(record, field) {#field, offsetof(dmx::record, field)}
 
-// What engine/device/records.py repeats; fields that nobody uses are left out.
+// The layouts that engine/device/records.py repeats, without unused fields.
 std::map<std::string, std::uint32_t> draws() {
     const auto number = [](dmx::Draw draw) { return static_cast<std::uint32_t>(draw); };
     return {
@@ -203,7 +203,7 @@ std::map<std::string, Layout> layouts() {
 
 #undef DMX_FIELD
 
-// A kernel: the names of its own arguments, and where it runs.
+// Defines a kernel: the names of its own arguments, then where it runs.
 template <typename Function, typename... Arguments>
 void define(nb::module_& gpu, const char* name, Function function, const Arguments&... arguments) {
     gpu.def(name, function, nb::kw_only(), arguments..., "stream"_a = nb::none(), "blocks"_a = 1, "threads"_a = 1,

@@ -15,7 +15,7 @@ DMX_HD inline std::uint8_t feather_value(int distance, int width) {
 
 namespace feather_detail {
 
-// distance = min(distance, 1 + least of the three neighbours in the row before); the rows carry one cell of margin.
+// distance = min(distance, 1 + least of the three neighbours in the previous row); rows have a margin of one cell.
 static DMX_CLONES void step_from_row(std::uint16_t* DMX_RESTRICT row, const std::uint16_t* DMX_RESTRICT before,
                                      ptrdiff_t width) {
     for (ptrdiff_t x = 0; x < width; ++x) {

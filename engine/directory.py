@@ -3,7 +3,7 @@
 engine/
   passport.json              what it was made from, hashes of everything
   subjects/NAME.safetensors  factors of each subject
-  networks/PART/             the base's parts, when self-contained; else they lie in the store
+  networks/PART/             the base's parts, when self-contained; else they are in the store
 """
 
 from __future__ import annotations
@@ -25,14 +25,18 @@ from dreammix_trt.core.subject import Subject, write_subject
 from dreammix_trt.engine.backends.onnxruntime.engine_set import read_network
 
 BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
-#: in every part: what making it took; not part of what the part is
+#: in every part: the cost of making it; it does not count in comparing parts
 COST = "cost.json"
 _PACKAGES = ("dreammix-trt", "numpy", "onnxruntime", "safetensors", "tokenizers", "tensorrt-rtx", "tensorrt")
 
 
 @dataclass(frozen=True)
 class OpenedEngine:
-    """A checked engine directory: its passport, the folder of each of its base's parts, the subjects' files."""
+    """A checked engine directory.
+
+    parts: part name -> its folder.
+    subjects: the subjects' files.
+    """
 
     passport: Passport
     parts: dict[str, Path]
@@ -42,8 +46,10 @@ class OpenedEngine:
 def open_engine(path: Path, *, verify: bool = False, store: Path | None = None) -> OpenedEngine:
     """Check an engine directory and find its parts.
 
-    verify: hash every file again; else hashes of large unchanged files are remembered. Raises EngineError naming the
-    file and the command that rebuilds.
+    verify: hash every file again; else hashes of large unchanged files are remembered.
+    store: the store's folder; None: the default one.
+
+    Raises EngineError with the file and the command that rebuilds.
     """
     passport = Passport.read(path)
     remedy = f"build it again: `{passport.command}`"
@@ -63,8 +69,13 @@ def open_engine(path: Path, *, verify: bool = False, store: Path | None = None) 
 
 
 def check_runnable(path: Path, opened: OpenedEngine, device: str) -> None:
-    """Raise EngineError when it cannot run on a device: plans on "cpu"; plans for another GPU, version or platform, or
-    with code for the host in them."""
+    """Raise EngineError when an engine cannot run on a device.
+
+    device: "cpu" or "cuda".
+
+    Plans do not run on "cpu", nor when they were built for another GPU, version or platform. Plans with code for the
+    host are refused.
+    """
     passport = opened.passport
     if passport.backend == "onnxruntime":
         return
@@ -91,7 +102,7 @@ def check_runnable(path: Path, opened: OpenedEngine, device: str) -> None:
 
 
 def check_engine(path: Path, *, verify: bool = False, store: Path | None = None) -> Passport:
-    """The passport of an engine directory all of whose files are as built; EngineError otherwise."""
+    """The passport of an engine directory. Raises EngineError unless every file is as it was built."""
     return open_engine(path, verify=verify, store=store).passport
 
 
@@ -105,10 +116,16 @@ def write_engine(
     self_contained: bool = False,
     **facts: Any,
 ) -> Passport:
-    """Write an engine directory, atomically, and return its passport.
+    """Write an engine directory, atomically.
 
-    parts, keys: each part's folder and key in the store; files: "PART/FILE" -> hash; subjects: each with the path of
-    the LoRA it came from; facts: the passport's fields that are not found here.
+    parts: name -> each part's folder.
+    keys: name -> each part's key in the store.
+    files: "PART/FILE" -> hash.
+    subjects: each with the path of its LoRA.
+    self_contained: whether the directory has copies of the parts.
+    facts: the passport's other fields.
+
+    Returns its passport.
     """
     networks = [(name, read_network(folder)) for name, folder in parts.items() if name != "base"]
     passport = Passport(
@@ -134,9 +151,9 @@ def write_engine(
 
 
 def _files_of(path: Path, passport: Passport, name: str, folder: Path, shelf: Store) -> dict[str, str]:
-    """A part's files and hashes: the store's own record, or in a self-contained engine the passport's.
+    """A part's files and hashes, from the store's own record, or for a self-contained engine from the passport.
 
-    A part that was made again under its key serves every engine that names the key, whatever its bytes are.
+    A part that was built again under its key serves every engine that names the key, whatever its bytes are.
     """
     if passport.networks_at == "store":
         return {file: digest for file, digest in shelf.files(passport.parts[name]).items() if file != COST}
@@ -151,7 +168,7 @@ def _files_of(path: Path, passport: Passport, name: str, folder: Path, shelf: St
 
 
 def _find_parts(path: Path, passport: Passport, store: Store, remedy: str) -> dict[str, Path]:
-    """The folder of every part."""
+    """The folder of every part. Raises EngineError for a part that the store lacks."""
     if passport.networks_at != "store":
         return {name: path / passport.networks_at / name for name in passport.parts}
     found = {name: store.get(key) for name, key in passport.parts.items()}
@@ -188,7 +205,7 @@ def _make_entry(name: str, entry: Mapping[str, Any], folder: Path) -> NetworkEnt
         inputs={
             spec["name"]: list(spec["shape"])
             for spec in entry["inputs"]
-            if not spec["name"].endswith(LORA_SIDES)  # there are a thousand, and the slots say it
+            if not spec["name"].endswith(LORA_SIDES)  # there are a thousand, and the slots list them
         },
         slots=len(entry.get("slots", ())),
         parity=dict(entry.get("parity", {})),

@@ -20,6 +20,7 @@ from dreammix_trt.core.subject import Subject, read_subject
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.backends.onnxruntime.engine_set import REBUILD, EngineSet
 from dreammix_trt.engine.canvas.pictures import Source
+from dreammix_trt.engine.directory import check_runnable, open_engine
 from dreammix_trt.engine.host.denoiser import Denoiser
 from dreammix_trt.engine.host.runtime import HostRuntime
 from dreammix_trt.engine.jobs import Job, LaidOut, lay_out, paint_jobs
@@ -39,7 +40,7 @@ U8 = npt.NDArray[np.uint8]
 
 
 class Closable(Protocol):
-    """Something with an owner."""
+    """Something that its owner closes."""
 
     def close(self) -> None: ...
 
@@ -47,7 +48,7 @@ class Closable(Protocol):
 class DreamMix:
     """An engine ready to paint. Use it as a context manager, or call `close`; after that it raises EngineError.
 
-    Not thread-safe: one request at a time per object; `another` gives a second one on the same GPU.
+    Not thread-safe: one request at a time per object. `another` makes a second object on the same GPU.
     """
 
     def __init__(
@@ -59,13 +60,13 @@ class DreamMix:
         defaults: Mapping[str, Any] | None = None,
         owned: Sequence[Closable] = (),
     ) -> None:
-        """runtime: what carries requests out.
+        """Paint with a runtime. `load` makes one from an engine directory.
 
+        runtime: carries requests out.
         tokenizers: of both text encoders.
         subjects: what can be drawn; the first is the default.
-        defaults: fields of `Request` that the base was made for (a few-step base: sampler, guidance_scale,
-            num_inference_steps); they hold for prompts given as text, where the caller does not say otherwise. None:
-            those of the base's facts.
+        defaults: fields of `Request` for prompts given as text, where the caller does not set them (a few-step base:
+            sampler, guidance_scale, num_inference_steps). None: those of the base's facts.
         owned: closed, in order, when this is closed.
         """
         self.runtime, self.facts = runtime, runtime.facts
@@ -89,18 +90,15 @@ class DreamMix:
     ) -> DreamMix:
         """Load an engine directory that `dreammix-trt build` made.
 
-        path: the directory.
         threads: for the networks and the kernels; None: all cores.
         verify: hash every file again.
         store: where the base engines are, when not in the default place.
         device: "cpu", or "cuda": requests run on the GPU as a whole.
         options: with "cuda", those of `dreammix_trt.engine.Options` (pictures, largest_picture, subjects, ...).
 
-        Raises InputError for device and options, EngineError saying what is wrong and how to rebuild, MissingExtraError
-        for packages that a GPU needs, DeviceError for a GPU that cannot be used, OutOfMemoryError with the memory plan.
+        Raises InputError for device and options, EngineError with the fault and how to rebuild, MissingExtraError for
+        packages that a GPU needs, DeviceError for a GPU that cannot be used, OutOfMemoryError with the memory plan.
         """
-        from dreammix_trt.engine.directory import check_runnable, open_engine
-
         given = _check_options(device, options)
         opened = open_engine(Path(path), verify=verify, store=Path(store) if store else None)
         check_runnable(Path(path), opened, device)
@@ -130,11 +128,12 @@ class DreamMix:
         defaults: Mapping[str, Any] | None = None,
         owned: Sequence[Closable] = (),
     ) -> DreamMix:
-        """A DreamMix on the host.
+        """Make a DreamMix on the host.
 
-        networks: of a base; facts: about it.
+        networks: of a base.
+        facts: about that base.
         denoiser: in place of the base's UNets.
-        defaults: see `DreamMix`.
+        defaults: as for `DreamMix`.
         """
         runtime = HostRuntime(networks, facts, denoiser)
         return cls(runtime, tokenizers, subjects, defaults=defaults, owned=(runtime, *owned))
@@ -151,12 +150,12 @@ class DreamMix:
         stream: Stream | None = None,
         owned: Sequence[Closable] = (),
     ) -> DreamMix:
-        """A DreamMix whose requests run on a device as a whole.
+        """Make a DreamMix whose requests run on a device as a whole.
 
         options: what memory is set aside for.
         stream: where the networks must run, if it matters to them (`Studio`).
-        owned: closed, in order, when this is closed or cannot be made; device and networks are not, unless they are
-            among them.
+        owned: closed, in order, when this is closed or cannot be made. Device and networks stay open unless listed
+            here.
         """
         from dreammix_trt.engine.device.studio import Studio
 
@@ -170,10 +169,11 @@ class DreamMix:
             return dm
 
     def another(self) -> DreamMix:
-        """A second DreamMix on the same GPU: the same weights, memory and a stream of its own.
+        """Make a second DreamMix on the same GPU, with the same weights but its own memory and stream.
 
-        Both can be used at once, each by one thread. Close it before this one. Raises EngineError on the CPU, and where
-        the memory plan or the back end does not let networks be shared; OutOfMemoryError.
+        Both can be used at once, each by one thread. Close it before this one.
+
+        Raises EngineError on the CPU, and where memory plan or back end forbid sharing the networks; OutOfMemoryError.
         """
         self._check_open()
         runtime = self.runtime.another()
@@ -185,7 +185,7 @@ class DreamMix:
 
     @property
     def studio(self) -> Studio | None:
-        """Where requests run on a GPU: its memory plan, timings, residents. None on the CPU."""
+        """Where requests run on a GPU, with its memory plan, timings and residents. None on the CPU."""
         return None if isinstance(self.runtime, HostRuntime) else cast("Studio", self.runtime)
 
     @property
@@ -194,7 +194,7 @@ class DreamMix:
         return self.runtime.networks
 
     def close(self) -> None:
-        """Release the networks; any use after this raises EngineError, closing again does nothing."""
+        """Release the networks. Any later use raises EngineError; closing again does nothing."""
         if self._closed:
             return
         self._closed = True
@@ -217,12 +217,12 @@ class DreamMix:
         return self._roster.names
 
     def add_subject(self, path: str | os.PathLike[str], name: str | None = None) -> str:
-        """Load another subject of the same base; returns its name (the first one's).
+        """Load another subject of the same base.
 
         path: a subject file, or an engine directory with subjects in it.
-        name: what requests call it; None: as the file says. A loaded subject of the same name is replaced.
+        name: what requests call it; None: the file's name for it. It replaces a loaded subject of that name.
 
-        Raises FileFormatError when it does not fit this base.
+        Returns the name; of several subjects, the first one's. Raises FileFormatError when it does not fit this base.
         """
         self._check_open()
         return self._roster.add_from(path, name)
@@ -230,7 +230,7 @@ class DreamMix:
     # -- requests -----------------------------------------------------------------------------------------------------
 
     def request(self, prompt: str, **fields: Unpack[RequestFields]) -> Request:
-        """The request of a prompt: `fields` of `Request` as given, else the base's `defaults`, else Request's own."""
+        """Make the request of a prompt: `fields` first, then the base's `defaults`, then those of `Request`."""
         return Request.of(**{**self.defaults, **fields, "prompt": prompt})
 
     def inpaint(
@@ -246,23 +246,24 @@ class DreamMix:
         """Paint the marked region (mask above 127) of a picture of any size.
 
         image, mask_image: path, PIL image or uint8 array, of equal size.
-        prompt: text, which makes a request as `request` does, or a whole Request, taken as it is.
+        prompt: text, which makes a request as `request` does, or a whole Request, used as it is.
         noise: where the random numbers come from, one provider a picture; default: the seed. Not on a GPU.
         keep_stages: whether the result has pictures of what each stage did.
         fields: any field of `Request` (seed, substitute, num_inference_steps, ...).
 
-        Raises InputError naming the value that cannot be used.
+        Raises InputError that names the value at fault.
         """
         return _take_last(self.iterate(image, mask_image, prompt, noise=noise, keep_stages=keep_stages, **fields))
 
     def inpaint_batch(self, jobs: Sequence[Job]) -> list[Result]:
-        """Several requests, one result each, in order. All are checked before the first is painted.
+        """Paint several requests. All are checked before the first is painted.
 
-        jobs: (image, mask_image, request) each, the request of `request(prompt, ...)`.
+        jobs: (image, mask_image, request) each; `request(prompt, ...)` makes the request.
 
-        On a GPU pictures of equal frame and steps share a batch of up to `pictures`, whatever their subjects, prompts
-        and sizes; on the CPU they are painted one after the other. Raises InputError naming the value that cannot be
-        used.
+        On a GPU, pictures of equal frame and steps share a batch of up to `pictures`, whatever their subjects, prompts
+        and sizes. On the CPU they are painted one after the other.
+
+        Returns one result per job, in order. Raises InputError that names the value at fault.
         """
         laid_out = [self._lay_out(Job(*job)) for job in jobs]
         for _ in paint_jobs(self.runtime, laid_out, False, self._check_open):
@@ -279,7 +280,7 @@ class DreamMix:
         keep_stages: bool = False,
         **fields: Unpack[RequestFields],
     ) -> Iterator[StepEvent]:
-        """Like `inpaint`, yielding after each step; the last event has the result. Leaving the iteration cancels.
+        """Like `inpaint`, but yield after each step. The last event has the result. Leaving the iteration cancels.
 
         Bad input is refused here, before the first step.
         """
@@ -297,7 +298,7 @@ class DreamMix:
 
 
 def _check_options(device: str, options: Mapping[str, Any]) -> Options:
-    """The options of a device; unknown devices, options and values are refused before anything is opened."""
+    """The options of a device. Refuses unknown devices, options and values before anything is opened."""
     from dataclasses import fields
 
     from dreammix_trt.engine.device.memory_plan import Options
@@ -311,12 +312,12 @@ def _check_options(device: str, options: Mapping[str, Any]) -> Options:
         if name not in known:
             raise InputError(f"there is no option {name!r}; those of device='cuda' are {', '.join(known)}")
         if device != "cuda":
-            raise InputError(f"{name} needs device='cuda' (`--device cuda`); leave it out on the CPU")
+            raise InputError(f"{name} needs device='cuda' (`--device cuda`); omit it on the CPU")
     return Options(**options)
 
 
 def _check_defaults(defaults: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A base's request defaults, refused as a whole where a request would refuse one of them."""
+    """A base's request defaults, as a read-only mapping. Raises EngineError when a request refuses one of them."""
     try:
         Request.of(**{"prompt": "", **defaults})
     except (InputError, TypeError) as error:

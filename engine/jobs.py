@@ -1,4 +1,4 @@
-"""From a job to its result: checking it, laying its pictures out, painting them in batches, telling each step."""
+"""A job on its way to a result: check it, frame its pictures, paint them in batches, report each step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ U8 = npt.NDArray[np.uint8]
 
 
 class Job(NamedTuple):
-    """One request with its pictures; noise: providers, one a picture (default: seeded)."""
+    """One request with its pictures.
+
+    noise: providers, one a picture; None: the seed.
+    """
 
     image: Source
     mask_image: Source
@@ -41,7 +44,14 @@ class Job(NamedTuple):
 
 @dataclass
 class LaidOut:
-    """A job that has been checked; nothing of it has run yet. shapes: what each picture's batch must share."""
+    """A job that is checked and ready. None of it has run yet.
+
+    source: the user's picture.
+    shapes: for each picture, what the pictures of its batch must share.
+    images: finished so far.
+    stages: named pictures of what each stage did, where they were asked for.
+    finished: the result, after the last picture.
+    """
 
     source: PictureIn
     request: Request
@@ -55,7 +65,11 @@ class LaidOut:
     finished: Result | None = None
 
     def take(self, picture: Painted, timings: Mapping[str, float], count: int) -> None:
-        """Take in the next finished picture, and its share of its batch's seconds; the last one makes the result."""
+        """Add the next finished picture. The last picture makes the result.
+
+        timings: seconds of its batch by phase.
+        count: pictures in that batch; each gets an equal share of the seconds.
+        """
         with self.clock("write"):
             self.images.append(_write(self.source, picture.pixels))
         self.stages |= {name: _to_image(pixels) for name, pixels in picture.stages.items()}
@@ -67,7 +81,7 @@ class LaidOut:
 
 
 def _write(source: PictureIn, pixels: U8) -> Image.Image:
-    """A finished picture as the user's own kind of image."""
+    """A finished picture as an image of the user's own kind."""
     return source.with_pixels(pixels) if pixels.shape[:2] == source.size else _to_image(pixels)
 
 
@@ -78,9 +92,11 @@ def _to_image(pixels: U8) -> Image.Image:
 def lay_out(
     job: Job, runtime: Runtime, tokenizers: Sequence[Tokenizer], choose_subject: Callable[[Request], tuple[str, str]]
 ) -> LaidOut:
-    """Check everything of a job and lay its pictures out; runs no network.
+    """Check a whole job and prepare its pictures. Runs no network.
 
-    choose_subject: request -> (name, word in prompts) of its subject. Raises InputError naming what cannot be used.
+    choose_subject: request -> (name, word in prompts) of its subject.
+
+    Raises InputError that names the value at fault.
     """
     clock, request = Clock(), job.request
     if not isinstance(request, Request):
@@ -89,7 +105,7 @@ def lay_out(
         source = read_image(job.image)
         mask = read_mask(job.mask_image, source.size)
     name, token = choose_subject(request)
-    if runtime.lost_raw_unet:  # say what is painted
+    if runtime.lost_raw_unet:  # the request of the result says what was painted
         request = request.replace(patched_fraction=1.0)
     with clock("canvas"):
         canvas = lay_canvas(source.rgb, mask, request, runtime.facts, runtime.frames)
@@ -104,9 +120,11 @@ def lay_out(
 
 
 def lay_canvas(image: U8, mask: U8, request: Request, facts: BaseFacts, sizes: Sequence[Size] | None = None) -> Canvas:
-    """The canvas of a request; reference mode stretches to reference_resize, or to the base's native square.
+    """Make the canvas of a request. Reference mode stretches it to reference_resize, or to the base's native square.
 
-    sizes: the only frames the engines take, where they do not take all (`Canvas.of`).
+    image: uint8 (H, W, 3).
+    mask: uint8 (H, W).
+    sizes: the only frame sizes that the engines take; None: all (`Canvas.of`).
     """
     native, divisor = facts.native_side, facts.divisor
     if request.reference_resize is None or request.reference_resize == (native, native):
@@ -120,9 +138,12 @@ def lay_canvas(image: U8, mask: U8, request: Request, facts: BaseFacts, sizes: S
 def paint_jobs(
     runtime: Runtime, jobs: Sequence[LaidOut], keep_stages: bool, check_open: Callable[[], None]
 ) -> Iterator[StepEvent]:
-    """The pictures of all jobs in batches of equal shape; a job's result comes with its last picture's last step.
+    """Paint the pictures of all jobs in batches of equal shape.
 
-    check_open: raises where the runtime may not be used any more.
+    keep_stages: whether results have pictures of what each stage did.
+    check_open: raises when the runtime may no longer be used.
+
+    Yields an event after each step. A job's result comes with the last step of its last picture.
     """
     pictures = [(job, k) for job in jobs for k in range(len(job.works))]
     shapes = [job.shapes[k] for job, k in pictures]
@@ -150,7 +171,7 @@ def paint_jobs(
 def _take_in(
     batch: Sequence[tuple[LaidOut, int]], painted: Sequence[Painted], timings: Mapping[str, float], last: StepEvent
 ) -> Iterator[StepEvent]:
-    """Give finished pictures to their jobs; the event of the last step, once for each job that is done."""
+    """Give finished pictures to their jobs. Yields the event of the last step once for each job that is done."""
     for place, ((job, k), picture) in enumerate(zip(batch, painted, strict=True)):
         job.take(picture, timings, len(batch))
         if job.finished is not None:
@@ -162,7 +183,7 @@ def _take_in(
 def _check_noise(
     given: NoiseProvider | Sequence[NoiseProvider] | None, seeds: Sequence[int]
 ) -> Sequence[NoiseProvider | None]:
-    """One provider a picture, or None each where none are given."""
+    """One provider a picture, or None for each where the caller gives none."""
     if given is None:
         return [None] * len(seeds)
     providers = given if isinstance(given, Sequence) else [given]

@@ -1,6 +1,6 @@
-"""What this computer can build and run: facts of the machine, read without loading any of the packages they are about.
+"""What this computer can build and run. Reads facts of the machine without loading the packages that they are about.
 
-`examine` never raises: what cannot be found out is None or absent, and the reason is said where it matters.
+`examine` never raises. What it cannot find out is None or absent, and the reports give the reason.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _CUDA: Final = "`pip install 'dreammix-trt[cuda]'`"
 class BackendState:
     """Whether a back end can build and run here with this version of the program.
 
-    why: what is missing and how to get it, or what it works with.
+    why: what is missing and how to get it, or what the back end works with.
     """
 
     name: str
@@ -74,9 +74,13 @@ class BackendState:
 
 @dataclass(frozen=True)
 class Machine:
-    """Facts of a computer. Sizes in bytes, None where unknown; memory as this process may use it (container limits).
+    """Facts of a computer. Sizes are in bytes, None where unknown.
 
-    extension: whether the C++ extension is there; kernels: its CUDA kernels, as `_cpp.build_info()["cuda"]` has them.
+    memory_total, memory_available: as this process may use them (container limits).
+    store: the folder of the store; disk_free belongs to its disk.
+    versions: package -> installed version.
+    extension: whether the C++ extension is installed.
+    kernels: the extension's CUDA kernels, as in `_cpp.build_info()["cuda"]`.
     """
 
     platform: str
@@ -93,7 +97,7 @@ class Machine:
     kernels: Mapping[str, Any] | None = None
 
     def list_backends(self) -> list[BackendState]:
-        """What each back end can do here, in the order in which a user should try them."""
+        """The state of each back end here, in the order in which a user should try them."""
         return [
             self._judge_onnxruntime(),
             self._judge_onnxruntime_cuda(),
@@ -102,7 +106,7 @@ class Machine:
         ]
 
     def list_faults(self) -> list[str]:
-        """What is wrong with the installation, each with its remedy."""
+        """What is wrong with the installation, each fault with its remedy."""
         faults = []
         if "onnxruntime" in self.versions and "onnxruntime-gpu" in self.versions:
             faults.append(
@@ -111,7 +115,7 @@ class Machine:
             )
         if self.tensorrt_is_old():
             faults.append(
-                f"tensorrt {self.versions['tensorrt']} is too old; `pip install 'dreammix-trt[trt]'` brings 11"
+                f"tensorrt {self.versions['tensorrt']} is too old; `pip install 'dreammix-trt[trt]'` installs 11"
             )
         return faults
 
@@ -121,7 +125,7 @@ class Machine:
         return facts | {"backends": [asdict(state) for state in self.list_backends()], "faults": self.list_faults()}
 
     def describe(self) -> Tables:
-        """Titled tables of short texts, as a person wants to read it."""
+        """Titled tables of short texts for people to read."""
         extension = "there" if self.extension else "missing: numpy does its work, slower"
         facts: list[tuple[str, ...]] = [
             ("system", self.system),
@@ -186,15 +190,17 @@ class Machine:
         return self._judge_plans(name, f"{name} {version}", self.list_gpu_lacks())
 
     def _judge_plans(self, name: str, package: str, lacks: Sequence[str]) -> BackendState:
-        """The state of a back end with plans, which it runs where nothing is lacking."""
+        """The state of a back end with plans. It can run where nothing is missing."""
         missing = self._list_missing_tracing()
         needs = f"; building needs {', '.join(missing)}: {_EXPORT}" if missing else ""
         return BackendState(name, not missing, not lacks, self._describe_run(package, lacks) + needs)
 
     def list_gpu_lacks(self, targets: Collection[str] | None = None) -> list[str]:
-        """What running on the GPU here lacks, each with its remedy; of several GPUs the runtime opens the first.
+        """What is missing for running on the GPU here, each with its remedy.
 
-        targets: the only GPUs that would do, as "sm_89"; None: all that the program's kernels can run on.
+        targets: the only GPUs that would do, such as "sm_89"; None: all that the program's kernels can run on.
+
+        Of several GPUs the runtime opens the first.
         """
         if not self.driver.gpus:
             return [str(self.driver.problem)]
@@ -214,12 +220,12 @@ class Machine:
         return [*lacks, why] if why else lacks
 
     def suggest_gpu(self, targets: Collection[str]) -> str:
-        """Where the first GPU is none of `targets` and another one is: how to choose that, in brackets; else ""."""
+        """How to choose another GPU, in brackets, when the first is not in `targets` and another one is; else ""."""
         index = self.find_gpu(targets)
         return f" ({self.driver.setting_for(index)} chooses the {self.driver.gpus[index].name})" if index else ""
 
     def find_gpu(self, targets: Collection[str]) -> int:
-        """Which is the first GPU that is one of `targets`; 0 where none is."""
+        """The index of the first GPU that is in `targets`; 0 when none is."""
         gpus = self.driver.gpus
         return next((index for index, gpu in enumerate(gpus) if gpu.capability in targets), 0)
 
@@ -246,13 +252,16 @@ class Machine:
         return [name for name in _TRACING if name not in self.versions]
 
     def tensorrt_is_old(self) -> bool:
-        """Whether the installed TensorRT is one whose API this program does not use."""
+        """Whether this program cannot use the API of the installed TensorRT."""
         version = self.versions.get("tensorrt", "11").split(".")[0]
         return version.isdigit() and int(version) < 11
 
 
 def examine(store: Path | None = None) -> Machine:
-    """Look at this computer; `store` is the folder whose disk matters (it need not exist)."""
+    """Look at this computer.
+
+    store: the folder whose disk matters; it need not exist.
+    """
     total, available = measure_memory()
     extension, kernels = _read_extension()
     return Machine(
@@ -272,10 +281,10 @@ def examine(store: Path | None = None) -> Machine:
 
 
 def explain_mismatch(built_for: Mapping[str, Any], here: Machine) -> str | None:
-    """Say why an engine built elsewhere cannot run here, or None when nothing speaks against it.
+    """Why an engine that was built elsewhere cannot run here; None when it can.
 
-    built_for: "backend"; "version" of its package; "targets", the GPUs as "sm_89"; "platform" as `Machine.platform`;
-    "command" that builds it again. Absent keys are not compared.
+    built_for: "backend"; "version" of its package; "targets", the GPUs, such as "sm_89"; "platform" as
+        `Machine.platform`; "command" that builds it again. Absent keys are not compared.
     """
     backend = str(built_for.get("backend", ""))
     if backend not in PLANS:
@@ -303,7 +312,7 @@ def explain_mismatch(built_for: Mapping[str, Any], here: Machine) -> str | None:
 
 
 def find_versions() -> dict[str, str]:
-    """Versions of the packages that matter here and are installed, without importing them."""
+    """Versions of the installed packages that matter here, without importing them."""
     found: dict[str, str] = {}
     for name, distributions in _DISTRIBUTIONS.items():
         for distribution in distributions:
@@ -313,12 +322,12 @@ def find_versions() -> dict[str, str]:
 
 
 def _read_extension() -> tuple[bool, Mapping[str, Any] | None]:
-    """Whether the C++ extension is there, and its CUDA kernels. Loading it loads neither numpy nor a driver."""
+    """Whether the C++ extension is installed, and its CUDA kernels. Loading it loads neither numpy nor a driver."""
     if importlib.util.find_spec("dreammix_trt._cpp") is None:
         return False, None
     try:
         info = importlib.import_module("dreammix_trt._cpp").build_info()
-    except (ImportError, AttributeError):  # of another Python, or of an older version of the program
+    except (ImportError, AttributeError):  # built for another Python, or by an older version of the program
         return True, None
     return True, info["cuda"]
 
@@ -338,12 +347,15 @@ def _compare_version(backend: str, built: Any, here: Machine) -> Iterator[str]:
 def _compare_gpu(targets: Collection[str], here: Machine) -> Iterator[str]:
     first = here.driver.gpus[0]
     if targets and first.capability not in targets:
-        told = f"the first GPU here is {first.name} ({first.capability}){here.suggest_gpu(targets)}"
-        yield f"it was built for {', '.join(targets)}, {told}"
+        first_gpu = f"the first GPU here is {first.name} ({first.capability}){here.suggest_gpu(targets)}"
+        yield f"it was built for {', '.join(targets)}, {first_gpu}"
 
 
 def _rewrite_command(built_for: Mapping[str, Any], here: Machine) -> str:
-    """The command that builds the engine again, changed so that the new one runs here; ": " before it, or nothing."""
+    """The command that builds the engine again, changed so that the new one runs here.
+
+    ": " stands before it. Returns "" where no command is known.
+    """
     command, instead = str(built_for.get("command") or ""), _choose_instead(built_for, here)
     if not command:
         return ""
@@ -360,11 +372,11 @@ def _rewrite_command(built_for: Mapping[str, Any], here: Machine) -> str:
 
 
 def _choose_instead(built_for: Mapping[str, Any], here: Machine) -> str:
-    """What to ask for instead of what was built, as an option."""
+    """The option to build with in place of the old one."""
     if not here.driver.gpus:
         return "--backend onnxruntime"
     targets = RTX_TARGETS if built_for["backend"] == "tensorrt-rtx" else None
-    # Another GPU than the first, maybe, which is then to be chosen.
+    # Maybe not the first GPU; then the user must choose it.
     capability = here.driver.gpus[here.find_gpu(built_for.get("targets") or ())].capability
     return f"--target {capability}" if targets is None or capability in targets else "--backend tensorrt"
 
@@ -374,7 +386,7 @@ def _drop_options(command: str, *options: str) -> str:
 
 
 def _compare_platform(backend: str, built: Any, here: Machine) -> Iterator[str]:
-    # TensorRT-RTX moves its plans between Linux and Windows; only the processor must agree.
+    # Plans of TensorRT-RTX run on Linux and Windows alike; only the processor must agree.
     whole = backend == "tensorrt"
     if built is not None and _normalise_platform(str(built), whole) != _normalise_platform(here.platform, whole):
         yield f"it was built on {built}, this is {here.platform}"

@@ -1,10 +1,10 @@
-"""The one story: how a picture comes about, whoever carries it out.
+"""How a picture is painted, on the host as on a device.
 
     start -> step, step, ... -> hand over -> step, step, ... -> finish
 
-A `Painter` carries the phases out for one batch: on the host (engine/host) one picture, on a device (engine/device) one
-or several of equal shape. What happens in a phase is docs/algorithm.md; what decides it, step by step, stands in the
-rows of the schedule.
+A `Painter` carries out these phases for one batch. The host's (engine/host) paints one picture, a device's
+(engine/device) one or several of equal shape. docs/algorithm.md says what happens in a phase. The rows of the schedule
+hold everything that depends on the step.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ U8 = npt.NDArray[np.uint8]
 
 
 class Painter(Protocol):
-    """Carries out the phases of one batch. The phases are called in the order of `paint`, each once.
+    """Carries out the phases of one batch. `paint` calls the phases in order, each once.
 
-    A network whose values are not finite raises NotFiniteError, in its phase or at the latest in `finish`.
+    When a network's values are not finite, its phase raises NotFiniteError, or `finish` does at the latest.
     """
 
     @property
@@ -41,33 +41,37 @@ class Painter(Protocol):
         ...
 
     def start(self) -> None:
-        """The first stage: its frame, fill, encodings, condition, and noise on the background."""
+        """Begin the first stage: its frame, fill, encodings, condition, and noise on the background."""
         ...
 
     def step(self, step: Step) -> None:
-        """One row of the schedule: blend, predict, guide, solve."""
+        """Carry out one row of the schedule: blend, predict, guide, solve."""
         ...
 
     def hand_over(self, step: Step) -> None:
-        """From the local to the global stage: decode, paste, encode, noise at the level of the step about to run."""
+        """Go from the local to the global stage: decode, paste, encode, add noise.
+
+        step: the one that runs next; it sets the level of the noise.
+        """
         ...
 
     def finish(self) -> list[U8]:
-        """The finished pictures, uint8 (H, W, 3) each: the last latent decoded and pasted."""
+        """Decode the last latent and paste it. Returns the finished pictures, uint8 (H, W, 3) each."""
         ...
 
     def open_preview(self) -> Callable[[int], U8]:
-        """What shows picture k's present prediction as a picture of the stage's frame, uint8 (h, w, 3).
+        """A function that shows picture k's present prediction as a picture of the frame, uint8 (h, w, 3).
 
-        It may cost a VAE decoding, and on a device it works until the next step.
+        Calling it may cost a VAE decoding. On a device it works until the next step.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A step of a batch is done (on a device: on its way). preview(k): see `Painter.open_preview`.
+    """A batch has taken a step (on a device: has enqueued it).
 
+    preview: shows picture k, see `Painter.open_preview`.
     taken: the step's latents, where they are at hand (on the host: `engine.host.sampling.Taken`).
     """
 
@@ -80,11 +84,13 @@ Steps = Generator[Progress, None, list[U8]]
 
 
 def paint(painter: Painter) -> Steps:
-    """Take a batch through its schedule, yielding after each step; returns the finished pictures.
+    """Take a batch through its schedule, yielding after each step.
 
-    Where the sharp local result will be kept, the local stage goes on to sigma 0 before the hand-over: a prediction
-    from the middle of the schedule still has the haze of the noise it was made from, which the global stage otherwise
-    takes away. Those steps come on top and are not yielded. Leaving the generator stops the work.
+    Where the sharp local result will be kept, the local stage goes on to sigma 0 before the hand-over. A prediction
+    from the middle of the schedule still has the haze of its noise, which otherwise the global stage removes. These
+    extra steps are not yielded.
+
+    Leaving the generator stops the work. Returns the finished pictures.
     """
     schedule = painter.schedule
     painter.start()
@@ -100,11 +106,13 @@ def paint(painter: Painter) -> Steps:
 
 
 def paint_safely(open_painter: Callable[[bool], Painter], has_network: Callable[[str], bool]) -> Steps:
-    """Paint a batch; where a network's values were not finite, paint it once more with the float32 twins there are.
+    """Paint a batch; where a network's values were not finite, paint it once more with the available float32 twins.
 
-    open_painter: a painter of the batch, of the twins where it is given True. has_network: whether there is a network
-    of a name. No progress is yielded of the second time. Raises NotFiniteError where the network has no twin, or the
-    values are not finite again.
+    open_painter: makes a painter of the batch; with True, one that uses the twins.
+    has_network: whether there is a network of a name.
+
+    The second attempt yields no progress. Raises NotFiniteError where the network has no twin, or the values are again
+    not finite.
     """
     try:
         return (yield from paint(open_painter(False)))
@@ -112,7 +120,7 @@ def paint_safely(open_painter: Callable[[bool], Painter], has_network: Callable[
         name = error.network
         if not has_network(twin_name(name)):
             raise NotFiniteError(
-                describe_overflow(name, "and there is no float32 twin to take instead"), name
+                describe_overflow(name, "and there is no float32 twin to use instead"), name
             ) from error
         logging.getLogger(__name__).warning("%s; painting again in float32", describe_overflow(name, "in float16"))
     try:
@@ -123,7 +131,7 @@ def paint_safely(open_painter: Callable[[bool], Painter], has_network: Callable[
 
 
 def exhaust(steps: Steps) -> list[U8]:
-    """Run the steps to their end; gives the pictures."""
+    """Run the steps to their end and return the pictures."""
     while True:
         try:
             next(steps)
@@ -133,7 +141,10 @@ def exhaust(steps: Steps) -> list[U8]:
 
 
 def describe_overflow(network: str, how: str) -> str:
-    """The message for a network whose values are not finite."""
+    """The message for a network whose values are not finite.
+
+    how: continues the sentence, for example "in float16".
+    """
     remedy = "lower guidance_scale or the subject's scale"
     if kind_of(network).call == "vae":
         remedy += ", or build with a VAE that stays within float16 (`--vae`)"
@@ -141,7 +152,12 @@ def describe_overflow(network: str, how: str) -> str:
 
 
 def batch_by_shape(shapes: Sequence[object], most: int) -> Iterator[list[int]]:
-    """Numbers of pictures that can share a batch: at most `most` of equal shape, in order of their first."""
+    """Group pictures into batches: at most `most` of equal shape, in order of the first of each.
+
+    shapes: one a picture; pictures of equal shape can share a batch.
+
+    Yields the numbers of a batch's pictures.
+    """
     waiting = list(range(len(shapes)))
     while waiting:
         batch = [number for number in waiting if shapes[number] == shapes[waiting[0]]][:most]

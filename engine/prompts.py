@@ -1,6 +1,7 @@
-"""What a request's text becomes: which prompts are encoded, what TAS takes out of them, and the rows of each stage.
+"""What becomes of a request's text: which prompts are encoded, what TAS removes from them, and the rows of each stage.
 
-Made once for a picture, and carried out by the host (engine/host/texts.py) or a device (engine/device/texts.py).
+The plan is made once for a picture. The host (engine/host/texts.py) or a device (engine/device/texts.py) carries it
+out.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ from dreammix_trt.engine.text import TasPlan, Tokenizer, plan_tas
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 Source = Literal["prompt", "decomposed", "negative", "zeros"]
-MOST_PROMPTS = 3  # of one picture: its own, the one TAS takes attributes from, the negative one
+MOST_PROMPTS = 3  # of one picture: its own, the one with the attributes that TAS removes, the negative one
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A text to be encoded with a subject's factors; ids: int64 (encoders, 77)."""
+    """A text that is encoded with a subject's factors.
+
+    subject: name of the subject, "" for none.
+    ids: int64 (encoders, 77).
+    """
 
     text: str
     subject: str
@@ -33,13 +38,17 @@ class Prompt:
 
     @property
     def key(self) -> tuple[str, str, bytes]:
-        """Equal for prompts that encode to the same."""
+        """Equal for prompts whose encodings are equal."""
         return self.text, self.subject, self.ids.tobytes()
 
 
 @dataclass(frozen=True)
 class ConditionRow:
-    """One row of a stage's condition: where its token rows and its pooled vector come from."""
+    """One row of a stage's condition.
+
+    tokens: where its token rows come from.
+    pooled: where its pooled vector comes from.
+    """
 
     tokens: Source
     pooled: Source
@@ -50,8 +59,9 @@ class PromptPlan:
     """The condition of one picture.
 
     prompt: the request's own.
-    eliminated: what TAS takes attributes from, with the plan of how (tas), or None.
-    negative: of the negative row; None: that row is zeros, or not there.
+    eliminated: the text whose attributes TAS removes, or None.
+    negative: of the negative row; None: the row is zeros, or there is none.
+    tas: how TAS removes them, or None.
     stages: stage -> its rows, [negative, positive], or positive alone where guidance is off.
     appended: rows that follow the text's in every row of the condition, float32 (rows, n, D), or None.
     """
@@ -65,7 +75,7 @@ class PromptPlan:
 
     @property
     def prompts(self) -> list[Prompt]:
-        """All that must be encoded."""
+        """All prompts that must be encoded."""
         return [each for each in (self.prompt, self.eliminated, self.negative) if each is not None]
 
     @property
@@ -77,11 +87,14 @@ class PromptPlan:
 def plan_prompts(
     tokenizers: Sequence[Tokenizer], request: Request, subject: str, token: str, appended: F32 | None = None
 ) -> PromptPlan:
-    """Decide a picture's texts.
+    """Decide the texts of one picture.
 
-    subject: name of the subject whose factors the encoders use, "" for none. token: its word in prompts. appended: rows
-    to append, float32 (rows, n, D). Raises InputError for a prompt that is too long, for TAS without the subject's
-    word, and for appended rows that are not as many as the condition has.
+    subject: name of the subject whose factors the encoders use, "" for none.
+    token: the subject's word in prompts.
+    appended: rows to append, float32 (rows, n, D).
+
+    Raises InputError for a prompt that is too long, for TAS without the subject's word, and when there are more or
+    fewer appended rows than rows of the condition.
     """
 
     def tokenize(text: str) -> Prompt:
@@ -107,5 +120,8 @@ def plan_prompts(
 
 
 def _choose_source(request: Request, tas: TasPlan | None, part: str) -> Source:
-    """Where a part of the positive row comes from; part: as `Request.tas_stages` names it."""
+    """Where a part of the positive row comes from.
+
+    part: as `Request.tas_stages` names it.
+    """
     return "decomposed" if tas is not None and part in request.tas_stages else "prompt"

@@ -15,7 +15,7 @@ _TOKEN = "sks"
 
 
 class Roster:
-    """Subjects that a runtime knows; the first is the default."""
+    """The subjects that a runtime knows. The first is the default."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -28,18 +28,29 @@ class Roster:
 
     @property
     def subjects(self) -> list[Subject]:
-        """Each under the name that requests call it."""
+        """The subjects, each under the name that requests use."""
         return [replace(subject, name=name) for name, subject in self._subjects.items()]
 
     def add(self, subject: Subject, name: str = "") -> str:
-        """Make a subject known; returns what requests call it: `name`, or its own where that is empty."""
+        """Make a subject known.
+
+        name: what requests call it; empty: the subject's own name.
+
+        Returns that name.
+        """
         name = name or subject.name
         self._runtime.add_subject(name, subject)
         self._subjects[name] = subject
         return name
 
     def add_from(self, path: str | os.PathLike[str], name: str | None = None) -> str:
-        """Add what a subject file, or an engine directory with subjects in it, holds; returns the first one's name."""
+        """Add the subjects of a subject file or of an engine directory.
+
+        name: what requests call it, for a single subject; None: each keeps its own.
+
+        Returns the first one's name. Raises EngineError for a directory without subjects, InputError for one name for
+        several.
+        """
         source = Path(path)
         files = sorted((source / "subjects").glob("*.safetensors")) if source.is_dir() else [source]
         if not files:
@@ -50,7 +61,7 @@ class Roster:
         return names[0]
 
     def choose(self, request: Request) -> tuple[str, str]:
-        """(name, word in prompts) of the request's subject; ("", "sks") for none."""
+        """(name, word in prompts) of the request's subject; ("", "sks") when it asks for none."""
         name = request.subject if request.subject is not None else next(iter(self._subjects), "")
         if name == "":
             return "", _TOKEN

@@ -1,4 +1,4 @@
-"""What `DreamMix` asks of the side that carries requests out: the host, or a device. It is chosen once, at loading."""
+"""What `DreamMix` needs from the runtime that carries requests out, on the host or on a device. Chosen at loading."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ U8 = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """One picture to paint, checked and laid out; nothing of it has run yet.
+    """One picture to paint, checked and prepared. None of it has run yet.
 
-    subject: whose factors are used, "" for none. noise: where its random numbers come from; None: the seed.
+    subject: name of the subject whose factors are used, "" for none.
+    noise: where its random numbers come from; None: the seed.
     """
 
     canvas: Canvas
@@ -40,7 +41,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Painted:
-    """A finished picture, uint8 (H, W, 3), and named pictures of what each stage did, where they were asked for."""
+    """A finished picture.
+
+    pixels: uint8 (H, W, 3).
+    stages: named pictures of what each stage did, where they were asked for.
+    """
 
     pixels: U8
     stages: Mapping[str, U8] = field(default_factory=dict)
@@ -57,7 +62,7 @@ class Runtime(Protocol):
 
     @property
     def networks(self) -> Any:
-        """The base's: `core.seam.Networks` on the host, `DeviceNetworks` on a device."""
+        """The base's networks: `core.seam.Networks` on the host, `DeviceNetworks` on a device."""
         ...
 
     @property
@@ -77,12 +82,14 @@ class Runtime(Protocol):
 
     @property
     def lost_raw_unet(self) -> bool:
-        """Whether the base has an unpatched UNet that the memory plan left out."""
+        """Whether the base has an unpatched UNet that the memory plan omits."""
         ...
 
     def add_subject(self, name: str, subject: Subject) -> None:
-        """Make a subject known; one of the same name is replaced. Raises FileFormatError where it does not fit the
-        base; then nothing changes."""
+        """Make a subject known. It replaces one of the same name.
+
+        Raises FileFormatError when it does not fit the base; then nothing changes.
+        """
         ...
 
     def check(self, work: Work) -> Hashable:
@@ -92,21 +99,25 @@ class Runtime(Protocol):
     def paint(self, batch: Sequence[Work], keep: Collection[int] = ()) -> Painting:
         """Paint pictures of equal `check`: a Progress after each step, last the finished pictures.
 
-        keep: the numbers of pictures whose stages are wanted, too. Leaving the generator stops the work; until it is
-        left, the last progress can be asked for previews. Raises NotFiniteError; on a device OutOfMemoryError and
-        DeviceError, too.
+        keep: numbers of the pictures whose stages are wanted as well.
+
+        Leaving the generator stops the work. Until then the last progress can be asked for previews. Raises
+        NotFiniteError; on a device also OutOfMemoryError and DeviceError.
         """
         ...
 
     @property
     def timings(self) -> Mapping[str, float]:
-        """Seconds of the last batch by phase, after it was finished."""
+        """Seconds of the last finished batch by phase."""
         ...
 
     def another(self) -> Runtime:
-        """A second one over the same networks, with memory of its own. Raises EngineError where none can be had."""
+        """Make a second runtime over the same networks, with its own memory.
+
+        Raises EngineError where that is not possible.
+        """
         ...
 
     def close(self) -> None:
-        """Release what it holds; again does nothing."""
+        """Release what it holds. Calling it again does nothing."""
         ...

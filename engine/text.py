@@ -1,7 +1,7 @@
 """Prompts as token ids, and TAS: removing attributes of the subject from the text embedding.
 
-The tokenizer is CLIP's byte-level BPE, run by the `tokenizers` package alone from vocab.json and merges.txt.
-TAS is section 3.4 of the DreamMix paper; docs/algorithm.md, 5.2 to 5.5, gives the authors' arithmetic.
+The tokenizer is CLIP's byte-level BPE; the `tokenizers` package runs it from vocab.json and merges.txt. TAS is section
+3.4 of the DreamMix paper. docs/algorithm.md, 5.2 to 5.5, gives the authors' arithmetic.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 class Tokenizer:
-    """CLIP's tokenizer for one text encoder: equal to transformers' CLIPTokenizer on every prompt."""
+    """CLIP's tokenizer for one text encoder. Equal to transformers' CLIPTokenizer on every prompt."""
 
     def __init__(self, backend: Any, pad: str, length: int = TOKENS) -> None:
         self._backend = backend
@@ -42,8 +42,11 @@ class Tokenizer:
     def load(cls, folder: str | Path, pad: str | None = None, length: int = TOKENS) -> Tokenizer:
         """Load `vocab.json` and `merges.txt` from `folder`.
 
-        pad: the token that fills up to `length`; default: what the folder's tokenizer_config.json or
-        special_tokens_map.json names, else the end mark. Raises FileFormatError for missing or unusable files.
+        pad: the token that fills up to `length`; None: what the folder's tokenizer_config.json or
+            special_tokens_map.json names, else the end mark.
+        length: token ids of an encoded prompt.
+
+        Raises FileFormatError for missing or unusable files.
         """
         folder = Path(folder)
         try:
@@ -55,9 +58,11 @@ class Tokenizer:
             raise FileFormatError(f"tokenizer in {folder}: vocab.json or merges.txt cannot be used: {error}") from error
 
     def encode(self, prompt: str, truncate: bool = False) -> I64:
-        """Token ids int64 (length,): start mark, prompt, end mark, padding.
+        """Encode a prompt: start mark, prompt, end mark, padding.
 
-        Raises InputError for a prompt that does not fit, unless `truncate`: then its last tokens are dropped.
+        truncate: drop the last tokens of a prompt that is too long.
+
+        Returns token ids int64 (length,). Raises InputError for a prompt that does not fit, unless `truncate`.
         """
         ids = self._split(prompt).ids
         room = self._length - 2
@@ -85,8 +90,9 @@ class Tokenizer:
 class TasPlan:
     """Which directions TAS removes, and from which rows.
 
-    text: E, to be encoded like a prompt. removed: rows of E's embedding, in the order they are removed.
-    projected: rows of the prompt's embedding that they are removed from.
+    text: E, encoded like a prompt.
+    removed: rows of E's embedding, in the order in which they are removed.
+    projected: rows of the prompt's embedding from which they are removed.
     """
 
     text: str
@@ -95,7 +101,7 @@ class TasPlan:
 
 
 def elimination_text(prefix: str, words: Sequence[str]) -> str:
-    """E = prefix + " " + words: what is encoded to know the directions of `words`."""
+    """E = prefix + " " + words: encoding it gives the directions of `words`."""
     return prefix + " " + " ".join(words)
 
 
@@ -107,12 +113,13 @@ def plan_tas(
     indexing: Indexing = "bpe",
     token: str = "sks",
 ) -> TasPlan:
-    """Find the rows for taking `words` out of `prompt`.
+    """Find the rows for removing `words` from `prompt`.
 
-    indexing "bpe": every token of the eliminated words is removed from every token of the prompt. "words": the
-    authors' arithmetic (docs/algorithm.md, 5.3), where the k-th blank-separated word stands at row k whatever its
-    tokens are; needs no tokenizer. Both agree when every word is one token. Punctuation may touch the subject's
-    `token` with "bpe", not with "words".
+    prefix: stands before the words in the text E.
+    indexing: "bpe": every token of the eliminated words is removed from every token of the prompt. "words": the
+        authors' arithmetic (docs/algorithm.md, 5.3), where the k-th blank-separated word is at row k whatever its
+        tokens are. It needs no tokenizer. Both agree when every word is one token.
+    token: the subject's word. Punctuation may touch it with "bpe", not with "words".
 
     Raises InputError when the prompt lacks `token`, or no word is left to eliminate ("bpe").
     """
@@ -138,11 +145,15 @@ def plan_tas(
 def apply_tas(
     plan: TasPlan, tokens: F32, pooled: F32, eliminated_tokens: F32, eliminated_pooled: F32
 ) -> tuple[F32, F32]:
-    """Decompose the prompt's embedding: (tokens (77, D), pooled (Dp,)), float32, new arrays.
+    """Decompose the prompt's embedding.
 
-    tokens and eliminated_tokens are (77, D) over the width of both encoders, the pooled ones (Dp,). Each removed
-    direction e in turn is projected out of each row t: t -= (t . e)/|e|^2 e; the pooled vector loses the direction of
-    E's pooled vector once. Zero directions remove nothing. Which stage uses which part is the loop's affair.
+    tokens, eliminated_tokens: (77, D) over the width of both encoders.
+    pooled, eliminated_pooled: (Dp,).
+
+    Each removed direction e in turn is projected out of each row t: t -= (t . e)/|e|^2 e. The pooled vector loses the
+    direction of E's pooled vector once. Zero directions remove nothing. The loop decides which stage uses which part.
+
+    Returns (tokens (77, D), pooled (Dp,)), float32, new arrays.
     """
     decomposed = kernels.tas_project(tokens, eliminated_tokens[list(plan.removed)], np.array(plan.projected, np.int64))
     rest = kernels.tas_project(pooled[None], eliminated_pooled[None], np.zeros(1, np.int64))

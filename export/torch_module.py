@@ -1,4 +1,4 @@
-"""A network of the list as a torch module, hollow for tracing or with a base's weights."""
+"""Networks of the list as torch modules, hollow for tracing or with a base's weights."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from dreammix_trt.core.networks import Network
 from dreammix_trt.core.tensors import Weights
 
 
-def torch_module(network: Network, weights: Weights | None = None) -> Any:
-    """The network as a torch module in eval mode, float32; its `.network` holds the parameters by torch name.
+def make_torch_module(network: Network, weights: Weights | None = None) -> Any:
+    """Make the torch module of a network, in eval mode and float32. Its `.network` has the parameters by torch name.
 
-    weights None: a hollow module for tracing. Every parameter has its full shape and one number of storage, so a
-    2.6-billion-parameter UNet takes no memory, and no two parameters are equal, so the exporter cannot merge them.
+    weights: by torch name; None: make a hollow module for tracing. Each of its parameters has the full shape and one
+        number of storage, so a UNet of 2.6 billion parameters takes no memory. No two parameters are equal, so the
+        exporter cannot merge them.
+
     Raises `MissingExtraError` without torch and diffusers, `FileFormatError` when the weights do not fit the config.
     """
     try:
@@ -60,7 +62,12 @@ def _parameters(root: Any) -> Iterator[tuple[str, Any, str, Any]]:
 
 
 def check_fit(network: str, given: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """`FileFormatError` naming the tensors that are missing, left over or of another shape."""
+    """Raise `FileFormatError` naming the tensors that are missing, unknown or of another shape.
+
+    network: its name, for the message.
+    given: tensor name -> shape, of the weights.
+    shapes: tensor name -> shape, as the network has them.
+    """
     wrong = [f"{name} is missing" for name in shapes if name not in given]
     wrong += [f"{name} is not in the network" for name in given if name not in shapes]
     wrong += [

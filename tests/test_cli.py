@@ -222,7 +222,7 @@ BAD_BUILDS: dict[str, tuple[list[str], str]] = {
     "no target": (["--backend", "tensorrt-rtx"], "name the GPUs to build for with --target: sm_"),
     "an unknown target": (["--target", "sm_12"], "cannot build for 'sm_12'; it knows sm_75"),
     "a target twice": (["--target", "sm_89", "--target", "sm_89"], "name each once"),
-    "the GPU at hand and another": (["--target", "current", "--target", "sm_89"], "current cannot stand beside others"),
+    "the GPU at hand and another": (["--target", "current", "--target", "sm_89"], "current cannot be combined"),
     "an unknown back end": (["--backend", "openvino"], "backend is 'openvino'; allowed: onnxruntime, tensorrt-rtx"),
     "a target for onnxruntime": (["--backend", "onnxruntime", "--target", "sm_89"], "builds for no GPU in particular"),
     "a precision": (["--precision", "int8"], "precision is 'int8'; allowed: float32, float16"),

@@ -1,4 +1,5 @@
-// The records kernels read from device memory; engine/device/records.py says what each field means and repeats the layout.
+// The records that kernels read from device memory. engine/device/records.py explains the fields and repeats the
+// layout.
 #pragma once
 
 #include "../common.hpp"
@@ -42,8 +43,8 @@ struct Factor {
     std::int32_t unused;
 };
 
-// The draws that kernels make on their own, by the numbers of core/noise.py's DRAWS (a test compares them); the others
-// come as arguments.
+// The draws that kernels choose themselves, with the numbers of DRAWS in core/noise.py (a test compares them). The
+// other draws are arguments.
 enum class Draw : std::uint32_t { init = 0, blend = 1, solver = 2, renoise = 3 };
 
 static_assert(sizeof(Cut) == 64 && sizeof(Sheet) == 64 && sizeof(Field) == 32 && sizeof(Job) == 24);

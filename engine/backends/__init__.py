@@ -1,1 +1,1 @@
-"""What runs networks: ONNX Runtime and TensorRT."""
+"""The back ends that run networks: ONNX Runtime and TensorRT."""

@@ -1,10 +1,10 @@
-"""From the user's picture to the frames the networks work on, and back.
+"""From the user's picture to the frames that the networks work on, and back.
 
 Geometry is in pixels: boxes are (row0, row1, col0, col1) with ends exclusive, sizes (height, width). What the reference
-ties to 1024 (frame, size class, snap, fill radii) scales with the base's native side; the feather scales with the
+ties to 1024 (frame, size class, snap, fill radii) scales with the base's native side. The feather scales with the
 picture's short side.
 
-`native` mode keeps the user's resolution and aspect; `reference` mode stretches the picture to native x native and
+`native` mode keeps the user's resolution and aspect. `reference` mode stretches the picture to native x native and
 follows the authors' arithmetic to the byte (docs/algorithm.md, 1 to 4, 8, 9).
 """
 
@@ -60,9 +60,9 @@ def from_decoded(decoded: F32) -> U8:
 
 
 def dilate_mask(mask: U8, pixels: int) -> U8:
-    """The mask with its region (above 127) grown by `pixels` to all sides; as it is for 0."""
+    """Grow the mask's region (above 127) by `pixels` to all sides; 0 leaves it unchanged."""
     while pixels > 0:
-        reach = min(pixels, 250)  # the feather tells no more than 255 distances apart
+        reach = min(pixels, 250)  # the feather distinguishes at most 255 distances
         mask = np.where(kernels.feather(mask, reach + 1) > 0, np.uint8(255), np.uint8(0))
         pixels -= reach
     return mask
@@ -71,7 +71,7 @@ def dilate_mask(mask: U8, pixels: int) -> U8:
 def seam_weight(mask: U8, width: int) -> U8:
     """The share of the global stage in the seam, uint8 (H, W): 255 outside the mask and at its edge, 0 deep inside.
 
-    It falls over `width` pixels; in a mask thinner than that, to 0 at its deepest pixel.
+    width: pixels over which it falls. In a mask thinner than that, it falls to 0 at the deepest pixel.
     """
     share = np.full(mask.shape, 255, np.uint8)
     r0, r1, c0, c1 = mask_bounds(mask)
@@ -92,8 +92,10 @@ def seam_weight(mask: U8, width: int) -> U8:
 class Frame:
     """What one stage works on: a box of the canvas at the size of the networks.
 
-    box: in canvas pixels. image: uint8 (h, w, 3). mask: uint8 (h, w), 0 or 255. fill: image with its hole filled, or
-    None where the plain image is the background. In reference mode h and w may be no multiple of 8; `size` is.
+    box: in canvas pixels.
+    image: uint8 (h, w, 3). In reference mode h and w may not be multiples of 8; `size` always is.
+    mask: uint8 (h, w), 0 or 255.
+    fill: the image with its hole filled; None where the plain image is the background.
     """
 
     box: Box
@@ -126,7 +128,7 @@ class Frame:
         return kernels.latent_mask(self.network_mask, FACTOR)[None, None]
 
     def network_input(self, picture: U8) -> F32:
-        """A picture of the frame's size as float32 (1, 3, h, w) in [-1, 1], sides whole latent cells."""
+        """Convert a picture of the frame's size to float32 (1, 3, H, W) in [-1, 1] with the sides of `size`."""
         return to_latent_range(_resize(picture, self.size))
 
     @property
@@ -142,10 +144,14 @@ class Frame:
 
 @dataclass(frozen=True)
 class Canvas:
-    """One picture to be inpainted: `image` uint8 (H, W, 3) and `mask` uint8 (H, W), for a base of side `native`.
+    """One picture to inpaint. Make one with `Canvas.of`.
 
-    snap: what the sides of a native frame are multiples of. sizes: the only frames there are, in pixels; None: all of
-    `geometry.profile_sizes`, and any in reference mode. Make one with `Canvas.of`.
+    image: uint8 (H, W, 3).
+    mask: uint8 (H, W); values above 127 are repainted.
+    native: native side of the base in pixels.
+    snap: the sides of a native frame are multiples of this many pixels.
+    sizes: the only frame sizes that the engines take, in pixels; None: all of `geometry.profile_sizes`, and any in
+        reference mode.
     """
 
     image: U8
@@ -166,12 +172,14 @@ class Canvas:
         divisor: int = 32,
         sizes: Sequence[Size] | None = None,
     ) -> Canvas:
-        """Lay the canvas (docs/algorithm.md, 1.2): the user's own pixels, or in reference mode native x native.
+        """Make the canvas (docs/algorithm.md, 1.2): the user's own pixels, or in reference mode native x native.
 
-        divisor: the base's least multiple of a side in pixels, 8 * 2^(levels - 1). sizes: the frame sizes (height,
-        width) in pixels that the engines take, where they do not take all: native frames are chosen among them,
-        reference frames that are none of them are refused (`work_size`).
-        Raises InputError where nothing of the mask is left to repaint.
+        native: native side of the base in pixels.
+        divisor: the base's least multiple of a side in pixels, 8 * 2^(levels - 1).
+        sizes: the frame sizes (height, width) in pixels that the engines take, where they do not take all. Native
+            frames are chosen among them; other reference frames are refused (`work_size`).
+
+        Raises InputError when the mask repaints nothing.
         """
         if mode == "reference":
             image = kernels.resize(image, native, native, "bicubic")
@@ -191,7 +199,7 @@ class Canvas:
 
     @cached_property
     def feather(self) -> U8:
-        """The weight of what is pasted, uint8 (H, W); 0 where pixels stay as they are."""
+        """The weight of pasted content, uint8 (H, W); 0 where pixels stay unchanged."""
         weight = np.zeros(self.size, np.uint8)
         weight[self._near] = kernels.feather(np.ascontiguousarray(self.mask[self._near]), self.feather_width)
         return weight
@@ -204,7 +212,10 @@ class Canvas:
         return slice(max(r0 - reach, 0), r1 + reach), slice(max(c0 - reach, 0), c1 + reach)
 
     def box(self, field: float) -> Box:
-        """The crop box of a stage. In native mode it contains the mask and has an aspect the engines take."""
+        """The crop box of a stage. In native mode it contains the mask and has an aspect that the engines take.
+
+        field: share of the canvas that the box spans, 0..1.
+        """
         if self.mode == "reference":
             return crop_box(self.mask, field, threshold=0)
         bounds = mask_bounds(self.mask)
@@ -212,9 +223,10 @@ class Canvas:
         return fit_box(box, bounds, self.size, self._choices)
 
     def work_size(self, box: Box) -> Size:
-        """(height, width) in pixels that a crop box is resized to; in reference mode they may be no whole latent cells.
+        """(height, width) in pixels to which a crop box is resized.
 
-        Raises InputError in reference mode, which has no choice, for a frame that is none of `sizes`.
+        In reference mode these may not be whole latent cells. That mode has no choice: it raises InputError for a frame
+        that is not in `sizes`.
         """
         crop = (box[1] - box[0], box[3] - box[2])
         if self.mode == "native":
@@ -234,9 +246,11 @@ class Canvas:
         return profile_sizes(self.native, self.snap) if self.sizes is None else self.sizes
 
     def local_frame(self, field: float, *, fill: bool = True, dilate: int = 0) -> Frame:
-        """The local stage's frame (docs/algorithm.md, 2 and 3), its hole filled from around unless `fill` is False.
+        """The local stage's frame (docs/algorithm.md, 2 and 3).
 
-        dilate: enlarge the frame's mask by that many canvas pixels; neither the box nor the paste follow it.
+        field: share of the canvas that the frame spans, 0..1.
+        fill: whether its hole is filled from its surroundings.
+        dilate: enlarge the frame's mask by this many canvas pixels; this changes neither the box nor the paste.
         """
         frame = self._make_frame(field, dilate)
         if not fill:
@@ -244,41 +258,49 @@ class Canvas:
         return replace(frame, fill=kernels.fill(frame.image, frame.mask, fill_cascade(self.native)))
 
     def global_frame(self, field: float = 1.0) -> Frame:
-        """The frame of the global stage (GCH): the plain image; field 1 is the whole canvas where its aspect allows."""
+        """The global stage's frame (GCH): the plain image.
+
+        field: 1 is the whole canvas where its aspect allows.
+        """
         return self._make_frame(field)
 
     def crop(self, picture: U8, frame: Frame) -> U8:
-        """Another picture of the canvas' size, cut and resized as `frame` was: what the hand-over encodes."""
+        """Cut and resize another picture of the canvas' size as `frame` was: the hand-over encodes it."""
         h, w = frame.image.shape[:2]
         return _resize(picture, (h, w), frame.box)
 
     def hand_over(self, frame: Frame, decoded: U8, *, soft: bool = False) -> U8:
-        """Put a stage's picture (uint8, `frame.size`) back into its box, its rim blended (docs/algorithm.md, 9.2).
+        """Paste a stage's picture into its box, its rim blended (docs/algorithm.md, 9.2).
 
-        soft: blend the content radially first (`soft_blending`). Returns uint8 (H, W, 3); pixels farther from the
-        mask than the feather are those of the canvas.
+        decoded: uint8 (h, w, 3) of `frame.size`.
+        soft: blend the content radially first (`soft_blending`).
+
+        Returns uint8 (H, W, 3). Pixels farther from the mask than the feather are those of the canvas.
         """
         content = _to_box(decoded, frame.box)
         alpha = kernels.soft_alpha(content.shape[0], content.shape[1]) if soft else None
         return kernels.paste(self.image, content, frame.box, self.feather, alpha)
 
     def keeps_local(self, frame: Frame, local: Frame) -> bool:
-        """Whether a global frame would blur what the local one rendered: it is coarser than that and than the canvas.
+        """Whether a global frame would blur what the local one rendered, being coarser than that frame and the canvas.
 
-        Native mode only; the reference pastes the global result whatever its scale.
+        Native mode only. The reference pastes the global result whatever its scale.
         """
         return self.keeps_scale(frame.box, frame.size, local.box, local.size)
 
     def keeps_scale(self, box: Box, size: Size, local_box: Box, local_size: Size) -> bool:
-        """`keeps_local` of frames by their boxes and sizes alone."""
+        """`keeps_local`, from the boxes and sizes of frames alone."""
         return self.mode == "native" and scale_of(box, size) > max(1.0, scale_of(local_box, local_size))
 
     def compose(self, frame: Frame, decoded: U8, *, local: tuple[Frame, U8] | None = None) -> U8:
-        """The finished picture, uint8 (H, W, 3), from the last stage's frame and picture (docs/algorithm.md, 9.3).
+        """Make the finished picture from the last stage's frame and picture (docs/algorithm.md, 9.3).
 
-        local: the local stage's frame and finished picture, when a global stage followed. Where the global frame
-        would blur it (`keeps_local`), the inside of the mask stays local and only the seam (`seam_weight`) is taken
-        from the global picture.
+        decoded: uint8 (h, w, 3) of `frame.size`.
+        local: the local stage's frame and finished picture, when a global stage followed. Where the global frame would
+            blur it (`keeps_local`), the inside of the mask stays local and only the seam (`seam_weight`) is from the
+            global picture.
+
+        Returns uint8 (H, W, 3).
         """
         if local is None or not self.keeps_local(frame, local[0]):
             return self.hand_over(frame, decoded)
@@ -291,7 +313,7 @@ class Canvas:
         return out
 
     def _place(self, frame: Frame, decoded: U8) -> U8:
-        """The canvas around the mask (`_near`) with a stage's picture put into its box."""
+        """The canvas around the mask (`_near`) with a stage's picture in its box."""
         tops, lefts = (part.indices(side)[:2] for part, side in zip(self._near, self.size, strict=True))
         r0, r1, c0, c1 = frame.box
         rows, cols = (max(r0, tops[0]), min(r1, tops[1])), (max(c0, lefts[0]), min(c1, lefts[1]))
@@ -308,13 +330,13 @@ class Canvas:
         box, user_mask = self.box(field), dilate_mask(self.mask, dilate)
         size = self.work_size(box)
         mask = _to_binary(_resize(user_mask, size, box))
-        if not mask.any():  # a speck that resampling has lost: keep it
+        if not mask.any():  # resampling has lost a speck: keep it
             mask = _resize_nearest(user_mask, size, box)
         return Frame(box, _resize(self.image, size, box), mask)
 
 
 def _resize(picture: U8, size: Size, box: Box | None = None) -> U8:
-    """Crop and Lanczos; a copy where the size stays."""
+    """Crop and resize with Lanczos; a copy where the size stays."""
     r0, r1, c0, c1 = box if box is not None else (0, picture.shape[0], 0, picture.shape[1])
     if (r1 - r0, c1 - c0) == size:
         return np.ascontiguousarray(picture[r0:r1, c0:c1])
@@ -330,8 +352,8 @@ def _spell_size(size: Size) -> str:
 
 
 def _list_sizes(sizes: Sequence[Size]) -> str:
-    told = [_spell_size(size) for size in sorted(sizes)]
-    return ", ".join(told) if len(told) <= 6 else f"{told[0]} to {told[-1]} ({len(told)} sizes)"
+    names = [_spell_size(size) for size in sorted(sizes)]
+    return ", ".join(names) if len(names) <= 6 else f"{names[0]} to {names[-1]} ({len(names)} sizes)"
 
 
 def _to_binary(mask: U8) -> U8:
@@ -339,7 +361,7 @@ def _to_binary(mask: U8) -> U8:
 
 
 def _resize_nearest(mask: U8, size: Size, box: Box) -> U8:
-    """The mask at `size`, each frame pixel that any repainted pixel falls into set."""
+    """The mask at `size`: each frame pixel is set that contains a repainted pixel."""
     rows, cols = np.nonzero(mask[box[0] : box[1], box[2] : box[3]] > 127)
     out = np.zeros(size, np.uint8)
     out[rows * size[0] // (box[1] - box[0]), cols * size[1] // (box[3] - box[2])] = 255

@@ -1,7 +1,7 @@
-"""Boxes, sizes and widths of the canvas: plain numbers, no picture but the mask's bounds.
+"""Boxes, sizes and widths of the canvas: plain numbers; of pictures only the mask's bounds.
 
-Boxes are (row0, row1, col0, col1) in pixels with ends exclusive, sizes (height, width). The reference's rules stand
-beside those of the native mode; docs/algorithm.md, 2 and 3, has the reference's to the digit.
+Boxes are (row0, row1, col0, col1) in pixels with ends exclusive, sizes (height, width). The module has the reference's
+rules and those of the native mode. docs/algorithm.md, 2 and 3, gives the reference's to the digit.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def mask_bounds(mask: U8, threshold: int = 127) -> Box:
 def initial_box(bounds: Box, frame: Size) -> Box:
     """A square 15 % larger than `bounds`, clipped to the frame (docs/algorithm.md, 2.2).
 
-    Its rounding may leave out the last row or column of very small bounds, as in the reference.
+    Its rounding may omit the last row or column of very small bounds, as in the reference.
     """
     first_row, last_row, first_col, last_col = bounds[0], bounds[1] - 1, bounds[2], bounds[3] - 1
     row, col = (first_row + last_row) // 2, (first_col + last_col) // 2
@@ -47,7 +47,7 @@ def initial_box(bounds: Box, frame: Size) -> Box:
 def grow_box(box: Box, field: float, frame: Size) -> Box:
     """Grow `box`, shorter side first, until it spans `field` of the frame in both directions (docs/algorithm.md, 2.3).
 
-    field: 0 leaves the box as it is, 1 gives the whole frame.
+    field: 0 leaves the box unchanged, 1 gives the whole frame.
     """
     height, width = frame
     if field == 1:
@@ -73,10 +73,10 @@ def size_class(size: Size, snap: int = 64) -> int:
 
 
 def reference_work_size(size: Size, native: int = 1024, snap: int = 64) -> Size:
-    """What the reference resizes a crop to (docs/algorithm.md, 3.1): about native^2 pixels, sides of `snap`.
+    """The size to which the reference resizes a crop (docs/algorithm.md, 3.1): about native^2 pixels, sides of `snap`.
 
-    A crop whose class already is `native` is left alone, so its sides need not be multiples of anything. Crops longer
-    than a square frame yields (about 1 : 2) may not settle, and end near native^2.
+    A crop whose class already is `native` keeps its size, so its sides need not be multiples of anything. Crops longer
+    than those of a square frame (about 1 : 2) may not settle, and end near native^2.
     """
     height, width = size
     for _ in range(16):  # one or two rounds do
@@ -89,7 +89,7 @@ def reference_work_size(size: Size, native: int = 1024, snap: int = 64) -> Size:
 
 
 def floor_to_cells(size: Size) -> Size:
-    """The sides as whole latent cells."""
+    """The sides floored to whole latent cells."""
     return max(size[0] // FACTOR, 1) * FACTOR, max(size[1] // FACTOR, 1) * FACTOR
 
 
@@ -101,10 +101,11 @@ def profile_sizes(native: int = 1024, snap: int = 64) -> list[Size]:
 
 
 def work_size(size: Size, native: int = 1024, snap: int = 64, sizes: Sequence[Size] | None = None) -> Size:
-    """The frame size of the native mode for a crop: least change of aspect, then as near native^2 as can be.
+    """The frame size of the native mode for a crop: least change of aspect, then as near to native^2 as possible.
 
-    A tenth of aspect weighs as much as four tenths of area. sizes: what there is to choose from (None:
-    `profile_sizes`).
+    sizes: the choices; None: `profile_sizes`.
+
+    A tenth of aspect weighs as much as four tenths of area.
     """
 
     def cost(candidate: Size) -> float:
@@ -120,9 +121,9 @@ def scale_of(box: Box, size: Size) -> float:
 
 
 def fit_box(box: Box, bounds: Box, frame: Size, sizes: Sequence[Size]) -> Box:
-    """`box` with an aspect between those of `sizes`, cut around `bounds` and never into it.
+    """Give `box` an aspect between those of `sizes`, by cutting it around `bounds` and never into them.
 
-    Where `bounds` itself is longer, the short side grows as far as the frame allows; what then is still too long is
+    Where `bounds` itself is longer, the short side grows as far as the frame allows. A box that is still too long is
     squeezed when it is resized.
     """
     height, width = box[1] - box[0], box[3] - box[2]
@@ -139,7 +140,7 @@ def fit_box(box: Box, bounds: Box, frame: Size, sizes: Sequence[Size]) -> Box:
 
 
 def _cut(span: tuple[int, int], inner: tuple[int, int], length: int) -> tuple[int, int]:
-    """`span` shortened to `length`, but not into `inner`, about whose centre it lies as far as it can."""
+    """`span` shortened to `length`, but not into `inner`, and centred on `inner` as far as possible."""
     length = max(length, inner[1] - inner[0], 1)
     start = (inner[0] + inner[1] - length) // 2
     start = min(max(start, span[0]), span[1] - length)
@@ -158,6 +159,7 @@ def _clip(box: Box, frame: Size) -> Box:
 
 
 def join_boxes(a: Box, b: Box) -> Box:
+    """The smallest box around both."""
     return min(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), max(a[3], b[3])
 
 

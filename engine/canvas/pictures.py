@@ -1,6 +1,6 @@
-"""Pictures as users have them, read into plain arrays, and results given back in the kind they came in.
+"""Reads pictures as users have them into plain arrays, and returns results in the kind of the input.
 
-Everything that can be wrong with a picture or a mask is said here, before any network runs.
+Every fault of a picture or a mask is reported here, before any network runs.
 """
 
 from __future__ import annotations
@@ -30,16 +30,18 @@ _ORIENTATION = 0x0112  # the EXIF tag
 #: What Pillow's decoders raise on damaged files.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, TypeError, RuntimeError, struct.error)
 
-#: Raster formats whose decoders run no other program and fetch nothing.
+#: Raster formats whose decoders start no other program and load nothing else.
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000", "TGA")
 
 
 @dataclass(frozen=True)
 class PictureIn:
-    """A picture as the canvas works on it, and what is needed to give it back as it came.
+    """A picture as the canvas works on it, and what is needed to return a result of the same kind.
 
-    rgb: uint8 (H, W, 3), upright. alpha: uint8 (H, W) or None, passed through untouched. grey: the user gave one
-    channel. icc_profile: the colour profile, which still holds for the result.
+    rgb: uint8 (H, W, 3), upright.
+    alpha: uint8 (H, W) or None, passed through unchanged.
+    grey: the user gave one channel.
+    icc_profile: the colour profile, which still holds for the result.
     """
 
     rgb: U8
@@ -54,7 +56,9 @@ class PictureIn:
         return height, width
 
     def with_pixels(self, rgb: U8) -> Image.Image:
-        """`rgb` (uint8, the picture's size) as an image of the input's kind: RGB, RGBA, L or LA.
+        """Pixels as an image of the input's kind: RGB, RGBA, L or LA.
+
+        rgb: uint8, of the picture's size.
 
         Grey pixels keep their value exactly: luminance weights sum to one.
         """
@@ -69,13 +73,18 @@ class PictureIn:
 
 
 def read_image(source: Source, *, name: str = "image", max_pixels: int = MAX_PIXELS) -> PictureIn:
-    """Read a path, a PIL image or a uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
+    """Read a picture.
+
+    source: a path, a PIL image or a uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
+    name: what errors call it, where there is no file name.
+    max_pixels: the largest picture.
 
     EXIF orientation is applied. RGB, RGBA, L and LA stay what they are, 1 becomes L, palette RGB or RGBA, 16-bit grey
-    its upper 8 bits, CMYK and the other colour spaces RGB; of an animation the first frame counts.
-    Float arrays and float images are refused: nothing says whether 1.0 or 255 is white.
+    its upper 8 bits, CMYK and the other colour spaces RGB. Of an animation the first frame counts. Float arrays and
+    float images are refused: nothing says whether 1.0 or 255 is white.
 
-    Raises InputError, naming `name` or the file, for what is missing, truncated, no picture, or above `max_pixels`.
+    Raises InputError, with `name` or the file, for a source that is missing, truncated, not a picture, or above
+    `max_pixels`.
     """
     pixels, mode, profile = _read_pixels(source, _name_source(source, name), max_pixels)
     grey, alpha = mode in ("L", "LA"), None
@@ -89,9 +98,13 @@ def read_image(source: Source, *, name: str = "image", max_pixels: int = MAX_PIX
 def read_mask(source: Source, size: tuple[int, int], *, name: str = "mask_image", max_pixels: int = MAX_PIXELS) -> U8:
     """Read a mask as uint8 (H, W): white (above 127) is repainted.
 
-    Takes what `read_image` takes, and bool arrays. Several channels: the brightest of R, G, B counts, so that a mask
-    painted in any colour serves; where there is an alpha channel that varies, it alone counts (opaque is repainted).
+    source: as for `read_image`, or a bool array.
     size: (height, width) of the upright image, which the mask must have.
+    name: what errors call it, where there is no file name.
+    max_pixels: the largest mask.
+
+    Of several channels the brightest of R, G, B counts, so that a mask painted in any colour works. An alpha channel
+    that varies counts alone (opaque is repainted).
 
     Raises InputError, with both sizes where they differ, and for a mask that repaints nothing.
     """
@@ -136,7 +149,7 @@ def _spell_size(size: tuple[int, int]) -> str:
 
 
 def _open_image(source: Source, label: str, max_pixels: int) -> Image.Image:
-    """The decoded, upright image; its size is checked before decoding."""
+    """The decoded, upright image. Its size is checked before decoding."""
     if isinstance(source, np.ndarray):
         return _from_array(source, label, max_pixels)
     if isinstance(source, Image.Image):
@@ -152,7 +165,7 @@ def _open_image(source: Source, label: str, max_pixels: int) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise InputError(f"{label} has too many pixels ({error}): scale it down") from None
     except UnidentifiedImageError:
-        raise InputError(f"{label} is no picture that can be read: give one of {', '.join(_FORMATS)}") from None
+        raise InputError(f"{label} is not a picture that can be read: give one of {', '.join(_FORMATS)}") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"{label} cannot be read: {error}") from error
     with image:
@@ -193,12 +206,12 @@ def _check_pixels(height: int, width: int, label: str, max_pixels: int) -> None:
 
 
 def _convert_mode(image: Image.Image, label: str) -> Image.Image:
-    """As L, LA, RGB or RGBA."""
+    """The image as L, LA, RGB or RGBA."""
     mode, see_through = image.mode, "transparency" in image.info
     if mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     if mode in ("I", "F"):
-        raise InputError(f"{label} has 32-bit values, whose range nothing tells: save it with 8 or 16 bits a channel")
+        raise InputError(f"{label} has 32-bit values, whose range is unknown: save it with 8 or 16 bits a channel")
     if mode in ("1", "L"):
         return image.convert("LA" if see_through else "L")
     if mode in ("LA", "RGBA"):

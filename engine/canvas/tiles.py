@@ -1,11 +1,11 @@
-"""Large pictures through the VAE in tiles: where the tiles lie and how what comes out of them is joined.
+"""Large pictures through the VAE in tiles: where the tiles are and how their results are joined.
 
-Above `ABOVE` pixels a VAE's attention takes more memory than all the rest (its scores grow with the fourth power of the
-side: 10 GB in float32 at 2048 x 1536). Tiles are as large as SDXL's own pictures, all of one size, so that one engine
-shape serves; neighbours overlap, and each result fades into the next one's along a straight ramp. The VAE's norms and
-attention look at a whole tile, so the joined picture is near that of the whole frame and not the same.
+Above `ABOVE` pixels a VAE's attention takes more memory than everything else (its scores grow with the fourth power of
+the side: 10 GB in float32 at 2048 x 1536). Tiles are as large as SDXL's own pictures, all of one size, so one engine
+shape serves all. Neighbours overlap, and each result fades into the next one's along a straight ramp. The VAE's norms
+and attention look at a whole tile, so the joined picture is close to that of the whole frame but not equal.
 
-Plain planning, for the device and the host alike.
+Pure planning, for the device and the host alike.
 """
 
 from __future__ import annotations
@@ -33,8 +33,14 @@ OVERLAP: Final = 32
 
 
 class Tile(NamedTuple):
-    """A tile of (1, C, H, W): its first row and column, and its weights, float32 (height,) and (width,), all of one
-    scale (latent cells or pixels). The weight of an element is ramp_rows[y] * ramp_cols[x]."""
+    """A tile of (1, C, H, W). All numbers have one scale, latent cells or pixels.
+
+    row, col: its first row and column.
+    ramp_rows: weights of its rows, float32 (height,).
+    ramp_cols: weights of its columns, float32 (width,).
+
+    The weight of an element is ramp_rows[y] * ramp_cols[x].
+    """
 
     row: int
     col: int
@@ -44,8 +50,11 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a frame is cut: every tile is height x width latent cells; rows, cols: the first cells of the tiles along
-    each axis."""
+    """How a frame is cut into tiles.
+
+    height, width: of every tile, in latent cells.
+    rows, cols: the first cells of the tiles along each axis.
+    """
 
     height: int
     width: int
@@ -58,7 +67,10 @@ class Tiling:
         return self.rows[-1] + self.height, self.cols[-1] + self.width
 
     def tiles(self, factor: int = 1) -> tuple[Tile, ...]:
-        """Row by row; factor 1: in latent cells, `FACTOR` (8): in pixels. The weights sum to 1 at every element."""
+        """The tiles, row by row. Their weights sum to 1 at every element.
+
+        factor: 1: in latent cells; `FACTOR` (8): in pixels.
+        """
         down = _make_ramps(self.rows, self.height, factor)
         across = _make_ramps(self.cols, self.width, factor)
         return tuple(
@@ -75,8 +87,8 @@ def needs_tiles(height: int, width: int) -> bool:
 def tiles_of(height: int, width: int, *, side: int = SIDE, overlap: int = OVERLAP) -> Tiling:
     """The fewest tiles that cover height x width latent cells, spread evenly.
 
-    side: of a tile, in latent cells, less where the frame is smaller; overlap: cells that neighbours share at least,
-    1 to side - 1.
+    side: of a tile, in latent cells; less where the frame is smaller.
+    overlap: cells that neighbours share at least, 1 to side - 1.
     """
     rows, cols = (_find_starts(length, side, overlap) for length in (height, width))
     return Tiling(min(side, height), min(side, width), rows, cols)
@@ -85,10 +97,13 @@ def tiles_of(height: int, width: int, *, side: int = SIDE, overlap: int = OVERLA
 def run_tiled(
     run: Callable[[Mapping[str, F32]], Mapping[str, F32]], arrays: Mapping[str, F32], tiling: Tiling
 ) -> dict[str, F32]:
-    """Run a network on arrays (N, C, H, W) tile by tile; its outputs by name, joined, float32.
+    """Run a network tile by tile.
 
-    Arrays and outputs are latents or pictures of one frame: whether a side counts cells or pixels follows from its
-    length.
+    run: the network: its arrays by name -> its outputs by name.
+    arrays: (N, C, H, W), latents or pictures of one frame; the length of a side shows whether it counts cells or
+        pixels.
+
+    Returns the joined outputs by name, float32.
     """
     height, width = tiling.size
     tiles = {factor: tiling.tiles(factor) for factor in (1, FACTOR)}
@@ -112,7 +127,7 @@ def _slice_tile(tile: Tile) -> tuple[slice, ...]:
 
 
 def _find_starts(length: int, side: int, overlap: int) -> tuple[int, ...]:
-    """First cells of tiles along an axis: the first at 0, the last ends where the axis does."""
+    """First cells of tiles along an axis: the first at 0, the last ends at the end of the axis."""
     room = length - side
     if room <= 0:
         return (0,)
@@ -123,9 +138,9 @@ def _find_starts(length: int, side: int, overlap: int) -> tuple[int, ...]:
 def _make_ramps(starts: Sequence[int], side: int, factor: int) -> list[F32]:
     """The weights of tiles along one axis, (factor * side,) each.
 
-    From each tile to the next a step goes from 0 to 1 in a straight line over what they share; a tile's weight is the
-    step to it less the step from it. So the sum is 1 whatever overlaps, three tiles too, and no weight is negative, as
-    each step lies behind the one before.
+    From each tile to the next a step goes from 0 to 1 in a straight line over their common cells. A tile's weight is
+    the step to it minus the step from it. So the sum is 1 for any overlap, even of three tiles. No weight is negative,
+    as each step lies behind the one before.
     """
     at = np.arange(factor * (starts[-1] + side)) + 0.5
     steps = [np.ones_like(at)]

@@ -12,12 +12,15 @@ Regions = Mapping[str, tuple[Shape, str]]
 
 
 def measure_regions(regions: Regions) -> dict[str, int]:
-    """Bytes of each region, given as (shape, numpy dtype), rounded up to the alignment."""
+    """Bytes of each region, rounded up to the alignment.
+
+    regions: name -> (shape, numpy dtype).
+    """
     return {name: -(-Array(0, *region).nbytes // ALIGNMENT) * ALIGNMENT for name, region in regions.items()}
 
 
 class Arena:
-    """One allocation of `regions`; `arena[name]` is the whole region. A context manager that frees it."""
+    """One allocation of `regions`. `arena[name]` is the whole region. A context manager that frees it."""
 
     def __init__(self, device: Device, regions: Regions) -> None:
         taken = measure_regions(regions)
@@ -36,7 +39,7 @@ class Arena:
         return self._memory.nbytes
 
     def close(self) -> None:
-        """Give it back."""
+        """Free it."""
         self._memory.free()
 
     def __enter__(self) -> Arena:

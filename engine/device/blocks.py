@@ -1,6 +1,6 @@
-"""A batch as the records the device works from: geometry, schedule and texts, made on the host.
+"""A batch as records that the device works from: geometry, schedule and texts, made on the host.
 
-Nothing here touches pixels but the mask's bounds: boxes and sizes come from `Canvas`, resampling tables from the same
+Of pixels only the mask's bounds are read here. Boxes and sizes come from `Canvas`, resampling tables from the same
 function as the host's resizing. What a batch needs is one block of bytes, uploaded in one copy.
 """
 
@@ -34,8 +34,8 @@ MOST_STEPS = 1000
 TABLE = 2 << 20  # int32 numbers of resampling tables a picture may need
 _TAS = 2 + 2 * TOKENS  # numbers of a TAS plan
 
-#: what a picture's records hold, by name: cuts of the canvas to a frame, of a frame to the network's size, of what was
-#: decoded to its box; pastes; distances
+#: what a picture's records hold, by name: cuts of the canvas to a frame, of a frame to the network's size, of a decoded
+#: picture to its box; pastes; distances
 CUTS = ("image_first", "fit_first", "box_first", "image_second", "fit_second", "box_second")
 SHEETS, FIELDS = ("hand_over", "final"), ("feather", "dilate", "seam")
 PICTURE = np.dtype(
@@ -47,13 +47,18 @@ PICTURE = np.dtype(
 
 @dataclass(frozen=True)
 class Framing:
-    """A stage's frame without its pixels: box in canvas pixels, work size, and the size the networks see."""
+    """A stage's frame without its pixels.
+
+    box: in canvas pixels.
+    work: (height, width) in pixels to which the box is resized.
+    """
 
     box: Box
     work: Size
 
     @property
     def size(self) -> Size:
+        """(height, width) in pixels that the networks see."""
         return floor_to_cells(self.work)
 
     @property
@@ -63,7 +68,11 @@ class Framing:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """One picture's work with the framing of its first stage, and of its second where there are two."""
+    """One picture's work with the framings of its stages.
+
+    first: of the first stage.
+    second: of the second stage, or None.
+    """
 
     work: Work
     first: Framing
@@ -71,7 +80,7 @@ class Picture:
 
     @classmethod
     def of(cls, work: Work) -> Picture:
-        """Frame the stages. Raises InputError for frames the engines do not take."""
+        """Frame the stages. Raises InputError for frames that the engines do not take."""
         request, schedule = work.request, work.schedule
         first = _frame_stage(work.canvas, request.lcg_field if schedule[0].stage == "lcg" else request.gch_field)
         two = schedule.hand_over_index is not None
@@ -115,9 +124,11 @@ def _frame_stage(canvas: Canvas, field: float) -> Framing:
 
 
 def list_regions(pictures: int, appended: int, width: int) -> Regions:
-    """Device memory for what a batch uploads, in its order; of the tables, which stand last, only a part is used.
+    """Device memory for what a batch uploads, in its order. The tables come last; only a part of them is used.
 
-    appended: most rows behind a text. width: of a row.
+    pictures: the largest batch.
+    appended: the most rows after a text.
+    width: numbers of a row.
     """
     return {
         "records": ((pictures, PICTURE.itemsize), "uint8"),
@@ -131,7 +142,7 @@ def list_regions(pictures: int, appended: int, width: int) -> Regions:
 
 
 def fill_block(batch: Sequence[Picture], facts: BaseFacts) -> list[tuple[str, npt.NDArray[np.uint8]]]:
-    """(region, bytes to copy to its beginning) of a batch."""
+    """Make the records of a batch. Returns (region, bytes to copy to its beginning) pairs."""
     tables = _Tables()
     records = np.zeros(len(batch), PICTURE)
     jobs = np.zeros(len(batch), JOB)
@@ -153,8 +164,10 @@ def fill_block(batch: Sequence[Picture], facts: BaseFacts) -> list[tuple[str, np
 
 
 def make_tas_plan(plan: TasPlan | None) -> I32:
-    """int32 (156,): how many rows are removed and projected, then both lists, each with room for 77; what the kernel
-    `tas` reads."""
+    """A TAS plan as the kernel `tas` reads it.
+
+    Returns int32 (156,): how many rows are removed and projected, then both lists, each with room for 77.
+    """
     record = np.zeros(_TAS, np.int32)
     if plan is not None:
         record[:2] = len(plan.removed), len(plan.projected)
@@ -172,7 +185,7 @@ class _Tables:
         self._parts: list[I32] = []
 
     def find(self, inputs: int, outputs: int) -> tuple[int, int]:
-        """(where the table stands, taps an output); (-1, 0) where the length stays."""
+        """(where the table begins, taps an output); (-1, 0) where the length stays."""
         if inputs == outputs:
             return -1, 0
         if (inputs, outputs) not in self._found:
@@ -188,7 +201,10 @@ class _Tables:
 
 @functools.lru_cache(64)
 def make_resampling(inputs: int, outputs: int) -> tuple[int, I32]:
-    """Pillow's Lanczos from one length to another: taps an output, and first, count and weights in one int32 array."""
+    """Pillow's Lanczos from one length to another.
+
+    Returns taps an output, and first, count and weights in one int32 array.
+    """
     first, count, weights, most = importlib.import_module("dreammix_trt._cpp").gpu.resize_taps(inputs, outputs)
     table = np.concatenate([np.asarray(part, np.int32).reshape(-1) for part in (first, count, weights)])
     table.setflags(write=False)
@@ -226,7 +242,7 @@ def _make_cut(source: Size, box: Box, out: Size, tables: _Tables) -> np.ndarray:
 
 
 def _make_record(dtype: np.dtype, *values: int) -> np.ndarray:
-    """A record of the first fields' values; zeros in the rest."""
+    """A record with the values of its first fields; the rest are zeros."""
     return np.array([tuple(values) + (0,) * (len(dtype.names or ()) - len(values))], dtype)
 
 
@@ -238,7 +254,10 @@ def _make_job(picture: Picture) -> tuple[Any, ...]:
 
 
 def make_steps(schedule: Schedule, size: Size, facts: BaseFacts) -> np.ndarray:
-    """The schedule's rows as STEP records. size: (height, width) that the UNet is told, in pixels."""
+    """The schedule's rows as STEP records.
+
+    size: (height, width) in pixels that the UNet gets as the original size.
+    """
     rows = np.zeros(len(schedule), STEP)
     for row, step in zip(rows, schedule, strict=True):
         for name in STEP_FIELDS:
@@ -250,7 +269,10 @@ def make_steps(schedule: Schedule, size: Size, facts: BaseFacts) -> np.ndarray:
 
 
 def check_size(canvas: Canvas, most: int) -> None:
-    """Raise InputError for a picture of more pixels than the runtime's memory was planned for."""
+    """Raise InputError for a picture with more pixels than the runtime's memory was planned for.
+
+    most: that number of pixels.
+    """
     if math.prod(canvas.size) > most:
         height, width = canvas.size
         raise InputError(
@@ -260,7 +282,7 @@ def check_size(canvas: Canvas, most: int) -> None:
 
 
 def check_tables(picture: Picture) -> None:
-    """Raise InputError for a picture so long that its resampling tables have no room."""
+    """Raise InputError for a picture so long that its resampling tables do not fit."""
     tables = _Tables()
     _write_cuts(np.zeros(1, PICTURE), picture, tables)
     if tables.length > TABLE:

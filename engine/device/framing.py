@@ -10,13 +10,16 @@ from dreammix_trt.engine.device.tools import RoomTools
 
 
 class Frames:
-    """In one room. which: the framing of the "first" or "second" stage."""
+    """Frames in one room. `which` is the framing of the "first" or the "second" stage, `k` the picture's number."""
 
     def __init__(self, tools: RoomTools) -> None:
         self._tools = tools
 
     def cut_frame(self, k: int, which: str, mask: Array) -> None:
-        """Cut picture k's frame: mask, plain picture (also for the network), and the picture with its hole masked."""
+        """Cut picture k's frame: mask, plain picture (also for the network), and the picture with its hole masked.
+
+        mask: uint8 (H, W) of the canvas.
+        """
         tools = self._tools
         network_mask = self._cut_mask(k, which, mask)
         self._give_latent_mask(k, network_mask)
@@ -31,7 +34,11 @@ class Frames:
             self.give_to_network(k, which, frame, network=True, mask=network_mask)
 
     def give_to_network(self, k: int, which: str, frame: Array, *, network: bool, mask: Array | None = None) -> None:
-        """A picture of the work size as the VAE's input (and masked, where a mask is given)."""
+        """Give a picture of the work size to the VAE as its input.
+
+        network: whether the plain picture is wanted.
+        mask: where given, the picture with its hole masked is made as well.
+        """
         tools = self._tools
         height, width = tools.room.shape.size
         image, masked = tools.image(), None if mask is None else tools.masked()
@@ -52,7 +59,11 @@ class Frames:
             self._cut(cut, frame, channels=3, mask=mask, network=wanted, masked=masked, half=image.half)
 
     def paste(self, k: int, which: str, sheet: str, decoded: Array, *, seam: bool = False) -> None:
-        """Put a stage's picture into its box of picture k, softened by the feather, in "out"."""
+        """Put a stage's picture into its box of picture k, softened by the feather, in "out".
+
+        sheet: the record that describes the paste.
+        seam: whether only the seam is taken from it, and the inside from "local content".
+        """
         tools = self._tools
         self.place(k, which, decoded, tools.arena["content"])
         tools.launch(
@@ -71,10 +82,16 @@ class Frames:
         self._cut(self._tools.record(k, f"box_{which}"), decoded, channels=3, out=out)
 
     def measure_distance(self, name: str, mask: Array, field: Array, out: Array, *, dilate: bool = False) -> None:
+        """Weigh pixels by their distance from a mask.
+
+        name: the kernel.
+        field: the record that describes the distances.
+        dilate: write the grown mask in place of weights.
+        """
         self._tools.launch(name, mask=mask, field=field, scratch=self._tools.arena["distances"], out=out, dilate=dilate)
 
     def _cut_mask(self, k: int, which: str, mask: Array) -> Array:
-        """Cut the mask of picture k's frame, in which no speck is lost; returns it at the networks' size."""
+        """Cut the mask of picture k's frame without losing a speck. Returns it at the networks' size."""
         tools = self._tools
         cut, found, frame_mask = tools.record(k, f"image_{which}"), tools.arena["found"], tools.frame_mask()
         tools.device.clear(found, tools.stream)
@@ -87,7 +104,7 @@ class Frames:
         return network_mask
 
     def _give_latent_mask(self, k: int, mask: Array) -> None:
-        """Bring a mask to the latents' size, also for the inpaint head where there is one."""
+        """Bring a mask to the latents' size, also for the inpaint head where it exists."""
         tools = self._tools
         height, width = tools.room.shape.size
         head = tools.room.arrays.get("inpaint_head")
@@ -103,5 +120,8 @@ class Frames:
         )
 
     def _cut(self, cut: Array, source: Array, **wanted: Any) -> None:
-        """Cut and resize a part of `source` as the record `cut` says; wanted: the kernel's other arguments."""
+        """Cut and resize a part of `source` as the record `cut` describes.
+
+        wanted: the kernel's other arguments.
+        """
         self._tools.launch("cut", source=source, cut=cut, tables=self._tools.arena["tables"], **wanted)

@@ -1,4 +1,4 @@
-"""Bringing an engine directory's networks onto a GPU, with the back end they were built for."""
+"""Brings an engine directory's networks onto a GPU, with the back end for which they were built."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from dreammix_trt.engine.drivers.device import Device
 
 @dataclass(frozen=True)
 class OnDevice:
-    """A device, a base's networks on it, and the stream they run in; closing it closes all."""
+    """A device, a base's networks on it, and the stream in which they run. Closing it closes all."""
 
     device: Device
     networks: DeviceNetworks
     stream: Stream
 
     def close(self) -> None:
-        """Free the networks, then the stream, then the device and what is left on it, whatever of it fails."""
+        """Free the networks, then the stream, then the device and what is left on it, even when one of them fails."""
         with ExitStack() as closing:
             for each in (self.device, self.stream, self.networks):
                 closing.callback(each.close)
 
 
 def open_device(opened: OpenedEngine, store: Path | None = None) -> OnDevice:
-    """The first GPU, and the networks of an opened engine on it. Compiled kernels are kept below the store's root.
+    """Open the first GPU and the networks of an opened engine on it.
+
+    store: the store's folder, below which compiled kernels are kept; None: the default one.
 
     Raises DeviceError (no driver, one too old, another GPU), EngineError, MissingExtraError, OutOfMemoryError.
     """
@@ -45,7 +47,7 @@ def open_device(opened: OpenedEngine, store: Path | None = None) -> OnDevice:
 
 
 def _networks(opened: OpenedEngine, device: Device, stream: Stream, cache: Path) -> DeviceNetworks:
-    """Without weights: these come when the memory plan knows which."""
+    """Open the networks without weights. The memory plan decides later which weights come."""
     backend = opened.passport.backend
     if backend == "onnxruntime":
         from dreammix_trt.engine.backends.onnxruntime.on_device import OnnxNetworks

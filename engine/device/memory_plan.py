@@ -1,7 +1,7 @@
-"""What an engine set takes of a device's memory, settled and printable before the first request.
+"""How an engine set uses a device's memory. The plan is made before the first request and can be printed.
 
-Weights, the workspace all networks share (they never run at once), the arena's regions and a reserve. Where not
-everything fits, the raw UNet stays away, and where that is not enough, networks take turns.
+It covers weights, the workspace that all networks share (they never run at once), the arena's regions and a reserve.
+Where not everything fits, the raw UNet is omitted. Where that is not enough, networks take turns.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from dreammix_trt.core.seam import DeviceNetworks
 
 MIB: Final = 1 << 20
 
-#: What may be done where memory is short, in the order in which it is tried.
+#: What helps where memory is short, in the order in which it is tried.
 STRATEGIES: Final = ("resident", "one-unet", "swap")
 
-# For what no one can ask for beforehand: kernels that the driver loads or TensorRT-RTX compiles at their first use,
-# their local memory, rounding of allocations to 2 MiB, and what a desktop takes meanwhile. The context itself is not in
-# it: it is there when free memory is asked for. An estimate.
+# For what cannot be measured beforehand: kernels that the driver loads or TensorRT-RTX compiles at their first use,
+# their local memory, rounding of allocations to 2 MiB, and what a desktop takes meanwhile. It does not include the
+# context, which exists already when free memory is measured. An estimate.
 _RESERVE: Final = 512 * MIB
 # A step of SDXL is some thousand kernels, and a shape keeps graphs of both UNets and of the phases around. An estimate.
 _GRAPHS_OF_A_SHAPE: Final = 32 * MIB
@@ -31,15 +31,20 @@ _GRAPHS_OF_A_SHAPE: Final = 32 * MIB
 
 @dataclass(frozen=True)
 class Options:
-    """What a runtime is loaded for; memory is set aside for all of it.
+    """What a runtime is loaded for. Memory is set aside for all of it.
 
-    pictures: most in a batch. largest_picture: width times height of the largest picture a request may bring, which
-    takes some twenty bytes of device memory a pixel; larger ones are refused. context: most rows of the text condition,
-    where the engines take any. subjects: how many stay on the device;
-    texts: prompts that stay encoded there (others are brought again when asked for). shapes: how many frame sizes (and
-    batch sizes) keep graphs. residency: "resident", all networks stay; "one-unet", unet_raw stays away and all steps
-    run on the inpainting UNet, so pictures differ a little; "swap", networks are there while a phase needs them, and
-    one that cannot be loaded is found out by the first request; None: the first of these that fits. Raises InputError.
+    pictures: the largest batch.
+    largest_picture: width times height of the largest picture that a request may bring. It takes some twenty bytes of
+        device memory a pixel. Larger pictures are refused.
+    subjects: how many stay on the device; others are uploaded again when a request needs them.
+    texts: how many prompts stay encoded there; others are encoded again.
+    shapes: how many frame sizes (and batch sizes) keep graphs.
+    context: the most rows of the text condition, where the engines take any number.
+    residency: "resident": all networks stay. "one-unet": unet_raw is omitted and all steps run on the inpainting UNet,
+        so pictures differ a little. "swap": networks are loaded while a phase needs them; one that cannot be loaded
+        fails in the first request. None: the first of these that fits.
+
+    Raises InputError for other values.
     """
 
     pictures: int = 1
@@ -62,7 +67,11 @@ class Options:
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """One thing that takes memory: bytes, and what for."""
+    """One use of memory.
+
+    bytes: how much it takes.
+    purpose: what for, as users read it.
+    """
 
     name: str
     bytes: int
@@ -71,12 +80,15 @@ class MemoryRow:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How the memory of a device is used; `str` is a table. Sizes in bytes.
+    """How the memory of a device is used. `str` makes a table. Sizes in bytes.
 
-    strategy: "resident": every network stays; "one-unet": unet_raw stays away and requests run with
-    patched_fraction=1; "swap": networks are there while a phase needs them. free: for everything that is planned, so
-    weights that are there already count as free. safe: the float32 twins there is room for beside the rest; without:
-    those there is none for. notice: what users of this plan should be told, None where nothing is missing.
+    strategy: "resident": every network stays. "one-unet": unet_raw is omitted and requests run with patched_fraction=1.
+        "swap": networks are loaded while a phase needs them.
+    free: available for everything in the plan, so loaded weights count as free.
+    total: of the device.
+    safe: the float32 twins that fit beside the rest.
+    without: the float32 twins that do not fit.
+    notice: what users of this plan should know; None where nothing is missing.
     """
 
     strategy: str
@@ -94,7 +106,7 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether that is no more than is free."""
+        """Whether the needed bytes are free."""
         return self.needed <= self.free
 
     def __str__(self) -> str:
@@ -117,11 +129,14 @@ def plan_memory(
     loaded: Collection[str] | None = None,
     beside: bool = False,
 ) -> MemoryPlan:
-    """Plan an engine set on a device of `total` bytes, of which `free` are free now.
+    """Plan an engine set on a device.
 
-    regions: bytes of each region of the arena, by name; workspace: of the neediest network (as good as nothing where
-    the back end allocates its own). loaded: networks whose weights are on the device now, so that `free` lacks them;
-    None: all but the float32 twins. beside: another runtime uses the same networks, with the same options.
+    free: bytes that are free now.
+    total: bytes of the device.
+    regions: bytes of each region of the arena, by name.
+    workspace: bytes for the network that needs most (almost 0 where the back end allocates its own).
+    loaded: networks whose weights are on the device now, so that `free` lacks them; None: all but the float32 twins.
+    beside: another runtime uses the same networks, with the same options.
 
     Raises OutOfMemoryError with the whole plan when no strategy fits, or not that of `options.residency`; InputError
     when that is "one-unet" and the base has no unet_raw.
@@ -146,7 +161,7 @@ def plan_memory(
 def _plan_strategy(
     strategy: str, weights: Mapping[str, int], shared: Sequence[MemoryRow], usable: int, total: int
 ) -> MemoryPlan:
-    """A strategy's plan, which may not fit, with as many twins as fit into it, the smallest first."""
+    """A strategy's plan, which may not fit. It has as many twins as fit, the smallest first."""
     kept = {name: size for name, size in weights.items() if not (strategy == "one-unet" and name == "unet_raw")}
     plain = {name: size for name, size in kept.items() if not is_twin(name)}
     rows = _list_weights(strategy, plain)
@@ -175,7 +190,7 @@ def _list_weights(strategy: str, weights: Mapping[str, int]) -> tuple[MemoryRow,
 
 
 def _list_turns(weights: Mapping[str, int]) -> Iterator[tuple[str, int]]:
-    """What is on the device at once under "swap", and its bytes: each phase, and each with its twins."""
+    """What is on the device at once under "swap", and its bytes: each phase, and each phase with its twins."""
     for phase in map(names_of_phase, all_phases()):
         plain = [name for name in phase if name in weights]
         wide = [twin_name(name) if twin_name(name) in weights else name for name in plain]
@@ -196,9 +211,9 @@ def _list_regions(regions: Mapping[str, int]) -> Iterator[MemoryRow]:
 def _make_workspace_row(count: int) -> MemoryRow:
     if count < MIB:
         return MemoryRow(
-            "workspace", count, "as good as none: the back end takes scratch memory of its own, not counted here"
+            "workspace", count, "almost none: the back end allocates its own scratch memory, not counted here"
         )
-    return MemoryRow("workspace", count, "scratch of the neediest network; all share it, they never run at once")
+    return MemoryRow("workspace", count, "scratch of the network that needs most; all share it, they never run at once")
 
 
 def _list_reserves(options: Options) -> Iterator[MemoryRow]:
@@ -207,18 +222,18 @@ def _list_reserves(options: Options) -> Iterator[MemoryRow]:
 
 
 def _write_notice(strategy: str, without: Sequence[str]) -> str | None:
-    told = {
-        "one-unet": "unet_raw stays away: requests run with patched_fraction=1",
+    notice = {
+        "one-unet": "unet_raw is not loaded: requests run with patched_fraction=1",
         "swap": "the networks take turns: each phase of a request waits for its weights",
     }.get(strategy)
     if without:
         lacks = f"there is no room for {', '.join(without)}: a request that overflows float16 there may fail"
-        told = f"{told}; {lacks}" if told else lacks
-    return told
+        notice = f"{notice}; {lacks}" if notice else lacks
+    return notice
 
 
 def _explain_shortage(plan: MemoryPlan, options: Options, taken: int, beside: bool) -> str:
-    """What to do: what is set higher than it must be, then what other programs hold."""
+    """What to do: first the options that are higher than necessary, then what other programs hold."""
     lower = {
         name: f"{name} (now {value})"
         for name, value, least in (

@@ -1,4 +1,4 @@
-"""What a runtime needs of a device before its first request: the arena's regions, scratch, and the memory plan."""
+"""What a runtime needs from a device before its first request: the arena's regions, scratch, and the memory plan."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from dreammix_trt.engine.drivers.device import Device
 
 
 class Needs:
-    """For networks and options. Raises InputError for options that the engines were not built for, EngineError for a
-    base that lacks a network."""
+    """What networks need with options.
+
+    Raises InputError for options that the engines were not built for, EngineError for a base that lacks a network.
+    """
 
     def __init__(self, networks: DeviceNetworks, options: Options) -> None:
         self._networks, self._options = networks, options
@@ -42,7 +44,7 @@ class Needs:
 
     @cached_property
     def largest(self) -> RoomShape:
-        """The largest shape there will be."""
+        """The largest shape that a room can have."""
         side = self._facts.native_side
         frames: Sequence[Size] = self._networks.frames() or ((side, side),)
         work = max(frames, key=lambda size: size[0] * size[1])
@@ -50,12 +52,12 @@ class Needs:
 
     @property
     def most_context(self) -> int:
-        """The longest condition that memory is set aside for."""
+        """The longest condition for which memory is set aside."""
         lengths = self._networks.contexts()
         return max(lengths) if lengths else max(self._options.context, TOKENS)
 
     def check_context(self, extra: int) -> int:
-        """Rows of a condition with `extra` rows appended. Raises InputError where it is none that is taken."""
+        """Rows of a condition with `extra` rows appended. Raises InputError for a number of rows that does not fit."""
         length, lengths = TOKENS + extra, self._networks.contexts()
         if lengths is not None and length not in lengths:
             built = ", ".join(map(str, lengths))
@@ -71,7 +73,7 @@ class Needs:
         return length
 
     def check_picture(self, picture: Picture) -> None:
-        """Raise InputError where a picture is too much for what memory is set aside for, or for the networks."""
+        """Raise InputError for a picture that exceeds the memory set aside, or that the networks do not take."""
         work = picture.work
         blocks.check_size(work.canvas, self._options.largest_picture)
         blocks.check_tables(picture)
@@ -97,7 +99,7 @@ class Needs:
 
     @cached_property
     def regions(self) -> Regions:
-        """Everything in the arena."""
+        """All regions of the arena."""
         options, networks = self._options, self._networks
         return {
             **phases.list_regions(measure_scratch, self.largest, options.largest_picture),
@@ -109,7 +111,10 @@ class Needs:
         }
 
     def plan(self, device: Device, *, beside: bool) -> MemoryPlan:
-        """The memory plan on a device. beside: another runtime uses the same networks."""
+        """Make the memory plan on a device.
+
+        beside: another runtime uses the same networks.
+        """
         free, total = device.memory()
         taken = measure_regions(self.regions)
         workspace = taken.pop("workspace")
@@ -119,7 +124,7 @@ class Needs:
         return plan
 
     def _measure_workspace(self) -> int:
-        """Scratch for the neediest network: they never run at once."""
+        """Scratch for the network that needs most: they never run at once."""
         needs = [256]
         for kind in KINDS:
             for name in (kind.name, twin_name(kind.name)):
@@ -129,7 +134,10 @@ class Needs:
 
 
 def measure_scratch(kernel: str, pictures: int, height: int, width: int) -> int:
-    """Bytes of scratch a kernel needs: "fill" (pictures, height, width), "distance" (1, pixels, 1), "step"."""
+    """Bytes of scratch that a kernel needs.
+
+    kernel: "fill" (pictures, height, width), "distance" (1, pixels, 1) or "step" (pictures, height, width in cells).
+    """
     gpu = importlib.import_module("dreammix_trt._cpp").gpu
     if kernel == "fill":
         return int(gpu.fill_scratch(height=height, width=width))

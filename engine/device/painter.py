@@ -1,4 +1,4 @@
-"""The phases of one batch on a device: which room they run in, which weights they need, in what order."""
+"""The phases of one batch on a device: in which room they run, which weights they need, in what order."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ Marks = list[tuple[str, Mark]]
 
 
 def add_up_marks(marks: Marks) -> dict[str, float]:
-    """Device seconds of each phase; the first mark starts the clock, and marks without a name end none."""
+    """Device seconds of each phase.
+
+    marks: the first one starts the clock; marks without a name end no phase.
+    """
     seconds: dict[str, float] = {}
     for (_, earlier), (name, mark) in pairwise(marks):
         if name:
@@ -38,10 +41,11 @@ def add_up_marks(marks: Marks) -> dict[str, float]:
 
 
 class DevicePainter:
-    """See `engine.painting.Painter`. studio: whose memory it paints in; safe: with the float32 twins there are.
+    """See `engine.painting.Painter`.
 
-    marks: points in the stream with the phase that ended there; the first starts the clock. frames: by the number of a
-    stage, what it decoded.
+    studio: paints in this studio's memory.
+    safe: use the available float32 twins.
+    marks: points in the stream with the phase that ended there; the first starts the clock.
     """
 
     def __init__(self, studio: Studio, batch: Sequence[Picture], *, safe: bool, marks: Marks) -> None:
@@ -59,7 +63,7 @@ class DevicePainter:
         """Enter the rooms, upload, encode the texts, start every picture."""
         studio, first = self._studio, self._batch[0]
         studio.pace.wait()
-        studio.rooms.leave()  # those of a batch that was left open
+        studio.rooms.leave()  # the rooms of a batch that was not finished
         rows = 2 if first.work.request.guided else 1
         context = studio.needs.check_context(first.work.prompts.extra)
         for framing in first.framings:
@@ -82,7 +86,7 @@ class DevicePainter:
         self._mark("start")
 
     def step(self, step: Step) -> None:
-        """One row of the schedule. The host stays a few steps ahead."""
+        """Carry out one row of the schedule. The host stays a few steps ahead."""
         self._check_turn()
         self._studio.residency.need(step.network, safe=self._safe)
         self._play(phases.TakeStep(step.network))
@@ -104,7 +108,7 @@ class DevicePainter:
         self._mark("hand over")
 
     def finish(self) -> list[U8]:
-        """Decode and paste, bring pictures and flags back, and wait for them."""
+        """Decode and paste, then download pictures and flags and wait for them."""
         self._check_turn()
         self._mark("loop")
         studio = self._studio
@@ -118,13 +122,16 @@ class DevicePainter:
         studio.device.synchronize(studio.stream)
         flags, images = collect()
         seen = int(np.bitwise_or.reduce(flags))
-        for kind in KINDS:  # in running order: what comes after the first may only have passed it on
+        for kind in KINDS:  # in running order: later networks may only have passed on the first one's values
             if seen & flag_of(kind.name):
                 raise NotFiniteError(f"{kind.name} gave values that are not numbers", kind.name)
         return images
 
     def open_preview(self) -> Callable[[int], U8]:
-        """What shows picture k's present prediction; waits for it. EngineError once the next step is on its way."""
+        """A function that shows picture k's present prediction and waits for it.
+
+        It raises EngineError once the next step is enqueued.
+        """
         index = self._step_done
 
         def preview(k: int) -> U8:
@@ -149,7 +156,7 @@ class DevicePainter:
         return self._rooms[self._now][0]
 
     def _prepare_texts(self) -> None:
-        """Subjects and texts."""
+        """Enter the subjects and write the texts of every picture."""
         studio = self._studio
         studio.device.clear(studio.arena["flags"], studio.stream)
         studio.subjects.enter([picture.work.subject for picture in self._batch])

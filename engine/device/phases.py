@@ -1,8 +1,8 @@
 """What the phases of a batch enqueue: start, step, hand-over, finish. Everything is on the device; nothing waits.
 
 The order is that of engine/host/painter.py, kernel for function. A phase is a plain list of launches whose arguments
-never change for a room, so it can be captured as a graph. What decides the list is the phase's value alone: it is the
-key of the graph and the only thing that recording is given.
+never change for a room, so it can be captured as a graph. Only the phase's value decides the list: it is the key of the
+graph and the only input of recording.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ Latent = Literal["x", "x0"]  # after the last step, or its prediction
 
 @dataclass(frozen=True)
 class Start:
-    """Picture k's first stage: frame, fill, encodings, head, noise. fills: whether the hole is filled from around.
-    dilates: whether more than the mask is repainted."""
+    """Picture k's first stage: frame, fill, encodings, head, noise.
+
+    fills: whether the hole is filled from its surroundings.
+    dilates: whether more than the mask is repainted.
+    """
 
     k: int
     stage: Stage
@@ -41,15 +44,17 @@ class Start:
 
 @dataclass(frozen=True)
 class TakeStep:
-    """One whole step of the batch on one UNet: two launches around it. The counter says which row it is."""
+    """One whole step of the batch on one UNet, between two launches. The counter says which row it is."""
 
     network: str
 
 
 @dataclass(frozen=True)
 class DecodeLocal:
-    """In the first stage's room: picture k's prediction (x0), or its finished latent (x), as a picture, kept until the
-    end."""
+    """Picture k's local result as a picture, kept until the end. Runs in the first stage's room.
+
+    source: "x0": the prediction; "x": the finished latent.
+    """
 
     k: int
     source: Latent
@@ -57,8 +62,10 @@ class DecodeLocal:
 
 @dataclass(frozen=True)
 class HandOver:
-    """In the second stage's room, after `DecodeLocal`: paste, encode, noise at the step's level. original: whether the
-    background is the user's picture, not the pasted one."""
+    """Paste, encode, add noise at the step's level. Runs in the second stage's room, after `DecodeLocal`.
+
+    original: whether the background is the user's picture, not the pasted one.
+    """
 
     k: int
     original: bool
@@ -66,8 +73,11 @@ class HandOver:
 
 @dataclass(frozen=True)
 class Finish:
-    """The last latent as picture k's finished picture, in "out". second: whether it is the second stage's. keeps_local:
-    whether only the seam is taken from it."""
+    """The last latent as picture k's finished picture, in "out".
+
+    second: whether the latent is the second stage's.
+    keeps_local: whether only the seam is taken from it.
+    """
 
     k: int
     second: bool
@@ -78,9 +88,11 @@ Phase = Start | TakeStep | DecodeLocal | HandOver | Finish
 
 
 def list_regions(device_scratch: Callable[[str, int, int, int], int], largest: RoomShape, pixels: int) -> Regions:
-    """Memory of the phases, for the largest room and pictures of at most `pixels`.
+    """Memory of the phases.
 
     device_scratch: bytes that a kernel ("fill", "distance", "step") needs, from (pictures, height, width).
+    largest: the largest room.
+    pixels: the most pixels of a picture.
     """
     pictures, (h, w), (height, width) = largest.pictures, largest.latent, largest.work
     latents = ((pictures, CHANNELS, h, w), "float32")
@@ -145,8 +157,12 @@ class Phases:
                 self._finish(phase)
 
     def preview(self, k: int, source: Latent) -> Array:
-        """Enqueue picture k's present prediction as a picture of the frame, in "last decoded" (uint8, h, w, 3). It sets
-        no flag: looking must not change what becomes of a request."""
+        """Enqueue picture k's present prediction as a picture of the frame.
+
+        It sets no flag: looking must not change the result of a request.
+
+        Returns "last decoded", uint8 (h, w, 3).
+        """
         last = self._tools.arena["last decoded"].reshape((*self._tools.room.shape.size, 3))
         self._vae.decode(k, self._tools.latents(source)[k], last, flag=self._tools.arena["found"])
         return last
@@ -262,7 +278,7 @@ class Phases:
         self._frames.paste(k, "second" if phase.second else "first", "final_sheet", last, seam=phase.keeps_local)
 
     def _set_condition(self, k: int, stage: Stage) -> None:
-        """What the stage tells the UNet of picture k: text, and the head's feature of the masked picture."""
+        """Give the UNet the stage's condition of picture k: text, and the head's feature of the masked picture."""
         rows, unet = self._tools.room.shape.rows_per_picture, self._tools.room.arrays["unet"]
         dtype, context = unet["encoder_hidden_states"].dtype, self._tools.room.shape.context
         condition = self._texts.rows_of(STAGES.index(stage), context, dtype)

@@ -1,6 +1,6 @@
-"""The records kernels read from device memory: geometry, steps and pictures as data, so that captured graphs serve any.
+"""The records that kernels read from device memory: geometry, steps and pictures as data, so captured graphs serve any.
 
-Each dtype repeats a struct of cpp_ext/gpu/records.hpp; a test compares their sizes and offsets.
+Each dtype repeats a struct of cpp_ext/gpu/records.hpp. A test compares their sizes and offsets.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 _I, _F = np.int32, np.float32
 
 #: How a picture (height, width) is cut (box row0..col1, ends exclusive) and resampled to (out_height, out_width).
-#: rows_at, cols_at: where in the int32 tables an axis' resampling stands, -1 where it keeps its size: first (outputs),
+#: rows_at, cols_at: where an axis' resampling begins in the int32 tables, -1 where it keeps its size: first (outputs),
 #: count (outputs), weights (outputs, most): Pillow's Lanczos, 22 fractional bits. vertically_first: which pass leads.
 CUT: Final = np.dtype(
     [(name, _I) for name in (
@@ -30,7 +30,7 @@ SHEET: Final = np.dtype(
     )]
 )  # fmt: skip
 
-#: What distances are wanted around a mask: its size, how far in pixels (1..32767), and the box where there are any
+#: Which distances are wanted around a mask: its size, how far in pixels (1..32767), and the box that has any
 #: (for a seam: the ring around the mask's bounds; else the whole mask).
 FIELD: Final = np.dtype([(name, _I) for name in ("height", "width", "reach", "row0", "row1", "col0", "col1", "unused")])
 
@@ -52,12 +52,12 @@ STEP: Final = np.dtype(
     + [("blend_step", _I), ("solver_step", _I), ("unused", _I)]
 )
 
-#: Where one LoRA factor lies: (rows, columns) at `source` numbers into the subject's packed row; at `target` numbers
-#: into the bound buffer of a batch of one, where it starts at target * pictures.
+#: Where one LoRA factor is: (rows, columns) at `source` numbers into the subject's packed row; at `target` numbers into
+#: the bound buffer of a batch of one. In a larger batch it starts at target * pictures.
 SEGMENT: Final = np.dtype([("source", np.int64), ("target", np.int64), ("size", np.int64)])
 
-#: One factor as a file has it (rows, cols) at `source`, to be laid out (target_rows, target_cols) at `target`, zeros
-#: where the file has less; scale multiplies it.
+#: One factor as a file has it, (rows, cols) at `source`, and its place in a row, (target_rows, target_cols) at
+#: `target`, with zeros where the file has less; scale multiplies it.
 FACTOR: Final = np.dtype(
     [
         ("source", np.int64),

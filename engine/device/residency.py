@@ -12,12 +12,15 @@ from dreammix_trt.core.seam import DeviceNetworks
 from dreammix_trt.engine.device.memory_plan import MemoryPlan
 from dreammix_trt.engine.device.room import choose_twin
 
-_LOADING: Final = threading.Lock()  # runtimes that share networks bring a twin one after the other
+_LOADING: Final = threading.Lock()  # runtimes that share networks load a twin one after the other
 
 
 class Usable:
-    """Networks without some: those of `hidden` are not there, nor are float32 twins that cannot stand in: a subject's
-    factors lie on the device in one type, and both UNets are told the same rows."""
+    """Networks without those of `hidden`, and without float32 twins that cannot stand in for their network.
+
+    A twin cannot stand in where it takes factors of another type: a subject's factors are on the device in one type. A
+    UNet's twin needs the other UNet's twin, as both get the same rows.
+    """
 
     def __init__(self, networks: DeviceNetworks, hidden: Collection[str] = ()) -> None:
         self._networks = networks
@@ -33,13 +36,13 @@ class Usable:
 
 
 def restrict_to_plan(networks: DeviceNetworks, plan: MemoryPlan) -> Usable:
-    """Networks as a memory plan leaves them: those it has no room for are not there."""
+    """Networks without those that a memory plan has no room for."""
     one = plan.strategy == "one-unet"
     return Usable(networks, {*plan.without, *(("unet_raw", twin_name("unet_raw")) if one else ())})
 
 
 def _find_unlike_twins(networks: DeviceNetworks) -> Iterator[str]:
-    """Twins that take LoRA factors in another type than the networks they stand in for."""
+    """Twins that take LoRA factors in another type than the networks for which they stand in."""
     for name in [kind.name for kind in KINDS]:
         if name in networks and twin_name(name) in networks:
             known = {tensor.name: tensor.dtype for tensor in networks.inputs(name)}
@@ -49,8 +52,13 @@ def _find_unlike_twins(networks: DeviceNetworks) -> Iterator[str]:
 
 
 class Residency:
-    """Carries a memory plan's strategy out. networks: as planned; shared: other runtimes use them, so none leaves.
-    wait: for everything under way, before weights leave. seconds: spent so far on bringing weights in and out."""
+    """Carries out a memory plan's strategy.
+
+    networks: restricted to the plan.
+    wait: waits for all work under way, before weights are unloaded.
+    shared: other runtimes use the networks, so none is unloaded.
+    seconds: spent so far on loading and unloading.
+    """
 
     def __init__(
         self, networks: DeviceNetworks, plan: MemoryPlan, wait: Callable[[], None], *, shared: bool = False
@@ -69,19 +77,24 @@ class Residency:
                 networks.load(name)
 
     def make_room(self) -> None:
-        """Before networks are bound: under "swap" all weights leave, as TensorRT 11 brings those it binds for a moment.
-        The device must be idle."""
+        """Unload all weights under "swap", before networks are bound: TensorRT 11 briefly loads those that it binds.
+
+        The device must be idle.
+        """
         if self._plan.strategy == "swap":
             for name in self._networks.loaded:
                 self._networks.unload(name)
 
     @property
     def captures(self) -> bool:
-        """Whether graphs stay valid: weights that come back may lie elsewhere."""
+        """Whether graphs stay valid: weights that are loaded again may have other addresses."""
         return self._plan.strategy != "swap"
 
     def need(self, *names: str, safe: bool = False) -> None:
-        """Have these networks' weights on the device; under "swap" all others leave first."""
+        """Load these networks' weights where they are not loaded; under "swap" unload all others first.
+
+        safe: load twins where they exist.
+        """
         wanted = {choose_twin(self._networks, name, safe) for name in names if name in self._networks}
         if wanted <= set(self._networks.loaded):
             return

@@ -1,7 +1,7 @@
 """One frame size on the device: the networks bound to the arena at that size, and the graphs captured there.
 
-A room is all that depends on a shape. Its graphs hold whole phases; pictures, schedules, texts and subjects are data,
-so they are replayed for any request of the shape.
+A room is everything that depends on a shape. Its graphs hold whole phases. Pictures, schedules, texts and subjects are
+data, so the graphs are replayed for any request of the shape.
 """
 
 from __future__ import annotations
@@ -39,8 +39,14 @@ UNET_INPUTS = {
 
 @dataclass(frozen=True)
 class RoomShape:
-    """What decides a room: the frame's work size in pixels, pictures, rows a picture, rows of the text condition, and
-    whether it is the safe one, where networks are taken as their float32 twins."""
+    """What decides a room.
+
+    work: the frame's work size (height, width) in pixels.
+    pictures: of a batch.
+    rows_per_picture: of the UNet's batch.
+    context: rows of the text condition.
+    safe: whether networks are replaced by their float32 twins.
+    """
 
     work: Size
     pictures: int
@@ -50,7 +56,7 @@ class RoomShape:
 
     @property
     def size(self) -> Size:
-        """Pixels the networks see."""
+        """(height, width) in pixels that the networks see."""
         return floor_to_cells(self.work)
 
     @property
@@ -69,7 +75,7 @@ class RoomShape:
 
     @property
     def tiling(self) -> Tiling | None:
-        """How the VAE is run in tiles; None: whole."""
+        """How the VAE runs in tiles; None: whole."""
         return tiles_of(*self.latent) if needs_tiles(*self.size) else None
 
     @property
@@ -79,20 +85,22 @@ class RoomShape:
         return Sides(1, 1, tiling.height, tiling.width) if tiling else self.one
 
     def sides_of(self, call: Call) -> Sides:
-        """The sides of a network that is called so (core/networks.py)."""
+        """The sides of a network by the way it is called (core/networks.py)."""
         return {"prompt": self.one, "frame": self.one, "vae": self.vae, "step": self.batch}[call]
 
 
 def choose_twin(networks: DeviceNetworks, name: str, safe: bool) -> str:
-    """A network, or where `safe` its float32 twin if there is one."""
+    """A network's name, or with `safe` its float32 twin's where it exists."""
     twin = twin_name(name)
     return twin if safe and twin in networks else name
 
 
 def list_regions(networks: DeviceNetworks, largest: RoomShape) -> Regions:
-    """Memory the networks are bound to, for the largest room.
+    """Memory to which the networks are bound.
 
-    The UNets share theirs. Every other network has its own, sized for float32, which twins take.
+    largest: the largest room.
+
+    The UNets share theirs. Every other network has its own, large enough for float32, which twins use.
     """
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     batch = largest.batch
@@ -111,7 +119,7 @@ def list_regions(networks: DeviceNetworks, largest: RoomShape) -> Regions:
 
 
 def _list_kinds(networks: DeviceNetworks) -> Iterator[NetworkKind]:
-    """The networks that rooms bind: all but those of prompts, whose sizes no frame changes."""
+    """The networks that rooms bind: all but those of prompts, whose sizes do not depend on the frame."""
     return (kind for kind in KINDS if kind.call != "prompt" and kind.name in networks)
 
 
@@ -121,7 +129,10 @@ def _choose_dtype(networks: DeviceNetworks, name: str, tensor: Tensor) -> str:
 
 
 class Room:
-    """The bound networks of a shape. arrays: by network and tensor name."""
+    """The bound networks of a shape.
+
+    arrays: by network and tensor name.
+    """
 
     def __init__(
         self,
@@ -133,13 +144,17 @@ class Room:
         workspace: Array,
         upload: Callable[[Array, np.ndarray], None],
     ) -> None:
-        """upload: brings values to the device, and waits."""
+        """Bind the networks of a shape.
+
+        workspace: scratch that the networks share.
+        upload: copies values to the device, and waits.
+        """
         self.shape = shape
         self.arrays: dict[str, dict[str, Array]] = {}
         self._device, self._networks, self._workspace, self._upload = device, networks, workspace, upload
         self._bound: dict[str, Bound] = {}
         self._graphs: dict[Hashable, Graph] = {}
-        self._used: set[str] = set()  # networks of the phase that is played
+        self._used: set[str] = set()  # networks of the present phase
         self._plain: set[Hashable] = set()  # phases that cannot be captured
         self._arena = arena
         self._memory: list[Memory] = []
@@ -161,7 +176,8 @@ class Room:
     def play(self, phase: Hashable, record: Callable[[Any], None], stream: Stream, *, capture: bool) -> None:
         """Do what `record(phase)` enqueues: replay its graph, or run it plainly and capture it for the next time.
 
-        phase: a value that decides all that is recorded.
+        phase: a value that decides everything that is recorded.
+        capture: whether it may be captured.
         """
         graph = self._graphs.get(phase)
         if graph is not None:
@@ -178,7 +194,7 @@ class Room:
                 self._graphs[phase] = graph
 
     def close(self) -> None:
-        """Free graphs and bindings; the device must be idle."""
+        """Free graphs and bindings. The device must be idle."""
         for graph in self._graphs.values():
             graph.close()
         for bound in self._bound.values():
@@ -188,7 +204,10 @@ class Room:
         self._graphs, self._bound, self._memory = {}, {}, []
 
     def ramps(self, factor: int) -> Ramps:
-        """Each tile's weights along rows and columns, float32; factor 1: in latent cells, `FACTOR`: in pixels."""
+        """Each tile's weights along rows and columns, float32.
+
+        factor: 1: in latent cells; `FACTOR`: in pixels.
+        """
         return self._ramps[factor]
 
     def _upload_ramps(self, tiling: Tiling, factor: int) -> Ramps:
@@ -213,14 +232,14 @@ class Room:
         arrays |= layout.cut_arrays(name, self._arena["bound factors"], sides.pictures)
         self.arrays[name] = arrays
         need = self._networks.workspace_bytes(actual, sides)
-        if need > self._workspace.nbytes:  # a smaller frame may take kernels that want more than the largest frame's
+        if need > self._workspace.nbytes:  # a smaller frame may use kernels that need more than the largest frame's
             self._memory.append(self._device.allocate(need))
             self._workspace = Array(self._memory[-1].pointer, (need,), "uint8")
         self._bound[name] = self._networks.bind(actual, sides, arrays, self._workspace)
 
 
 def try_capture(device: Device, stream: Stream, record: Callable[[], None]) -> Graph | None:
-    """A graph of what was just done plainly; None, and a word in the log, where it cannot be captured."""
+    """Capture what just ran plainly as a graph. None, with a log entry, where it cannot be captured."""
     try:
         return device.capture(stream, record)
     except (OutOfMemoryError, MemoryError):
@@ -233,7 +252,7 @@ def try_capture(device: Device, stream: Stream, record: Callable[[], None]) -> G
 
 
 def _region_of(kind: NetworkKind, tensor: Tensor) -> str | None:
-    """Where a tensor of a network lies; None: among the factors (`Layout`)."""
+    """The region of a tensor of a network; None: it is among the factors (`Layout`)."""
     if kind.call != "step":
         return f"{kind.name} {tensor.name}"
     raw = {"inpaint_feature": "no feature"} if kind.name == "unet_raw" else {}
@@ -241,11 +260,11 @@ def _region_of(kind: NetworkKind, tensor: Tensor) -> str | None:
 
 
 class Rooms:
-    """The rooms of a runtime, at most `most` of them kept.
+    """The rooms of a runtime. At most `most` of them are kept.
 
-    A shape gets a room that stays when there is space for it, or when it comes a second time while another was not used
-    for longer; else a guest's room, whose phases run uncaptured and which is closed after the request. No room leaves
-    that the same request has entered.
+    A shape gets a room that stays when there is space for one, or when the shape comes a second time while another room
+    was not used for longer. Else it gets a guest's room, whose phases run uncaptured and which is closed after the
+    request. A room that the same request has entered is never closed.
     """
 
     def __init__(self, make: Callable[[RoomShape], Room], most: int = 4) -> None:
@@ -281,14 +300,14 @@ class Rooms:
         return room, True
 
     def leave(self) -> None:
-        """A request is over: close the guests' rooms; the device must be idle."""
+        """End a request: close the guests' rooms. The device must be idle."""
         for room in self._guests:
             room.close()
         self._guests.clear()
         self._entered.clear()
 
     def close(self) -> None:
-        """Close every room; the device must be idle."""
+        """Close every room. The device must be idle."""
         self.leave()
         for room in self._kept.values():
             room.close()

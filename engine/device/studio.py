@@ -1,7 +1,6 @@
 """Requests on a device as a whole: one arena, one stream, weights, subjects, texts and graphs, batch after batch.
 
-A batch is uploaded in one go; from there until the finished pictures come back nothing crosses to the host but the
-question whether to go on.
+A batch is uploaded in one go. From then until the finished pictures come back, the host only decides whether to go on.
 """
 
 from __future__ import annotations
@@ -39,10 +38,13 @@ U8 = npt.NDArray[np.uint8]
 
 
 class Studio:
-    """A base on a device (see `engine.runtime.Runtime`); one request at a time. Close it after use.
+    """A base on a device (see `engine.runtime.Runtime`). One request at a time. Close it after use.
 
-    networks: those the memory plan has room for; shared: all of the base's. They and the device belong to the caller:
-    several studios may share them, each with memory and a stream of its own. plan: what takes how much memory.
+    networks: those that the memory plan has room for.
+    shared: all of the base's networks.
+    plan: what takes how much memory.
+
+    Networks and device belong to the caller. Several studios may share them, each with its own memory and stream.
     """
 
     def __init__(
@@ -54,12 +56,13 @@ class Studio:
         *,
         shares: bool = False,
     ) -> None:
-        """stream: where the networks must run (ONNX Runtime's are tied to one), the caller's; None: one is made.
+        """Plan and allocate the memory.
 
+        stream: the caller's, where the networks must run (ONNX Runtime's are tied to one); None: the studio makes one.
         shares: other studios use the networks, so their weights stay.
 
-        Raises InputError, EngineError, OutOfMemoryError with the memory plan, and what the networks' `load` raises:
-        under "swap" not before the first request.
+        Raises InputError, EngineError, OutOfMemoryError with the memory plan, and what the networks' `load` raises;
+        under "swap" the latter only in the first request.
         """
         self.device, self.shared, self.options = device, networks, options or Options()
         usable = cast(DeviceNetworks, Usable(networks))
@@ -67,7 +70,7 @@ class Studio:
         self.needs = Needs(usable, self.options)
         self.plan: MemoryPlan = self.needs.plan(device, beside=shares)
         self.networks = cast(DeviceNetworks, restrict_to_plan(usable, self.plan))
-        self.turn: object | None = None  # the batch that has the device's memory now
+        self.turn: object | None = None  # the batch that uses the device's memory now
         self.closed = False
         self._marks: Marks = []
         self._weights_before = 0.0
@@ -79,13 +82,13 @@ class Studio:
             try:
                 self._take_memory(made, shares)
             except DeviceError:
-                if self.pace.lost:  # then nothing can be given back
+                if self.pace.lost:  # then nothing can be freed
                     made.pop_all()
                 raise
             self._owned = made.pop_all()
 
     def _take_memory(self, made: ExitStack, shares: bool) -> None:
-        """What takes memory; each is given back by `made`."""
+        """Make everything that takes memory; `made` frees each of it."""
         device, networks = self.device, self.networks
         serves = getattr(networks, "serves", None)
         if serves is not None and not serves(self.stream):
@@ -96,7 +99,7 @@ class Studio:
         self.arena = Arena(device, self.needs.regions)
         made.callback(self.arena.close)
         self.transfers = Transfers(device, self.arena, list(self.needs.blocks), made)
-        self._put(self.arena["numbers"], np.arange(blocks.MOST_STEPS + 1, dtype=np.int32))  # what the counter is set to
+        self._put(self.arena["numbers"], np.arange(blocks.MOST_STEPS + 1, dtype=np.int32))  # the values of the counter
         self.subjects = Subjects(device, self.stream, self.needs.layout, self.arena, self.pace.wait)
         self.texts = DeviceTexts(device, self.stream, networks, self.arena, self.needs.layout, self.subjects, self._put)
         made.callback(self.texts.close)
@@ -127,18 +130,20 @@ class Studio:
 
     @property
     def lost_raw_unet(self) -> bool:
-        """Whether the memory plan left the base's unpatched UNet out."""
+        """Whether the memory plan omits the base's unpatched UNet."""
         return "unet_raw" in self.shared and not self.has_raw_unet
 
     def add_subject(self, name: str, subject: Subject) -> None:
-        """Make a subject known; one of the same name is replaced. FileFormatError where it does not fit the base,
-        DeviceError; then nothing changes."""
+        """Make a subject known. It replaces one of the same name.
+
+        Raises FileFormatError where it does not fit the base, DeviceError; then nothing changes.
+        """
         self._check_open()
         self.subjects.add(name, subject)
         self.texts.forget(name)
 
     def check(self, work: Work) -> Hashable:
-        """What pictures of one batch must share. Raises InputError naming what cannot be painted."""
+        """What pictures of one batch must share. Raises InputError for a picture that cannot be painted."""
         if work.noise is not None:
             raise InputError("noise is given, but on a GPU it is drawn there, from the seed: load with device='cpu'")
         picture = Picture.of(work)
@@ -146,11 +151,12 @@ class Studio:
         return picture.variant
 
     def paint(self, batch: Sequence[Work], keep: Collection[int] = ()) -> Painting:
-        """Paint up to `most_pictures` pictures of equal `check`.
+        """Paint up to `most_pictures` pictures of equal `check`; see `engine.runtime.Runtime.paint`.
+
+        A batch that begins meanwhile takes over the device's memory. Going on with this one then raises EngineError.
 
         Raises InputError for pictures that cannot share a batch, NotFiniteError, OutOfMemoryError (the studio stays
-        usable), DeviceError. A batch that is begun meanwhile takes the device's memory over; going on with this one
-        then raises EngineError.
+        usable), DeviceError.
         """
         self._check_open()
         if not 0 < len(batch) <= self.options.pictures:
@@ -194,7 +200,7 @@ class Studio:
 
     @property
     def timings(self) -> Mapping[str, float]:
-        """Device seconds of the last batch by phase, after it was finished; "weights": host seconds of loading some."""
+        """Device seconds of the last finished batch by phase. "weights": host seconds of loading some."""
         seconds = add_up_marks(self._marks)
         if self.residency.seconds > self._weights_before:
             seconds["weights"] = self.residency.seconds - self._weights_before
@@ -213,7 +219,7 @@ class Studio:
         return len(self.rooms)
 
     def another(self) -> Studio:
-        """A second one over the same networks, with memory and a stream of its own; close it before this one.
+        """Make a second studio over the same networks, with its own memory and stream. Close it before this one.
 
         Raises EngineError where the networks cannot be shared, OutOfMemoryError with the memory plan.
         """
@@ -226,23 +232,23 @@ class Studio:
         return Studio(self.device, self.shared, replace(self.options, residency=self.plan.strategy), shares=True)
 
     def bring(self, array: Array) -> U8:
-        """A copy of a device's array, once everything before it is done."""
+        """Copy a device's array to the host, once all earlier work is done."""
         host = np.empty(array.shape, np.uint8)
-        self.pace.wait()  # a copy to memory that is not pinned waits itself, without end
+        self.pace.wait()  # a copy to memory that is not pinned waits by itself, without end
         self.device.download(host, array, self.stream)
         self.device.synchronize(self.stream)
         return host
 
     @contextmanager
     def explain_memory(self) -> Iterator[None]:
-        """Report lack of memory with the plan. A MemoryError is torch's."""
+        """Report lack of memory with the plan. A MemoryError comes from torch."""
         try:
             yield
         except (OutOfMemoryError, MemoryError) as error:
             raise OutOfMemoryError(f"{error}\nThe memory plan was:\n{self.plan}") from error
 
     def close(self) -> None:
-        """Free everything but networks and device; again does nothing. A device that does not answer is left alone."""
+        """Free everything but networks and device. Again does nothing. A device that does not answer is left alone."""
         if self.closed:
             return
         self.closed, self.turn = True, None
@@ -264,7 +270,7 @@ class Studio:
         self.close()
 
     def _recover(self) -> None:
-        """Give back what a request took, after it found no memory."""
+        """Free what a request has taken, after it found no memory."""
         self.pace.wait_quietly()
         if self.pace.lost:
             return

@@ -1,8 +1,9 @@
-"""Subjects on the device: packed factors that stay there, and the buffer the engines are bound to.
+"""Subjects on the device: packed factors that stay there, and the buffer to which the engines are bound.
 
 A resident subject is one row: its factors for every network, in packed order, in the engines' type. With one picture a
-batch the bound buffer has the same layout, so a swap is one copy; with several, each factor's entries of all pictures
-lie side by side, and one kernel puts a row into its places. Nothing else of a captured graph changes with the subject.
+batch the bound buffer has the same layout, so a swap is one copy. With several pictures, each factor's entries of all
+pictures are side by side, and one kernel copies a row into its places. Nothing else in a captured graph changes with
+the subject.
 """
 
 from __future__ import annotations
@@ -29,7 +30,12 @@ NOBODY = ""  # the subject whose factors are zeros
 
 
 class FactorInput(NamedTuple):
-    """One LoRA input of a network: its shape for one picture, its place in the network's packed row and in ours."""
+    """One LoRA input of a network.
+
+    shape: for one picture.
+    packed_at: its place in the network's packed row.
+    start: its place in our row.
+    """
 
     tensor: str
     shape: tuple[int, ...]
@@ -42,10 +48,15 @@ class FactorInput(NamedTuple):
 
 
 class Layout:
-    """Where each network's factors stand in a row: the UNets first, then the text encoders, each input aligned.
+    """The place of each network's factors in a row: the UNets first, then the text encoders, each input aligned.
 
-    pictures: the largest batch. numbers: of a whole row, unet_numbers: of its UNet part; dtype: of the LoRA inputs. In
-    a batch of N everything of the UNets stands N times as far from the beginning, and every input holds N entries.
+    pictures: the largest batch.
+    numbers: of a whole row.
+    unet_numbers: of the row's UNet part.
+    dtype: of the LoRA inputs.
+    inputs: network -> its LoRA inputs.
+
+    In a batch of N everything of the UNets is N times as far from the beginning, and every input holds N entries.
     """
 
     def __init__(self, networks: DeviceNetworks, pictures: int) -> None:
@@ -82,12 +93,12 @@ class Layout:
         }
 
     def make_segments(self) -> np.ndarray:
-        """SEGMENT records: what `place_factors` moves of a row's UNet part; the same for every batch size."""
+        """SEGMENT records: what `place_factors` copies of a row's UNet part; the same for every batch size."""
         unets = [entry for name in unets_of("both") for entry in self.inputs.get(name, ())]
         return np.array([(entry.start, entry.start, entry.size) for entry in unets], SEGMENT)
 
     def find_target(self, name: str, at: int) -> int | None:
-        """Where number `at` of a network's packed row stands in ours; None: the network has no input for it."""
+        """The place in our row of number `at` of a network's packed row; None: the network has no input for it."""
         entries = self.inputs[name]
         before = bisect_right(entries, at, key=lambda entry: entry.packed_at)
         entry = entries[before - 1] if before else None
@@ -96,7 +107,11 @@ class Layout:
         return entry.start + at - entry.packed_at
 
     def cut_arrays(self, name: str, bound: Array, pictures: int) -> dict[str, Array]:
-        """The LoRA inputs of a network as parts of the bound buffer, for a batch of `pictures` (text encoders: 1)."""
+        """The LoRA inputs of a network as parts of the bound buffer.
+
+        bound: the buffer.
+        pictures: of the batch; text encoders always have 1.
+        """
         on_unet = name in unets_of("both")
         count = pictures if on_unet else 1
         shift = 0 if on_unet else (self.pictures - 1) * self.unet_numbers
@@ -106,8 +121,10 @@ class Layout:
         }
 
     def _place_inputs(self, inputs: list[tuple[str, tuple[int, ...]]], known: Collection[str]) -> list[FactorInput]:
-        """Place those of the inputs that the network has after what is placed already: engines lack the factors of a
-        layer whose output nothing reads, and the packed row has them."""
+        """Place the inputs that the network has, after those placed already.
+
+        Engines lack the factors of a layer whose output nothing reads; the packed row has them.
+        """
         each = ALIGNMENT // np.dtype(self.dtype).itemsize
         entries, packed_at = [], 0
         for tensor, shape in inputs:
@@ -120,16 +137,19 @@ class Layout:
 
 
 def _list_inputs(known: Mapping[str, str], slots: Sequence[Slot]) -> list[tuple[str, tuple[int, ...]]]:
-    """The LoRA inputs its slots stand for in packed order, with their shapes for one picture. known: all it has."""
+    """The LoRA inputs of slots in packed order, with their shapes for one picture.
+
+    known: all inputs of the network.
+    """
     if "lora" in known:
         return [("lora", (packed_size(slots),))]
     return [factor for slot in slots for factor in slot.factors]
 
 
 class Subjects:
-    """The subjects of one runtime. `most` are resident; others are packed again when they are asked for.
+    """The subjects of one runtime. `most` are resident; others are packed again when a request needs them.
 
-    wait: for everything in the stream.
+    wait: waits for everything in the stream.
     """
 
     def __init__(self, device: Device, stream: Stream, layout: Layout, arena: Arena, wait: Callable[[], None]) -> None:
@@ -151,9 +171,9 @@ class Subjects:
         return self._arena["subject rows"].shape[0] - 1
 
     def add(self, name: str, subject: Subject) -> None:
-        """Make a subject known and resident. Waits for the device: factors come from the host.
+        """Make a subject known and resident. Waits for the device, as factors come from the host.
 
-        Raises FileFormatError where it does not fit the base, DeviceError; then the one that had the name keeps it.
+        Raises FileFormatError where it does not fit the base, DeviceError; then the earlier subject keeps the name.
         """
         table, raw = self._pack(subject)
         self._resident.pop(name, None)
@@ -162,7 +182,7 @@ class Subjects:
         self._known[name] = subject
 
     def enter(self, names: Sequence[str]) -> None:
-        """Let picture k of the batch be drawn with subject names[k] (NOBODY: none). Enqueues only, for residents."""
+        """Draw picture k of the batch with subject names[k] (NOBODY: none). For resident subjects it only enqueues."""
         chosen = tuple(names)
         if self._entered == chosen:
             return
@@ -176,7 +196,7 @@ class Subjects:
         self._entered = chosen
 
     def enter_text(self, name: str) -> None:
-        """Let the text encoders use a subject's factors."""
+        """Give a subject's factors to the text encoders."""
         if self._layout.pictures == 1 and self._entered != (name,):
             self.enter((name,))
         if self._in_text == name or self._layout.pictures == 1:
@@ -217,7 +237,7 @@ class Subjects:
         return rows[self._resident[name]]
 
     def _place(self, name: str, table: np.ndarray, raw: np.ndarray) -> None:
-        """Pack a subject into a row of its own, in the place of the one not used for longest where all are taken."""
+        """Pack a subject into a row of its own. Where all rows are taken, it replaces the least recently used one."""
         free = set(range(1, self.most + 1)) - set(self._resident.values())
         index = min(free) if free else self._resident.popitem(last=False)[1]
         row = self._arena["subject rows"][index]
@@ -239,7 +259,7 @@ class Subjects:
         self._resident[name] = index
 
     def _pack(self, subject: Subject) -> tuple[np.ndarray, np.ndarray]:
-        """FACTOR records of a subject and the numbers they refer to, float32."""
+        """FACTOR records of a subject and the numbers to which they refer, float32."""
         found, values, source = [], [np.zeros(0, np.float32)], 0
         for network, slots in self._layout.slots.items():
             for each in place_factors(subject.factors_for(network), slots, subject.scale):
@@ -255,7 +275,7 @@ class Subjects:
         put(self._device, self._arena[region], data, self._stream, self._wait)
 
     def _forget(self, name: str) -> None:
-        """The bound buffer no longer holds this name's factors."""
+        """Note that the bound buffer no longer holds this name's factors."""
         if self._entered and name in self._entered:
             self._entered = None
         if self._in_text == name:
@@ -263,6 +283,6 @@ class Subjects:
 
 
 def resident_bytes(layout: Layout) -> Mapping[str, int]:
-    """What a swap moves: bytes of a whole row, and of its UNet part."""
+    """What a swap copies: bytes of a whole row, and of its UNet part."""
     each = np.dtype(layout.dtype).itemsize
     return {"row": layout.numbers * each, "unets": layout.unet_numbers * each}

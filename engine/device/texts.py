@@ -1,6 +1,6 @@
-"""Prompts on the device: both text encoders, attribute removal, and the rows each stage tells the UNet.
+"""Prompts on the device: both text encoders, attribute removal, and the rows that each stage gives the UNet.
 
-Encoded prompts stay on the device, so a prompt that comes again (the negative one nearly always) is encoded once.
+Encoded prompts stay on the device, so a prompt that comes again (nearly always the negative one) is encoded once.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ _TAS = 2 + 2 * TOKENS  # numbers of a TAS plan
 
 
 def list_regions(networks: DeviceNetworks, pictures: int, rows: int, kept: int, context: int) -> Regions:
-    """Memory for the encoders, `kept` encoded prompts (at least all of one picture's), and the rows of both stages.
+    """Memory for the encoders, encoded prompts, and the rows of both stages.
 
-    rows: a picture, 1 or 2. context: the longest condition.
+    pictures: the largest batch.
+    rows: of a picture, 1 or 2.
+    kept: encoded prompts that stay (at least all of one picture).
+    context: rows of the longest condition.
     """
     kept = max(kept, MOST_PROMPTS)
     width, pooled = find_widths(networks)
@@ -54,13 +57,13 @@ def list_regions(networks: DeviceNetworks, pictures: int, rows: int, kept: int, 
 
 
 def find_widths(networks: DeviceNetworks) -> tuple[int, int]:
-    """Numbers a token and a pooled vector have."""
+    """Numbers of a token and of a pooled vector."""
     inputs = {tensor.name: tensor.shape for tensor in networks.inputs("unet")}
     return int(inputs["encoder_hidden_states"][-1]), int(inputs["text_embeds"][-1])
 
 
 class DeviceTexts:
-    """The text side of a runtime."""
+    """Encodes a runtime's prompts on the device, and writes the rows of its conditions."""
 
     def __init__(
         self,
@@ -72,7 +75,10 @@ class DeviceTexts:
         subjects: Subjects,
         upload: Callable[[Array, np.ndarray], None],
     ) -> None:
-        """upload: brings values to the device, and waits."""
+        """Begin with nothing encoded.
+
+        upload: copies values to the device, and waits.
+        """
         self._device, self._stream, self._arena, self._subjects = device, stream, arena, subjects
         self._networks, self._layout = networks, layout
         self._kept: OrderedDict[tuple[str, str, bytes], int] = OrderedDict()
@@ -83,26 +89,37 @@ class DeviceTexts:
         upload(arena["pooled plan"], plan)
 
     def forget(self, subject: str | None = None) -> None:
-        """Drop what was encoded (with a subject's factors)."""
+        """Drop what was encoded.
+
+        subject: only what was encoded with this subject's factors; None: all.
+        """
         for key in [key for key in self._kept if subject is None or key[1] == subject]:
             del self._kept[key]
 
     def settle(self, *, proven: bool) -> None:
-        """Keep what was encoded since the last call, or drop it: of a request that was left, no one has seen whether
-        its values are finite."""
+        """Keep what was encoded since the last call, or drop it.
+
+        proven: whether the values are known to be finite; nobody checked those of a request that was left.
+        """
         if not proven:
             for key in self._unproven:
                 self._kept.pop(key, None)
         self._unproven.clear()
 
     def lacks(self, plan: PromptPlan) -> bool:
-        """Whether something of a plan is not encoded yet."""
+        """Whether a plan has a prompt that is not encoded yet."""
         return any(prompt.key not in self._kept for prompt in plan.prompts)
 
     def compose(self, picture: int, context: int, dtype: str, plan: PromptPlan, *, safe: bool, capture: bool) -> None:
-        """Encode what is missing and write the picture's rows of both stages in the UNet's dtype.
+        """Encode what is missing and write the picture's rows of both stages.
 
-        context: rows of the condition. The plan's ids, TAS plan and appended rows lie in the arena already.
+        picture: its number in the batch.
+        context: rows of the condition.
+        dtype: the UNet's.
+        safe: encode with the twins.
+        capture: whether the encoders may be captured.
+
+        The plan's ids, TAS plan and appended rows must be in the arena already.
         """
         for number, prompt in enumerate(plan.prompts):
             if prompt.key in self._kept:
@@ -117,7 +134,7 @@ class DeviceTexts:
         self._write_stages(picture, context, dtype, plan)
 
     def close(self) -> None:
-        """Free what is bound; the device must be idle."""
+        """Free what is bound. The device must be idle."""
         for encoders in self._encoders.values():
             encoders.close()
         self._encoders.clear()
@@ -141,7 +158,10 @@ class DeviceTexts:
         self._device.copy(self._arena["kept pooled"][slot], self._arena["joined pooled"], self._stream)
 
     def rows_of(self, stage: int, context: int, dtype: str) -> tuple[Array, Array]:
-        """The rows of a stage, (rows, context, D) and (rows, Dp)."""
+        """The rows of a stage, (rows, context, D) and (rows, Dp).
+
+        stage: its number.
+        """
         tokens, pooled = self._arena["stage tokens"], self._arena["stage pooled"]
         stages, rows, _, width = tokens.shape
         return (
@@ -167,7 +187,7 @@ class DeviceTexts:
                 self._write(pooled[place], _part(sources[row.pooled], 1))
 
     def _write_tokens(self, place: Array, source: tuple[Array, Array] | None, row: int, extra: int) -> None:
-        """A row's token rows, and the rows appended to them."""
+        """Write a row's token rows, and the rows appended to them."""
         self._write(place.part(0, TOKENS), _part(source, 0))
         if extra:
             self._write(place.part(TOKENS, extra), self._arena["appended"].part(row * extra, extra))
@@ -184,7 +204,7 @@ class DeviceTexts:
             )
 
     def _write(self, place: Array, source: Array | None) -> None:
-        """Fill a place in its type; None: zeros."""
+        """Fill a place in its type; None: with zeros."""
         if source is None:
             self._device.clear(place, self._stream)
         else:

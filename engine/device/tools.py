@@ -1,4 +1,4 @@
-"""What launches kernels in one room: the room's arrays by name, in the shapes that kernels take."""
+"""Launches kernels in one room, and returns the room's arrays in the shapes that kernels take."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHANNELS = 4  # of a latent
 
 
 class RoomTools:
-    """Views of the arena at a room's shape, and launching."""
+    """Views of the arena at a room's shape, and launching. `k` is a picture's number."""
 
     def __init__(self, device: Device, stream: Stream, arena: Arena, room: Room, facts: BaseFacts) -> None:
         self.device, self.stream, self.arena, self.room, self.facts = device, stream, arena, room, facts
@@ -24,7 +24,7 @@ class RoomTools:
 
     @property
     def fits(self) -> bool:
-        """Whether the networks see the frame as it is (only the reference's own sizes may differ)."""
+        """Whether the networks see the frame unchanged (only the reference's own sizes may differ)."""
         return self.room.shape.work == self.room.shape.size
 
     def latents(self, region: str) -> Array:
@@ -36,7 +36,7 @@ class RoomTools:
         return self.arena["latent mask"].reshape((shape.pictures, 1, *shape.latent))
 
     def image(self) -> Array:
-        """The frame as the VAE encoder takes it; where it goes in tiles, the whole of it."""
+        """The frame as the VAE encoder takes it; where it runs in tiles, the whole frame."""
         image = self.room.arrays["vae_encoder"]["image"]
         if self.room.shape.tiling is None:
             return image

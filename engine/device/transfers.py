@@ -1,4 +1,4 @@
-"""Between host and device: what a batch uploads, and the pictures it brings back, in pinned memory."""
+"""Transfers between host and device through pinned memory: what a batch uploads, and the pictures that it downloads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ U8 = npt.NDArray[np.uint8]
 
 
 class Transfers:
-    """Pinned host memory beside the arena: what a batch uploads, and the pictures it brings back; `made` frees it.
+    """Pinned host memory beside the arena. `made` frees it.
 
     blocks: the arena's regions that a batch's records fill.
     """
@@ -35,7 +35,7 @@ class Transfers:
         self._down = {name: pin(name) for name in ("out", "flags")}
 
     def upload(self, batch: Sequence[Picture], facts: BaseFacts, stream: Stream) -> None:
-        """Enqueue the way there: records, pictures and masks."""
+        """Enqueue the upload of a batch: records, pictures and masks."""
         for name, data in fill_block(batch, facts):
             self._copy(name, self._arena[name], 0, data, stream)
         for k, picture in enumerate(batch):
@@ -46,7 +46,12 @@ class Transfers:
                 self._copy(name, self._arena[name][k], k * each, flat, stream)
 
     def download(self, sizes: Sequence[Size], stream: Stream) -> Callable[[], tuple[npt.NDArray[np.int32], list[U8]]]:
-        """Enqueue the way back; the function gives flags and pictures once the device is done."""
+        """Enqueue the download of a batch.
+
+        sizes: (height, width) of each picture.
+
+        Returns a function that gives flags and pictures once the device is done.
+        """
         out, flags = self._arena["out"], self._arena["flags"]
         each = out.nbytes // out.shape[0]
         parts = []

@@ -10,13 +10,18 @@ from dreammix_trt.engine.device.tools import CHANNELS, RoomTools
 
 
 class Vae:
-    """In one room."""
+    """The VAE in one room. `k` is a picture's number."""
 
     def __init__(self, tools: RoomTools) -> None:
         self._tools = tools
 
     def encode(self, k: int, latent: Array, draw: str, network: Array | None = None) -> None:
-        """The VAE's input as a scaled latent, float32 (4, h, w), and in a network's type."""
+        """Encode the VAE's input to a scaled latent.
+
+        latent: where it is written, float32 (4, h, w).
+        draw: name of the noise, where the request samples the posterior.
+        network: a network's input that gets it as well, in its own type.
+        """
         arrays, (h, w) = self._tools.room.arrays["vae_encoder"], self._tools.room.shape.latent
         mean, std = arrays["mean"], arrays["std"]
         if self._tools.room.shape.tiling is None:
@@ -43,7 +48,11 @@ class Vae:
             self.convert(latent, network)
 
     def decode(self, k: int, latent: Array, out: Array, flag: Array | None = None) -> None:
-        """A scaled latent as a picture uint8 (h, w, 3). flag: None: picture k's."""
+        """Decode a scaled latent to a picture.
+
+        out: where it is written, uint8 (h, w, 3).
+        flag: reports values that are not finite; None: picture k's.
+        """
         arrays, (height, width) = self._tools.room.arrays["vae_decoder"], self._tools.room.shape.size
         image = arrays["image"]
         if self._tools.room.shape.tiling is None:
@@ -71,7 +80,7 @@ class Vae:
         )
 
     def _encode_tiles(self) -> tuple[Array, Array]:
-        """Mean and std of the whole frame's image in "whole image", float32, from tiles."""
+        """Mean and std of the whole frame's image, float32, from tiles."""
         arrays, tiling, (h, w) = (
             self._tools.room.arrays["vae_encoder"],
             self._tools.room.shape.tiling,

@@ -1,1 +1,1 @@
-"""Devices: memory, streams, copies, kernels and graphs; CUDA's, and a simulated one on the host."""
+"""Devices: memory, streams, copies, kernels and graphs; of CUDA, and simulated on the host."""

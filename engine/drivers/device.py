@@ -1,7 +1,7 @@
-"""What the runtime asks of a device: memory, streams, copies, kernels, captured graphs.
+"""What the runtime needs from a device: memory, streams, copies, kernels, captured graphs.
 
-`CudaDevice` (engine/gpu/cuda.py) is the real one, `SimulatedDevice` (engine/gpu/simulated.py) runs the same work on the
-host and keeps a record of its order. Everything enqueued in a stream runs later, in order; only `synchronize` waits.
+`CudaDevice` (engine/drivers/cuda) is the real one. `SimulatedDevice` (engine/drivers/simulated.py) runs the same work
+on the host and records its order. Everything enqueued in a stream runs later, in order; only `synchronize` waits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Memory(Protocol):
     @property
     def nbytes(self) -> int: ...
     def free(self) -> None:
-        """Give it back; again does nothing."""
+        """Free it. Again does nothing."""
         ...
 
     def __enter__(self) -> Memory: ...
@@ -32,7 +32,10 @@ class Memory(Protocol):
 
 
 class Pinned(Protocol):
-    """Host memory that copies to and from a device run beside other work; `array` is uint8 (nbytes,) over it."""
+    """Host memory that the device copies from and to beside other work.
+
+    array: uint8 (nbytes,) over it.
+    """
 
     @property
     def array(self) -> npt.NDArray[np.uint8]: ...
@@ -43,23 +46,27 @@ class Mark(Protocol):
     """A point in a stream (an event)."""
 
     def has_passed(self) -> bool:
-        """Whether the work before it is done; never waits."""
+        """Whether the work before it is done. Never waits."""
         ...
 
     def seconds_since(self, earlier: Mark) -> float:
-        """Device time between two passed marks."""
+        """Device time since an earlier mark; both must have passed."""
         ...
 
 
 class Graph(Protocol):
-    """Captured work; `launch` enqueues all of it at once."""
+    """Captured work. `launch` enqueues all of it at once."""
 
     def launch(self, stream: Stream) -> None: ...
     def close(self) -> None: ...
 
 
 class Device(Protocol):
-    """See the module. Methods that take a stream enqueue and return; arrays must outlive the work."""
+    """A device. Methods that take a stream enqueue and return; arrays must outlive the work.
+
+    name: as users know it.
+    capability: such as "sm_89".
+    """
 
     name: str
     capability: str  # "sm_89"
@@ -69,22 +76,22 @@ class Device(Protocol):
         ...
 
     def allocate(self, nbytes: int) -> Memory:
-        """Memory aligned to 256 bytes. Raises OutOfMemoryError; never during a capture."""
+        """Allocate memory aligned to 256 bytes. Raises OutOfMemoryError; never during a capture."""
         ...
 
     def allocate_pinned(self, nbytes: int) -> Pinned: ...
     def make_stream(self) -> Stream: ...
 
     def upload(self, to: Array, source: npt.NDArray[Any], stream: Stream) -> None:
-        """Copy contiguous host memory (pinned, or it blocks) of `to`'s size to the device."""
+        """Copy contiguous host memory of `to`'s size to the device. Memory that is not pinned makes it wait."""
         ...
 
     def download(self, to: npt.NDArray[Any], source: Array, stream: Stream) -> None:
-        """The other way."""
+        """Copy from the device to host memory."""
         ...
 
     def copy(self, to: Array, source: Array, stream: Stream) -> None:
-        """Within the device; both of the same size in bytes."""
+        """Copy within the device; both arrays have the same size in bytes."""
         ...
 
     def clear(self, to: Array, stream: Stream) -> None:
@@ -92,30 +99,38 @@ class Device(Protocol):
         ...
 
     def launch_kernel(self, name: str, stream: Stream, **arguments: Any) -> None:
-        """Enqueue a kernel of `dreammix_trt._cpp.gpu`; an Array stands for its pointer, None for no pointer."""
+        """Enqueue a kernel of `dreammix_trt._cpp.gpu`.
+
+        arguments: an Array stands for its pointer, None for no pointer.
+        """
         ...
 
     def enqueue_work(self, label: str, stream: Stream, run: Callable[[], None]) -> None:
-        """Enqueue work of a network: on a GPU `run` enqueues it itself, now; the simulated device runs it in order."""
+        """Enqueue work of a network. On a GPU `run` enqueues it itself, now; the simulated device runs it in its turn.
+
+        label: name of the work in the record.
+        """
         ...
 
     def capture(self, stream: Stream, record: Callable[[], None]) -> Graph:
-        """What `record` enqueues in `stream`, as a graph; none of it runs now."""
+        """Capture what `record` enqueues in `stream` as a graph. None of it runs now."""
         ...
 
     def mark(self, stream: Stream, *, timed: bool = False) -> Mark: ...
 
     def synchronize(self, stream: Stream) -> None:
-        """Wait for everything in the stream; an error of that work is raised here."""
+        """Wait for everything in the stream. An error of that work is raised here."""
         ...
 
     def close(self) -> None: ...
 
 
 def put(device: Device, to: Array, values: npt.NDArray[Any], stream: Stream, wait: Callable[[], None]) -> None:
-    """Bring values to a device by way of pinned memory; wait: for everything in the stream.
+    """Copy values to a device through pinned memory.
 
-    A lost device may still read the pinned memory, and giving it back could wait without end, so then it stays.
+    wait: waits for everything in the stream.
+
+    A lost device may still read the pinned memory, and freeing it could wait without end. So then it is not freed.
     """
     flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     pinned = device.allocate_pinned(flat.nbytes)

@@ -9,10 +9,9 @@ For tests of the runtime's order and arithmetic, and for apps that want to try t
         with DreamMix.on_device(device, networks, host.tokenizers, (), options, owned=(device,)) as dm:
             dm.inpaint(...)
 
-It needs the C++ extension; times are the host's, and every network's weights count as one MiB. What a GPU would get
-wrong silently is refused here: allocation, waiting or host copies within a capture, work on freed memory, and copies
-beyond the end of an array. Work runs at once, or, for tests of what the host must leave alone meanwhile, as late as a
-GPU may run it.
+It needs the C++ extension. Times are the host's, and every network's weights count as one MiB. It refuses what would go
+wrong silently on a GPU: allocation, waiting or host copies within a capture, work on freed memory, and copies beyond
+the end of an array. Work runs at once. With `late`, for tests, it runs as late as on a GPU.
 """
 
 from __future__ import annotations
@@ -41,8 +40,14 @@ _ALIGNMENT = 256
 
 @dataclass(frozen=True)
 class RecordEntry:
-    """One thing that happened: kind ("kernel", "work", "copy", "clear", "upload", "download", "allocate", "pinned",
-    "free", "capture", "launch", "synchronize", "mark"), its name, the arrays it touches, the graph it belongs to."""
+    """One thing that happened.
+
+    kind: "kernel", "work", "copy", "clear", "upload", "download", "allocate", "pinned", "free", "capture", "launch",
+        "synchronize" or "mark".
+    name: of the kernel or the work; of memory its bytes.
+    arrays: those that it touches.
+    graph: number of the graph to which it belongs, or None.
+    """
 
     kind: str
     name: str = ""
@@ -57,11 +62,14 @@ class _Task:
 
 
 class SimulatedDevice:
-    """The `Device` of engine/gpu/device.py on host memory. total: bytes it pretends to have.
+    """The `Device` of engine/drivers/device.py on host memory.
 
-    record: what was enqueued, in order; entries of a replayed graph carry its number. transferred: bytes "uploaded" and
-    "downloaded". `threads`: host threads (blocks, threads) each kernel runs with. late: work runs only when somebody
-    waits for it or asks for a mark behind it; pinned memory is read then, and spoilt when it is given back.
+    total: bytes that it pretends to have.
+    threads: host threads (blocks, threads) of each kernel.
+    late: run work only when somebody waits for it or asks for a mark behind it. Pinned memory is read then, and spoilt
+        when it is freed.
+    record: what was enqueued, in order; entries of a replayed graph have its number.
+    transferred: bytes "uploaded" and "downloaded".
     """
 
     name, capability = "simulated device", "sm_89"
@@ -75,7 +83,7 @@ class SimulatedDevice:
         self.transferred = {"uploaded": 0, "downloaded": 0}
         self._live: dict[int, SimulatedMemory] = {}
         self._starts: list[int] = []
-        self._threads = threading.local()  # a capture is its thread's alone, as on a GPU
+        self._threads = threading.local()  # a capture belongs to its thread, as on a GPU
         self._graphs = 0
         self._kernels = importlib.import_module("dreammix_trt._cpp").gpu
 
@@ -120,7 +128,7 @@ class SimulatedDevice:
             raise DeviceError("only contiguous host memory can be copied to a device")
         self.transferred["uploaded"] += to.nbytes
         pinned = any(np.may_share_memory(source, each.array) for each in self._pinned)
-        kept = source if pinned or not self.late else source.copy()  # other memory is read before the call returns
+        kept = source if pinned or not self.late else source.copy()  # memory that is not pinned is read at once
         self._enqueue(
             RecordEntry("upload", "", {"to": to}), lambda: _copy(self.view_bytes(to), kept.reshape(-1).view(np.uint8))
         )
@@ -175,7 +183,7 @@ class SimulatedDevice:
         self.reach(self._done + len(self._waiting))
 
     def reach(self, done: int) -> None:
-        """Run what waits until `done` tasks have run since the device was made; in every stream."""
+        """Run waiting tasks of all streams, until `done` tasks have run since the device was made."""
         while self._waiting and self._done < done:
             self._done += 1
             self._waiting.popleft()()
@@ -192,21 +200,21 @@ class SimulatedDevice:
         self.close()
 
     def view(self, array: Array) -> npt.NDArray[Any]:
-        """An array's memory as numpy; for tests and simulated networks."""
+        """An array's memory as numpy, for tests and simulated networks."""
         seen: npt.NDArray[Any] = self.view_bytes(array).view(array.dtype).reshape(array.shape)
         return seen
 
     def view_bytes(self, array: Array) -> npt.NDArray[np.uint8]:
-        """The array's bytes, uint8 (nbytes,). Raises DeviceError where it does not lie in allocated memory."""
+        """The array's bytes, uint8 (nbytes,). Raises DeviceError for an array outside allocated memory."""
         place = bisect.bisect_right(self._starts, array.pointer) - 1
         memory = self._live.get(self._starts[place]) if place >= 0 else None
         start = array.pointer - self._starts[place] if memory else 0
         if memory is None or start + array.nbytes > memory.nbytes:
-            raise DeviceError(f"{array.shape} {array.dtype} does not lie in memory of the {self.name}")
+            raise DeviceError(f"{array.shape} {array.dtype} is not in memory of the {self.name}")
         return memory.data[start : start + array.nbytes]
 
     def forget(self, memory: SimulatedMemory) -> None:
-        """Called by memory that is given back."""
+        """Called by memory that is freed."""
         self._refuse_in_capture("free memory")
         self.reach(self._done + len(self._waiting))  # as cudaFree does
         del self._live[memory.pointer]
@@ -243,7 +251,7 @@ class SimulatedDevice:
 
 
 class SimulatedMemory:
-    """Host memory that counts as a device's; filled with a pattern that is no number, as fresh memory may be."""
+    """Host memory that counts as a device's. It is filled with a pattern of NaN, as fresh memory may be."""
 
     def __init__(self, device: SimulatedDevice, nbytes: int) -> None:
         whole = np.full(nbytes + _ALIGNMENT, 0xFF, np.uint8)
@@ -266,6 +274,8 @@ class SimulatedMemory:
 
 @dataclass
 class SimulatedPinned:
+    """Host memory that counts as pinned."""
+
     array: npt.NDArray[np.uint8]
 
     def free(self) -> None:
@@ -295,7 +305,7 @@ class SimulatedMark:
 
 
 class SimulatedGraph:
-    """Recorded tasks, run in order by `launch`; refused once memory they name was given back."""
+    """Recorded tasks, run in order by `launch`. Refuses to run once memory that they name was freed."""
 
     def __init__(self, device: SimulatedDevice, number: int, tasks: list[_Task]) -> None:
         self._device, self.number, self._tasks = device, number, tasks
@@ -327,10 +337,13 @@ class SimulatedGraph:
 class SimulatedNetworks:
     """A host `EngineSet` (or anything with its `run`) as `DeviceNetworks` of a `SimulatedDevice`.
 
-    half: float32 inputs and outputs that TensorRT would have in float16 are float16. factors: LoRA factors are inputs
-    of their own, without those in `unread`, as engines lack what nothing reads. frames, lengths (of the condition),
-    most_pictures: as a built engine would restrict them. twins: networks that exist a second time in float32. away:
-    those that are not loaded at first.
+    half: float32 inputs and outputs that TensorRT would have in float16 are float16.
+    factors: LoRA factors are inputs of their own.
+    frames, lengths, most_pictures: as a built engine would restrict them; lengths are those of the condition.
+    twins: networks that also exist in float32.
+    capturable: whether its networks can be captured.
+    unread: factors that are no inputs, as engines lack what nothing reads.
+    away: networks that are not loaded at first.
     """
 
     def __init__(
@@ -370,7 +383,7 @@ class SimulatedNetworks:
         return tuple(self._list_tensors(name, "outputs"))
 
     def contexts(self) -> tuple[int, ...] | None:
-        """As given."""
+        """The lengths that it was made with."""
         return self._lengths
 
     def frames(self) -> tuple[tuple[int, int], ...] | None:
@@ -409,7 +422,7 @@ class SimulatedNetworks:
         self._away.discard(name)
 
     def close(self) -> None:
-        """The runner is its owner's."""
+        """The runner belongs to its owner."""
 
     def run(self, name: str, arrays: Mapping[str, Array]) -> None:
         """Do a bound network's work, now."""
@@ -468,7 +481,7 @@ class SimulatedBound:
 
     @property
     def capturable(self) -> bool:
-        """As TensorRT's: not before the first run."""
+        """As with TensorRT, not before the first run."""
         return self._networks.captures and self._ran
 
     def enqueue(self, stream: Stream) -> None:

@@ -1,1 +1,1 @@
-"""Requests on the host: numpy, the C++ kernels, and networks that take and give arrays."""
+"""Requests on the host: numpy, the C++ kernels, and networks that take and return arrays."""

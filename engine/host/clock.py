@@ -1,4 +1,4 @@
-"""Where a request's seconds go on the host."""
+"""Measures how a request's seconds are spent on the host."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Seconds per phase. Phases nest; the time of an inner one counts for it alone."""
+    """Seconds per phase. Phases nest; the time of an inner phase counts for it alone.
+
+    seconds: phase -> seconds so far.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

@@ -17,11 +17,14 @@ F32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a stage tells the UNet; R rows are [neg0, pos0, neg1, pos1, ...], or positive ones only.
+    """What a stage feeds the UNet. R rows are [neg0, pos0, neg1, pos1, ...], or positive ones only; N pictures.
 
-    text: (R, L, D), L rows of the condition. pooled: (R, Dp). sizes: (height, width) in pixels told as the original
-    size, one pair a picture. target: side in pixels told as the target size. feature: (N, C, h, w), of the inpaint
-    head. factors: network -> (N, P), packed LoRA factors.
+    text: (R, L, D), L rows of the condition.
+    pooled: (R, Dp).
+    sizes: (height, width) in pixels given as the original size, one pair a picture.
+    target: side in pixels given as the target size.
+    feature: (N, C, h, w), of the inpaint head.
+    factors: network -> (N, P), packed LoRA factors.
     """
 
     text: F32
@@ -42,15 +45,20 @@ class Conditioning:
 
 
 class Denoiser(Protocol):
-    """Predicts the noise in scaled latents (R, C, h, w) float32; returns the same shape."""
+    """Predicts the noise in latents."""
 
     def __call__(self, latents: F32, step: Step, conditioning: Conditioning) -> F32:
-        """eps for every row."""
+        """Predict eps for every row.
+
+        latents: scaled, float32 (R, C, h, w).
+
+        Returns float32 (R, C, h, w).
+        """
         ...
 
 
 class EngineDenoiser:
-    """The engine's two UNets. The raw one gets no inpaint feature; a base without it runs every step patched."""
+    """The engine's two UNets. The raw one gets no inpaint feature. A base without it runs every step patched."""
 
     def __init__(self, networks: Networks) -> None:
         self._networks = networks
@@ -79,10 +87,13 @@ class EngineDenoiser:
 
 @dataclass
 class FakeDenoiser:
-    """The exact denoiser of pictures whose latents are independent normals: for tests, and apps that have no model.
+    """The exact denoiser of pictures whose latents are independent normals: for tests, and for apps without a model.
 
-    Positive rows believe in `mean`, negative ones in 0, both in a deviation of `spread`; for x = x0 + sigma n that
-    gives eps = sigma (x - mean) / (sigma^2 + spread^2). `steps` records the rows it was called with.
+    mean: of positive rows; negative ones have mean 0.
+    spread: deviation of both.
+    steps: the rows of the schedule that it was called with.
+
+    For x = x0 + sigma n that gives eps = sigma (x - mean) / (sigma^2 + spread^2).
     """
 
     mean: float = 0.5

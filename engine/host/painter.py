@@ -28,9 +28,11 @@ U8 = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, eq=False)
 class Sitting:
-    """One picture to paint, and what it is painted with.
+    """One picture to paint, and everything that it is painted with.
 
-    texts: of the stages "lcg" and "gch". factors: network -> (P,), the subject's packed row. noise: its random numbers.
+    texts: of the stages "lcg" and "gch".
+    factors: network -> (P,), the subject's packed row.
+    noise: its random numbers.
     """
 
     canvas: Canvas
@@ -42,9 +44,10 @@ class Sitting:
 
 
 class HostPainter:
-    """See `engine.painting.Painter`. shown: pictures of what each stage did, when it is a dictionary and not None.
+    """See `engine.painting.Painter`.
 
-    taken: the last step done.
+    shown: collects pictures of what each stage did; None: they are not wanted.
+    taken: the last step.
     """
 
     def __init__(
@@ -71,7 +74,7 @@ class HostPainter:
     # -- the phases ---------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Frame, fill, encodings, head; noise on the filled background."""
+        """Frame, fill, encodings, head; then noise on the filled background."""
         stage = self.schedule[0].stage
         with self._clock("canvas"):
             if stage == "lcg":
@@ -88,13 +91,13 @@ class HostPainter:
         self._enter(stage, background + noise * np.float32(self.schedule.start_scale), background)
 
     def step(self, step: Step) -> None:
-        """One row of the schedule."""
+        """Carry out one row of the schedule."""
         with self._clock("loop"):
             keeps, noises = self.schedule.blends_output, [self._sitting.noise]
             self.taken = self._before = take_step(step, self.stage, self._before, self._denoiser, noises, keeps)
 
     def hand_over(self, step: Step) -> None:
-        """Decode, paste, encode, noise at the step's level."""
+        """Decode, paste, encode, add noise at the step's level."""
         assert self.taken is not None
         local, decoded = self.frame, self._decode(self.taken.x if self.keeps_local else self.taken.x0)
         self._local = (local, decoded)
@@ -120,7 +123,7 @@ class HostPainter:
             return [self._canvas.compose(self.frame, decoded, local=self._local)]
 
     def open_preview(self) -> Callable[[int], U8]:
-        """What shows the last prediction; it goes on showing that one after the next step."""
+        """A function that shows the last prediction; after the next step it still shows the same one."""
         assert self.taken is not None
         taken, frame = self.taken, self.frame
         return lambda _k: self._decode(taken.x0, frame)
@@ -138,7 +141,7 @@ class HostPainter:
             return self._canvas.global_frame(self._request.gch_field)
 
     def _enter(self, name: StageName, latent: F32, background: F32) -> None:
-        """Begin a stage: what the UNet is told in it."""
+        """Begin a stage: collect what the UNet gets in it."""
         text = self._sitting.texts[name]
         conditioning = Conditioning(
             text=text.tokens,
@@ -159,7 +162,7 @@ class HostPainter:
         return self._networks.run("inpaint_head", mask=self.frame.latent_mask, masked_latent=masked)["feature"]
 
     def _encode(self, image: F32, label: str) -> F32:
-        """The scaled latent of (1, 3, H, W): the posterior's mean, or a sample of it where the request says so."""
+        """The scaled latent of (1, 3, H, W): the posterior's mean, or a sample of it where the request asks for one."""
         output = self._run_vae("vae_encoder", self.frame, image=image)
         latent = output["mean"]
         if self._request.samples_vae:
@@ -167,7 +170,10 @@ class HostPainter:
         return np.float32(self._facts.scaling_factor) * latent
 
     def _decode(self, latent: F32, frame: Frame | None = None) -> U8:
-        """A latent (1, 4, h, w) as a picture of a frame (None: the present one), uint8 (8h, 8w, 3)."""
+        """A latent (1, 4, h, w) as a picture of a frame, uint8 (8h, 8w, 3).
+
+        frame: None: the present one.
+        """
         unscaled = latent / np.float32(self._facts.scaling_factor)
         output = self._run_vae("vae_decoder", frame or self.frame, latent=unscaled)
         with self._clock("canvas"):

@@ -1,5 +1,7 @@
-"""Requests on the host: numpy, the C++ kernels, and networks that take and give arrays. One picture at a time, so that
-each is the same to the bit however many are asked for."""
+"""Requests on the host: numpy, the C++ kernels, and networks that take and return arrays.
+
+It paints one picture at a time, so each picture is the same to the bit however many are asked for.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,11 @@ U8 = npt.NDArray[np.uint8]
 
 
 class HostRuntime:
-    """See `engine.runtime.Runtime`. networks: those of a base; denoiser: in place of its UNets."""
+    """See `engine.runtime.Runtime`.
+
+    networks: those of a base.
+    denoiser: in place of the base's UNets.
+    """
 
     most_pictures = 1
     frames: Sequence[Size] | None = None
@@ -51,7 +57,7 @@ class HostRuntime:
         return "unet_raw" in self.networks
 
     def add_subject(self, name: str, subject: Subject) -> None:
-        """Pack a subject's factors for every network that takes some."""
+        """Pack a subject's factors for every network that takes factors."""
         self._factors[name] = self.pack_factors(subject)
         self._texts.forget(name)
 
@@ -60,15 +66,15 @@ class HostRuntime:
         return {name: pack(subject.factors_for(name), self.networks.slots(name), subject.scale) for name in self._names}
 
     def check(self, work: Work) -> Hashable:
-        """No picture shares a batch with another."""
+        """A value that no other picture has: no picture shares a batch with another."""
         if work.canvas.sizes is not None:
-            for stage in {step.stage for step in work.schedule}:  # refused now, not after the first stage
+            for stage in {step.stage for step in work.schedule}:  # refuse a frame now, not after the first stage
                 field = work.request.lcg_field if stage == "lcg" else work.request.gch_field
                 work.canvas.work_size(work.canvas.box(field))
         return id(work)
 
     def paint(self, batch: Sequence[Work], keep: Collection[int] = ()) -> Painting:
-        """Paint one picture."""
+        """Paint one picture; see `engine.runtime.Runtime.paint`."""
         (work,) = batch
         clock, shown = Clock(), dict[str, U8]()
 
@@ -87,11 +93,11 @@ class HostRuntime:
         yield [Painted(pixels, shown)]
 
     def another(self) -> HostRuntime:
-        """There is none: networks on the CPU share the cores."""
+        """Always raises EngineError: networks on the CPU share the cores."""
         raise EngineError("another() shares a GPU; on the CPU load the engine a second time")
 
     def close(self) -> None:
-        """Refuse further work; the networks belong to the caller."""
+        """Refuse further work. The networks belong to the caller."""
         self._closed = True
 
     def _check_open(self) -> None:
@@ -102,7 +108,8 @@ class HostRuntime:
 class _Watched:
     """Networks whose calls are charged to "network:NAME" on a clock, and whose values must be finite.
 
-    safe: take float32 twins where there are some. ready: raises where the networks may not be used any more.
+    safe: use float32 twins where they exist.
+    ready: raises when the networks may no longer be used.
     """
 
     def __init__(self, networks: Networks, clock: Clock, safe: bool, ready: Callable[[], None]) -> None:

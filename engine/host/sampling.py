@@ -1,7 +1,7 @@
 """One row of the schedule on the host (docs/algorithm.md, 7).
 
-Everything that depends on the step stands in its row; everything that depends on the stage stands in a `Stage`; the
-step itself decides nothing.
+A row holds everything that depends on the step, a `Stage` everything that depends on the stage. The step itself decides
+nothing.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ F32 = npt.NDArray[np.float32]
 class Stage:
     """What a stage works with: N pictures of one latent size.
 
-    latent: (N, 4, h, w) that the stage starts from. background: (N, 4, h, w) around the mask. mask: (N, 1, h, w), 1
-    where it is repainted.
+    latent: (N, 4, h, w) that the stage starts from.
+    background: (N, 4, h, w) around the mask.
+    mask: (N, 1, h, w), 1 where it is repainted.
     """
 
     latent: F32
@@ -37,10 +38,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Taken:
-    """One step done: the blended latent it began with, the guided prediction x0, the latent after it; (N, 4, h, w).
+    """A step that was taken. All latents are (N, 4, h, w).
 
-    The latent after the last step is the result: x0 itself, or what the sampler "lcm" makes of it. stage: the stage it
-    was taken in.
+    x_in: the blended latent that it began with.
+    x0: the guided prediction.
+    x: the latent after it. After the last step that is the result: x0 itself, or what the sampler "lcm" makes of it.
+    stage: the stage in which it was taken.
     """
 
     step: Step
@@ -55,9 +58,12 @@ def take_step(
 ) -> Taken:
     """Blend, predict, guide, solve.
 
-    before: the step before it in this stage; None for the first, which starts from the stage's latent and has no
-    history. noises: one provider a picture. keeps: whether the background is blended into the prediction too
-    (`Schedule.blends_output`). Raises NotFiniteError where the prediction is not finite.
+    before: the previous step of this stage; None for the first, which starts from the stage's latent and has no
+        history.
+    noises: one provider a picture.
+    keeps: whether the background is also blended into the prediction (`Schedule.blends_output`).
+
+    Raises NotFiniteError where the prediction is not finite.
     """
     x, x0 = (stage.latent, None) if before is None else (before.x, before.x0)
     rows = stage.conditioning.rows_per_picture
@@ -87,7 +93,7 @@ def take_step(
 
 
 def draw_all(noises: Sequence[NoiseProvider], draw: Draw | None, shape: Sequence[int]) -> F32:
-    """The draw of every picture, float32 (N, 4, h, w) = `shape`; zeros where the step draws nothing."""
+    """Draw the noise of every picture, float32 (N, 4, h, w) = `shape`; zeros where the step draws nothing."""
     if draw is None:
         return np.zeros(tuple(shape), np.float32)
     one = (1, *shape[1:])
@@ -96,7 +102,7 @@ def draw_all(noises: Sequence[NoiseProvider], draw: Draw | None, shape: Sequence
 
 
 def _keep_background(step: Step, stage: Stage, x: F32, x0: F32) -> tuple[F32, F32]:
-    """Fooocus' blend of the prediction: the step is linear in x0, so its change is carried over to x."""
+    """Fooocus' blend of the prediction. The step is linear in x0, so the change of x0 is applied to x as well."""
     change: F32 = (stage.background - x0) * (np.float32(1) - stage.mask)
     carried: F32 = np.float32(step.c_x0 + step.c_dx0) * change
     return x + carried, x0 + change

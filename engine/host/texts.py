@@ -20,24 +20,37 @@ _MOST_KEPT = 256
 
 @dataclass(frozen=True)
 class Text:
-    """A stage's condition for one picture: rows [negative, positive], or positive alone; (R, L, D) and (R, Dp)."""
+    """A stage's condition for one picture: rows [negative, positive], or positive alone.
+
+    tokens: (R, L, D).
+    pooled: (R, Dp).
+    """
 
     tokens: F32
     pooled: F32
 
 
 class HostTexts:
-    """Encodes prompts, and remembers what it encoded."""
+    """Encodes prompts, and remembers the results."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[object, ...], Encoded] = {}
 
     def forget(self, subject: str | None = None) -> None:
-        """Drop what was encoded (with a subject's factors)."""
+        """Drop what was encoded.
+
+        subject: only what was encoded with this subject's factors; None: all.
+        """
         self._kept = {key: value for key, value in self._kept.items() if subject is not None and key[1] != subject}
 
     def compose(self, plan: PromptPlan, networks: Networks, factors: Mapping[str, F32], safe: bool) -> dict[str, Text]:
-        """The condition of each stage. factors: network -> the subject's packed row (P,). safe: encoded by twins."""
+        """Make the condition of each stage.
+
+        factors: network -> the subject's packed row (P,).
+        safe: encode with the twins.
+
+        Returns stage -> its condition.
+        """
         encoded: dict[Source, Encoded] = {"prompt": self._encode(plan.prompt, networks, factors, safe)}
         tokens, pooled = encoded["prompt"]
         encoded["zeros"] = np.zeros_like(tokens), np.zeros_like(pooled)

@@ -11,7 +11,7 @@ from dreammix_trt.engine.requests.tickets import Ticket
 
 
 class Keeper:
-    """Of one line. `keep` is the thread's work."""
+    """Watches the deadlines of one line. `keep` is the thread's work."""
 
     def __init__(self, line: Line) -> None:
         self._line = line
@@ -19,7 +19,7 @@ class Keeper:
         self._alarm = math.inf  # when the keeper wakes
 
     def note_deadline(self, ticket: Ticket) -> None:
-        """A ticket was taken in; its deadline may be the next one."""
+        """Take a new ticket into account; its deadline may be the next one."""
         with self._line.lock:
             if ticket._deadline < self._alarm:
                 self.wake()

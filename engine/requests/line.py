@@ -1,4 +1,4 @@
-"""The line of requests before the workers, and the one lock under which all of it changes."""
+"""The line of requests in front of the workers, and the one lock under which all of it changes."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from dreammix_trt.engine.result import Result
 
 
 class Line:
-    """Who waits for room, who waits for a worker, who is being served, and whether anybody may still come.
+    """Who waits for room, who waits for a worker, who is being served, and whether the line still accepts requests.
 
-    Every method may be called from any thread, and takes the lock itself. most_waiting: how many tickets may wait
-    beside those that run. workers: how many serve the line now; threads: the queue's own.
+    most_waiting: how many tickets may wait beside those that run.
+    workers: how many workers serve the line now.
+    threads: the queue's own threads.
+
+    Every method may be called from any thread, and takes the lock itself.
     """
 
     def __init__(self, most_waiting: int) -> None:
-        self.lock = threading.RLock()  # reentrant: a signal's handler or a finaliser may come in the middle
+        self.lock = threading.RLock()  # reentrant: a signal handler or a finaliser may run in the middle
         self.workers = 0
         self.threads: list[threading.Thread] = []
         self._most_waiting = most_waiting
         self._work = threading.Condition(self.lock)  # a ticket waits, or closing
-        self._room = threading.Condition(self.lock)  # those at the door may look again
+        self._room = threading.Condition(self.lock)  # callers of `admit` may look again
         self._doors: deque[object] = deque()  # calls of `admit` in their order
         self._waiting: deque[Ticket] = deque()
         self._running: list[Ticket] = []  # one for each busy worker
@@ -35,11 +38,13 @@ class Line:
         self._lost: DeviceError | None = None
 
     def is_inside(self) -> bool:
-        """Whether this is a thread of the queue, which must not wait for it."""
+        """Whether the current thread is one of the queue's, which must not wait for the queue."""
         return threading.current_thread() in self.threads
 
     def admit(self, ticket: Ticket, patience: float | None) -> None:
-        """Wait for room behind those who came before, at most `patience` seconds (None: any), and take the ticket in.
+        """Wait for room behind earlier callers, then accept the ticket.
+
+        patience: the longest wait in seconds; None: no limit.
 
         Raises QueueFull, TimedOut past the ticket's deadline, EngineError after `close`, and the DeviceError once all
         devices are lost.
@@ -66,7 +71,7 @@ class Line:
             self._work.notify()
 
     def take(self) -> Ticket | None:
-        """Wait for the first ticket and start it; None when the line is closed and nobody is left in it."""
+        """Wait for the first ticket and start it. None when the line is closed and empty."""
         with self.lock:
             while self._work.wait_for(lambda: self._waiting or self._closing) and self._waiting:
                 ticket = self._waiting[0]
@@ -80,7 +85,7 @@ class Line:
         return None
 
     def finish(self, ticket: Ticket, result: Result | None, error: BaseException | None) -> None:
-        """Its worker is done with a ticket, which ends with the result or the error, unless it has ended before."""
+        """End a ticket whose worker is done with it, with the result or the error, unless it has ended before."""
         with self.lock:
             self._running.remove(ticket)
             self._room.notify_all()
@@ -97,13 +102,15 @@ class Line:
             return True
 
     def cancel_all(self) -> None:
-        """Stop all that were taken in."""
+        """Stop all accepted tickets."""
         with self.lock:
             for ticket in (*self._waiting, *self._running):
                 self.cancel(ticket, "the request was cancelled: its queue was closed")
 
     def expire_until(self, now: float) -> float:
-        """End the tickets whose deadline has passed; their workers leave after the present step.
+        """End the tickets whose deadline has passed. Their workers stop after the present step.
+
+        now: seconds of `time.monotonic`.
 
         Returns the next deadline, `math.inf` where there is none.
         """
@@ -115,16 +122,18 @@ class Line:
             return min((ticket._deadline for ticket in tickets if ticket._deadline > now), default=math.inf)
 
     def close(self) -> None:
-        """Let nobody in any more; those who wait for room are sent away."""
+        """Accept no more requests, and refuse those who wait for room."""
         with self.lock:
             self._closing = True
             self._work.notify_all()
             self._room.notify_all()
 
     def leave(self, lost: DeviceError | None) -> bool:
-        """A worker goes, for good. The last one leaves no ticket behind; True for it.
+        """Remove a worker for good. The last one ends all tickets that still wait.
 
-        lost: the error that said that its device is lost.
+        lost: the error that reports the loss of its device, or None.
+
+        Returns whether it was the last.
         """
         with self.lock:
             self.workers -= 1
@@ -145,7 +154,7 @@ class Line:
     # Under the lock
 
     def _lets_in(self, here: object) -> bool:
-        """Whether a call of `admit` is the next one and there is room. Raises where nobody is let in any more.
+        """Whether a call of `admit` is the next one and there is room. Raises when the line accepts nobody.
 
         A ticket that an idle worker is about to take does not count as waiting.
         """
@@ -175,12 +184,12 @@ class Line:
 
 
 def limit_wait(seconds: float) -> float | None:
-    """As `threading` takes it."""
+    """Seconds as `threading` takes them; None for no limit."""
     return None if seconds == math.inf else min(max(seconds, 0.0), threading.TIMEOUT_MAX)
 
 
 def _copy_error(error: DeviceError) -> DeviceError:
-    """The same error without a traceback: raising one object again and again makes its traceback grow."""
+    """The same error without a traceback: raising one object repeatedly makes its traceback grow."""
     fresh = DeviceError(*error.args)
     fresh.lost = True
     return fresh

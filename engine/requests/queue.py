@@ -1,4 +1,4 @@
-"""The queue as apps have it: workers and a keeper around one line."""
+"""The request queue that apps use: workers and a keeper around one line."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from dreammix_trt.engine.result import StepEvent
 
 
 class RequestQueue:
-    """Serves requests from any number of threads, first come first served, with as many workers as painters.
+    """Serves requests from any number of threads, first come first served, with one worker per painter.
 
-    painters: `DreamMix` objects of the same engine (several contexts on one device, or on the CPU, where they share the
-        cores: give each its `threads`). They stay their owner's, who must not use them meanwhile, unless `owned`.
+    painters: `DreamMix` objects of the same engine (several on one device, or on the CPU, where they share the cores:
+        give each its `threads`). They stay their owner's, who must not use them meanwhile, unless `owned`.
     waiting: how many requests may wait beside those that run.
-    timeout: seconds each request has from `submit` to its end, unless it says otherwise; None: any.
-    owned: the last worker closes the painters, in reverse order, as `DreamMix.another` wants it.
+    timeout: seconds each request has from `submit` to its end, unless the request sets its own; None: no limit.
+    owned: the last worker closes the painters, in reverse order, as `DreamMix.another` requires.
 
-    A worker paints one request at a time: batches hold the pictures of one request, or of `inpaint_batch`.
+    A worker paints one request at a time. A batch holds the pictures of one request, or of `inpaint_batch`.
 
-    A request that fails harms no other one: its error goes to its ticket. A `DeviceError` that says the device is lost
-    ends that worker; after the last one, waiting tickets get that error and `submit` raises it. As a context manager it
-    finishes what was taken, or cancels it when an error leaves the block.
+    A request that fails harms no other one: its error goes to its ticket. A `DeviceError` that reports a lost device
+    ends that worker. After the last worker, waiting tickets get that error and `submit` raises it. As a context manager
+    the queue finishes the accepted requests, or cancels them when an error leaves the block.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class RequestQueue:
         self._request = painters[0].request
         self._line = Line(waiting)
         self._keeper = Keeper(self._line)
-        # Daemons, so that the interpreter's end is not kept waiting by idle workers, but cancels and joins them.
+        # Daemons: the interpreter does not wait for idle workers at its end, but cancels and joins them.
         atexit.register(self.close)
         try:
             with self._line.lock:
@@ -57,7 +57,7 @@ class RequestQueue:
                     self._start("serve", self._serve, painter)
                     self._line.workers += 1
                 self._start("keep", self._keeper.keep)
-        except BaseException:  # no more threads to be had
+        except BaseException:  # the system gives no more threads
             self._owned = ()
             self.close()
             raise
@@ -75,12 +75,14 @@ class RequestQueue:
         keep_stages: bool = False,
         **fields: Unpack[RequestFields],
     ) -> Ticket:
-        """Take a request in, as `DreamMix.inpaint` has it. Pictures in memory must stay as they are until its end.
+        """Accept a request, with the arguments of `DreamMix.inpaint`.
 
-        timeout: seconds from now to its end, waiting included; None: any; default: the queue's.
-        wait: seconds to wait for room (None: any; from a callback: none).
-        on_step: called in the worker's thread with each StepEvent; an error of it ends this request and goes to the
+        timeout: seconds from now to its end, waiting included; None: no limit; default: the queue's.
+        wait: seconds to wait for room; None: no limit. Calls from a callback never wait.
+        on_step: called in the worker's thread with each StepEvent; an error in it ends this request and goes to the
             ticket.
+
+        Pictures in memory must stay unchanged until the request ends.
 
         Raises InputError for fields that no request takes, QueueFull, TimedOut when the deadline passes before there is
         room, EngineError after `close`, and the DeviceError once all devices are lost. Other faults are found when the
@@ -104,12 +106,12 @@ class RequestQueue:
         return self._line.statistics()
 
     def close(self, *, finish: bool = False) -> None:
-        """Take no more requests and wait for the workers' end.
+        """Accept no more requests and wait until the workers have ended.
 
-        finish: let all that were taken end; otherwise waiting ones are cancelled and running ones stop after their
+        finish: let all accepted requests end. Otherwise waiting ones are cancelled and running ones stop after their
             present step.
 
-        Closing again does nothing, or cancels what an earlier call lets finish. From a callback it only begins the
+        Closing again does nothing, or cancels what an earlier call lets finish. A call from a callback only begins the
         closing and returns.
         """
         with self._line.lock:
@@ -141,7 +143,7 @@ class RequestQueue:
         threads.append(thread)
 
     def _serve(self, painter: Paints) -> None:
-        """A worker's thread; the last one to end closes what the queue owns."""
+        """The work of a worker's thread. The last one to end closes what the queue owns."""
         lost: DeviceError | None = None
         try:
             lost = work(self._line, painter)
@@ -156,7 +158,7 @@ class RequestQueue:
 
 
 def _check_painters(painters: Sequence[Paints]) -> None:
-    """Raise InputError for what is no list of different painters."""
+    """Raise InputError unless this is a list of different painters."""
     if isinstance(painters, Sequence):
         unfit = {f"painters[{k}]": each for k, each in enumerate(painters) if not hasattr(each, "iterate")}
     else:
@@ -168,7 +170,7 @@ def _check_painters(painters: Sequence[Paints]) -> None:
 
 
 def _check_seconds(name: str, value: Any) -> float | None:
-    """Seconds that were given, None for no limit. Raises InputError for anything else."""
+    """Seconds as a float, None for no limit. Raises InputError for anything else."""
     try:
         seconds = None if value is None else float(value)
     except (TypeError, ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""What became of a queue's requests: how many ended in which way, and how long they took."""
+"""Statistics of a queue: how many requests ended in which way, and how long they took."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from dreammix_trt.engine.requests.tickets import State, Ticket
 
-_HISTORY = 1024  # finished requests that the percentiles are taken of
+_HISTORY = 1024  # finished requests behind the percentiles
 
 
 class Percentiles(NamedTuple):
@@ -20,9 +20,11 @@ class Percentiles(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """A queue now. waiting, running: requests; the next three: tickets that ended so, since the start.
+    """The state of a queue now.
 
-    waited, ran: of the latest 1024 requests that ended "done"; None while there are none.
+    waiting, running: numbers of requests.
+    done, failed, cancelled: numbers of tickets that ended so, since the start.
+    waited, ran: seconds of the latest 1024 requests that ended "done"; None while there are none.
     """
 
     waiting: int
@@ -48,7 +50,10 @@ class Tally:
             self._history.append((ticket.waited, ticket.ran))
 
     def summarise(self, waiting: int, running: int) -> Statistics:
-        """With the numbers of requests that have not ended."""
+        """Make the statistics.
+
+        waiting, running: numbers of requests that have not ended.
+        """
         waited, ran = ([pair[k] for pair in self._history] for k in (0, 1))
         ends = (self._ends["done"], self._ends["failed"], self._ends["cancelled"])
         return Statistics(waiting, running, *ends, _find_percentiles(waited), _find_percentiles(ran))

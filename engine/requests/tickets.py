@@ -1,4 +1,4 @@
-"""A request in a queue: what its user sees of it, and how it comes to its end."""
+"""A request in a queue: what its user sees of it, and how it ends."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ State = Literal["waiting", "running", "done", "failed", "cancelled"]
 
 
 class StepCount(NamedTuple):
-    """Steps taken, and how many there are over all pictures of the request."""
+    """Steps taken, and their total over all pictures of the request."""
 
     done: int
     total: int
@@ -44,9 +44,11 @@ class Order:
 
 
 class Ticket:
-    """A request in a queue. Every method may be called from any thread; `await ticket` is `result` for asyncio.
+    """A request in a queue. Every method may be called from any thread. `await ticket` is `result` for asyncio.
 
-    request: what will be painted. Leaving an `await` (a cancelled task, `asyncio.wait_for`) does not cancel it.
+    request: what will be painted.
+
+    Leaving an `await` (a cancelled task, `asyncio.wait_for`) does not cancel the request.
     """
 
     # Names with an underscore are the queue's; those that change a ticket are called under its lock.
@@ -54,7 +56,7 @@ class Ticket:
     def __init__(self, line: Line, order: Order, begun: float, allowed: float | None) -> None:
         self.request = order.request
         self._line, self._allowed = line, allowed
-        self._order: Order | None = order  # given up at the end: tickets are kept longer than pictures should be
+        self._order: Order | None = order  # dropped at the end: tickets live longer than pictures should
         self._future: Future[Result] = Future()
         self._steps = StepCount(0, order.request.steps * order.request.num_images_per_prompt)
         self._begun, self._deadline = begun, math.inf if allowed is None else begun + allowed
@@ -63,10 +65,13 @@ class Ticket:
         self._stop: Cancelled | None = None  # how it ends from now on, whatever the present step gives
 
     def result(self, timeout: float | None = None) -> Result:
-        """Wait for the result, at most `timeout` seconds; then the built-in TimeoutError, and the request goes on.
+        """Wait for the result.
 
-        Raises what the request raised: Cancelled after `cancel` or `close`, TimedOut past the deadline, anything else
-        as it was. From an `on_step` callback it never waits.
+        timeout: the longest wait in seconds; after it the built-in TimeoutError is raised, and the request goes on. A
+            call from an `on_step` callback never waits.
+
+        Raises what the request raised: Cancelled after `cancel` or `close`, TimedOut past the deadline, any other error
+        unchanged.
         """
         try:
             return self._future.result(0 if self._line.is_inside() else timeout)
@@ -74,10 +79,10 @@ class Ticket:
             del self  # or the error's traceback keeps the ticket, and the ticket the error
 
     def cancel(self) -> bool:
-        """Stop it: a waiting request never starts, a running one stops after its present step.
+        """Stop the request: a waiting one never starts, a running one stops after its present step.
 
-        False when it had already ended otherwise. True: it ends "cancelled", even if the present step is the last one
-        or fails.
+        Returns False when it had already ended otherwise. True: it ends "cancelled", even if the present step is the
+        last one or fails.
         """
         return self._line.cancel(self)
 
@@ -87,7 +92,7 @@ class Ticket:
 
     @property
     def state(self) -> State:
-        """One of "waiting", "running", "done", "failed" (TimedOut, too) or "cancelled"."""
+        """One of "waiting", "running", "done", "failed" (also after TimedOut) or "cancelled"."""
         if not self._future.done():
             return "waiting" if self._started is None else "running"
         error = self._future.exception()
@@ -100,12 +105,12 @@ class Ticket:
 
     @property
     def waited(self) -> float:
-        """Seconds from the call of `submit` to the start of its work (or the end, or now)."""
+        """Seconds from the call of `submit` to the start of its work (or to its end, or until now)."""
         return _choose_time(self._started, self._ended) - self._begun
 
     @property
     def ran(self) -> float:
-        """Seconds from the start of its work to the end (or now)."""
+        """Seconds from the start of its work to its end (or until now)."""
         return 0.0 if self._started is None else _choose_time(self._ended) - self._started
 
     def __await__(self) -> Generator[Any, None, Result]:
@@ -120,7 +125,7 @@ class Ticket:
                 woken.set_result(None)
 
         def wake_up(_: Future[Result]) -> None:
-            with suppress(RuntimeError):  # the loop was closed: nobody waits in it any more
+            with suppress(RuntimeError):  # the loop was closed: nobody waits in it
                 loop.call_soon_threadsafe(wake)
 
         self._future.add_done_callback(wake_up)
@@ -135,7 +140,7 @@ class Ticket:
         return self._stop is not None or self._future.done()
 
     def _make_overdue_error(self) -> TimedOut:
-        """The error of its deadline, as things stand now."""
+        """The error for its deadline, with the present state of the request."""
         done, total = self._steps
         fewer = ", or submit fewer at a time" if self.waited > self.ran / 4 else ""
         return TimedOut(
@@ -144,7 +149,7 @@ class Ticket:
         )
 
     def _end(self, result: Result | None = None, error: BaseException | None = None) -> bool:
-        """The one place where a ticket ends. The first end holds; False when there was one already."""
+        """The one place where a ticket ends. Only the first end counts. Returns False when it has ended before."""
         if self.done():
             return False
         error = self._stop or error

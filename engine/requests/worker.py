@@ -1,4 +1,4 @@
-"""A worker: it paints the requests of a line, one after the other, with a painter of its own."""
+"""A worker: it paints the requests of a line one after the other, with its own painter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dreammix_trt.engine.result import Result, StepEvent
 
 
 class Paints(Protocol):
-    """What a queue asks of a painter: see `DreamMix`."""
+    """What a queue needs of a painter: see `DreamMix`."""
 
     def request(self, prompt: str, **fields: Unpack[RequestFields]) -> Request: ...
     def iterate(
@@ -24,7 +24,10 @@ class Paints(Protocol):
 
 
 def work(line: Line, painter: Paints) -> DeviceError | None:
-    """Serve until the line is closed and empty, or the device is lost; returns the error that says so."""
+    """Serve until the line is closed and empty, or the device is lost.
+
+    Returns the error that reports the loss, else None.
+    """
     lost: DeviceError | None = None
     while lost is None and (ticket := line.take()) is not None:
         lost = _serve(line, painter, ticket)
@@ -33,7 +36,7 @@ def work(line: Line, painter: Paints) -> DeviceError | None:
 
 
 def _serve(line: Line, painter: Paints, ticket: Ticket) -> DeviceError | None:
-    """Serve one request; whatever comes of it goes to its ticket. Returns the error when the device is lost."""
+    """Serve one request; its result or error goes to its ticket. Returns the error when the device is lost."""
     result: Result | None = None
     error: BaseException | None = None
     try:
@@ -48,10 +51,10 @@ def _serve(line: Line, painter: Paints, ticket: Ticket) -> DeviceError | None:
 
 
 def _paint(painter: Paints, ticket: Ticket) -> Result | None:
-    """Take the steps of a request; None when it was left before the last one."""
+    """Take the steps of a request. None when it stopped before the last one."""
     order, result = ticket._order, None
     try:
-        if order is None:  # its deadline passed in this moment
+        if order is None:  # its deadline has just passed
             return None
         events = painter.iterate(
             order.image, order.mask_image, order.request, noise=order.noise, keep_stages=order.keep_stages

@@ -1,1 +1,1 @@
-"""A base's networks in torch: the oracle, and a back end of the device runtime."""
+"""The networks of a base in torch: a reference for comparisons, and a back end of the device runtime."""

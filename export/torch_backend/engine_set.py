@@ -1,4 +1,4 @@
-"""A base's networks in eager torch, with the engine set's interface: the oracle engines are compared with."""
+"""A base's networks in eager torch with the interface of an engine set: the reference for comparisons of engines."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dreammix_trt.core.network_weights import weights_of
 from dreammix_trt.core.networks import SLOT_RANK, describe_networks
 from dreammix_trt.core.slots import Slot
 from dreammix_trt.export.parity import Arrays, run_torch
-from dreammix_trt.export.torch_module import torch_module
+from dreammix_trt.export.torch_module import make_torch_module
 
 
 class TorchEngineSet:
-    """`run(name, **arrays) -> dict` over every network of a base; a network's weights are read at its first use."""
+    """`run(name, **arrays) -> dict` for every network of a base. Weights are read at a network's first use."""
 
     def __init__(self, base: BaseFiles, *, slot_rank: int = SLOT_RANK) -> None:
         self.base = base
@@ -30,8 +30,13 @@ class TorchEngineSet:
         return self._networks[name].slots
 
     def run(self, name: str, **arrays: NDArray[Any]) -> Arrays:
-        """Run a network on numpy inputs (docs/architecture.md's table); outputs by name, float32."""
+        """Run a network.
+
+        arrays: its inputs by name (core/networks.py).
+
+        Returns outputs by name, float32.
+        """
         network = self._networks[name]
         if name not in self._modules:
-            self._modules[name] = torch_module(network, weights_of(self.base, name))
+            self._modules[name] = make_torch_module(network, weights_of(self.base, name))
         return run_torch(self._modules[name], network, arrays)

@@ -1,7 +1,7 @@
-"""A base's networks in torch on a GPU, as the device runtime runs them: eager or compiled, any precision, any frame.
+"""A base's networks in torch on a GPU for the device runtime: eager or compiled, in any precision, for any frame.
 
 A back end of the seam (core/seam.py, `DeviceNetworks`). torch and CUDA's runtime share the device's primary context, so
-the runtime's memory and streams serve torch as they are. Importing it imports torch.
+torch can use the runtime's memory and streams directly. Importing this module imports torch.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from dreammix_trt.core.network_weights import BaseLora, weights_of
 from dreammix_trt.core.networks import SLOT_RANK, Network, describe_networks, is_twin, plain_name, twin_name
 from dreammix_trt.core.seam import Array, BaseFacts
 from dreammix_trt.core.slots import Slot
-from dreammix_trt.export.torch_backend.bound import TorchBound, memory_error, view_array
+from dreammix_trt.export.torch_backend.bound import TorchBound, translate_memory_errors, view_array
 from dreammix_trt.export.torch_backend.resident import Resident, Shapes, Values, draw_weight, give_back
 from dreammix_trt.export.torch_module import check_fit
 
 DTYPES = ("float16", "bfloat16", "float32")
-COMPILED = ("unet", "vae_encoder", "vae_decoder")  # graphs; the others run once a prompt and are small
+COMPILED = ("unet", "vae_encoder", "vae_decoder")  # graphs to compile; the others run once per prompt and are small
 MODE = "max-autotune-no-cudagraphs"  # the runtime captures graphs itself
 
 
 class TorchNetworks:
-    """See the module. Made by `of` or `random`; `close` or a with statement gives the memory back.
+    """The networks of a base. Make it with `of` or `random`; `close` or a with statement gives the memory back.
 
-    In float16 and bfloat16 every network has a twin NAME_float32 of the weights before they were rounded. A network may
-    be bound before it is loaded. Times and sizes are float32 always, and arrays of a bfloat16 network float32, as
+    In float16 and bfloat16 every network has a twin NAME_float32 with the weights before rounding. A network may be
+    bound before it is loaded. Times and sizes are always float32. The arrays of a bfloat16 network are float32, because
     numpy has no bfloat16. Frame sides must be multiples of the base's divisor.
     """
 
@@ -48,7 +48,7 @@ class TorchNetworks:
         compile: bool | str,
         resident: Collection[str] | None,
     ) -> None:
-        self.facts, self.device, self._mode = facts, _device(device), MODE if compile is True else compile or ""
+        self.facts, self.device, self._mode = facts, _find_device(device), MODE if compile is True else compile or ""
         self._networks = {network.name: network for network in networks}
         own = getattr(torch, dtype)
         self._made = {
@@ -78,16 +78,22 @@ class TorchNetworks:
         facts: Any = None,
         resident: Collection[str] | None = None,
     ) -> TorchNetworks:
-        """The networks of a base, its weights read one tensor at a time.
+        """Make the networks of a base. Reads weights one tensor at a time.
 
-        device: "cuda", "cuda:1", "cpu"; dtype: one of `DTYPES`; compile: torch.compile the UNets and the VAE (True:
-        `MODE`, or another mode's name), which the first `enqueue` of every `bind` waits for; slot_rank 0: no LoRA
-        inputs; loras: merged into the weights; names: these networks only; wide: units of a float16 VAE that stay
-        float32, by network (None: those that `vae_range` finds, seconds for SDXL; {}: none); facts: what `.facts`
-        gives (None: the base's own, without defaults); resident: the networks whose weights come now (none, to plan
-        memory first); None: all but float32 twins.
+        device: "cuda", "cuda:1" or "cpu".
+        dtype: one of `DTYPES`.
+        compile: whether to torch.compile the UNets and the VAE. True: in mode `MODE`; or the name of another mode. The
+            first `enqueue` of every `bind` waits for it.
+        slot_rank: of the LoRA slots; 0: no LoRA inputs.
+        loras: merged into the weights.
+        names: make only these networks.
+        wide: network -> units of a float16 VAE that stay float32. None: those that `vae_range` finds, which takes
+            seconds for SDXL; {}: none.
+        facts: the value of `.facts`; None: the base's own, without defaults.
+        resident: the networks to load now; empty: none, to plan memory first; None: all except float32 twins.
 
-        Raises InputError for unknown options, EngineError for a device that torch has not, and what `load` raises.
+        Raises InputError for unknown options, EngineError for a device that torch does not have, and what `load`
+        raises.
         """
 
         def values(network: Network, shapes: Shapes) -> Callable[[str], Any]:
@@ -97,8 +103,8 @@ class TorchNetworks:
 
         found = _list_networks(base, slot_rank, dtype, names)
         if dtype == "float16":
-            found = [replace(network, wide=_wide_units(base, network, wide)) for network in found]
-        return cls(found, facts or _facts(base), values, device, dtype, compile, resident)
+            found = [replace(network, wide=_choose_wide_units(base, network, wide)) for network in found]
+        return cls(found, facts or _facts_of(base), values, device, dtype, compile, resident)
 
     @classmethod
     def random(
@@ -115,20 +121,25 @@ class TorchNetworks:
         seed: int = 0,
         resident: Collection[str] | None = None,
     ) -> TorchNetworks:
-        """Networks of these configs ("unet", "vae", "text_encoder", "text_encoder_2") with random weights.
+        """Make networks with random weights.
 
-        They are drawn on the device, one tensor at a time, of a spread that keeps activations of order one; the same
-        for the same seed, whatever the dtype, on one kind of device. patched: with `unet_raw` and a head, as a patched
-        base has them. device "meta": sizes without memory; nothing can be bound. Else as `of`.
+        Weights are drawn on the device, one tensor at a time, with a spread that keeps activations near one. The same
+        seed gives the same weights in every dtype, on one kind of device.
+
+        configs: of "unet", "vae", "text_encoder" and "text_encoder_2".
+        device: as for `of`, or "meta": sizes without memory; nothing can be bound.
+        patched: whether to make `unet_raw` and a head, as a patched base has them.
+        seed: of the weights.
+        dtype, compile, slot_rank, names, facts, resident: as for `of`.
         """
         nowhere = Path("random") if patched else None
-        base, place = BaseFiles(Path("random"), nowhere, nowhere, False, configs), _device(device)
+        base, place = BaseFiles(Path("random"), nowhere, nowhere, False, configs), _find_device(device)
 
         def values(network: Network, shapes: Shapes) -> Callable[[str], Any]:
             return lambda name: draw_weight((seed, plain_name(network.name), name), shapes[name], place)
 
         listed = _list_networks(base, slot_rank, dtype, names)
-        return cls(listed, facts or _facts(base), values, device, dtype, compile, resident)
+        return cls(listed, facts or _facts_of(base), values, device, dtype, compile, resident)
 
     def __enter__(self) -> TorchNetworks:
         return self
@@ -144,41 +155,45 @@ class TorchNetworks:
         return self._networks[name].slots if name in self._networks else ()
 
     def inputs(self, name: str) -> tuple[Any, ...]:
-        """`Tensor`s (name, numpy dtype, shape with names of dynamic sides); LoRA factors are one packed `lora`."""
+        """The inputs of a network as `Tensor`s. LoRA factors are one packed `lora`."""
         return self._network(name).inputs
 
     def outputs(self, name: str) -> tuple[Any, ...]:
-        """As `inputs`."""
+        """The outputs of a network as `Tensor`s."""
         return self._network(name).outputs
 
     def frames(self) -> None:
-        """Any size."""
+        """None: frames of any size."""
 
     def contexts(self) -> tuple[int, ...] | None:
-        """Any."""
+        """None: conditions of any length."""
         return None
 
     @property
     def most_pictures(self) -> None:
-        """Any batch."""
+        """None: batches of any size."""
 
     def weight_bytes(self, name: str) -> int:
-        """Device memory of a network's weights while loaded."""
+        """The device memory of a network's weights while loaded."""
         self._network(name)
         return self._made[name].nbytes
 
     def workspace_bytes(self, name: str, sides: Sides) -> int:
-        """0: torch allocates its own, a pool for each `bind`, as large as the activations of one pass need at once."""
+        """0: torch allocates a pool for each `bind`, as large as the activations of one pass."""
         return 0
 
     def bind(self, name: str, sides: Sides, arrays: Mapping[str, Array], workspace: Array | None = None) -> TorchBound:
-        """Fix shapes and addresses; arrays the network does not know are left out. The weights need not be there.
+        """Fix shapes and addresses. The weights need not be loaded.
 
-        Raises EngineError for arrays that are missing or of another shape or dtype.
+        sides: of the named axes.
+        arrays: by name; those that the network does not know are ignored.
+        workspace: not used.
+
+        Raises EngineError for arrays that are missing or have another shape or dtype.
         """
         network = self._network(name)
         inputs, outputs = (
-            tuple(self._tensor(name, spec, sides, arrays) for spec in specs)
+            tuple(self._view_tensor(name, spec, sides, arrays) for spec in specs)
             for specs in (network.inputs, network.outputs)
         )
         mode = self._mode if network.graph in COMPILED and not is_twin(name) else ""
@@ -190,27 +205,29 @@ class TorchNetworks:
         return tuple(name for name, resident in self._made.items() if resident.loaded)
 
     def unload(self, name: str) -> None:
-        """Move a network's weights to pinned host memory, where they stay from then on.
+        """Move the weights of a network to pinned host memory. A copy stays there from then on.
 
-        The caller has synchronised: nothing of the network may be under way. After `load` the weights lie elsewhere:
-        what is bound goes on, but a graph captured before must be captured again. Raises MemoryError.
+        Synchronise before: nothing of the network may be running. `load` puts the weights at other addresses: what is
+        bound stays usable, but graphs must be captured again.
+
+        Raises MemoryError.
         """
         self._network(name)
-        with memory_error(name):
+        with translate_memory_errors(name):
             self._made[name].unload()
 
     def load(self, name: str) -> None:
-        """Make the weights, or bring them back; waits.
+        """Make the weights of a network, or bring them back. Waits until they are there.
 
-        Raises FileFormatError for weights that do not fit the base's config or leave float16's range, MemoryError; then
-        nothing has changed.
+        Raises FileFormatError for weights that do not fit the base's config or leave float16's range, and MemoryError.
+        After an error nothing has changed.
         """
         self._network(name)
-        with memory_error(name):
+        with translate_memory_errors(name):
             self._made[name].load()
 
     def close(self) -> None:
-        """Give all weights back; what is bound is of no more use."""
+        """Free all weights. What is bound can no longer be used."""
         for resident in self._made.values():
             resident.close()
         self._networks, self._made = {}, {}
@@ -221,7 +238,7 @@ class TorchNetworks:
             raise EngineError(f"there is no network {name!r} here; there are {', '.join(self._networks) or 'none'}")
         return self._networks[name]
 
-    def _tensor(self, name: str, spec: Tensor, sides: Sides, arrays: Mapping[str, Array]) -> torch.Tensor:
+    def _view_tensor(self, name: str, spec: Tensor, sides: Sides, arrays: Mapping[str, Array]) -> torch.Tensor:
         array, shape = arrays.get(spec.name), sides.shape(spec)
         if array is None:
             raise EngineError(f"{name}: no array for {spec.name}; bind one of {shape} {spec.dtype}")
@@ -232,12 +249,12 @@ class TorchNetworks:
         return view_array(array, self.device)
 
 
-def _facts(base: BaseFiles) -> BaseFacts:
+def _facts_of(base: BaseFiles) -> BaseFacts:
     return BaseFacts(base.native_side, base.divisor, base.scaling_factor, base.feature_channels, {})
 
 
 def _list_networks(base: BaseFiles, slot_rank: int, dtype: str, names: Collection[str] | None) -> list[Network]:
-    """The networks and, but for float32, their twins."""
+    """List the networks and, unless dtype is float32, their twins."""
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
     plain = {network.name: network for network in describe_networks(base, slot_rank)}
@@ -255,18 +272,18 @@ def _list_networks(base: BaseFiles, slot_rank: int, dtype: str, names: Collectio
     return [*(own[name] for name in chosen), *(replace(chosen[name], name=twin_name(name)) for name in chosen)]
 
 
-def _wide_units(base: BaseFiles, network: Network, given: Mapping[str, Sequence[str]] | None) -> tuple[str, ...]:
-    from dreammix_trt.export.vae_range import wide_units
+def _choose_wide_units(base: BaseFiles, network: Network, given: Mapping[str, Sequence[str]] | None) -> tuple[str, ...]:
+    from dreammix_trt.export.vae_range import find_wide_units
 
     if given is not None:
         return tuple(given.get(network.name, ()))
     if network.name == "vae_encoder":
-        return wide_units(base, "vae_encoder").units
-    return wide_units(base, "vae_decoder").units if network.name == "vae_decoder" else ()
+        return find_wide_units(base, "vae_encoder").units
+    return find_wide_units(base, "vae_decoder").units if network.name == "vae_decoder" else ()
 
 
-def _device(name: str) -> torch.device:
-    """With its index."""
+def _find_device(name: str) -> torch.device:
+    """The torch device of a name, with its index."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -274,5 +291,5 @@ def _device(name: str) -> torch.device:
     if device.type != "cuda":
         return device
     if not torch.cuda.is_available():
-        raise EngineError("torch finds no CUDA device; use device='cpu' (`dreammix-trt doctor` tells more)")
+        raise EngineError("torch finds no CUDA device; use device='cpu' (`dreammix-trt doctor` says more)")
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)

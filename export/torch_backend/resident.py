@@ -1,4 +1,4 @@
-"""A network's weights in torch on a device: described, made there one tensor at a time, sent to the host and back."""
+"""A network's weights in torch on a device: made there one tensor at a time, moved to the host and back."""
 
 from __future__ import annotations
 
@@ -13,27 +13,30 @@ from torch import Tensor, nn
 
 from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.networks import Network
-from dreammix_trt.export.torch_module import torch_module
+from dreammix_trt.export.torch_module import make_torch_module
 
 Shapes = Mapping[str, tuple[int, ...]]
-#: of a network whose parameters have these shapes, each parameter's values by name, float32, wherever they lie
+#: (network, shapes of its parameters) -> a function that gives a parameter's values by name, float32, on any device
 Values = Callable[[Network, Shapes], Callable[[str], Tensor]]
-#: held by a pass while it is enqueued, as a module's LoRA inputs and torch's cuBLAS workspaces are one for all threads,
-#: and by what gives memory back: while any thread allocates in a pool, torch frees nothing, or ends the process over it
+#: held while a pass is enqueued, because all threads share a module's LoRA inputs and torch's cuBLAS workspaces, and
+#: while memory is given back: as long as a thread allocates in a pool, torch frees nothing or aborts the process
 turn = threading.Lock()
 _LARGEST = 65504.0
-_ALWAYS_FLOAT32 = ("timestep", "time_ids")  # 8 bits cannot count to 1000
+_ALWAYS_FLOAT32 = ("timestep", "time_ids")  # bfloat16's 8 bits cannot represent all times up to 1000
 
 
 class Resident:
-    """A network's module, without weights until `load`; after that they are on the device (`loaded`) or on the host.
-
-    dtype: of its arithmetic; a network of float32 arrays in bfloat16 converts them itself.
-    """
+    """A network's module. It has no weights before `load`; then they are on the device (`loaded`) or on the host."""
 
     def __init__(self, network: Network, values: Values, dtype: torch.dtype, device: torch.device) -> None:
+        """network: its description.
+
+        values: gives the weights.
+        dtype: of the arithmetic. With bfloat16 the network converts its float32 inputs itself.
+        device: of the weights.
+        """
         self.name, self.device, self.loaded = network.name, device, False
-        self.module: Any = torch_module(network)
+        self.module: Any = make_torch_module(network)
         stays = _widen(self.module, network, dtype)
         if dtype == torch.bfloat16:
             _convert_inputs(self.module, network)
@@ -45,16 +48,16 @@ class Resident:
 
     @property
     def nbytes(self) -> int:
-        """Memory that the weights take on the device, loaded or not."""
+        """The memory that the weights need on the device, loaded or not."""
         return sum(math.prod(shape) * self._dtypes[name].itemsize for name, shape in self._shapes.items())
 
     def run(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """The network on tensors of its arrays' types."""
+        """Run the network on tensors that have the dtypes of its arrays."""
         result = self.module(*given)
         return result if isinstance(result, tuple) else (result,)
 
     def unload(self) -> None:
-        """Weights to pinned host memory, where they stay from the first time on. Nothing under way may use them."""
+        """Move the weights to pinned host memory; a copy stays there. Nothing that is running may use them."""
         if not self.loaded or self.device.type == "meta":
             return
         if not self._host:
@@ -69,9 +72,9 @@ class Resident:
         give_back(self.device)
 
     def load(self) -> None:
-        """Make the weights, or bring them back; waits. Where it fails, nothing has changed.
+        """Make the weights, or bring them back. Waits until they are there.
 
-        Raises FileFormatError for weights beyond float16's range.
+        Raises FileFormatError for weights beyond float16's range. After an error nothing has changed.
         """
         if self.loaded:
             return
@@ -86,15 +89,15 @@ class Resident:
         self.loaded = True
 
     def close(self) -> None:
-        """Give everything back."""
+        """Free everything."""
         self.module, self._parameters, self._host, self.loaded = None, [], [], False
 
     def _make(self) -> None:
         value_of = self._values(self._network, self._shapes)
-        made = {
-            name: nn.Parameter(_place(value_of(name), dtype, self.device, f"{self.name}: {name}"), requires_grad=False)
-            for name, dtype in self._dtypes.items()
-        }
+        made = {}
+        for name, dtype in self._dtypes.items():
+            weight = _put_weight(value_of(name), dtype, self.device, f"{self.name}: {name}")
+            made[name] = nn.Parameter(weight, requires_grad=False)
         for name, parameter in made.items():
             place, _, part = name.rpartition(".")
             setattr(self.module.network.get_submodule(place), part, parameter)
@@ -105,25 +108,27 @@ class Resident:
             parameter.data = place
 
     def _settle(self) -> None:
-        """Wait, as streams that torch does not know use the weights.
+        """Wait for this thread's current stream, because streams that torch does not know use the weights.
 
-        All that touches them here is work of this thread's current stream, so it is enough to wait for that one. To
-        wait for the whole device would be an error while another thread captures a graph, and break its capture.
+        Only work of this stream touches the weights here, so waiting for it is enough. Waiting for the whole device
+        would be an error while another thread captures a graph, and would break the capture.
         """
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
 
 def give_back(device: torch.device) -> None:
-    """Let the device have the memory that torch keeps unused."""
+    """Give the memory that torch keeps unused back to the device."""
     if device.type == "cuda":
         with turn:
             torch.cuda.empty_cache()
 
 
 def draw_weight(what: tuple[object, ...], shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Random values, float32, decided by `what`, whose end is a parameter's name: matrices of gain 1, norms about 1,
-    biases and embeddings about 0."""
+    """Draw random weights, float32: matrices of gain 1, norms about 1, biases and embeddings about 0.
+
+    what: decides the values; its last entry is the parameter's name.
+    """
     name, mean, spread = str(what[-1]), 0.0, 0.02
     if len(shape) == 1 and not name.endswith("bias"):
         mean, spread = 1.0, 0.05
@@ -137,10 +142,10 @@ def draw_weight(what: tuple[object, ...], shape: tuple[int, ...], device: torch.
     return value.normal_(mean, spread, generator=source)
 
 
-def _place(value: Tensor, dtype: torch.dtype, device: torch.device, what: str) -> Tensor:
-    """A weight on the device; those of convolutions as tensor cores want them, channels last."""
+def _put_weight(value: Tensor, dtype: torch.dtype, device: torch.device, what: str) -> Tensor:
+    """Put a weight on the device. Weights of convolutions become channels last, as tensor cores want them."""
     if dtype == torch.float16 and value.device.type != "meta" and not bool((value.abs() <= _LARGEST).all()):
-        raise FileFormatError(f"{what} has values beyond float16; take bfloat16 or float32")
+        raise FileFormatError(f"{what} has values beyond float16; use bfloat16 or float32")
     value = value.to(device, dtype)
     last = value.ndim == 4 and device.type == "cuda"
     return value.contiguous(memory_format=torch.channels_last) if last else value
@@ -156,7 +161,7 @@ def _convert_inputs(module: nn.Module, network: Network) -> None:
 
 
 def _widen(module: Any, network: Network, dtype: torch.dtype) -> set[str]:
-    """Let a float16 VAE's wide units compute in float32; the names of their parameters."""
+    """Let the wide units of a float16 VAE compute in float32. Returns the names of their parameters."""
     if not network.wide:
         return set()
     from dreammix_trt.export.modules import vae_units

@@ -77,7 +77,7 @@ def test_both_spellings_of_text_encoder_names_are_read(tiny: TinyModel) -> None:
     assert BaseFiles.open(tiny.folder).state("text_encoder").keys() == before.keys()
 
 
-def as_torch(folder: Path, stem: str, dtype: str, spelling: str) -> None:
+def save_as_torch(folder: Path, stem: str, dtype: str, spelling: str) -> None:
     """Replace a component's safetensors by torch files, one or two with an index."""
     torch = pytest.importorskip("torch")
     from safetensors.torch import load_file
@@ -99,7 +99,7 @@ def test_torch_files_hold_the_same(tiny: TinyModel, spelling: str) -> None:
     before = {name: dict(BaseFiles.open(tiny.folder).state(name)) for name in COMPONENTS}
     for name in COMPONENTS:
         stem = "pytorch_model" if name.startswith("text") else "diffusion_pytorch_model"
-        as_torch(tiny.folder / name, stem, "float16", spelling)
+        save_as_torch(tiny.folder / name, stem, "float16", spelling)
     base = BaseFiles.open(tiny.folder)
     for name in COMPONENTS:
         after = base.state(name)
@@ -110,7 +110,7 @@ def test_torch_files_hold_the_same(tiny: TinyModel, spelling: str) -> None:
 
 def test_bfloat16_is_read_as_torch_widens_it(tiny: TinyModel) -> None:
     before = dict(BaseFiles.open(tiny.folder).state("vae"))
-    as_torch(tiny.folder / "vae", "diffusion_pytorch_model", "bfloat16", ".bin")
+    save_as_torch(tiny.folder / "vae", "diffusion_pytorch_model", "bfloat16", ".bin")
     after = BaseFiles.open(tiny.folder).state("vae")
     torch = pytest.importorskip("torch")
     for name, value in before.items():
@@ -310,7 +310,7 @@ def test_a_patch_of_another_width_lists_shapes(tiny: TinyModel, golden: Path) ->
         ("scheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
         ("scheduler", {"_class_name": "EDMEulerScheduler"}, "_class_name is 'EDMEulerScheduler'"),
     ],
-)  # fmt: skip
+)
 def test_damaged_configs_are_named(tiny: TinyModel, file: str, changes: dict[str, Any], message: str) -> None:
     name = "scheduler_config.json" if file == "scheduler" else "config.json"
     edit(tiny.folder / file / name, **changes)
@@ -341,7 +341,7 @@ def test_absent_fields_are_named(embedded: Path, component: str, field: str) -> 
 
 @pytest.fixture
 def embedded(tmp_path: Path) -> Path:
-    """A copy of the embedded base that may be damaged."""
+    """A copy of the embedded base that a test may damage."""
     return Path(shutil.copytree(EMBEDDED, tmp_path / "embedded"))
 
 
@@ -354,8 +354,9 @@ def test_no_value_of_a_config_is_a_traceback(embedded: Path, file: str) -> None:
     path = embedded / file
     text = path.read_text()
     record = json.loads(text)
-    changed = [{**record, field: ODD[(number + step) % len(ODD)]} for step, field in enumerate(record)
-               for number in (0, 5, 9)]  # fmt: skip
+    changed = [
+        {**record, field: ODD[(number + step) % len(ODD)]} for step, field in enumerate(record) for number in (0, 5, 9)
+    ]
     for damaged in [*map(json.dumps, changed), "", "[]", text[: len(text) // 2], "[" * 100_000, "1" * 5000]:
         path.write_text(damaged)
         with contextlib.suppress(FileFormatError):
@@ -376,7 +377,7 @@ def test_a_damaged_vae_override_is_named_by_its_own_file(tiny: TinyModel, embedd
 
 
 def forbid(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """As if files of a name were another user's: the tests may run as one whom no permission stops."""
+    """Make files of this name unreadable. Permissions do not suffice, since the tests may run as root."""
     usual = Path.open
 
     def refused(self: Path, *args: Any, **options: Any) -> Any:

@@ -211,7 +211,7 @@ def test_few_steps_are_shared_by_both_stages(steps: int) -> None:
 
 
 def test_request_fields_are_those_of_a_request() -> None:
-    """RequestFields is written out, for editors and type checkers; it says what Request says."""
+    """RequestFields repeats the fields of Request for editors and type checkers."""
 
     def accepted(kind: Any) -> Any:
         several = get_origin(kind) is tuple and get_args(kind)[1:] == (...,)

@@ -1,4 +1,4 @@
-"""The store holds complete parts only, whoever builds and however it ends, and loses none that an engine needs."""
+"""The store has complete parts only, whoever builds and however a build ends, and loses none that an engine needs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def add(store: Store, kind: str, name: str, size: int = 100, **facts: Any) -> st
 
 
 def write_engine(folder: Path, keys: Mapping[str, str], **more: Any) -> Path:
-    """Write an engine directory as far as the store reads it."""
+    """Write the part of an engine directory that the store reads."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {"parts": dict(keys), "networks_at": "store", "command": f"dreammix-trt build --out {folder}", **more}
     write_json(folder / "passport.json", record)
@@ -148,7 +148,7 @@ def test_a_store_in_the_way_of_a_file_is_told(tmp_path: Path) -> None:
         pytest.fail("not reached")
 
 
-# Every event that Python tells of (files opened, renamed, removed, directories made) is a moment to be killed at.
+# The build is killed at every event that Python reports: a file is opened, renamed or removed, a directory is made.
 KILLED_AT_EVERY_STEP = """
     import os, shutil, sys
     from pathlib import Path

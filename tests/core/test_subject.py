@@ -133,7 +133,7 @@ def test_target_chooses_the_unet(target: Target, patched: bool, raw: bool, tmp_p
 
 
 def test_several_loras_add_up(tmp_path: Path) -> None:
-    """x (s1 A1 B1 + s2 A2 B2) for whom it is meant, in memory, from the file, and packed."""
+    """x (s1 A1 B1 + s2 A2 B2) for the networks that get it: in memory, from the file, and packed."""
     first, second = random_factors(MODULES, seed=1), random_factors({"a.to_k": (6, 5)}, rank=3, seed=2)
     text = random_factors({"t": (3, 3)}, seed=3)
     style = random_factors({"b.to_out.0": (5, 5)}, seed=4)
@@ -190,7 +190,7 @@ def test_what_both_unets_share_is_stored_once(tmp_path: Path) -> None:
 
 
 def test_both_unets_cost_as_much_as_one(tmp_path: Path) -> None:
-    """Two bytes for every number, once: what SDXL's attention of rank 4 weighs follows from its shapes."""
+    """Every number takes two bytes, once. The size for SDXL's attention with rank 4 follows from its shapes."""
     shapes = unet_attention_modules({**SDXL, "cross_attention_dim": 2048})
     numbers = 4 * sum(inputs + outputs for inputs, outputs in shapes.values())
     assert len(shapes) == 420 and numbers == 4_474_880  # as the reference trains them
@@ -214,8 +214,16 @@ def test_a_weak_lora_beside_a_strong_one_keeps_its_digits(tmp_path: Path) -> Non
 )
 def test_files_of_the_first_schema_are_read(tmp_path: Path, target: str, networks: set[str]) -> None:
     tensors = {f"{part}.m.{side}": np.ones((2, 2), np.float16) for part in ("unet", "text_encoder") for side in "AB"}
-    facts = {"schema": 1, "name": "mug", "token": "sks", "class_name": "mug", "target": target, "scale": 0.5,
-             "base_key": "k", "source_sha256": "s"}  # fmt: skip
+    facts = {
+        "schema": 1,
+        "name": "mug",
+        "token": "sks",
+        "class_name": "mug",
+        "target": target,
+        "scale": 0.5,
+        "base_key": "k",
+        "source_sha256": "s",
+    }
     save_file(tensors, tmp_path / "x.safetensors", {"dreammix_subject": json.dumps(facts)})
     subject = read_subject(tmp_path / "x.safetensors")
     assert subject.factors.keys() == {*networks, "text_encoder"} and subject.target == target

@@ -20,7 +20,7 @@ ARRAYS = {
 }
 
 
-def raw_file(path: Path, header: Any, data: bytes = b"") -> Path:
+def write_raw_file(path: Path, header: Any, data: bytes = b"") -> Path:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
     return path
@@ -138,18 +138,24 @@ def test_values_that_are_not_finite_are_named(tmp_path: Path, bad: float, dtype:
 
 def test_truncated_and_broken_files_are_found_at_opening(tmp_path: Path) -> None:
     entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-    good = raw_file(tmp_path / "good.safetensors", {"a": entry}, bytes(8)).read_bytes()
+    good = write_raw_file(tmp_path / "good.safetensors", {"a": entry}, bytes(8)).read_bytes()
     assert open_tensors(tmp_path / "good.safetensors")["a"].tolist() == [0, 0]
     for cut in (len(good) - 1, 30, 9, 8, 3, 0):
         (tmp_path / "cut.safetensors").write_bytes(good[:cut])
         with pytest.raises(FileFormatError, match=r"cut\.safetensors: truncated"):
             open_tensors(tmp_path / "cut.safetensors")
     wrong: list[Any] = [
-        b"not json", [1, 2], {"a": 3}, {"a": {}}, {"a": {**entry, "shape": [3]}}, {"a": {**entry, "shape": [-2]}},
-        {"a": {**entry, "data_offsets": [8, 0]}}, {"a": {**entry, "data_offsets": [-8, 0]}},
-    ]  # fmt: skip
+        b"not json",
+        [1, 2],
+        {"a": 3},
+        {"a": {}},
+        {"a": {**entry, "shape": [3]}},
+        {"a": {**entry, "shape": [-2]}},
+        {"a": {**entry, "data_offsets": [8, 0]}},
+        {"a": {**entry, "data_offsets": [-8, 0]}},
+    ]
     for header in wrong:
-        path = raw_file(tmp_path / "wrong.safetensors", header, bytes(8))
+        path = write_raw_file(tmp_path / "wrong.safetensors", header, bytes(8))
         with pytest.raises(FileFormatError, match=r"wrong\.safetensors: not a safetensors file, or damaged"):
             open_tensors(path)
     with pytest.raises(FileFormatError, match="a directory"):

@@ -28,7 +28,7 @@ def test_clips_own_vocabulary() -> None:
     vocabulary, merges = read_clip_vocabulary()
     assert (len(vocabulary), len(merges)) == (49408, 48894)
     assert sorted(vocabulary.values()) == list(range(49408))
-    # ids everybody who has used CLIP knows
+    # well-known ids of CLIP
     known = {"!": 0, "a</w>": 320, "photo</w>": 1125, "of</w>": 539, "cat</w>": 2368, "dog</w>": 1929}
     known |= {"<|startoftext|>": 49406, "<|endoftext|>": 49407, "!</w>": 256, "i": 72, "in": 512}
     assert {token: vocabulary[token] for token in known} == known

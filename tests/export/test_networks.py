@@ -31,7 +31,7 @@ def steps(golden: Path) -> list[tuple[str, int]]:
 
 
 def unet_inputs(recorded: TorchEngineSet, golden: Path, step: int) -> tuple[str, dict[str, np.ndarray], np.ndarray]:
-    """What case1's UNet received at a step, and what it gave."""
+    """What the UNet of case1 received at a step, and what it returned."""
     run = np.load(golden / "case1/golden.npz")
     stage, patched = ("lcg" if step < 7 else "gch"), bool(run["unet_is_fooocus"][step])
     masked = run[f"vae_latent_{stage}_masked"]
@@ -116,7 +116,7 @@ def test_text_encoders_are_those_of_transformers(exported: Exported, name: str, 
     transformers = pytest.importorskip("transformers")
     from dreammix_trt.core.network_weights import weights_of
     from dreammix_trt.core.networks import describe_networks
-    from dreammix_trt.export.torch_module import torch_module
+    from dreammix_trt.export.torch_module import make_torch_module
 
     configs = {key: dict(value) for key, value in exported.base.configs.items()}
     vocabulary = configs[name]["vocab_size"]
@@ -137,7 +137,7 @@ def test_text_encoders_are_those_of_transformers(exported: Exported, name: str, 
     lora = torch.zeros(1, sum(slot.size for slot in network.slots))
     with torch.inference_mode():
         truth = theirs(ids, output_hidden_states=True)
-        found = torch_module(network, weights)(ids, lora)
+        found = make_torch_module(network, weights)(ids, lora)
     hidden = found[0] if name.endswith("2") else found
     assert difference(hidden.numpy(), truth.hidden_states[-2].numpy()) <= 1e-5
     if name.endswith("2"):

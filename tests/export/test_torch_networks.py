@@ -29,7 +29,7 @@ from dreammix_trt.export.parity import run_torch  # noqa: E402
 from dreammix_trt.export.torch_backend import resident as torch_resident  # noqa: E402
 from dreammix_trt.export.torch_backend.engine_set import TorchEngineSet  # noqa: E402
 from dreammix_trt.export.torch_backend.on_device import TorchNetworks  # noqa: E402
-from dreammix_trt.export.torch_module import torch_module  # noqa: E402
+from dreammix_trt.export.torch_module import make_torch_module  # noqa: E402
 from tests.support.mini_sdxl import small_configs  # noqa: E402
 from tests.support.tiny_model import write_tiny_model  # noqa: E402
 
@@ -134,7 +134,7 @@ def test_every_network_computes_what_the_oracle_does(
 def test_times_and_sizes_stay_float32(
     opened: Callable[[str], TorchNetworks], plain: dict[str, Network], dtype: str
 ) -> None:
-    """Between 512 and 1024 float16 knows halves and bfloat16 multiples of four: these times would be one."""
+    """Between 512 and 1024 float16 has steps of a half and bfloat16 of four, so these times would be equal."""
     given = {spec.name: spec.dtype for spec in opened(dtype).inputs("unet")}
     other = "float16" if dtype == "float16" else "float32"
     assert given == {name: "float32" if name in ("timestep", "time_ids") else other for name in given}
@@ -181,11 +181,11 @@ def test_factors_equal_merged_weights(
 
 
 def test_factors_one_by_one_compute_the_same(base: BaseFiles, truth: TorchEngineSet, plain: dict[str, Network]) -> None:
-    """The module takes packed rows or a tensor a factor; TensorRT's graphs come of the latter."""
+    """The module takes packed rows or one tensor per factor; TensorRT's graphs have the latter."""
     inputs = plain["unet"].draw_example(SIZES, seed=2)
     fused = next(network for network in describe_networks(base, fused=True) if network.name == "unet")
     factors = {**inputs, **unpack(inputs["lora"], fused.slots)}
-    found = run_torch(torch_module(fused, weights_of(base, "unet")), fused, factors)["eps"]
+    found = run_torch(make_torch_module(fused, weights_of(base, "unet")), fused, factors)["eps"]
     np.testing.assert_allclose(found, truth.run("unet", **inputs)["eps"], atol=1e-6)
 
 
@@ -197,7 +197,7 @@ def test_a_pass_keeps_nothing_of_its_callers(opened: Callable[[str], TorchNetwor
 
 
 def test_wide_units_of_a_float16_vae_compute_in_float32(base: BaseFiles, plain: dict[str, Network]) -> None:
-    """A stream beyond 65504 in the middle, as SDXL's own VAE has it: infinite in float16, fine where it is widened."""
+    """A stream beyond 65504 in the middle, as in SDXL's own VAE: infinite in float16, correct when widened."""
     wide = {"vae_decoder": ("mid.0", "mid.1", "mid.2")}
     inputs = plain["vae_decoder"].draw_example(SIZES)
     results = {}
@@ -325,7 +325,7 @@ def test_it_answers_as_the_seam_wants(opened: Callable[[str], TorchNetworks], ba
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_weights_come_when_they_are_asked_for(base: BaseFiles, plain: dict[str, Network], dtype: str) -> None:
-    """Until then their size is known all the same, and they can be bound."""
+    """Before that their size is known, and they can be bound."""
     wide = {"vae_decoder": ("mid.0",)}
     inputs = plain["vae_decoder"].draw_example(SIZES)
     with TorchNetworks.of(base, device="cpu", dtype=dtype, wide=wide, resident=()) as networks:
@@ -378,7 +378,7 @@ def test_lack_of_memory_is_a_memory_error(base: BaseFiles, monkeypatch: pytest.M
 
 
 def test_a_load_that_finds_no_memory_leaves_nothing(base: BaseFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    placed, made = torch_resident._place, []
+    placed, made = torch_resident._put_weight, []
 
     def short(*given: Any) -> Any:
         if len(made) == 3:
@@ -388,7 +388,7 @@ def test_a_load_that_finds_no_memory_leaves_nothing(base: BaseFiles, monkeypatch
         return value
 
     with TorchNetworks.of(base, device="cpu", names=["vae_decoder"], wide={}, resident=()) as networks:
-        monkeypatch.setattr(torch_resident, "_place", short)
+        monkeypatch.setattr(torch_resident, "_put_weight", short)
         with pytest.raises(MemoryError, match="vae_decoder: CUDA error: out of memory") as caught:
             networks.load("vae_decoder")
         assert networks.loaded == () and [each() for each in made] == [None] * 3, "the error keeps them"
@@ -400,7 +400,7 @@ def test_a_load_that_finds_no_memory_leaves_nothing(base: BaseFiles, monkeypatch
 
 def test_other_errors_stay_what_they_are(base: BaseFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     with TorchNetworks.of(base, device="cpu", names=["vae_decoder"], wide={}, resident=()) as networks:
-        monkeypatch.setattr(torch_resident, "_place", lambda *_: torch.zeros(2) @ torch.zeros(3))
+        monkeypatch.setattr(torch_resident, "_put_weight", lambda *_: torch.zeros(2) @ torch.zeros(3))
         with pytest.raises(RuntimeError, match="size"):
             networks.load("vae_decoder")
         assert networks.loaded == ()
@@ -531,9 +531,9 @@ def test_a_captured_pass_follows_its_inputs_and_nobody_takes_its_memory(
         plainly = held.taken()
         assert difference(plainly, truth.run(name, **first)[key]) < 2e-2
         graph = device.capture(held.stream, lambda: held.bound.enqueue(held.stream))
-        other = OnDevice(device, networks, name, Sides(2, 1, 8, 16), plain[name].draw_example(
-            {"rows": 2, "pictures": 1, "h": 8, "w": 16, "H": 64, "W": 128}))  # fmt: skip
-        for _ in range(3):  # what runs in between must not reach the graph's memory, nor the graph theirs
+        sizes = {"rows": 2, "pictures": 1, "h": 8, "w": 16, "H": 64, "W": 128}
+        other = OnDevice(device, networks, name, Sides(2, 1, 8, 16), plain[name].draw_example(sizes))
+        for _ in range(3):  # other work must not touch the graph's memory, nor the graph the memory of others
             torch.randn(1 << 22, device="cuda").mul_(torch.inf)
             torch.cuda.empty_cache()
             other.bound.enqueue(other.stream)

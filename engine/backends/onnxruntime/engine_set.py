@@ -1,7 +1,7 @@
 """The networks of one base on ONNX Runtime: name in, named arrays in, named arrays out.
 
-A base's parts are folders, one a network and one named `base` (docs/architecture.md): below one folder, or each in its
-own place in the store.
+A base's parts are folders, one per network and one named `base` (docs/architecture.md). They are below one folder, or
+each in its own place in the store.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ REBUILD = "build it again with `dreammix-trt build`"
 
 
 class EngineSet:
-    """A base's networks. Sessions are made when first asked for (or by `prepare`) and live until `close`.
+    """A base's networks. A session is made at its first use (or by `prepare`) and lives until `close`.
 
     parts: name -> folder.
-    facts: of the base.
+    facts: about the base.
     entries: each network's `network.json`.
     threads: of each network call.
     """
@@ -52,9 +52,9 @@ class EngineSet:
         """Open the parts of a base.
 
         parts: name -> folder, or the folder that holds them all.
-        threads: per network call; None: every core this process may use.
+        threads: per network call; None: every core that this process may use.
 
-        Raises EngineError for parts that are none or lack a file, InputError for threads < 1.
+        Raises EngineError for parts that are not valid or lack a file, InputError for threads < 1.
         """
         places = parts if isinstance(parts, Mapping) else list_parts(Path(parts))
         if threads is not None and threads < 1:
@@ -85,17 +85,21 @@ class EngineSet:
         return slots_of(self.entries[name]) if name in self.entries else ()
 
     def prepare(self, names: Iterable[str] | None = None) -> None:
-        """Make the sessions of these networks now, side by side; default: all but float32 twins, which may never be
-        needed."""
+        """Make sessions now, side by side.
+
+        names: their networks; None: all but float32 twins, which may never be needed.
+        """
         usual = [name for name in self.entries if not is_twin(name)]
         with ThreadPoolExecutor(max_workers=min(4, count_cores())) as pool:
             list(pool.map(self._find_session, names if names is not None else usual))
 
     def run(self, name: str, **arrays: Array) -> dict[str, Array]:
-        """Run a network: its inputs as contiguous arrays, its outputs by name; floats are float32 on both sides.
+        """Run a network.
 
-        `lora` is packed, whatever form the graph takes the factors in. Inputs that the network does not have (the
-        factors of one without slots) are ignored.
+        arrays: its inputs, contiguous; floats are float32. `lora` is packed, whatever form the graph takes the factors
+            in. Inputs that the network does not have (the factors of one without slots) are ignored.
+
+        Returns its outputs by name; floats are float32.
         """
         session, entry = self._find_session(name), self.entries[name]
         if "lora" in arrays and all(spec["name"] != "lora" for spec in entry["inputs"]):
@@ -158,7 +162,7 @@ def read_network(folder: Path) -> dict[str, Any]:
 
 
 def read_facts(folder: Path) -> BaseFacts:
-    """What `base.json` says of the base."""
+    """The facts about a base in `base.json`."""
     record = _read_json(folder / "base.json")
     try:
         return BaseFacts(

@@ -29,10 +29,10 @@ PROVIDERS = {"cuda": _CUDA, "cpu": _CPU}
 
 
 class OnnxNetworks:
-    """See the module. A session a network, made by `open` or `load`; `close` or a with statement gives them back.
+    """See the module. One session per network, made by `open` or `load`. `close` or a with statement frees them.
 
-    ONNX Runtime ties a session to one stream when it is made, so these networks belong to one stream of the runtime:
-    several contexts on a device each take networks of their own. The parts' LoRA factors are one packed `lora`.
+    ONNX Runtime ties a session to one stream when it is made. So these networks belong to one stream of the runtime,
+    and each of several contexts on a device needs its own networks. The parts' LoRA factors are one packed `lora`.
     """
 
     def __init__(
@@ -60,13 +60,15 @@ class OnnxNetworks:
         memory_limit: int | None = None,
         resident: Collection[str] | None = None,
     ) -> OnnxNetworks:
-        """The networks of a base's parts: a mapping, or the folder that holds them all.
+        """Open the networks of a base.
 
-        stream: the only one they will run in; provider: "cuda", or "cpu", which runs on host memory where `enqueue`
-        is called; memory_limit: bytes that one network's scratch memory and weights may take (None: any). resident: the
-        networks that get a session now (none, to plan memory first); None: all but float32 twins.
+        parts: name -> folder, or the folder that holds them all.
+        stream: the only one in which they will run.
+        provider: "cuda", or "cpu", which runs on host memory where `enqueue` is called.
+        memory_limit: bytes that one network's scratch memory and weights may take; None: no limit.
+        resident: the networks that get a session now (none, to plan memory first); None: all but float32 twins.
 
-        Raises EngineError for parts that are none, lack a file, or are engines of another back end, InputError for
+        Raises EngineError for parts that are not valid, lack a file, or are engines of another back end, InputError for
         unknown providers, DeviceError where ONNX Runtime has no CUDA, OutOfMemoryError.
         """
         if provider not in PROVIDERS:
@@ -75,7 +77,7 @@ class OnnxNetworks:
         entries = {name: read_network(folder) for name, folder in places.items() if name != "base"}
         for name, entry in entries.items():
             if not entry.get("graph"):
-                raise EngineError(f"{places[name]}: {name} is no ONNX graph; build with `--backend onnxruntime`")
+                raise EngineError(f"{places[name]}: {name} is not an ONNX graph; build with `--backend onnxruntime`")
             for file in filter(None, (entry["graph"], entry.get("weights"))):
                 if not (places[name] / file).is_file():
                     raise EngineError(f"{places[name] / file}: missing, so {name} cannot run; {REBUILD}")
@@ -100,28 +102,28 @@ class OnnxNetworks:
         return slots_of(self._entries[name]) if name in self._entries else ()
 
     def inputs(self, name: str) -> tuple[Tensor, ...]:
-        """As `network.json` has them."""
+        """Those in `network.json`."""
         return tuple(map(Tensor.of, self._entry(name)["inputs"]))
 
     def outputs(self, name: str) -> tuple[Tensor, ...]:
-        """As `network.json` has them."""
+        """Those in `network.json`."""
         return tuple(map(Tensor.of, self._entry(name)["outputs"]))
 
     def frames(self) -> tuple[Size, ...] | None:
-        """Any size."""
+        """None: any size."""
         return None
 
     def contexts(self) -> tuple[int, ...] | None:
-        """Any."""
+        """None: any length."""
         return None
 
     @property
     def most_pictures(self) -> int | None:
-        """Any batch."""
+        """None: any batch."""
         return None
 
     def weight_bytes(self, name: str) -> int:
-        """The size of the weights' file: what ONNX Runtime at least takes."""
+        """The size of the weights' file: ONNX Runtime takes at least that much."""
         file = self._entry(name).get("weights")
         return (self._parts[name] / file).stat().st_size if file else 0
 
@@ -130,7 +132,7 @@ class OnnxNetworks:
         return 0
 
     def bind(self, name: str, sides: Sides, arrays: Mapping[str, Array], workspace: Array | None = None) -> OnnxBound:
-        """Fix shapes and addresses; arrays the network does not know are left out.
+        """Fix shapes and addresses. Arrays that the network does not know are ignored.
 
         Raises EngineError for arrays that are missing or of another shape or dtype.
         """
@@ -154,7 +156,7 @@ class OnnxNetworks:
         return tuple(self._sessions)
 
     def unload(self, name: str) -> None:
-        """Drop a network's session and all its memory; what the stream still has to run must be done."""
+        """Drop a network's session and all its memory. Nothing of it may still run in the stream."""
         self._entry(name)
         for bound in self.bound:
             if bound.name == name:
@@ -162,7 +164,7 @@ class OnnxNetworks:
         self._sessions.pop(name, None)
 
     def load(self, name: str) -> None:
-        """Make it again from the files: seconds for a large network. Raises EngineError, OutOfMemoryError."""
+        """Make a session again from the files: seconds for a large network. Raises EngineError, OutOfMemoryError."""
         self._entry(name)
         if name not in self._sessions:
             self._sessions[name] = self._open_session(name)
@@ -174,7 +176,7 @@ class OnnxNetworks:
         return self._sessions[name]
 
     def serves(self, stream: Stream) -> bool:
-        """Whether work enqueued there runs there: always in host memory, where all runs at once."""
+        """Whether work that is enqueued in a stream runs there; in host memory always, as all runs at once."""
         return self.provider == "cpu" or stream.handle == self._stream.handle
 
     def close(self) -> None:
@@ -203,12 +205,12 @@ class OnnxNetworks:
         except Exception as error:  # ONNX Runtime raises its own unrelated classes
             raise _explain_failure(f"{graph}: {name} cannot be loaded", error, REBUILD) from error
         if PROVIDERS[self.provider] not in session.get_providers():  # it warns and takes the CPU
-            raise DeviceError(f"ONNX Runtime cannot use this GPU for {name} (`dreammix-trt doctor` tells more)")
+            raise DeviceError(f"ONNX Runtime cannot use this GPU for {name} (see `dreammix-trt doctor`)")
         return session
 
 
 class OnnxBound:
-    """A network bound to arrays; the binding is made again when the network was unloaded and loaded."""
+    """A network bound to arrays. The binding is made again when the network was unloaded and loaded."""
 
     def __init__(self, networks: OnnxNetworks, name: str, inputs: set[str], arrays: Mapping[str, Array]) -> None:
         self._networks, self.name, self._inputs = networks, name, inputs
@@ -217,17 +219,21 @@ class OnnxBound:
 
     @property
     def capturable(self) -> bool:
-        """Never: within a pass ONNX Runtime takes scratch memory from an arena that it shares between passes and gives
-        to whichever comes next, so a graph's addresses would be others' too; a first pass, or a larger one, allocates.
-        Its own graphs (`enable_cuda_graph`) cannot be part of a caller's.
+        """Never.
+
+        Within a pass ONNX Runtime takes scratch memory from an arena that passes share, so a graph would hold addresses
+        that other passes use as well. A first pass, or a larger one, allocates. Its own graphs (`enable_cuda_graph`)
+        cannot be part of a caller's.
         """
         return False
 
     def enqueue(self, stream: Stream) -> None:
         """Run once in the stream of the networks (provider "cpu": now).
 
-        ONNX Runtime's host thread prepares shapes as it goes, but waits for nothing the device does. Raises EngineError
-        for another stream, when it is closed or its network unloaded, and for what ONNX Runtime says; OutOfMemoryError.
+        ONNX Runtime's host thread prepares shapes as it goes, but does not wait for the device.
+
+        Raises EngineError for another stream, when it is closed or its network unloaded, and for ONNX Runtime's own
+        errors; OutOfMemoryError.
         """
         import onnxruntime as ort
 
@@ -251,12 +257,12 @@ class OnnxBound:
             self._networks.bound.remove(self)
 
     def lapse(self) -> None:
-        """Let go of the session: its memory is free when nobody holds it."""
+        """Drop the session: its memory is free when nobody holds it."""
         self._bound = None
 
     def _bind_arrays(self, session: onnxruntime.InferenceSession) -> Any:
         if self._arrays is None:
-            raise EngineError(f"{self.name} cannot run: it is closed, bind it anew")
+            raise EngineError(f"{self.name} cannot run: it is closed, bind it again")
         binding = session.io_binding()
         for name, array in self._arrays.items():
             bind = binding.bind_input if name in self._inputs else binding.bind_output
@@ -267,24 +273,24 @@ class OnnxBound:
 def _choose_providers(
     provider: str, stream: Stream, memory_limit: int | None
 ) -> list[str | tuple[str, dict[str, str]]]:
-    """What sessions are told to run on. Raises DeviceError where ONNX Runtime cannot."""
+    """The providers of a session. Raises DeviceError where ONNX Runtime cannot use them."""
     import onnxruntime as ort
 
     if PROVIDERS[provider] not in ort.get_available_providers():
         raise DeviceError(
             f"ONNX Runtime has no {PROVIDERS[provider]} here; install onnxruntime-gpu in onnxruntime's place "
-            "(`dreammix-trt doctor` tells more)"
+            "(see `dreammix-trt doctor`)"
         )
     if provider == "cpu":
         return [_CPU]
-    if not stream.handle:  # ONNX Runtime takes 0 for "none given" and makes a stream of its own
+    if not stream.handle:  # for 0 ONNX Runtime makes its own stream
         raise DeviceError("ONNX Runtime cannot run in the default stream; make one for it")
     options = {
         "device_id": "0",
         "user_compute_stream": str(stream.handle),
         "do_copy_in_default_stream": "1",
         "enable_cuda_graph": "0",
-        "arena_extend_strategy": "kSameAsRequested",  # by default it takes up to twice of what it needs
+        "arena_extend_strategy": "kSameAsRequested",  # by default it takes up to twice as much as it needs
     }
     if memory_limit is not None:
         options["gpu_mem_limit"] = str(memory_limit)
@@ -292,7 +298,7 @@ def _choose_providers(
 
 
 def _explain_failure(what: str, error: Exception, remedy: str) -> EngineError:
-    """The error with what can be done; ONNX Runtime tells lack of memory in its message alone."""
+    """The error with a remedy. Only ONNX Runtime's message shows lack of memory."""
     text = " ".join(str(error).split())
     if any(sign in text for sign in ("Failed to allocate memory", "out of memory", "Available memory of")):
         return OutOfMemoryError(f"{what}: the device has too little memory ({text}); take a smaller batch or frame")

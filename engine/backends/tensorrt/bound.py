@@ -1,4 +1,4 @@
-"""A network bound to arrays: one context, which comes and goes with the weights where it must."""
+"""A network bound to arrays: one context. Where the weights cannot go without it, it goes and comes back with them."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ class TensorRtBound:
         return self._capturable
 
     def enqueue(self, stream: Stream) -> None:
-        """Run once, in the stream. The first run is outside any capture: it sets the context up.
+        """Run once in the stream. The first run must be outside any capture: it sets up the context.
 
-        Raises EngineError after `close` and while the weights are unloaded, and what the package's messages mean where
-        it fails.
+        Raises EngineError after `close` and while the weights are unloaded, and the error that fits the package's
+        messages where it fails.
         """
         handle = handle_of(stream)
         if self._closed:
-            raise EngineError(f"{self._network.name}: closed; bind it anew")
+            raise EngineError(f"{self._network.name}: closed; bind it again")
         if self._context is None or not self._network.loaded:
             raise EngineError(f"{self._network.name}: its weights are unloaded; load them first")
         self._device.enqueue_work(self._network.name, stream, lambda: self._run(handle))
 
     def close(self) -> None:
-        """Free the context; the arrays are their owner's. The stream must be idle."""
+        """Free the context. The arrays belong to their owner. The stream must be idle."""
         with self._network.lock:
             self._context = None
             self._closed, self._capturable = True, False
@@ -51,12 +51,15 @@ class TensorRtBound:
                 self._network.bound.remove(self)
 
     def renew(self) -> None:
-        """Make the context where there is none."""
+        """Make the context where it does not exist."""
         if self._context is None:
             self._context = self._network.make_context(self._binding)
 
     def lapse(self, *, whole: bool) -> None:
-        """The weights go: the next run is a first run. whole: the context goes, too."""
+        """Note that the weights go: the next run is a first run.
+
+        whole: whether the context goes as well.
+        """
         self._ran = self._capturable = False
         if whole:
             self._context = None

@@ -1,9 +1,10 @@
-"""ONNX -> TensorRT plan, on one code path for TensorRT-RTX (built for any of its GPUs, on a machine without one) and
-TensorRT 11 (built for the GPU at hand).
+"""ONNX -> TensorRT plan, in the same code for both packages.
 
-Precision lives in the graph: both packages type networks strongly. Neither has a switch for the accumulator of a
-float16 product, so its width is theirs to choose; a graph that must have float32 sums casts its operands.
-Plans are never made version compatible: those carry host code, and a plan with host code is refused.
+TensorRT-RTX builds for any of its GPUs, on a machine without one. TensorRT 11 builds for the GPU of this machine.
+
+The graph decides the precision: both packages type networks strongly. Neither has a switch for the accumulator of a
+float16 product, so they choose its width. A graph that must have float32 sums casts its operands. Plans are never made
+version compatible: such plans carry host code, and a plan with host code is refused.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ __all__ = [
 ]  # fmt: skip
 
 GIB: Final = 1 << 30
-REVISION: Final = 2  # of what `build_engine` makes of the same network and options; 2: all memory is the user's
+REVISION: Final = 2  # rises when `build_engine` builds something else from the same input; 2: all memory is the user's
 MESSAGES: Final = 20  # kept of a build, each once
 Progress = Callable[[float, str], None]
 DTYPES: Final = {
@@ -44,7 +45,10 @@ DTYPES: Final = {
 
 @dataclass(frozen=True)
 class PlanTensor:
-    """An input or output of the parsed network; -1 in the shape is a dynamic side."""
+    """An input or output of the parsed network.
+
+    shape: -1 is a dynamic side.
+    """
 
     name: str
     dtype: str
@@ -53,9 +57,18 @@ class PlanTensor:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build was: wall seconds, peaks of this process in bytes (None: unknown; anonymous: without mapped files),
-    size of the plan, layers of the parsed network, warnings (each once, at most MESSAGES), the network's tensors, how
-    many attentions no fused kernel took, version of the package, and the GPUs it was built for.
+    """What a build did and took.
+
+    seconds: wall time.
+    engine_bytes: size of the plan.
+    layers: of the parsed network.
+    decomposed: how many attentions had no fused kernel.
+    version: of the package.
+    targets: the GPUs it was built for.
+    inputs, outputs: of the network.
+    messages: warnings, each once, at most MESSAGES.
+    peak_rss: most memory of this process in bytes; None: unknown.
+    peak_anonymous: the same without mapped files.
     """
 
     seconds: float
@@ -78,7 +91,11 @@ class BuildReport:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a build will need, in bytes: memory that cannot be dropped, and disk for the plan."""
+    """What a build will need, in bytes.
+
+    host_bytes: memory that cannot be dropped.
+    disk_bytes: for the plan.
+    """
 
     host_bytes: int
     disk_bytes: int
@@ -94,12 +111,15 @@ def build_engine(
     workspace: int | None = None,
     progress: Progress | None = None,
 ) -> BuildReport:
-    """Build the plan of a network and write it to `out`, whole or not at all.
+    """Build the plan of a network.
 
-    onnx: a file, external data beside it (read where it lies, by location, offset and length). targets: GPUs as
-    "sm_89", or "current"; TensorRT builds for the GPU at hand only. workspace: most bytes of scratch memory on the GPU.
-    progress: called in the caller's thread with a fraction that never falls and the phase; what it raises, and Ctrl-C,
-    ends the build at its next step, and nothing is left.
+    onnx: a file, with external data beside it (read in place, by location, offset and length).
+    out: where the plan is written, completely or not at all.
+    profiles: shapes that the plan takes.
+    targets: GPUs such as "sm_89", or "current"; TensorRT builds only for the GPU of this machine.
+    workspace: the most bytes of scratch memory on the GPU; None: no limit.
+    progress: called in the caller's thread with a fraction that never falls and the phase. An exception in it, or
+        Ctrl-C, ends the build at its next step and leaves no file.
 
     Raises InputError for targets, EngineError for a missing package or GPU, BuildError for a network that cannot be
     built and for a full disk.
@@ -116,10 +136,13 @@ def build_engine(
 
 
 def estimate_build(onnx_bytes: int, weight_bytes: int, backend: str) -> Estimate:
-    """What building a network will need, an upper bound. onnx_bytes: of the graph file; weight_bytes: beside it.
+    """An upper bound of what building a network will need.
 
-    TensorRT-RTX 1.7, measured: the builder holds linear weights once or twice and convolutions twice, and the plan
-    leaves in pieces of 64 MiB (linears of 400 and 1200 MiB: 640 and 1445 MiB; convolutions of 450 MiB: 1014 MiB; a full
+    onnx_bytes: of the graph file.
+    weight_bytes: of the weights beside it.
+
+    TensorRT-RTX 1.7, measured: the builder holds linear weights once or twice and convolutions twice, and writes the
+    plan in pieces of 64 MiB (linears of 400 and 1200 MiB: 640 and 1445 MiB; convolutions of 450 MiB: 1014 MiB; a full
     UNet of 4.8 GiB: 12.0 GiB). TensorRT, which also times kernels on the GPU, was not measured: twice that.
     """
     host = 5 * GIB // 8 + weight_bytes * 12 // 5 + 8 * onnx_bytes
@@ -128,7 +151,7 @@ def estimate_build(onnx_bytes: int, weight_bytes: int, backend: str) -> Estimate
 
 
 def check_room(need: Estimate, folder: Path) -> None:
-    """Raise BuildError when memory (within the limits of the container) or the folder's disk will not suffice."""
+    """Raise BuildError when memory (within the limits of the container) or the disk of `folder` will not suffice."""
     _, memory = hardware.measure_memory()
     disk = hardware.disk_free(folder)
     if memory is not None and memory < need.host_bytes:
@@ -145,7 +168,7 @@ def check_room(need: Estimate, folder: Path) -> None:
 
 @dataclass
 class _Build:
-    """One build, run in a thread of its own: `run` once; `events` tells of it; `cancel` ends it."""
+    """One build, in its own thread. Call `run` once; `events` reports its progress; `cancelled` ends it."""
 
     trt: Any
     backend: str
@@ -161,7 +184,7 @@ class _Build:
         return PACKAGES[self.backend].title
 
     def run(self, stream: BinaryIO) -> BuildReport:
-        """Parse, build, write. The messages of the package come in this thread, too."""
+        """Parse, build, write. The package's messages arrive in this thread as well."""
         heard = HEARD.messages = []
         started = time.perf_counter()
         try:
@@ -209,7 +232,7 @@ class _Build:
         config.progress_monitor = make_monitor(trt, self.events, self.cancelled)
         if self.workspace is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self.workspace)
-        if PACKAGES[self.backend].ahead:  # contexts then never allocate while they run, so graphs can hold them
+        if PACKAGES[self.backend].ahead:  # then contexts never allocate while they run, and graphs can hold them
             config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         if self.capabilities:
             config.num_compute_capabilities = len(self.capabilities)
@@ -230,7 +253,7 @@ class _Build:
             tensor = network.get_input(index)
             spans = [profile.shapes.get(tensor.name) for profile in self.profiles]
             if not spans or any(span is None or len(span[0]) != len(tensor.shape) for span in spans):
-                continue  # `_check` says what is wrong
+                continue  # `_check` reports what is wrong
             sides = zip(*(shape for span in spans if span for shape in span), strict=True)
             tensor.shape = [
                 values[0] if have == -1 and len(set(values)) == 1 else have
@@ -251,7 +274,7 @@ class _Build:
                     have not in (-1, side) for have, side in zip(shape, given, strict=True)
                 ):
                     raise BuildError(
-                        f"{self.onnx}: its input {name} is {list(shape)}, which the profile's {list(given)} is not"
+                        f"{self.onnx}: its input {name} is {list(shape)}, but the profile has {list(given)}"
                     )
             if any(sorted(sides) != list(sides) for sides in zip(*profile.shapes[name], strict=True)):
                 raise BuildError(f"{self.onnx}: the profile's shapes of {name} do not grow: {profile.shapes[name]}")
@@ -259,13 +282,13 @@ class _Build:
     def _write_plan(
         self, builder: Any, network: Any, config: Any, stream: BinaryIO, heard: list[tuple[str, str]]
     ) -> int:
-        """Write the plan; the number of attentions that had to be taken apart for it."""
+        """Write the plan. Returns the number of attentions that had to be taken apart for it."""
         decomposed = 0
         while not self._try_build(builder, network, config, stream):
             unfused = any("decomposable" in text for _, text in heard)
             if self.cancelled.is_set() or decomposed or not unfused:
                 raise self._explain_failure(heard)
-            # No fused kernel for the width or type of some attention: let those be products and a softmax.
+            # Some attention has a width or type without a fused kernel: let it be products and a softmax.
             decomposed = _allow_decomposition(self.trt, network)
             heard[:] = [entry for entry in heard if entry[0] == "WARNING"]
             stream.seek(0)
@@ -275,7 +298,7 @@ class _Build:
     def _try_build(self, builder: Any, network: Any, config: Any, stream: BinaryIO) -> bool:
         writer = make_writer(self.trt, stream)
         done = builder.build_serialized_network_to_stream(network, config, writer)
-        if writer.error is not None:  # the builder itself takes no notice of a write that failed
+        if writer.error is not None:  # the builder itself ignores a write that failed
             raise writer.error
         return bool(done)
 
@@ -297,7 +320,7 @@ _REMEDIES: Final = (
 
 
 def _follow(build: _Build, stream: BinaryIO, say: Progress) -> BuildReport:
-    """Run a build in a thread, so that Ctrl-C and `say` are this thread's; whatever happens here ends the build."""
+    """Run a build in a thread, so that Ctrl-C and `say` reach this one. Any exception here ends the build."""
     with ThreadPoolExecutor(1, thread_name_prefix="tensorrt build") as pool:
         future = pool.submit(build.run, stream)
         try:
@@ -312,7 +335,7 @@ def _follow(build: _Build, stream: BinaryIO, say: Progress) -> BuildReport:
 def _read_events(build: _Build, future: Future[BuildReport]) -> Iterator[tuple[float, str]]:
     while True:
         try:
-            event = build.events.get(timeout=0.2)  # a bounded wait, so that Ctrl-C gets through everywhere
+            event = build.events.get(timeout=0.2)  # a bounded wait, so that Ctrl-C works on every system
         except queue.Empty:
             if future.done():
                 return
@@ -323,12 +346,12 @@ def _read_events(build: _Build, future: Future[BuildReport]) -> Iterator[tuple[f
 
 
 def check_targets(backend: str, targets: Sequence[str]) -> None:
-    """Raise InputError for GPUs the back end cannot build for, EngineError where it is missing or needs a GPU."""
+    """Raise InputError for GPUs that the back end cannot build for, EngineError where it is missing or needs a GPU."""
     _find_capabilities(load(backend), backend, targets)
 
 
 def _find_capabilities(trt: Any, backend: str, targets: Sequence[str]) -> tuple[Any, ...]:
-    """What to tell the builder of the GPUs to build for; nothing where it builds for the one at hand."""
+    """The builder's values for the GPUs to build for; empty where it builds for the GPU of this machine."""
     package = PACKAGES[backend]
     if not package.ahead:
         _check_at_hand(package, targets)
@@ -338,7 +361,7 @@ def _find_capabilities(trt: Any, backend: str, targets: Sequence[str]) -> tuple[
         raise InputError(f"name the GPUs to build for with --target: {', '.join(known)}, or current")
     if "current" in targets:
         if len(targets) > 1:
-            raise InputError(f"targets are {', '.join(targets)}; current cannot stand beside others")
+            raise InputError(f"targets are {', '.join(targets)}; current cannot be combined with others")
         if problem := _find_gpu_problem():
             raise EngineError(f"the target is current, but {problem}; name the GPU instead, e.g. --target sm_89")
         return (trt.ComputeCapability.CURRENT,)
@@ -357,19 +380,19 @@ def _check_at_hand(package: Package, targets: Sequence[str]) -> None:
     driver = hardware.ask_driver()
     if not driver.gpus:
         raise EngineError(
-            f"{package.title} builds for the GPU at hand only, and {driver.problem}; "
+            f"{package.title} builds only for the GPU of this machine, and {driver.problem}; "
             "use `--backend tensorrt-rtx --target sm_89`, which builds without one"
         )
     here = driver.gpus[0]
     if any(target not in ("current", here.capability) for target in targets):
         raise InputError(
-            f"{package.title} builds for the GPU at hand only, {here.name} ({here.capability}), not for "
+            f"{package.title} builds only for the GPU of this machine, {here.name} ({here.capability}), not for "
             f"{', '.join(targets)}; build there, or use `--backend tensorrt-rtx`"
         )
 
 
 def name_targets(targets: Sequence[str]) -> tuple[str, ...]:
-    """The GPUs built for, by name; "current", or none, is the one at hand."""
+    """Names of the GPUs to build for. "current", or none, is the GPU of this machine."""
     if targets and "current" not in targets:
         return tuple(targets)
     return tuple(gpu.capability for gpu in hardware.ask_driver().gpus[:1])
@@ -381,12 +404,12 @@ def _find_gpu_problem() -> str | None:
 
 
 def _allow_decomposition(trt: Any, network: Any) -> int:
-    """Let every attention be taken apart where no fused kernel takes it; how many there are."""
+    """Let every attention be taken apart where no fused kernel takes it. Returns how many there are."""
     count = 0
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
-            layer.__class__ = trt.IAttentionInputLayer  # the bindings give layers as their base class
+            layer.__class__ = trt.IAttentionInputLayer  # the bindings return layers as their base class
             layer.attention.decomposable = True
             count += 1
     return count

@@ -1,7 +1,7 @@
 """What TensorRT calls back while it builds and runs: logger, progress monitor, writer.
 
-The packages swallow whatever a callback raises, Ctrl-C and a full disk included, and end well all the same. So nothing
-here raises: errors are kept for the caller, who asks.
+The packages ignore exceptions of a callback, Ctrl-C and a full disk included, and report success nevertheless. So
+nothing here raises: errors are kept for the caller, who asks for them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Events = queue.SimpleQueue[tuple[float, str] | None]
 
 
 class Heard(threading.local):
-    """What the package said in this thread, (severity, text); None: nobody listens."""
+    """The package's messages in this thread, (severity, text); None: nobody collects them."""
 
     messages: list[tuple[str, str]] | None = None
 
@@ -30,7 +30,7 @@ HEARD = Heard()
 
 @contextlib.contextmanager
 def collect_messages() -> Iterator[list[tuple[str, str]]]:
-    """What the package says in this thread within the block: (severity, text), warnings and errors."""
+    """Collect the package's messages of this thread within the block: (severity, text), warnings and errors."""
     before, HEARD.messages = HEARD.messages, []
     try:
         yield HEARD.messages
@@ -40,7 +40,10 @@ def collect_messages() -> Iterator[list[tuple[str, str]]]:
 
 @functools.cache
 def get_logger(trt: Any) -> Any:
-    """The one logger a package accepts in a process; what it hears goes to who listens in the thread that speaks."""
+    """The one logger that a package accepts in a process.
+
+    A message goes to the collector of the thread in which it arises.
+    """
 
     class Listener(trt.ILogger):
         def __init__(self) -> None:
@@ -57,7 +60,10 @@ def get_logger(trt: Any) -> Any:
 
 
 def make_monitor(trt: Any, events: Events, cancelled: threading.Event) -> Any:
-    """The builder's own progress, put on a queue; it stops the build at the next step once `cancelled` is set."""
+    """Make a monitor that puts the builder's progress on a queue.
+
+    cancelled: once it is set, the monitor stops the build at the next step.
+    """
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
@@ -83,7 +89,7 @@ def make_monitor(trt: Any, events: Events, cancelled: threading.Event) -> Any:
 
 
 class BuildSteps:
-    """Nested phases of so many steps each -> one fraction in 0..1 that never falls."""
+    """Turns nested phases of a number of steps each into one fraction in 0..1 that never falls."""
 
     def __init__(self) -> None:
         self._phases: dict[str, list[Any]] = {}  # name -> [parent, steps, done]
@@ -114,7 +120,7 @@ class BuildSteps:
 
 
 def make_writer(trt: Any, stream: BinaryIO) -> Any:
-    """Takes the plan in pieces; the first error is kept, for the builder swallows what is raised and ends well."""
+    """Make a writer that takes the plan in pieces. It keeps the first error, as the builder ignores exceptions."""
 
     class Writer(trt.IStreamWriter):
         def __init__(self) -> None:

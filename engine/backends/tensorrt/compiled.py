@@ -1,4 +1,4 @@
-"""The kernels that TensorRT-RTX compiles for the GPU at hand, kept in a file so that the next start finds them."""
+"""The kernels that TensorRT-RTX compiles for this machine's GPU, kept in a file so that the next start finds them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ LOGGER = logging.getLogger(__name__)
 
 @dataclass
 class Compiled:
-    """TensorRT-RTX's settings of an engine, and the kernels it compiled for them; file: where those are kept."""
+    """TensorRT-RTX's settings of an engine, and the kernels that it compiled for them.
+
+    config: the package's runtime config.
+    kernels: the package's runtime cache.
+    file: where the kernels are kept; None: nowhere.
+    kept: what the file holds now.
+    """
 
     config: Any
     kernels: Any
@@ -26,7 +32,7 @@ class Compiled:
 
     @classmethod
     def of(cls, config: Any, file: Path | None) -> Compiled:
-        """With what the file holds; one that is damaged, or of another driver, is thrown away."""
+        """Load the kernels in the file. A file that is damaged, or of another driver, is deleted."""
         kernels = config.create_runtime_cache()
         compiled = cls(config, kernels, file)
         if file is not None and file.is_file():
@@ -43,7 +49,7 @@ class Compiled:
         return compiled
 
     def keep(self) -> None:
-        """Write the file where something new was compiled; a disk that does not take it costs time only."""
+        """Write the file where something new was compiled. A disk error is only logged: it costs time, nothing else."""
         if self.file is None:
             return
         try:
@@ -58,7 +64,7 @@ class Compiled:
 
 
 def kernels_file(place: PlanPlace, plan: Path) -> Path | None:
-    """Where the kernels of a plan are kept: they fit one version of the package on one kind of GPU."""
+    """Where the kernels of a plan are kept. They fit one version of the package on one kind of GPU."""
     trt = place.trt
     if place.cache is None:
         return None

@@ -1,6 +1,6 @@
-"""The engine of a plan and its contexts: made for shapes, given memory and addresses.
+"""The engine of a plan and its contexts. A context is made for shapes, then gets memory and addresses.
 
-Variables called trt, runtime, engine, context, config and kernels are the package's objects; a test compares their
+Variables called trt, runtime, engine, context, config and kernels are the package's objects. A test compares their
 attributes with the package's.
 """
 
@@ -31,7 +31,7 @@ ContextKey = tuple[int, tuple[Shape, ...]]  # a profile, and every input's shape
 
 @dataclass(frozen=True)
 class Binding:
-    """What a context is made of, so that it can be made again."""
+    """What is needed to make a context, or to make it again."""
 
     shapes: Mapping[str, Shape]
     profile: int
@@ -40,10 +40,12 @@ class Binding:
 
 
 class PlanEngine:
-    """The engine of one plan, which may go and come back. Whoever calls a method holds the place's lock.
+    """The engine of one plan, which may be dropped and loaded again. Callers of its methods hold the place's lock.
 
-    shapes: what it takes, as told; by the engine itself after `learn`. build: what `network.json` says of its making.
-    What contexts need, and what TensorRT-RTX compiled for them, is kept while the engine is gone.
+    shapes: the shapes it takes: those in `network.json`, after `learn` those of the engine itself.
+    build: the record of its build in `network.json`.
+
+    It remembers the memory that contexts need, and what TensorRT-RTX compiled for them, while the engine is dropped.
     """
 
     def __init__(self, place: PlanPlace, shapes: PlanShapes, build: Mapping[str, Any]) -> None:
@@ -60,13 +62,16 @@ class PlanEngine:
         return self._engine is not None
 
     def bring(self, *, weights: bool) -> None:
-        """Load it. Only TensorRT-RTX leaves out the weights; raises what fits where it cannot be loaded."""
+        """Load the engine. Raises the error that fits where it cannot be loaded.
+
+        weights: whether the weights come as well; only TensorRT-RTX can omit them.
+        """
         trt, runtime, package = self._place.trt, self._place.runtime, self._place.package
         check_origin(trt, package, self._origin)
         with map_plan(self._origin.plan) as data:
             if package.jit:
                 check_validity(trt, package, runtime, data, self._origin)
-                runtime.defer_weights_loading = True  # else they could not be unloaded
+                runtime.defer_weights_loading = True  # else the weights could not be unloaded
             with collect_messages() as messages:
                 engine = runtime.deserialize_cuda_engine(data)
             if engine is None:
@@ -76,16 +81,16 @@ class PlanEngine:
                 self._bring_weights(data)
 
     def learn(self) -> None:
-        """Ask the engine for its shapes. Raises EngineError where they are not those that were told."""
+        """Ask the engine for its shapes. Raises EngineError where they differ from those in `network.json`."""
         self.shapes = self.shapes.read_engine(self._place.trt, self._engine)
 
     def bring_weights(self) -> None:
-        """Those that `give_weights_back` gave back (TensorRT-RTX only)."""
+        """Load the weights that `give_weights_back` unloaded (TensorRT-RTX only)."""
         with map_plan(self._origin.plan) as data:
             self._bring_weights(data)
 
     def give_weights_back(self) -> None:
-        """Contexts stay (TensorRT-RTX only)."""
+        """Unload the weights; contexts stay (TensorRT-RTX only)."""
         self._place.check()
         engine = self._engine
         with collect_messages() as messages:
@@ -93,19 +98,19 @@ class PlanEngine:
                 raise explain_failure(f"{self._origin.plan}: its weights cannot be unloaded", messages)
 
     def drop(self) -> None:
-        """Let it go; nobody else has a context of it."""
+        """Drop the engine. Nobody else may have a context of it."""
         self._ready = self._engine = None
 
     def close(self) -> None:
-        """Let it go for good, and keep what was compiled."""
+        """Drop the engine for good, and keep what was compiled."""
         self._ready = None
         self.keep_compiled()
         self._compiled = self._engine = None
 
     def measure(self, shapes: Mapping[str, Shape], profile: int) -> int:
-        """Bytes of workspace at these shapes, by a context that stays ready for the next `make_context`.
+        """Bytes of workspace at these shapes, from a context that stays ready for the next `make_context`.
 
-        Where the engine is gone, it is brought for that, and the context goes with it.
+        Where the engine is dropped, it is loaded for that and dropped again, with the context.
         """
         key = self._key_of(shapes, profile)
         if key not in self._needs:
@@ -115,19 +120,19 @@ class PlanEngine:
         return self._needs[key]
 
     def measure_profiles(self) -> None:
-        """Note what the profiles' own shapes need: most questions are about these."""
+        """Remember what the profiles' own shapes need: most questions are about these."""
         for index, profile in enumerate(self.shapes.profiles):
             for end in range(3):
                 self.measure({name: span[end] for name, span in profile.shapes.items()}, index)
 
     def make_context(self, binding: Binding) -> Any:
-        """A context with shapes, memory and addresses set, and nothing missing."""
+        """Make a context with shapes, memory and addresses set, ready to run."""
         key, ready = self._key_of(binding.shapes, binding.profile), self._ready
         self._ready = None
         if ready is not None and ready[0] == key:
             context = ready[1]
         else:
-            ready = None  # first, as its memory may be what is lacking
+            ready = None  # drop it first, as its memory may be missing
             context = self._open_context(binding.shapes, binding.profile)
         name, need, workspace = self.shapes.name, self._needs[key], binding.workspace
         if need and (workspace is None or workspace.nbytes < need):
@@ -135,9 +140,11 @@ class PlanEngine:
             raise EngineError(f"{name}: needs {need} bytes of workspace and is given {have}; see workspace_bytes")
         self._attach(context, binding)
         for tensor in self.shapes.outputs:
-            shape, told = tuple(context.get_tensor_shape(tensor.name)), binding.shapes[tensor.name]
-            if shape != told:
-                raise EngineError(f"{name}: {tensor.name} comes out as {list(shape)}, not as {list(told)}; {REBUILD}")
+            shape, expected = tuple(context.get_tensor_shape(tensor.name)), binding.shapes[tensor.name]
+            if shape != expected:
+                raise EngineError(
+                    f"{name}: {tensor.name} comes out as {list(shape)}, not as {list(expected)}; {REBUILD}"
+                )
         return context
 
     def keep_compiled(self) -> None:
@@ -147,7 +154,7 @@ class PlanEngine:
 
     @contextmanager
     def _hold_engine(self) -> Iterator[None]:
-        """Within the block the engine is here."""
+        """Have the engine loaded within the block."""
         if self.here:
             yield
             return
@@ -185,7 +192,7 @@ class PlanEngine:
             raise EngineError(f"{name}: the engine still lacks shape or address of {', '.join(missing)}; {REBUILD}")
 
     def _open_context(self, shapes: Mapping[str, Shape], profile: int) -> Any:
-        """A new context with its profile and input shapes; notes the memory it needs."""
+        """A new context with its profile and input shapes. Remembers the memory that it needs."""
         place, name = self._place, self.shapes.name
         place.check()
         handle = handle_of(place.stream)
@@ -212,7 +219,7 @@ class PlanEngine:
             config = engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
             config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # graphs are captured around the engine
-            # Never a fallback first and better kernels later: a captured graph would keep the fallback.
+            # Never fallback kernels first and better ones later: a captured graph would keep the fallback.
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
             self._compiled = Compiled.of(config, kernels_file(self._place, self.shapes.plan))
         return engine.create_execution_context(runtime_config=self._compiled.config)

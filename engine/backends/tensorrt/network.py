@@ -1,4 +1,4 @@
-"""One network on TensorRT-RTX or TensorRT 11, whose weights come and go under what is bound to it."""
+"""One network on TensorRT-RTX or TensorRT 11. Its weights can be unloaded and loaded while it stays bound."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from dreammix_trt.engine.backends.tensorrt.shapes import PlanShapes
 
 
 class PlanNetwork:
-    """A network that runs a plan. Whoever calls a method holds the place's lock.
+    """A network that runs a plan. Callers of its methods hold the place's lock.
 
-    bound: what runs it. loads: how often its weights came.
+    bound: what is bound to it.
+    loads: how often its weights were loaded.
     """
 
     def __init__(self, name: str, folder: Path, entry: Mapping[str, Any], place: PlanPlace) -> None:
@@ -32,11 +33,14 @@ class PlanNetwork:
 
     @property
     def shapes(self) -> PlanShapes:
-        """What it takes; before `open` as far as `network.json` tells."""
+        """The shapes it takes; before `open` as far as `network.json` has them."""
         return self._engine.shapes
 
     def open(self, weights: bool) -> None:
-        """Load the engine the first time, and learn what it was built for."""
+        """Load the engine the first time, and ask what it was built for.
+
+        weights: whether its weights stay loaded.
+        """
         self._place.check()
         self._engine.bring(weights=weights)
         self._engine.learn()
@@ -70,7 +74,7 @@ class PlanNetwork:
             self.loaded = False
 
     def close(self) -> None:
-        """Contexts first, then what was compiled, then the engine."""
+        """Free contexts first, then keep what was compiled, then drop the engine."""
         for bound in list(self.bound):
             bound.close()
         self._engine.close()
@@ -94,7 +98,7 @@ class PlanNetwork:
         return bound
 
     def make_context(self, binding: Binding) -> Any:
-        """A context with shapes, memory and addresses set, and nothing missing."""
+        """Make a context with shapes, memory and addresses set, ready to run."""
         return self._engine.make_context(binding)
 
     def keep_compiled(self) -> None:
@@ -102,12 +106,12 @@ class PlanNetwork:
         self._engine.keep_compiled()
 
     def _announce(self) -> None:
-        """Last of all: from here on other threads run what is bound."""
+        """Count it as loaded. The last step of loading: from here on other threads run what is bound."""
         self.loads += 1
         self.loaded = True
 
     def _let_go(self) -> None:
-        """Give the weights back; without TensorRT-RTX the engine goes, and the contexts with it."""
+        """Unload the weights. Without TensorRT-RTX the engine goes, and its contexts with it."""
         for bound in self.bound:
             bound.lapse(whole=not self.jit)
         if self.jit:
@@ -119,7 +123,9 @@ class PlanNetwork:
 def plan_of(name: str, folder: Path, entry: Mapping[str, Any]) -> Path:
     """The plan of a part. Raises EngineError where it has none."""
     if not entry.get("engine"):
-        raise EngineError(f"{folder / 'network.json'}: {name} is no TensorRT engine; {REBUILD} --backend tensorrt-rtx")
+        raise EngineError(
+            f"{folder / 'network.json'}: {name} is not a TensorRT engine; {REBUILD} --backend tensorrt-rtx"
+        )
     plan = folder / str(entry["engine"])
     if not plan.is_file():
         raise EngineError(f"{plan}: missing, so {name} cannot run; {REBUILD}")

@@ -1,13 +1,14 @@
 """A base's networks on TensorRT-RTX and TensorRT 11: plans loaded, contexts bound to arrays, runs enqueued.
 
-One code path. What only TensorRT-RTX has stands behind `Package.jit`: it finishes kernels at load (kept in a runtime
-cache), says whether a context may be captured, and gives weights back without losing contexts. TensorRT 11 has none of
-that: there a network whose weights are unloaded is destroyed and comes back from its file, what is bound to it is made
-again with the same arrays, and a question that only the engine answers brings it for a moment. TensorRT-RTX's names are
-those of 1.7.1; TensorRT 11's were compared with its published bindings (11.1) and never run: unverified.
+Both packages share the code. What only TensorRT-RTX has depends on `Package.jit`: it finishes kernels at load (kept in
+a runtime cache), says whether a context may be captured, and unloads weights without losing contexts. TensorRT 11 can
+do none of that. There a network whose weights are unloaded is destroyed and loaded again from its file, what is bound
+to it is made again with the same arrays, and a question that only the engine answers loads it for a moment. The names
+of TensorRT-RTX are those of 1.7.1. The names of TensorRT 11 were compared with its published bindings (11.1) and never
+run: unverified.
 
 Every context runs in memory that is given to it, at addresses that never change. Variables called trt, runtime, engine,
-context, config and kernels are the package's objects; a test compares their attributes with the package's.
+context, config and kernels are the package's objects. A test compares their attributes with the package's.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ __all__ = ["ProfileError", "TensorRtNetworks"]
 
 
 class TensorRtNetworks:
-    """`DeviceNetworks` of engine/gpu/networks.py; runtimes in several threads may share them.
+    """`DeviceNetworks` (core/seam.py) on plans. Runtimes in several threads may share them.
 
-    A captured graph holds the addresses of weights: it is void once `loads` of its network has changed.
+    A captured graph holds the addresses of weights: it is invalid once `count_loads` of its network has changed.
     """
 
     def __init__(self, place: PlanPlace, facts: BaseFacts, networks: Mapping[str, PlanNetwork]) -> None:
@@ -57,11 +58,13 @@ class TensorRtNetworks:
         cache: Path | None = None,
         resident: Collection[str] | None = None,
     ) -> TensorRtNetworks:
-        """Open the parts of a base: name -> folder with `network.json` and its plan, and `base`.
+        """Open the parts of a base.
 
-        backend: "tensorrt-rtx" or "tensorrt". cache: folder that keeps what TensorRT-RTX compiles for this GPU; None:
-        it is compiled again each time (up to half a minute). resident: the networks whose weights come now (none, to
-        plan memory first); None: all but float32 twins.
+        parts: name -> folder with `network.json` and its plan, and `base`.
+        backend: "tensorrt-rtx" or "tensorrt".
+        cache: folder that keeps what TensorRT-RTX compiles for this GPU; None: it is compiled again each time (up to
+            half a minute).
+        resident: the networks whose weights are loaded now (none, to plan memory first); None: all but float32 twins.
 
         Raises MissingExtraError or EngineError for the package, EngineError for parts that are damaged, carry host code
         or were built with another version, DeviceError for another GPU or driver, OutOfMemoryError with the plan.
@@ -96,15 +99,15 @@ class TensorRtNetworks:
         return slots_of(self._networks[name].entry) if name in self._networks else ()
 
     def inputs(self, name: str) -> tuple[Tensor, ...]:
-        """As `network.json` has them; LoRA factors are inputs of their own."""
+        """Those in `network.json`; LoRA factors are inputs of their own."""
         return self._network(name).shapes.inputs
 
     def outputs(self, name: str) -> tuple[Tensor, ...]:
-        """As `network.json` has them."""
+        """Those in `network.json`."""
         return self._network(name).shapes.outputs
 
     def frames(self) -> tuple[Size, ...] | None:
-        """The UNet's frames, where its profiles have fixed sides; None where they have not (`bind` checks)."""
+        """The UNet's frames, where its profiles have fixed sides; else None (`bind` checks)."""
         spans = [network.shapes.spans for name, network in self._networks.items() if kind_of(name).call == "step"]
         frames = {(span["h"], span["w"]) for each in spans for span in each if "h" in span and "w" in span}
         if not frames or any(low != high for frame in frames for low, high in frame):
@@ -112,7 +115,7 @@ class TensorRtNetworks:
         return tuple(sorted((FACTOR * h[0], FACTOR * w[0]) for h, w in frames))
 
     def contexts(self) -> tuple[int, ...] | None:
-        """The fixed lengths that the UNets' profiles have."""
+        """The fixed lengths in the UNets' profiles."""
         spans = [network.shapes.spans for name, network in self._networks.items() if kind_of(name).call == "step"]
         lengths = {span["context"] for each in spans for span in each if "context" in span}
         if any(low != high for low, high in lengths):
@@ -121,7 +124,7 @@ class TensorRtNetworks:
 
     @property
     def most_pictures(self) -> int | None:
-        """The largest batch all networks that take pictures were built for."""
+        """The largest batch that all networks take."""
         most = [
             max(span["pictures"][1] for span in network.shapes.spans)
             for network in self._networks.values()
@@ -134,21 +137,30 @@ class TensorRtNetworks:
         return self._network(name).plan.stat().st_size
 
     def workspace_bytes(self, name: str, sides: Sides) -> int:
-        """Exactly what a context needs for these sides. The first question of a shape makes the context, in which
-        TensorRT-RTX may compile kernels; `bind` then takes it. Where TensorRT 11 has unloaded the network, shapes other
-        than its profiles' own bring it for the answer and let it go again. Raises as `bind`."""
+        """Exactly what a context needs for these sides.
+
+        The first question about a shape makes the context, in which TensorRT-RTX may compile kernels; `bind` then takes
+        it. Where TensorRT 11 has unloaded the network, shapes other than its profiles' own load it for the answer and
+        drop it again.
+
+        Raises the same errors as `bind`.
+        """
         with self._place.lock:
             return self._network(name).measure_workspace(sides, self.facts)
 
     def bind(
         self, name: str, sides: Sides, arrays: Mapping[str, Array], workspace: Array | None = None
     ) -> TensorRtBound:
-        """A context of its own with every address set; the weights need not be there (on TensorRT 11 the context comes
-        with them).
+        """Make a context of its own with every address set.
 
-        arrays: one for every input and output, by name ("MODULE.lora_A", ".lora_B" too), at multiples of ALIGNMENT
-        bytes, of exactly the network's dtype and shape. Raises ProfileError for sides outside the profiles, EngineError
-        naming the array that does not fit, DeviceError or OutOfMemoryError where the package fails.
+        arrays: one for every input and output, by name ("MODULE.lora_A", ".lora_B" as well), at multiples of ALIGNMENT
+            bytes, of exactly the network's dtype and shape.
+        workspace: at least `workspace_bytes`.
+
+        The weights need not be loaded; on TensorRT 11 the context is then made with them.
+
+        Raises ProfileError for sides outside the profiles, EngineError with the array that does not fit, DeviceError or
+        OutOfMemoryError where the package fails.
         """
         with self._place.lock:
             return self._network(name).bind(sides, self.facts, arrays, workspace)
@@ -159,21 +171,24 @@ class TensorRtNetworks:
         return tuple(name for name, network in self._networks.items() if network.loaded)
 
     def count_loads(self, name: str) -> int:
-        """How often the weights came: graphs that were captured at another count must be captured again."""
+        """How often the weights were loaded. Graphs that were captured at another count must be captured again."""
         return self._network(name).loads
 
     def unload(self, name: str) -> None:
-        """Give the weights' memory back. The caller has synchronised: nothing of the network may be under way."""
+        """Free the weights' memory. The caller has synchronised: nothing of the network may be running."""
         with self._place.lock:
             self._network(name).unload()
 
     def load(self, name: str) -> None:
-        """Bring the weights back; what is bound can be enqueued again. Raises OutOfMemoryError, and nothing changed."""
+        """Load the weights again; what is bound can be enqueued again.
+
+        Raises OutOfMemoryError; then nothing has changed.
+        """
         with self._place.lock:
             self._network(name).load()
 
     def close(self) -> None:
-        """Free contexts, engines and the runtime, in this order; keeps what was compiled. Again does nothing."""
+        """Free contexts, engines and the runtime, in this order, and keep what was compiled. Again does nothing."""
         with self._place.lock:
             for network in self._networks.values():
                 network.close()
@@ -185,7 +200,7 @@ class TensorRtNetworks:
         return self._networks[name]
 
     def _bring(self, resident: Collection[str]) -> None:
-        """Bring the networks, those first that do not stay."""
+        """Open the networks, first those that do not stay loaded."""
         try:
             for name in sorted(self._networks, key=lambda name: name in resident):
                 self._networks[name].open(weights=name in resident)

@@ -1,4 +1,4 @@
-"""The two packages, TensorRT-RTX and TensorRT: where they differ, what is used of them, and how they are refused."""
+"""The two packages, TensorRT-RTX and TensorRT: how they differ, which names are used, and when they are refused."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ from dreammix_trt.core.errors import EngineError, InputError, MissingExtraError
 
 @dataclass(frozen=True)
 class Package:
-    """Where the two packages differ.
+    """How the two packages differ.
 
-    ahead: builds for GPUs named by compute capability, without a driver. jit: finishes kernels when it loads an engine
-    (runtime cache, capture check), tells why an engine does not fit, and gives weights back without losing contexts.
+    title: as users know it.
+    module: to import.
+    extra: of this project, which brings the package.
+    oldest: the first version that will do.
+    ahead: builds for GPUs named by compute capability, without a driver.
+    jit: finishes kernels when it loads an engine (runtime cache, capture check), reports why an engine does not fit,
+        and unloads weights without losing contexts.
     """
 
     title: str
@@ -33,7 +38,7 @@ PACKAGES: Final[Mapping[str, Package]] = {
     "tensorrt": Package("TensorRT", "tensorrt", "trt", (11, 0), ahead=False, jit=False),
 }
 
-# Every name of the packages that building uses; a package that lacks one is refused before it fails half-way.
+# Every name of the packages that building uses. A package that lacks one is refused before it fails half-way.
 NAMES: Final = (
     "Builder.build_serialized_network_to_stream", "Builder.create_builder_config", "Builder.create_network",
     "Builder.create_optimization_profile", "BuilderFlag.TF32", "DataType.HALF", "IAttention.decomposable",
@@ -79,7 +84,10 @@ RUNTIME_NAMES_JIT: Final = (
 
 
 def load(backend: str) -> Any:
-    """The package of a back end; InputError for an unknown one, MissingExtraError or EngineError without it."""
+    """Import the package of a back end.
+
+    Raises InputError for an unknown back end, MissingExtraError or EngineError without its package.
+    """
     if backend not in PACKAGES:
         raise InputError(f"there is no TensorRT back end {backend!r}; choose one of {', '.join(PACKAGES)}")
     package = PACKAGES[backend]
@@ -122,7 +130,7 @@ def _check_names(trt: Any, package: Package, names: tuple[str, ...]) -> None:
 
 
 def list_targets(trt: Any) -> dict[str, Any]:
-    """The GPUs a package builds for without having them: "sm_89" -> its name for it."""
+    """The GPUs for which a package builds without having them: "sm_89" -> its name for it."""
     members = getattr(trt, "ComputeCapability", None)
     found = {name: getattr(members, name) for name in dir(members) if re.fullmatch(r"SM\d+", name)}
     return {f"sm_{name[2:]}": value for name, value in sorted(found.items(), key=lambda item: int(item[0][2:]))}

@@ -17,9 +17,9 @@ from dreammix_trt.engine.drivers.device import Device
 class PlanPlace:
     """What all networks of a base share.
 
-    stream: for setting contexts up.
+    stream: for setting up contexts.
     cache: folder that keeps compiled kernels; None: they are not kept.
-    lock: contexts are made, and weights come and go, one at a time.
+    lock: held while a context is made, or weights are loaded or unloaded.
     """
 
     trt: Any
@@ -31,13 +31,13 @@ class PlanPlace:
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def check(self) -> None:
-        """Raise EngineError after `close`; else the device is current in this thread from here on."""
+        """Raise EngineError after `close`; else make the device current in this thread."""
         if self.runtime is None:
             raise EngineError("these networks are closed; open them again")
         self.device.synchronize(self.stream)
 
     def close(self) -> None:
-        """Let the runtime go; again does nothing."""
+        """Drop the runtime. Again does nothing."""
         if self.runtime is not None:
             self.runtime = None
             self.stream.close()
@@ -48,7 +48,7 @@ class PlanPlace:
 
 
 def handle_of(stream: Stream) -> int:
-    """The package's word for a stream. Raises DeviceError for one of another kind of device."""
+    """The stream's handle, as the package takes it. Raises DeviceError for a stream of another kind of device."""
     if stream.handle is None:
         raise DeviceError("TensorRT runs in CUDA streams only; this device has none")
     return stream.handle

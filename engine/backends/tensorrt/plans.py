@@ -1,5 +1,7 @@
-"""Built plans as files that somebody else may have made: what loading one would run on this computer, whether it fits
-here, and what a package's messages mean."""
+"""Plans as files that somebody else may have built.
+
+Whether loading one would run programs on this computer, whether it fits here, and what a package's messages mean.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,7 @@ def refuse_host_code(plan: Path) -> None:
 
 
 def open_guarded_runtime(backend: str) -> Any:
-    """The runtime of a back end, which itself refuses plans with host code.
+    """Open the runtime of a back end so that it refuses plans with host code itself.
 
     Raises MissingExtraError or EngineError for a package that is absent or lacks something, DeviceError where the
     package cannot start.
@@ -72,7 +74,12 @@ def open_guarded_runtime(backend: str) -> Any:
 
 @dataclass(frozen=True)
 class Origin:
-    """A plan file and what its `network.json` says of its making; gpu: the device at hand, name and capability."""
+    """A plan file and the record of its build.
+
+    plan: the file.
+    build: the record in its `network.json`.
+    gpu: name and capability of this machine's device.
+    """
 
     plan: Path
     build: Mapping[str, Any]
@@ -80,18 +87,18 @@ class Origin:
 
     @property
     def version(self) -> str:
-        """Of the package that built it, or "" where that is not recorded."""
+        """The version of the package that built it; "" where that is not recorded."""
         return str(self.build.get("version") or "")
 
     @property
     def targets(self) -> Sequence[str]:
-        """The GPUs it was built for; none: not recorded."""
+        """The GPUs for which it was built; empty where they are not recorded."""
         return tuple(self.build.get("targets") or ())
 
 
 @contextlib.contextmanager
 def map_plan(plan: Path) -> Iterator[mmap.mmap]:
-    """A plan's bytes without a copy of them: its pages come from the file and go again.
+    """A plan's bytes without a copy: its pages come from the file and go again.
 
     Raises EngineError for a file that is missing, unreadable or empty.
     """
@@ -105,8 +112,10 @@ def map_plan(plan: Path) -> Iterator[mmap.mmap]:
 
 
 def check_origin(trt: Any, package: Package, origin: Origin) -> None:
-    """Raise EngineError for a plan of another version, DeviceError for one of another GPU, as far as `network.json`
-    tells; TensorRT-RTX itself knows better which GPUs a plan runs on (`check_validity`)."""
+    """Raise EngineError for a plan of another version, DeviceError for one of another GPU.
+
+    It knows no more than `network.json`. TensorRT-RTX itself knows better on which GPUs a plan runs (`check_validity`).
+    """
     if origin.version and origin.version != str(trt.__version__):
         raise _make_version_error(trt, package, origin)
     if not package.jit and origin.targets and origin.gpu[1] not in origin.targets:
@@ -114,7 +123,10 @@ def check_origin(trt: Any, package: Package, origin: Origin) -> None:
 
 
 def check_validity(trt: Any, package: Package, runtime: Any, data: Any, origin: Origin) -> None:
-    """Raise the error that fits what TensorRT-RTX finds wrong with a plan on this GPU, before loading it."""
+    """Raise the error that fits what TensorRT-RTX finds wrong with a plan on this GPU, before loading it.
+
+    data: the plan's bytes.
+    """
     with collect_messages() as messages:
         validity, bits = runtime.get_engine_validity(data)
     if validity == trt.EngineValidity.SUBOPTIMAL:
@@ -150,9 +162,10 @@ SMALLER: Final = "end other programs that use the GPU, or take less: `--pictures
 
 
 def explain_failure(what: str, messages: Sequence[tuple[str, str]]) -> EngineError:
-    """The error for something the package did not do, by what it said: OutOfMemoryError, DeviceError or EngineError.
+    """The error for something that the package did not do: OutOfMemoryError, DeviceError or EngineError.
 
-    messages: (severity, text) as `collect_messages` gives them.
+    what: what it did not do.
+    messages: (severity, text) from `collect_messages`; they decide the kind of error.
     """
     said = [text for level, text in messages if level != "WARNING"] or [text for _, text in messages]
     everything = " ".join(said)
@@ -164,7 +177,7 @@ def explain_failure(what: str, messages: Sequence[tuple[str, str]]) -> EngineErr
 
 
 _CAUSES: Final[tuple[tuple[re.Pattern[str], type[EngineError], str], ...]] = (
-    # None here or too old; names and numbers are those of the CUDA runtime's cudaError.
+    # No driver, or one too old; names and numbers are those of the CUDA runtime's cudaError.
     (
         re.compile(r"cudaError (?:35|100|803|804)\b|driver version is insufficient|no CUDA-capable device"),
         DeviceError,

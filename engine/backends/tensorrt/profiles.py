@@ -1,4 +1,4 @@
-"""The shapes an engine is built for, and which of them a request may use."""
+"""The shapes for which an engine is built, and which of them a request may use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Profile:
-    """Shapes an engine is built for: of every input the smallest, the one to be fastest at, and the largest."""
+    """Shapes for which an engine is built.
+
+    shapes: input -> the smallest shape, the one to be fastest at, and the largest.
+    """
 
     shapes: Mapping[str, tuple[Shape, Shape, Shape]]
 
@@ -24,7 +27,7 @@ class Profile:
         return {name: [list(shape) for shape in span] for name, span in self.shapes.items()}
 
     def holds(self, shapes: Mapping[str, Sequence[int]]) -> bool:
-        """Whether inputs of these shapes lie within the profile."""
+        """Whether inputs of these shapes are within the profile."""
         return self.shapes.keys() == shapes.keys() and all(
             len(shape) == len(self.shapes[name][0])
             and all(
@@ -44,11 +47,12 @@ def profiles_for(
     step: int = 8,
     contexts: Sequence[int] = (TOKENS,),
 ) -> tuple[Profile, ...]:
-    """The profiles of a network with the given inputs ({"name", "shape"}, shapes with named axes).
+    """Make the profiles of a network.
 
-    pictures: at most in a batch, rows up to twice that.
-    shapes: "static", latents of latent_side squared, or "dynamic", from 0.69 to 1 times latent_side by 0.69 to 1.31,
-        and the transpose, in multiples of `step` (SDXL: 88..128 by 88..168 at 128); `fits` bounds the area.
+    inputs: {"name", "shape"} each, shapes with named axes.
+    pictures: the most in a batch; rows go up to twice that.
+    shapes: "static": latents of latent_side squared. "dynamic": from 0.69 to 1 times latent_side by 0.69 to 1.31, and
+        the transpose, in multiples of `step` (SDXL: 88..128 by 88..168 at 128); `fits` bounds the area.
     contexts: lengths of the text condition; each has profiles of its own, as fixed sizes keep the kernels of a static
         plan.
 
@@ -77,7 +81,7 @@ def profiles_for(
 
 
 def fits(h: int, w: int, latent_side: int) -> bool:
-    """Whether a latent of these sides stays within the area that engines of `latent_side` are meant for."""
+    """Whether a latent of these sides has at most the area for which engines of `latent_side` are meant."""
     return h * w <= latent_side**2
 
 

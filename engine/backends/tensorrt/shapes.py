@@ -1,4 +1,4 @@
-"""What a plan takes: its tensors, and the shapes that it was built for."""
+"""What a plan takes: its tensors, and the shapes for which it was built."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Span = tuple[int, int]
 class PlanShapes:
     """The tensors and profiles of one network's plan.
 
-    named: the tensors of `network.json`, with those that the engine has left out.
+    named: the tensors in `network.json`, including those that the engine omits.
     """
 
     name: str
@@ -35,30 +35,30 @@ class PlanShapes:
 
     @classmethod
     def from_entry(cls, name: str, plan: Path, entry: Mapping[str, Any]) -> PlanShapes:
-        """As `network.json` has them, which tells no profiles."""
+        """The tensors in `network.json`, which has no profiles."""
         inputs = tuple(Tensor.of(tensor) for tensor in entry["inputs"])
         outputs = tuple(Tensor.of(tensor) for tensor in entry["outputs"])
         return cls(name, plan, inputs, outputs, frozenset(tensor.name for tensor in (*inputs, *outputs)))
 
     def read_engine(self, trt: Any, engine: Any) -> PlanShapes:
-        """As the engine itself has them. Raises EngineError where it is not the network that was told of."""
+        """The tensors and profiles of the engine itself. Raises EngineError where it is another network."""
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         given = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         self._compare(trt, engine, given, [name for name in names if name not in given])
-        # TensorRT may leave out an input that nothing reads: a LoRA slot of a layer whose output is not used.
+        # TensorRT may omit an input that nothing reads: a LoRA slot of a layer whose output is not used.
         inputs = tuple(tensor for tensor in self.inputs if tensor.name in given)
         profiles = tuple(_read_profile(engine, inputs, index) for index in range(engine.num_optimization_profiles))
         return replace(self, inputs=inputs, profiles=profiles)
 
     @cached_property
     def spans(self) -> tuple[dict[str, Span], ...]:
-        """Of each profile the named sides: (smallest, largest)."""
+        """Per profile, the named sides: (smallest, largest)."""
         return tuple(_find_spans(self.inputs, profile) for profile in self.profiles)
 
     def choose(self, sides: Sides, facts: BaseFacts) -> tuple[dict[str, Shape], int]:
-        """Every input's and output's shape, and the first profile that holds the inputs'.
+        """Every input's and output's shape, and the first profile that holds the inputs' shapes.
 
-        Raises ProfileError where there is none.
+        Raises ProfileError where no profile does.
         """
         shapes = {tensor.name: sides.shape(tensor) for tensor in self.inputs}
         framed = any("h" in span or "H" in span for span in self.spans)
@@ -69,7 +69,7 @@ class PlanShapes:
         return shapes | {tensor.name: sides.shape(tensor) for tensor in self.outputs}, found[0]
 
     def check_arrays(self, shapes: Mapping[str, Shape], arrays: Mapping[str, Array]) -> None:
-        """Raise EngineError naming an array that is absent, unknown, misplaced or of another dtype or shape."""
+        """Raise EngineError with the array that is absent, unknown, misaligned or of another dtype or shape."""
         for tensor in (*self.inputs, *self.outputs):
             array = arrays.get(tensor.name)
             if array is None:
@@ -77,40 +77,44 @@ class PlanShapes:
             if array.dtype != tensor.dtype or tuple(array.shape) != shapes[tensor.name]:
                 raise EngineError(
                     f"{self.name}: {tensor.name} is {array.dtype} {list(array.shape)}, "
-                    f"the engine wants {tensor.dtype} {list(shapes[tensor.name])}"
+                    f"the engine takes {tensor.dtype} {list(shapes[tensor.name])}"
                 )
             check_address(f"{self.name}: {tensor.name}", array)
         if unknown := sorted(arrays.keys() - self.named):
             raise EngineError(f"{self.name}: arrays are given for {', '.join(unknown[:6])}, which it does not have")
 
     def _compare(self, trt: Any, engine: Any, given: Iterable[str], made: Iterable[str]) -> None:
-        """given, made: what the engine takes and gives."""
+        """Raise EngineError where the engine is another network.
+
+        given: names of the engine's inputs.
+        made: names of its outputs.
+        """
         known = {tensor.name: tensor for tensor in (*self.inputs, *self.outputs)}
         outputs = {tensor.name for tensor in self.outputs}
         wrong = [name for name in given if name not in known or name in outputs]
         wrong += sorted(outputs.symmetric_difference(made))
         for name in (name for name in (*given, *made) if name in known):
-            own, told = tuple(engine.get_tensor_shape(name)), known[name].shape
+            own, named = tuple(engine.get_tensor_shape(name)), known[name].shape
             dtype = str(engine.get_tensor_dtype(name).name)
-            same = len(own) == len(told) and all(
-                isinstance(side, str) or have in (-1, side) for have, side in zip(own, told, strict=True)
+            same = len(own) == len(named) and all(
+                isinstance(side, str) or have in (-1, side) for have, side in zip(own, named, strict=True)
             )
             on_device = engine.get_tensor_location(name) == trt.TensorLocation.DEVICE
             if not same or not on_device or DTYPES.get(dtype, dtype.lower()) != known[name].dtype:
                 wrong.append(f"{name} ({dtype}, {list(own)})")
         if wrong:
             raise EngineError(
-                f"{self.plan}: its network.json tells of another network: {', '.join(wrong[:6])}; {REBUILD}"
+                f"{self.plan}: its network.json describes another network: {', '.join(wrong[:6])}; {REBUILD}"
             )
 
     def _explain_refusal(self, sides: Sides, side: int, fitting: bool) -> str:
         spans = self.spans
         asked = {axis: sides.size_of(axis) for axis in AXES if any(axis in span for span in spans)}
-        told = "; or ".join(_describe_span(span) for span in spans)
+        limits = "; or ".join(_describe_span(span) for span in spans)
         say = ", ".join(f"{name} {count}" for name, count in asked.items())
         larger = fitting or any(all(count > span[name][1] for span in spans) for name, count in asked.items())
         place = "larger than any profile" if larger else "outside every profile"
-        what = f"{self.name}: a request {place}: {say}; {self.plan} was built for {told}"
+        what = f"{self.name}: a request {place}: {say}; {self.plan} was built for {limits}"
         if fitting:
             return f"{what}, and at most {side * side} cells (h times w); ask for a smaller picture"
         counts = [name for name in ("rows", "pictures") if name in asked]
@@ -125,13 +129,13 @@ class PlanShapes:
 
 
 def check_address(what: str, array: Array) -> None:
-    """Raise EngineError for an array where TensorRT takes none."""
+    """Raise EngineError for an array at an address that TensorRT does not take."""
     if array.pointer <= 0 or array.pointer % ALIGNMENT:
-        raise EngineError(f"{what} is at address {array.pointer}; TensorRT wants multiples of {ALIGNMENT}")
+        raise EngineError(f"{what} is at address {array.pointer}; TensorRT takes multiples of {ALIGNMENT}")
 
 
 def _read_profile(engine: Any, inputs: Iterable[Tensor], index: int) -> Profile:
-    """The shapes of every input; static sides are not always in the engine's profiles."""
+    """The shapes of every input. The engine's profiles do not always have static sides."""
     shapes = {}
     for tensor in inputs:
         own = tuple(engine.get_tensor_shape(tensor.name))

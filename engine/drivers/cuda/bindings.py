@@ -22,7 +22,7 @@ _LOSING: Final = frozenset({
 class Bindings:
     """cuda-python's modules `cuda.bindings.runtime` and `.driver`, and what their error codes mean.
 
-    lost: why nothing works on the device any more, once an error was of that kind.
+    lost: after an error that ends all work on the device: the reason.
     """
 
     def __init__(self, runtime: Any, driver: Any) -> None:
@@ -31,7 +31,7 @@ class Bindings:
 
     @classmethod
     def load(cls) -> Bindings:
-        """Import the package. Raises MissingExtraError, or DeviceError for one that does not load."""
+        """Import the package. Raises MissingExtraError without it, DeviceError when it does not load."""
         try:
             return cls(import_module("cuda.bindings.runtime"), import_module("cuda.bindings.driver"))
         except ModuleNotFoundError as error:
@@ -45,7 +45,10 @@ class Bindings:
             ) from error
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What a runtime function gives besides its error code. Raises DeviceError or OutOfMemoryError."""
+        """Call a runtime function. Raises DeviceError or OutOfMemoryError.
+
+        Returns what the function returns besides its error code.
+        """
         if self.lost:
             raise _make_lost_error(self.lost)
         error, *results = function(*arguments)
@@ -54,7 +57,10 @@ class Bindings:
         return results[0] if len(results) == 1 else tuple(results)
 
     def explain_failure(self, what: str, error: Any) -> DeviceError:
-        """The exception for an error code; remembers when the device is lost with it."""
+        """The exception for an error code. Remembers when the device is lost with it.
+
+        what: the call that failed.
+        """
         text = f"{what}: {self.runtime.cudaGetErrorString(error)[1].decode()} (CUDA error {int(error)})"
         self.runtime.cudaGetLastError()  # a later look at the last error must not find this one
         if error.name in _LOSING:
@@ -67,7 +73,7 @@ class Bindings:
     def explain_kernel_failure(self, name: str, error: RuntimeError) -> DeviceError:
         """The exception for a kernel of the extension that failed.
 
-        The extension has a CUDA runtime of its own, so its errors arrive as texts; whether all is lost is asked here.
+        The extension has its own CUDA runtime, so its errors arrive as texts. This asks whether the device is lost.
         """
         state, *_ = self.runtime.cudaMemGetInfo()
         if state != self.runtime.cudaError_t.cudaSuccess and state.name in _LOSING:
@@ -78,7 +84,7 @@ class Bindings:
 
 
 def _make_lost_error(why: str) -> DeviceError:
-    """An error that says so: who serves requests must not try the next one on this device."""
+    """An error that reports a lost device: a queue must not try the next request on this device."""
     error = DeviceError(why)
     error.lost = True
     return error

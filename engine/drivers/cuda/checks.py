@@ -1,4 +1,4 @@
-"""Whether this computer's driver, GPU and C++ extension can be used; each check names the remedy."""
+"""Checks that this computer's driver, GPU and C++ extension can be used. Each names the remedy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dreammix_trt.engine.hardware import (
 
 
 def check_driver(bindings: Bindings) -> int:
-    """The CUDA version that the driver serves, as 1000 major + 10 minor. Raises DeviceError where it is too old."""
+    """The CUDA version that the driver serves, as 1000 major + 10 minor. Raises DeviceError when it is too old."""
     remedy = f"install an NVIDIA driver {DRIVER_NEEDED} or newer, or load with device='cpu' (`--device cpu`)"
     driver = bindings.driver
     try:
@@ -33,8 +33,8 @@ def check_driver(bindings: Bindings) -> int:
         raise DeviceError(f"the NVIDIA driver {reason} (CUDA error {int(error)})")
     error, served = driver.cuDriverGetVersion()
     if error != driver.CUresult.CUDA_SUCCESS:
-        raise DeviceError(f"the NVIDIA driver does not tell its version (CUDA error {int(error)}); {remedy}")
-    # CUDA's minor versions are compatible: any driver of the same major version serves
+        raise DeviceError(f"the NVIDIA driver does not report its version (CUDA error {int(error)}); {remedy}")
+    # CUDA's minor versions are compatible: any driver of the same major version will do
     needed = max(CUDA_NEEDED, bindings.call(bindings.runtime.cudaRuntimeGetVersion) // 1000 * 1000)
     if served < needed:
         raise DeviceError(
@@ -45,7 +45,7 @@ def check_driver(bindings: Bindings) -> int:
 
 
 def check_device(bindings: Bindings, index: int) -> tuple[str, str]:
-    """(name, capability) of a device. Raises DeviceError when there is no such one or it is too old."""
+    """(name, capability) of a device. Raises DeviceError when it does not exist or is too old."""
     runtime = bindings.runtime
     count = bindings.call(runtime.cudaGetDeviceCount)
     properties = [bindings.call(runtime.cudaGetDeviceProperties, each) for each in range(count)]
@@ -64,7 +64,12 @@ def check_device(bindings: Bindings, index: int) -> tuple[str, str]:
 
 
 def check_kernels(extension: Any, name: str, capability: str, driver: int) -> Any:
-    """The extension's `gpu` module. Raises DeviceError when it is missing or its kernels do not run on this GPU."""
+    """The extension's `gpu` module. Raises DeviceError when it is missing or its kernels do not run on this GPU.
+
+    extension: None: import it.
+    name, capability: of the GPU.
+    driver: the CUDA version that the driver serves.
+    """
     if extension is None:
         try:
             extension = import_module("dreammix_trt._cpp")

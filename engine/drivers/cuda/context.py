@@ -1,4 +1,4 @@
-"""The context of one GPU: where calls are made, from any thread."""
+"""The context of one GPU: calls are made in it, from any thread."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _LOG = logging.getLogger(__name__)
 
 
 class Context:
-    """Of the index-th GPU. One capture at a time in each thread; closed: no call is made any more."""
+    """The context of the index-th GPU. One capture at a time in each thread.
+
+    closed: whether it refuses calls.
+    """
 
     def __init__(self, bindings: Bindings, index: int, name: str) -> None:
         self.bindings, self.name, self.closed = bindings, name, False
@@ -28,18 +31,18 @@ class Context:
         return self.bindings.runtime
 
     def make_current(self) -> None:
-        """Calls may come from any thread, and others in this process may have chosen another device in it."""
+        """Choose this device in the present thread, where other code may have chosen another one."""
         if self.closed:
             raise DeviceError(f"the {self.name} is used after it was closed")
         self.bindings.call(self.runtime.cudaSetDevice, self._index)
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """What a runtime function gives, called here. Raises DeviceError or OutOfMemoryError."""
+        """Call a runtime function on this device and return its result. Raises DeviceError or OutOfMemoryError."""
         self.make_current()
         return self.bindings.call(getattr(self.runtime, name), *arguments)
 
     def call_quietly(self, name: str, *arguments: Any) -> None:
-        """A call on the way out: what goes wrong is logged."""
+        """Call a runtime function while closing. An error is logged."""
         try:
             self.call(name, *arguments)
         except DeviceError as error:
@@ -47,7 +50,7 @@ class Context:
 
     @contextmanager
     def enter_capture(self) -> Iterator[None]:
-        """This thread captures within the block."""
+        """Note that this thread captures within the block."""
         self._thread.capturing = True
         try:
             yield
@@ -55,14 +58,17 @@ class Context:
             self._thread.capturing = False
 
     def check_outside_capture(self, what: str) -> None:
-        """Raise DeviceError where this thread captures; what: that is not allowed then."""
+        """Raise DeviceError where this thread captures.
+
+        what: the action that is not allowed then.
+        """
         if getattr(self._thread, "capturing", False):
             raise DeviceError(f"{what} is not allowed within a capture")
 
 
 def handle_of(stream: Stream) -> int:
-    """Raises DeviceError for a stream of another kind of device."""
+    """The stream's handle. Raises DeviceError for a stream of another kind of device."""
     handle = stream.handle
     if handle is None:
-        raise DeviceError("the stream is none of a GPU")
+        raise DeviceError("the stream does not belong to a GPU")
     return handle

@@ -1,4 +1,4 @@
-"""The device: what the runtime asks for, done with CUDA."""
+"""The CUDA device: carries out what the runtime needs from a device."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ from dreammix_trt.engine.drivers.cuda.resources import Belongings, CudaMemory, C
 
 
 class CudaDevice:
-    """See `Device`. A context manager; `close` gives back what its owners did not, and logs it.
-
-    Calls may come from any thread; one capture at a time in each.
+    """See `Device`. A context manager. `close` frees what its owners did not free, and logs it.
 
     transferred: bytes copied so far between host and device by `upload` and `download` ("uploaded", "downloaded").
+
+    Calls may come from any thread; one capture at a time in each.
     """
 
     def __init__(self, index: int = 0, *, bindings: Bindings | None = None, extension: Any = None) -> None:
         """Open the index-th GPU.
 
-        bindings, extension: instead of cuda-python and `dreammix_trt._cpp`, for tests.
+        bindings: in place of cuda-python, for tests.
+        extension: in place of `dreammix_trt._cpp`, for tests.
 
-        Raises MissingExtraError without cuda-python; DeviceError where there is no driver, one too old, no such device
-        or one too old.
+        Raises MissingExtraError without cuda-python; DeviceError without a driver or device, or where either is too
+        old.
         """
         bindings = bindings or Bindings.load()
         self._cuda = check_driver(bindings)
@@ -51,7 +52,7 @@ class CudaDevice:
         return int(free), int(total)
 
     def allocate(self, nbytes: int) -> CudaMemory:
-        """Memory aligned to 256 bytes, its content undefined. Raises OutOfMemoryError; never during a capture."""
+        """Allocate memory aligned to 256 bytes, not initialised. Raises OutOfMemoryError; never during a capture."""
         self._context.check_outside_capture("allocating")
         if nbytes < 0:
             raise ValueError(f"{nbytes} bytes")
@@ -66,7 +67,7 @@ class CudaDevice:
         return CudaMemory(self._belongings, int(pointer), nbytes)
 
     def allocate_pinned(self, nbytes: int) -> CudaPinned:
-        """Page-locked host memory. Raises OutOfMemoryError; never during a capture."""
+        """Allocate page-locked host memory. Raises OutOfMemoryError; never during a capture."""
         self._context.check_outside_capture("allocating")
         if nbytes < 0:
             raise ValueError(f"{nbytes} bytes")
@@ -74,19 +75,19 @@ class CudaDevice:
         return CudaPinned(self._belongings, int(self._context.call("cudaHostAlloc", max(nbytes, 1), flags)), nbytes)
 
     def make_stream(self) -> CudaStream:
-        """A new stream."""
+        """Make a new stream."""
         flags = self._context.runtime.cudaStreamNonBlocking
         return CudaStream(self._belongings, self._context.call("cudaStreamCreateWithFlags", flags))
 
     def upload(self, to: Array, source: npt.NDArray[Any], stream: Stream) -> None:
-        """Copy contiguous host memory of `to`'s size to the device; pinned memory must stay as it is until then."""
+        """Copy contiguous host memory of `to`'s size to the device. Pinned memory must stay unchanged until then."""
         self._context.check_outside_capture("copying from the host")
         pointer = self._check_host(source, to)
         self._copy(to.pointer, pointer, to.nbytes, self._kinds.cudaMemcpyHostToDevice, stream)
         self._count("uploaded", to.nbytes)
 
     def download(self, to: npt.NDArray[Any], source: Array, stream: Stream) -> None:
-        """The other way; `to` is filled when the stream has got there."""
+        """Copy from the device to host memory; `to` is filled once the stream reaches the copy."""
         self._context.check_outside_capture("copying to the host")
         if not to.flags.writeable:
             raise ValueError("the host array is read-only")
@@ -95,7 +96,7 @@ class CudaDevice:
         self._count("downloaded", source.nbytes)
 
     def copy(self, to: Array, source: Array, stream: Stream) -> None:
-        """Within the device; both of the same size in bytes."""
+        """Copy within the device; both arrays have the same size in bytes."""
         if to.nbytes != source.nbytes:
             raise ValueError(f"{describe_array(source)} does not have the size of {describe_array(to)}")
         self._belongings.check_bounds(to)
@@ -109,9 +110,11 @@ class CudaDevice:
             self._context.call("cudaMemsetAsync", to.pointer, 0, to.nbytes, handle_of(stream))
 
     def launch_kernel(self, name: str, stream: Stream, **arguments: Any) -> None:
-        """Enqueue a kernel of `dreammix_trt._cpp.gpu`; an Array stands for its pointer, None for no pointer.
+        """Enqueue a kernel of `dreammix_trt._cpp.gpu`.
 
-        Raises ValueError for arguments that the kernel refuses, DeviceError where there is no such kernel.
+        arguments: an Array stands for its pointer, None for no pointer.
+
+        Raises ValueError for arguments that the kernel refuses, DeviceError for an unknown kernel.
         """
         function = getattr(self.require_kernels(), name, None)
         if function is None:
@@ -124,35 +127,38 @@ class CudaDevice:
             raise self._context.bindings.explain_kernel_failure(name, error) from error
 
     def enqueue_work(self, label: str, stream: Stream, run: Callable[[], None]) -> None:
-        """A network enqueues its own work, now."""
+        """Let a network enqueue its own work, now."""
         self._context.make_current()
         run()
 
     def capture(self, stream: Stream, record: Callable[[], None]) -> CudaGraph:
-        """What `record` enqueues in `stream`, as a graph; none of it runs now.
+        """Capture what `record` enqueues in `stream` as a graph. None of it runs now.
 
-        When `record` raises, nothing is left of the capture and the exception goes on. Other threads may go on with
-        other streams meanwhile, allocations included (the capture's mode is thread-local).
+        When `record` raises, nothing of the capture remains and the exception goes on. Other threads may use other
+        streams meanwhile, and may allocate (the capture's mode is thread-local).
         """
         return capture(self._belongings, stream, record)
 
     def mark(self, stream: Stream, *, timed: bool = False) -> CudaMark:
-        """A point in a stream; timed marks tell the time between them and cost a little more."""
+        """Mark a point in a stream.
+
+        timed: whether the time between marks can be measured; such marks cost a little more.
+        """
         return self._marks.make(stream, timed)
 
     def synchronize(self, stream: Stream) -> None:
-        """Wait for everything in the stream; an error of that work is raised here. Never during a capture."""
+        """Wait for everything in the stream. An error of that work is raised here. Never during a capture."""
         self._context.check_outside_capture("waiting")
         self._context.call("cudaStreamSynchronize", handle_of(stream))
 
     def require_kernels(self) -> Any:
-        """`dreammix_trt._cpp.gpu`, after a look whether its kernels run here; raises DeviceError otherwise."""
+        """`dreammix_trt._cpp.gpu`, checked once. Raises DeviceError where its kernels do not run here."""
         if self._kernels is None:
             self._kernels = check_kernels(self._extension, self.name, self.capability, self._cuda)
         return self._kernels
 
     def close(self) -> None:
-        """Wait for the streams that are left, give everything back; again does nothing."""
+        """Wait for the remaining streams and free everything. Again does nothing."""
         if self._context.closed:
             return
         self._context.check_outside_capture("closing the device")
@@ -171,7 +177,7 @@ class CudaDevice:
         return self._context.runtime.cudaMemcpyKind
 
     def _check_host(self, array: npt.NDArray[Any], other: Array) -> int:
-        """Where a host array starts that is copied from or to `other`."""
+        """The address of a host array that is copied from or to `other`."""
         if not array.flags.c_contiguous or array.nbytes != other.nbytes:
             raise ValueError(
                 f"a host array {array.shape} {array.dtype} must be contiguous, of the size of {describe_array(other)}"

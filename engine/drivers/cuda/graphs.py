@@ -11,7 +11,7 @@ from dreammix_trt.engine.drivers.cuda.resources import Belongings, Owned
 
 
 class CudaGraph(Owned):
-    """An instantiated graph, already on the device."""
+    """An instantiated graph, uploaded to the device."""
 
     kind = "graph"
 
@@ -20,7 +20,7 @@ class CudaGraph(Owned):
         self._belongings.context.call("cudaGraphLaunch", self._live, handle_of(stream))
 
     def close(self) -> None:
-        """Give it back; a launch that is under way must have ended."""
+        """Free it. A launch that is under way must have ended."""
         self._give_back()
 
     def _destroy(self, runtime: Any, handle: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Marks in a stream: events, which are used again."""
+"""Marks in a stream: events, which are reused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Marks:
         self._spare: dict[bool, list[Any]] = {False: [], True: []}
 
     def make(self, stream: Stream, timed: bool) -> CudaMark:
-        """A mark at the end of what is in the stream now."""
+        """Make a mark at the present end of a stream."""
         self._context.check_outside_capture("a mark")
         handle = handle_of(stream)
         try:
@@ -31,7 +31,7 @@ class Marks:
         return mark
 
     def has_passed(self, event: Any) -> bool:
-        """Whether the work before an event is done; an error of that work is raised."""
+        """Whether the work before an event is done. An error of that work is raised."""
         context, runtime = self._context, self._context.runtime
         context.check_outside_capture("asking for a mark")
         context.make_current()
@@ -48,11 +48,11 @@ class Marks:
         return milliseconds / 1000
 
     def put_back(self, event: Any, timed: bool) -> None:
-        """Nobody needs it any more. No call: this may run in any thread, within a capture."""
+        """Take back an event that nobody needs. Makes no call: this may run in any thread, within a capture."""
         self._spare[timed].append(event)
 
     def close(self) -> None:
-        """Give all events back."""
+        """Destroy all events."""
         for event in self._events:
             self._context.call_quietly("cudaEventDestroy", event)
 
@@ -66,21 +66,24 @@ class Marks:
 
 
 class CudaMark:
-    """A recorded event; it goes back to the spare ones when nobody holds the mark any more."""
+    """A recorded event. It is spare again when nobody holds the mark."""
 
     def __init__(self, marks: Marks, event: Any, timed: bool) -> None:
         self._marks, self._event, self._timed = marks, event, timed
 
     def has_passed(self) -> bool:
-        """Whether the work before it is done; an error of that work is raised."""
+        """Whether the work before it is done. An error of that work is raised."""
         return self._marks.has_passed(self._event)
 
     def seconds_since(self, earlier: Mark) -> float:
-        """Device time between two passed marks that were made with timed=True; resolution about half a microsecond."""
+        """Device time since an earlier mark, with a resolution of about half a microsecond.
+
+        Raises ValueError unless both have passed and were made with timed=True.
+        """
         if not (isinstance(earlier, CudaMark) and earlier._timed and self._timed):
-            raise ValueError("time lies between two marks made with timed=True")
+            raise ValueError("time is measured between two marks made with timed=True")
         if not (self.has_passed() and earlier.has_passed()):
-            raise ValueError("time lies between two marks that have passed; synchronize first")
+            raise ValueError("time is measured between two marks that have passed; synchronize first")
         return self._marks.seconds_between(earlier._event, self._event)
 
     def __del__(self) -> None:

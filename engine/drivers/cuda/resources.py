@@ -1,4 +1,4 @@
-"""What is taken from a GPU and given back: memory, pinned memory, streams."""
+"""What is taken from a GPU and freed again: memory, pinned memory, streams."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Belongings:
-    """What was taken from a device and has not been given back yet."""
+    """What was taken from a device and is not freed yet."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -27,36 +27,38 @@ class Belongings:
         self._owned: dict[int, Owned] = {}
 
     def add(self, owned: Owned) -> None:
-        """Somebody has taken it."""
+        """Note that somebody has taken it."""
         with self._lock:
             self._owned[id(owned)] = owned
 
     def release(self, owned: Owned, handle: Any) -> None:
-        """Its owner gives it back; what goes wrong is logged."""
+        """Free what its owner no longer needs. An error is logged."""
         with self._lock:
             del self._owned[id(owned)]
         bindings = self.context.bindings
-        if bindings.lost:  # then nothing can be given back, and the system takes it all at the end
+        if bindings.lost:  # then nothing can be freed; the system frees all at the end
             return
         self.context.make_current()
         error, *_ = owned._destroy(bindings.runtime, handle)
         if error != bindings.runtime.cudaError_t.cudaSuccess:
-            # most likely an error of earlier work, which whoever waits for that work is told as well
-            _LOG.warning("giving back a %s: %s", owned.kind, bindings.explain_failure("CUDA", error))
+            # most likely an error of earlier work, which is also raised where that work is waited for
+            _LOG.warning("freeing a %s: %s", owned.kind, bindings.explain_failure("CUDA", error))
 
     def release_all(self) -> None:
-        """Wait for the streams that are left, give everything back, and log that it was left."""
+        """Wait for the remaining streams, free everything, and log that it remained."""
         left = list(self._owned.values())
         for stream in (owned for owned in left if isinstance(owned, CudaStream)):
             self.context.call_quietly("cudaStreamSynchronize", stream.handle)
         if left:
-            _LOG.warning("the %s was closed with %s not given back", self.context.name, _list_owned(left))
+            _LOG.warning("the %s was closed with %s not freed", self.context.name, _list_owned(left))
         for owned in sorted(left, key=lambda owned: isinstance(owned, CudaStream)):
             owned._give_back()
 
     def check_bounds(self, array: Array) -> None:
-        """Raise ValueError where an array begins in memory of this device and ends beyond; other memory (a network's
-        own) is its owner's affair."""
+        """Raise ValueError for an array that begins in memory of this device and ends beyond it.
+
+        Other memory (a network's own) is its owner's concern.
+        """
         if array.pointer == 0 and array.nbytes:
             raise ValueError(f"{describe_array(array)} has no memory")
         with self._lock:
@@ -68,7 +70,7 @@ class Belongings:
 
 
 class Owned:
-    """A resource of a device: given back once, by its owner or when the device closes."""
+    """A resource of a device. It is freed once, by its owner or when the device closes."""
 
     kind = "resource"
 
@@ -79,18 +81,18 @@ class Owned:
     @property
     def _live(self) -> Any:
         if self._held is None:
-            raise DeviceError(f"the {self.kind} is used after it was given back")
+            raise DeviceError(f"the {self.kind} is used after it was freed")
         return self._held
 
     def _give_back(self) -> None:
         if self._held is None:
             return
-        self._belongings.context.check_outside_capture(f"giving back a {self.kind}")
+        self._belongings.context.check_outside_capture(f"freeing a {self.kind}")
         handle, self._held = self._held, None
         self._belongings.release(self, handle)
 
     def _destroy(self, runtime: Any, handle: Any) -> Any:
-        """Call what destroys it; its result."""
+        """Call the function that destroys it, and return its result."""
         raise NotImplementedError
 
     def __enter__(self) -> Any:
@@ -101,7 +103,7 @@ class Owned:
 
 
 class CudaMemory(Owned):
-    """Device memory; any use of its arrays after `free` is the owner's fault."""
+    """Device memory. Its arrays must not be used after `free`."""
 
     kind = "memory"
 
@@ -114,7 +116,7 @@ class CudaMemory(Owned):
         return int(self._live)
 
     def free(self) -> None:
-        """Give it back, after the work that is under way on the device; again does nothing."""
+        """Free it, after the work under way on the device. Again does nothing."""
         self._give_back()
 
     def _destroy(self, runtime: Any, handle: Any) -> Any:
@@ -136,7 +138,7 @@ class CudaPinned(Owned):
         return np.ctypeslib.as_array((ctypes.c_uint8 * self.nbytes).from_address(int(self._live)))
 
     def free(self) -> None:
-        """Give it back; again does nothing. No copy from or to it may be under way."""
+        """Free it. Again does nothing. No copy from or to it may be under way."""
         self._give_back()
 
     def _destroy(self, runtime: Any, handle: Any) -> Any:
@@ -153,7 +155,7 @@ class CudaStream(Owned):
         return int(self._live)
 
     def close(self) -> None:
-        """Give it back; work that is in it still runs to its end."""
+        """Free it. Work in it still runs to its end."""
         self._give_back()
 
     def _destroy(self, runtime: Any, handle: Any) -> Any:

@@ -177,7 +177,7 @@ def test_bad_parts_and_options_are_refused(parts: dict[str, Path], tmp_path: Pat
         OnnxNetworks.open(mapping, Line(), provider="cpu")
     text = (broken / "network.json").read_text()
     (broken / "network.json").write_text(text.replace('"graph"', '"engine"', 1))
-    with pytest.raises(EngineError, match="vae_decoder is no ONNX graph"):
+    with pytest.raises(EngineError, match="vae_decoder is not an ONNX graph"):
         OnnxNetworks.open(mapping, Line(), provider="cpu")
 
 

@@ -206,7 +206,7 @@ def test_each_binding_has_a_context_of_its_own(networks: TensorRtNetworks, card:
     assert card.log.count("free context unet") == 1
     first.close()
     second.enqueue(card.make_stream())
-    with pytest.raises(EngineError, match="unet: closed; bind it anew"):
+    with pytest.raises(EngineError, match="unet: closed; bind it again"):
         first.enqueue(card.make_stream())
 
 
@@ -457,7 +457,7 @@ def test_arrays_that_do_not_fit_are_named(networks: TensorRtNetworks, card: fake
     good = make_arrays(networks, card, "unet")
     sample = good["sample"]
     bad: list[tuple[dict[str, Array], str]] = [
-        ({"sample": replace(sample, dtype="float32")}, r"sample is float32 \[2, 4, 16, 16\], the engine wants float16"),
+        ({"sample": replace(sample, dtype="float32")}, r"sample is float32 \[2, 4, 16, 16\], the engine takes float16"),
         ({"sample": replace(sample, shape=(1, 4, 16, 16))}, r"sample is .*\[1, 4, 16, 16\].*\[2, 4, 16, 16\]"),
         ({"sample": replace(sample, pointer=sample.pointer + 16)}, "sample is at address .*multiples of 256"),
         ({"eps": replace(sample, pointer=0)}, "eps is at address 0"),
@@ -549,7 +549,7 @@ def test_damaged_missing_and_dangerous_plans_are_refused(
     with pytest.raises(EngineError, match=r"unet\.engine: missing, so unet cannot run"):
         open_networks(parts, backend, card)
     (parts["unet"] / "network.json").write_text(json.dumps({"schema": 2, "inputs": [], "outputs": []}))
-    with pytest.raises(EngineError, match="unet is no TensorRT engine"):
+    with pytest.raises(EngineError, match="unet is not a TensorRT engine"):
         open_networks(parts, backend, card)
 
 
@@ -563,7 +563,7 @@ def test_damaged_missing_and_dangerous_plans_are_refused(
 def test_an_engine_that_is_not_the_described_network_is_refused(
     card: fake.Gpu, backend: str, tmp_path: Path, change: dict[str, Any], named: str
 ) -> None:
-    with pytest.raises(EngineError, match=f"network.json tells of another network: .*{named}"):
+    with pytest.raises(EngineError, match=f"network.json describes another network: .*{named}"):
         open_networks(write_base(tmp_path, backend, **change), backend, card)
 
 
@@ -575,7 +575,7 @@ def test_a_description_of_another_network_is_refused(
     entry = json.loads((parts["unet"] / "network.json").read_text())
     entry["inputs"][0][field] = value
     (parts["unet"] / "network.json").write_text(json.dumps(entry))
-    with pytest.raises(EngineError, match="tells of another network: sample"):
+    with pytest.raises(EngineError, match="describes another network: sample"):
         open_networks(parts, backend, card)
 
 
