@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from _gpu_cases import Case, all_cases, kernels_of
+from _gpu_cases import KernelCase, all_cases, kernels_of
 from _gpu_clock import array, copy_bandwidth, download, replay_seconds, upload
 from _gpu_models import Setting, device_of
 from _gpu_report import Part, largest_difference
@@ -56,7 +56,7 @@ def measure(part: Part, device: Device, *, side: int) -> None:
     )
 
 
-def one(part: Part, device: Device, gpu: Any, case: Case, bandwidth: float) -> tuple[bool, float]:
+def one(part: Part, device: Device, gpu: Any, case: KernelCase, bandwidth: float) -> tuple[bool, float]:
     """A case's rows; returns whether it is right, and its seconds."""
     on_host = run_on_host(gpu, case)
     with ExitStack() as owned:
@@ -78,7 +78,7 @@ def one(part: Part, device: Device, gpu: Any, case: Case, bandwidth: float) -> t
     return right, seconds
 
 
-def compare(part: Part, case: Case, name: str, found: Any, host: Any) -> bool:
+def compare(part: Part, case: KernelCase, name: str, found: Any, host: Any) -> bool:
     """Hold a result against what it must be and against the host's; a row only where something is to be said."""
     truth, tolerance = case.wanted[name], case.tolerance(name)
     error = difference(found.reshape(truth.shape), truth)
@@ -98,12 +98,12 @@ def difference(found: Any, truth: Any) -> float:
     return float(np.count_nonzero(np.asarray(found) != np.asarray(truth)))
 
 
-def run(device: Device, stream: Stream, case: Case, arrays: dict[str, Array]) -> None:
+def run(device: Device, stream: Stream, case: KernelCase, arrays: dict[str, Array]) -> None:
     """Enqueue the case's kernel."""
     device.launch_kernel(case.kernel, stream, **{**case.plain, **arrays})
 
 
-def on_device(device: Device, stream: Stream, owned: ExitStack, case: Case) -> dict[str, Array]:
+def on_device(device: Device, stream: Stream, owned: ExitStack, case: KernelCase) -> dict[str, Array]:
     """The case's arrays on the device, results poisoned."""
     arrays = {}
     for name, values in _arrays(case).items():
@@ -112,7 +112,7 @@ def on_device(device: Device, stream: Stream, owned: ExitStack, case: Case) -> d
     return arrays
 
 
-def run_on_host(gpu: Any, case: Case) -> dict[str, Any]:
+def run_on_host(gpu: Any, case: KernelCase) -> dict[str, Any]:
     """The same kernel on the host; the results by name."""
     arrays = _arrays(case)
     pointers = {name: values.ctypes.data for name, values in arrays.items()}
@@ -121,7 +121,7 @@ def run_on_host(gpu: Any, case: Case) -> dict[str, Any]:
     return {name: arrays[name] for name in case.wanted}
 
 
-def _arrays(case: Case) -> dict[str, Any]:
+def _arrays(case: KernelCase) -> dict[str, Any]:
     """Fresh copies: inputs as given; results that are not, and scratch, poisoned."""
     arrays = {name: np.array(values) for name, values in case.given.items()}
     for name, values in case.wanted.items():

@@ -63,7 +63,7 @@ def small_engine(trt: Any, logger: Any, target: str) -> Any:
 def listener(trt: Any, said: list[str]) -> Any:
     """A logger that keeps errors in `said`."""
 
-    class Listener(trt.ILogger):  # type: ignore[misc,unused-ignore]
+    class Messages(trt.ILogger):  # type: ignore[misc,unused-ignore]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
@@ -71,7 +71,7 @@ def listener(trt: Any, said: list[str]) -> Any:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 said.append(" ".join(message.split())[:300])
 
-    return Listener()
+    return Messages()
 
 
 def reasons(trt: Any, diagnostics: int) -> str:

@@ -54,7 +54,7 @@ _CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
-class Entry:
+class FileTensor:
     """A tensor to be written: dtype "float16", "float32", "bfloat16" (made as its bits, uint16), "uint8" or "int64"."""
 
     dtype: str
@@ -224,9 +224,9 @@ def _as_stored(values: Array, dtype: str) -> Array:
     return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
 
 
-def _weights(component: str, config: Mapping[str, Any], seed: int, dtype: str) -> dict[str, Entry]:
-    def entry(name: str, shape: Shape) -> Entry:
-        return Entry(dtype, shape, lambda: draw(seed, component, name, shape, dtype))
+def _weights(component: str, config: Mapping[str, Any], seed: int, dtype: str) -> dict[str, FileTensor]:
+    def entry(name: str, shape: Shape) -> FileTensor:
+        return FileTensor(dtype, shape, lambda: draw(seed, component, name, shape, dtype))
 
     return {name: entry(name, shape) for name, shape in shapes_of(component, config).items()}
 
@@ -274,11 +274,11 @@ def write_single_file(
     return path
 
 
-def single_file_entries(configs: Mapping[str, Config], seed: int, dtype: str) -> dict[str, Entry]:
+def single_file_entries(configs: Mapping[str, Config], seed: int, dtype: str) -> dict[str, FileTensor]:
     """The tensors of `write_single_file` (SDXL: 2515), nothing drawn yet."""
     unet = {ours: theirs for theirs, ours in sgm_to_diffusers(configs["unet"]).items()}
     tensors = {name: _weights(name, configs[name], seed, dtype) for name in COMPONENTS}
-    positions = Entry("int64", (1, 77), lambda: np.arange(77, dtype=np.int64)[None])
+    positions = FileTensor("int64", (1, 77), lambda: np.arange(77, dtype=np.int64)[None])
     renamed = {
         "unet": {unet[name]: entry for name, entry in tensors["unet"].items()},
         "vae": _ldm_vae(tensors["vae"], len(configs["vae"]["block_out_channels"])),
@@ -307,7 +307,7 @@ def _with_channels(configs: Mapping[str, Config], in_channels: int) -> dict[str,
     return {**configs, "unet": {**configs["unet"], "in_channels": in_channels}}
 
 
-def _write_component(folder: Path, tensors: dict[str, Entry], variant: str, shards: int, format: str) -> None:
+def _write_component(folder: Path, tensors: dict[str, FileTensor], variant: str, shards: int, format: str) -> None:
     bin_text = format == "bin" and folder.name.startswith("text")
     stem = "pytorch_model" if bin_text else "model" if folder.name.startswith("text") else "diffusion_pytorch_model"
     dotted = f".{variant}" if variant else ""
@@ -328,7 +328,7 @@ def _write_component(folder: Path, tensors: dict[str, Entry], variant: str, shar
         _write_json(folder / f"{stem}.{format}.index{dotted}.json", index)
 
 
-def _ldm_vae(tensors: Mapping[str, Entry], levels: int) -> dict[str, Entry]:
+def _ldm_vae(tensors: Mapping[str, FileTensor], levels: int) -> dict[str, FileTensor]:
     """ldm counts the decoder's blocks from the picture inwards and has the attention's matrices as 1x1 convolutions."""
 
     def level(match: re.Match[str]) -> str:
@@ -350,7 +350,7 @@ def _ldm_vae(tensors: Mapping[str, Entry], levels: int) -> dict[str, Entry]:
     return renamed
 
 
-def _open_clip(tensors: Mapping[str, Entry]) -> dict[str, Entry]:
+def _open_clip(tensors: Mapping[str, FileTensor]) -> dict[str, FileTensor]:
     """OpenCLIP has query, key and value in one matrix and the projection transposed."""
     outer = {
         "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
@@ -363,7 +363,7 @@ def _open_clip(tensors: Mapping[str, Entry]) -> dict[str, Entry]:
         "self_attn.out_proj": "attn.out_proj",
     }  # fmt: skip
     dtype = tensors["text_projection.weight"].dtype
-    renamed = {"logit_scale": Entry(dtype, (), lambda: _as_stored(np.array(math.log(100)), dtype))}
+    renamed = {"logit_scale": FileTensor(dtype, (), lambda: _as_stored(np.array(math.log(100)), dtype))}
     for name, entry in tensors.items():
         match = re.match(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)$", name)
         if name == "text_projection.weight":
@@ -378,13 +378,13 @@ def _open_clip(tensors: Mapping[str, Entry]) -> dict[str, Entry]:
     return renamed
 
 
-def _change(entry: Entry, shape: Shape, change: Callable[[Array], Array]) -> Entry:
-    return Entry(entry.dtype, shape, lambda: change(entry.make()))
+def _change(entry: FileTensor, shape: Shape, change: Callable[[Array], Array]) -> FileTensor:
+    return FileTensor(entry.dtype, shape, lambda: change(entry.make()))
 
 
-def _join(parts: Sequence[Entry]) -> Entry:
+def _join(parts: Sequence[FileTensor]) -> FileTensor:
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-    return Entry(parts[0].dtype, shape, lambda: np.concatenate([part.make() for part in parts]))
+    return FileTensor(parts[0].dtype, shape, lambda: np.concatenate([part.make() for part in parts]))
 
 
 @cache
@@ -468,7 +468,7 @@ def write_lora(
     wanted = (*modules, *(_FEED_FORWARD if feed_forward else ()), *(("time_emb_proj",) if convs else ()))
     sgm = {name: key for key, name in sgm_to_diffusers(configs["unet"]).items()}
     halved = dialect in ("peft", "kohya", "kohya_sgm")
-    entries: dict[str, Entry] = {}
+    entries: dict[str, FileTensor] = {}
     adapted: dict[str, set[str]] = {}
     for network in COMPONENTS[:1] + (COMPONENTS[2:] if text_encoders else ()):
         ends = wanted if network == "unet" else (*_TEXT_MODULES, *wanted)
@@ -496,18 +496,18 @@ def write_lora(
     return path
 
 
-def _delta(seed: int, name: str, shape: Shape) -> tuple[Entry, Entry, Entry]:
+def _delta(seed: int, name: str, shape: Shape) -> tuple[FileTensor, FileTensor, FileTensor]:
     def codes() -> Array:
         return _raw(_generator(seed, "patch", name), math.prod(shape)).reshape(shape)
 
-    def limit(sign: int) -> Entry:
+    def limit(sign: int) -> FileTensor:
         # uniform codes between -r and r have a standard deviation of r / sqrt(3)
         reach = sign * 0.01 * math.sqrt(3) * spread_of(name, shape)[1]
         share = np.random.Generator(_generator(seed, "patch", name, str(sign))).uniform(0.5, 1.5, along)
         return _from_values(reach * share, "float16")
 
     along = (shape[0],) + (1,) * (len(shape) - 1)
-    return Entry("uint8", shape, codes), limit(-1), limit(1)
+    return FileTensor("uint8", shape, codes), limit(-1), limit(1)
 
 
 def _lora_modules(network: str, config: Config, ends: Sequence[str], convs: bool) -> Iterator[tuple[str, Shape]]:
@@ -546,14 +546,14 @@ def _lora_names(dialect: str, network: str, module: str) -> tuple[str, str, str]
     return f"{stem}{inner}.down.weight", f"{stem}{inner}.up.weight", ""
 
 
-def _from_values(values: Array, dtype: str) -> Entry:
-    return Entry(dtype, values.shape, lambda: _as_stored(values, dtype))
+def _from_values(values: Array, dtype: str) -> FileTensor:
+    return FileTensor(dtype, values.shape, lambda: _as_stored(values, dtype))
 
 
 # Containers
 
 
-def write_safetensors(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
+def write_safetensors(path: Path, entries: Mapping[str, FileTensor], metadata: Mapping[str, str]) -> None:
     """The format from its description: length of the header (8 bytes), JSON, then the tensors without gaps."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     order = sorted(entries, key=lambda name: (-_numpy_type(entries[name].dtype).itemsize, name))
@@ -570,7 +570,7 @@ def write_safetensors(path: Path, entries: Mapping[str, Entry], metadata: Mappin
             _make(entries[name]).tofile(file)
 
 
-def _torch_save(path: Path, tree: Mapping[str, tuple[Entry, ...]]) -> None:
+def _torch_save(path: Path, tree: Mapping[str, tuple[FileTensor, ...]]) -> None:
     """`torch.save` of name -> tensor, or tuple of tensors; the tensors lie in a mapped scratch file, not in memory."""
     import torch
 
@@ -581,7 +581,7 @@ def _torch_save(path: Path, tree: Mapping[str, tuple[Entry, ...]]) -> None:
         mapped = np.memmap(scratch, np.uint8, "r+")
         places = iter(np.cumsum([0, *sizes]).tolist())
 
-        def tensor(entry: Entry) -> Any:
+        def tensor(entry: FileTensor) -> Any:
             start = next(places)
             values = (
                 np.asarray(mapped[start : start + entry.nbytes]).view(_numpy_type(entry.dtype)).reshape(entry.shape)
@@ -594,7 +594,7 @@ def _torch_save(path: Path, tree: Mapping[str, tuple[Entry, ...]]) -> None:
         torch.save({name: parts if len(parts) > 1 else parts[0] for name, parts in made.items()}, path)
 
 
-def _make(entry: Entry) -> Array:
+def _make(entry: FileTensor) -> Array:
     values = np.ascontiguousarray(entry.make()).reshape(entry.shape)
     assert values.dtype == _numpy_type(entry.dtype), (values.dtype, entry.dtype)
     return values

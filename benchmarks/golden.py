@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks._common import Benchmark  # noqa: E402
 from benchmarks._golden_case import BACKENDS, Case, find_cases, networks_for, replay  # noqa: E402
 from benchmarks._golden_checks import check_case  # noqa: E402
-from benchmarks.golden_units import Row, check_units  # noqa: E402
+from benchmarks.golden_units import Check, check_units  # noqa: E402
 from dreammix_trt.core.packing import pack  # noqa: E402
 from dreammix_trt.core.seam import Networks  # noqa: E402
 from dreammix_trt.engine import kernels  # noqa: E402
@@ -52,7 +52,7 @@ def main(words: Sequence[str] | None = None) -> int:
     return bench.finish(chosen.json)
 
 
-def check_whole_case(case: Case, networks: Networks, *, whole: bool = True) -> list[Row]:
+def check_whole_case(case: Case, networks: Networks, *, whole: bool = True) -> list[Check]:
     """Every array of a case; whole False: without the run end to end."""
     return check_case(case, networks, replay(case, networks) if whole else None)
 
@@ -67,18 +67,18 @@ def _load_cases(cases: list[Case], backend: str, threads: int | None) -> list[tu
     return [(case, made[str(case.base)]) for case in cases]
 
 
-def _encodings(case: Case, networks: Networks) -> list[Row]:
+def _encodings(case: Case, networks: Networks) -> list[Check]:
     """The interchangeable files of a LoRA give the same factors (up to a rounding of the scale)."""
     rows = []
     slots = networks.slots("unet")
     for n, lora in enumerate(case.config["loras"]):
         packed = [pack(case.loras(k)[n][0].factors.get("unet", {}), slots) for k in range(len(lora["files"]))]
         error = max(float(abs(other - packed[0]).max()) for other in packed)
-        rows.append(Row(f"lora {n}: encodings agree", error, 1e-6, error <= 1e-6))
+        rows.append(Check(f"lora {n}: encodings agree", error, 1e-6, error <= 1e-6))
     return rows
 
 
-def _add(bench: Benchmark, name: str, rows: list[Row]) -> None:
+def _add(bench: Benchmark, name: str, rows: list[Check]) -> None:
     for row in rows:
         bench.rows.append({
             "metric": f"{name}: {row.array}", "value": float(f"{row.error:.3g}"),

@@ -35,7 +35,7 @@ _SDXL = {
 
 
 @dataclass(frozen=True)
-class Row:
+class Check:
     """One comparison: the largest error, as a share of the array's maximum (bound 0: largest plain difference)."""
 
     array: str
@@ -44,11 +44,11 @@ class Row:
     passed: bool
 
 
-def check_units(path: str | Path) -> list[Row]:
+def check_units(path: str | Path) -> list[Check]:
     """Check every array of `path` (a units.npz, its model and head beside it). Arrays nobody checks fail."""
     units = _Units(Path(path))
     rows = [row for check in _CHECKS for row in check(units)]
-    return rows + [Row(f"{name} (unknown array)", float("nan"), 0.0, False) for name in units.unread()]
+    return rows + [Check(f"{name} (unknown array)", float("nan"), 0.0, False) for name in units.unread()]
 
 
 class _Units:
@@ -72,17 +72,17 @@ class _Units:
         return sorted(set(self._arrays) - self._read)
 
 
-def row_of(array: str, got: Array, wanted: Array, bound: float) -> Row:
+def row_of(array: str, got: Array, wanted: Array, bound: float) -> Check:
     """`got` against `wanted`: bound 0 asks for equality, else the difference is a share of wanted's maximum."""
     if got.shape != wanted.shape:
-        return Row(f"{array} (shape {got.shape}, expected {wanted.shape})", float("inf"), bound, False)
+        return Check(f"{array} (shape {got.shape}, expected {wanted.shape})", float("inf"), bound, False)
     if wanted.size == 0 or np.array_equal(got, wanted):
-        return Row(array, 0.0, bound, True)
+        return Check(array, 0.0, bound, True)
     if wanted.dtype.kind in "US":
-        return Row(array, float((got != wanted).sum()), bound, False)
+        return Check(array, float((got != wanted).sum()), bound, False)
     difference = float(np.abs(got.astype(np.float64) - wanted.astype(np.float64)).max())
     error = difference if bound == 0 else difference / max(float(np.abs(wanted.astype(np.float64)).max()), 1e-30)
-    return Row(array, error, bound, bool(error <= bound))
+    return Check(array, error, bound, bool(error <= bound))
 
 
 def _ints(values: Iterable[Any]) -> tuple[int, ...]:
@@ -99,7 +99,7 @@ def _read_box(values: Array) -> tuple[int, int, int, int]:
     return r0, r1, c0, c1
 
 
-def _boxes(units: _Units) -> Iterator[Row]:
+def _boxes(units: _Units) -> Iterator[Check]:
     frames = [_read_size(row) for row in units["crop_frame_hw"]]
     bounds = [(r0, r1 + 1, c0, c1 + 1) for r0, r1, c0, c1 in map(_read_box, units["crop_bbox_inclusive"])]
     first = [geometry.initial_box(box, frame) for box, frame in zip(bounds, frames, strict=True)]
@@ -109,7 +109,7 @@ def _boxes(units: _Units) -> Iterator[Row]:
     yield row_of("crop_box", np.array(grown), units["crop_box"], 0)
 
 
-def _sizes(units: _Units) -> Iterator[Row]:
+def _sizes(units: _Units) -> Iterator[Check]:
     sizes = [geometry.reference_work_size(_read_size(row)) for row in units["resize_in_hw"]]
     yield row_of("resize_out_hw", np.array(sizes), units["resize_out_hw"], 0)
     yield row_of(
@@ -117,7 +117,7 @@ def _sizes(units: _Units) -> Iterator[Row]:
     )
 
 
-def _pictures(units: _Units) -> Iterator[Row]:
+def _pictures(units: _Units) -> Iterator[Check]:
     feathers = np.stack([kernels.feather(mask, 32) for mask in units["feather_mask"]])
     yield row_of("feather_out", feathers, units["feather_out"], 0)
     images, masks = units["fill_image"], units["fill_mask"]
@@ -139,7 +139,7 @@ def _paste(image: Array, content: Array, box: kernels.Box, weight: Array, soft: 
     return kernels.paste(image, content, box, weight, kernels.soft_alpha(height, width) if soft else None)
 
 
-def _projections(units: _Units) -> Iterator[Row]:
+def _projections(units: _Units) -> Iterator[Check]:
     rows = [
         kernels.tas_project(vector[None], remove[None], [0])[0]
         for vector, remove in zip(units["orth_in"], units["orth_remove"], strict=True)
@@ -153,7 +153,7 @@ def _projections(units: _Units) -> Iterator[Row]:
     yield row_of("tas_out", np.stack(out), units["tas_out"], ARITHMETIC)
 
 
-def _tables(units: _Units) -> Iterator[Row]:
+def _tables(units: _Units) -> Iterator[Check]:
     sigmas, steps = np.full_like(units["sigma_table"], np.nan), units["timestep_table"]
     times = np.full_like(steps, np.nan)
     for n, count in enumerate(_ints(units["sigma_steps"])):
@@ -171,7 +171,7 @@ def _plain(table: Array) -> Array:
     return np.where(np.isnan(table), np.float32(-1), table)
 
 
-def _counts(units: _Units) -> Iterator[Row]:
+def _counts(units: _Units) -> Iterator[Check]:
     steps = _ints(units["sigma_steps"])
     for name, values, count in (
         ("adm_scaled_step_count", "adm_end_values", _count_scaled_steps),
@@ -191,7 +191,7 @@ def _count_patched_steps(steps: int, share: float) -> int:
     return sum(step.network == "unet" for step in rows)
 
 
-def _solver(units: _Units) -> Iterator[Row]:
+def _solver(units: _Units) -> Iterator[Check]:
     for run in units.meta["solver_runs"]:
         name, count, reset = f"solver{run['index']}", run["steps"], run["history_reset_before_step"]
         local = count if reset is None else reset
@@ -226,7 +226,7 @@ def _solve(units: _Units, name: str, steps: Iterable[schedule.Step], reset: int 
     return np.stack(out)
 
 
-def _patch(units: _Units) -> Iterator[Row]:
+def _patch(units: _Units) -> Iterator[Check]:
     for case in units.meta["dequant"]:
         name, key = f"dequant{case['index']}", case["key"]
         entry = fooocus.PatchEntry(*(units[f"{name}_{part}"] for part in ("u8", "min", "max")))
@@ -241,7 +241,7 @@ def _patch(units: _Units) -> Iterator[Row]:
             yield row_of(f"{name} (a bias, not applied)", after, before[place], 0)
 
 
-def _names(units: _Units) -> Iterator[Row]:
+def _names(units: _Units) -> Iterator[Check]:
     config = json.loads((units.folder / "model" / "unet" / "config.json").read_text(encoding="utf-8"))
     for model, unet in (("tiny", config), ("sdxl", _SDXL)):
         names, recorded = sgm_to_diffusers(unet), units[f"keymap_{model}_sgm"]
@@ -251,7 +251,7 @@ def _names(units: _Units) -> Iterator[Row]:
         yield row_of(f"keymap_{model}_sgm (all of them)", np.array(sorted(weights)), np.sort(recorded), 0)
 
 
-def _guidance(units: _Units) -> Iterator[Row]:
+def _guidance(units: _Units) -> Iterator[Check]:
     yield row_of("blur_out", kernels.bilateral(units["blur_in"], units["blur_guide"]), units["blur_out"], ARITHMETIC)
     latent, x0 = units["guidance_latent"][None], units["guidance_x0_in"][None]
     out = []
@@ -276,7 +276,7 @@ def _guidance(units: _Units) -> Iterator[Row]:
     yield row_of("guidance_x0_out", np.stack(out), units["guidance_x0_out"], ARITHMETIC)
 
 
-def _head(units: _Units) -> Iterator[Row]:
+def _head(units: _Units) -> Iterator[Check]:
     masks = units["latmask_in"]
     found = np.stack([kernels.latent_mask(_binary(mask), 8) for mask in masks])
     yield row_of("latmask_out", found.astype(np.uint8), units["latmask_out"], 0)
@@ -301,7 +301,7 @@ def _convolve(image: Array, weight: Array) -> Array:
     return out
 
 
-_CHECKS: tuple[Callable[[_Units], Iterator[Row]], ...] = (
+_CHECKS: tuple[Callable[[_Units], Iterator[Check]], ...] = (
     _boxes,
     _sizes,
     _pictures,

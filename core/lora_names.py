@@ -65,7 +65,7 @@ _OTHER_MODELS = {
 }
 
 
-class Place(NamedTuple):
+class LoraKey(NamedTuple):
     """The place of a tensor in a LoRA.
 
     network: one of `NETWORKS`.
@@ -95,7 +95,7 @@ def flat_modules(unet_config: Mapping[str, Any] | None = None) -> dict[str, str]
     return table
 
 
-def place_of(key: str, flat: Mapping[str, str]) -> Place | None:
+def place_of(key: str, flat: Mapping[str, str]) -> LoraKey | None:
     """The place of a tensor; None when its name is not a LoRA's.
 
     key: the tensor's name.
@@ -108,19 +108,19 @@ def place_of(key: str, flat: Mapping[str, str]) -> Place | None:
     for prefix, network in _FLAT.items():
         if name.startswith(prefix):
             module = _from_flat(network, name[len(prefix) :], flat)
-            return Place(network, module, role) if module else None
+            return LoraKey(network, module, role) if module else None
     if name.startswith(_PEFT):  # PEFT's files do not name the network; the modules of text encoders reveal it
         name = name.removeprefix(_PEFT)
         if name.startswith(_TEXT_PARTS):
-            return Place("text_encoder", _normalise("text_encoder", name), role)
+            return LoraKey("text_encoder", _normalise("text_encoder", name), role)
     if name.startswith(PREFIX):  # sgm names with their dots
         module = flat.get(name[len(PREFIX) :].replace(".", "_"))
-        return Place("unet", module, role) if module else None
+        return LoraKey("unet", module, role) if module else None
     for prefix, network in _DOTTED.items():
         if name.startswith(prefix):
-            return Place(network, _normalise(network, name[len(prefix) :]), role)
+            return LoraKey(network, _normalise(network, name[len(prefix) :]), role)
     module = _normalise("unet", name)
-    return Place("unet", module, role) if flat.get(module.replace(".", "_")) == module else None
+    return LoraKey("unet", module, role) if flat.get(module.replace(".", "_")) == module else None
 
 
 def find_foreign_kind(keys: Iterable[str]) -> tuple[str, list[str]] | None:

@@ -13,7 +13,7 @@ _SMALL = ("graph", "range")
 
 
 @dataclass(frozen=True)
-class Plan:
+class Pruning:
     """What pruning would do.
 
     goes: the parts to remove.
@@ -44,7 +44,7 @@ class Plan:
 
 def plan_pruning(
     store: Store, *, everything: bool = False, keep_onnx: bool = False, forget_missing: bool = False
-) -> Plan:
+) -> Pruning:
     """Plan which parts of a store go and which stay. A part that an engine directory needs always stays.
 
     everything: also remove small parts that save work in later builds, if nobody needs them: traced graphs, the ranges
@@ -65,7 +65,7 @@ def plan_pruning(
             reasons[entry.key] = "small, and saves work when the network is built again; --all removes it"
         elif entry.kind == "onnx" and entry.key in sources:
             reasons[entry.key] = f"--keep-onnx: the {sources[entry.key]} engine was made from it"
-    return Plan(
+    return Pruning(
         goes=tuple(entry for entry in entries if not reasons[entry.key]),
         stays=tuple((entry, reasons[entry.key]) for entry in entries if reasons[entry.key]),
         leftovers=tuple(store.leftovers()),
@@ -74,7 +74,7 @@ def plan_pruning(
     )
 
 
-def prune(store: Store, plan: Plan) -> tuple[int, list[Entry]]:
+def prune(store: Store, plan: Pruning) -> tuple[int, list[Entry]]:
     """Carry out a plan.
 
     Returns the bytes freed, and the planned parts that stay because they are needed or being built by now.

@@ -100,7 +100,7 @@ def build(
     store: Store = None,
 ) -> None:
     """Turn a base and a subject's LoRA into an engine directory."""
-    from dreammix_trt.building import BaseSources, Defaults, EngineOptions, Order, carry_out
+    from dreammix_trt.building import BaseSources, BuildOrder, Defaults, EngineOptions, carry_out
 
     engine = EngineOptions(
         backend=backend or "",
@@ -113,7 +113,7 @@ def build(
         vae_images=tuple(vae_image or ()),
         safe_vae=not no_safe_vae,
     )
-    order = Order(
+    order = BuildOrder(
         out,
         BaseSources(base, patch, head, vae, tokenizer, patch_biases),
         lora,

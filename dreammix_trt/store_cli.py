@@ -18,7 +18,7 @@ from dreammix_trt.core.files import size_text
 from dreammix_trt.core.store import Entry, Store
 
 if TYPE_CHECKING:
-    from dreammix_trt.core.store_prune import Plan
+    from dreammix_trt.core.store_prune import Pruning
 
 store_app = typer.Typer(
     help="See, check and tidy the store of what bases are built into.", no_args_is_help=True,
@@ -198,7 +198,7 @@ def _commands(engines: Sequence[Path]) -> tuple[str, ...]:
     return tuple(str(command) for command in commands if command)
 
 
-def _show(plan: Plan) -> None:
+def _show(plan: Pruning) -> None:
     """Say what goes, what stays because of whom, and what follows from it."""
     from rich.table import Table
 
@@ -228,7 +228,7 @@ def _show(plan: Plan) -> None:
     _out.print(f"{size_text(plan.bytes)} to free" if plan.goes or plan.leftovers else "nothing to remove")
 
 
-def _plan_record(plan: Plan, left: Sequence[Entry]) -> dict[str, Any]:
+def _plan_record(plan: Pruning, left: Sequence[Entry]) -> dict[str, Any]:
     """A plan as JSON; left: the parts that stayed after all."""
     return {
         "goes": [_record(entry) for entry in plan.goes if entry not in left],
@@ -241,7 +241,7 @@ def _plan_record(plan: Plan, left: Sequence[Entry]) -> dict[str, Any]:
     }
 
 
-def _ask(plan: Plan, as_json: bool) -> bool:
+def _ask(plan: Pruning, as_json: bool) -> bool:
     if as_json or not sys.stdin.isatty():
         raise InputError(
             f"nothing was removed, as nobody can be asked here: --yes removes {_parts(len(plan.goes))} "

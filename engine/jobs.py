@@ -20,7 +20,7 @@ from dreammix_trt.engine import kernels
 from dreammix_trt.engine.canvas.frames import Canvas
 from dreammix_trt.engine.canvas.geometry import Size
 from dreammix_trt.engine.canvas.pictures import PictureIn, Source, read_image, read_mask
-from dreammix_trt.engine.host.clock import Clock
+from dreammix_trt.engine.host.clock import PhaseClock
 from dreammix_trt.engine.painting import batch_by_shape
 from dreammix_trt.engine.prompts import plan_prompts
 from dreammix_trt.engine.result import Result, StepEvent
@@ -59,7 +59,7 @@ class LaidOut:
     seeds: tuple[int, ...]
     works: list[Work]
     shapes: list[Any]
-    clock: Clock
+    clock: PhaseClock
     images: list[Image.Image] = field(default_factory=list)
     stages: dict[str, Image.Image] = field(default_factory=dict)
     finished: Result | None = None
@@ -98,7 +98,7 @@ def lay_out(
 
     Raises InputError that names the value at fault.
     """
-    clock, request = Clock(), job.request
+    clock, request = PhaseClock(), job.request
     if not isinstance(request, Request):
         raise InputError(f"a job's request is a {type(request).__name__}: give dm.request(prompt, ...)")
     with clock("read"):

@@ -15,7 +15,7 @@ from PIL import Image
 from benchmarks import _common
 from benchmarks._golden_case import Case, Run, find_cases, networks_for, replay
 from benchmarks.golden import check_whole_case, main
-from benchmarks.golden_units import Row
+from benchmarks.golden_units import Check
 from dreammix_trt.core.noise import SeededNoise
 from dreammix_trt.core.seam import Networks
 from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet
@@ -41,7 +41,7 @@ def engine_set(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield networks
 
 
-def missed(rows: list[Row]) -> list[Row]:
+def missed(rows: list[Check]) -> list[Check]:
     assert len(rows) > 30
     return [row for row in rows if not row.passed]
 

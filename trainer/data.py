@@ -40,7 +40,7 @@ class Photograph:
 
 
 @dataclass(frozen=True)
-class View:
+class TrainingView:
     """A square training picture: image uint8 (S, S, 3); hole bool (S, S), the region to repaint, over the subject.
 
     sharp_side: the side in pixels of the piece of photograph it was made from (SDXL's original size).
@@ -118,7 +118,7 @@ def box_of(mask: Mask) -> Box:
     return (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
 
 
-def draw_view(rng: np.random.Generator, photograph: Photograph, side: int) -> View:
+def draw_view(rng: np.random.Generator, photograph: Photograph, side: int) -> TrainingView:
     """A random square of the photograph around its subject, scaled to `side`, with a random hole over the subject.
 
     Two in five show as much of the photograph as a square can hold, the others a crop 1.2 to 2.2 times the subject, as
@@ -142,7 +142,7 @@ def draw_view(rng: np.random.Generator, photograph: Photograph, side: int) -> Vi
     if not shown.any():  # smaller than a pixel here: at least its place
         shown = np.zeros((side, side), bool)
         shown[side // 2, side // 2] = True
-    return View(image, random_hole(rng, shown), piece)
+    return TrainingView(image, random_hole(rng, shown), piece)
 
 
 def _place(rng: np.random.Generator, low: int, high: int, extent: float, length: int) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dreammix_trt.trainer.data import View, latent_mask
+from dreammix_trt.trainer.data import TrainingView, latent_mask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ class Samples:
         return self.latents, self.masked, self.mask, self.sharp, self.captions
 
 
-def encode_views(networks: TrainingNetworks, views: Sequence[View]) -> Samples:
+def encode_views(networks: TrainingNetworks, views: Sequence[TrainingView]) -> Samples:
     """Views as the UNet sees them, under caption 0."""
     import torch
 

@@ -8,6 +8,6 @@ seconds and needs no torch.
 from dreammix_trt.building.defaults import Defaults
 from dreammix_trt.building.engine_options import EngineOptions
 from dreammix_trt.building.one_build import build, carry_out
-from dreammix_trt.building.order import BaseSources, Order
+from dreammix_trt.building.order import BaseSources, BuildOrder
 
-__all__ = ["BaseSources", "Defaults", "EngineOptions", "Order", "build", "carry_out"]
+__all__ = ["BaseSources", "BuildOrder", "Defaults", "EngineOptions", "build", "carry_out"]

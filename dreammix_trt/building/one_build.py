@@ -12,7 +12,7 @@ from dreammix_trt import __version__
 from dreammix_trt.building.defaults import Defaults, fill_in
 from dreammix_trt.building.engine_options import EngineOptions
 from dreammix_trt.building.ingredients import Ingredients
-from dreammix_trt.building.order import BaseSources, LoraOption, Order, describe_lora
+from dreammix_trt.building.order import BaseSources, BuildOrder, LoraOption, describe_lora
 from dreammix_trt.building.part_store import PartStore
 from dreammix_trt.building.parts import Parts
 from dreammix_trt.core.errors import InputError
@@ -72,7 +72,7 @@ def build(
 
     Raises FileFormatError, InputError, BuildError; `out` is then as it was.
     """
-    order = Order(
+    order = BuildOrder(
         out,
         BaseSources(base, patch, head, vae, tokenizer, patch_biases),
         lora,
@@ -89,7 +89,7 @@ def build(
     return carry_out(order, progress or (lambda *_: None), notice or (lambda _: None))
 
 
-def carry_out(order: Order, update: Update, tell: Callable[[str], None]) -> Passport:
+def carry_out(order: BuildOrder, update: Update, tell: Callable[[str], None]) -> Passport:
     """Build what is ordered; see `build`."""
     order.check()
     shelf = Store(Path(order.store) if order.store else None)
@@ -116,7 +116,7 @@ def carry_out(order: Order, update: Update, tell: Callable[[str], None]) -> Pass
 
 
 def _write(
-    order: Order, ingredients: Ingredients, store: PartStore, folders: Mapping[str, Path], subject: Subject | None
+    order: BuildOrder, ingredients: Ingredients, store: PartStore, folders: Mapping[str, Path], subject: Subject | None
 ) -> Passport:
     """Write the engine directory from the parts' folders."""
     files, engine, defaults = ingredients.base, ingredients.engine, ingredients.defaults

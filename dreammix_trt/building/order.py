@@ -42,7 +42,7 @@ class BaseSources:
 
 
 @dataclass(frozen=True)
-class Order:
+class BuildOrder:
     """All that `build` is asked for, as it was said; see there."""
 
     out: str | Path
@@ -107,7 +107,7 @@ class Order:
             "tokenizer": self.base.tokenizer,
             "name": self.name,
             "merge": self.merge,
-            "slot_rank": self.slot_rank if self.slot_rank != Order.slot_rank else None,
+            "slot_rank": self.slot_rank if self.slot_rank != BuildOrder.slot_rank else None,
             "patch_biases": self.base.patch_biases,
             "base_lora": [describe_lora(spec, "both") for spec in self.base_specs],
             "self_contained": self.self_contained,

@@ -23,7 +23,7 @@ from dreammix_trt.engine.canvas.geometry import Size, floor_to_cells
 from dreammix_trt.engine.canvas.tiles import Tiling, needs_tiles, tiles_of
 from dreammix_trt.engine.device.arena import Arena, Regions
 from dreammix_trt.engine.device.subjects import Layout
-from dreammix_trt.engine.drivers.device import Device, Graph, Memory
+from dreammix_trt.engine.drivers.device import CapturedGraph, Device, Memory
 
 Ramps = list[tuple[Array, Array]]
 
@@ -153,7 +153,7 @@ class Room:
         self.arrays: dict[str, dict[str, Array]] = {}
         self._device, self._networks, self._workspace, self._upload = device, networks, workspace, upload
         self._bound: dict[str, Bound] = {}
-        self._graphs: dict[Hashable, Graph] = {}
+        self._graphs: dict[Hashable, CapturedGraph] = {}
         self._used: set[str] = set()  # networks of the present phase
         self._plain: set[Hashable] = set()  # phases that cannot be captured
         self._arena = arena
@@ -238,7 +238,7 @@ class Room:
         self._bound[name] = self._networks.bind(actual, sides, arrays, self._workspace)
 
 
-def try_capture(device: Device, stream: Stream, record: Callable[[], None]) -> Graph | None:
+def try_capture(device: Device, stream: Stream, record: Callable[[], None]) -> CapturedGraph | None:
     """Capture what just ran plainly as a graph. None, with a log entry, where it cannot be captured."""
     try:
         return device.capture(stream, record)

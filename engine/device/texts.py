@@ -18,7 +18,7 @@ from dreammix_trt.core.seam import Array, Bound, DeviceNetworks, Stream
 from dreammix_trt.engine.device.arena import Arena, Regions
 from dreammix_trt.engine.device.room import choose_twin, try_capture
 from dreammix_trt.engine.device.subjects import Layout, Subjects
-from dreammix_trt.engine.drivers.device import Device, Graph
+from dreammix_trt.engine.drivers.device import CapturedGraph, Device
 from dreammix_trt.engine.prompts import MOST_PROMPTS, Prompt, PromptPlan, Source
 
 _SIDES = Sides(1, 1, 1, 1)
@@ -243,7 +243,7 @@ class _Encoders:
         self._flags = flags.part(flags.shape[0] - 1, 1)  # the last one is the texts'
         self.arrays: dict[str, dict[str, Array]] = {}
         self._bound: dict[str, Bound] = {}
-        self._graph: Graph | None = None
+        self._graph: CapturedGraph | None = None
         self._plain = False  # cannot be captured
         try:
             for name in names_of_phase("text"):

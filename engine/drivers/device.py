@@ -54,7 +54,7 @@ class Mark(Protocol):
         ...
 
 
-class Graph(Protocol):
+class CapturedGraph(Protocol):
     """Captured work. `launch` enqueues all of it at once."""
 
     def launch(self, stream: Stream) -> None: ...
@@ -112,7 +112,7 @@ class Device(Protocol):
         """
         ...
 
-    def capture(self, stream: Stream, record: Callable[[], None]) -> Graph:
+    def capture(self, stream: Stream, record: Callable[[], None]) -> CapturedGraph:
         """Capture what `record` enqueues in `stream` as a graph. None of it runs now."""
         ...
 

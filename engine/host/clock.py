@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Clock:
+class PhaseClock:
     """Seconds per phase. Phases nest; the time of an inner phase counts for it alone.
 
     seconds: phase -> seconds so far.

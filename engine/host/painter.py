@@ -17,7 +17,7 @@ from dreammix_trt.core.schedule import Stage as StageName
 from dreammix_trt.core.seam import BaseFacts, Networks
 from dreammix_trt.engine.canvas.frames import Canvas, Frame, from_decoded
 from dreammix_trt.engine.canvas.tiles import needs_tiles, run_tiled, tiles_of
-from dreammix_trt.engine.host.clock import Clock
+from dreammix_trt.engine.host.clock import PhaseClock
 from dreammix_trt.engine.host.denoiser import Conditioning, Denoiser
 from dreammix_trt.engine.host.sampling import Stage, Taken, take_step
 from dreammix_trt.engine.host.texts import Text
@@ -57,7 +57,7 @@ class HostPainter:
         facts: BaseFacts,
         denoiser: Denoiser,
         *,
-        clock: Clock | None = None,
+        clock: PhaseClock | None = None,
         shown: dict[str, U8] | None = None,
     ) -> None:
         self.schedule = sitting.schedule
@@ -66,7 +66,7 @@ class HostPainter:
         self.stage: Stage
         self.frame: Frame
         self._sitting, self._canvas, self._request = sitting, sitting.canvas, sitting.request
-        self._networks, self._facts, self._denoiser, self._clock = networks, facts, denoiser, clock or Clock()
+        self._networks, self._facts, self._denoiser, self._clock = networks, facts, denoiser, clock or PhaseClock()
         self._first_size = (0, 0)
         self._local: tuple[Frame, U8] | None = None
         self._before: Taken | None = None

@@ -20,7 +20,7 @@ from dreammix_trt.core.slots import packed_size
 from dreammix_trt.core.subject import Subject
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.canvas.geometry import Size
-from dreammix_trt.engine.host.clock import Clock
+from dreammix_trt.engine.host.clock import PhaseClock
 from dreammix_trt.engine.host.denoiser import Denoiser, EngineDenoiser
 from dreammix_trt.engine.host.painter import HostPainter, Sitting
 from dreammix_trt.engine.host.texts import HostTexts
@@ -76,7 +76,7 @@ class HostRuntime:
     def paint(self, batch: Sequence[Work], keep: Collection[int] = ()) -> Painting:
         """Paint one picture; see `engine.runtime.Runtime.paint`."""
         (work,) = batch
-        clock, shown = Clock(), dict[str, U8]()
+        clock, shown = PhaseClock(), dict[str, U8]()
 
         def open_painter(safe: bool) -> HostPainter:
             networks = _Watched(self.networks, clock, safe, self._check_open)
@@ -112,7 +112,7 @@ class _Watched:
     ready: raises when the networks may no longer be used.
     """
 
-    def __init__(self, networks: Networks, clock: Clock, safe: bool, ready: Callable[[], None]) -> None:
+    def __init__(self, networks: Networks, clock: PhaseClock, safe: bool, ready: Callable[[], None]) -> None:
         self._networks, self._clock, self._safe, self._ready = networks, clock, safe, ready
 
     def __contains__(self, name: str) -> bool:

@@ -16,7 +16,7 @@ import pytest
 from dreammix_trt.core.errors import BuildError, EngineError, InputError
 from dreammix_trt.core.files import write_json
 from dreammix_trt.core.store import Entry, Store, check_files
-from dreammix_trt.core.store_prune import Plan, plan_pruning, prune
+from dreammix_trt.core.store_prune import Pruning, plan_pruning, prune
 
 MIB = 1 << 20
 
@@ -440,7 +440,7 @@ def test_what_comes_to_be_needed_after_the_plan_stays(shelf: Shelf, tmp_path: Pa
 def test_damaged_parts_go_unless_needed(shelf: Shelf) -> None:
     for key in (shelf.graph, shelf.plan):
         (shelf.store.root / key / "data").unlink()
-    plan: Plan = plan_pruning(shelf.store)
+    plan: Pruning = plan_pruning(shelf.store)
     assert shelf.graph in keys_of(plan.goes) and shelf.plan not in keys_of(plan.goes)
 
 

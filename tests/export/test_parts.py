@@ -266,12 +266,14 @@ def test_weights_stream_from_the_checkpoint_to_the_part(tmp_path: Path) -> None:
     """62 MB of float16 (124 as float32) with a LoRA merged take a few times the largest tensor at any time."""
     module, count, side = "text_model.encoder.layers.{}.self_attn.q_proj", 31, 1024
     entries = {
-        f"{module.format(n)}.weight": files.Entry("float16", (side, side), lambda: np.ones((side, side), np.float16))
+        f"{module.format(n)}.weight": files.FileTensor(
+            "float16", (side, side), lambda: np.ones((side, side), np.float16)
+        )
         for n in range(count)
     }
     files.write_safetensors(tmp_path / "model.safetensors", entries, {})
     factors = {
-        f"text_encoder.{module.format(n)}.lora.{part}.weight": files.Entry(
+        f"text_encoder.{module.format(n)}.lora.{part}.weight": files.FileTensor(
             "float16", shape, lambda shape=shape: np.ones(shape, np.float16)
         )
         for n in range(count)

@@ -26,7 +26,7 @@ from dreammix_trt.trainer.data import latent_mask
 from dreammix_trt.trainer.micro import world
 from dreammix_trt.trainer.micro.captions import describe
 from dreammix_trt.trainer.micro.judge import Judge, crop_of_mask, expected_reading
-from dreammix_trt.trainer.micro.networks import Denoiser, InpaintHead, TextEncoders, noise_table
+from dreammix_trt.trainer.micro.networks import NoiseNetwork, TextEncoders, TrainedHead, noise_table
 from dreammix_trt.trainer.micro.patch import apply_patch
 from dreammix_trt.trainer.micro.scoring import score
 from dreammix_trt.trainer.micro.ship import load_encoder, read_head, read_patch, sgm_names
@@ -45,9 +45,9 @@ class Model:
     tokens: PromptTokenizer
     text: TextEncoders
     vae: AutoencoderKL
-    raw: Denoiser
-    patched: Denoiser
-    head: InpaintHead
+    raw: NoiseNetwork
+    patched: NoiseNetwork
+    head: TrainedHead
 
     @classmethod
     def load(cls, folder: Path) -> Model:
@@ -61,7 +61,13 @@ class Model:
         patched.load_state_dict(apply_patch(raw.state_dict(), read_patch(folder), sgm_names(raw)))
         native = raw.config.sample_size * 8
         return cls(
-            native, tokens, text.eval(), vae.eval(), Denoiser(raw.eval()), Denoiser(patched.eval()), read_head(folder)
+            native,
+            tokens,
+            text.eval(),
+            vae.eval(),
+            NoiseNetwork(raw.eval()),
+            NoiseNetwork(patched.eval()),
+            read_head(folder),
         )
 
 
