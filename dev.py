@@ -39,7 +39,10 @@ def run(*command: str | Path, check: bool = True, **environment: str) -> int:
 
 
 def link_floors() -> None:
-    """Where git wrote the relative links as text files (Windows), put directory junctions in their place."""
+    """Make the package's links where they are missing: git may have written them as text, and an sdist has none.
+
+    On Windows they become directory junctions. Editable installs call this, too (build_backend.py).
+    """
     for floor in FLOORS:
         link = ROOT / "dreammix_trt" / floor
         if link.is_dir():
@@ -55,7 +58,9 @@ def link_floors() -> None:
 def recipe() -> str:
     """What an up-to-date environment was made from: the build files, the C++ and CUDA sources, which nvcc there is."""
     digest = hashlib.sha256(f"{sys.version} {shutil.which('nvcc')}".encode())
-    sources = [ROOT / name for name in ("pyproject.toml", "constraints.txt", "CMakeLists.txt", "dev.py")]
+    sources = [
+        ROOT / name for name in ("pyproject.toml", "constraints.txt", "CMakeLists.txt", "dev.py", "build_backend.py")
+    ]
     sources += sorted(path for path in (ROOT / "cpp_ext").rglob("*") if path.is_file())
     for path in sources:
         digest.update(path.read_bytes())

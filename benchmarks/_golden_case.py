@@ -20,14 +20,14 @@ from dreammix_trt.core.lora import Lora, Target, read_lora
 from dreammix_trt.core.noise import ReplayNoise
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import RHO, SIGMA_MAX, SIGMA_MIN, Schedule
+from dreammix_trt.core.seam import Networks
 from dreammix_trt.core.store import Store
 from dreammix_trt.core.subject import Subject, subject_from_loras
 from dreammix_trt.core.tensors import Weights
 from dreammix_trt.engine import kernels
+from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet
 from dreammix_trt.engine.dreammix import DreamMix
-from dreammix_trt.engine.loop import Stage, Taken
-from dreammix_trt.engine.networks import EngineSet
-from dreammix_trt.engine.stages import Networks
+from dreammix_trt.engine.host.sampling import Stage, Taken
 from dreammix_trt.engine.text import Tokenizer
 
 Array = npt.NDArray[Any]
@@ -163,7 +163,7 @@ def networks_for(case: Case, backend: str, rank: int, threads: int | None = None
     """The case's model on a back end; its ONNX parts are exported once and kept beside the store."""
     base = case.base
     if backend == "torch":
-        from dreammix_trt.export.torch_set import TorchEngineSet
+        from dreammix_trt.export.torch_backend.engine_set import TorchEngineSet
 
         if threads:
             import torch
@@ -175,7 +175,7 @@ def networks_for(case: Case, backend: str, rank: int, threads: int | None = None
 
     code = b"".join(file.read_bytes() for file in sorted(Path(onnx_export.__file__).parent.glob("*.py")))
     parts = {
-        "files": base.content_hashes(), "biases": base.patch_biases, "alpha": getattr(base, "alpha", 1.0), "rank": rank,
+        "files": base.hash_contents(), "biases": base.patch_biases, "alpha": getattr(base, "alpha", 1.0), "rank": rank,
         "exporter": exporter_versions(), "code": hashlib.sha256(code).hexdigest(),
     }  # fmt: skip
     shelf, key = Store(home() / "golden"), Store.key(parts)
@@ -229,14 +229,14 @@ def replay(case: Case, networks: Networks) -> Run:
     recorder = Recorder(networks)
     base = case.base
     tokenizers = [Tokenizer.load(base.folder / name) for name in ("tokenizer", "tokenizer_2")]
-    runtime = DreamMix(recorder, base, tokenizers, [case.subject])
+    runtime = DreamMix.on_host(recorder, base, tokenizers, [case.subject])
     image, mask = pictures(case)
     stages: list[Stage] = []
     taken: list[Taken] = []
     for event in runtime.iterate(image, mask, case.request, noise=case.noise, keep_stages=True):
         taken.append(event.taken)
-        if not stages or stages[-1] is not event.painter.stage:
-            stages.append(event.painter.stage)
+        if not stages or stages[-1] is not event.taken.stage:
+            stages.append(event.taken.stage)
     result = event.result
     assert result is not None
     shown = {name: np.asarray(picture) for name, picture in result.stages.items()}

@@ -1,6 +1,6 @@
 """Every recorded array of a case against ours: exact pieces, arithmetic and networks from recorded inputs, end to end.
 
-Bounds are those of golden/README.md ("Suggested tolerances"); errors are shares of the recorded array's maximum.
+Bounds are those of docs/algorithm.md, 15.1; errors are shares of the recorded array's maximum.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks._golden_case import Case, Run, pictures
-from benchmarks.golden_units import Row, row_of
+from benchmarks.golden_units import Check, row_of
+from dreammix_trt.core.packing import pack
 from dreammix_trt.core.schedule import Schedule, Step, make_schedule
-from dreammix_trt.core.subject import pack
+from dreammix_trt.core.seam import Networks
 from dreammix_trt.engine import kernels
-from dreammix_trt.engine.canvas import Canvas, Frame, from_decoded
-from dreammix_trt.engine.dreammix import laid
-from dreammix_trt.engine.stages import Networks
+from dreammix_trt.engine.canvas.frames import Canvas, Frame, from_decoded
+from dreammix_trt.engine.jobs import lay_canvas
 from dreammix_trt.engine.text import Tokenizer, apply_tas, elimination_text, plan_tas
 
 Array = npt.NDArray[Any]
@@ -29,7 +29,7 @@ ARITHMETIC, HEAD, UNET, VAE, WHOLE = 2e-6, 1e-5, 1e-4, 2e-3, 2e-3
 LEVELS, STRAY_PIXELS = 2, 1e-3  # the final picture: within 2 levels but for one pixel in a thousand
 
 
-def check_case(case: Case, networks: Networks, run: Run | None) -> list[Row]:
+def check_case(case: Case, networks: Networks, run: Run | None) -> list[Check]:
     """All rows of a case; run: our end-to-end run, or None to compare from recorded inputs only."""
     checks = _Checks(case, networks)
     parts = (checks.frames, checks.tables, checks.text, checks.networks, checks.arithmetic, checks.pasting)
@@ -39,17 +39,17 @@ def check_case(case: Case, networks: Networks, run: Run | None) -> list[Row]:
     # hashes of what passed through a network cannot be met by another computation; the pictures are compared instead
     rest = {name for name in case.unread if not name.endswith(("_rgb_sha256", "final_image_sha256"))}
     if run is not None:
-        rows += [Row(f"{name} (unknown array)", float("nan"), 0.0, False) for name in sorted(rest)]
-    return grouped(rows)
+        rows += [Check(f"{name} (unknown array)", float("nan"), 0.0, False) for name in sorted(rest)]
+    return group_rows(rows)
 
 
-def grouped(rows: list[Row]) -> list[Row]:
+def group_rows(rows: list[Check]) -> list[Check]:
     """One row for the arrays of all steps: the largest error."""
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[Check]] = {}
     for row in rows:
         found.setdefault(re.sub(r"_step\d\d+$", " (all steps)", row.array), []).append(row)
     worst = {name: max(of, key=lambda row: (not row.passed, row.error)) for name, of in found.items()}
-    return [Row(name, row.error, row.bound, row.passed) for name, row in worst.items()]
+    return [Check(name, row.error, row.bound, row.passed) for name, row in worst.items()]
 
 
 class _Checks:
@@ -59,7 +59,7 @@ class _Checks:
         self.case, self.run, self.has = case, networks.run, networks
         self.base, self.request = case.base, case.request
         self.schedule: Schedule = make_schedule(self.request)
-        self.canvas: Canvas = laid(*pictures(case), self.request, self.base)
+        self.canvas: Canvas = lay_canvas(*pictures(case), self.request, self.base)
         self.names: tuple[StageName, ...] = ("lcg", "gch") if "gch_z_bg" in case else ("lcg",)
         self.of_stage: dict[StageName, Frame] = {
             "lcg": self.canvas.local_frame(self.request.lcg_field, fill=self.schedule.fills),
@@ -72,11 +72,11 @@ class _Checks:
             if name in networks
         }
 
-    def _row(self, name: str, got: Array, bound: float, label: str = "") -> Iterator[Row]:
+    def _row(self, name: str, got: Array, bound: float, label: str = "") -> Iterator[Check]:
         if name in self.case:
             yield row_of(label or name, got, self.case[name], bound)
 
-    def _picture(self, name: str, picture: Array | None) -> Iterator[Row]:
+    def _picture(self, name: str, picture: Array | None) -> Iterator[Check]:
         """A picture known by a subset of its pixels, its hash and its sums."""
         if picture is None:
             return
@@ -85,7 +85,7 @@ class _Checks:
         yield from self._row(f"{name}_sha256", digest, 0)
         yield from self._row(f"{name}_sum", picture.reshape(-1, 3).sum(0, dtype=np.int64), 0)
 
-    def frames(self) -> Iterator[Row]:
+    def frames(self) -> Iterator[Check]:
         """Stretching, boxes, sizes, masks, fill, feather."""
         yield from self._picture("input_1024", self.canvas.image)
         yield from self._row("mask_1024", self.canvas.mask, 0)
@@ -103,7 +103,7 @@ class _Checks:
             top, left = (int(place) for place in self.case["lcg_fill_crop256_origin"])
             yield from self._row("lcg_fill_crop256", fill[top : top + 256, left : left + 256], 0)
 
-    def tables(self) -> Iterator[Row]:
+    def tables(self) -> Iterator[Check]:
         """What the schedule decides."""
         height, width = self.of_stage["lcg"].size
         side = self.base.native_side
@@ -117,21 +117,21 @@ class _Checks:
             rows = self.case["time_ids"].shape[1]
             yield from self._row("time_ids", np.array(ids, np.float32)[:, -rows:], 0)
 
-    def text(self) -> Iterator[Row]:
+    def text(self) -> Iterator[Check]:
         """The encoders, and TAS on the recorded embeddings."""
-        tokens, pooled = self._encoded(self.request.prompt)
+        tokens, pooled = self._encode(self.request.prompt)
         yield from self._row("prompt_embeds_raw", tokens[None], HEAD)
         yield from self._row("pooled_raw", pooled[None], HEAD)
         if self.request.negative_prompt is None:
             other = np.zeros_like(tokens), np.zeros_like(pooled)
         else:
-            other = self._encoded(self.request.negative_prompt)
+            other = self._encode(self.request.negative_prompt)
         yield from self._row("negative_prompt_embeds", other[0][None], HEAD)
         yield from self._row("negative_pooled", other[1][None], HEAD)
         less = self.case["prompt_embeds_raw"][0], self.case["pooled_raw"][0]
         if self.request.substitute:
             prefix, words = self.request.substitute_prefix or "", self.request.substitute
-            removed = self._encoded(elimination_text(prefix, words))
+            removed = self._encode(elimination_text(prefix, words))
             yield from self._row("peli_embeds", removed[0][None], HEAD)
             yield from self._row("peli_pooled", removed[1][None], HEAD)
             plan = plan_tas(None, self.request.prompt, words, prefix, "words", self.case.subject.token)
@@ -146,14 +146,14 @@ class _Checks:
                 rows = [self.case[negative][0], positive] if guided else [positive]
                 yield from self._row(f"{s}_unet_{name}", np.stack(rows), ARITHMETIC)
 
-    def _encoded(self, prompt: str) -> tuple[Array, Array]:
+    def _encode(self, prompt: str) -> tuple[Array, Array]:
         outputs = []
         for encoder, folder in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
             ids = Tokenizer.load(self.base.folder / folder).encode(prompt, truncate=True)[None]
             outputs.append(self.run(encoder, input_ids=ids, lora=self.lora[encoder]))
         return np.concatenate([output["hidden"][0] for output in outputs], -1), outputs[1]["pooled"][0]
 
-    def networks(self) -> Iterator[Row]:
+    def networks(self) -> Iterator[Check]:
         """Encoder, head, UNets and decoder, each from recorded inputs."""
         if "vae_mean_lcg_fill" in self.case:
             local = self.run("vae_encoder", image=self.of_stage["lcg"].background)
@@ -164,7 +164,7 @@ class _Checks:
         repasted = self.case.picture("switch_repasted_rgb")
         if "gch" in self.names and repasted is not None:
             frame = self.of_stage["gch"]
-            moments = self.run("vae_encoder", image=frame.network_input(self.canvas.cropped(repasted, frame)))
+            moments = self.run("vae_encoder", image=frame.network_input(self.canvas.crop(repasted, frame)))
             yield from self._row("vae_mean_switch_zG", moments["mean"], VAE)
             yield from self._row("vae_std_switch_zG", moments["std"], VAE)
             mean = self.run("vae_encoder", image=frame.background)["mean"]
@@ -186,7 +186,7 @@ class _Checks:
             self._features[s] = self.run("inpaint_head", mask=mask, masked_latent=latent)["feature"]
         return self._features[s]
 
-    def _unet(self, step: Step) -> Iterator[Row]:
+    def _unet(self, step: Step) -> Iterator[Check]:
         at, s = f"step{step.index:02d}", step.stage
         text = self.case[f"{s}_unet_text"]
         rows = len(text)
@@ -206,7 +206,7 @@ class _Checks:
             yield from self._row(f"unet_uncond_{at}", eps[:1], UNET)
         yield from self._row(f"unet_cond_{at}", eps[-1:], UNET)
 
-    def arithmetic(self) -> Iterator[Row]:
+    def arithmetic(self) -> Iterator[Check]:
         """The loop between the networks, each step from its recorded inputs."""
         case, factor = self.case, np.float32(self.base.scaling_factor)
         draws = case.noise.arrays
@@ -224,7 +224,7 @@ class _Checks:
             yield from self._step(step, switch)
         yield from self._row("final_latent", case[f"x0_step{len(self.schedule) - 1:02d}"], 0)
 
-    def _step(self, step: Step, switch: int | None) -> Iterator[Row]:
+    def _step(self, step: Step, switch: int | None) -> Iterator[Check]:
         case, draws, i, s = self.case, self.case.noise.arrays, step.index, step.stage
         at, first = f"step{i:02d}", i in (0, switch)
         before = "gch_initial_latent" if i and first else "initial_latent" if first else f"x_out_step{i - 1:02d}"
@@ -233,46 +233,48 @@ class _Checks:
         yield from self._row(f"x_in_{at}", blended, ARITHMETIC)
         x_in, x0 = case[f"x_in_{at}"], case[f"x0_{at}"]
         if f"unet_cond_{at}" in case:
-            yield from self._guided(step, x_in)
+            yield from self._check_guidance(step, x_in)
         previous = None if first else case[f"x0_step{i - 1:02d}"]
         noise = draws[step.solver_draw[0]] if step.solver_draw else np.zeros_like(x_in)
-        solved, _ = _stepped(step, x_in, (x_in - x0) / np.float32(step.sigma), previous, noise, rows=1, blur=0.0)
+        solved, _ = _take_step(step, x_in, (x_in - x0) / np.float32(step.sigma), previous, noise, rows=1, blur=0.0)
         yield from self._row(f"x_out_{at}", solved, ARITHMETIC)
 
-    def _guided(self, step: Step, x_in: Array) -> Iterator[Row]:
+    def _check_guidance(self, step: Step, x_in: Array) -> Iterator[Check]:
         at, case = f"step{step.index:02d}", self.case
         positive, nothing = case[f"unet_cond_{at}"], np.zeros_like(x_in)
-        before = _stepped(step, x_in, positive, None, nothing, rows=1, blur=0.0)[1]
+        before = _take_step(step, x_in, positive, None, nothing, rows=1, blur=0.0)[1]
         yield from self._row(f"x0_cond_preblur_{at}", before, ARITHMETIC)
-        after = _stepped(step, x_in, positive, None, nothing, rows=1, blur=step.blur_alpha)[1]
+        after = _take_step(step, x_in, positive, None, nothing, rows=1, blur=step.blur_alpha)[1]
         yield from self._row(f"x0_cond_postblur_{at}", after, ARITHMETIC)
         guided, eps = self.request.guided, positive
         if guided:
             eps = np.concatenate([case[f"unet_uncond_{at}"], positive])
-        x0 = _stepped(step, x_in, eps, None, nothing, rows=2 if guided else 1, blur=step.blur_alpha)[1]
+        x0 = _take_step(step, x_in, eps, None, nothing, rows=2 if guided else 1, blur=step.blur_alpha)[1]
         yield from self._row(f"x0_{at}", x0, ARITHMETIC)
 
-    def pasting(self) -> Iterator[Row]:
+    def pasting(self) -> Iterator[Check]:
         """The decoder on recorded latents, and pasting on recorded pictures."""
         case, last = self.case, len(self.schedule) - 1
         switch = self.schedule.hand_over_index
         if switch is not None:
             decoded, repasted = case.picture("switch_decoded_rgb"), case.picture("switch_repasted_rgb")
             if decoded is not None and repasted is not None:
-                yield _levels("switch_decoded_rgb", self._decoded(case[f"x0_step{switch - 1:02d}"]), decoded)
+                yield _levels("switch_decoded_rgb", self._decode(case[f"x0_step{switch - 1:02d}"]), decoded)
                 pasted = self.canvas.hand_over(self.of_stage["lcg"], decoded, soft=self.request.soft_blending)
                 yield row_of("switch_repasted_rgb", pasted, repasted, 0)
-                yield from self._picture("switch_crop_rgb", self.canvas.cropped(repasted, self.of_stage["gch"]))
+                yield from self._picture("switch_crop_rgb", self.canvas.crop(repasted, self.of_stage["gch"]))
         decoded, final = case.picture("final_decoded_rgb"), case.picture("final_image")
         if decoded is not None and final is not None:
-            yield _levels("final_decoded_rgb", self._decoded(case[f"x0_step{last:02d}"]), decoded)
-            yield row_of("final_image", self.canvas.final(self.of_stage[self.schedule[last].stage], decoded), final, 0)
+            yield _levels("final_decoded_rgb", self._decode(case[f"x0_step{last:02d}"]), decoded)
+            yield row_of(
+                "final_image", self.canvas.compose(self.of_stage[self.schedule[last].stage], decoded), final, 0
+            )
 
-    def _decoded(self, latent: Array) -> Array:
+    def _decode(self, latent: Array) -> Array:
         return from_decoded(self.run("vae_decoder", latent=latent / np.float32(self.base.scaling_factor))["image"])
 
 
-def _stepped(
+def _take_step(
     step: Step, x_in: Array, eps: Array, previous: Array | None, noise: Array, *, rows: int, blur: float
 ) -> tuple[Array, Array]:
     return kernels.guided_step(
@@ -282,16 +284,16 @@ def _stepped(
     )  # fmt: skip
 
 
-def _levels(name: str, got: Array, wanted: Array) -> Row:
+def _levels(name: str, got: Array, wanted: Array) -> Check:
     """Decoded bytes: the largest difference in levels, at most 1."""
     error = float(np.abs(got.astype(np.int32) - wanted.astype(np.int32)).max())
-    return Row(name, error, 1.0, error <= 1)
+    return Check(name, error, 1.0, error <= 1)
 
 
-def _whole(case: Case, run: Run) -> Iterator[Row]:
+def _whole(case: Case, run: Run) -> Iterator[Check]:
     """Our run with the recorded draws against every latent and picture of the recorded run."""
 
-    def row(name: str, got: Array) -> Iterator[Row]:
+    def row(name: str, got: Array) -> Iterator[Check]:
         if name in case:
             yield row_of(f"end to end: {name}", got, case[name], WHOLE)
 
@@ -329,4 +331,4 @@ def _whole(case: Case, run: Run) -> Iterator[Row]:
         if picture is not None and recorded is not None:
             stray = float((np.abs(picture.astype(np.int32) - recorded.astype(np.int32)).max(-1) > LEVELS).mean())
             label = f"end to end: {name}, share of pixels off by > {LEVELS}"
-            yield Row(label, stray, STRAY_PIXELS, stray <= STRAY_PIXELS)
+            yield Check(label, stray, STRAY_PIXELS, stray <= STRAY_PIXELS)

@@ -1,6 +1,6 @@
 """The kernels of the device runtime on inputs as a request has them, each with what it must give.
 
-What a kernel must give comes from the host's own functions (engine/kernels.py, engine/canvas.py) or from a formula in
+What a kernel must give comes from the host's own functions (engine/kernels.py, engine/canvas/) or from a formula in
 float64, never from the kernel. Frames are those of one request of `side` pixels in two stages.
 """
 
@@ -8,20 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dreammix_trt.core.axes import FACTOR
+from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.request import Request
-from dreammix_trt.core.schedule import make_schedule
+from dreammix_trt.core.schedule import make_schedule, time_ids
+from dreammix_trt.core.seam import BaseFacts
 from dreammix_trt.engine import kernels
-from dreammix_trt.engine.canvas import Canvas, dilated, from_decoded, seam_weight, to_latent_range
-from dreammix_trt.engine.geometry import FACTOR, fill_cascade
-from dreammix_trt.engine.gpu.jobs import MOST_STEPS, PICTURE, Block, Picture
-from dreammix_trt.engine.gpu.records import FACTOR as FACTOR_RECORD
-from dreammix_trt.engine.gpu.records import JOB, SEGMENT, STEP
+from dreammix_trt.engine.canvas.frames import Canvas, dilate_mask, from_decoded, seam_weight, to_latent_range
+from dreammix_trt.engine.canvas.geometry import fill_cascade
+from dreammix_trt.engine.device.blocks import MOST_STEPS, PICTURE, Picture, fill_block
+from dreammix_trt.engine.device.records import FACTOR as FACTOR_RECORD
+from dreammix_trt.engine.device.records import JOB, SEGMENT, STEP
+from dreammix_trt.engine.prompts import Prompt, PromptPlan
+from dreammix_trt.engine.runtime import Work
 
 Array = npt.NDArray[Any]
 U8 = npt.NDArray[np.uint8]
@@ -33,7 +37,7 @@ _OUTPUTS = {"float32": 1e-5, "float16": 1e-2}  # relative; other types must be e
 
 
 @dataclass(frozen=True)
-class Case:
+class KernelCase:
     """One call of a kernel.
 
     given: arrays it reads, and those it changes in place; wanted: name -> what must stand there afterwards; scratch:
@@ -65,7 +69,7 @@ class Case:
         return self.tolerances.get(name, _OUTPUTS.get(str(self.wanted[name].dtype), 0.0))
 
 
-class Scene:
+class Workbench:
     """A picture of 1.25 x 1 sides, its frames and records."""
 
     def __init__(self, side: int, gpu: Any) -> None:
@@ -81,10 +85,10 @@ class Scene:
         request = Request(prompt="a mug", num_inference_steps=200, seed=SEED, lcg_mask_dilate=3, blend_output=True)
         self.canvas = Canvas.of(self.image, self.mask, native=side)
         self.schedule = make_schedule(request)
-        self.picture = Picture.of(self.canvas, request, self.schedule, SEED, "")
-        facts = SimpleNamespace(native_side=side)
-        ids, plans = np.zeros((3, 2, 77), np.int64), np.zeros((1, 2 + 2 * 77), np.int32)
-        self.block = dict(Block(1).fill([self.picture], ids, plans, facts))
+        plan = PromptPlan(Prompt("a mug", "", np.zeros((2, TOKENS), np.int64)), None, None, None, {})
+        self.picture = Picture.of(Work(self.canvas, request, self.schedule, SEED, "", plan))
+        facts = BaseFacts(native_side=side, divisor=32, scaling_factor=SCALING, feature_channels=320)
+        self.block = dict(fill_block([self.picture], facts))
         self.records = self.block["records"].view(PICTURE).reshape(-1)[0]
         self.tables = self.block["tables"].view(np.int32)
         self.frame = self.canvas.local_frame(request.lcg_field, fill=False, dilate=request.lcg_mask_dilate)
@@ -98,9 +102,9 @@ class Scene:
         return self.rng.standard_normal(shape, np.float32).astype(dtype)
 
 
-def all_cases(side: int, gpu: Any) -> list[Case]:
+def all_cases(side: int, gpu: Any) -> list[KernelCase]:
     """Every kernel at least once."""
-    scene = Scene(side, gpu)
+    scene = Workbench(side, gpu)
     cases = [*_cuts(scene), *_canvas(scene), *_tiles(scene), *_steps(scene), *_latents(scene), *_texts(scene)]
     return [*cases, *_factors(scene)]
 
@@ -108,10 +112,10 @@ def all_cases(side: int, gpu: Any) -> list[Case]:
 def kernels_of(gpu: Any) -> set[str]:
     """The kernels there are: what takes a stream."""
     found = {name for name in dir(gpu) if not name.startswith("_") and callable(getattr(gpu, name))}
-    return {name for name in found if "stream" in _told(getattr(gpu, name))}
+    return {name for name in found if "stream" in _read_docstring(getattr(gpu, name))}
 
 
-def _told(function: Any) -> str:
+def _read_docstring(function: Any) -> str:
     """What a kernel function says of its arguments."""
     return str(function.__doc__ or "")
 
@@ -119,20 +123,20 @@ def _told(function: Any) -> str:
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-def _cut(scene: Scene, record: str, **arrays: Any) -> dict[str, Any]:
+def _cut(scene: Workbench, record: str, **arrays: Any) -> dict[str, Any]:
     return {"cut": scene.record(record), "tables": scene.tables, **arrays}
 
 
 _NOTHING = {"out": None, "mask": None, "network": None, "masked": None, "found": None}
 
 
-def _cuts(scene: Scene) -> list[Case]:
+def _cuts(scene: Workbench) -> list[KernelCase]:
     canvas, frame = scene.canvas, scene.frame
     box, (h, w) = frame.box, frame.size
     image = kernels.resize(canvas.image, h, w, "lanczos", box)
     seen = to_latent_range(image)
     masked = seen * (frame.mask < 128)
-    grown = dilated(canvas.mask, 3)
+    grown = dilate_mask(canvas.mask, 3)
     plain = {**_NOTHING, "channels": 3, "half": 1, "threshold": 0}
     decoded = scene.rng.integers(0, 256, (h, w, 3), np.uint8)
     crop = (box[1] - box[0], box[3] - box[2])
@@ -141,33 +145,33 @@ def _cuts(scene: Scene) -> list[Case]:
     nearest = np.zeros((h, w), np.uint8)
     nearest[rows * h // crop[0], cols * w // crop[1]] = 255
     return [
-        Case(
-            "crop, resize, normalise, mask", "cut", _cut(scene, "image_local", source=canvas.image, mask=frame.mask),
+        KernelCase(
+            "crop, resize, normalise, mask", "cut", _cut(scene, "image_first", source=canvas.image, mask=frame.mask),
             {"out": image, "network": _half(seen), "masked": _half(masked)}, plain,
             least=3 * crop[0] * crop[1] + (1 + 3 + 6 + 6) * h * w, times=3,
         ),
-        Case(
-            "crop and resize a mask", "cut", _cut(scene, "image_local", source=grown, found=np.zeros(1, np.int32)),
+        KernelCase(
+            "crop and resize a mask", "cut", _cut(scene, "image_first", source=grown, found=np.zeros(1, np.int32)),
             {"out": frame.mask, "found": np.ones(1, np.int32)},
             {**plain, "channels": 1, "threshold": 1, "half": 0}, least=crop[0] * crop[1] + h * w, times=2,
         ),
-        Case(
-            "resize a result to its box", "cut", _cut(scene, "box_local", source=decoded), {"out": back},
+        KernelCase(
+            "resize a result to its box", "cut", _cut(scene, "box_first", source=decoded), {"out": back},
             {**plain, "half": 0}, least=decoded.nbytes + back.nbytes, times=3,
         ),
-        Case(
+        KernelCase(
             "keep a speck", "keep_speck",
-            {"source": grown, "cut": scene.record("image_local"), "found": np.zeros(1, np.int32)}, {"out": nearest},
+            {"source": grown, "cut": scene.record("image_first"), "found": np.zeros(1, np.int32)}, {"out": nearest},
             least=crop[0] * crop[1] + h * w, times=2,
         ),
-        Case(
+        KernelCase(
             "normalise and mask", "normalise", {"picture": image, "mask": frame.mask},
             {"network": _half(seen), "masked": _half(masked)}, {"height": h, "width": w, "half": 1}, times=1,
         ),
     ]  # fmt: skip
 
 
-def _canvas(scene: Scene) -> list[Case]:
+def _canvas(scene: Workbench) -> list[KernelCase]:
     canvas, frame, gpu = scene.canvas, scene.frame, scene.gpu
     (h, w), pixels = frame.size, canvas.mask.size
     cascade = fill_cascade(scene.side)
@@ -178,37 +182,37 @@ def _canvas(scene: Scene) -> list[Case]:
     content = [scene.rng.integers(0, 256, _box_size(scene, name), np.uint8) for name in ("first", "second")]
     pasted = kernels.paste(canvas.image, content[0], scene.picture.first.box, canvas.feather)
     return [
-        Case(
+        KernelCase(
             "fill the hole", "fill", {"picture": frame.image, "mask": frame.mask},
             {"picture": kernels.fill(frame.image, frame.mask, cascade)},
             {"height": h, "width": w, "cascade": cascade}, {"scratch": int(gpu.fill_scratch(height=h, width=w))},
             times=1, goal_ms=2.0,
         ),
-        Case(
+        KernelCase(
             "latent mask", "latent_mask", {"mask": frame.mask}, {"out": latent, "network": _half(latent)},
             {"height": h, "width": w, "factor": FACTOR, "half": 1}, times=2,
         ),
-        Case(
+        KernelCase(
             "feather", "feather", {"mask": canvas.mask, "field": scene.record("feather_field")},
             {"out": kernels.feather(canvas.mask, canvas.feather_width)}, {"dilate": 0}, distances, times=1,
         ),
-        Case(
+        KernelCase(
             "grow a mask", "feather", {"mask": canvas.mask, "field": scene.record("dilate_field")},
-            {"out": dilated(canvas.mask, 3)}, {"dilate": 1}, distances,
+            {"out": dilate_mask(canvas.mask, 3)}, {"dilate": 1}, distances,
         ),
-        Case(
+        KernelCase(
             "seam", "seam",
             {"mask": canvas.mask, "field": scene.record("seam_field"), "deepest": np.zeros(1, np.int32)},
             {"out": seam}, {}, distances,
         ),
-        Case(
+        KernelCase(
             "paste", "paste",
             {"original": canvas.image, "content": content[0], "weight": canvas.feather,
              "sheet": scene.record("hand_over_sheet")},
             {"out": pasted}, {"local": None, "seam": None}, times=2,
         ),
         _final_paste(scene, content, seam),
-        Case(
+        KernelCase(
             "decoded to 8 bit", "decoded", {"image": decoded, "flags": np.zeros(1, np.int32)},
             {"out": from_decoded(decoded.astype(np.float32)), "flags": np.zeros(1, np.int32)},
             {"height": h, "width": w, "half": 1, "bit": 64}, times=2,
@@ -216,10 +220,10 @@ def _canvas(scene: Scene) -> list[Case]:
     ]  # fmt: skip
 
 
-def _final_paste(scene: Scene, content: list[U8], seam: U8) -> Case:
-    """The last paste where the local result stays inside the mask (as `Canvas.final`)."""
+def _final_paste(scene: Workbench, content: list[U8], seam: U8) -> KernelCase:
+    """The last paste where the local result stays inside the mask (as `Canvas.compose`)."""
     canvas, records = scene.canvas, scene.records
-    first, second = scene.picture.first.box, scene.picture.last.box
+    first, second = scene.picture.first.box, scene.picture.framings[-1].box
     whole = [canvas.image.copy() for _ in content]
     for picture, part, box in zip(whole, content, (first, second), strict=True):
         picture[box[0] : box[1], box[2] : box[3]] = part
@@ -229,7 +233,7 @@ def _final_paste(scene: Scene, content: list[U8], seam: U8) -> Case:
     sheet["keeps_local"] = 1
     for name, value in zip(("local_row0", "local_row1", "local_col0", "local_col1"), first, strict=True):
         sheet[name] = value
-    return Case(
+    return KernelCase(
         "paste, local inside", "paste",
         {"original": canvas.image, "content": content[1], "local": content[0], "seam": seam, "weight": canvas.feather,
          "sheet": sheet.view(np.uint8)},
@@ -237,12 +241,12 @@ def _final_paste(scene: Scene, content: list[U8], seam: U8) -> Case:
     )  # fmt: skip
 
 
-def _box_size(scene: Scene, which: str) -> tuple[int, int, int]:
-    crop = (scene.picture.first if which == "first" else scene.picture.last).crop
+def _box_size(scene: Workbench, which: str) -> tuple[int, int, int]:
+    crop = (scene.picture.first if which == "first" else scene.picture.framings[-1]).crop
     return (*crop, 3)
 
 
-def _tiles(scene: Scene) -> list[Case]:
+def _tiles(scene: Workbench) -> list[KernelCase]:
     height, width, tile = scene.side, scene.side + scene.side // 4, scene.side // 2
     row, col = height // 4, width // 4
     source = scene.floats(1, 3, height, width)
@@ -256,11 +260,11 @@ def _tiles(scene: Scene) -> list[Case]:
         "tile_width": tile,
     }  # fmt: skip
     return [
-        Case(
+        KernelCase(
             "take a tile", "take_tile", {"source": source}, {"out": _half(source[there])},
             {**place, "source_half": 0, "out_half": 1}, least=(4 + 2) * values.size,
         ),
-        Case(
+        KernelCase(
             "add a tile", "add_tile", {"tile": values, "ramp_rows": rows, "ramp_cols": cols, "out": out},
             {"out": summed.astype(np.float32)}, {**place, "half": 1}, least=(2 + 4 + 4) * values.size,
         ),
@@ -270,7 +274,7 @@ def _tiles(scene: Scene) -> list[Case]:
 # ------------------------------------------------------------------------------------------------ latents
 
 
-def _steps(scene: Scene) -> list[Case]:
+def _steps(scene: Workbench) -> list[KernelCase]:
     h = w = scene.side // FACTOR
     one, step = (1, CHANNELS, h, w), scene.schedule[_STEP]
     x, background, previous = (scene.floats(*one) for _ in range(3))
@@ -281,13 +285,11 @@ def _steps(scene: Scene) -> list[Case]:
     names = ("sigma", "guidance_scale", "guidance_rescale", "blur_alpha", "c_x", "c_x0", "c_dx0", "c_noise")
     row = {name: getattr(step, name) for name in names}
     after, x0 = kernels.guided_step(x_in, eps.astype(np.float32), previous, solver, **row)
-    change = (background - x0) * (1 - mask)  # the background is kept in every prediction (engine/loop.py)
+    change = (background - x0) * (1 - mask)  # the background is kept in every prediction (engine/host/sampling.py)
     after, x0 = after + np.float32(step.c_x0 + step.c_dx0) * change, x0 + change
     table = np.ascontiguousarray(scene.block["steps"].view(STEP).reshape(1, MOST_STEPS)).view(np.uint8)
     jobs = scene.block["jobs"]
-    (height, width), target = scene.picture.first.size, scene.side
-    scales = (step.size_scale_negative, step.size_scale_positive)
-    ids = [(height * scale, width * scale, 0, 0, target, target) for scale in scales]
+    ids = time_ids(step, scene.picture.first.size, scene.side)
     counter = np.full(1, _STEP, np.int32)
     shared: dict[str, Array] = {
         "counter": counter,
@@ -302,13 +304,13 @@ def _steps(scene: Scene) -> list[Case]:
     }  # fmt: skip
     scratch = {"scratch": int(scene.gpu.step_scratch(pictures=1, channels=CHANNELS, height=h, width=w))}
     return [
-        Case(
+        KernelCase(
             "step: blend, noise, scale", "step_before", {**shared, "x": x},
             {"x_in": x_in, "network_in": _half(doubled), "timestep": np.full(2, step.timestep, np.float32),
-             "time_ids": np.array(ids, np.float32)},
+             "time_ids": ids},
             sides, least=4 * x.nbytes + mask.nbytes + eps.nbytes,
         ),
-        Case(
+        KernelCase(
             "step: guidance, sharpness, solver", "step_after",
             {**shared, "x_in": x_in, "eps": eps, "x0": previous, "flags": np.zeros(1, np.int32)},
             {"x": after, "x0": x0, "counter": np.full(1, _STEP + 1, np.int32), "flags": np.zeros(1, np.int32)},
@@ -317,7 +319,7 @@ def _steps(scene: Scene) -> list[Case]:
     ]  # fmt: skip
 
 
-def _latents(scene: Scene) -> list[Case]:
+def _latents(scene: Workbench) -> list[KernelCase]:
     h = w = scene.side // FACTOR
     one = (CHANNELS, h, w)
     job = np.zeros(1, JOB)
@@ -329,34 +331,34 @@ def _latents(scene: Scene) -> list[Case]:
     feature = scene.floats(1, 320, h, w, dtype="float16")
     bytes_of_job = job.view(np.uint8)
     return [
-        Case(
+        KernelCase(
             "sample a latent", "encode_latent", {"mean": mean, "std": std, "job": bytes_of_job, "flags": flags},
             {"latent": latent, "network": _half(latent), "flags": flags},
             {"scaling": SCALING, "draw": 4, "channels": CHANNELS, "height": h, "width": w, "half": 1,
-             "bit": 32, **({"network_half": 1} if "network_half" in _told(scene.gpu.encode_latent) else {})},
+             "bit": 32, **({"network_half": 1} if "network_half" in _read_docstring(scene.gpu.encode_latent) else {})},
             times=5,
         ),
-        Case(
+        KernelCase(
             "noise on a latent", "noised", {"latent": start, "job": bytes_of_job},
             {"out": start + init * job["start_scale"]}, {"hand_over": 0, "count": start.size}, times=1,
         ),
-        Case(
+        KernelCase(
             "noise at the hand-over", "noised", {"latent": start, "job": bytes_of_job},
             {"out": start + job["hand_over_sigma"] * again}, {"hand_over": 1, "count": start.size}, times=1,
         ),
-        Case(
+        KernelCase(
             "a latent for the decoder", "scaled", {"latent": start}, {"out": _half(start / np.float32(SCALING))},
             {"factor": SCALING, "count": start.size, "half": 1}, times=2,
         ),
-        Case(
+        KernelCase(
             "look for what is no number", "check_finite", {"values": feature, "flags": flags}, {"flags": flags},
             {"count": feature.size, "half": 1, "bit": 16}, times=2,
         ),
-        Case(
+        KernelCase(
             "find what is no number", "check_finite", {"values": _spoilt(feature), "flags": flags},
             {"flags": np.full(1, 16, np.int32)}, {"count": feature.size, "half": 1, "bit": 16},
         ),
-        Case(
+        KernelCase(
             "change the type", "convert", {"source": feature}, {"out": feature.astype(np.float32)},
             {"source_half": 1, "out_half": 0, "count": feature.size}, tolerances={"out": 0.0}, times=2,
         ),
@@ -366,7 +368,7 @@ def _latents(scene: Scene) -> list[Case]:
 # ------------------------------------------------------------------------------------------------ text, factors
 
 
-def _texts(scene: Scene) -> list[Case]:
+def _texts(scene: Workbench) -> list[KernelCase]:
     rows, first, second = 77, 768, 1280
     a, b = scene.floats(rows, first, dtype="float16"), scene.floats(rows, second, dtype="float16")
     tokens, removed = scene.floats(rows, first + second), scene.floats(rows, first + second)
@@ -377,13 +379,13 @@ def _texts(scene: Scene) -> list[Case]:
     less = kernels.tas_project(tokens, removed[away], places)
     flags = np.zeros(1, np.int32)
     return [
-        Case(
+        KernelCase(
             "join two texts", "join_text", {"first": a, "second": b, "flags": flags},
             {"out": np.concatenate([a, b], axis=1).astype(np.float32), "flags": flags},
             {"rows": rows, "first_width": first, "second_width": second, "half": 1, "first_bit": 1, "second_bit": 2},
             tolerances={"out": 0.0}, times=2,
         ),
-        Case(
+        KernelCase(
             "take attributes away", "tas", {"tokens": tokens, "removed": removed, "plan": plan}, {"tokens": less},
             {"rows": rows, "width": first + second}, least=4 * (first + second) * (len(away) + 2 * len(places)),
             times=1,
@@ -391,7 +393,7 @@ def _texts(scene: Scene) -> list[Case]:
     ]  # fmt: skip
 
 
-def _factors(scene: Scene) -> list[Case]:
+def _factors(scene: Workbench) -> list[KernelCase]:
     """Attention factors as SDXL's: `RANK` in slots of twice the rank, at miniature sides fewer and narrower."""
     small = scene.side < 512
     count, wide = (8, 64) if small else (560, 1280)
@@ -412,10 +414,7 @@ def _factors(scene: Scene) -> list[Case]:
     segments = np.array([(n * slot // 2, n * slot // 2, slot // 2) for n in range(2 * count)], SEGMENT)
     batch = np.zeros((2 * count, 2, slot // 2), np.float16)
     batch[:, 1] = row.reshape(2 * count, slot // 2)
-    weight = scene.floats(8 * wide, wide, dtype="float16")
-    a, b = scene.floats(wide, RANK), scene.floats(RANK, 8 * wide)
-    merged = weight.astype(np.float64) + 0.5 * (a.astype(np.float64) @ b).T
-    pack = Case(
+    pack = KernelCase(
         "pack factors", "pack_factors",
         {"raw": np.concatenate(raw), "factors": np.array(records, FACTOR_RECORD).view(np.uint8),
          "out": np.zeros(packed.size, np.float16)},
@@ -423,15 +422,11 @@ def _factors(scene: Scene) -> list[Case]:
     )  # fmt: skip
     return [
         pack,
-        Case(
+        KernelCase(
             "place a subject in a batch", "place_factors",
             {"row": row, "segments": segments.view(np.uint8), "out": np.zeros(2 * row.size, np.float16)},
             {"out": batch.reshape(-1)}, {"count": len(segments), "pictures": 2, "picture": 1, "half": 1},
             least=2 * row.nbytes,
-        ),
-        Case(
-            "merge a LoRA", "merge_lora", {"weight": weight, "a": a, "b": b}, {"out": _half(merged)},
-            {"outputs": 8 * wide, "inputs": wide, "rank": RANK, "scale": 0.5, "half": 1},
         ),
     ]  # fmt: skip
 

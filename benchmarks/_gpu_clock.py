@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from dreammix_trt.engine.gpu.device import Array, Device, Stream
+    from dreammix_trt.core.seam import Array, Stream
+    from dreammix_trt.engine.drivers.device import Device
 
 Work = Callable[[], object]
 REPEATS = 20  # of a measurement that does not say
@@ -71,7 +72,7 @@ def wall_seconds(work: Work, wait: Work, *, repeats: int = 5, warm: int = 1) -> 
 def copy_bandwidth(device: Device, *, nbytes: int = 1 << 30) -> float:
     """Bytes read plus bytes written a second of a copy within the device."""
     with ExitStack() as owned:
-        stream = device.stream()
+        stream = device.make_stream()
         owned.callback(stream.close)
         here, there = (array(device, owned, (nbytes,), "uint8") for _ in range(2))
         upload(device, stream, here, np.random.default_rng(0).integers(0, 256, 1 << 20, np.uint8))
@@ -112,7 +113,7 @@ def torch_seconds(torch_device: str, work: Work, *, warm: int = 3) -> list[float
 
 def array(device: Device, owned: ExitStack, shape: Sequence[int], dtype: str) -> Array:
     """Memory on the device that `owned` frees."""
-    from dreammix_trt.engine.gpu.device import Array
+    from dreammix_trt.core.seam import Array
 
     wanted = Array(0, tuple(shape), dtype)
     memory = device.allocate(max(wanted.nbytes, 1))
@@ -124,7 +125,7 @@ def upload(device: Device, stream: Stream, to: Array, values: Any) -> None:
     """Copy a numpy array to the device, again and again where `to` is larger, and wait."""
     flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     for start in range(0, to.nbytes, max(flat.size, 1)):
-        part = to.reshaped((to.nbytes,), "uint8").part(start, min(flat.size, to.nbytes - start))
+        part = to.reshape((to.nbytes,), "uint8").part(start, min(flat.size, to.nbytes - start))
         device.upload(part, flat[: part.size], stream)
     device.synchronize(stream)
 

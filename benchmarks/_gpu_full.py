@@ -35,7 +35,7 @@ def full(part: Part, setting: Setting) -> None:
     _measure(part, setting, "torch, eager", compiled=False)
 
 
-def compiled(part: Part, setting: Setting) -> None:
+def measure_compiled(part: Part, setting: Setting) -> None:
     """The same through torch.compile: a part of its own, as compiling takes minutes."""
     if setting.compiled:
         _measure(part, setting, "torch, compiled", compiled=True)
@@ -108,12 +108,12 @@ def _vae_time(device: Any, networks: Any, name: str, side: int, stream: Any = No
 @contextmanager
 def bound_alone(device: Any, networks: Any, name: str, side: int, stream: Any = None) -> Iterator[tuple[Any, Any]]:
     """A network for one picture on memory of its own with random values, and a stream, where none is given."""
-    from dreammix_trt.engine.gpu.networks import Sides
+    from dreammix_trt.core.axes import Sides
 
     sides, rng = Sides(1, 1, side, side), np.random.default_rng(2)
     with ExitStack() as owned:
         if stream is None:
-            stream = device.stream()
+            stream = device.make_stream()
             owned.callback(stream.close)
         arrays = {
             tensor.name: array(device, owned, sides.shape(tensor), tensor.dtype)

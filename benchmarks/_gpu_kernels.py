@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from _gpu_cases import Case, all_cases, kernels_of
+from _gpu_cases import KernelCase, all_cases, kernels_of
 from _gpu_clock import array, copy_bandwidth, download, replay_seconds, upload
 from _gpu_models import Setting, device_of
 from _gpu_report import Part, largest_difference
@@ -15,7 +15,8 @@ from _gpu_report import Part, largest_difference
 from dreammix_trt.core.errors import DreamMixError
 
 if TYPE_CHECKING:
-    from dreammix_trt.engine.gpu.device import Array, Device, Stream
+    from dreammix_trt.core.seam import Array, Stream
+    from dreammix_trt.engine.drivers.device import Device
 
 CACHE = 128 << 20  # bytes that no GPU's cache holds
 MOST_COPIES = 16  # of a case's arrays, to rotate among
@@ -30,7 +31,7 @@ def kernels(part: Part, setting: Setting) -> None:
 
 def measure(part: Part, device: Device, *, side: int) -> None:
     """Rows of every kernel: correctness first, then time and share of the copy bandwidth."""
-    from dreammix_trt import _cpp  # type: ignore[attr-defined,unused-ignore]
+    from dreammix_trt import _cpp
 
     bandwidth = copy_bandwidth(device, nbytes=CACHE if side < 512 else 1 << 30)
     part.add("copy within the device [GB/s]", bandwidth / 1e9)
@@ -55,11 +56,11 @@ def measure(part: Part, device: Device, *, side: int) -> None:
     )
 
 
-def one(part: Part, device: Device, gpu: Any, case: Case, bandwidth: float) -> tuple[bool, float]:
+def one(part: Part, device: Device, gpu: Any, case: KernelCase, bandwidth: float) -> tuple[bool, float]:
     """A case's rows; returns whether it is right, and its seconds."""
     on_host = run_on_host(gpu, case)
     with ExitStack() as owned:
-        stream = device.stream()
+        stream = device.make_stream()
         owned.callback(stream.close)
         copies = max(2, min(MOST_COPIES, -(-CACHE // max(case.moved, 1))))
         sets = [on_device(device, stream, owned, case) for _ in range(copies)]
@@ -77,7 +78,7 @@ def one(part: Part, device: Device, gpu: Any, case: Case, bandwidth: float) -> t
     return right, seconds
 
 
-def compare(part: Part, case: Case, name: str, found: Any, host: Any) -> bool:
+def compare(part: Part, case: KernelCase, name: str, found: Any, host: Any) -> bool:
     """Hold a result against what it must be and against the host's; a row only where something is to be said."""
     truth, tolerance = case.wanted[name], case.tolerance(name)
     error = difference(found.reshape(truth.shape), truth)
@@ -97,12 +98,12 @@ def difference(found: Any, truth: Any) -> float:
     return float(np.count_nonzero(np.asarray(found) != np.asarray(truth)))
 
 
-def run(device: Device, stream: Stream, case: Case, arrays: dict[str, Array]) -> None:
+def run(device: Device, stream: Stream, case: KernelCase, arrays: dict[str, Array]) -> None:
     """Enqueue the case's kernel."""
-    device.kernel(case.kernel, stream, **{**case.plain, **arrays})
+    device.launch_kernel(case.kernel, stream, **{**case.plain, **arrays})
 
 
-def on_device(device: Device, stream: Stream, owned: ExitStack, case: Case) -> dict[str, Array]:
+def on_device(device: Device, stream: Stream, owned: ExitStack, case: KernelCase) -> dict[str, Array]:
     """The case's arrays on the device, results poisoned."""
     arrays = {}
     for name, values in _arrays(case).items():
@@ -111,7 +112,7 @@ def on_device(device: Device, stream: Stream, owned: ExitStack, case: Case) -> d
     return arrays
 
 
-def run_on_host(gpu: Any, case: Case) -> dict[str, Any]:
+def run_on_host(gpu: Any, case: KernelCase) -> dict[str, Any]:
     """The same kernel on the host; the results by name."""
     arrays = _arrays(case)
     pointers = {name: values.ctypes.data for name, values in arrays.items()}
@@ -120,16 +121,16 @@ def run_on_host(gpu: Any, case: Case) -> dict[str, Any]:
     return {name: arrays[name] for name in case.wanted}
 
 
-def _arrays(case: Case) -> dict[str, Any]:
+def _arrays(case: KernelCase) -> dict[str, Any]:
     """Fresh copies: inputs as given; results that are not, and scratch, poisoned."""
     arrays = {name: np.array(values) for name, values in case.given.items()}
     for name, values in case.wanted.items():
         if name not in arrays:
-            arrays[name] = poisoned(values.shape, str(values.dtype))
-    return arrays | {name: poisoned((size,), "uint8") for name, size in case.scratch.items()}
+            arrays[name] = make_poison(values.shape, str(values.dtype))
+    return arrays | {name: make_poison((size,), "uint8") for name, size in case.scratch.items()}
 
 
-def poisoned(shape: tuple[int, ...], dtype: str) -> Any:
+def make_poison(shape: tuple[int, ...], dtype: str) -> Any:
     """Values nothing gives: NaN, or a pattern of bits."""
     out = np.empty(shape, dtype)
     out.reshape(-1).view(np.uint8)[...] = 0xFF if out.dtype.kind == "f" else 0x5A

@@ -15,9 +15,9 @@ from _sdxl_files import sdxl_configs, write_tokenizers
 
 if TYPE_CHECKING:
     from dreammix_trt.core.request import Request
+    from dreammix_trt.core.seam import Array, DeviceNetworks, Stream
     from dreammix_trt.core.subject import Subject
-    from dreammix_trt.engine.gpu.device import Array, Device, Stream
-    from dreammix_trt.engine.gpu.networks import DeviceNetworks
+    from dreammix_trt.engine.drivers.device import Device
 
 CHANNELS = 4
 PROMPT = "a red striped mug on a table"
@@ -66,12 +66,12 @@ class Setting:
 def device_of(setting: Setting) -> Iterator[Device]:
     """The GPU, or the simulated device."""
     if setting.simulate:
-        from dreammix_trt.engine.gpu.simulated import SimulatedDevice
+        from dreammix_trt.engine.drivers.simulated import SimulatedDevice
 
         with SimulatedDevice() as simulated:
             yield simulated
         return
-    from dreammix_trt.engine.gpu.cuda import CudaDevice
+    from dreammix_trt.engine.drivers.cuda import CudaDevice
 
     device = CudaDevice()
     try:
@@ -99,7 +99,7 @@ def configs_of(setting: Setting) -> dict[str, dict[str, Any]]:
 @contextmanager
 def random_networks(setting: Setting, device: Device, *, compiled: bool = False) -> Iterator[Any]:
     """SDXL with random weights made on the device, patched, with LoRA inputs: `TorchNetworks`."""
-    from dreammix_trt.export.torch_networks import TorchNetworks
+    from dreammix_trt.export.torch_backend.on_device import TorchNetworks
 
     configs = {name: config for name, config in configs_of(setting).items() if name != "scheduler"}
     options: dict[str, Any] = {
@@ -143,7 +143,7 @@ class RecordedBound:
 
     def enqueue(self, stream: Stream) -> None:
         """Put one pass into the stream."""
-        self._device.work(self._name, stream, lambda: self._bound.enqueue(stream))
+        self._device.enqueue_work(self._name, stream, lambda: self._bound.enqueue(stream))
 
     def close(self) -> None:
         """As the networks' own."""
@@ -189,8 +189,8 @@ def sample_picture(side: int) -> tuple[Any, Any]:
 class Front:
     """A studio and what a request needs around it: pictures and a request in, a picture out."""
 
-    def __init__(self, studio: Any) -> None:
-        self.studio = studio
+    def __init__(self, studio: Any, tokenizers: Sequence[Any]) -> None:
+        self.studio, self.tokenizers = studio, tokenizers
 
     def paint(self, image: Any, mask: Any, request: Request, *, subject: str = "") -> Any:
         """The finished picture, uint8 (H, W, 3)."""
@@ -198,19 +198,22 @@ class Front:
 
     def paint_batch(self, wanted: Sequence[tuple[Any, Any, Request, str]]) -> list[Any]:
         """Several pictures as one batch."""
-        *_, images = self.studio.paint(self.works(wanted))
-        return list(images)
+        *_, painted = self.studio.paint(self.works(wanted))
+        return [picture.pixels for picture in painted]
 
     def works(self, wanted: Sequence[tuple[Any, Any, Request, str]]) -> list[Any]:
         """What the studio is given of these pictures."""
         from dreammix_trt.core.schedule import make_schedule
-        from dreammix_trt.engine.dreammix import laid
+        from dreammix_trt.engine.jobs import lay_canvas
+        from dreammix_trt.engine.prompts import plan_prompts
+        from dreammix_trt.engine.runtime import Work
 
         works = []
         for image, mask, request, subject in wanted:
-            canvas = laid(image, mask, request, self.studio.facts, self.studio.networks.frames())
+            canvas = lay_canvas(image, mask, request, self.studio.facts, self.studio.frames)
             schedule = make_schedule(request, raw_unet=self.studio.has_raw_unet)
-            works.append(self.studio.work(canvas, request, schedule, request.seed, subject, "sks"))
+            prompts = plan_prompts(self.tokenizers, request, subject, "sks")
+            works.append(Work(canvas, request, schedule, request.seed, subject, prompts))
         return works
 
     @property
@@ -220,10 +223,10 @@ class Front:
 
     def plan_for(self, total: int) -> Any:
         """The memory plan on a device of `total` bytes of which others hold as much as here."""
-        from dreammix_trt.engine.gpu.arena import sizes
-        from dreammix_trt.engine.gpu.plan import plan_memory
+        from dreammix_trt.engine.device.arena import measure_regions
+        from dreammix_trt.engine.device.memory_plan import plan_memory
 
-        plan, taken = self.studio.plan, sizes(self.studio._regions())
+        plan, taken = self.studio.plan, measure_regions(self.studio.needs.regions)
         workspace = taken.pop("workspace")
         usable = total - (plan.total - plan.free)
         return plan_memory(self.studio.networks, usable, total, self.studio.options, taken, workspace, loaded=())
@@ -234,14 +237,14 @@ def studio_for(
     device: Device, networks: Any, tokenizers: Sequence[Any], subjects: Sequence[Subject] = (),
     stream: Stream | None = None, **options: Any,
 ) -> Iterator[Front]:  # fmt: skip
-    """The device runtime over these networks; stream: where they must run; options: of `engine.gpu.plan.Options`."""
-    from dreammix_trt.engine.gpu.plan import Options
-    from dreammix_trt.engine.gpu.studio import Studio
+    """The device runtime over these networks; stream: where they must run; options: of `engine.Options`."""
+    from dreammix_trt.engine.device.memory_plan import Options
+    from dreammix_trt.engine.device.studio import Studio
 
-    with Studio(device, networks, tokenizers, Options(**options), stream) as studio:
+    with Studio(device, networks, Options(**options), stream) as studio:
         for subject in subjects:
             studio.add_subject(subject.name, subject)
-        yield Front(studio)
+        yield Front(studio, tokenizers)
 
 
 # ------------------------------------------------------------------------------------------------ one step
@@ -258,19 +261,19 @@ class StepRig:
         subjects: Sequence[Subject] = (), stream: Stream | None = None,
     ) -> None:  # fmt: skip
         """latent: height and width; rows: a picture, 2 with guidance; stream: where the networks must run."""
-        from dreammix_trt.engine.gpu.arena import Arena
-        from dreammix_trt.engine.gpu.networks import Sides
-        from dreammix_trt.engine.gpu.subjects import Layout, Subjects
+        from dreammix_trt.core.axes import Sides
+        from dreammix_trt.engine.device.arena import Arena
+        from dreammix_trt.engine.device.subjects import Layout, Subjects
 
         self.device, self.pictures, self.rows, self.latent = device, pictures, rows, latent
         self._owned = ExitStack()
         try:
-            self.stream: Stream = stream or device.stream()
+            self.stream: Stream = stream or device.make_stream()
             if stream is None:
                 self._owned.callback(self.stream.close)
             self.sides = Sides(pictures * rows, pictures, *latent)
             self.layout = Layout(networks, pictures)
-            arena = Arena(device, self.layout.regions(max(len(subjects), 1)))
+            arena = Arena(device, self.layout.list_regions(max(len(subjects), 1)))
             self._owned.callback(arena.close)
             self.subjects = Subjects(device, self.stream, self.layout, arena, lambda: device.synchronize(self.stream))
             for subject in subjects:
@@ -337,14 +340,15 @@ class StepRig:
             tensor.name: array(self.device, self._owned, self.sides.shape(tensor), tensor.dtype)
             for tensor in (*networks.inputs("unet"), *networks.outputs("unet")) if "lora" not in tensor.name
         }  # fmt: skip
-        return own | self.layout.arrays("unet", factors, self.pictures)
+        return own | self.layout.cut_arrays("unet", factors, self.pictures)
 
     def _states(self) -> dict[str, Array]:
-        from dreammix_trt import _cpp  # type: ignore[attr-defined,unused-ignore]
+        from dreammix_trt import _cpp
         from dreammix_trt.core.request import Request
         from dreammix_trt.core.schedule import make_schedule
-        from dreammix_trt.engine.gpu.jobs import MOST_STEPS
-        from dreammix_trt.engine.gpu.records import JOB, STEP
+        from dreammix_trt.core.seam import BaseFacts
+        from dreammix_trt.engine.device.blocks import MOST_STEPS, make_steps
+        from dreammix_trt.engine.device.records import JOB, STEP
 
         height, width = self.latent
         latents = (self.pictures, CHANNELS, height, width)
@@ -357,15 +361,11 @@ class StepRig:
             "jobs": ((self.pictures, JOB.itemsize), "uint8"),
         }  # fmt: skip
         found = {name: array(self.device, self._owned, shape, dtype) for name, (shape, dtype) in shapes.items()}
-        step = make_schedule(Request(prompt=PROMPT, num_inference_steps=30))[12]
-        row = np.zeros(1, STEP)
-        for name in STEP.names or ():
-            if hasattr(step, name):
-                row[name] = getattr(step, name)
-        row["blend_step"], row["solver_step"] = 12, 12
-        jobs = np.zeros(self.pictures, JOB)
-        jobs["seed"], jobs["size_height"], jobs["size_width"] = np.arange(self.pictures), 8 * height, 8 * width
-        jobs["target"] = 8 * max(height, width)
+        side = 8 * max(height, width)
+        facts = BaseFacts(native_side=side, divisor=8, scaling_factor=1.0, feature_channels=1)
+        rows = make_steps(make_schedule(Request(prompt=PROMPT, num_inference_steps=30)), (8 * height, 8 * width), facts)
+        row, jobs = rows[12:13], np.zeros(self.pictures, JOB)
+        jobs["seed"] = np.arange(self.pictures)
         upload(self.device, self.stream, found["table"], np.broadcast_to(row, (self.pictures, MOST_STEPS)))
         upload(self.device, self.stream, found["jobs"], jobs)
         return found
@@ -379,7 +379,7 @@ class StepRig:
         self._kernel("step_after", **self._common(), eps=self.arrays["eps"], **state, bit=4)
 
     def _common(self) -> dict[str, Any]:
-        from dreammix_trt.engine.gpu.jobs import MOST_STEPS
+        from dreammix_trt.engine.device.blocks import MOST_STEPS
 
         shared = _same(self._state, "counter", "table", "jobs", "x", "background", "mask", "x_in")
         return shared | {
@@ -388,7 +388,7 @@ class StepRig:
         }  # fmt: skip
 
     def _kernel(self, name: str, **arguments: Any) -> None:
-        self.device.kernel(name, self.stream, **arguments)
+        self.device.launch_kernel(name, self.stream, **arguments)
 
 
 def _same(arrays: Mapping[str, Array], *names: str) -> dict[str, Array]:

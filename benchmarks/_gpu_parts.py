@@ -55,8 +55,8 @@ def loop(part: Part, setting: Setting) -> None:
     from dreammix_trt.core.request import Request
     from dreammix_trt.engine.dreammix import DreamMix
     from dreammix_trt.engine.text import Tokenizer
-    from dreammix_trt.export.torch_networks import TorchNetworks
-    from dreammix_trt.export.torch_set import TorchEngineSet
+    from dreammix_trt.export.torch_backend.engine_set import TorchEngineSet
+    from dreammix_trt.export.torch_backend.on_device import TorchNetworks
 
     plain_float32()
     base = BaseFiles.open()
@@ -67,7 +67,7 @@ def loop(part: Part, setting: Setting) -> None:
         networks = on_device(setting, device, plain)
         facts, subject = networks.facts, random_subject(networks, "mug", seed=3)
         with (
-            DreamMix(host_networks, facts, tokenizers, [subject]) as host,
+            DreamMix.on_host(host_networks, facts, tokenizers, [subject]) as host,
             studio_for(device, networks, tokenizers, [subject]) as front,
         ):
             for name, side, fields in _loop_cases(setting):

@@ -199,14 +199,14 @@ def plain_loop(setting: Setting, networks: Any, compiled: bool) -> Paint:
     pooled_width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     scale = vae.config.scaling_factor
 
-    def encoded(picture: Any) -> Any:
+    def encode_picture(picture: Any) -> Any:
         return scale * vae.encode(picture).latent_dist.sample()
 
     def paint(fields: Mapping[str, Any]) -> object:
         with torch.no_grad():
-            return painted(fields)
+            return paint_picture(fields)
 
-    def painted(fields: Mapping[str, Any]) -> Any:
+    def paint_picture(fields: Mapping[str, Any]) -> Any:
         torch.manual_seed(0)
         rows = 2 if fields["guidance_scale"] > 1 else 1
         text = torch.randn(rows, 77, config.cross_attention_dim, **place)
@@ -214,8 +214,8 @@ def plain_loop(setting: Setting, networks: Any, compiled: bool) -> Paint:
         ids = torch.tensor([[setting.side, setting.side, 0, 0, setting.side, setting.side]] * rows, **place)
         picture = torch.from_numpy(image).permute(2, 0, 1)[None].to(**place) / 127.5 - 1
         hole = torch.from_numpy(mask)[None, None].to(**place) / 255
-        background = encoded(picture)
-        encoded(picture * (hole < 0.5))  # the pipeline makes it for every UNet
+        background = encode_picture(picture)
+        encode_picture(picture * (hole < 0.5))  # the pipeline makes it for every UNet
         hole = torch.nn.functional.interpolate(hole, size=(side, side))
         scheduler.set_timesteps(fields["num_inference_steps"], device=setting.torch_device)
         noise = torch.randn_like(background)

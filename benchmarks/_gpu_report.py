@@ -134,7 +134,7 @@ class Part:
         return {**self.facts, "rows": self.rows, **told}
 
 
-def failed(record: Mapping[str, Any]) -> bool:
+def has_failed(record: Mapping[str, Any]) -> bool:
     """Whether a part ended early or missed a goal."""
     return record.get("error") is not None or any(row["pass"] is False for row in record["rows"])
 
@@ -150,7 +150,7 @@ def chosen(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in PARTS if name in names or not names)
 
 
-def merged(path: Path, parts: Mapping[str, Mapping[str, Any]], *, simulated: bool = False) -> dict[str, Any]:
+def merge_parts(path: Path, parts: Mapping[str, Mapping[str, Any]], *, simulated: bool = False) -> dict[str, Any]:
     """The file's content with these parts in place of its own; every part carries the machine it ran on.
 
     A file that is absent, damaged or no result of this suite counts as empty; so do simulated results for real ones.
@@ -188,7 +188,7 @@ def table(parts: Mapping[str, Mapping[str, Any]], *, goals: bool = True) -> str:
     lines = []
     for name, record in parts.items():
         cells = [
-            (row["metric"], _said(row["value"]), *((row["bound"] or "", marks[row["pass"]]) if goals else ()))
+            (row["metric"], _format_value(row["value"]), *((row["bound"] or "", marks[row["pass"]]) if goals else ()))
             for row in record["rows"]
         ]
         widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))] if cells else []
@@ -200,5 +200,5 @@ def table(parts: Mapping[str, Mapping[str, Any]], *, goals: bool = True) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _said(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

@@ -63,7 +63,7 @@ def small_engine(trt: Any, logger: Any, target: str) -> Any:
 def listener(trt: Any, said: list[str]) -> Any:
     """A logger that keeps errors in `said`."""
 
-    class Listener(trt.ILogger):  # type: ignore[misc,unused-ignore]
+    class Messages(trt.ILogger):  # type: ignore[misc,unused-ignore]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
@@ -71,7 +71,7 @@ def listener(trt: Any, said: list[str]) -> Any:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 said.append(" ".join(message.split())[:300])
 
-    return Listener()
+    return Messages()
 
 
 def reasons(trt: Any, diagnostics: int) -> str:
@@ -82,12 +82,12 @@ def reasons(trt: Any, diagnostics: int) -> str:
 
 def time_engine(part: Part, setting: Setting, folder: Path) -> None:
     """An engine directory through the device runtime, with the rows of `full`."""
-    from dreammix_trt.engine.build import check_runnable, open_engine
-    from dreammix_trt.engine.gpu.loading import open_device
+    from dreammix_trt.engine.device.loading import open_device
+    from dreammix_trt.engine.directory import check_runnable, open_engine
     from dreammix_trt.engine.text import Tokenizer
 
     opened = open_engine(folder)
-    check_runnable(folder, opened)
+    check_runnable(folder, opened, "cuda")
     tokenizers = [Tokenizer.load(opened.parts["base"] / name) for name in ("tokenizer", "tokenizer_2")]
     with device_of(setting):  # says what is wrong with the GPU before anything is loaded
         rate = ceiling(setting)

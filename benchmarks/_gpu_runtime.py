@@ -44,7 +44,7 @@ def subjects(part: Part, setting: Setting) -> None:
 
 
 def _swaps(part: Part, setting: Setting, rig: StepRig) -> None:
-    from dreammix_trt.engine.gpu.subjects import resident_bytes
+    from dreammix_trt.engine.device.subjects import resident_bytes
 
     part.add("a subject's row [MB]", resident_bytes(rig.layout)["row"] / 1e6)
     times = []

@@ -141,7 +141,7 @@ def describe(info: Mapping[str, Any] | None) -> dict[str, Any]:
     info: the extension's `build_info()`.
     """
     from dreammix_trt.engine.hardware import ask_driver
-    from dreammix_trt.engine.machine import installed_versions
+    from dreammix_trt.engine.machine import find_versions
 
     driver = ask_driver()
     found: dict[str, Any] = {**machine(), "driver for CUDA": driver.cuda}
@@ -149,7 +149,7 @@ def describe(info: Mapping[str, Any] | None) -> dict[str, Any]:
         found |= {"gpu": gpu.name, "capability": gpu.capability, "memory [MiB]": gpu.memory >> 20}
     found |= gpu_state()
     found["kernels"] = (info or {}).get("cuda")
-    found["versions"] = installed_versions()
+    found["versions"] = find_versions()
     return found
 
 
@@ -160,10 +160,10 @@ def gpu_state() -> dict[str, Any]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return {}
-    return parsed_state(done.stdout) if done.returncode == 0 else {}
+    return parse_state(done.stdout) if done.returncode == 0 else {}
 
 
-def parsed_state(line: str) -> dict[str, Any]:
+def parse_state(line: str) -> dict[str, Any]:
     """One line of nvidia-smi's answer; fields it does not know ("[N/A]") are left out."""
     cells = next(csv.reader([line.strip()], skipinitialspace=True), [])
     if len(cells) != len(_ASKED):

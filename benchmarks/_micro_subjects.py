@@ -51,7 +51,7 @@ class Verdict:
         return bool(self.right) and self.kept == 1.0
 
 
-def draw_edits(subject: world.Subject, rng: np.random.Generator) -> list[Edit]:
+def draw_edits(subject: world.Thing, rng: np.random.Generator) -> list[Edit]:
     """Identity, body colour, decal colour, pattern and top of one scene; new colours unlike those on the thing."""
     what = subject.attributes
     name = f"sks {what.shape}"
@@ -73,7 +73,7 @@ def draw_edits(subject: world.Subject, rng: np.random.Generator) -> list[Edit]:
     ]
 
 
-def train_subject(subject: world.Subject, folder: Path, *, captioned: bool = True, **fields: Any) -> Path:
+def train_subject(subject: world.Thing, folder: Path, *, captioned: bool = True, **fields: Any) -> Path:
     """Photographs, LoRA and engine of one subject; returns the engine. captioned: with captions naming attributes."""
     for kind in ("image", "mask"):
         (folder / "photos" / kind).mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def train_subject(subject: world.Subject, folder: Path, *, captioned: bool = Tru
 
 def judge_subject(
     number: int,
-    subject: world.Subject,
+    subject: world.Thing,
     dm: DreamMix,
     judge: Judge,
     scenes: int,

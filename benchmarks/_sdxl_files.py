@@ -54,7 +54,7 @@ _CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
-class Entry:
+class FileTensor:
     """A tensor to be written: dtype "float16", "float32", "bfloat16" (made as its bits, uint16), "uint8" or "int64"."""
 
     dtype: str
@@ -63,7 +63,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * _stored(self.dtype).itemsize
+        return math.prod(self.shape) * _numpy_type(self.dtype).itemsize
 
 
 # Configurations
@@ -212,7 +212,7 @@ def _normal(shape: Shape, *names: str, seed: int) -> npt.NDArray[np.float32]:
     return np.random.Generator(_generator(seed, *names)).standard_normal(shape, dtype=np.float32)
 
 
-def _stored(dtype: str) -> np.dtype[Any]:
+def _numpy_type(dtype: str) -> np.dtype[Any]:
     return np.dtype("uint16" if dtype == "bfloat16" else dtype)
 
 
@@ -224,9 +224,9 @@ def _as_stored(values: Array, dtype: str) -> Array:
     return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
 
 
-def _weights(component: str, config: Mapping[str, Any], seed: int, dtype: str) -> dict[str, Entry]:
-    def entry(name: str, shape: Shape) -> Entry:
-        return Entry(dtype, shape, lambda: draw(seed, component, name, shape, dtype))
+def _weights(component: str, config: Mapping[str, Any], seed: int, dtype: str) -> dict[str, FileTensor]:
+    def entry(name: str, shape: Shape) -> FileTensor:
+        return FileTensor(dtype, shape, lambda: draw(seed, component, name, shape, dtype))
 
     return {name: entry(name, shape) for name, shape in shapes_of(component, config).items()}
 
@@ -274,11 +274,11 @@ def write_single_file(
     return path
 
 
-def single_file_entries(configs: Mapping[str, Config], seed: int, dtype: str) -> dict[str, Entry]:
+def single_file_entries(configs: Mapping[str, Config], seed: int, dtype: str) -> dict[str, FileTensor]:
     """The tensors of `write_single_file` (SDXL: 2515), nothing drawn yet."""
     unet = {ours: theirs for theirs, ours in sgm_to_diffusers(configs["unet"]).items()}
     tensors = {name: _weights(name, configs[name], seed, dtype) for name in COMPONENTS}
-    positions = Entry("int64", (1, 77), lambda: np.arange(77, dtype=np.int64)[None])
+    positions = FileTensor("int64", (1, 77), lambda: np.arange(77, dtype=np.int64)[None])
     renamed = {
         "unet": {unet[name]: entry for name, entry in tensors["unet"].items()},
         "vae": _ldm_vae(tensors["vae"], len(configs["vae"]["block_out_channels"])),
@@ -307,7 +307,7 @@ def _with_channels(configs: Mapping[str, Config], in_channels: int) -> dict[str,
     return {**configs, "unet": {**configs["unet"], "in_channels": in_channels}}
 
 
-def _write_component(folder: Path, tensors: dict[str, Entry], variant: str, shards: int, format: str) -> None:
+def _write_component(folder: Path, tensors: dict[str, FileTensor], variant: str, shards: int, format: str) -> None:
     bin_text = format == "bin" and folder.name.startswith("text")
     stem = "pytorch_model" if bin_text else "model" if folder.name.startswith("text") else "diffusion_pytorch_model"
     dotted = f".{variant}" if variant else ""
@@ -328,7 +328,7 @@ def _write_component(folder: Path, tensors: dict[str, Entry], variant: str, shar
         _write_json(folder / f"{stem}.{format}.index{dotted}.json", index)
 
 
-def _ldm_vae(tensors: Mapping[str, Entry], levels: int) -> dict[str, Entry]:
+def _ldm_vae(tensors: Mapping[str, FileTensor], levels: int) -> dict[str, FileTensor]:
     """ldm counts the decoder's blocks from the picture inwards and has the attention's matrices as 1x1 convolutions."""
 
     def level(match: re.Match[str]) -> str:
@@ -345,12 +345,12 @@ def _ldm_vae(tensors: Mapping[str, Entry], levels: int) -> dict[str, Entry]:
         if attention:
             name = name.replace("group_norm", "norm").replace("to_out.0", "proj_out").replace(".to_", ".")
             if len(entry.shape) == 2:
-                entry = _changed(entry, (*entry.shape, 1, 1), lambda value: value[:, :, None, None])
+                entry = _change(entry, (*entry.shape, 1, 1), lambda value: value[:, :, None, None])
         renamed[name] = entry
     return renamed
 
 
-def _open_clip(tensors: Mapping[str, Entry]) -> dict[str, Entry]:
+def _open_clip(tensors: Mapping[str, FileTensor]) -> dict[str, FileTensor]:
     """OpenCLIP has query, key and value in one matrix and the projection transposed."""
     outer = {
         "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
@@ -363,28 +363,28 @@ def _open_clip(tensors: Mapping[str, Entry]) -> dict[str, Entry]:
         "self_attn.out_proj": "attn.out_proj",
     }  # fmt: skip
     dtype = tensors["text_projection.weight"].dtype
-    renamed = {"logit_scale": Entry(dtype, (), lambda: _as_stored(np.array(math.log(100)), dtype))}
+    renamed = {"logit_scale": FileTensor(dtype, (), lambda: _as_stored(np.array(math.log(100)), dtype))}
     for name, entry in tensors.items():
         match = re.match(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)$", name)
         if name == "text_projection.weight":
-            renamed["text_projection"] = _changed(entry, entry.shape[::-1], np.transpose)
+            renamed["text_projection"] = _change(entry, entry.shape[::-1], np.transpose)
         elif match is None:
             renamed[outer[name]] = entry
         elif match[2] in inner:
             renamed[f"transformer.resblocks.{match[1]}.{inner[match[2]]}.{match[3]}"] = entry
         elif match[2] == "self_attn.q_proj":
             parts = [tensors[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
-            renamed[f"transformer.resblocks.{match[1]}.attn.in_proj_{match[3]}"] = _joined(parts)
+            renamed[f"transformer.resblocks.{match[1]}.attn.in_proj_{match[3]}"] = _join(parts)
     return renamed
 
 
-def _changed(entry: Entry, shape: Shape, change: Callable[[Array], Array]) -> Entry:
-    return Entry(entry.dtype, shape, lambda: change(entry.make()))
+def _change(entry: FileTensor, shape: Shape, change: Callable[[Array], Array]) -> FileTensor:
+    return FileTensor(entry.dtype, shape, lambda: change(entry.make()))
 
 
-def _joined(parts: Sequence[Entry]) -> Entry:
+def _join(parts: Sequence[FileTensor]) -> FileTensor:
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-    return Entry(parts[0].dtype, shape, lambda: np.concatenate([part.make() for part in parts]))
+    return FileTensor(parts[0].dtype, shape, lambda: np.concatenate([part.make() for part in parts]))
 
 
 @cache
@@ -413,7 +413,7 @@ def _tokenizer(size: int) -> tuple[dict[str, int], list[str]]:
 def patch_keys(unet_config: Mapping[str, Any], keys: str = "v26") -> dict[str, str]:
     """sgm -> diffusers names of a patch's tensors: "all", or "v26", which leaves out 36 of SDXL's 60 deepest blocks.
 
-    Which 36 is not known; here they are all but the first four of every ten (reference/dreammix.md 3.3).
+    Which 36 is not known; here they are all but the first four of every ten (docs/algorithm.md, 11.1).
     """
     names = sgm_to_diffusers(unet_config)
     if keys == "all":
@@ -468,7 +468,7 @@ def write_lora(
     wanted = (*modules, *(_FEED_FORWARD if feed_forward else ()), *(("time_emb_proj",) if convs else ()))
     sgm = {name: key for key, name in sgm_to_diffusers(configs["unet"]).items()}
     halved = dialect in ("peft", "kohya", "kohya_sgm")
-    entries: dict[str, Entry] = {}
+    entries: dict[str, FileTensor] = {}
     adapted: dict[str, set[str]] = {}
     for network in COMPONENTS[:1] + (COMPONENTS[2:] if text_encoders else ()):
         ends = wanted if network == "unet" else (*_TEXT_MODULES, *wanted)
@@ -480,9 +480,9 @@ def write_lora(
                 up = 2 * (up.astype(np.float16) if dtype == "float16" else up)
             key = sgm[f"{module}.weight"] if dialect == "kohya_sgm" and network == "unet" else module
             down_key, up_key, alpha_key = _lora_names(dialect, network, key.removesuffix(".weight"))
-            entries |= {down_key: _given(down, dtype), up_key: _given(up, dtype)}
+            entries |= {down_key: _from_values(down, dtype), up_key: _from_values(up, dtype)}
             if alpha_key:
-                entries[alpha_key] = _given(np.array(rank / 2), dtype)
+                entries[alpha_key] = _from_values(np.array(rank / 2), dtype)
     metadata = {"format": "pt"}
     if dialect == "peft":
         told = {
@@ -496,18 +496,18 @@ def write_lora(
     return path
 
 
-def _delta(seed: int, name: str, shape: Shape) -> tuple[Entry, Entry, Entry]:
+def _delta(seed: int, name: str, shape: Shape) -> tuple[FileTensor, FileTensor, FileTensor]:
     def codes() -> Array:
         return _raw(_generator(seed, "patch", name), math.prod(shape)).reshape(shape)
 
-    def limit(sign: int) -> Entry:
+    def limit(sign: int) -> FileTensor:
         # uniform codes between -r and r have a standard deviation of r / sqrt(3)
         reach = sign * 0.01 * math.sqrt(3) * spread_of(name, shape)[1]
         share = np.random.Generator(_generator(seed, "patch", name, str(sign))).uniform(0.5, 1.5, along)
-        return _given(reach * share, "float16")
+        return _from_values(reach * share, "float16")
 
     along = (shape[0],) + (1,) * (len(shape) - 1)
-    return Entry("uint8", shape, codes), limit(-1), limit(1)
+    return FileTensor("uint8", shape, codes), limit(-1), limit(1)
 
 
 def _lora_modules(network: str, config: Config, ends: Sequence[str], convs: bool) -> Iterator[tuple[str, Shape]]:
@@ -546,17 +546,17 @@ def _lora_names(dialect: str, network: str, module: str) -> tuple[str, str, str]
     return f"{stem}{inner}.down.weight", f"{stem}{inner}.up.weight", ""
 
 
-def _given(values: Array, dtype: str) -> Entry:
-    return Entry(dtype, values.shape, lambda: _as_stored(values, dtype))
+def _from_values(values: Array, dtype: str) -> FileTensor:
+    return FileTensor(dtype, values.shape, lambda: _as_stored(values, dtype))
 
 
 # Containers
 
 
-def write_safetensors(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
+def write_safetensors(path: Path, entries: Mapping[str, FileTensor], metadata: Mapping[str, str]) -> None:
     """The format from its description: length of the header (8 bytes), JSON, then the tensors without gaps."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    order = sorted(entries, key=lambda name: (-_stored(entries[name].dtype).itemsize, name))
+    order = sorted(entries, key=lambda name: (-_numpy_type(entries[name].dtype).itemsize, name))
     end = 0
     for name in order:
         entry, start = entries[name], end
@@ -567,10 +567,10 @@ def write_safetensors(path: Path, entries: Mapping[str, Entry], metadata: Mappin
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            _made(entries[name]).tofile(file)
+            _make(entries[name]).tofile(file)
 
 
-def _torch_save(path: Path, tree: Mapping[str, tuple[Entry, ...]]) -> None:
+def _torch_save(path: Path, tree: Mapping[str, tuple[FileTensor, ...]]) -> None:
     """`torch.save` of name -> tensor, or tuple of tensors; the tensors lie in a mapped scratch file, not in memory."""
     import torch
 
@@ -581,10 +581,12 @@ def _torch_save(path: Path, tree: Mapping[str, tuple[Entry, ...]]) -> None:
         mapped = np.memmap(scratch, np.uint8, "r+")
         places = iter(np.cumsum([0, *sizes]).tolist())
 
-        def tensor(entry: Entry) -> Any:
+        def tensor(entry: FileTensor) -> Any:
             start = next(places)
-            values = np.asarray(mapped[start : start + entry.nbytes]).view(_stored(entry.dtype)).reshape(entry.shape)
-            values[...] = _made(entry)
+            values = (
+                np.asarray(mapped[start : start + entry.nbytes]).view(_numpy_type(entry.dtype)).reshape(entry.shape)
+            )
+            values[...] = _make(entry)
             made = torch.from_numpy(values)
             return made.view(torch.bfloat16) if entry.dtype == "bfloat16" else made
 
@@ -592,9 +594,9 @@ def _torch_save(path: Path, tree: Mapping[str, tuple[Entry, ...]]) -> None:
         torch.save({name: parts if len(parts) > 1 else parts[0] for name, parts in made.items()}, path)
 
 
-def _made(entry: Entry) -> Array:
+def _make(entry: FileTensor) -> Array:
     values = np.ascontiguousarray(entry.make()).reshape(entry.shape)
-    assert values.dtype == _stored(entry.dtype), (values.dtype, entry.dtype)
+    assert values.dtype == _numpy_type(entry.dtype), (values.dtype, entry.dtype)
     return values
 
 

@@ -169,24 +169,27 @@ def child(kind: str, inputs: str, onnx: str, paths: list[str]) -> None:
     """One side of `unet_call`, in a process of its own."""
     from dreammix_trt.core.checkpoint import BaseFiles
     from dreammix_trt.core.lora import read_lora
-    from dreammix_trt.core.subject import pack, unpacked
-    from dreammix_trt.export.networks import networks_of, torch_module, weights_of
+    from dreammix_trt.core.network_weights import weights_of
+    from dreammix_trt.core.networks import describe_networks
+    from dreammix_trt.core.packing import pack
+    from dreammix_trt.core.slots import unpack
     from dreammix_trt.export.parity import OnnxNetwork, run_torch
+    from dreammix_trt.export.torch_module import make_torch_module
 
     base = BaseFiles.open(*paths[:3], tokenizer=paths[4] or None)
-    network = next(each for each in networks_of(base, precision="float16", fused=True) if each.name == "unet")
+    network = next(each for each in describe_networks(base, precision="float16", fused=True) if each.name == "unet")
     if kind == "make inputs":
-        made = network.example({"pictures": 1, "rows": 2, "h": LATENT, "w": LATENT})
+        made = network.draw_example({"pictures": 1, "rows": 2, "h": LATENT, "w": LATENT})
         factors = read_lora(paths[3], base.configs["unet"]).factors["unet"]
         made |= {
             name: rows.astype(np.float16)
-            for name, rows in unpacked(pack(factors, network.slots)[None], network.slots).items()
+            for name, rows in unpack(pack(factors, network.slots)[None], network.slots).items()
         }
         np.savez(inputs, **made)
         return
     arrays = dict(np.load(inputs))
     run = (
-        (lambda: run_torch(torch_module(network, weights_of(base, "unet")), network, arrays))
+        (lambda: run_torch(make_torch_module(network, weights_of(base, "unet")), network, arrays))
         if kind == "torch"
         else (lambda: OnnxNetwork(Path(onnx) / "unet.onnx", light=True).run(**arrays))
     )

@@ -20,11 +20,11 @@ sys.path.insert(0, str(ROOT))
 from benchmarks._common import Benchmark  # noqa: E402
 from benchmarks._golden_case import BACKENDS, Case, find_cases, networks_for, replay  # noqa: E402
 from benchmarks._golden_checks import check_case  # noqa: E402
-from benchmarks.golden_units import Row, check_units  # noqa: E402
-from dreammix_trt.core.subject import pack  # noqa: E402
+from benchmarks.golden_units import Check, check_units  # noqa: E402
+from dreammix_trt.core.packing import pack  # noqa: E402
+from dreammix_trt.core.seam import Networks  # noqa: E402
 from dreammix_trt.engine import kernels  # noqa: E402
-from dreammix_trt.engine.networks import EngineSet  # noqa: E402
-from dreammix_trt.engine.stages import Networks  # noqa: E402
+from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet  # noqa: E402
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -41,21 +41,23 @@ def main(words: Sequence[str] | None = None) -> int:
     bench = Benchmark("golden", threads=chosen.threads or None)
     if not chosen.cases and (chosen.folder / "units.npz").is_file():
         _add(bench, "units", check_units(chosen.folder / "units.npz"))
-    for case, networks in _loaded(find_cases(chosen.folder, chosen.cases), chosen.backend, chosen.threads or None):
+    for case, networks in _load_cases(find_cases(chosen.folder, chosen.cases), chosen.backend, chosen.threads or None):
         start = time.perf_counter()
-        _add(bench, case.name, [*_encodings(case, networks), *checked(case, networks, whole=not chosen.no_run)])
+        _add(
+            bench, case.name, [*_encodings(case, networks), *check_whole_case(case, networks, whole=not chosen.no_run)]
+        )
         if isinstance(networks, EngineSet):
             networks.close()  # its arenas have grown to this case's sizes; sessions come back when needed
         bench.add(f"{case.name}: seconds ({chosen.backend})", time.perf_counter() - start)
     return bench.finish(chosen.json)
 
 
-def checked(case: Case, networks: Networks, *, whole: bool = True) -> list[Row]:
+def check_whole_case(case: Case, networks: Networks, *, whole: bool = True) -> list[Check]:
     """Every array of a case; whole False: without the run end to end."""
     return check_case(case, networks, replay(case, networks) if whole else None)
 
 
-def _loaded(cases: list[Case], backend: str, threads: int | None) -> list[tuple[Case, Networks]]:
+def _load_cases(cases: list[Case], backend: str, threads: int | None) -> list[tuple[Case, Networks]]:
     """Each case with its networks, shared by the cases of one model."""
     rank = max((case.rank for case in cases), default=0)
     made: dict[str, Networks] = {}
@@ -65,18 +67,18 @@ def _loaded(cases: list[Case], backend: str, threads: int | None) -> list[tuple[
     return [(case, made[str(case.base)]) for case in cases]
 
 
-def _encodings(case: Case, networks: Networks) -> list[Row]:
+def _encodings(case: Case, networks: Networks) -> list[Check]:
     """The interchangeable files of a LoRA give the same factors (up to a rounding of the scale)."""
     rows = []
     slots = networks.slots("unet")
     for n, lora in enumerate(case.config["loras"]):
         packed = [pack(case.loras(k)[n][0].factors.get("unet", {}), slots) for k in range(len(lora["files"]))]
         error = max(float(abs(other - packed[0]).max()) for other in packed)
-        rows.append(Row(f"lora {n}: encodings agree", error, 1e-6, error <= 1e-6))
+        rows.append(Check(f"lora {n}: encodings agree", error, 1e-6, error <= 1e-6))
     return rows
 
 
-def _add(bench: Benchmark, name: str, rows: list[Row]) -> None:
+def _add(bench: Benchmark, name: str, rows: list[Check]) -> None:
     for row in rows:
         bench.rows.append({
             "metric": f"{name}: {row.array}", "value": float(f"{row.error:.3g}"),

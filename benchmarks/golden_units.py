@@ -1,6 +1,6 @@
 """Does the arithmetic outside the networks equal the recorded pieces (`units.npz`)? One row per group of arrays.
 
-`golden/README.md` describes the file; any other file of that format can be checked.
+docs/algorithm.md, 15, says what the file is; any other file of that format can be checked.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import numpy.typing as npt
 from dreammix_trt.core import fooocus, schedule
 from dreammix_trt.core.keymap import sgm_to_diffusers
 from dreammix_trt.core.request import Request
-from dreammix_trt.engine import canvas, geometry, kernels, text
+from dreammix_trt.engine import kernels, text
+from dreammix_trt.engine.canvas import frames as canvas
+from dreammix_trt.engine.canvas import geometry
 
 Array = npt.NDArray[Any]
 ARITHMETIC = 2e-6  # of the array's maximum
@@ -33,7 +35,7 @@ _SDXL = {
 
 
 @dataclass(frozen=True)
-class Row:
+class Check:
     """One comparison: the largest error, as a share of the array's maximum (bound 0: largest plain difference)."""
 
     array: str
@@ -42,11 +44,11 @@ class Row:
     passed: bool
 
 
-def check_units(path: str | Path) -> list[Row]:
+def check_units(path: str | Path) -> list[Check]:
     """Check every array of `path` (a units.npz, its model and head beside it). Arrays nobody checks fail."""
     units = _Units(Path(path))
     rows = [row for check in _CHECKS for row in check(units)]
-    return rows + [Row(f"{name} (unknown array)", float("nan"), 0.0, False) for name in units.unread()]
+    return rows + [Check(f"{name} (unknown array)", float("nan"), 0.0, False) for name in units.unread()]
 
 
 class _Units:
@@ -70,50 +72,52 @@ class _Units:
         return sorted(set(self._arrays) - self._read)
 
 
-def row_of(array: str, got: Array, wanted: Array, bound: float) -> Row:
+def row_of(array: str, got: Array, wanted: Array, bound: float) -> Check:
     """`got` against `wanted`: bound 0 asks for equality, else the difference is a share of wanted's maximum."""
     if got.shape != wanted.shape:
-        return Row(f"{array} (shape {got.shape}, expected {wanted.shape})", float("inf"), bound, False)
+        return Check(f"{array} (shape {got.shape}, expected {wanted.shape})", float("inf"), bound, False)
     if wanted.size == 0 or np.array_equal(got, wanted):
-        return Row(array, 0.0, bound, True)
+        return Check(array, 0.0, bound, True)
     if wanted.dtype.kind in "US":
-        return Row(array, float((got != wanted).sum()), bound, False)
+        return Check(array, float((got != wanted).sum()), bound, False)
     difference = float(np.abs(got.astype(np.float64) - wanted.astype(np.float64)).max())
     error = difference if bound == 0 else difference / max(float(np.abs(wanted.astype(np.float64)).max()), 1e-30)
-    return Row(array, error, bound, bool(error <= bound))
+    return Check(array, error, bound, bool(error <= bound))
 
 
 def _ints(values: Iterable[Any]) -> tuple[int, ...]:
     return tuple(int(value) for value in values)
 
 
-def _sized(values: Array) -> tuple[int, int]:
+def _read_size(values: Array) -> tuple[int, int]:
     height, width = _ints(values)
     return height, width
 
 
-def _boxed(values: Array) -> tuple[int, int, int, int]:
+def _read_box(values: Array) -> tuple[int, int, int, int]:
     r0, r1, c0, c1 = _ints(values)
     return r0, r1, c0, c1
 
 
-def _boxes(units: _Units) -> Iterator[Row]:
-    frames = [_sized(row) for row in units["crop_frame_hw"]]
-    bounds = [(r0, r1 + 1, c0, c1 + 1) for r0, r1, c0, c1 in map(_boxed, units["crop_bbox_inclusive"])]
+def _boxes(units: _Units) -> Iterator[Check]:
+    frames = [_read_size(row) for row in units["crop_frame_hw"]]
+    bounds = [(r0, r1 + 1, c0, c1 + 1) for r0, r1, c0, c1 in map(_read_box, units["crop_bbox_inclusive"])]
     first = [geometry.initial_box(box, frame) for box, frame in zip(bounds, frames, strict=True)]
     yield row_of("crop_initial_box", np.array(first), units["crop_initial_box"], 0)
     fields = [float(k) for k in units["crop_k"]]
-    grown = [[geometry.grown_box(box, k, frame) for k in fields] for box, frame in zip(first, frames, strict=True)]
+    grown = [[geometry.grow_box(box, k, frame) for k in fields] for box, frame in zip(first, frames, strict=True)]
     yield row_of("crop_box", np.array(grown), units["crop_box"], 0)
 
 
-def _sizes(units: _Units) -> Iterator[Row]:
-    sizes = [geometry.reference_work_size(_sized(row)) for row in units["resize_in_hw"]]
+def _sizes(units: _Units) -> Iterator[Check]:
+    sizes = [geometry.reference_work_size(_read_size(row)) for row in units["resize_in_hw"]]
     yield row_of("resize_out_hw", np.array(sizes), units["resize_out_hw"], 0)
-    yield row_of("resize_vae_hw", np.array([geometry.floored(size) for size in sizes]), units["resize_vae_hw"], 0)
+    yield row_of(
+        "resize_vae_hw", np.array([geometry.floor_to_cells(size) for size in sizes]), units["resize_vae_hw"], 0
+    )
 
 
-def _pictures(units: _Units) -> Iterator[Row]:
+def _pictures(units: _Units) -> Iterator[Check]:
     feathers = np.stack([kernels.feather(mask, 32) for mask in units["feather_mask"]])
     yield row_of("feather_out", feathers, units["feather_out"], 0)
     images, masks = units["fill_image"], units["fill_mask"]
@@ -121,21 +125,21 @@ def _pictures(units: _Units) -> Iterator[Row]:
     yield row_of("fill_out", fills, units["fill_out"], 0)
     for name, soft in (("paste_out", False), ("paste_out_soft", True)):
         pasted = [
-            _pasted(units["fill_image"][n], content, _boxed(units["paste_box"][n]), units["feather_out"][n], soft)
+            _paste(units["fill_image"][n], content, _read_box(units["paste_box"][n]), units["feather_out"][n], soft)
             for n, content in enumerate(units["paste_content"])
         ]
         yield row_of(name, np.stack(pasted), units[name], 0)
     yield row_of("soft_alpha_96x64", kernels.soft_alpha(96, 64), units["soft_alpha_96x64"], ARITHMETIC)
 
 
-def _pasted(image: Array, content: Array, box: kernels.Box, weight: Array, soft: bool) -> Array:
+def _paste(image: Array, content: Array, box: kernels.Box, weight: Array, soft: bool) -> Array:
     height, width = box[1] - box[0], box[3] - box[2]
     if content.shape[:2] != (height, width):
         content = kernels.resize(content, height, width, "lanczos")
     return kernels.paste(image, content, box, weight, kernels.soft_alpha(height, width) if soft else None)
 
 
-def _projections(units: _Units) -> Iterator[Row]:
+def _projections(units: _Units) -> Iterator[Check]:
     rows = [
         kernels.tas_project(vector[None], remove[None], [0])[0]
         for vector, remove in zip(units["orth_in"], units["orth_remove"], strict=True)
@@ -149,7 +153,7 @@ def _projections(units: _Units) -> Iterator[Row]:
     yield row_of("tas_out", np.stack(out), units["tas_out"], ARITHMETIC)
 
 
-def _tables(units: _Units) -> Iterator[Row]:
+def _tables(units: _Units) -> Iterator[Check]:
     sigmas, steps = np.full_like(units["sigma_table"], np.nan), units["timestep_table"]
     times = np.full_like(steps, np.nan)
     for n, count in enumerate(_ints(units["sigma_steps"])):
@@ -167,27 +171,27 @@ def _plain(table: Array) -> Array:
     return np.where(np.isnan(table), np.float32(-1), table)
 
 
-def _counts(units: _Units) -> Iterator[Row]:
+def _counts(units: _Units) -> Iterator[Check]:
     steps = _ints(units["sigma_steps"])
     for name, values, count in (
-        ("adm_scaled_step_count", "adm_end_values", _scaled_steps),
-        ("fooocus_step_count", "fooocus_time_values", _patched_steps),
+        ("adm_scaled_step_count", "adm_end_values", _count_scaled_steps),
+        ("fooocus_step_count", "fooocus_time_values", _count_patched_steps),
     ):
         got = [[count(n, float(value)) for value in units[values]] for n in steps]
         yield row_of(name, np.array(got), units[name], 0)
 
 
-def _scaled_steps(steps: int, end: float) -> int:
+def _count_scaled_steps(steps: int, end: float) -> int:
     rows = schedule.make_schedule(Request(prompt="", num_inference_steps=steps, size_guidance_end=end))
     return sum(step.size_scale_positive != 1 for step in rows)
 
 
-def _patched_steps(steps: int, share: float) -> int:
+def _count_patched_steps(steps: int, share: float) -> int:
     rows = schedule.make_schedule(Request(prompt="", num_inference_steps=steps, patched_fraction=share))
     return sum(step.network == "unet" for step in rows)
 
 
-def _solver(units: _Units) -> Iterator[Row]:
+def _solver(units: _Units) -> Iterator[Check]:
     for run in units.meta["solver_runs"]:
         name, count, reset = f"solver{run['index']}", run["steps"], run["history_reset_before_step"]
         local = count if reset is None else reset
@@ -196,10 +200,10 @@ def _solver(units: _Units) -> Iterator[Row]:
         wanted = units[f"{name}_coef_x_d_dd_noise"]
         yield row_of(f"{name}_coef_x_d_dd_noise", coefficients, wanted, ARITHMETIC)
         yield row_of(f"{name}_sigmas", schedule.karras_sigmas(count), units[f"{name}_sigmas"], 0)
-        yield row_of(f"{name}_x", _solved(units, name, steps, reset), units[f"{name}_x"][1:], ARITHMETIC)
+        yield row_of(f"{name}_x", _solve(units, name, steps, reset), units[f"{name}_x"][1:], ARITHMETIC)
 
 
-def _solved(units: _Units, name: str, steps: Iterable[schedule.Step], reset: int | None) -> Array:
+def _solve(units: _Units, name: str, steps: Iterable[schedule.Step], reset: int | None) -> Array:
     """Each step from its recorded input, through the kernel that the loop uses."""
     x, x0, noise = units[f"{name}_x"], units[f"{name}_x0"], units[f"{name}_noise"]
     out = []
@@ -222,7 +226,7 @@ def _solved(units: _Units, name: str, steps: Iterable[schedule.Step], reset: int
     return np.stack(out)
 
 
-def _patch(units: _Units) -> Iterator[Row]:
+def _patch(units: _Units) -> Iterator[Check]:
     for case in units.meta["dequant"]:
         name, key = f"dequant{case['index']}", case["key"]
         entry = fooocus.PatchEntry(*(units[f"{name}_{part}"] for part in ("u8", "min", "max")))
@@ -237,7 +241,7 @@ def _patch(units: _Units) -> Iterator[Row]:
             yield row_of(f"{name} (a bias, not applied)", after, before[place], 0)
 
 
-def _names(units: _Units) -> Iterator[Row]:
+def _names(units: _Units) -> Iterator[Check]:
     config = json.loads((units.folder / "model" / "unet" / "config.json").read_text(encoding="utf-8"))
     for model, unet in (("tiny", config), ("sdxl", _SDXL)):
         names, recorded = sgm_to_diffusers(unet), units[f"keymap_{model}_sgm"]
@@ -247,7 +251,7 @@ def _names(units: _Units) -> Iterator[Row]:
         yield row_of(f"keymap_{model}_sgm (all of them)", np.array(sorted(weights)), np.sort(recorded), 0)
 
 
-def _guidance(units: _Units) -> Iterator[Row]:
+def _guidance(units: _Units) -> Iterator[Check]:
     yield row_of("blur_out", kernels.bilateral(units["blur_in"], units["blur_guide"]), units["blur_out"], ARITHMETIC)
     latent, x0 = units["guidance_latent"][None], units["guidance_x0_in"][None]
     out = []
@@ -272,12 +276,12 @@ def _guidance(units: _Units) -> Iterator[Row]:
     yield row_of("guidance_x0_out", np.stack(out), units["guidance_x0_out"], ARITHMETIC)
 
 
-def _head(units: _Units) -> Iterator[Row]:
+def _head(units: _Units) -> Iterator[Check]:
     masks = units["latmask_in"]
     found = np.stack([kernels.latent_mask(_binary(mask), 8) for mask in masks])
     yield row_of("latmask_out", found.astype(np.uint8), units["latmask_out"], 0)
     weight = fooocus.read_head(units.folder / "inpaint_head.pth")[units["head_channels"]]
-    features = [_convolved(np.concatenate([mask[None], units["head_in_latent"]]), weight) for mask in found]
+    features = [_convolve(np.concatenate([mask[None], units["head_in_latent"]]), weight) for mask in found]
     yield row_of("head_out_ch", np.stack(features), units["head_out_ch"], NETWORK)
     picture = units["masked_image_u8"]
     height, width = picture.shape[:2]
@@ -289,7 +293,7 @@ def _binary(mask: Array) -> Array:
     return np.where(mask > 127, np.uint8(255), np.uint8(0))
 
 
-def _convolved(image: Array, weight: Array) -> Array:
+def _convolve(image: Array, weight: Array) -> Array:
     """3x3 convolution of (C, h, w) with edges repeated, in double precision."""
     padded = np.pad(image.astype(np.float64), ((0, 0), (1, 1), (1, 1)), mode="edge")
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
@@ -297,7 +301,7 @@ def _convolved(image: Array, weight: Array) -> Array:
     return out
 
 
-_CHECKS: tuple[Callable[[_Units], Iterator[Row]], ...] = (
+_CHECKS: tuple[Callable[[_Units], Iterator[Check]], ...] = (
     _boxes,
     _sizes,
     _pictures,

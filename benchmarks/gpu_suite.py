@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import _gpu_clock
 from _common import RESULTS
 from _gpu_models import Setting
-from _gpu_report import NAME, PARTS, Part, chosen, failed, merged, table, write
+from _gpu_report import NAME, PARTS, Part, chosen, has_failed, merge_parts, table, write
 from _gpu_setup import (
     ROOT,
     build_extension,
@@ -74,9 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if find_spec("platformdirs") is None:  # torch and nvcc alone: nothing then knows the user's own folder
             os.environ.setdefault("DREAMMIX_HOME", scratch)
         environment = ready(given, capability, Path(scratch))
-        records = {name: supervised(name, given, environment, out, Path(scratch)) for name in names}
+        records = {name: supervise(name, given, environment, out, Path(scratch)) for name in names}
     sys.stdout.write(table(records, goals=not given.simulate))
-    return int(any(failed(record) for record in records.values()))
+    return int(any(has_failed(record) for record in records.values()))
 
 
 def options() -> argparse.ArgumentParser:
@@ -125,12 +125,20 @@ def ready(given: argparse.Namespace, capability: str | None, scratch: Path) -> d
     return environment
 
 
-def supervised(
+def supervise(
     name: str, given: argparse.Namespace, environment: Mapping[str, str], out: Path, scratch: Path
 ) -> dict[str, Any]:
     """Run a part in a process of its own and merge what it left into the file, whatever became of it."""
     left = scratch / f"{name}.json"
-    command = [sys.executable, str(Path(__file__).resolve()), name, "--child", "--out", str(left), *_passed(given)]
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        name,
+        "--child",
+        "--out",
+        str(left),
+        *_pass_options(given),
+    ]
     error, started = None, time.perf_counter()
     try:
         done = subprocess.run(command, env=dict(environment), stdout=sys.stderr, timeout=given.limit)
@@ -143,11 +151,11 @@ def supervised(
         record = json.loads(left.read_text(encoding="utf-8"))
     record["error"] = record["error"] or error
     record["seconds"] = round(time.perf_counter() - started, 1)
-    write(out, merged(out, {name: record}, simulated=given.simulate))
+    write(out, merge_parts(out, {name: record}, simulated=given.simulate))
     return record
 
 
-def _passed(given: argparse.Namespace) -> list[str]:
+def _pass_options(given: argparse.Namespace) -> list[str]:
     """The options a part's process needs."""
     words = []
     for name in ("width", "side", "steps", "repeats", "requests", "swaps", "compile_mode", "engine"):
@@ -164,7 +172,7 @@ def child(name: str, setting: Setting, out: Path) -> int:
     if os.environ.get(_EXTENSION):
         use_extension(Path(os.environ[_EXTENSION]))
     part = Part(name, goals=not setting.simulate, keep=lambda part: write(out, part.to_json()))
-    part.facts = {"machine": describe(_loaded_info()), "settings": asdict(setting)}
+    part.facts = {"machine": describe(_read_build_info()), "settings": asdict(setting)}
     logging.getLogger("dreammix_trt").addHandler(Warnings(part))
     if setting.simulate:
         _gpu_clock.REPEATS = 2
@@ -209,15 +217,15 @@ def work_of(name: str) -> Callable[[Part, Setting], None]:
         return rtx
     works: dict[str, Callable[[Part, Setting], None]] = {
         "machine": _gpu_parts.machine, "kernels": _gpu_kernels.kernels, "loop": _gpu_parts.loop,
-        "full": _gpu_full.full, "compiled": _gpu_full.compiled, "graphs": _gpu_parts.graphs,
+        "full": _gpu_full.full, "compiled": _gpu_full.measure_compiled, "graphs": _gpu_parts.graphs,
         "subjects": _gpu_runtime.subjects, "memory": _gpu_runtime.memory, "soak": _gpu_runtime.soak,
     }  # fmt: skip
     return works[name]
 
 
-def _loaded_info() -> dict[str, Any] | None:
+def _read_build_info() -> dict[str, Any] | None:
     try:
-        from dreammix_trt import _cpp  # type: ignore[attr-defined,unused-ignore]
+        from dreammix_trt import _cpp
     except ImportError:
         return None
     info: dict[str, Any] = _cpp.build_info()

@@ -22,7 +22,7 @@ from _common import Benchmark
 from _sdxl_files import sdxl_configs, write_head, write_patch, write_single_file, write_tokenizers
 
 from dreammix_trt.core.checkpoint import BaseFiles
-from dreammix_trt.export.networks import Network, networks_of
+from dreammix_trt.core.networks import Network, describe_networks
 from dreammix_trt.export.onnx_export import export_network, write_graph
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -40,17 +40,17 @@ def main() -> int:
     bench = Benchmark("graph_forms" if given.width != 1 else "graph_forms_full_size", threads=None)
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.folder or Path(scratch)
-        base = opened(folder, given.width)
+        base = open_checkpoint(folder, given.width)
         if not given.no_build:
             for form in FORMS:
-                build(bench, folder, exported(base, folder, "float16", True), form, base)
-            build(bench, folder, exported(base, folder, "float16", False), "single", base)
+                build(bench, folder, export_unet(base, folder, "float16", True), form, base)
+            build(bench, folder, export_unet(base, folder, "float16", False), "single", base)
         if not given.no_run:
-            run(bench, folder, [exported(base, folder, "float32", fused) for fused in (False, True)])
+            run(bench, folder, [export_unet(base, folder, "float32", fused) for fused in (False, True)])
     return bench.finish(as_json=given.json)
 
 
-def opened(folder: Path, width: float) -> BaseFiles:
+def open_checkpoint(folder: Path, width: float) -> BaseFiles:
     """The benchmark's checkpoint, written where it is not there."""
     file, patch, head = (folder / name for name in ("sdxl.safetensors", "v26.fooocus.patch", "inpaint_head.pth"))
     configs = sdxl_configs(width)
@@ -64,9 +64,9 @@ def opened(folder: Path, width: float) -> BaseFiles:
     return BaseFiles.open(file, patch, head, tokenizer=folder / "tokenizers" if width != 1 else None)
 
 
-def exported(base: BaseFiles, folder: Path, precision: Any, fused: bool) -> Network:
+def export_unet(base: BaseFiles, folder: Path, precision: Any, fused: bool) -> Network:
     """The raw UNet's part in folder/<precision>-<fused>."""
-    network = next(each for each in networks_of(base, 8, precision, fused) if each.name == "unet_raw")
+    network = next(each for each in describe_networks(base, 8, precision, fused) if each.name == "unet_raw")
     out = place(folder, network)
     if not (out / "network.json").exists():
         (out / "graph").mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def place(folder: Path, network: Network) -> Path:
     return folder / f"forms-{network.precision}-{'fused' if network.fused else 'plain'}"
 
 
-def formed(folder: Path, network: Network, form: str) -> tuple[Path, list[dict[str, Any]]]:
+def form_graph(folder: Path, network: Network, form: str) -> tuple[Path, list[dict[str, Any]]]:
     """The graph in a form, beside its weights, and its inputs; a fused graph has single factors, another one packed."""
     out = place(folder, network)
     inputs = [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in network.inputs]
@@ -88,7 +88,7 @@ def formed(folder: Path, network: Network, form: str) -> tuple[Path, list[dict[s
     model = onnx.load(out / "unet.onnx", load_external_data=False)
     graph, side = model.graph, "pictures" if network.fused else "rows"
     factors = _without_inputs(graph, network) if network.fused else _cut_out(graph, network)
-    made = {"single": _single, "stacked": _stacked, "packed": _packed}[form](graph, factors, side)
+    made = {"single": _single, "stacked": _stack_factors, "packed": _pack_factors}[form](graph, factors, side)
     _drop_idle(graph)
     onnx.save(model, out / f"unet-{form}.onnx")
     kept = [entry for entry in inputs if entry["name"] in KEPT]
@@ -127,7 +127,7 @@ def _single(graph: onnx.GraphProto, factors: Factors, side: str) -> Made:
     return made
 
 
-def _stacked(graph: onnx.GraphProto, factors: Factors, side: str) -> Made:
+def _stack_factors(graph: onnx.GraphProto, factors: Factors, side: str) -> Made:
     """One input a shape: (factors, side, height, width), split and squeezed."""
     groups: dict[tuple[int, int], list[str]] = {}
     for name, height, width in factors:
@@ -145,11 +145,11 @@ def _stacked(graph: onnx.GraphProto, factors: Factors, side: str) -> Made:
     return made
 
 
-def _packed(graph: onnx.GraphProto, factors: Factors, side: str) -> Made:
+def _pack_factors(graph: onnx.GraphProto, factors: Factors, side: str) -> Made:
     """One input: every factor flattened, one after the other."""
     sizes = [height * width for _, height, width in factors]
     graph.initializer.append(onnx.numpy_helper.from_array(np.array(sizes, np.int64), "factor_sizes"))
-    parts = [f"{name}_packed" for name, _, _ in factors]
+    parts = [f"{name}_pack_factors" for name, _, _ in factors]
     nodes = [onnx.helper.make_node("Split", ["lora", "factor_sizes"], parts, axis=1)]
     for part, (name, height, width) in zip(parts, factors, strict=True):
         shape = onnx.numpy_helper.from_array(np.array([0, height, width], np.int64), f"{name}_shape")
@@ -189,15 +189,15 @@ def _drop_idle(graph: onnx.GraphProto) -> None:
 
 def build(bench: Benchmark, folder: Path, network: Network, form: str, base: BaseFiles) -> None:
     """Build one form for SM89."""
-    from dreammix_trt.engine.tensorrt import build_engine, profiles_for
+    from dreammix_trt.engine.backends.tensorrt.builder import build_engine, profiles_for
 
-    graph, inputs = formed(folder, network, form)
+    graph, inputs = form_graph(folder, network, form)
     profiles = profiles_for(inputs, pictures=1, shapes="static", latent_side=base.native_side // 8, step=4)
     plan = folder / "form.engine"
     report = build_engine(graph, plan, backend="tensorrt-rtx", profiles=profiles, targets=["sm_89"])
     plan.unlink()
     weights = (place(folder, network) / "unet.safetensors").stat().st_size
-    name = f"TensorRT-RTX, {form} factors, {said(network)}"
+    name = f"TensorRT-RTX, {form} factors, {describe(network)}"
     bench.add(f"{name}: build [s]", report.seconds)
     bench.add(f"{name}: anonymous memory [GiB]", (report.peak_anonymous or 0) / GIB)
     bench.add(f"{name}: plan beyond weights [MiB]", (report.engine_bytes - weights) / MIB)
@@ -210,13 +210,13 @@ def run(bench: Benchmark, folder: Path, networks: list[Network]) -> None:
     works = {}
     for network in networks:
         for form in FORMS if not network.fused else ("packed",):
-            works[f"ONNX Runtime, {form} factors, {said(network)}"] = bound(folder, network, form)
+            works[f"ONNX Runtime, {form} factors, {describe(network)}"] = bound(folder, network, form)
     calls: dict[str, list[float]] = {name: [] for name in works}
     swaps: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(12):
         for name, (session, binding, factors) in works.items():
-            calls[name].append(_timed(partial(session.run_with_iobinding, binding)))
-            swaps[name].append(_timed(partial(_swap, factors)))
+            calls[name].append(_measure(partial(session.run_with_iobinding, binding)))
+            swaps[name].append(_measure(partial(_swap, factors)))
     for name in works:
         bench.add(f"{name}: call at 8x8 [ms]", 1000 * statistics.median(calls[name][2:]))
         bench.add(f"{name}: swap of the factors [ms]", 1000 * statistics.median(swaps[name][2:]))
@@ -226,7 +226,7 @@ def bound(folder: Path, network: Network, form: str) -> tuple[Any, Any, list[tup
     """A session with every input bound, and the bound factors with what to copy into them."""
     import onnxruntime as ort
 
-    graph, inputs = formed(folder, network, form)
+    graph, inputs = form_graph(folder, network, form)
     session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
     sizes, rng = {"pictures": 1, "rows": 2, "h": 8, "w": 8}, np.random.default_rng(0)
     arrays = {}
@@ -241,7 +241,7 @@ def bound(folder: Path, network: Network, form: str) -> tuple[Any, Any, list[tup
     return session, binding, [(values[name], arrays[name]) for name in arrays if name not in KEPT]
 
 
-def said(network: Network) -> str:
+def describe(network: Network) -> str:
     return f"attention {'as single operators' if network.fused else 'written out'}"
 
 
@@ -253,7 +253,7 @@ def _swap(factors: list[tuple[Any, Any]]) -> None:
 KEPT = ("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids", "inpaint_feature")
 
 
-def _timed(work: Any) -> float:
+def _measure(work: Any) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started

@@ -1,1 +1,1 @@
-"""Nouns all floors share: errors, requests, schedules, noise, passports, store, file formats. Imports no other one."""
+"""What all floors share: errors, requests, schedules, noise, passports, store, file formats. Imports no other floor."""

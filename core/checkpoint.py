@@ -1,7 +1,7 @@
-"""What a user holds of a base model: an SDXL checkpoint, a Fooocus patch and its head, another VAE or tokenizer.
+"""The files of a base model: an SDXL checkpoint, a Fooocus patch and its head, another VAE or tokenizer.
 
 The checkpoint is a diffusers folder (`core/diffusers_folder.py`) or a single file (`core/single_file.py`). Nothing here
-needs torch, and weights are read one tensor at a time, when asked for.
+needs torch. Weights are read one tensor at a time, when they are needed.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dreammix_trt.core import fooocus, keymap
-from dreammix_trt.core.diffusers_folder import read_config, read_configs, read_state, weight_files
+from dreammix_trt.core.diffusers_folder import find_weight_files, read_config, read_configs, read_state
 from dreammix_trt.core.errors import FileFormatError
-from dreammix_trt.core.files import reading, sha256_of
+from dreammix_trt.core.files import explain_read_errors, sha256_of
 from dreammix_trt.core.recognise import check_sdxl, check_weights
-from dreammix_trt.core.single_file import odd_tensors, read_single_file, read_vae
+from dreammix_trt.core.single_file import explain_odd_tensors, read_single_file, read_vae
 from dreammix_trt.core.stored import Array, Floats
 from dreammix_trt.core.tensors import Weights, open_tensors
 from dreammix_trt.core.tokenizer_files import (
@@ -26,7 +26,7 @@ from dreammix_trt.core.tokenizer_files import (
     PADS,
     check_tokenizer,
     check_vocabulary,
-    pad_token_of,
+    read_pad_token,
     write_tokenizer_files,
 )
 
@@ -36,17 +36,20 @@ Config = dict[str, Any]
 EMBEDDED = Path(__file__).parents[1] / "models" / "micro-sdxl"
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
-_PATCHED = "an inpainting UNet brings its own head; leave patch and head away, or use a text-to-image base"
+_PATCHED = "an inpainting UNet brings its own head; omit patch and head, or use a text-to-image base"
 
 
 @dataclass(frozen=True)
 class BaseFiles:
-    """A base model on disk, checked; weights are read when asked for. Made by `BaseFiles.open`.
+    """A base model on disk, checked. Make it with `BaseFiles.open`. Weights are read when they are needed.
 
-    folder: the diffusers folder or the single file; patch, head_file: their files, or None for a base without
-    inpainting patch; patch_biases: whether the patch's `.bias` deltas count (Fooocus does, the reference does not);
-    configs: component name -> its config.json, the UNet's always for 4 input channels; nine_channels: the UNet has five
-    more, which are its inpaint head; vae: a VAE used instead of the base's own; tokenizer: a folder used instead.
+    folder: the diffusers folder or the single file.
+    patch, head_file: the files of the inpainting patch and its head; None for a base without them.
+    patch_biases: whether the patch's `.bias` deltas are applied (Fooocus applies them, the reference does not).
+    configs: component name -> its config.json. The UNet's always says 4 input channels.
+    nine_channels: whether the UNet has five more input channels, which are its inpaint head.
+    vae: a VAE used instead of the base's own.
+    tokenizer: a folder used instead of the base's own tokenizers.
     """
 
     folder: Path
@@ -69,20 +72,22 @@ class BaseFiles:
         vae: str | Path | None = None,
         tokenizer: str | Path | None = None,
     ) -> BaseFiles:
-        """The base in `path` (None: the embedded model), with the patch and head given or lying in its folder.
+        """Open a base and check it. Reads headers only, and the vocabularies of tokenizers.
 
-        path: a diffusers folder, or a single `.safetensors` or `.ckpt` file; vae: a folder with config.json and
-        weights (or with such a folder `vae/`), or a file; tokenizer: a folder with `tokenizer/` and `tokenizer_2/`, or
-        with the files of one tokenizer for both encoders. Only headers are read, and of tokenizers the vocabulary.
+        path: a diffusers folder, or a single `.safetensors` or `.ckpt` file; None: the embedded model.
+        patch, head: files of the inpainting patch and its head; None: those in the base's folder, if any.
+        patch_biases: see `BaseFiles`.
+        vae: a folder with config.json and weights, a folder that has them in `vae/`, or a file.
+        tokenizer: a folder with `tokenizer/` and `tokenizer_2/`, or with the files of one tokenizer for both encoders.
 
-        Raises `FileFormatError` when this is no epsilon-predicting SDXL, saying what it is; when a part is missing,
-        truncated, damaged or cannot be read; when a tokenizer is not the text encoders'; and when only one of patch and
-        head is there, or either with a UNet that has its own head.
+        Raises `FileFormatError` when this is not an epsilon-predicting SDXL (the message says what it is); when a part
+        is missing, truncated, damaged or cannot be read; when a tokenizer does not fit the text encoders; when only one
+        of patch and head is present; and when the UNet has a head of its own besides.
         """
-        with reading(EMBEDDED if path is None else path):
-            base = cls._found(path, vae, tokenizer)
-            patch_file = _given_or_beside(patch, base.folder, "*.fooocus.patch")
-            head_file = _given_or_beside(head, base.folder, "*inpaint_head.*")
+        with explain_read_errors(EMBEDDED if path is None else path):
+            base = cls._find(path, vae, tokenizer)
+            patch_file = _choose_file(patch, base.folder, "*.fooocus.patch")
+            head_file = _choose_file(head, base.folder, "*inpaint_head.*")
         if base.nine_channels and (patch_file or head_file):
             raise FileFormatError(f"{patch_file or head_file}: does not go with {base.folder}: {_PATCHED}")
         if (patch_file is None) != (head_file is None):
@@ -93,24 +98,24 @@ class BaseFiles:
         return replace(base, patch=patch_file, head_file=head_file, patch_biases=patch_biases)
 
     @classmethod
-    def _found(cls, path: str | Path | None, vae: str | Path | None, tokenizer: str | Path | None) -> BaseFiles:
-        """The base without patch and head, checked."""
+    def _find(cls, path: str | Path | None, vae: str | Path | None, tokenizer: str | Path | None) -> BaseFiles:
+        """Open and check the base without patch and head."""
         folder = EMBEDDED if path is None else Path(path)
         if path is None and not folder.is_dir():
             raise FileFormatError(f"the embedded model is not installed ({folder}); name a base instead")
-        own_vae = _vae_place(Path(vae)) if vae is not None else None
+        own_vae = _find_vae(Path(vae)) if vae is not None else None
         own_tokenizer = Path(tokenizer) if tokenizer is not None else None
-        configs = _configs(folder, own_vae)
+        configs = _read_configs(folder, own_vae)
         check_sdxl(folder, configs, own_vae)
         base = cls(folder, None, None, False, configs, vae=own_vae, tokenizer=own_tokenizer)
-        channels = check_weights(folder, configs, {name: base._state(name) for name in COMPONENTS})
+        channels = check_weights(folder, configs, {name: base._open_weights(name) for name in COMPONENTS})
         configs["unet"] = {**configs["unet"], "in_channels": 4}
         base._check_tokenizers()
         return replace(base, nine_channels=channels == 9)
 
     @property
     def native_side(self) -> int:
-        """The picture side in pixels the base was trained for (SDXL: 1024)."""
+        """The side in pixels of the pictures that the base was trained on (SDXL: 1024)."""
         return int(self.configs["unet"]["sample_size"]) * 8
 
     @property
@@ -119,7 +124,7 @@ class BaseFiles:
 
     @property
     def feature_channels(self) -> int:
-        """Channels of the UNet's first convolution, which the head's feature is added to (SDXL: 320)."""
+        """Channels of the UNet's first convolution, to which the head's feature is added (SDXL: 320)."""
         return int(self.configs["unet"]["block_out_channels"][0])
 
     @property
@@ -133,37 +138,43 @@ class BaseFiles:
 
     @property
     def has_head(self) -> bool:
-        """Whether the base inpaints by a head: Fooocus' with its patch, or a 9-channel UNet's own."""
+        """Whether the base has an inpaint head: Fooocus' with its patch, or a 9-channel UNet's own."""
         return self.nine_channels or self.head_file is not None
 
     @property
     def head_padding(self) -> Literal["replicate", "zeros"]:
-        """How the head's inputs are padded: Fooocus repeats their edge, a 9-channel UNet's conv_in does not."""
+        """How the head's inputs are padded: Fooocus repeats their edges, a 9-channel UNet's conv_in pads with zeros."""
         return "zeros" if self.nine_channels else "replicate"
 
-    def content_hashes(self, component: str | None = None) -> dict[str, str]:
-        """Every file that decides what the base computes -> sha256; paths relative to the folder where inside it.
+    def hash_contents(self, component: str | None = None) -> dict[str, str]:
+        """Hash every file that decides what the base computes.
 
-        component: only the files of one of `COMPONENTS` ("unet" is patched, "unet_raw" is not), of "tokenizer" (both),
-        or of "inpaint_head". Of a single file every component depends on the whole file.
+        component: one of `COMPONENTS` ("unet" is patched, "unet_raw" is not), "tokenizer" (both) or "inpaint_head":
+            hash its files only. In a single file every component depends on the whole file.
+
+        Returns file -> sha256 in hex. Files in the base's folder are named by their relative paths.
         """
         names = (*COMPONENTS, "tokenizer", "inpaint_head") if component is None else (component,)
-        with reading(self.folder):
-            files = {key: file for name in names for key, file in self._files(name).items()}
+        with explain_read_errors(self.folder):
+            files = {key: file for name in names for key, file in self._list_files(name).items()}
             return {key: sha256_of(file) for key, file in sorted(files.items())}
 
     def state(self, component: str) -> Weights:
-        """A component's weights under diffusers' and transformers' classic names (`text_model....`), read as float32.
+        """The weights of a component as float32, under the classic names of diffusers and transformers
+        (`text_model....`).
 
         component: "text_encoder", "text_encoder_2", "vae" or "unet" (unpatched, with 4 input channels).
         """
-        weights = self._state(component)
+        weights = self._open_weights(component)
         if component == "unet" and self.nine_channels:
-            return weights.arranged({name: (name, _four if name == "conv_in.weight" else None) for name in weights})
+            return weights.arrange({name: (name, _keep_four if name == "conv_in.weight" else None) for name in weights})
         return weights
 
     def unet_patched_state(self) -> Weights:
-        """The UNet with the inpainting patch, added when a tensor is read (without a patch: the raw UNet)."""
+        """The weights of the UNet with the inpainting patch added; without a patch, the raw UNet.
+
+        The patch is added to each tensor when it is read.
+        """
         raw = self.state("unet")
         if self.patch is None:
             return raw
@@ -174,9 +185,12 @@ class BaseFiles:
             raise FileFormatError(f"{self.patch} on {self.folder}: {error}") from error
 
     def head(self) -> Floats:
-        """The inpainting head, float32 (feature channels, 5, 3, 3), inputs [mask, masked latent x 4]."""
+        """Read the inpaint head: float32 (feature channels, 5, 3, 3), input channels [mask, masked latent x 4].
+
+        Raises `FileFormatError` when the base has no head or the head has another number of channels.
+        """
         if self.nine_channels:
-            return self._state("unet").arranged({"head": ("conv_in.weight", _five)})["head"]
+            return self._open_weights("unet").arrange({"head": ("conv_in.weight", _take_head)})["head"]
         if self.head_file is None:
             raise FileFormatError(f"{self.folder}: this base has no inpaint head; give one with its patch")
         head = fooocus.read_head(self.head_file)
@@ -187,17 +201,23 @@ class BaseFiles:
         return head
 
     def pad_token(self, name: str) -> str:
-        """What fills a prompt up to 77 tokens for "tokenizer" or "tokenizer_2", as the files say, else as SDXL does."""
+        """The token that fills a prompt up to 77 tokens: the one that the files name, else SDXL's.
+
+        name: "tokenizer" or "tokenizer_2".
+        """
         source = self._tokenizer_folder(name)
         if source is None or source == self.tokenizer:  # one tokenizer for both encoders: the padding is SDXL's
             return PADS[name]
-        return pad_token_of(source) or END
+        return read_pad_token(source) or END
 
     def write_tokenizer(self, name: str, target_folder: str | Path) -> None:
-        """Write "tokenizer" or "tokenizer_2" as vocab.json, merges.txt and special_tokens_map.json (its padding)."""
+        """Write a tokenizer as vocab.json, merges.txt and special_tokens_map.json (its padding).
+
+        name: "tokenizer" or "tokenizer_2".
+        """
         write_tokenizer_files(self._tokenizer_folder(name), Path(target_folder), self.pad_token(name))
 
-    def _state(self, component: str) -> Weights:
+    def _open_weights(self, component: str) -> Weights:
         if component == "vae" and self.vae is not None:
             return read_state(self.vae, "vae") if self.vae.is_dir() else read_vae(open_tensors(self.vae))[1]
         if self.folder.is_dir():
@@ -205,7 +225,7 @@ class BaseFiles:
         return read_single_file(self.folder, vae=component == "vae")[component][1]
 
     def _tokenizer_folder(self, name: str) -> Path | None:
-        """The folder of a tokenizer; None: CLIP's own, as a single file brings none."""
+        """The folder of a tokenizer; None: CLIP's own, since a single file has none."""
         if self.tokenizer is not None:
             return self.tokenizer / name if (self.tokenizer / name).is_dir() else self.tokenizer
         return self.folder / name if self.folder.is_dir() else None
@@ -227,8 +247,8 @@ class BaseFiles:
                     "give the folder of its own as tokenizer"
                 )
 
-    def _files(self, name: str) -> dict[str, Path]:
-        """The files that decide a component, by what they are called in a passport."""
+    def _list_files(self, name: str) -> dict[str, Path]:
+        """The files that decide a component, by their names in a passport."""
         if name == "tokenizer":
             folders = {name: self._tokenizer_folder(name) for name in TOKENIZERS}
             return {
@@ -247,24 +267,24 @@ class BaseFiles:
         if override is not None and override.is_file():
             return {"vae": override}
         folder = override or self.folder / component
-        files = [*weight_files(folder, component), folder / "config.json"]
+        files = [*find_weight_files(folder, component), folder / "config.json"]
         return {**{f"{component}/{file.name}": file for file in files}, **patch}
 
 
-def _configs(folder: Path, vae: Path | None) -> dict[str, Config]:
-    """Every component's config, the VAE's of the override where there is one."""
+def _read_configs(folder: Path, vae: Path | None) -> dict[str, Config]:
+    """The config of every component. `vae`: a VAE used instead of the base's own."""
     own = tuple(name for name in COMPONENTS if name != "vae" or vae is None)
     if folder.is_dir() or not folder.exists():
         configs = read_configs(folder, own)
     else:
         configs = {name: config for name, (config, _) in read_single_file(folder, vae=vae is None).items()}
     if vae is not None:
-        configs["vae"] = read_config(vae) if vae.is_dir() else _vae_file_config(vae)
+        configs["vae"] = read_config(vae) if vae.is_dir() else _read_vae_config(vae)
     return configs
 
 
-def _vae_place(path: Path) -> Path:
-    """The folder or file of a VAE given by the user; a pipeline's folder stands for its vae/."""
+def _find_vae(path: Path) -> Path:
+    """The folder or file of a VAE that the user gave; in a pipeline's folder, its vae/."""
     if (path / "vae" / "config.json").is_file():
         return path / "vae"
     if not path.exists():
@@ -272,17 +292,17 @@ def _vae_place(path: Path) -> Path:
     return path
 
 
-def _vae_file_config(path: Path) -> Config:
+def _read_vae_config(path: Path) -> Config:
     weights = open_tensors(path)
     try:
         return read_vae(weights)[0]
     except FileFormatError as error:
         raise FileFormatError(f"{path}: {error}") from error
     except (IndexError, ValueError) as error:
-        raise odd_tensors(path, error) from error
+        raise explain_odd_tensors(path, error) from error
 
 
-def _given_or_beside(given: str | Path | None, folder: Path, pattern: str) -> Path | None:
+def _choose_file(given: str | Path | None, folder: Path, pattern: str) -> Path | None:
     if given is not None:
         if not Path(given).is_file():
             raise FileFormatError(f"{given}: no such file")
@@ -293,9 +313,9 @@ def _given_or_beside(given: str | Path | None, folder: Path, pattern: str) -> Pa
     return found[0] if found else None
 
 
-def _four(weight: Array) -> Array:
+def _keep_four(weight: Array) -> Array:
     return weight[:, :4]
 
 
-def _five(weight: Array) -> Array:
+def _take_head(weight: Array) -> Array:
     return weight[:, 4:]

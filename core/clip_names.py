@@ -1,4 +1,4 @@
-"""The text encoders' naming schemes: transformers' and OpenCLIP's."""
+"""The two naming schemes of text encoders: transformers' and OpenCLIP's."""
 
 from __future__ import annotations
 
@@ -14,31 +14,34 @@ _OUTER = {
     "final_layer_norm.bias": "ln_final.bias",
 }
 _LAYER = {
-    "self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
-}  # fmt: skip
+    "self_attn.out_proj": "attn.out_proj",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
 
 
 def classic_text_name(name: str) -> str | None:
-    """The spelling with a leading `text_model.`, which transformers 5 leaves out at times; None for a buffer."""
+    """The name with a leading `text_model.`, which transformers 5 sometimes omits; None for a buffer."""
     if name.endswith("position_ids") or name == "logit_scale":
         return None
     return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
 
 
 def text_encoder_names(layers: int) -> list[str]:
-    """Every tensor of a CLIP text encoder of so many layers, without projection, by transformers' classic names."""
+    """The names of all tensors of a CLIP text encoder without projection, as transformers classically has them."""
     return [name for name, _, _ in _from_open_clip(layers)]
 
 
 def from_open_clip(layers: int) -> dict[str, tuple[str, View | None]]:
-    """Every tensor of a text encoder with projection: transformers' name -> (OpenCLIP's name, view of it).
+    """All tensors of a text encoder with projection: transformers' name -> (OpenCLIP's name, view of that tensor).
 
-    OpenCLIP keeps the projections of queries, keys and values stacked (3D, D), and `text_projection` as (D, P), the
+    OpenCLIP stacks the projections of queries, keys and values as (3D, D). Its `text_projection` is (D, P), the
     transpose of transformers' weight.
     """
     plan = {name: (theirs, view) for name, theirs, view in _from_open_clip(layers)}
-    return {**plan, "text_projection.weight": ("text_projection", _transposed)}
+    return {**plan, "text_projection.weight": ("text_projection", _transpose)}
 
 
 def _from_open_clip(layers: int) -> Iterator[tuple[str, str, View | None]]:
@@ -48,15 +51,16 @@ def _from_open_clip(layers: int) -> Iterator[tuple[str, str, View | None]]:
         here, there = f"text_model.encoder.layers.{layer}", f"transformer.resblocks.{layer}"
         for part in ("weight", "bias"):
             for third, name in enumerate("qkv"):
-                yield f"{here}.self_attn.{name}_proj.{part}", f"{there}.attn.in_proj_{part}", partial(_third, third)
+                take = partial(_take_third, third)
+                yield f"{here}.self_attn.{name}_proj.{part}", f"{there}.attn.in_proj_{part}", take
             for ours, theirs in _LAYER.items():
                 yield f"{here}.{ours}.{part}", f"{there}.{theirs}.{part}", None
 
 
-def _third(number: int, stacked: Array) -> Array:
+def _take_third(number: int, stacked: Array) -> Array:
     height = stacked.shape[0] // 3
     return stacked[number * height : (number + 1) * height]
 
 
-def _transposed(matrix: Array) -> Array:
+def _transpose(matrix: Array) -> Array:
     return matrix.T

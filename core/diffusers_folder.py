@@ -1,4 +1,4 @@
-"""SDXL in diffusers' folder layout: one folder a component, each with a config.json and its weights."""
+"""SDXL in diffusers' folder layout: one folder per component, each with a config.json and weights."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from dreammix_trt.core.clip_names import classic_text_name
 from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.files import read_json
-from dreammix_trt.core.recognise import foreign_folder
-from dreammix_trt.core.single_file import modern_vae, odd_tensors
+from dreammix_trt.core.recognise import recognise_folder
+from dreammix_trt.core.single_file import explain_odd_tensors, modernise_vae
 from dreammix_trt.core.tensors import Weights, open_tensors
 
 Config = dict[str, Any]
@@ -19,7 +19,7 @@ _STEMS = {
     "text_encoder": ("model", "pytorch_model"),
     "text_encoder_2": ("model", "pytorch_model"),
 }
-#: in order of preference; {} is the stem. Both spellings of a variant's index are in the wild.
+#: file names in order of preference; {} is the stem. The index of a variant is spelled in two ways.
 _SPELLINGS = {
     ".safetensors": (
         "{}.safetensors", "{}.safetensors.index.json",
@@ -33,13 +33,14 @@ _SPELLINGS = {
 
 
 def read_configs(folder: Path, components: tuple[str, ...]) -> dict[str, Config]:
-    """Component -> its config.json, with the scheduler's where there is one.
+    """Read the config.json of each component, and the scheduler's if there is one.
 
-    Raises `FileFormatError` when the folder is no SDXL pipeline, saying what it is instead.
+    Returns component -> config. Raises `FileFormatError` when the folder is not an SDXL pipeline; the message says what
+    it is.
     """
     if not (folder / "model_index.json").is_file():
-        raise FileFormatError(f"{folder}: not a diffusers folder ({_instead(folder)})")
-    kind = foreign_folder(read_json(folder / "model_index.json"))
+        raise FileFormatError(f"{folder}: not a diffusers folder ({_describe_instead(folder)})")
+    kind = recognise_folder(read_json(folder / "model_index.json"))
     if kind:
         raise FileFormatError(f"{folder}: this is {kind}")
     configs = {name: read_config(folder / name) for name in components}
@@ -50,34 +51,40 @@ def read_configs(folder: Path, components: tuple[str, ...]) -> dict[str, Config]
 
 
 def read_config(folder: Path) -> Config:
-    """A component's config.json; `FileFormatError` when it is missing or no JSON object."""
+    """Read a component's config.json. Raises `FileFormatError` when it is missing or not a JSON object."""
     if not (folder / "config.json").is_file():
         raise FileFormatError(f"{folder / 'config.json'}: missing; a diffusers SDXL folder has it")
     return read_json(folder / "config.json")
 
 
 def read_state(folder: Path, component: str) -> Weights:
-    """A component's weights by diffusers' and transformers' classic names; folder: the component's own."""
-    weights = Weights.joined([open_tensors(file) for file in weight_files(folder, component)])
+    """Open the weights of a component, under the classic names of diffusers and transformers.
+
+    folder: of the component itself.
+    """
+    weights = Weights.join([open_tensors(file) for file in find_weight_files(folder, component)])
     try:
         if component == "vae":
-            return modern_vae(weights)
-        return weights.renamed(classic_text_name) if component.startswith("text_encoder") else weights
+            return modernise_vae(weights)
+        return weights.rename(classic_text_name) if component.startswith("text_encoder") else weights
     except ValueError as error:
-        raise odd_tensors(folder, error) from error
+        raise explain_odd_tensors(folder, error) from error
 
 
-def weight_files(folder: Path, component: str) -> list[Path]:
-    """The files of a component's weights: one or shards; safetensors before .bin, full precision before fp16."""
+def find_weight_files(folder: Path, component: str) -> list[Path]:
+    """The files with a component's weights: one, or shards.
+
+    safetensors is preferred to .bin, full precision to fp16. Raises `FileFormatError` when there are none.
+    """
     for stem, (kind, spellings) in zip(_STEMS[component], _SPELLINGS.items(), strict=True):
         for spelling in spellings:
             file = folder / spelling.format(stem)
             if file.is_file():
-                return _shards(file, kind) if file.suffix == ".json" else [file]
+                return _find_shards(file, kind) if file.suffix == ".json" else [file]
     raise FileFormatError(f"{folder.parent}: {folder.name}/{_STEMS[component][0]}.safetensors is missing")
 
 
-def _shards(index: Path, kind: str) -> list[Path]:
+def _find_shards(index: Path, kind: str) -> list[Path]:
     placed = read_json(index).get("weight_map")
     names = sorted({str(name) for name in placed.values()}) if isinstance(placed, dict) else []
     if not names or any(Path(name).name != name or not name.endswith(kind) or "\0" in name for name in names):
@@ -88,8 +95,8 @@ def _shards(index: Path, kind: str) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _instead(folder: Path) -> str:
-    """What a folder without model_index.json is, and what to give."""
+def _describe_instead(folder: Path) -> str:
+    """Say what a folder without model_index.json is, and what to give instead."""
     if not folder.exists():
         return "it does not exist"
     if (folder / "config.json").is_file():

@@ -1,7 +1,7 @@
-"""Every error a user can cause, each with its remedy in the message and an exit code for the command line.
+"""Every error that a user can cause. Each has an exit code for the command line.
 
-An error message names the file, field or value, says what is wrong with it and what to do. The command line
-turns a `DreamMixError` into one line on stderr and `exit_code`, in one place (`dreammix_trt.cli`).
+A message names the file, field or value, says what is wrong with it and what to do. The command line prints a
+`DreamMixError` as one line on stderr and ends with its `exit_code`; `dreammix_trt.cli` does this in one place.
 """
 
 from __future__ import annotations
@@ -22,11 +22,39 @@ class FileFormatError(DreamMixError):
 
 
 class EngineError(DreamMixError):
-    """An engine directory that cannot be loaded: other schema, tampered, incomplete, other platform."""
+    """An engine directory that cannot be loaded: another schema, changed files, missing files, another platform."""
+
+
+class DeviceError(EngineError):
+    """A device that cannot be used: no driver or an old one, another GPU than the engine's, a failed call.
+
+    lost: whether the device's context is broken, so that nothing more can run in it.
+    """
+
+    lost: bool = False
+
+
+class OutOfMemoryError(DeviceError):
+    """The device has too little memory left; the message has the memory plan. The runtime stays usable."""
+
+
+class NotFiniteError(EngineError):
+    """A network gave infinite values or NaN, also in float32 if the base has that network in float32.
+
+    network: its name.
+    """
+
+    def __init__(self, message: str, network: str = "") -> None:
+        super().__init__(message)
+        self.network = network
+
+
+class ProfileError(EngineError):
+    """A request that is larger or smaller than every shape that a network was built for."""
 
 
 class BuildError(DreamMixError):
-    """A build that cannot be carried out or that failed its own checks."""
+    """A build that is impossible or failed its own checks."""
 
 
 class MissingExtraError(DreamMixError):
@@ -40,12 +68,12 @@ class Cancelled(DreamMixError):
 
 
 class QueueFull(DreamMixError):
-    """As many requests wait as the queue takes: try again later (sysexits.h calls this EX_TEMPFAIL)."""
+    """The queue of requests is full: try again later (the exit code is EX_TEMPFAIL of sysexits.h)."""
 
     exit_code = 75
 
 
 class TimedOut(DreamMixError):
-    """A request had not ended when its time was over (the exit code is that of timeout(1))."""
+    """A request did not end in time (the exit code is that of timeout(1))."""
 
     exit_code = 124

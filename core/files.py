@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and hashes that are remembered."""
+"""Files that are written whole or not at all, and hashes that are remembered."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from typing import Any
 
 from dreammix_trt.core.errors import BuildError, DreamMixError, FileFormatError, InputError
 
-_REMEMBERED_FROM = 1 << 20  # smaller files are hashed faster than looked up
+_REMEMBERED_FROM = 1 << 20  # hashing a smaller file is faster than looking up its hash
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside `path`; it takes `path`'s place when the block ends well, and vanishes if not.
+    """Give a temporary path beside `path`. It replaces `path` when the block ends well, else it is removed.
 
     Raises InputError when the place cannot be written.
     """
     target = Path(path)
-    with refusing(target):
+    with explain_write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
         os.close(handle)
     temporary = Path(name)
     try:
-        with refusing(target):
+        with explain_write_errors(target):
             yield temporary
             _sync(temporary)
             temporary.chmod(0o666 & ~_umask())
@@ -44,37 +44,39 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_directory(path: str | os.PathLike[str], marker: str | None = None) -> Iterator[Path]:
-    """Give a temporary directory beside `path`; it takes `path`'s place when the block ends well, and vanishes if not.
+    """Give a temporary directory beside `path`. It replaces `path` when the block ends well, else it is removed.
 
-    An existing directory is exchanged for the new one and deleted after; a reader sees the old or the new one, and what
-    a killed program left behind is removed by the next. marker: a file that tells our own directories: one with other
-    content and without it is never replaced.
-    Raises InputError when the place cannot be written, holds a file, or holds something that is not ours.
+    An existing directory is exchanged for the new one and then deleted, so a reader sees the old or the new one. Also
+    removes what a killed program left behind here.
+
+    marker: a file that marks our own directories; a directory that has other files but not this one is never replaced.
+
+    Raises InputError when the place cannot be written, is a file, or is a directory that is not ours.
     """
     target = Path(path).resolve()
     check_place(target, marker)
-    with refusing(target):
+    with explain_write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target)
         prefix = f".{target.name}.{os.getpid()}."
         temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=target.parent))
         temporary.chmod(0o777 & ~_umask())
     try:
-        with refusing(target):
+        with explain_write_errors(target):
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
                     _sync(file)
-            with _one_at_a_time(target):
+            with _hold_lock(target):
                 _swap(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_place(path: str | os.PathLike[str], marker: str | None = None) -> None:
-    """Raise InputError when `atomic_directory(path, marker)` would: known before the work, not after it."""
+    """Raise InputError when `atomic_directory(path, marker)` would, so that the caller knows before the work."""
     target = Path(path).resolve()
-    with refusing(target):
+    with explain_write_errors(target):
         taken = target.exists()
     if taken and not target.is_dir():
         raise InputError(f"{target} is a file; name a directory that is new or was made by this program")
@@ -86,7 +88,7 @@ def check_place(path: str | os.PathLike[str], marker: str | None = None) -> None
     if not nearest.is_dir():
         raise InputError(f"{target} cannot be made: {nearest} is a file, not a directory")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"{target} cannot be written: {nearest} is not yours to write; choose another place")
+        raise InputError(f"{target} cannot be written: {nearest} is not writable for you; choose another place")
 
 
 def write_json(path: str | os.PathLike[str], record: Any) -> None:
@@ -96,7 +98,7 @@ def write_json(path: str | os.PathLike[str], record: Any) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON object in a file; FileFormatError naming it when there is none."""
+    """Read a JSON object from a file. Raises FileFormatError when the file is missing or is not a JSON object."""
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -109,13 +111,14 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def sha256_of(path: str | os.PathLike[str], *, verify: bool = False) -> str:
-    """SHA-256 of a file in hex.
+    """SHA-256 of a file in hex. Hashes of large files are remembered by path, size, modification time and inode.
 
-    Hashes of large files are remembered by path, size, modification time and inode; `verify` reads the file again.
+    verify: read the file even if its hash is remembered.
+
     Raises `FileFormatError` when the file is missing or cannot be read.
     """
     file = Path(path).resolve()
-    with reading(file):
+    with explain_read_errors(file):
         status = file.stat()
     if status.st_size < _REMEMBERED_FROM:
         return digest_of(file)
@@ -131,16 +134,16 @@ def sha256_of(path: str | os.PathLike[str], *, verify: bool = False) -> str:
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256 of a file in hex, read now and not remembered: for a file that is yet to be moved to its place.
+    """SHA-256 of a file in hex, read now and not remembered: for a file that will be moved to its final place.
 
     Raises `FileFormatError` when the file is missing or cannot be read.
     """
-    with reading(path), path.open("rb") as stream:
+    with explain_read_errors(path), path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def remember_sha256(path: Path, digest: str) -> None:
-    """Let `sha256_of` know a hash that was computed before the file was moved to `path`; it is not read again."""
+    """Remember for `sha256_of` a hash that was computed before the file was moved to `path`. Does not read the file."""
     file = path.resolve()
     status = file.stat()
     if status.st_size >= _REMEMBERED_FROM:
@@ -148,7 +151,7 @@ def remember_sha256(path: Path, digest: str) -> None:
 
 
 def home() -> Path:
-    """Where the store and the remembered hashes are: DREAMMIX_HOME, else the platform's cache directory."""
+    """The folder of the store and the remembered hashes: DREAMMIX_HOME, else the platform's cache directory."""
     given = os.environ.get("DREAMMIX_HOME")
     if given:
         return Path(given).expanduser().absolute()
@@ -158,7 +161,7 @@ def home() -> Path:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder; those that vanish meanwhile count nothing."""
+    """Bytes of all files below a folder. Files that are removed meanwhile are not counted."""
     total = 0
     for file in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):
@@ -190,7 +193,7 @@ def is_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if "No space left on device" in str(error):  # libraries that are not written in Python say it in words
+        if "No space left on device" in str(error):  # libraries in other languages report it as text
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -205,12 +208,12 @@ def _memory(mark: str) -> Path:
 
 
 def _remember(mark: str, digest: str) -> None:
-    with contextlib.suppress(DreamMixError, OSError):  # a home that cannot be written only costs time
+    with contextlib.suppress(DreamMixError, OSError):  # without a writable home we only lose time
         write_json(_memory(mark), {"mark": mark, "sha256": digest})
 
 
 def _swap(temporary: Path, target: Path) -> None:
-    """Put `temporary` in `target`'s place; what was there may end under `temporary`'s name."""
+    """Move `temporary` to `target`. The old directory may end up under `temporary`'s name."""
     if not target.exists():
         temporary.rename(target)
         return
@@ -228,7 +231,10 @@ def _swap(temporary: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two directories in one step (Linux' renameat2), so that no kill can leave neither; False: cannot."""
+    """Exchange two directories in one step (Linux' renameat2), so that a kill cannot lose both.
+
+    Returns False where the system cannot do this.
+    """
     import ctypes
 
     if not sys.platform.startswith("linux"):
@@ -239,13 +245,13 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(target: Path) -> Iterator[None]:
-    """Hold the lock of a place, so that two programs do not exchange it at once."""
+def _hold_lock(target: Path) -> Iterator[None]:
+    """Hold the lock of a place, so that two programs do not replace it at the same time."""
     from filelock import FileLock
 
     locks = home() / "locks"
     lock = FileLock(locks / f"{hashlib.sha256(os.fsencode(target)).hexdigest()[:32]}.lock")
-    with contextlib.suppress(OSError):  # no home to write to: go without
+    with contextlib.suppress(OSError):  # no writable home: go on without a lock
         locks.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     try:
@@ -255,15 +261,15 @@ def _one_at_a_time(target: Path) -> Iterator[None]:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove what builds of this place left behind when they were killed."""
+    """Remove the temporary directories that killed builds of this place left behind."""
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
         owner = leftover.name.removeprefix(f".{target.name}.").split(".")[0]
-        if leftover.is_dir() and owner.isdigit() and not _alive(int(owner)):
+        if leftover.is_dir() and owner.isdigit() and not _is_alive(int(owner)):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _alive(process: int) -> bool:
-    if os.name == "nt":  # asking there would end it
+def _is_alive(process: int) -> bool:
+    if os.name == "nt":  # there os.kill would end the process
         return True
     try:
         os.kill(process, 0)
@@ -275,7 +281,7 @@ def _alive(process: int) -> bool:
 
 
 def _sync(file: Path) -> None:
-    # Windows flushes only what is open for writing; elsewhere a file that is not ours to write can be flushed, too.
+    # Windows flushes only files that are open for writing; other systems flush read-only files as well.
     writable = os.access(file, os.W_OK)
     if writable or os.name != "nt":
         with file.open("r+b" if writable else "rb") as stream:
@@ -289,8 +295,8 @@ def _umask() -> int:
 
 
 @contextlib.contextmanager
-def reading(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn what the system says of a file it does not let us read into a `FileFormatError` naming the file."""
+def explain_read_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn an OSError from reading into a `FileFormatError` that names the file."""
     try:
         yield
     except OSError as error:
@@ -302,8 +308,8 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def refusing(target: Path) -> Iterator[None]:
-    """Turn what the system says of a bad place into one of our errors: InputError, or BuildError when it is full."""
+def explain_write_errors(target: Path) -> Iterator[None]:
+    """Turn an OSError from writing into one of our errors: InputError, or BuildError when the disk is full."""
     try:
         yield
     except PermissionError as error:
@@ -320,5 +326,5 @@ def refusing(target: Path) -> Iterator[None]:
         if error.errno == errno.ENAMETOOLONG:
             raise InputError(f"{target} cannot be written: its name is too long; choose a shorter one") from error
         if error.errno == errno.EROFS:
-            raise InputError(f"{target} lies on a read-only file system; choose another place") from error
+            raise InputError(f"{target} is on a read-only file system; choose another place") from error
         raise

@@ -1,6 +1,6 @@
 """The two files of Fooocus' inpainting: the patch (an 8-bit weight delta under sgm names) and the head.
 
-Facts of both formats: lllyasviel/Fooocus, `modules/inpaint_worker.py` and `modules/patch.py`, described in words.
+The formats are described in words after lllyasviel/Fooocus, `modules/inpaint_worker.py` and `modules/patch.py`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PatchEntry:
-    """One quantised delta: codes uint8 of the weight's shape; low, high float16 of shape () or (out, 1, ...)."""
+    """One quantised delta.
+
+    codes: uint8, of the weight's shape.
+    low, high: the values of code 0 and 255, float16 of shape () or (out, 1, ...).
+    """
 
     codes: NDArray[np.uint8]
     low: NDArray[np.float16]
     high: NDArray[np.float16]
 
     def delta(self) -> Floats:
-        """`half(codes/255 * (high - low) + low)` as float32, rounded to half as the reference does."""
+        """The delta `half(codes/255 * (high - low) + low)` as float32, rounded to half as the reference does."""
         low, high = self.low.astype(np.float32), self.high.astype(np.float32)
         exact = self.codes.astype(np.float32)  # in place: at full size this is 50 MB
         exact /= np.float32(255)
@@ -43,9 +47,9 @@ class PatchEntry:
 
 
 class Patch(Mapping[str, PatchEntry]):
-    """A patch file: sgm name (`diffusion_model....weight|bias`) -> `PatchEntry`, read when asked for, and not kept.
+    """A patch file: sgm name (`diffusion_model....weight|bias`) -> `PatchEntry`.
 
-    Reading raises `FileFormatError` for a range that is not finite.
+    An entry is read at every access and not kept. Reading raises `FileFormatError` for a range that is not finite.
     """
 
     def __init__(self, entries: Mapping[str, tuple[Stored, Stored, Stored]]) -> None:
@@ -62,16 +66,16 @@ class Patch(Mapping[str, PatchEntry]):
         return len(self._entries)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """A delta's shape; reads nothing."""
+        """The shape of a delta. Reads nothing."""
         return self._entries[key][0].shape
 
 
 def read_patch(path: str | Path) -> Patch:
-    """Open a `*.fooocus.patch` file; only its list of tensors is read. Needs no torch.
+    """Open a `*.fooocus.patch` file. Reads only its list of tensors and does not need torch.
 
-    Raises `FileFormatError` for another kind of file, and ranges that do not fit their tensor.
+    Raises `FileFormatError` for another kind of file and for ranges that do not fit their tensor.
     """
-    entries = {str(key): _entry(Path(path), key, value) for key, value in read_torch_zip(path).items()}
+    entries = {str(key): _check_entry(Path(path), key, value) for key, value in read_torch_zip(path).items()}
     if not entries:
         log.warning("%s: the patch is empty; patched and raw UNet will be the same", path)
     return Patch(entries)
@@ -85,11 +89,17 @@ def apply_patch(
     biases: bool = False,
     alpha: float = 1.0,
 ) -> Weights:
-    """The patched UNet: `W + alpha * delta` for each tensor in the patch when it is read, the others as they are.
+    """Patch a UNet: a tensor in the patch becomes `W + alpha * delta` when it is read, the others stay as they are.
 
-    state: diffusers name -> float32; names: `keymap.sgm_to_diffusers(config)`. Any subset of the tensors may be
-    patched. biases False: only names ending in `.weight` count, as in the reference (reference/dreammix.md 3.3).
-    Raises `FileFormatError` listing names the UNet does not have and shapes that differ, before anything is read.
+    state: the UNet's weights, diffusers name -> float32.
+    patch: deltas by sgm name, for any subset of the tensors.
+    names: sgm name -> diffusers name, from `keymap.sgm_to_diffusers(config)`.
+    biases: whether to apply the deltas of `.bias` tensors. False: only those of `.weight`, as in the reference
+        (docs/algorithm.md, 11.1).
+    alpha: factor of the deltas.
+
+    Raises `FileFormatError` listing the names that the UNet does not have and the shapes that differ. This is checked
+    before anything is read.
     """
     weights = Weights.of(state)
     known = {key: names[key] for key in patch if names.get(key) in weights}
@@ -99,27 +109,29 @@ def apply_patch(
         for key, name in known.items()
         if _shape(patch, key) != weights.shape(name)
     ]
-    complaints = [f"it names {_some(unknown)}, which this base does not have"] if unknown else []
-    complaints += [f"shapes differ ({_some(differing)})"] if differing else []
+    complaints = [f"it names {_join_first(unknown)}, which this base does not have"] if unknown else []
+    complaints += [f"shapes differ ({_join_first(differing)})"] if differing else []
     if complaints:
         raise FileFormatError(f"the patch is for another UNet: {'; '.join(complaints)}")
     used = {key: name for key, name in known.items() if biases or key.endswith(".weight")}
     log.info(
-        "patch: %d tensors applied, %d biases left out; %d of the UNet's %d are not in the patch",
+        "patch: %d tensors applied, %d biases skipped; %d of the UNet's %d are not in the patch",
         len(used),
         len(known) - len(used),
         len(weights) - len(known),
         len(weights),
     )
     scale = np.float32(alpha)
-    changes: dict[str, Change] = {name: partial(_patched, patch, key, scale) for key, name in used.items()}
-    return weights.changed(changes)
+    changes: dict[str, Change] = {name: partial(_add_delta, patch, key, scale) for key, name in used.items()}
+    return weights.change(changes)
 
 
 def read_head(path: str | Path) -> Floats:
-    """The inpainting head: float32 (C, 5, 3, 3), input channels [mask, masked latent x 4], no bias.
+    """Read the inpaint head: float32 (C, 5, 3, 3), input channels [mask, masked latent x 4], no bias.
 
     path: torch's `.pth` ({"head": tensor}, possibly a strided view) or a `.safetensors` with a tensor named `head`.
+
+    Raises `FileFormatError` when there is no such tensor.
     """
     weights = open_tensors(path)
     if "head" not in weights or len(weights.shape("head")) != 4 or weights.shape("head")[1:] != (5, 3, 3):
@@ -127,7 +139,7 @@ def read_head(path: str | Path) -> Floats:
     return weights["head"]
 
 
-def _entry(path: Path, key: Any, value: Any) -> tuple[Stored, Stored, Stored]:
+def _check_entry(path: Path, key: Any, value: Any) -> tuple[Stored, Stored, Stored]:
     parts = value if isinstance(value, tuple | list) else ()
     if len(parts) != 3 or not all(isinstance(part, Stored) for part in parts) or parts[0].dtype != "uint8":
         raise FileFormatError(f"{path}: {key!r} is not (uint8 tensor, min, max); is this a *.fooocus.patch file?")
@@ -140,7 +152,7 @@ def _entry(path: Path, key: Any, value: Any) -> tuple[Stored, Stored, Stored]:
     return codes, low, high
 
 
-def _patched(patch: Mapping[str, PatchEntry], key: str, scale: np.float32, weight: Floats) -> Floats:
+def _add_delta(patch: Mapping[str, PatchEntry], key: str, scale: np.float32, weight: Floats) -> Floats:
     delta = patch[key].delta()
     delta *= scale
     delta += weight
@@ -152,10 +164,10 @@ def _shape(patch: Mapping[str, PatchEntry], key: str) -> tuple[int, ...]:
 
 
 def _spans(limits: tuple[int, ...], codes: tuple[int, ...]) -> bool:
-    """Whether a range is one number or one per output channel."""
+    """Whether a range is one number, or one number per output channel."""
     return set(limits) <= {1} or limits == codes[:1] + (1,) * (len(codes) - 1)
 
 
-def _some(items: list[str], most: int = 8) -> str:
+def _join_first(items: list[str], most: int = 8) -> str:
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more

@@ -1,9 +1,9 @@
 """The two naming schemes of UNet and VAE: sgm (single-file checkpoints, Fooocus patches) and diffusers.
 
 sgm numbers everything that ends in a skip connection: `input_blocks.<i>` is the first convolution, then each resnet
-(`.0`, with its attention `.1`), then each downsampler. `output_blocks.<i>` holds one resnet, its attention, and in the
-last entry of a block the upsampler. The VAE's names follow the blocks in both schemes; sgm numbers the decoder's from
-the picture inwards.
+(`.0`, with its attention `.1`), then each downsampler. `output_blocks.<i>` has one resnet, its attention, and in the
+last entry of a block the upsampler. The VAE's names follow the blocks in both schemes; sgm counts the decoder's blocks
+from the picture inwards.
 """
 
 from __future__ import annotations
@@ -38,10 +38,12 @@ Pairs = Iterator[tuple[str, str]]
 
 
 def sgm_to_diffusers(unet_config: Mapping[str, Any]) -> dict[str, str]:
-    """Every tensor of the UNet: `diffusion_model.<sgm name>.weight|bias` -> diffusers name.
+    """The names of all tensors of the UNet: `diffusion_model.<sgm name>.weight|bias` -> diffusers name.
 
-    unet_config: the diffusers `unet/config.json`. Any number of blocks, layers and transformer depths; SDXL's own
-    config gives 1680 names. Raises `FileFormatError` for block types that SDXL does not have.
+    unet_config: the diffusers `unet/config.json`, with any number of blocks, layers and transformer depths. SDXL's own
+        gives 1680 names.
+
+    Raises `FileFormatError` for block types that SDXL does not have.
     """
     names = {}
     for sgm, diffusers in _modules(unet_config):
@@ -52,17 +54,25 @@ def sgm_to_diffusers(unet_config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def vae_to_diffusers(vae_config: Mapping[str, Any]) -> dict[str, str]:
-    """Every tensor of the VAE: `<sgm name>.weight|bias` (without `first_stage_model.`) -> diffusers name.
+    """The names of all tensors of the VAE: `<sgm name>.weight|bias` (without `first_stage_model.`) -> diffusers name.
 
-    vae_config: the diffusers `vae/config.json`; SDXL's own gives 248 names. The weights of the attention's four
-    projections are 1x1 convolutions (C, C, 1, 1) under sgm names and matrices (C, C) in diffusers.
+    vae_config: the diffusers `vae/config.json`. SDXL's own gives 248 names.
+
+    The weights of the attention's four projections are 1x1 convolutions (C, C, 1, 1) under sgm names and matrices
+    (C, C) in diffusers.
     """
     modules = _vae_modules(list(vae_config["block_out_channels"]), int(vae_config.get("layers_per_block", 1)))
     return {f"{sgm}.{part}": f"{ours}.{part}" for sgm, ours in modules for part in ("weight", "bias")}
 
 
 def attention_depths(config: Mapping[str, Any]) -> tuple[list[list[int]], list[list[int]], int]:
-    """Transformer layers after each resnet (0: no attention) per down block, per up block, and in the middle."""
+    """The number of transformer layers after each resnet; 0 means no attention.
+
+    config: the diffusers `unet/config.json`.
+
+    Returns (per down block, per up block, in the middle). Raises `FileFormatError` for block types that SDXL does not
+    have.
+    """
     downs, ups = list(config["down_block_types"]), list(config["up_block_types"])
     known = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
     middle = config.get("mid_block_type", "UNetMidBlock2DCrossAttn")

@@ -1,13 +1,13 @@
-"""LoRA files in the dialects people hold, read into one form: module -> (A, B) with alpha / rank folded in.
+"""LoRA files of all common dialects, read into one form: module -> (A, B) with alpha / rank folded in.
 
 Dialects: diffusers and the reference (`unet.<module>.lora.down.weight`, and the older `...processor.to_k_lora.down`),
 PEFT (`unet.<module>.lora_A.weight`, or its own `base_model.model.<module>.lora_A.weight`, scaled by the
 adapter_config.json beside it), kohya with diffusers or sgm block names (`lora_unet_<module_with_underscores>.
-lora_down`, `.alpha`); see reference/dreammix.md section 5. LoHa, LoKr, DoRA, OFT, GLoRA, (IA)3 and whole differences
+lora_down`, `.alpha`); see docs/algorithm.md, 12.2. LoHa, LoKr, DoRA, OFT, GLoRA, (IA)3 and whole differences
 are refused by name.
 
-A LoRA reaches a base in two ways: as a subject's factors in an engine's slots (`core/subject.py`), or merged into the
-weights (`weight_changes`), which alone takes convolutions and feed-forward layers.
+A LoRA is used in two ways: as a subject's factors in an engine's slots (`core/subject.py`), or merged into the base's
+weights (`weight_changes`). Only the latter takes convolutions and feed-forward layers.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dreammix_trt.core.errors import FileFormatError, InputError
-from dreammix_trt.core.files import reading
-from dreammix_trt.core.lora_names import family_of, flat_modules, foreign_kind, place_of, some
-from dreammix_trt.core.lora_parts import PEFT_FILE, AdapterScales, pair_of, read_tensors
+from dreammix_trt.core.files import explain_read_errors
+from dreammix_trt.core.lora_names import family_of, find_foreign_kind, flat_modules, join_first, place_of
+from dreammix_trt.core.lora_parts import PEFT_FILE, AdapterScales, make_pair, read_tensors
 
 Floats = NDArray[np.float32]
 Factors = dict[str, dict[str, tuple[Floats, Floats]]]
@@ -42,10 +42,13 @@ class Lora:
     """A LoRA: `y += x @ A @ B`.
 
     factors: network ("unet", "text_encoder", "text_encoder_2") -> module by its diffusers name
-    ("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0", "text_model.encoder.layers.0.self_attn.q_proj")
-    -> A float32 (in, r), B float32 (r, out), with alpha / rank folded into B. A convolution's A is (in * kh * kw, r),
-    and `kernels` has its (kh, kw) under "<network>.<module>" where that is not 1x1;
-    rank: the largest r; source_path: the file; metadata: its safetensors metadata.
+        ("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0",
+        "text_model.encoder.layers.0.self_attn.q_proj") -> (A float32 (in, r), B float32 (r, out)), with alpha / rank
+        folded into B. The A of a convolution is (in * kh * kw, r).
+    rank: the largest r.
+    source_path: the file.
+    metadata: of the safetensors file.
+    kernels: "<network>.<module>" -> (kh, kw) of each convolution that is not 1x1.
     """
 
     factors: Factors
@@ -57,7 +60,12 @@ class Lora:
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """A LoRA as a user asks for it: the file or folder, its strength, and the UNet weights that get it."""
+    """A LoRA as a user asks for it.
+
+    file: the file or its folder.
+    scale: its strength.
+    target: the UNet weights that it is applied to.
+    """
 
     file: Path
     scale: float = 1.0
@@ -65,9 +73,13 @@ class LoraSpec:
 
 
 def parse_lora(text: str, default_target: Target = "patched") -> LoraSpec:
-    """`FILE[:scale[:target]]`; scale any finite number, target "patched", "raw" or "both".
+    """Parse `FILE[:scale[:target]]`.
 
-    Read from the right, so FILE may hold colons. Raises InputError naming what is no scale or target.
+    text: scale is any finite number, target is "patched", "raw" or "both". Parsed from the right, so FILE may contain
+        colons.
+    default_target: used when the text names none.
+
+    Raises InputError that names the invalid scale or target.
     """
     file, scale, target = text, "", str(default_target)
     parts = text.rsplit(":", 2)
@@ -90,24 +102,26 @@ def parse_lora(text: str, default_target: Target = "patched") -> LoraSpec:
 
 
 def read_lora(path: str | Path, unet_config: Mapping[str, Any] | None = None) -> Lora:
-    """Read a LoRA file, or the one in a directory as training leaves it.
+    """Read a LoRA. Its numbers may be float16, bfloat16 or float32.
 
-    unet_config: the base's diffusers `unet/config.json`, by which names with underscores are understood; None: SDXL's.
-    Numbers may be float16, bfloat16 or float32. Raises `FileFormatError` for a missing or truncated file, names that
-    are no LoRA's (listed, with the model family where they tell it), half a pair, values that are not finite, and every
-    kind of adapter that is not a LoRA.
+    path: the file, or a directory as training leaves it (see `find_lora_file`).
+    unet_config: the base's diffusers `unet/config.json`, needed to resolve names with underscores; None: SDXL's.
+
+    Raises `FileFormatError` for a missing or truncated file, for names that are not a LoRA's (it lists them, and the
+    model family if they reveal it), for half a pair, for values that are not finite, and for every kind of adapter that
+    is not a LoRA.
     """
-    path = lora_file(path)
+    path = find_lora_file(path)
     tensors, metadata = read_tensors(path)
-    foreign = foreign_kind(tensors)
+    foreign = find_foreign_kind(tensors)
     if foreign:
-        raise FileFormatError(f"{path}: a {foreign[0]} file ({some(foreign[1], 3)}); only plain LoRA can be used")
-    modules = _by_module(path, tensors, flat_modules(unet_config))
+        raise FileFormatError(f"{path}: a {foreign[0]} file ({join_first(foreign[1], 3)}); only plain LoRA can be used")
+    modules = _group_by_module(path, tensors, flat_modules(unet_config))
     scales = AdapterScales.of(path, metadata)
     factors: Factors = {}
     kernels: dict[str, tuple[int, int]] = {}
     for (network, module), parts in sorted(modules.items()):
-        pair, kernel = pair_of(path, network, module, parts, scales)
+        pair, kernel = make_pair(path, network, module, parts, scales)
         factors.setdefault(network, {})[module] = pair
         if kernel != (1, 1):
             kernels[f"{network}.{module}"] = kernel
@@ -116,18 +130,21 @@ def read_lora(path: str | Path, unet_config: Mapping[str, Any] | None = None) ->
     return Lora(factors, rank, path, metadata, kernels)
 
 
-def lora_file(path: str | Path) -> Path:
-    """The LoRA file itself: `path`, or in a directory `pytorch_lora_weights.safetensors`, PEFT's
-    `adapter_model.safetensors`, or its only safetensors.
+def find_lora_file(path: str | Path) -> Path:
+    """Find the LoRA file that a path means.
 
-    A directory without any is searched for `checkpoint-N/`, as accelerate leaves them; the highest N counts.
+    path: the file, or a directory with `pytorch_lora_weights.safetensors`, PEFT's `adapter_model.safetensors` or one
+        other safetensors file. A directory without any of them may have folders `checkpoint-N/`, as accelerate leaves
+        them; the highest N is used.
+
+    Raises `FileFormatError` when there is no such file, or several.
     """
     path = Path(path)
-    with reading(path):
-        return _found(path)
+    with explain_read_errors(path):
+        return _find_file(path)
 
 
-def _found(path: Path) -> Path:
+def _find_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
@@ -144,11 +161,14 @@ def _found(path: Path) -> Path:
 
 
 def weight_changes(lora: Lora, network: str, scale: float) -> dict[str, Callable[[Floats], Floats]]:
-    """What merging the LoRA does to a network: "<module>.weight" -> the function W -> W + scale * (A B)^T, float32.
+    """The changes that merge a LoRA into a network.
 
-    network: "unet" or "unet_raw" (both take the LoRA's UNet part), "text_encoder", "text_encoder_2". W (out, in) or
-    (out, in, kh, kw), float32, is not changed. A function raises `FileFormatError` for a W of another shape; whether
-    every module has a weight at all, `check_weights` tells beforehand.
+    network: "unet" or "unet_raw" (both take the LoRA's UNet part), "text_encoder" or "text_encoder_2".
+    scale: strength of the LoRA.
+
+    Returns "<module>.weight" -> the function W -> W + scale * (A B)^T on float32 W (out, in) or (out, in, kh, kw). It
+    returns a new array and raises `FileFormatError` for a W of another shape. `check_weights` checks beforehand that
+    every module has a weight.
     """
     changes: dict[str, Callable[[Floats], Floats]] = {}
     for module, (a, b) in lora.factors.get(network_part(network), {}).items():
@@ -173,20 +193,23 @@ def check_weights(lora: Lora, network: str, shapes: Mapping[str, tuple[int, ...]
     if wrong:
         here = {name: shape[1] for name, shape in shapes.items() if len(shape) > 1}
         raise FileFormatError(
-            f"{lora.source_path}: this LoRA is for {another_base(factors, here)}; "
-            f"{len(wrong)} modules of {network} do not fit: {some(wrong)}"
+            f"{lora.source_path}: this LoRA is for {describe_other_base(factors, here)}; "
+            f"{len(wrong)} modules of {network} do not fit: {join_first(wrong)}"
         )
 
 
 def network_part(network: str) -> str:
-    """The part of a LoRA that an engine's network takes: "unet" also for "unet_raw"."""
+    """The part of a LoRA that an engine's network takes; "unet_raw" takes "unet"."""
     return "unet" if network == "unet_raw" else network
 
 
-def another_base(factors: Mapping[str, tuple[Floats, Floats]], here: Mapping[str, int]) -> str:
-    """The words "another base", and its family where the factors tell one: "another base (Stable Diffusion 1.x)".
+def describe_other_base(factors: Mapping[str, tuple[Floats, Floats]], here: Mapping[str, int]) -> str:
+    """Say for which other base a LoRA is: "another base", with the family if the factors reveal one.
 
-    here: module or weight -> inputs, of the present base, whose own family is not said.
+    factors: of the LoRA.
+    here: module or weight -> number of inputs, of the present base; its own family is not mentioned.
+
+    Returns a text such as "another base (Stable Diffusion 1.x)".
     """
     family = family_of({module: a.shape[0] for module, (a, _) in factors.items()})
     return f"another base ({family})" if family and family != family_of(here) else "another base"
@@ -222,14 +245,14 @@ def _weight_shape(lora: Lora, network: str, module: str) -> tuple[int, ...]:
 
 
 def _same_shape(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Equal but for the 1x1 of a convolution that another file has as a linear layer."""
+    """Whether shapes are equal, apart from the 1x1 kernel of a convolution that one file has as a linear layer."""
     return tuple(one) in (other, (*other, 1, 1)) or tuple(other) == (*one, 1, 1)
 
 
-def _by_module(
+def _group_by_module(
     path: Path, tensors: Mapping[str, Floats], flat: Mapping[str, str]
 ) -> dict[tuple[str, str], dict[str, Floats]]:
-    """(network, module) -> role -> tensor; every name must be understood, and none said twice."""
+    """(network, module) -> role -> tensor. Raises for names that are not understood and for duplicates."""
     modules: dict[tuple[str, str], dict[str, Floats]] = {}
     unmatched, twice = [], []
     for key, value in tensors.items():
@@ -244,11 +267,11 @@ def _by_module(
     if unmatched:
         family = family_of({key: value.shape[1] for key, value in tensors.items() if value.ndim > 1})
         raise FileFormatError(
-            f"{path}: {len(unmatched)} names are not understood as a LoRA's of this base: {some(unmatched)}"
+            f"{path}: {len(unmatched)} names are not understood as a LoRA's for this base: {join_first(unmatched)}"
             + (f"; it looks like a LoRA for {family}" if family else "")
         )
     if twice:
-        raise FileFormatError(f"{path}: {len(twice)} factors stand there twice, in two spellings: {some(twice)}")
+        raise FileFormatError(f"{path}: {len(twice)} factors appear twice, in two spellings: {join_first(twice)}")
     return modules
 
 

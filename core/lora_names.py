@@ -1,8 +1,8 @@
-"""What LoRA files call their tensors: from a tensor's name to network, module and role.
+"""The names of tensors in LoRA files: from a tensor's name to network, module and role.
 
 Trainers write a module's diffusers name (`unet.down_blocks.1...to_k.lora_A.weight`), or flatten its dots to underscores
-(kohya: `lora_unet_down_blocks_1_..._to_k.lora_down.weight`), with diffusers' or sgm's module names. Underscores cannot
-be undone by rule, so flat names are looked up in a table of every module the base's UNet has.
+(kohya: `lora_unet_down_blocks_1_..._to_k.lora_down.weight`), with diffusers' or sgm's module names. There is no
+rule to turn underscores back into dots, so flat names are looked up in a table of all modules of the base's UNet.
 """
 
 from __future__ import annotations
@@ -33,28 +33,45 @@ _ROLES: dict[str, Role] = {
 }  # fmt: skip
 _DOTTED = {f"{network}.": network for network in NETWORKS}
 _FLAT = {
-    "lora_unet_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te_": "text_encoder",
-}  # fmt: skip
+    "lora_unet_": "unet",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te_": "text_encoder",
+}
 _PEFT, _TEXT_PARTS = "base_model.model.", ("text_model.", "encoder.layers.", "text_projection")
 _FLAT_TEXT = re.compile(r"text_model_encoder_layers_(\d+)_(self_attn|mlp)_([qkv]_proj|out_proj|fc1|fc2)")
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out.0": "out_proj"}
 
 _FOREIGN = {
-    r"\.hada_": "LoHa", r"\.lokr_": "LoKr", r"\.dora_scale$|\.lora_magnitude_vector": "DoRA", r"\.oft_": "OFT",
-    r"\.[ab][12]\.weight$": "GLoRA", r"\.on_input$": "(IA)3", r"\.diff(_b)?$": "full-difference",
-    r"\.[wb]_norm$": "norm-training", r"\.(lora_B|lora_up|lora\.up)\.bias$": "LoRA-with-biases",
+    r"\.hada_": "LoHa",
+    r"\.lokr_": "LoKr",
+    r"\.dora_scale$|\.lora_magnitude_vector": "DoRA",
+    r"\.oft_": "OFT",
+    r"\.[ab][12]\.weight$": "GLoRA",
+    r"\.on_input$": "(IA)3",
+    r"\.diff(_b)?$": "full-difference",
+    r"\.[wb]_norm$": "norm-training",
+    r"\.(lora_B|lora_up|lora\.up)\.bias$": "LoRA-with-biases",
     r"\.lora_embedding_": "embedding-LoRA",
-}  # fmt: skip
+}
 _CONTEXTS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "the SDXL refiner", 2048: "SDXL"}
 _OTHER_MODELS = {
-    "double_blocks": "Flux", "single_transformer_blocks": "Flux", "joint_blocks": "Stable Diffusion 3",
+    "double_blocks": "Flux",
+    "single_transformer_blocks": "Flux",
+    "joint_blocks": "Stable Diffusion 3",
     "transformer.transformer_blocks": "Stable Diffusion 3 or Flux",
-    "down_blocks.0.attentions.": "Stable Diffusion 1.x or 2.x", "input_blocks.1.1.": "Stable Diffusion 1.x or 2.x",
-}  # fmt: skip
+    "down_blocks.0.attentions.": "Stable Diffusion 1.x or 2.x",
+    "input_blocks.1.1.": "Stable Diffusion 1.x or 2.x",
+}
 
 
-class Place(NamedTuple):
-    """Where a tensor belongs: network of `NETWORKS`, module by its diffusers name, and its part in the pair."""
+class LoraKey(NamedTuple):
+    """The place of a tensor in a LoRA.
+
+    network: one of `NETWORKS`.
+    module: by its diffusers name.
+    role: its part in the pair of factors.
+    """
 
     network: str
     module: str
@@ -62,10 +79,12 @@ class Place(NamedTuple):
 
 
 def flat_modules(unet_config: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """Every module of a UNet by its flat name, of both naming schemes: `input_blocks_4_1_proj_in` and
-    `down_blocks_1_attentions_0_proj_in` -> `down_blocks.1.attentions.0.proj_in`.
+    """All modules of a UNet by their flat names in both naming schemes.
 
     unet_config: the base's diffusers `unet/config.json`; None: SDXL's topology.
+
+    Returns flat name -> diffusers name: `input_blocks_4_1_proj_in` and `down_blocks_1_attentions_0_proj_in` both lead
+    to `down_blocks.1.attentions.0.proj_in`.
     """
     table = {}
     for sgm, name in sgm_to_diffusers(SDXL if unet_config is None else unet_config).items():
@@ -76,8 +95,12 @@ def flat_modules(unet_config: Mapping[str, Any] | None = None) -> dict[str, str]
     return table
 
 
-def place_of(key: str, flat: Mapping[str, str]) -> Place | None:
-    """The place of a tensor called `key`, or None when the name is no LoRA's; `flat`: from `flat_modules`."""
+def place_of(key: str, flat: Mapping[str, str]) -> LoraKey | None:
+    """The place of a tensor; None when its name is not a LoRA's.
+
+    key: the tensor's name.
+    flat: from `flat_modules`.
+    """
     ending = next((each for each in _ROLES if key.endswith(each)), None)
     if ending is None:
         return None
@@ -85,23 +108,28 @@ def place_of(key: str, flat: Mapping[str, str]) -> Place | None:
     for prefix, network in _FLAT.items():
         if name.startswith(prefix):
             module = _from_flat(network, name[len(prefix) :], flat)
-            return Place(network, module, role) if module else None
-    if name.startswith(_PEFT):  # PEFT's own files do not say the network; text encoders have names of their own
+            return LoraKey(network, module, role) if module else None
+    if name.startswith(_PEFT):  # PEFT's files do not name the network; the modules of text encoders reveal it
         name = name.removeprefix(_PEFT)
         if name.startswith(_TEXT_PARTS):
-            return Place("text_encoder", _normal("text_encoder", name), role)
+            return LoraKey("text_encoder", _normalise("text_encoder", name), role)
     if name.startswith(PREFIX):  # sgm names with their dots
         module = flat.get(name[len(PREFIX) :].replace(".", "_"))
-        return Place("unet", module, role) if module else None
+        return LoraKey("unet", module, role) if module else None
     for prefix, network in _DOTTED.items():
         if name.startswith(prefix):
-            return Place(network, _normal(network, name[len(prefix) :]), role)
-    module = _normal("unet", name)
-    return Place("unet", module, role) if flat.get(module.replace(".", "_")) == module else None
+            return LoraKey(network, _normalise(network, name[len(prefix) :]), role)
+    module = _normalise("unet", name)
+    return LoraKey("unet", module, role) if flat.get(module.replace(".", "_")) == module else None
 
 
-def foreign_kind(keys: Iterable[str]) -> tuple[str, list[str]] | None:
-    """(kind, its names) where a file holds something else than LoRA pairs: LoHa, LoKr, DoRA, ...; else None."""
+def find_foreign_kind(keys: Iterable[str]) -> tuple[str, list[str]] | None:
+    """Find out whether a file has something other than LoRA pairs: LoHa, LoKr, DoRA, ...
+
+    keys: the names of its tensors.
+
+    Returns (kind, the names that show it), or None.
+    """
     keys = list(keys)
     for pattern, kind in _FOREIGN.items():
         named = [key for key in keys if re.search(pattern, key)]
@@ -111,10 +139,10 @@ def foreign_kind(keys: Iterable[str]) -> tuple[str, list[str]] | None:
 
 
 def family_of(inputs: Mapping[str, int]) -> str:
-    """The model family a LoRA was trained on, "" where its modules do not tell.
+    """The model family that a LoRA was trained on; "" when its modules do not show it.
 
-    inputs: module or tensor name, dotted or flat -> the module's inputs. The width of the text that cross attention
-    reads decides (768: Stable Diffusion 1.x), else names that only one family has.
+    inputs: module or tensor name, dotted or flat -> the module's number of inputs. The width of the text that cross
+        attention reads decides (768: Stable Diffusion 1.x), else names that only one family has.
     """
     names = {name.replace("_", "."): width for name, width in inputs.items()}
     for name, width in names.items():
@@ -126,8 +154,8 @@ def family_of(inputs: Mapping[str, int]) -> str:
     return ""
 
 
-def some(items: list[str], most: int = 6) -> str:
-    """The first of them in order, and how many more there are."""
+def join_first(items: list[str], most: int = 6) -> str:
+    """Join the first items in order and say how many more there are."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(sorted(items)[:most]) + more
 
@@ -141,8 +169,8 @@ def _from_flat(network: str, name: str, flat: Mapping[str, str]) -> str | None:
     return name if name == "text_projection" else None
 
 
-def _normal(network: str, module: str) -> str:
-    """One spelling: no `processor`, `to_out.0`; in text encoders `text_model.` in front and `q_proj` for `to_q`."""
+def _normalise(network: str, module: str) -> str:
+    """Bring a name to one spelling: no `processor`, `to_out.0`; in text encoders `text_model.` first, `q_proj`."""
     module = module.replace(".processor.", ".")
     if module.endswith(".to_out"):
         module = f"{module}.0"

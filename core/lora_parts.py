@@ -1,4 +1,4 @@
-"""What stands in a LoRA file: its tensors as float32, the scales told beside them, and the pairs they make up."""
+"""The contents of a LoRA file: its tensors as float32, the scales given with them, and the pairs they form."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dreammix_trt.core.errors import FileFormatError
-from dreammix_trt.core.files import read_json, reading
-from dreammix_trt.core.lora_names import NETWORKS, some
+from dreammix_trt.core.files import explain_read_errors, read_json
+from dreammix_trt.core.lora_names import NETWORKS, join_first
 
 Floats = NDArray[np.float32]
 #: what PEFT's `save_pretrained` writes into a folder
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_REBASED = ("pissa", "olora", "loftq", "corda")  # trainings whose LoRA belongs to a base changed beforehand
+_REBASED = ("pissa", "olora", "loftq", "corda")  # initialisations that change the base before training
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Floats], dict[str, str]]:
-    """(tensors as float32, metadata) of a safetensors file of any usual type; `FileFormatError` for anything else."""
+    """Read a safetensors file of any common dtype.
+
+    Returns (tensors as float32, metadata). Raises `FileFormatError` for any other file or dtype.
+    """
     from safetensors import SafetensorError, safe_open
 
-    with reading(path), path.open("rb"):  # only the attempt tells whether we may
+    with explain_read_errors(path), path.open("rb"):  # opening it is the only reliable test of permission
         pass
     try:
-        with safe_open(path, framework="numpy") as file:  # checks names, shapes, places; cannot read bfloat16
+        with safe_open(path, framework="numpy") as file:  # checks names, shapes and offsets; cannot read bfloat16
             metadata = dict(file.metadata() or {})
         data = np.memmap(path, np.uint8, mode="r")
     except (SafetensorError, OSError) as error:
@@ -48,7 +51,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Floats], dict[str, str]]:
             numbers = data[start + first : start + end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
         except ValueError as error:  # more sides than numpy has
             raise FileFormatError(f"{path}: {name} cannot be read ({error})") from error
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity, which `pair_of` names
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity, which `make_pair` names
             tensors[name] = _from_bfloat16(numbers) if entry["dtype"] == "BF16" else np.array(numbers, np.float32)
     if not tensors:
         raise FileFormatError(f"{path}: holds no tensors")
@@ -56,7 +59,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Floats], dict[str, str]]:
 
 
 def _from_bfloat16(bits: NDArray[np.uint16]) -> Floats:
-    """numpy has no bfloat16; it is float32 without its lower 16 bits."""
+    """numpy has no bfloat16, which is float32 without the lower 16 bits."""
     wide = np.array(bits, np.uint32)
     wide <<= 16
     return wide.view(np.float32)
@@ -64,26 +67,40 @@ def _from_bfloat16(bits: NDArray[np.uint16]) -> Floats:
 
 @dataclass
 class AdapterScales:
-    """alpha / rank by the `lora_adapter_metadata` that newer diffusers files carry, or by the adapter_config.json that
-    PEFT writes beside its adapter_model.safetensors; absent: 1.
+    """The scale alpha / rank of each module; 1 where nothing is given.
 
-    The rank is the factor's own, which an adapter_config.json must agree with. An `alpha_pattern` names a module by its
-    end, in whole words, the longest first; PEFT takes regular expressions there, refused for matching nothing.
+    The source is the `lora_adapter_metadata` in newer diffusers files, or the adapter_config.json that PEFT writes
+    beside its adapter_model.safetensors. The rank is that of the factor; an adapter_config.json must agree with it. An
+    `alpha_pattern` names a module by its end, in whole words, and the longest match applies. PEFT allows regular
+    expressions there; these are refused because they match nothing.
+
+    alphas: by network.
+    patterns: alphas by "<network>.<end of module>".
+    by_root: by network: whether it is rsLoRA, which has alpha / sqrt(rank).
+    peft: whether the source is an adapter_config.json, which does not name the network.
+    ranks: of adapter_config.json, by the end of the module; "": all others.
+    used: patterns that `scale` has used.
     """
 
-    alphas: dict[str, float]  # by network
-    patterns: dict[str, float]  # by "<network>.<end of module>"
-    by_root: dict[str, bool]  # rsLoRA networks: alpha / sqrt(rank)
-    peft: bool = False  # told by an adapter_config.json, which does not say which network it means
-    ranks: dict[str, int] = field(default_factory=dict)  # of adapter_config.json, by end of module; "": of all others
+    alphas: dict[str, float]
+    patterns: dict[str, float]
+    by_root: dict[str, bool]
+    peft: bool = False
+    ranks: dict[str, int] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, path: Path, metadata: Mapping[str, str]) -> AdapterScales:
-        """Of a file's metadata, else of the PEFT config beside it; DoRA is refused, as is what only looks like LoRA."""
+        """Read the scales from a file's metadata, else from the PEFT config beside it.
+
+        path: the LoRA file.
+        metadata: of its safetensors header.
+
+        Raises `FileFormatError` for DoRA and for other adapters that only look like LoRA.
+        """
         config = path.with_name(PEFT_CONFIG)
         peft = "lora_adapter_metadata" not in metadata and path.name == PEFT_FILE and config.is_file()
-        told = _peft_config(config) if peft else {}
+        told = _read_peft_config(config) if peft else {}
         try:
             fields: dict[str, Any] = {f"{network}.{key}": told[key] for network in NETWORKS for key in told}
             fields |= json.loads(metadata.get("lora_adapter_metadata", "{}"))
@@ -106,11 +123,15 @@ class AdapterScales:
         return scales
 
     def scale(self, path: Path, network: str, module: str, rank: int) -> float:
-        """What B A is multiplied with; `FileFormatError` where the rank is not the one told."""
+        """The factor of B A for one module. Raises `FileFormatError` when the rank is not the one in the config.
+
+        path: the LoRA file, for the message.
+        rank: of the module's factors.
+        """
         told = next((self.ranks[end] for end in (*_ends(module), "") if end in self.ranks), rank)
         if told != rank:
             raise FileFormatError(
-                f"{path}: {network}.{module} has rank {rank}, by {_source(self.peft)} {told}; "
+                f"{path}: {network}.{module} has rank {rank}, but {_source(self.peft)} says {told}; "
                 "the files do not belong together"
             )
         alpha = self.alphas.get(network)
@@ -124,14 +145,14 @@ class AdapterScales:
         return alpha / (math.sqrt(rank) if self.by_root[network] else rank)
 
     def check_used(self, path: Path) -> None:
-        """Raise `FileFormatError` for alphas that `scale` was never asked for."""
+        """Raise `FileFormatError` for alphas that no call of `scale` has used."""
         idle = self.patterns.keys() - self.used
         if self.peft:
             met = {pattern.partition(".")[2] for pattern in self.used}
             idle = {end for pattern in idle if (end := pattern.partition(".")[2]) not in met}
         if idle:
             raise FileFormatError(
-                f"{path}: {_source(self.peft)} has alphas for modules that the file lacks: {some(sorted(idle))}"
+                f"{path}: {_source(self.peft)} has alphas for modules that the file lacks: {join_first(sorted(idle))}"
             )
 
 
@@ -139,8 +160,8 @@ def _source(peft: bool) -> str:
     return f"{PEFT_CONFIG} beside it" if peft else "its lora_adapter_metadata"
 
 
-def _peft_config(path: Path) -> dict[str, Any]:
-    """adapter_config.json; `FileFormatError` for another kind of adapter, or one for a base changed beforehand."""
+def _read_peft_config(path: Path) -> dict[str, Any]:
+    """Read adapter_config.json. Raises `FileFormatError` for another kind of adapter or a base changed beforehand."""
     config = read_json(path)
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
@@ -161,19 +182,24 @@ def _ends(module: str) -> Iterator[str]:
         module = module.partition(".")[2]
 
 
-def pair_of(
+def make_pair(
     path: Path, network: str, module: str, parts: Mapping[str, Floats], scales: AdapterScales
 ) -> tuple[tuple[Floats, Floats], tuple[int, int]]:
-    """((A, B), (kh, kw)) of one module from its tensors by role; (1, 1) for a linear layer.
+    """Make the pair of factors of one module.
 
-    Linear: down (r, in), up (out, r). Convolution: down (r, in, kh, kw), up (out, r, 1, 1), or with a core `mid`
-    (r, r, kh, kw) down (r, in, 1, 1). Raises `FileFormatError` for half a pair, other shapes, values not finite.
+    path, network, module: for messages, and to find the module's scale.
+    parts: its tensors by role. A linear layer has down (r, in) and up (out, r). A convolution has down (r, in, kh, kw)
+        and up (out, r, 1, 1), or with a core `mid` (r, r, kh, kw) down (r, in, 1, 1).
+    scales: alpha / rank where the file has no alpha tensor.
+
+    Returns ((A, B), (kh, kw)); (1, 1) for a linear layer. Raises `FileFormatError` for half a pair, for shapes that do
+    not fit and for values that are not finite.
     """
     name = f"{network}.{module}"
     missing = {"down", "up"} - parts.keys()
     if missing:
         raise FileFormatError(f"{path}: {name} has no '{min(missing)}' factor; the file is incomplete")
-    down, up = _with_core(path, name, parts), parts["up"]
+    down, up = _multiply_core(path, name, parts), parts["up"]
     two = down.ndim in (2, 4) and up.ndim in (2, 4) and up.shape[2:] in ((), (1, 1))
     if not two or down.shape[0] != up.shape[1] or 0 in (*down.shape, *up.shape):
         raise FileFormatError(
@@ -186,7 +212,7 @@ def pair_of(
             raise FileFormatError(f"{path}: {name} has an alpha of shape {parts['alpha'].shape}, expected one number")
         scale = float(parts["alpha"].flat[0]) / rank
     if not math.isfinite(scale):
-        raise FileFormatError(f"{path}: {name} has alpha / rank {scale}, which is no number to scale with")
+        raise FileFormatError(f"{path}: {name} has alpha / rank {scale}, which is not a usable scale")
     if scale == 0:
         raise FileFormatError(f"{path}: {name} has alpha 0 (lora_alpha, or .alpha), which turns it off; give its rank")
     kernel = (down.shape[2], down.shape[3]) if down.ndim == 4 else (1, 1)
@@ -198,8 +224,8 @@ def pair_of(
     return (a, b), kernel
 
 
-def _with_core(path: Path, name: str, parts: Mapping[str, Floats]) -> Floats:
-    """`down`, with the core of a Tucker form (down 1x1, mid kh x kw, up 1x1) multiplied in."""
+def _multiply_core(path: Path, name: str, parts: Mapping[str, Floats]) -> Floats:
+    """Multiply the core of a Tucker form (down 1x1, mid kh x kw, up 1x1), if there is one, into `down`."""
     down, core = parts["down"], parts.get("mid")
     if core is None:
         return down

@@ -1,8 +1,8 @@
-"""Every random number of a picture: counter-based normals, and the providers the sampling loop draws from.
+"""The random numbers of a picture: counter-based normals, and the providers that the sampling loop draws from.
 
 The numbers are a pure function of (seed, draw, step, element), so picture k of a batch equals that picture alone and
-no order of evaluation matters. This file is the definition; the C++ kernel (`cpp_ext/philox.hpp`) and any device
-version repeat it: the integers are identical everywhere, the normals agree within 2e-6.
+the order of evaluation does not matter. This file is the definition. The C++ kernel (`cpp_ext/philox.hpp`) and the
+device repeat it: the integers are identical everywhere, the normals agree within 2e-6.
 
 Element n of an array (C order) is number n % 4 of block b = n // 4. Block b is Philox4x32-10 (Salmon, Moraes, Dror,
 Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011) of
@@ -38,7 +38,7 @@ _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
-#: The kinds of draws and their fixed numbers: part of what a seed means, so entries are only ever added.
+#: The kinds of draws and their fixed numbers. They are part of what a seed means, so never change an entry.
 DRAWS: Mapping[str, int] = {
     "init_noise": 0,
     "blend_noise": 1,
@@ -53,28 +53,31 @@ DRAWS: Mapping[str, int] = {
 
 
 class NoiseProvider(Protocol):
-    """Where the loop gets its unit normals. A batch has one provider per picture."""
+    """The source of the loop's unit normals. A batch has one provider per picture."""
 
     def draw(self, label: str, shape: Sequence[int], step: int = 0) -> F32:
-        """Float32 unit normals of `shape` (usually (1, 4, h, w)) for the draw `label` of step `step` (0-based).
+        """Draw float32 unit normals.
 
-        Labels are those of golden/README.md, e.g. "init_noise" or "blend_noise_step03".
+        label: of the draw, as in docs/algorithm.md, 10.2: for example "init_noise" or "blend_noise_step03".
+        shape: usually (1, 4, h, w).
+        step: 0-based.
         """
         ...
 
 
 class SeededNoise:
-    """Noise of one picture from one seed (0 .. 2^64-1): every label is a fixed draw number, see `DRAWS`.
-
-    generate: what makes the numbers; the runtime passes its compiled twin of `normals`.
-    """
+    """The noise of one picture from one seed. Every label has a fixed draw number, see `DRAWS`."""
 
     def __init__(self, seed: int, generate: Callable[[int, int, int, Sequence[int]], F32] | None = None) -> None:
-        self.seed = _unsigned(seed, 64, "seed")
+        """seed: 0 .. 2^64-1.
+
+        generate: makes the numbers; the runtime passes its compiled version of `normals`.
+        """
+        self.seed = _check_unsigned(seed, 64, "seed")
         self._generate = generate or normals
 
     def draw(self, label: str, shape: Sequence[int], step: int = 0) -> F32:
-        """Unit normals; raises InputError for an unknown label or a label that names another step than `step`."""
+        """Draw unit normals. Raises InputError for an unknown label or one that names another step than `step`."""
         kind, named_step = _parts_of(label)
         if kind not in DRAWS:
             raise InputError(f"noise label {label!r} is unknown; known kinds are {', '.join(DRAWS)}")
@@ -84,13 +87,13 @@ class SeededNoise:
 
 
 class ReplayNoise:
-    """Recorded noise: the array stored under the label, whatever the step."""
+    """Recorded noise: the array stored under the label, for every step."""
 
     def __init__(self, arrays: Mapping[str, npt.ArrayLike]) -> None:
         self.arrays = {label: np.asarray(array, np.float32) for label, array in arrays.items()}
 
     def draw(self, label: str, shape: Sequence[int], step: int = 0) -> F32:
-        """A copy of the recorded array; raises InputError where there is none or it has another shape."""
+        """Copy the recorded array. Raises InputError when there is none or it has another shape."""
         if label not in self.arrays:
             raise InputError(f"no noise was recorded under {label!r}; recorded are {', '.join(sorted(self.arrays))}")
         array = self.arrays[label]
@@ -100,11 +103,19 @@ class ReplayNoise:
 
 
 def normals(seed: int, draw: int, step: int, shape: Sequence[int]) -> F32:
-    """Float32 unit normals of `shape`, a pure function of the arguments as the module says.
+    """Float32 unit normals of `shape`: the pure function of the arguments that the module describes.
 
-    `seed` lies in 0 .. 2^64-1, `draw` and `step` in 0 .. 2^32-1; InputError otherwise.
+    seed: 0 .. 2^64-1.
+    draw: number of the kind of draw, 0 .. 2^32-1.
+    step: 0 .. 2^32-1.
+
+    Raises InputError for a number out of range.
     """
-    seed, draw, step = _unsigned(seed, 64, "seed"), _unsigned(draw, 32, "draw"), _unsigned(step, 32, "step")
+    seed, draw, step = (
+        _check_unsigned(seed, 64, "seed"),
+        _check_unsigned(draw, 32, "draw"),
+        _check_unsigned(step, 32, "step"),
+    )
     count = math.prod(shape)
     blocks = np.arange((count + 3) // 4, dtype=np.uint64)
     counter = np.empty((len(blocks), 4), np.uint32)
@@ -121,7 +132,13 @@ def normals(seed: int, draw: int, step: int, shape: Sequence[int]) -> F32:
 
 
 def philox(counter: U32, key: tuple[int, int]) -> U32:
-    """Philox4x32-10 of counters (n, 4) uint32 under one key of two 32-bit words -> (n, 4) uint32."""
+    """Philox4x32-10.
+
+    counter: uint32 (n, 4).
+    key: two 32-bit words.
+
+    Returns uint32 (n, 4).
+    """
     c0, c1, c2, c3 = (counter[:, i].astype(np.uint64) for i in range(4))
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -131,7 +148,7 @@ def philox(counter: U32, key: tuple[int, int]) -> U32:
     return np.stack((c0, c1, c2, c3), axis=1).astype(np.uint32)
 
 
-def _unsigned(value: int, bits: int, name: str) -> int:
+def _check_unsigned(value: int, bits: int, name: str) -> int:
     if not 0 <= value < 1 << bits:
         raise InputError(f"{name} is {value}; it must lie in 0 .. 2^{bits}-1")
     return int(value)
@@ -139,6 +156,6 @@ def _unsigned(value: int, bits: int, name: str) -> int:
 
 @functools.cache
 def _parts_of(label: str) -> tuple[str, int | None]:
-    """Kind and named step of a label: "blend_noise_step03" -> ("blend_noise", 3)."""
+    """The kind and the step in a label: "blend_noise_step03" -> ("blend_noise", 3)."""
     match = re.fullmatch(r"(.+)_step(\d+)", label)
     return (match[1], int(match[2])) if match else (label, None)

@@ -1,4 +1,4 @@
-"""The passport of an engine directory: what it was made from, and where its base lies."""
+"""The passport of an engine directory: what it was made from, and where its base is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class SubjectEntry:
-    """One subject in the engine: its file below the directory, hashes of that and of the LoRA it was made from."""
+    """One subject in the engine.
+
+    target: the UNet weights that it changes.
+    file: its path below the engine directory.
+    sha256, bytes: hash and size of the file.
+    source, source_sha256: the LoRA that it was made from, and its hash.
+    """
 
     name: str
     token: str
@@ -35,8 +41,14 @@ class SubjectEntry:
 
 @dataclass(frozen=True)
 class NetworkEntry:
-    """One network of the base: its file (ONNX, or a plan), dynamic inputs, how many LoRA slots, how well it agreed with
-    torch, and what its build was (a plan's; empty for ONNX)."""
+    """One network of the base.
+
+    file: ONNX, or a plan.
+    inputs: input name -> sides, each a number or the name of an axis.
+    slots: the number of LoRA slots.
+    parity: how well it agreed with torch.
+    build: how a plan was built; empty for ONNX.
+    """
 
     name: str
     file: str
@@ -48,12 +60,17 @@ class NetworkEntry:
 
 @dataclass(frozen=True)
 class Passport:
-    """Everything `inspect` prints and `load` checks.
+    """Everything that `inspect` prints and `load` checks.
 
-    backend, backend_version: what runs it; targets: the GPUs its plans are for ("sm_89"). base_key: which weights and
-    slots these are, whatever the back end. parts: part -> its key in the store. networks_at: "store", or the directory
-    below this one that holds the parts ("networks"). base: name, hashes of the source files, native side, slot rank,
-    LoRAs in the weights. versions: of the packages that made it. files: "PART/FILE" -> hash.
+    backend, backend_version: the library that runs it.
+    targets: the GPUs that its plans are for ("sm_89").
+    base_key: names the weights and slots, independent of the back end.
+    parts: part -> its key in the store.
+    networks_at: "store", or the directory below this one that has the parts ("networks").
+    base: name, hashes of the source files, native side, slot rank, LoRAs in the weights.
+    versions: of the packages that made it.
+    files: "PART/FILE" -> hash.
+    command: builds it again.
     """
 
     schema: int
@@ -83,10 +100,13 @@ class Passport:
 
     @classmethod
     def read(cls, folder: str | Path) -> Passport:
-        """Read and check `passport.json` of an engine directory; EngineError says what is wrong and how to rebuild."""
+        """Read and check `passport.json` of an engine directory.
+
+        Raises EngineError that says what is wrong and how to build it again.
+        """
         path = Path(folder) / FILE_NAME
         if not Path(folder).is_dir():
-            raise EngineError(f"{folder} is no engine directory; make one with `dreammix-trt build --out {folder}`")
+            raise EngineError(f"{folder} is not an engine directory; make one with `dreammix-trt build --out {folder}`")
         try:
             record = read_json(path)
         except DreamMixError as error:
@@ -111,9 +131,9 @@ class Passport:
         lists = {"networks": NetworkEntry, "subjects": SubjectEntry}
         plain = {name: value for name, value in record.items() if name not in lists}
         entries: dict[str, tuple[Any, ...]] = {
-            name: tuple(_typed(kind, entry) for entry in record[name]) for name, kind in lists.items()
+            name: tuple(_build_typed(kind, entry) for entry in record[name]) for name, kind in lists.items()
         }
-        passport = _typed(cls, {**plain, **entries})
+        passport = _build_typed(cls, {**plain, **entries})
         if passport.networks_at not in PLACES:
             raise ValueError(f"networks_at is {passport.networks_at!r}, expected one of {', '.join(PLACES)}")
         if not isinstance(passport.base.get("files", {}), dict):
@@ -138,7 +158,7 @@ class Passport:
         return passport
 
     def describe(self) -> list[tuple[str, list[tuple[str, ...]]]]:
-        """Titled tables of short texts, as a person wants to read it."""
+        """Tables of short texts for a person to read, each with its title."""
         base = self.base
         facts: Rows = [
             ("made by", self.created_by),
@@ -168,8 +188,8 @@ class Passport:
                 entry.name,
                 ", ".join(f"{name} {'x'.join(str(side) for side in shape)}" for name, shape in entry.inputs.items()),
                 f"{entry.slots} LoRA slots" if entry.slots else "",
-                _parity(entry.parity),
-                _build(entry.build),
+                _describe_parity(entry.parity),
+                _describe_build(entry.build),
             )
             for entry in self.networks
         ]
@@ -184,31 +204,31 @@ class Passport:
         ]
 
 
-def _parity(record: Mapping[str, Any]) -> str:
+def _describe_parity(record: Mapping[str, Any]) -> str:
     error, when = record.get("max_rel"), record.get("checked", "")
     return (
         f"against torch, {when}: {error:.1e} of the maximum" if isinstance(error, float) else "not compared with torch"
     )
 
 
-def _build(record: Mapping[str, Any]) -> str:
-    """What the network's making took: its export, and its plan."""
+def _describe_build(record: Mapping[str, Any]) -> str:
+    """Say what the export and the plan of a network took."""
     export, said = record.get("export"), []
     if isinstance(export, dict):
-        said.append(f"exported in {_cost(export)}")
+        said.append(f"exported in {_describe_cost(export)}")
     if isinstance(record.get("engine_bytes"), int):
-        said.append(f"{record['engine_bytes'] / (1 << 20):.0f} MiB, built in {_cost(record)}")
+        said.append(f"{record['engine_bytes'] / (1 << 20):.0f} MiB, built in {_describe_cost(record)}")
     return "; ".join(said)
 
 
-def _cost(record: Mapping[str, Any]) -> str:
+def _describe_cost(record: Mapping[str, Any]) -> str:
     seconds, peak = record.get("seconds"), record.get("peak_anonymous")
     memory = f" with {peak / (1 << 30):.1f} GiB" if isinstance(peak, int) else ""
     return f"{seconds:.0f} s{memory}" if isinstance(seconds, int | float) else "unknown time"
 
 
-def _typed(kind: type[_T], record: Mapping[str, Any]) -> _T:
-    """A dataclass of plain JSON values, each field of its annotated type; TypeError names what is amiss."""
+def _build_typed(kind: type[_T], record: Mapping[str, Any]) -> _T:
+    """Make a dataclass from plain JSON values. Raises TypeError when a field is not of its annotated type."""
     hints = get_type_hints(kind)
     if not isinstance(record, Mapping) or record.keys() != hints.keys():
         raise TypeError(f"a {kind.__name__} has the fields {', '.join(hints)}")

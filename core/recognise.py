@@ -1,4 +1,4 @@
-"""Whether a file or folder given as a base is an SDXL, and what it is when it is none: said in one line."""
+"""Recognise whether a file or folder given as a base is an SDXL model, and say in one line what else it is."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dreammix_trt.core.tensors import Weights
 
 _SDXL = ("model.diffusion_model.", "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
 _OTHER_MODEL = "only SDXL bases can be used"
-#: a name that tells (a regular expression) -> what the file is; the first that matches counts
+#: a tensor name (a regular expression) -> what a file with such a tensor is; the first match applies
 _KINDS = {
     r"lora_(down|up|A|B)\b|\.lora\.|_lora\.|\.hada_w|\.lokr_w": "a LoRA; give it as a LoRA on top of a base",
     r"(^|\.)double_blocks\.\d+\.img_attn|(^|\.)single_transformer_blocks\.": f"a Flux model; {_OTHER_MODEL}",
@@ -35,17 +35,20 @@ _KINDS = {
     ),
     r"^head$": "an inpaint head; give it as the head, next to a base and its patch",
 }
-#: tensors that training tools add to say that a model does not predict epsilon
+#: tensors that training tools add to mark a model that does not predict epsilon
 _MARKERS = {"v_pred": "v_prediction", "ztsnr": "v_prediction", "edm_vpred.sigma_max": "EDM", "edm_mean": "EDM"}
 _PIPELINES = {
-    "StableDiffusion3": "Stable Diffusion 3", "Flux": "Flux", "StableDiffusionPipeline": "Stable Diffusion 1.x or 2.x",
-    "StableDiffusionInpaint": "Stable Diffusion 1.x or 2.x", "StableDiffusionImg2Img": "Stable Diffusion 1.x or 2.x",
+    "StableDiffusion3": "Stable Diffusion 3",
+    "Flux": "Flux",
+    "StableDiffusionPipeline": "Stable Diffusion 1.x or 2.x",
+    "StableDiffusionInpaint": "Stable Diffusion 1.x or 2.x",
+    "StableDiffusionImg2Img": "Stable Diffusion 1.x or 2.x",
     "LatentConsistency": "Stable Diffusion 1.x",
-}  # fmt: skip
+}
 
 
-def foreign_file(names: Iterable[str]) -> str | None:
-    """What a file with tensors of these names is, when it is no SDXL checkpoint with its text encoders; else None."""
+def recognise_file(names: Iterable[str]) -> str | None:
+    """Say what a file with tensors of these names is; None for an SDXL checkpoint with its text encoders."""
     names = list(names)
     if not names:
         return "a file without named tensors (a Fooocus patch?); give a whole SDXL checkpoint"
@@ -54,11 +57,11 @@ def foreign_file(names: Iterable[str]) -> str | None:
     for pattern, kind in _KINDS.items():
         if any(re.search(pattern, name) for name in names):
             return kind
-    return f"no model known here (its tensors are named {', '.join(sorted(names)[:3])}, ...); {_OTHER_MODEL}"
+    return f"not a model known here (its tensors are named {', '.join(sorted(names)[:3])}, ...); {_OTHER_MODEL}"
 
 
-def foreign_folder(model_index: Mapping[str, Any]) -> str | None:
-    """What a diffusers folder is by its model_index.json, when it is no SDXL pipeline; else None."""
+def recognise_folder(model_index: Mapping[str, Any]) -> str | None:
+    """Say what a diffusers folder is by its model_index.json; None for an SDXL pipeline."""
     pipeline = str(model_index.get("_class_name", "StableDiffusionXLPipeline"))
     if "StableDiffusionXL" not in pipeline:
         kind = next((kind for start, kind in _PIPELINES.items() if pipeline.startswith(start)), None)
@@ -69,7 +72,11 @@ def foreign_folder(model_index: Mapping[str, Any]) -> str | None:
 
 
 def prediction_of(names: Iterable[str], metadata: Mapping[str, str]) -> str:
-    """A single file's prediction type, as far as it says: "epsilon" unless a marker tensor or its metadata differ."""
+    """The prediction type of a single file: "epsilon" unless a marker tensor or its metadata say otherwise.
+
+    names: of its tensors.
+    metadata: of the file.
+    """
     marked = next((kind for name, kind in _MARKERS.items() if name in set(names)), None)
     stated = metadata.get("modelspec.prediction_type", "epsilon")
     return marked or ("v_prediction" if stated == "v" else stated)
@@ -78,7 +85,9 @@ def prediction_of(names: Iterable[str], metadata: Mapping[str, str]) -> str:
 def check_sdxl(folder: Path, configs: Mapping[str, Mapping[str, Any]], vae_place: Path | None = None) -> None:
     """Raise `FileFormatError` when the configs are not those of an epsilon-predicting SDXL, or cannot be used.
 
-    folder: the base's folder or single file; vae_place: the folder or file of a VAE used instead of its own.
+    folder: the base's folder or single file.
+    configs: component -> its config.
+    vae_place: the folder or file of a VAE used instead of the base's own.
     """
     _check_kind(folder, configs)
     places = {name: _config_file(folder, name) for name in configs}
@@ -97,14 +106,14 @@ def check_sdxl(folder: Path, configs: Mapping[str, Mapping[str, Any]], vae_place
 
 
 def _config_file(folder: Path, component: str) -> Path:
-    """Where a component's config stands; in a single file, whose shapes tell it, the file itself."""
+    """The file of a component's config; for a single file, which has no configs, the file itself."""
     if not folder.is_dir():
         return folder
     return folder / component / ("scheduler_config.json" if component == "scheduler" else "config.json")
 
 
 def _check_kind(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """The facts that tell other models from SDXL."""
+    """Check the facts that distinguish SDXL from other models."""
     unet, vae = configs["unet"], configs["vae"]
     if unet.get("addition_embed_type") != "text_time":
         raise FileFormatError(
@@ -128,10 +137,14 @@ def _check_kind(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def check_weights(base: Path, configs: Mapping[str, Mapping[str, Any]], weights: Mapping[str, Weights]) -> int:
-    """Look at the headers of every component: the number of the UNet's input channels.
+    """Check the headers of every component.
 
-    Raises `FileFormatError` for a type of tensor that cannot be read, and for a UNet or text encoder that its config
-    does not describe, as far as its first and last layers tell.
+    base: the base's folder or single file, for messages.
+    configs: component -> its config.
+    weights: component -> its weights; no tensor is read.
+
+    Returns the number of the UNet's input channels. Raises `FileFormatError` for a dtype that cannot be read, and for a
+    UNet or text encoder whose first and last layers do not fit its config.
     """
     for component, tensors in weights.items():
         odd = next((name for name in tensors if tensors.dtype(name) not in FLOATS), None)
@@ -143,7 +156,7 @@ def check_weights(base: Path, configs: Mapping[str, Mapping[str, Any]], weights:
     shape = unet.shape("conv_in.weight") if "conv_in.weight" in unet else ()
     if len(shape) != 4 or shape[1] != channels:
         raise FileFormatError(
-            f"{base}: the UNet's conv_in.weight has shape {shape}, its config says {channels} input channels; "
+            f"{base}: the UNet's conv_in.weight has shape {shape}, but its config says {channels} input channels; "
             "weights and config.json do not belong together"
         )
     _check_shape(base, "unet", unet, "conv_in.weight", (configs["unet"]["block_out_channels"][0], channels, 3, 3))
@@ -161,6 +174,6 @@ def _check_shape(base: Path, component: str, tensors: Weights, name: str, told: 
         raise FileFormatError(f"{base}: {component}: {name} is missing; weights and config.json do not belong together")
     if tensors.shape(name) != told:
         raise FileFormatError(
-            f"{base}: {component}: {name} has shape {tensors.shape(name)}, by its config.json {told}; "
+            f"{base}: {component}: {name} has shape {tensors.shape(name)}, but its config.json says {told}; "
             "weights and config.json do not belong together"
         )

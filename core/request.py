@@ -1,7 +1,7 @@
-"""One inpainting as a value: every parameter by its public name, checked, and kept beside the picture as JSON.
+"""One inpainting as a value: every parameter under its public name, checked, and stored beside the picture as JSON.
 
-Names are diffusers' where it has one. Defaults follow reference/dreammix.md section 7, and where that says 'code' the
-authors' published notebook (section 0 there). Pictures are not part of a request.
+Names are those of diffusers where it has the parameter. Defaults are those of the authors' published notebook
+(docs/algorithm.md, 14.1). Pictures are not part of a request.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from dreammix_trt.core.errors import InputError
 
@@ -28,28 +28,40 @@ _SEEDS = 1 << 64
 class Request:
     """What to paint and how. Raises InputError naming the field, its value and what is allowed.
 
-    prompt, negative_prompt: text; None as negative prompt means zero embeddings. truncate_prompt: cut what does not
-    fit in 77 tokens instead of refusing it. subject: which subject of the engine; None: its first one, "": none.
-    substitute: attribute words that TAS takes out of the subject; substitute_prefix: the text before them (None:
-    "a photo of a TOKEN"); tas_stages: where the decomposed tokens and pooled vector are used (the authors' code leaves
-    pooled_gch out); tas_indexing: "bpe" tokens or the authors' "words" (None: the mode's).
-
+    prompt: text.
+    negative_prompt: text; None: zero embeddings.
+    subject: which subject of the engine; None: its first one, "": none.
+    substitute: attribute words that TAS takes out of the subject.
+    substitute_prefix: the text before these words; None: "a photo of a TOKEN".
     sampler: "dpmpp_2m_sde" (Karras noise levels, the authors'), or what a few-step base was distilled for: "euler" on
-    trailing timesteps (Lightning, Hyper-SD) or "lcm", which has at most 50 steps; those take guidance_scale 1.
-    num_inference_steps 1..1000, strength (0, 1]: shortens the steps to int(steps * strength), as in the authors' code.
-    seed 0..2^64-1. num_images_per_prompt: picture k equals seed + k alone.
-    guidance_scale: at most 1 switches guidance off. guidance_rescale 0..1. sharpness: weight of blur guidance.
-
+        trailing timesteps (Lightning, Hyper-SD) or "lcm", which has at most 50 steps. The few-step samplers take
+        guidance_scale 1.
+    num_inference_steps: 1..1000.
+    guidance_scale: 0..100; at most 1 switches guidance off.
+    seed: 0..2^64-1.
+    num_images_per_prompt: 1..1024; picture k equals a request with seed + k alone.
+    strength: above 0, up to 1; shortens the steps to int(steps * strength), as in the authors' code.
+    mode: "native" keeps the picture's resolution; "reference" follows the authors' arithmetic on a picture stretched
+        to reference_resize.
     lcg_steps: how many steps are local (LCG), the rest is global (GCH); None: round(lcg_fraction * steps), but at least
-    one step for each stage where the fraction lies between 0 and 1 and there are two steps or more.
-    lcg_field, gch_field: least share of the picture's sides in each stage's crop; 1 is the whole picture.
-    lcg_mask_dilate: pixels by which the local stage repaints more than the mask. patched_fraction: share of the steps
-    on the inpainting UNet. size_guidance_positive, _negative, _end: factors on the original size told to the UNet, and
-    the share of steps that have them. gch_background: which picture lies around the mask in GCH. blend_noise: "fresh"
-    for every step, or "fixed". blend_output: also blend the background into each predicted picture (Fooocus).
-    soft_blending: radial paste at the hand-over. vae_sample: sample the VAE's posterior instead of its mean (None: the
-    mode's). mode: "native" keeps the picture's resolution, "reference" follows the authors' arithmetic on a picture
-    stretched to reference_resize (height, width; None: the base's native square).
+        one step for each stage where the fraction is between 0 and 1 and there are two or more steps.
+    lcg_fraction: 0..1, see lcg_steps.
+    lcg_field, gch_field: the least share of the picture's sides in each stage's crop; 1 is the whole picture.
+    lcg_mask_dilate: pixels by which the local stage repaints more than the mask.
+    gch_background: which picture is around the mask in GCH.
+    patched_fraction: share of the steps on the inpainting UNet.
+    sharpness: weight of blur guidance.
+    size_guidance_positive, size_guidance_negative: factors on the original size given to the UNet.
+    size_guidance_end: share of the steps that have these factors.
+    guidance_rescale: 0..1.
+    blend_noise: "fresh" for every step, or "fixed".
+    blend_output: whether to blend the background also into each predicted picture (Fooocus).
+    soft_blending: whether to paste radially at the hand-over.
+    tas_stages: where the decomposed tokens and pooled vector are used; the authors' code omits pooled_gch.
+    tas_indexing: "bpe" tokens or the authors' "words"; None: the mode's.
+    vae_sample: whether to sample the VAE's posterior instead of taking its mean; None: the mode's.
+    truncate_prompt: whether to cut what does not fit in 77 tokens instead of refusing it.
+    reference_resize: (height, width) for mode "reference"; None: the base's native square.
     """
 
     prompt: str
@@ -92,7 +104,7 @@ class Request:
             raise InputError(f"seed is {self.seed}: with {self.num_images_per_prompt} pictures it must stay below 2^64")
         if self.steps < 1:
             raise InputError(
-                f"strength is {self.strength}: of {self.num_inference_steps} steps none is left; "
+                f"strength is {self.strength}: this leaves none of {self.num_inference_steps} steps; "
                 f"give at least {1 / self.num_inference_steps:.4g}"
             )
         if self.sampler == "lcm" and self.steps > LCM_STEPS:
@@ -112,7 +124,7 @@ class Request:
 
     @property
     def local_steps(self) -> int:
-        """How many of them are local."""
+        """How many of the steps are local."""
         if self.lcg_steps is not None:
             return min(self.lcg_steps, self.steps)
         local = round(self.lcg_fraction * self.steps)
@@ -121,37 +133,40 @@ class Request:
 
     @property
     def indexing(self) -> Indexing:
-        """tas_indexing, or the mode's: tokens in native mode, words in reference mode."""
+        """tas_indexing; by default tokens in native mode, words in reference mode."""
         return self.tas_indexing or ("words" if self.mode == "reference" else "bpe")
 
     @property
     def samples_vae(self) -> bool:
-        """vae_sample, or the mode's: the mean in native mode, a sample in reference mode."""
+        """vae_sample; by default the mean in native mode, a sample in reference mode."""
         return self.mode == "reference" if self.vae_sample is None else self.vae_sample
 
     @property
     def guided(self) -> bool:
-        """Whether classifier-free guidance runs, which takes a negative row per picture."""
+        """Whether classifier-free guidance runs; it needs a negative row per picture."""
         return self.guidance_scale > 1
 
     @classmethod
     def of(cls, **fields: Any) -> Request:
-        """A request of named fields; InputError, not TypeError, for a field that does not exist or a missing prompt."""
-        if "prompt" not in _known(fields):
+        """Make a request from named fields.
+
+        Raises InputError, not TypeError, for a field that does not exist and for a missing prompt.
+        """
+        if "prompt" not in _check_names(fields):
             raise InputError("a request needs a prompt: say what to paint, with the subject's token")
         return cls(**fields)
 
     def replace(self, **fields: Any) -> Request:
-        """This request with some fields changed; InputError for a field that does not exist."""
-        return Request(**{**self._fields(), **_known(fields)})
+        """This request with some fields changed. Raises InputError for a field that does not exist."""
+        return Request(**{**self._fields(), **_check_names(fields)})
 
     def to_json(self, indent: int | None = None) -> str:
-        """The request as JSON with its schema number; `from_json` gives an equal request back."""
+        """The request as JSON with its schema number. `from_json` turns it back into an equal request."""
         return json.dumps({"schema": SCHEMA, **self._fields()}, indent=indent, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Request:
-        """Read `to_json`. Raises InputError for other JSON, unknown fields, values out of range or a newer schema."""
+        """Read what `to_json` gave. Raises InputError for other JSON, unknown fields, bad values and other schemas."""
         try:
             fields = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -169,7 +184,46 @@ class Request:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
-def _known(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+class RequestFields(TypedDict, total=False):
+    """Every field of a `Request` except its prompt, for `**fields: Unpack[RequestFields]`: editors complete them.
+
+    A test compares names and types with those of `Request`. Fields with several values also accept a list.
+    """
+
+    negative_prompt: str | None
+    subject: str | None
+    substitute: list[str] | tuple[str, ...]
+    substitute_prefix: str | None
+    sampler: Sampler
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+    num_images_per_prompt: int
+    strength: float
+    mode: Mode
+    lcg_steps: int | None
+    lcg_fraction: float
+    lcg_field: float
+    gch_field: float
+    lcg_mask_dilate: int
+    gch_background: Literal["original", "intermediate"]
+    patched_fraction: float
+    sharpness: float
+    size_guidance_positive: float
+    size_guidance_negative: float
+    size_guidance_end: float
+    guidance_rescale: float
+    blend_noise: Literal["fresh", "fixed"]
+    blend_output: bool
+    soft_blending: bool
+    tas_stages: list[TasStage] | tuple[TasStage, ...]
+    tas_indexing: Indexing | None
+    vae_sample: bool | None
+    truncate_prompt: bool
+    reference_resize: tuple[int, int] | None
+
+
+def _check_names(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     unknown = sorted(set(fields) - set(_CHECKS))
     if unknown:
         raise InputError(f"a request has no field {', '.join(unknown)}; its fields are {', '.join(_CHECKS)}")
@@ -241,12 +295,12 @@ def _or_none(check: Check) -> Check:
 
 
 def _several(check: Check, what: str) -> Check:
-    def checked(name: str, value: Any) -> tuple[Any, ...]:
+    def check_items(name: str, value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list | tuple):
             raise _refuse(name, value, f"a list of {what}")
         return tuple(check(name, item) for item in value)
 
-    return checked
+    return check_items
 
 
 def _size(name: str, value: Any) -> tuple[int, int]:

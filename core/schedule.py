@@ -1,7 +1,7 @@
-"""Everything the sampling loop decides by step index, computed up front as a table of frozen rows.
+"""All decisions of the sampling loop that depend on the step index, computed up front as a table of frozen rows.
 
-The tables are the reference's (golden/README.md steps 9 to 11, reference/dreammix.md 1.5 and 1.6): Karras sigmas, the
-timestep of each, which UNet, the size-conditioning trick, and DPM-Solver++(2M) SDE (midpoint, eta 1) as coefficients
+The tables are the reference's (docs/algorithm.md, 6): Karras sigmas and their timesteps, the UNet of each step, the
+size-conditioning trick, and DPM-Solver++(2M) SDE (midpoint, eta 1) as coefficients
 
     x_next = c_x x + c_x0 x0 + c_dx0 (x0 - x0_previous) + c_noise n.
 
@@ -25,6 +25,7 @@ from dreammix_trt.core.request import LCM_STEPS, Request, Sampler
 
 F32 = npt.NDArray[np.float32]
 Stage = Literal["lcg", "gch"]
+STAGES: tuple[Stage, ...] = ("lcg", "gch")  # local content generation, global context harmonisation
 Draw = tuple[str, int]
 Coefficients = tuple[float, float, float, float]
 
@@ -35,10 +36,17 @@ LCM_TIMESTEP_SCALING, LCM_SIGMA_DATA = 10.0, 0.5
 
 @dataclass(frozen=True)
 class Step:
-    """One row. sigma falls to sigma_next; the UNet `network` sees `timestep` and the size scaled by size_scale_*.
+    """One row of the schedule.
 
-    blend_draw and solver_draw are the noise label and step to draw; None where the solver adds no noise: in the last
-    step, which returns x0 (of "lcm": the consistency function of it), and in every step of "euler".
+    network: the UNet of this step.
+    sigma, sigma_next: the noise level before and after the step.
+    timestep: what the UNet is given for sigma.
+    size_scale_positive, size_scale_negative: factors on the size that the UNet is given.
+    blur_alpha: weight of blur guidance.
+    c_x, c_x0, c_dx0, c_noise: the solver's coefficients, see the module.
+    blend_draw: noise label and step to draw for the blended background.
+    solver_draw: the same for the solver. None where the solver adds no noise: in every step of "euler", and in the last
+        step, which returns x0 (with "lcm" its consistency function).
     """
 
     index: int
@@ -64,7 +72,8 @@ class Step:
 class Schedule:
     """The rows of one request, in order.
 
-    start_scale: factor of init_noise in the first latent. fills: whether the hole is filled before the first stage.
+    start_scale: factor of init_noise in the first latent.
+    fills: whether the hole is filled before the first stage.
     blends_output: whether the background is also blended into each prediction.
     """
 
@@ -84,26 +93,26 @@ class Schedule:
 
     @property
     def hand_over_index(self) -> int | None:
-        """The first global step after local ones; None where one stage does all the steps."""
+        """The index of the first global step after local ones; None when one stage has all the steps."""
         stages = [step.stage for step in self.steps]
         return stages.index("gch") if stages[0] == "lcg" and "gch" in stages else None
 
     @property
     def sigmas(self) -> F32:
-        """float32 (N + 1,), the last one 0."""
+        """The noise levels, float32 (N + 1,); the last one is 0."""
         return np.array([*(step.sigma for step in self.steps), self.steps[-1].sigma_next], np.float32)
 
     @property
     def timesteps(self) -> F32:
-        """float32 (N,)."""
+        """The timesteps, float32 (N,)."""
         return np.array([step.timestep for step in self.steps], np.float32)
 
     def __str__(self) -> str:
         head = "step stage network    sigma     t  size+ size-  blur       c_x      c_x0     c_dx0   c_noise"
-        return "\n".join([head, *(_line(step) for step in self.steps)])
+        return "\n".join([head, *(_format_step(step) for step in self.steps)])
 
 
-def _line(s: Step) -> str:
+def _format_step(s: Step) -> str:
     return (
         f"{s.index:4d} {s.stage:<5} {s.network:<8} {s.sigma:8.4f} {s.timestep:5.0f} {s.size_scale_positive:6.2f}"
         f" {s.size_scale_negative:5.2f} {s.blur_alpha:.1e} {s.c_x:8.5f}  {s.c_x0:8.5f}"
@@ -111,11 +120,23 @@ def _line(s: Step) -> str:
     )
 
 
-def make_schedule(request: Request, raw_unet: bool = True) -> Schedule:
-    """The table of a request. lcg_steps 0 makes every step global, lcg_steps = steps every step local.
+def time_ids(step: Step, size: tuple[int, int], target: int) -> F32:
+    """The sizes that SDXL is given, float32 (2, 6), the negative row first: (h s, w s, 0, 0, target, target).
 
-    raw_unet: whether the base has a UNet without the inpaint patch; if not, every step runs on "unet" (a 9-channel
-    base is for inpainting in all its steps), whatever patched_fraction says.
+    step: has s, the factor of the size trick, for each row.
+    size: (h, w) in pixels of the first stage's frame.
+    target: the base's native side in pixels.
+    """
+    scales = step.size_scale_negative, step.size_scale_positive
+    return np.array([(size[0] * s, size[1] * s, 0, 0, target, target) for s in scales], np.float32)
+
+
+def make_schedule(request: Request, raw_unet: bool = True) -> Schedule:
+    """Make the table of a request.
+
+    request: with lcg_steps 0 every step is global, with lcg_steps = steps every step is local.
+    raw_unet: whether the base has a UNet without the inpaint patch. If not, every step runs on "unet" (a 9-channel base
+        inpaints in all its steps) and patched_fraction is ignored.
     """
     count, local = request.steps, request.local_steps
     sigmas, timesteps = noise_levels(request.sampler, count)
@@ -157,7 +178,10 @@ def make_schedule(request: Request, raw_unet: bool = True) -> Schedule:
 
 
 def noise_levels(sampler: Sampler, count: int) -> tuple[list[float], list[float]]:
-    """A sampler's noise levels (count + 1, the last one 0) and timesteps (count); count 1..1000, of "lcm" 1..50."""
+    """The noise levels (count + 1, the last one 0) and timesteps (count) of a sampler.
+
+    count: 1..1000; for "lcm" 1..50.
+    """
     if sampler == "dpmpp_2m_sde":
         sigmas = [float(sigma) for sigma in karras_sigmas(count)]
         return sigmas, [timestep_of(sigma) for sigma in sigmas[:-1]]
@@ -168,7 +192,12 @@ def noise_levels(sampler: Sampler, count: int) -> tuple[list[float], list[float]
 def coefficients(
     sampler: Sampler, timestep: float, sigma: float, following: float, previous: float | None
 ) -> Coefficients:
-    """(c_x, c_x0, c_dx0, c_noise) of the step from `sigma` to `following`; `previous` None: no history."""
+    """The coefficients (c_x, c_x0, c_dx0, c_noise) of one step.
+
+    timestep: of the step.
+    sigma, following: the noise levels before and after the step.
+    previous: the noise level of the step before; None: no history.
+    """
     if sampler == "euler":
         return following / sigma, 1 - following / sigma, 0.0, 0.0
     if sampler == "lcm":
@@ -177,10 +206,10 @@ def coefficients(
 
 
 def lcm_coefficients(timestep: float, sigma: float, following: float) -> Coefficients:
-    """(c_x, c_x0, c_dx0, c_noise): the consistency function at `timestep`, and noise of the level `following` on it.
+    """(c_x, c_x0, c_dx0, c_noise): the consistency function at `timestep`, plus noise of the level `following`.
 
-    The function is c_skip x / sqrt(1 + sigma^2) + c_out x0 with the boundary scalings of Luo et al. 2310.04378, as the
-    published models have them: timestep_scaling 10, sigma_data 0.5.
+    The function is c_skip x / sqrt(1 + sigma^2) + c_out x0 with the boundary scalings of Luo et al. 2310.04378. As in
+    the published models timestep_scaling is 10 and sigma_data 0.5.
     """
     scaled = timestep * LCM_TIMESTEP_SCALING
     total = scaled * scaled + LCM_SIGMA_DATA * LCM_SIGMA_DATA
@@ -191,7 +220,7 @@ def lcm_coefficients(timestep: float, sigma: float, following: float) -> Coeffic
 def solver_coefficients(sigma: float, following: float, previous: float | None) -> Coefficients:
     """(c_x, c_x0, c_dx0, c_noise) of the step from `sigma` to `following`; `previous` None: no history.
 
-    DPM-Solver++(2M) SDE, midpoint, eta 1 (Lu et al. 2211.01095), as golden/README.md step 11 states it.
+    DPM-Solver++(2M) SDE, midpoint, eta 1 (Lu et al. 2211.01095), see docs/algorithm.md, 6.4.
     """
     if following == 0:
         return 0.0, 1.0, 0.0, 0.0
@@ -205,7 +234,7 @@ def karras_sigmas(count: int) -> F32:
     """`count` Karras noise levels (rho 7, 14.6146 .. 0.0292) and a 0, float32 (count + 1,).
 
     The single-precision ramp is filled from both ends with one rounding per entry, so that every entry equals the
-    recorded tables to the last bit.
+    recorded tables bit for bit.
     """
     one = np.float32(1)
     width = float(one / np.float32(count - 1)) if count > 1 else 0.0
@@ -219,12 +248,12 @@ def karras_sigmas(count: int) -> F32:
 
 
 def trailing_timesteps(count: int) -> list[int]:
-    """`count` (1..1000) training steps evenly down from the last one, 999: halves are rounded to even."""
+    """`count` (1..1000) training steps, evenly spaced down from the last one, 999. Halves are rounded to even."""
     return [round(TRAINING_STEPS * (count - i) / count) - 1 for i in range(count)]
 
 
 def lcm_timesteps(count: int) -> list[int]:
-    """`count` (1..50) of the 50 training steps 999, 979, .. 19 that consistency models are distilled on."""
+    """`count` (1..50) of the 50 training steps 999, 979, .. 19 on which consistency models are distilled."""
     stride = TRAINING_STEPS // LCM_STEPS
     return [(LCM_STEPS - i * LCM_STEPS // count) * stride - 1 for i in range(count)]
 
@@ -240,7 +269,7 @@ def model_sigmas() -> F32:
 
 
 def timestep_of(sigma: float) -> float:
-    """The training step whose noise level is nearest to `sigma` in the logarithm."""
+    """The training step whose logarithmic noise level is nearest to that of `sigma`."""
     return float(np.abs(_log_model_sigmas() - math.log(sigma)).argmin())
 
 

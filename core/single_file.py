@@ -1,6 +1,6 @@
-"""SDXL in one file, under sgm names: its parts under diffusers' and transformers' names, its configs from the shapes.
+"""SDXL in a single file: sgm names become those of diffusers and transformers, configs are derived from the shapes.
 
-A single file has no config.json; what shapes do not tell is what SDXL has in common: heads of 64 channels, 32 groups,
+A single file has no config.json. What the shapes do not show is taken from SDXL: heads of 64 channels, 32 groups,
 SDXL's activations and scaling.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from dreammix_trt.core import clip_names, keymap
 from dreammix_trt.core.errors import FileFormatError
-from dreammix_trt.core.recognise import foreign_file, prediction_of
+from dreammix_trt.core.recognise import prediction_of, recognise_file
 from dreammix_trt.core.stored import Array, View
 from dreammix_trt.core.tensors import Weights, open_tensors
 
@@ -35,25 +35,28 @@ _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", "
 
 
 def read_single_file(path: Path, *, vae: bool = True) -> dict[str, tuple[Config, Weights]]:
-    """Component -> (config.json's facts, weights by diffusers' and transformers' classic names); reads the header.
+    """Open a single file. Reads only its header.
 
-    vae: whether its VAE is wanted. The UNet's `in_channels` is what the file has. A component "scheduler" holds the
-    prediction type. Raises `FileFormatError` for another model, saying which, and for missing or foreign tensors.
+    vae: whether to include its VAE.
+
+    Returns component -> (config, weights under the classic names of diffusers and transformers). The UNet's
+    `in_channels` is that of the file. A component "scheduler" has the prediction type. Raises `FileFormatError` for
+    another model, naming it, and for missing or unknown tensors.
     """
     weights = open_tensors(path)
-    kind = foreign_file(weights)
+    kind = recognise_file(weights)
     if kind:
         raise FileFormatError(f"{path}: this is {kind}")
-    parts = {name: weights.under(prefix) for name, prefix in _PREFIXES.items()}
+    parts = {name: weights.strip_prefix(prefix) for name, prefix in _PREFIXES.items()}
     rest = [key for key in weights if not key.startswith(tuple(_PREFIXES.values()))]
     if rest:
-        log.info("%s: %d tensors are of no use here (%s, ...)", path, len(rest), ", ".join(sorted(rest)[:3]))
+        log.info("%s: %d tensors are not used (%s, ...)", path, len(rest), ", ".join(sorted(rest)[:3]))
     try:
-        second = _second_text_encoder(parts["text_encoder_2"])
+        second = _read_second_text_encoder(parts["text_encoder_2"])
         found = {
-            "text_encoder": _first_text_encoder(parts["text_encoder"]),
+            "text_encoder": _read_first_text_encoder(parts["text_encoder"]),
             "text_encoder_2": second,
-            "unet": _unet(parts["unet"], int(second[0]["projection_dim"])),
+            "unet": _read_unet(parts["unet"], int(second[0]["projection_dim"])),
             "scheduler": ({"prediction_type": prediction_of(weights, weights.metadata)}, Weights({})),
         }
         if vae:
@@ -61,65 +64,77 @@ def read_single_file(path: Path, *, vae: bool = True) -> dict[str, tuple[Config,
     except FileFormatError as error:
         raise FileFormatError(f"{path}: {error}") from error
     except (IndexError, ValueError) as error:
-        raise odd_tensors(path, error) from error
+        raise explain_odd_tensors(path, error) from error
     return found
 
 
-def odd_tensors(path: Path, error: Exception) -> FileFormatError:
-    """What to say of a file whose tensors have the right names but too few sides, or stand there twice."""
+def explain_odd_tensors(path: Path, error: Exception) -> FileFormatError:
+    """The error for a file whose tensors have the right names but too few sides, or have duplicates."""
     return FileFormatError(
-        f"{path}: it holds tensors of shapes or names that SDXL's have not ({error}); is it damaged?"
+        f"{path}: it has tensors with shapes or names that SDXL does not have ({error}); is it damaged?"
     )
 
 
 def read_vae(weights: Weights) -> tuple[Config, Weights]:
-    """(config, weights by diffusers' names) of a VAE under sgm or diffusers names, `first_stage_model.` or not."""
-    weights = weights.renamed(
-        lambda name: None if name.startswith("loss.") else name.removeprefix("first_stage_model.")
-    )
+    """Open a VAE and derive its config.
+
+    weights: under sgm or diffusers names, with or without `first_stage_model.`.
+
+    Returns (config, weights under diffusers names). Raises `FileFormatError` when there is no VAE or parts of it are
+    missing.
+    """
+    weights = weights.rename(lambda name: None if name.startswith("loss.") else name.removeprefix("first_stage_model."))
     spelling = next((spelling for spelling in _VAE_LAYER if spelling.format(0, 0) in weights), None)
     if spelling is None or "decoder.conv_in.weight" not in weights:
         raise FileFormatError("it has no VAE (first_stage_model.*, or encoder.* and decoder.*); give one as vae")
     blocks, layers = _count(weights, spelling, 0), _count(weights, spelling.replace("{}", "0", 1))
     channels = [weights.shape(spelling.format(block, 0))[0] for block in range(blocks)]
     config = {
-        "_class_name": "AutoencoderKL", "in_channels": weights.shape("encoder.conv_in.weight")[1], "out_channels": 3,
-        "down_block_types": ["DownEncoderBlock2D"] * blocks, "up_block_types": ["UpDecoderBlock2D"] * blocks,
-        "block_out_channels": channels, "layers_per_block": layers, "act_fn": "silu", "norm_num_groups": GROUPS,
-        "latent_channels": weights.shape("decoder.conv_in.weight")[1], "sample_size": 1024,
-        "scaling_factor": SDXL_SCALING, "force_upcast": True,
-    }  # fmt: skip
+        "_class_name": "AutoencoderKL",
+        "in_channels": weights.shape("encoder.conv_in.weight")[1],
+        "out_channels": 3,
+        "down_block_types": ["DownEncoderBlock2D"] * blocks,
+        "up_block_types": ["UpDecoderBlock2D"] * blocks,
+        "block_out_channels": channels,
+        "layers_per_block": layers,
+        "act_fn": "silu",
+        "norm_num_groups": GROUPS,
+        "latent_channels": weights.shape("decoder.conv_in.weight")[1],
+        "sample_size": 1024,
+        "scaling_factor": SDXL_SCALING,
+        "force_upcast": True,
+    }
     _check_groups("VAE", channels)
     names = keymap.vae_to_diffusers(config)
-    modern = modern_vae(weights if spelling == _VAE_LAYER[1] else _translated(weights, names, "VAE"))
+    modern = modernise_vae(weights if spelling == _VAE_LAYER[1] else _translate(weights, names, "VAE"))
     _require(modern, names.values(), "VAE")
     return config, modern
 
 
-def modern_vae(weights: Weights) -> Weights:
-    """A VAE under diffusers names: the attention's old names made new, its 1x1 convolutions made matrices."""
+def modernise_vae(weights: Weights) -> Weights:
+    """Give the attention of a VAE under diffusers names its new names and turn its 1x1 convolutions into matrices."""
     plan: dict[str, tuple[str, View | None]] = {}
     for name in weights:
         new = name
         for old, modern in _OLD_ATTENTION.items():
             new = new.replace(old, modern) if ".attentions." in name else new
         conv = ".attentions." in name and weights.shape(name)[2:] == (1, 1)
-        plan[new] = (name, _matrix if conv else None)
-    return weights.arranged(plan)
+        plan[new] = (name, _make_matrix if conv else None)
+    return weights.arrange(plan)
 
 
-def _unet(weights: Weights, pooled: int) -> tuple[Config, Weights]:
-    config = _unet_config(weights, pooled)
+def _read_unet(weights: Weights, pooled: int) -> tuple[Config, Weights]:
+    config = _derive_unet_config(weights, pooled)
     names = keymap.sgm_to_diffusers(config)
     bare = {key.removeprefix(keymap.PREFIX): name for key, name in names.items()}
     extra = [key for key in weights if key not in bare]
     if extra:
-        raise FileFormatError(f"the UNet has {len(extra)} tensors that SDXL's has not: {_some(extra)}")
-    return config, _translated(weights, bare, "UNet")
+        raise FileFormatError(f"the UNet has {len(extra)} tensors that SDXL's does not have: {_join_first(extra)}")
+    return config, _translate(weights, bare, "UNet")
 
 
-def _unet_config(weights: Weights, pooled: int) -> Config:
-    blocks = _unet_blocks(weights)
+def _derive_unet_config(weights: Weights, pooled: int) -> Config:
+    blocks = _measure_unet_blocks(weights)
     channels = [layers[0][0] for layers in blocks]
     depths = [layers[0][1] for layers in blocks]
     if any(layer != block[0] for block in blocks for layer in block) or len({len(block) for block in blocks}) != 1:
@@ -137,8 +152,8 @@ def _unet_config(weights: Weights, pooled: int) -> Config:
     for width, depth in zip(channels, depths, strict=True):
         if depth and width % HEAD_SIZE:
             raise FileFormatError(
-                f"the UNet's attention is {width} wide, no multiple of SDXL's head size {HEAD_SIZE}; a single file "
-                "cannot say what its heads are, give its diffusers folder"
+                f"the UNet's attention is {width} wide, not a multiple of SDXL's head size {HEAD_SIZE}; a single "
+                "file does not say what its heads are, give its diffusers folder"
             )
     _check_groups("UNet", channels)
     additions = weights.shape("label_emb.0.0.weight")[1]
@@ -148,21 +163,28 @@ def _unet_config(weights: Weights, pooled: int) -> Config:
         )
     kinds = [f"{'CrossAttn' if depth else ''}{{}}Block2D" for depth in depths]
     return {
-        "_class_name": "UNet2DConditionModel", "sample_size": 128,
-        "in_channels": weights.shape("input_blocks.0.0.weight")[1], "out_channels": weights.shape("out.2.weight")[0],
-        "block_out_channels": channels, "layers_per_block": len(blocks[0]),
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": 128,
+        "in_channels": weights.shape("input_blocks.0.0.weight")[1],
+        "out_channels": weights.shape("out.2.weight")[0],
+        "block_out_channels": channels,
+        "layers_per_block": len(blocks[0]),
         "down_block_types": [kind.format("Down") for kind in kinds],
         "up_block_types": [kind.format("Up") for kind in reversed(kinds)],
         "transformer_layers_per_block": [max(1, depth) for depth in depths],
-        "attention_head_dim": [max(1, width // HEAD_SIZE) for width in channels], "use_linear_projection": True,
-        "cross_attention_dim": weights.shape(attention)[1], "norm_num_groups": GROUPS, "act_fn": "silu",
-        "addition_embed_type": "text_time", "addition_time_embed_dim": (additions - pooled) // 6,
+        "attention_head_dim": [max(1, width // HEAD_SIZE) for width in channels],
+        "use_linear_projection": True,
+        "cross_attention_dim": weights.shape(attention)[1],
+        "norm_num_groups": GROUPS,
+        "act_fn": "silu",
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": (additions - pooled) // 6,
         "projection_class_embeddings_input_dim": additions,
-    }  # fmt: skip
+    }
 
 
-def _unet_blocks(weights: Weights) -> list[list[tuple[int, int]]]:
-    """Per block of the way down, per layer: channels and transformer depth."""
+def _measure_unet_blocks(weights: Weights) -> list[list[tuple[int, int]]]:
+    """Measure the down blocks: for each block, for each layer, (channels, transformer depth)."""
     blocks: list[list[tuple[int, int]]] = [[]]
     entry = 1
     while True:
@@ -180,17 +202,17 @@ def _unet_blocks(weights: Weights) -> list[list[tuple[int, int]]]:
     return blocks
 
 
-def _first_text_encoder(weights: Weights) -> tuple[Config, Weights]:
-    weights = weights.renamed(lambda name: name if name.startswith("text_model.") else None)
-    weights = weights.renamed(clip_names.classic_text_name)
+def _read_first_text_encoder(weights: Weights) -> tuple[Config, Weights]:
+    weights = weights.rename(lambda name: name if name.startswith("text_model.") else None)
+    weights = weights.rename(clip_names.classic_text_name)
     layers = _count(weights, "text_model.encoder.layers.{}.mlp.fc1.weight")
     names = clip_names.text_encoder_names(layers)
     _require(weights, [*names, "text_model.encoder.layers.0.mlp.fc1.weight"], "first text encoder")
-    config = _text_config(weights, layers, "quick_gelu")
+    config = _derive_text_config(weights, layers, "quick_gelu")
     return {**config, "architectures": ["CLIPTextModel"], "projection_dim": config["hidden_size"]}, weights
 
 
-def _second_text_encoder(weights: Weights) -> tuple[Config, Weights]:
+def _read_second_text_encoder(weights: Weights) -> tuple[Config, Weights]:
     layers = _count(weights, "transformer.resblocks.{}.mlp.c_fc.weight")
     plan = clip_names.from_open_clip(layers)
     _require(
@@ -198,61 +220,68 @@ def _second_text_encoder(weights: Weights) -> tuple[Config, Weights]:
         [*(name for name, _ in plan.values()), "transformer.resblocks.0.mlp.c_fc.weight"],
         "second text encoder",
     )
-    arranged = weights.arranged(plan)
+    arranged = weights.arrange(plan)
     facts = {
         "architectures": ["CLIPTextModelWithProjection"],
         "projection_dim": arranged.shape("text_projection.weight")[0],
     }
-    return {**_text_config(arranged, layers, "gelu"), **facts}, arranged
+    return {**_derive_text_config(arranged, layers, "gelu"), **facts}, arranged
 
 
-def _text_config(weights: Weights, layers: int, activation: str) -> Config:
+def _derive_text_config(weights: Weights, layers: int, activation: str) -> Config:
     vocabulary, width = weights.shape("text_model.embeddings.token_embedding.weight")
     if width % HEAD_SIZE:
-        raise FileFormatError(f"a text encoder is {width} wide, no multiple of CLIP's head size {HEAD_SIZE}")
+        raise FileFormatError(f"a text encoder is {width} wide, not a multiple of CLIP's head size {HEAD_SIZE}")
     return {
-        "model_type": "clip_text_model", "vocab_size": vocabulary, "hidden_size": width, "num_hidden_layers": layers,
-        "num_attention_heads": width // HEAD_SIZE, "hidden_act": activation, "layer_norm_eps": 1e-5,
+        "model_type": "clip_text_model",
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // HEAD_SIZE,
+        "hidden_act": activation,
+        "layer_norm_eps": 1e-5,
         "intermediate_size": weights.shape("text_model.encoder.layers.0.mlp.fc1.weight")[0],
         "max_position_embeddings": weights.shape("text_model.embeddings.position_embedding.weight")[0],
-        # as SDXL's own files have them: 2 is transformers' sign for "the end mark is the largest id"
-        "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
-    }  # fmt: skip
+        # as in SDXL's own files: to transformers, 2 means "the end mark is the largest id"
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+    }
 
 
-def _translated(weights: Weights, names: Mapping[str, str], part: str) -> Weights:
+def _translate(weights: Weights, names: Mapping[str, str], part: str) -> Weights:
     _require(weights, names, part)
-    return weights.arranged({ours: (theirs, None) for theirs, ours in names.items()})
+    return weights.arrange({ours: (theirs, None) for theirs, ours in names.items()})
 
 
 def _require(weights: Weights, names: Iterable[str], part: str) -> None:
     wanted = list(names)
     absent = [name for name in wanted if name not in weights]
     if absent:
-        raise FileFormatError(f"the {part} lacks {len(absent)} of its {len(wanted)} tensors: {_some(absent)}")
+        raise FileFormatError(f"the {part} lacks {len(absent)} of its {len(wanted)} tensors: {_join_first(absent)}")
 
 
 def _check_groups(part: str, channels: list[int]) -> None:
     odd = [width for width in channels if width % GROUPS]
     if odd:
         raise FileFormatError(
-            f"the {part} has blocks of {odd[0]} channels, no multiple of SDXL's {GROUPS} groups; a single file cannot "
-            "say what its groups are, give its diffusers folder"
+            f"the {part} has blocks of {odd[0]} channels, not a multiple of SDXL's {GROUPS} groups; a single file "
+            "does not say what its groups are, give its diffusers folder"
         )
 
 
 def _count(weights: Weights, spelling: str, *rest: int) -> int:
-    """How many names there are when `{}` counts up from 0."""
+    """Count the names that exist when `{}` counts up from 0."""
     number = 0
     while spelling.format(number, *rest) in weights:
         number += 1
     return number
 
 
-def _matrix(weight: Array) -> Array:
+def _make_matrix(weight: Array) -> Array:
     return weight.reshape(weight.shape[:2])
 
 
-def _some(names: Iterable[str], most: int = 4) -> str:
+def _join_first(names: Iterable[str], most: int = 4) -> str:
     names = sorted(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

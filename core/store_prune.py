@@ -1,4 +1,4 @@
-"""What of a store nobody needs, and why the rest stays: planned first, so that it can be shown before it is done."""
+"""Removing the parts of a store that nobody needs. It is planned first, so that the plan can be shown."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ _SMALL = ("graph", "range")
 
 
 @dataclass(frozen=True)
-class Plan:
+class Pruning:
     """What pruning would do.
 
-    goes: parts nobody needs; stays: the others, each with the reason; leftovers: directories of killed builds, which go
-    too. lost: engine directories that are not where they were: their parts stay, as they may lie on a disk that is not
-    mounted now. forgotten: the same where the user said that they are gone.
+    goes: the parts to remove.
+    stays: the other parts, each with the reason.
+    leftovers: directories of killed builds, which are removed as well.
+    lost: engine directories that are not where they were. Their parts stay, because the directories may be on a disk
+        that is not mounted now.
+    forgotten: such directories when the user said that they are gone.
     """
 
     goes: tuple[Entry, ...]
@@ -29,26 +32,27 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """What it would free."""
+        """How many bytes it would free."""
         return sum(entry.bytes for entry in self.goes) + sum(folder_bytes(path) for path in self.leftovers)
 
     @property
     def exported_again(self) -> tuple[str, ...]:
-        """Networks whose ONNX goes while an engine made from it stays: building it for another GPU exports it again."""
+        """Networks whose ONNX goes while an engine made from it stays: a build for another GPU exports them again."""
         sources = _sources(entry for entry, _ in self.stays)
         return tuple(sorted({entry.name for entry in self.goes if entry.key in sources}))
 
 
-def prune_plan(
+def plan_pruning(
     store: Store, *, everything: bool = False, keep_onnx: bool = False, forget_missing: bool = False
-) -> Plan:
-    """Say what of a store goes and what stays.
+) -> Pruning:
+    """Plan which parts of a store go and which stay. A part that an engine directory needs always stays.
 
-    A part that an engine directory needs always stays. everything: what is small and saves work goes too, where nobody
-    needs it: traced graphs, the ranges of VAEs. keep_onnx: the ONNX that engines here were made from stays, for
-    building them for other GPUs. forget_missing: directories that are not where they were need nothing.
+    everything: also remove small parts that save work in later builds, if nobody needs them: traced graphs, the ranges
+        of VAEs.
+    keep_onnx: keep the ONNX that the engines here were made from, for builds for other GPUs.
+    forget_missing: treat engine directories that are not where they were as gone.
     """
-    missing = {user.engine: user.keys for user in store.recorded() if not user.present}
+    missing = {user.engine: user.keys for user in store.list_users() if not user.present}
     awaited = {} if forget_missing else missing
     entries = store.entries()
     reasons = {entry.key: _why_needed(entry, awaited) for entry in entries}
@@ -61,7 +65,7 @@ def prune_plan(
             reasons[entry.key] = "small, and saves work when the network is built again; --all removes it"
         elif entry.kind == "onnx" and entry.key in sources:
             reasons[entry.key] = f"--keep-onnx: the {sources[entry.key]} engine was made from it"
-    return Plan(
+    return Pruning(
         goes=tuple(entry for entry in entries if not reasons[entry.key]),
         stays=tuple((entry, reasons[entry.key]) for entry in entries if reasons[entry.key]),
         leftovers=tuple(store.leftovers()),
@@ -70,9 +74,12 @@ def prune_plan(
     )
 
 
-def prune(store: Store, plan: Plan) -> tuple[int, list[Entry]]:
-    """Do what was planned; returns the bytes freed and the parts that stay after all, needed or built meanwhile."""
-    for user in store.recorded():
+def prune(store: Store, plan: Pruning) -> tuple[int, list[Entry]]:
+    """Carry out a plan.
+
+    Returns the bytes freed, and the planned parts that stay because they are needed or being built by now.
+    """
+    for user in store.list_users():
         if user.engine in plan.forgotten and not user.present:
             store.forget(user.engine)
     freed, left = 0, []
@@ -86,7 +93,7 @@ def prune(store: Store, plan: Plan) -> tuple[int, list[Entry]]:
 
 
 def _why_needed(entry: Entry, awaited: Mapping[Path, Collection[str]]) -> str:
-    """Which engine directories need a part; "" when none does."""
+    """Say which engine directories need a part; "" when none does."""
     if entry.users:
         return f"needed by {', '.join(str(engine) for engine in entry.users)}"
     absent = ", ".join(str(engine) for engine, keys in awaited.items() if entry.key in keys)

@@ -1,4 +1,4 @@
-"""Which engine directories use which parts of a store: one small record a directory, and the passports themselves."""
+"""Which engine directories use which parts of a store: one small record per directory, and their passports."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ _PASSPORT = "passport.json"
 
 @dataclass(frozen=True)
 class User:
-    """An engine directory that used the store, and the keys of the parts it needs.
+    """An engine directory that uses the store.
 
-    present: it holds a readable passport. One that does not may lie on a disk that is not mounted now, or may be about
-    to be built for the first time; its keys are those of the record then.
+    engine: its absolute path.
+    keys: of the parts that it needs.
+    present: whether it has a readable passport. If not, it may be on a disk that is not mounted now, or is being built
+        for the first time; then the keys are those of the record.
     """
 
     engine: Path
@@ -30,7 +32,12 @@ class User:
 
 
 def record_user(folder: Path, engine: Path, keys: Collection[str]) -> None:
-    """Remember in `folder` that `engine`, an absolute path, needs the parts `keys`; none: forget it. Never raises."""
+    """Remember that an engine directory needs these parts. Never raises.
+
+    folder: of the records.
+    engine: an absolute path.
+    keys: of the parts; empty: forget the directory.
+    """
     with contextlib.suppress(DreamMixError, OSError):
         file = folder / f"{hashlib.sha256(os.fsencode(engine)).hexdigest()[:32]}.json"
         if not keys:
@@ -40,26 +47,26 @@ def record_user(folder: Path, engine: Path, keys: Collection[str]) -> None:
                 temporary.write_text(json.dumps({"engine": str(engine), "keys": sorted(keys)}), encoding="utf-8")
 
 
-def recorded_users(folder: Path) -> list[User]:
-    """Every directory that is recorded in `folder` and needs the store, in the order of the paths."""
+def read_users(folder: Path) -> list[User]:
+    """Every directory that is recorded in `folder` and needs the store, sorted by path."""
     users = []
     for file in folder.glob("*.json"):
         record = _read(file)
-        user = _judged(file, *record) if record else None
+        user = _judge(file, *record) if record else None
         if user:
             users.append(user)
     return sorted(users, key=lambda user: user.engine)
 
 
-def _judged(file: Path, engine: Path, recorded: frozenset[str]) -> User | None:
-    """What the directory's own passport says; None when it is self-contained."""
+def _judge(file: Path, engine: Path, recorded: frozenset[str]) -> User | None:
+    """Combine a record with the directory's passport; None when the directory is self-contained."""
     passport = engine / _PASSPORT
     try:
         facts = read_json(passport)
         parts = facts.get("parts")
         if not isinstance(parts, dict):
             return User(engine, recorded, False)
-        # A record that is newer than the passport was made by a build that is about to replace that passport.
+        # A record newer than the passport comes from a build that will replace the passport.
         building = file.stat().st_mtime_ns >= passport.stat().st_mtime_ns
     except (DreamMixError, OSError):
         return User(engine, recorded, False)

@@ -1,4 +1,4 @@
-"""Numbers that lie in a file and are read, by a map of just their bytes, when somebody asks."""
+"""Numbers in a file that are read when they are needed, by mapping only their bytes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dreammix_trt.core.errors import FileFormatError
-from dreammix_trt.core.files import reading
+from dreammix_trt.core.files import explain_read_errors
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
 View = Callable[[Array], Array]
 
-#: dtype name -> how its numbers lie in a file; numpy has no bfloat16, its 16 bits are the upper half of a float32's
+#: dtype name -> numpy dtype in the file; numpy has no bfloat16, whose 16 bits are the upper half of a float32
 LAYOUTS: dict[str, np.dtype[Any]] = {
-    "float64": np.dtype("<f8"), "float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2"),
-    "int64": np.dtype("<i8"), "int32": np.dtype("<i4"), "uint8": np.dtype("u1"),
-}  # fmt: skip
+    "float64": np.dtype("<f8"),
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),
+    "int64": np.dtype("<i8"),
+    "int32": np.dtype("<i4"),
+    "uint8": np.dtype("u1"),
+}
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
@@ -30,8 +35,9 @@ FLOATS = ("float64", "float32", "float16", "bfloat16")
 class Stored:
     """A tensor as it is stored.
 
-    origin: where it lies, for messages; dtype: a key of `LAYOUTS`, or the file's own name of a type that cannot be
-    read; raw(): its numbers of layout `LAYOUTS[dtype]`, by map or view, any strides.
+    origin: where it is, for messages.
+    dtype: a key of `LAYOUTS`, or the file's name for a type that cannot be read.
+    raw: gives its numbers as `LAYOUTS[dtype]`, mapped or as a view, with any strides.
     """
 
     origin: str
@@ -39,16 +45,16 @@ class Stored:
     shape: tuple[int, ...]
     raw: Callable[[], Array]
 
-    def viewed(self, view: View) -> Stored:
-        """The same numbers seen through a view (slice, transpose, reshape), which is also taken when read."""
-        mould = np.broadcast_to(np.zeros((), np.bool_), self.shape)  # finds the shape without any memory
+    def view(self, view: View) -> Stored:
+        """The same numbers through a view (slice, transpose, reshape), which is applied when they are read."""
+        mould = np.broadcast_to(np.zeros((), np.bool_), self.shape)  # finds the shape without using memory
         return Stored(self.origin, self.dtype, view(mould).shape, lambda: view(self.raw()))
 
     def floats(self) -> Floats:
-        """The numbers as float32 in C order, always a copy; `FileFormatError` for NaN, infinity or another type."""
+        """Read the numbers as a new float32 array in C order. Raises `FileFormatError` for NaN, infinity, integers."""
         if self.dtype not in FLOATS:
             raise FileFormatError(f"{self.origin} is stored as {self.dtype}; save the weights as fp16, bf16 or fp32")
-        with np.errstate(over="ignore"):  # a float64 beyond float32 shows as infinity below
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity, which is reported below
             if self.dtype == "bfloat16":
                 bits = self.raw().astype(np.uint32, order="C")
                 bits <<= 16
@@ -60,14 +66,14 @@ class Stored:
 
 def is_finite(values: Array) -> bool:
     """Whether floats hold neither NaN nor infinity."""
-    if values.dtype.itemsize == 2:  # numpy finds extremes of halves slowly
+    if values.dtype.itemsize == 2:  # numpy is slow at finding extremes of halves
         return bool(np.isfinite(values).all())
-    with np.errstate(invalid="ignore"):  # extremes carry NaN along, and need no memory
+    with np.errstate(invalid="ignore"):  # extremes propagate NaN and need no memory
         return not values.size or bool(np.isfinite(values.min()) and np.isfinite(values.max()))
 
 
 def check_finite(values: Floats, origin: str) -> Floats:
-    """The values themselves, or `FileFormatError` naming their origin when one is NaN or infinite."""
+    """Return the values. Raises `FileFormatError` naming their origin when one is NaN or infinite."""
     if not is_finite(values):
         raise FileFormatError(
             f"{origin} holds NaN or infinite values: the file is damaged, or was saved in a precision too small for it"
@@ -77,9 +83,9 @@ def check_finite(values: Floats, origin: str) -> Floats:
 
 @dataclass(frozen=True)
 class MappedFile:
-    """A file whose parts are mapped one at a time, so that neither memory nor a handle is held in between.
+    """A file whose parts are mapped one at a time, so that no memory and no handle is held in between.
 
-    size, changed: its bytes and modification time when it was opened; a file changed since is not read.
+    size, changed: its bytes and modification time (ns) when it was opened. A file that changed since is not read.
     """
 
     path: Path
@@ -88,17 +94,17 @@ class MappedFile:
 
     @classmethod
     def open(cls, path: str | Path) -> MappedFile:
-        """`FileFormatError` when there is no such file, it is a directory, or it cannot be read."""
+        """Open a file. Raises `FileFormatError` when it does not exist, is a directory or cannot be read."""
         path = Path(path)
-        with reading(path):
+        with explain_read_errors(path):
             if not path.is_file():
                 raise FileFormatError(f"{path}: {'a directory, expected a file' if path.is_dir() else 'no such file'}")
-            with path.open("rb"):  # only the attempt tells whether we may
+            with path.open("rb"):  # opening it is the only reliable test of permission
                 status = path.stat()
         return cls(path, status.st_size, status.st_mtime_ns)
 
     def numbers(self, dtype: str, offset: int, count: int) -> Array:
-        """`count` numbers from byte `offset` on, mapped read-only, flat."""
+        """Map `count` numbers from byte `offset` on, read-only, flat. Raises `FileFormatError` if the file changed."""
         try:
             status = self.path.stat()
             if (status.st_size, status.st_mtime_ns) != (self.size, self.changed):

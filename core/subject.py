@@ -1,7 +1,7 @@
-"""A subject as data: the LoRA factors of one object, named and unpadded, and how they enter an engine.
+"""A subject as data: what one object adds to a base, and the file that keeps it.
 
-The file does not depend on an engine's slots or rank; `pack` lays the factors out for one network of one base. The
-engine adds `x @ A @ B` to each slot's output, so zeros switch a slot off. Several LoRAs become one subject by stacking
+A subject has parts, each of which may be absent. Today there is one: LoRA factors, named and unpadded, so that the file
+does not depend on an engine's slots or rank (packing.py lays them out). Several LoRAs become one subject by stacking
 their factors along the rank, as x A1 B1 + x A2 B2 = x [A1 A2] [B1; B2].
 """
 
@@ -12,61 +12,40 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dreammix_trt.core.errors import FileFormatError
-from dreammix_trt.core.lora import TARGETS, Factors, Lora, Target, another_base
+from dreammix_trt.core.lora import TARGETS, Factors, Lora, Target
+from dreammix_trt.core.networks import KINDS, unets_of
+from dreammix_trt.core.slots import Floats
 
-Floats = NDArray[np.float32]
-SCHEMA = 2
-LORA_SIDES = (".lora_A", ".lora_B")  # what the names of factors end in where they are inputs of their own
+SCHEMA = 3  # 2 has no parts: all of it is factors; 1 names the UNets that they act on by a target
+_FACTORS = "factors"  # the part of a file that holds them
 _BOTH = "unets"  # in the file: factors that the patched and the raw UNet share
-_ENGINE_NETWORKS: dict[str, tuple[str, ...]] = {
-    "unet": ("unet",), "unet_raw": ("unet_raw",), _BOTH: ("unet", "unet_raw"),
-    "text_encoder": ("text_encoder",), "text_encoder_2": ("text_encoder_2",),
-}  # fmt: skip
-_UNETS: dict[str, tuple[str, ...]] = {"patched": ("unet",), "raw": ("unet_raw",), "both": ("unet", "unet_raw")}
 _FACTS = ("name", "token", "class_name", "scale", "base_key", "source_sha256")
 _LARGEST = float(np.finfo(np.float16).max)
-
-
-class Slot(NamedTuple):
-    """A linear layer that takes factors: A (inputs, rank) and B (rank, outputs)."""
-
-    module: str
-    inputs: int
-    outputs: int
-    rank: int
-
-    @property
-    def factors(self) -> tuple[tuple[str, tuple[int, int]], ...]:
-        """Name and shape of A and B as inputs of their own, in packed order."""
-        shapes = (self.inputs, self.rank), (self.rank, self.outputs)
-        return tuple((f"{self.module}{side}", shape) for side, shape in zip(LORA_SIDES, shapes, strict=True))
-
-    @property
-    def size(self) -> int:
-        """Numbers this slot takes in the packed row."""
-        return (self.inputs + self.outputs) * self.rank
 
 
 @dataclass(frozen=True)
 class Subject:
     """One object the engine can draw.
 
-    name: how a request calls it; token: its word in prompts ("sks"); class_name: what it is ("mug");
+    name: how a request calls it.
+    token: its word in prompts ("sks").
+    class_name: what it is ("mug").
     factors: engine network ("unet" with the patch, "unet_raw" without, "text_encoder", "text_encoder_2") -> module ->
-    (A float32 (in, r), B float32 (r, out)), alpha / rank folded in;
-    scale: strength, multiplied in by `pack`; base_key: the base it was made for; source_sha256: of the LoRA file.
+        (A float32 (in, r), B float32 (r, out)), alpha / rank folded in. None: the networks stay the base's.
+    scale: strength of the factors, multiplied in by `packing.pack`.
+    base_key: the base it was made for.
+    source_sha256: of the LoRA file.
     """
 
     name: str
     token: str
     class_name: str
-    factors: Factors = field(repr=False)
+    factors: Factors = field(default_factory=dict, repr=False)
     scale: float = 1.0
     base_key: str = ""
     source_sha256: str = ""
@@ -78,52 +57,49 @@ class Subject:
     @property
     def target(self) -> Target:
         """Which UNet weights its factors change, to show: "patched", "raw" or "both"."""
-        if not self.factors.get("unet_raw"):
-            return "patched"
-        return "both" if self.factors.get("unet") else "raw"
-
-
-def subject_from_lora(
-    lora: Lora, name: str, token: str = "sks", class_name: str = "", *, target: Target = "patched", **more: Any
-) -> Subject:
-    """A subject of one LoRA's factors, on the UNet weights `target`; `more`: the remaining fields of `Subject`."""
-    return subject_from_loras([(lora, 1.0, target)], name, token, class_name, **more)
+        patched, raw = (bool(self.factors.get(name)) for name in unets_of("both"))
+        return ("both" if patched else "raw") if raw else "patched"
 
 
 def subject_from_loras(
     loras: Sequence[tuple[Lora, float, Target]], name: str, token: str = "sks", class_name: str = "", **more: Any
 ) -> Subject:
-    """A subject of several LoRAs, each with its scale and the UNet weights it acts on; text encoders get all of them.
+    """Make a subject of several LoRAs. Text encoders get all of them.
 
-    On a module that several change, A = [A1 A2 ...] and B = [s1 B1; s2 B2; ...]: ranks add up. `more`: the remaining
-    fields of `Subject`.
+    On a module that several LoRAs change, A = [A1 A2 ...] and B = [s1 B1; s2 B2; ...]: ranks add up.
+
+    loras: (LoRA, scale, UNet weights it acts on) each.
+    more: the remaining fields of `Subject`.
     """
-    on_unets = {network: [each for each in loras if network in _UNETS[each[2]]] for network in _UNETS["both"]}
-    factors: Factors = {network: _stacked(chosen, "unet") for network, chosen in on_unets.items()}
-    if len(on_unets["unet"]) == len(on_unets["unet_raw"]) == len(loras):
-        factors["unet_raw"] = factors["unet"]
-    for network in ("text_encoder", "text_encoder_2"):
-        factors[network] = _stacked(loras, network)
+    factors: Factors = {}
+    for kind in KINDS:
+        if kind.factors is None:
+            continue
+        on_unet = kind.factors == "unet"
+        chosen = [each for each in loras if not on_unet or kind.name in unets_of(each[2])]
+        factors[kind.name] = _stack(chosen, kind.factors)
     return Subject(name, token, class_name, {network: found for network, found in factors.items() if found}, **more)
 
 
 def write_subject(path: str | Path, subject: Subject) -> None:
     """Write the subject as safetensors, float16, whole or not at all.
 
-    Names are `<network>.<module>.A|B`, network `unets` for factors that both UNets share; the columns of A and
-    the rows of B are balanced to equal norms before rounding, so that none leaves float16's range, not even those of a
+    Factors are named `factors.<network>.<module>.A|B`; `unets` stands for factors that both UNets share. The columns of
+    A and the rows of B are scaled to equal norms before rounding. So none leaves float16's range, not even those of a
     weak LoRA stacked beside a strong one.
+
+    Raises FileFormatError for factors that are too large all the same.
     """
     from safetensors.numpy import save_file
 
     path = Path(path)
     tensors = {}
-    for name, pair in _stored(subject.factors):
-        for side, factor in zip("AB", _balanced(*pair), strict=True):
+    for name, pair in _name_factors(subject.factors):
+        for side, factor in zip("AB", _balance(*pair), strict=True):
             if not np.abs(factor).max(initial=0) <= _LARGEST:
                 raise FileFormatError(f"{name} has factors beyond float16; the LoRA is damaged")
-            tensors[f"{name}.{side}"] = np.ascontiguousarray(factor, dtype=np.float16)
-    facts = {name: getattr(subject, name) for name in _FACTS}
+            tensors[f"{_FACTORS}.{name}.{side}"] = np.ascontiguousarray(factor, dtype=np.float16)
+    facts = {name: getattr(subject, name) for name in _FACTS} | {"parts": [_FACTORS] if tensors else []}
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file(tensors, part, {"dreammix_subject": json.dumps({"schema": SCHEMA, **facts}, sort_keys=True)})
@@ -133,7 +109,10 @@ def write_subject(path: str | Path, subject: Subject) -> None:
 
 
 def read_subject(path: str | Path) -> Subject:
-    """Read what `write_subject` wrote, schema 1 too; `FileFormatError` for anything else, and for a newer schema."""
+    """Read what `write_subject` wrote, also with schema 1 and 2.
+
+    Raises FileFormatError for anything else, for a newer schema, and for parts that this version does not know.
+    """
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -152,6 +131,20 @@ def read_subject(path: str | Path) -> Subject:
         )
     if not all(isinstance(facts.get(name), str) for name in ("name", "token", "class_name")):
         raise FileFormatError(f"{path}: damaged, it says no name, token and class; build the subject again")
+    return Subject(
+        factors=_read_factors(path, facts, tensors), **{name: facts[name] for name in _FACTS if name in facts}
+    )
+
+
+def _read_factors(path: Path, facts: Mapping[str, Any], tensors: dict[str, Floats]) -> Factors:
+    if facts["schema"] > 2:
+        unknown = sorted({*facts.get("parts", ())} - {_FACTORS})
+        if unknown:
+            raise FileFormatError(
+                f"{path}: has parts that this version does not know ({', '.join(map(str, unknown))}); "
+                "update dreammix-trt"
+            )
+        tensors = {name.removeprefix(f"{_FACTORS}."): values for name, values in tensors.items()}
     places = _places(path, facts)
     factors: Factors = {}
     for name in sorted({key.removesuffix(".A").removesuffix(".B") for key in tensors}):
@@ -161,111 +154,10 @@ def read_subject(path: str | Path) -> Subject:
             raise FileFormatError(f"{path}: {name} is not a pair of factors of {', '.join(places)}")
         for network in places[stored]:
             factors.setdefault(network, {})[module] = (a, b)
-    return Subject(factors=factors, **{name: facts[name] for name in _FACTS if name in facts})
+    return factors
 
 
-def slots_of(entry: Mapping[str, Any]) -> tuple[Slot, ...]:
-    """The slots of a network's entry in `networks.json` (its list "slots" of module, in, out, rank)."""
-    return tuple(Slot(row["module"], row["in"], row["out"], row["rank"]) for row in entry.get("slots", ()))
-
-
-def packed_size(slots: Sequence[Slot]) -> int:
-    """P: how many numbers a packed row has."""
-    return sum(slot.size for slot in slots)
-
-
-def unpacked(rows: Floats, slots: Sequence[Slot]) -> dict[str, Floats]:
-    """Packed rows (N, P) as a tensor a factor, for engines that take them so: "<module>.lora_A" (N, in, rank) and
-    "<module>.lora_B" (N, rank, out). Of one row these are views."""
-    found, at = {}, 0
-    for slot in slots:
-        for name, shape in slot.factors:
-            size = shape[0] * shape[1]
-            found[name] = rows[:, at : at + size].reshape(len(rows), *shape)
-            at += size
-    return found
-
-
-class Placed(NamedTuple):
-    """One factor and where it goes in the packed row: `values` (rows, columns) times `scale`, into the upper left of
-    (target rows, target columns) = `shape` at number `at`; the rest is zeros."""
-
-    values: Floats
-    at: int
-    shape: tuple[int, int]
-    scale: float
-
-
-def placed(factors: Mapping[str, tuple[Floats, Floats]], slots: Sequence[Slot], scale: float = 1.0) -> Iterator[Placed]:
-    """The factors of one network in the order of the packed row; scale multiplies B.
-
-    Raises `FileFormatError` listing the modules of other shape (a LoRA for another base) or of a kind that has no slots
-    (feed-forward, convolution), or when the rank exceeds the slots'.
-    """
-    _check_modules(factors, slots)
-    by_module = {slot.module: slot for slot in slots}
-    rank = max((a.shape[1] for a, _ in factors.values()), default=0)
-    room = min((by_module[module].rank for module in factors), default=rank)
-    if rank > room:
-        raise FileFormatError(
-            f"this LoRA has rank {rank}, the engine's slots take {room} (ranks of several LoRAs on one layer add up); "
-            f"rebuild with `dreammix-trt build --slot-rank {rank}`"
-        )
-    return _placed(factors, slots, scale)
-
-
-def pack(factors: Mapping[str, tuple[Floats, Floats]], slots: Sequence[Slot], scale: float = 1.0) -> Floats:
-    """One picture's packed `lora` row, float32 (P,): per slot A (in, rank) then B (rank, out), zero-padded in rank.
-
-    scale and errors: see `placed`.
-    """
-    row = np.zeros(packed_size(slots), np.float32)
-    for values, at, shape, times in placed(factors, slots, scale):
-        rows, columns = values.shape
-        row[at : at + shape[0] * shape[1]].reshape(shape)[:rows, :columns] = values * np.float32(times)
-    return row
-
-
-def _placed(factors: Mapping[str, tuple[Floats, Floats]], slots: Sequence[Slot], scale: float) -> Iterator[Placed]:
-    at = 0
-    for slot in slots:
-        if slot.module in factors:
-            a, b = factors[slot.module]
-            yield Placed(a, at, (slot.inputs, slot.rank), 1.0)
-            yield Placed(b, at + slot.inputs * slot.rank, (slot.rank, slot.outputs), scale)
-        at += slot.size
-
-
-def _check_modules(factors: Mapping[str, tuple[Floats, Floats]], slots: Sequence[Slot]) -> None:
-    by_module = {slot.module: slot for slot in slots}
-    kinds = {_kind(slot.module) for slot in slots}
-    wrong, without = [], []
-    for module, (a, b) in sorted(factors.items()):
-        here, shape = by_module.get(module), (a.shape[0], b.shape[1])
-        if here is None:
-            wrong.append(f"{module} ({shape[0]} -> {shape[1]}, no such slot)")
-            without.append(_kind(module) not in kinds)
-        elif shape != here[1:3]:
-            wrong.append(f"{module} ({shape[0]} -> {shape[1]}, here {here.inputs} -> {here.outputs})")
-            without.append(False)
-    if not wrong:
-        return
-    listed = ", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
-    if all(without):
-        raise FileFormatError(
-            f"{len(wrong)} modules of this LoRA have no slots in the engine, which takes attention layers: {listed}; "
-            "merge the LoRA into the base with `dreammix-trt build --base-lora FILE`"
-        )
-    base = another_base(factors, {slot.module: slot.inputs for slot in slots})
-    raise FileFormatError(f"this LoRA is for {base}; {len(wrong)} modules do not fit: {listed}")
-
-
-def _kind(module: str) -> tuple[str, ...]:
-    """What sort of layer it is, wherever it stands: its last two words without numbers ("attn1", "to_out")."""
-    return tuple([word for word in module.split(".") if not word.isdigit()][-2:])
-
-
-def _stacked(loras: Sequence[tuple[Lora, float, Target]], part: str) -> dict[str, tuple[Floats, Floats]]:
+def _stack(loras: Sequence[tuple[Lora, float, Target]], part: str) -> dict[str, tuple[Floats, Floats]]:
     """module -> ([A1 A2 ...], [s1 B1; s2 B2; ...]) of one part of the LoRAs."""
     found: dict[str, list[tuple[Floats, Floats]]] = {}
     for lora, scale, _ in loras:
@@ -277,27 +169,29 @@ def _stacked(loras: Sequence[tuple[Lora, float, Target]], part: str) -> dict[str
     }
 
 
-def _stored(factors: Factors) -> Iterator[tuple[str, tuple[Floats, Floats]]]:
-    """(name in the file, factors); what both UNets share stands there once."""
+def _name_factors(factors: Factors) -> Iterator[tuple[str, tuple[Floats, Floats]]]:
+    """(name in the file, factors); what both UNets share is written once."""
     for network, modules in factors.items():
         for module, pair in modules.items():
-            other = factors.get({"unet": "unet_raw", "unet_raw": "unet"}.get(network, ""), {}).get(module)
-            if other is None or not all(map(np.array_equal, pair, other)):
+            unets = unets_of("both")
+            others = [factors.get(name, {}).get(module) for name in unets if network in unets and name != network]
+            if not any(other is not None and all(map(np.array_equal, pair, other)) for other in others):
                 yield f"{network}.{module}", pair
-            elif network == "unet":
+            elif network == unets[0]:
                 yield f"{_BOTH}.{module}", pair
 
 
 def _places(path: Path, facts: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Network in the file -> engine networks that take its factors; in schema 1 a target says it of the UNet."""
+    """Network in the file -> engine networks that take its factors; in schema 1 a target names the UNets."""
+    places = {kind.name: (kind.name,) for kind in KINDS if kind.factors} | {_BOTH: unets_of("both")}
     if facts["schema"] > 1:
-        return _ENGINE_NETWORKS
+        return places
     if facts.get("target") not in TARGETS:
         raise FileFormatError(f"{path}: unknown target {facts.get('target')!r}, expected one of {', '.join(TARGETS)}")
-    return {**_ENGINE_NETWORKS, "unet": _UNETS[facts["target"]]}
+    return {**places, "unet": unets_of(facts["target"])}
 
 
-def _balanced(a: Floats, b: Floats) -> tuple[Floats, Floats]:
+def _balance(a: Floats, b: Floats) -> tuple[Floats, Floats]:
     """The same product with column j of A and row j of B of equal norm; a rank without effect becomes zeros."""
     norms_a, norms_b = (np.linalg.norm(each.astype(np.float64), axis=axis) for each, axis in ((a, 0), (b, 1)))
     live = (norms_a > 0) & (norms_b > 0)

@@ -1,7 +1,7 @@
-"""CLIP's tokenizer as files: those of a folder, or CLIP's own vocabulary, which a single-file checkpoint goes without.
+"""The files of CLIP's tokenizer: from a folder, or CLIP's own vocabulary, which a single-file checkpoint lacks.
 
 The merges come from OpenAI's CLIP as OpenCLIP distributes them (MIT; `models/clip/LICENSE`). The vocabulary follows
-from them: the bytes, the bytes that end a word, the merges in their order, two marks.
+from them: the bytes, the bytes at the end of a word, the merges in order, two marks.
 """
 
 from __future__ import annotations
@@ -18,20 +18,23 @@ from dreammix_trt.core.files import read_json
 CLIP_MERGES = Path(__file__).parents[1] / "models" / "clip" / "merges.txt.gz"
 CLIP_TOKENS = 49408
 START, END = "<|startoftext|>", "<|endoftext|>"
-#: what SDXL fills a prompt with up to 77 tokens where nothing is said
+#: the tokens with which SDXL fills a prompt up to 77 tokens by default
 PADS = {"tokenizer": END, "tokenizer_2": "!"}
 
 
 def check_tokenizer(folder: Path) -> None:
-    """`FileFormatError` when a folder holds neither vocab.json with merges.txt nor tokenizer.json."""
+    """Raise `FileFormatError` when a folder has neither vocab.json with merges.txt nor tokenizer.json."""
     if not (_has_both(folder) or (folder / "tokenizer.json").is_file()):
         raise FileFormatError(f"{folder}: neither vocab.json with merges.txt nor tokenizer.json")
 
 
 def check_vocabulary(folder: Path, pad: str, encoder: str, tokens: int) -> None:
-    """`FileFormatError` when a tokenizer in a folder gives ids that its text encoder does not know, or lacks marks.
+    """Raise `FileFormatError` when a tokenizer gives ids that its text encoder does not know, or lacks marks.
 
-    pad: what fills a prompt; encoder: the text encoder's name, tokens: its vocab_size.
+    folder: of the tokenizer.
+    pad: the token that fills a prompt.
+    encoder: the text encoder's name.
+    tokens: its vocab_size.
     """
     vocabulary = _vocabulary_of(folder)
     largest = max(vocabulary.values())
@@ -46,7 +49,7 @@ def check_vocabulary(folder: Path, pad: str, encoder: str, tokens: int) -> None:
 
 
 def _vocabulary_of(folder: Path) -> dict[str, int]:
-    """token -> id, of vocab.json or tokenizer.json."""
+    """Read token -> id from vocab.json or tokenizer.json."""
     whole = not _has_both(folder)
     path = folder / ("tokenizer.json" if whole else "vocab.json")
     vocabulary = _from_tokenizer_json(path)[0] if whole else read_json(path)
@@ -57,8 +60,8 @@ def _vocabulary_of(folder: Path) -> dict[str, int]:
     return vocabulary
 
 
-def pad_token_of(folder: Path) -> str | None:
-    """The padding a folder names: in tokenizer_config.json, else in special_tokens_map.json, else None."""
+def read_pad_token(folder: Path) -> str | None:
+    """Read the padding token from tokenizer_config.json, else special_tokens_map.json; None when neither names one."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
             token = read_json(folder / name).get("pad_token")
@@ -69,10 +72,15 @@ def pad_token_of(folder: Path) -> str | None:
 
 
 def write_tokenizer_files(source: Path | None, target: Path, pad: str) -> None:
-    """Write vocab.json, merges.txt and the padding into `target`; source: a tokenizer's folder, None: CLIP's own."""
+    """Write vocab.json, merges.txt and the padding of a tokenizer.
+
+    source: the tokenizer's folder; None: CLIP's own tokenizer.
+    target: the folder to write to.
+    pad: the token that fills a prompt.
+    """
     target.mkdir(parents=True, exist_ok=True)
     if source is None:
-        _write(target, *clip_vocabulary())
+        _write(target, *read_clip_vocabulary())
     elif _has_both(source):
         for file in ("vocab.json", "merges.txt"):
             shutil.copyfile(source / file, target / file)
@@ -82,8 +90,8 @@ def write_tokenizer_files(source: Path | None, target: Path, pad: str) -> None:
     (target / "special_tokens_map.json").write_text(f"{text}\n", encoding="utf-8")
 
 
-def clip_vocabulary() -> tuple[dict[str, int], list[str]]:
-    """CLIP's 49,408 tokens with their ids, and its 48,894 merges ("left right")."""
+def read_clip_vocabulary() -> tuple[dict[str, int], list[str]]:
+    """Read CLIP's vocabulary: 49,408 tokens with their ids, and 48,894 merges ("left right")."""
     merges = gzip.decompress(CLIP_MERGES.read_bytes()).decode("utf-8").splitlines()
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(code) for code in [*printable, *range(256, 512 - len(printable))]]

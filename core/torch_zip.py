@@ -1,8 +1,8 @@
-"""Reading tensors out of `torch.save` files without torch, and without ever running what a pickle asks for.
+"""Reading tensors from `torch.save` files without torch, and without running what a pickle asks for.
 
-A `torch.save` file is a zip: `<name>/data.pkl` describes the objects, `<name>/data/<key>` holds raw storages, not
-compressed, so they can be mapped where they lie. The reader below lets the pickle name exactly the few globals a plain
-dict of tensors needs and refuses all others, so a hostile file can at worst be rejected. (Format:
+A `torch.save` file is a zip: `<name>/data.pkl` describes the objects, `<name>/data/<key>` has raw storages. They are
+not compressed, so they can be mapped in place. The reader below accepts only the few globals that a plain dict of
+tensors needs and refuses all others, so the worst that a hostile file can do is be rejected. (Format:
 torch/serialization.py, `_save` and `torch/_utils.py`, `_rebuild_tensor_v2`.)
 """
 
@@ -23,17 +23,24 @@ from dreammix_trt.core.stored import LAYOUTS, Array, MappedFile, Stored
 
 MAGIC = b"PK\x03\x04"
 _STORAGES = {
-    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64", "IntStorage": "int32", "ByteStorage": "uint8",
-}  # fmt: skip
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ByteStorage": "uint8",
+}
 _LOCAL_HEADER = 30  # bytes before a zip member's name
 
 
 def read_torch_zip(path: str | Path) -> dict[str, Any]:
-    """The dict a `torch.save` file holds, with every tensor as a `Stored`: nothing but the description is read.
+    """Read the dict in a `torch.save` file, with every tensor as a `Stored`. Reads only the description.
 
-    Values may be nested in tuples, lists and dicts. Raises `FileFormatError` for a missing or truncated file, another
-    format (the pre-2020 non-zip format too), or a pickle that names anything but tensors.
+    Values may be nested in tuples, lists and dicts.
+
+    Raises `FileFormatError` for a missing or truncated file, another format (also the pre-2020 non-zip format), or a
+    pickle that names anything other than tensors.
     """
     file = MappedFile.open(path)
     try:
@@ -44,8 +51,8 @@ def read_torch_zip(path: str | Path) -> dict[str, Any]:
             root = pickles[0].removesuffix("data.pkl")
             members = {item.filename.removeprefix(f"{root}data/"): item for item in archive.infolist()}
             with archive.open(pickles[0]) as stream:
-                reader = _TensorUnpickler(stream, lambda key: _place(file, members[key]))
-                loaded = _with_tensors(reader.load(), reader.tensors, file, "")
+                reader = _TensorUnpickler(stream, lambda key: _locate(file, members[key]))
+                loaded = _insert_tensors(reader.load(), reader.tensors, file, "")
     except FileFormatError as error:
         raise FileFormatError(f"{file.path}: {error}") from error
     except Exception as error:  # a damaged pickle can raise nearly anything
@@ -56,11 +63,11 @@ def read_torch_zip(path: str | Path) -> dict[str, Any]:
 
 
 class _Storage(str):
-    """The name of an allowed storage class, standing in for the class."""
+    """The name of an allowed storage class, in place of the class."""
 
 
 class _Number(int):
-    """The number of a tensor: all that a pickle gets hold of, since it may set attributes of what it is given."""
+    """The number of a tensor. A pickle gets nothing else, since it may set attributes of the objects it gets."""
 
 
 class _Flat(NamedTuple):
@@ -81,11 +88,11 @@ class _View(NamedTuple):
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Knows tensors and dicts, nothing else; `place(key)` gives a storage's first byte and its bytes."""
+    """Knows only tensors and dicts. `place(key)` gives a storage's first byte and its number of bytes."""
 
     def __init__(self, stream: Any, place: Callable[[str], tuple[int, int]]) -> None:
         super().__init__(stream)
-        self._place = place
+        self._locate = place
         self._storages: list[_Flat] = []
         self.tensors: list[_View] = []
 
@@ -93,7 +100,7 @@ class _TensorUnpickler(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return self._tensor
+            return self._rebuild_tensor
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return lambda tensor, *_unused: tensor
         if module == "torch" and name in _STORAGES:
@@ -105,13 +112,13 @@ class _TensorUnpickler(pickle.Unpickler):
         if kind != "storage" or not isinstance(storage, _Storage):
             raise FileFormatError(f"unexpected reference {pid!r}")
         dtype = _STORAGES[str(storage)]
-        offset, size = self._place(key)
+        offset, size = self._locate(key)
         if size != count * LAYOUTS[dtype].itemsize:
             raise FileFormatError(f"storage {key} holds {size // LAYOUTS[dtype].itemsize} numbers, expected {count}")
         self._storages.append(_Flat(dtype, offset, count))
         return len(self._storages) - 1
 
-    def _tensor(
+    def _rebuild_tensor(
         self, storage: int, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_unused: Any
     ) -> _Number:
         flat, shape, stride = self._storages[storage], tuple(map(int, shape)), tuple(map(int, stride))
@@ -123,19 +130,19 @@ class _TensorUnpickler(pickle.Unpickler):
         return _Number(len(self.tensors) - 1)
 
 
-def _with_tensors(value: Any, tensors: list[_View], file: MappedFile, name: str) -> Any:
-    """The unpickled value in plain dicts, lists and tuples, with tensors in the place of their numbers."""
+def _insert_tensors(value: Any, tensors: list[_View], file: MappedFile, name: str) -> Any:
+    """Copy the unpickled value to plain dicts, lists and tuples, and put tensors in place of their numbers."""
     if isinstance(value, _Number):
         view = tensors[value]
-        return Stored(f"{file.path}: tensor {name!r}", view.flat.dtype, view.shape, lambda: _strided(file, view))
+        return Stored(f"{file.path}: tensor {name!r}", view.flat.dtype, view.shape, lambda: _read_strided(file, view))
     if isinstance(value, dict):
-        return {key: _with_tensors(item, tensors, file, str(key)) for key, item in value.items()}
+        return {key: _insert_tensors(item, tensors, file, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_with_tensors(item, tensors, file, name) for item in value)
+        return type(value)(_insert_tensors(item, tensors, file, name) for item in value)
     return value
 
 
-def _strided(file: MappedFile, view: _View) -> Array:
+def _read_strided(file: MappedFile, view: _View) -> Array:
     if 0 in view.shape:
         return np.empty(view.shape, LAYOUTS[view.flat.dtype])
     last = view.offset + sum((n - 1) * s for n, s in zip(view.shape, view.stride, strict=True))
@@ -144,15 +151,15 @@ def _strided(file: MappedFile, view: _View) -> Array:
     return np.lib.stride_tricks.as_strided(flat, view.shape, [s * size for s in view.stride])
 
 
-def _place(file: MappedFile, member: zipfile.ZipInfo) -> tuple[int, int]:
-    """First byte in the file and number of bytes of a storage."""
+def _locate(file: MappedFile, member: zipfile.ZipInfo) -> tuple[int, int]:
+    """Find the first byte and the number of bytes of a storage in the file."""
     if member.compress_type != zipfile.ZIP_STORED:
-        raise FileFormatError(f"{member.filename} is compressed, which torch.save never does; save the file anew")
+        raise FileFormatError(f"{member.filename} is compressed, which torch.save never does; save the file again")
     with file.path.open("rb") as stream:
         stream.seek(member.header_offset)
         header = stream.read(_LOCAL_HEADER)
     if not header.startswith(MAGIC) or len(header) < _LOCAL_HEADER:
-        raise FileFormatError(f"{member.filename} is not where the file's list has it; the file is damaged")
+        raise FileFormatError(f"{member.filename} is not where the file's directory says; the file is damaged")
     offset = (
         member.header_offset + _LOCAL_HEADER + sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
     )

@@ -1,4 +1,4 @@
-// The 13x13 joint bilateral filter of blur guidance (golden/README.md step 11): weights by distance in the plane and by
+// The 13x13 joint bilateral filter of blur guidance (docs/algorithm.md, 7.4): weights by distance in the plane and by
 // the summed channel distance in a standardised guide; reflected edges.
 #pragma once
 
@@ -13,7 +13,7 @@ namespace dmx {
 
 constexpr int bilateral_reach = 6;
 
-// exp(x) for x <= 0 within 2e-7 relative, in plain arithmetic that compilers vectorise. Underflows to about 1e-38.
+// exp(x) for x <= 0, within 2e-7 relative, in plain arithmetic that compilers vectorise. Underflows to about 1e-38.
 DMX_HD inline float exp_of_negative(float x) {
     x = x < -87.0F ? -87.0F : x;
     const int power = static_cast<int>(x * 1.44269504F - 0.5F);
@@ -32,12 +32,12 @@ DMX_HD inline float exp_of_negative(float x) {
     return series * scale;
 }
 
-// Both deviations are 3, hence the one denominator 2 * 3^2.
+// Both deviations are 3, so there is one denominator, 2 * 3^2.
 DMX_HD inline float bilateral_weight(float guide_distance, float plane_distance2) {
     return exp_of_negative((guide_distance * guide_distance + plane_distance2) * (-1.0F / 18.0F));
 }
 
-// Index mirrored about the first and last element, which are not repeated.
+// The index mirrored at the first and last element, which are not repeated.
 DMX_HD inline int reflected(int index, int count) {
     if (count == 1) return 0;
     const int period = 2 * (count - 1);
@@ -86,8 +86,8 @@ struct Scratch {
     std::vector<float> weights, total, sums;
 };
 
-// One row of output. `guide` and `values` point at that row of the padded planes, left end of the topmost window.
-// Every loop runs along the row: each tap of the window is a shifted row, so all of it vectorises.
+// One row of output. `guide` and `values` point at that row of the padded planes, to the top left of its first window.
+// Every loop runs along the row: each tap of the window is a shifted row, so all loops vectorise.
 static DMX_CLONES void sum_windows(const float* DMX_RESTRICT guide, const float* DMX_RESTRICT values, ptrdiff_t plane,
                                    ptrdiff_t stride, ptrdiff_t channels, ptrdiff_t width, float* DMX_RESTRICT weights,
                                    float* DMX_RESTRICT total, float* DMX_RESTRICT sums) {

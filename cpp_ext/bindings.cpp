@@ -1,6 +1,6 @@
-// The Python module dreammix_trt._cpp; only this file and bindings_*.cpp, which fill its part `gpu`, know Python.
-// Arguments arrive checked and contiguous from engine/kernels.py; what memory safety needs is checked again. The GIL is
-// released while numbers are worked on.
+// The Python module dreammix_trt._cpp. Only this file and bindings_*.cpp, which define its part `gpu`, use Python.
+// engine/kernels.py passes checked and contiguous arguments; everything that memory safety needs is checked again here.
+// The GIL is released during computations.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -293,7 +293,7 @@ NB_MODULE(_cpp, module) {
     module.def("normals", &normals, "seed"_a, "draw"_a, "step"_a, "shape"_a);
     module.def("philox", &philox, "counter"_a, "key"_a);
     module.def("set_threads", &set_threads, "count"_a);
-    module.def("build_info", &build_info);
+    module.def("build_info", &build_info, nb::sig("def build_info() -> dict[str, typing.Any]"));
     nb::module_ gpu = module.def_submodule("gpu", "Kernels of the device runtime, in a CUDA stream or on the host.");
     dmx::bind_pictures(gpu);
     dmx::bind_numbers(gpu);

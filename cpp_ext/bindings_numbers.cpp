@@ -1,5 +1,5 @@
-// The number kernels of dreammix_trt._cpp.gpu. Python has checked which arrays these are; here it is checked that none is
-// missing and that the counts make sense.
+// The number kernels of dreammix_trt._cpp.gpu. Python has checked the arrays. Here we check that none is missing and
+// that the counts make sense.
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -159,20 +159,19 @@ void pack_factors(Pointer raw, Pointer factors, int count, Pointer out, int raw_
                 place_of(stream, blocks, threads));
 }
 
-void merge_lora(Pointer weight, Pointer a, Pointer b, Pointer out, int outputs, int inputs, int rank, float scale, int half,
-                Stream stream, int blocks, int threads) {
-    require_all({weight, a, b, out});
-    require_positive({outputs, inputs, rank});
-    dmx::launch(dmx::MergeLora{reals(weight, half), at<const float>(a), at<const float>(b), reals(out, half), outputs, inputs,
-                               rank, scale},
-                place_of(stream, blocks, threads));
-}
-
 using Layout = std::pair<size_t, std::map<std::string, size_t>>;
 
 #define DMX_FIELD(record, field) {#field, offsetof(dmx::record, field)}
 
-// What engine/gpu/records.py repeats; fields that nobody uses are left out.
+// The layouts that engine/device/records.py repeats, without unused fields.
+std::map<std::string, std::uint32_t> draws() {
+    const auto number = [](dmx::Draw draw) { return static_cast<std::uint32_t>(draw); };
+    return {
+        {"init_noise", number(dmx::Draw::init)}, {"blend_noise", number(dmx::Draw::blend)},
+        {"solver_noise", number(dmx::Draw::solver)}, {"renoise_switch", number(dmx::Draw::renoise)},
+    };
+}
+
 std::map<std::string, Layout> layouts() {
     return {
         {"CUT", {sizeof(dmx::Cut), {DMX_FIELD(Cut, height), DMX_FIELD(Cut, width), DMX_FIELD(Cut, row0), DMX_FIELD(Cut, row1),
@@ -188,13 +187,12 @@ std::map<std::string, Layout> layouts() {
                                         DMX_FIELD(Field, row0), DMX_FIELD(Field, row1), DMX_FIELD(Field, col0),
                                         DMX_FIELD(Field, col1)}}},
         {"JOB", {sizeof(dmx::Job), {DMX_FIELD(Job, seed), DMX_FIELD(Job, start_scale), DMX_FIELD(Job, hand_over_sigma),
-                                    DMX_FIELD(Job, samples_vae), DMX_FIELD(Job, blends_output), DMX_FIELD(Job, size_height),
-                                    DMX_FIELD(Job, size_width), DMX_FIELD(Job, target)}}},
+                                    DMX_FIELD(Job, samples_vae), DMX_FIELD(Job, blends_output)}}},
         {"STEP", {sizeof(dmx::StepRow), {DMX_FIELD(StepRow, sigma), DMX_FIELD(StepRow, timestep),
-                                         DMX_FIELD(StepRow, size_scale_positive), DMX_FIELD(StepRow, size_scale_negative),
                                          DMX_FIELD(StepRow, guidance_scale), DMX_FIELD(StepRow, guidance_rescale),
                                          DMX_FIELD(StepRow, blur_alpha), DMX_FIELD(StepRow, c_x), DMX_FIELD(StepRow, c_x0),
-                                         DMX_FIELD(StepRow, c_dx0), DMX_FIELD(StepRow, c_noise), DMX_FIELD(StepRow, blend_step),
+                                         DMX_FIELD(StepRow, c_dx0), DMX_FIELD(StepRow, c_noise), DMX_FIELD(StepRow, time_ids),
+                                         DMX_FIELD(StepRow, blend_step),
                                          DMX_FIELD(StepRow, solver_step)}}},
         {"SEGMENT", {sizeof(dmx::Segment), {DMX_FIELD(Segment, source), DMX_FIELD(Segment, target), DMX_FIELD(Segment, size)}}},
         {"FACTOR", {sizeof(dmx::Factor), {DMX_FIELD(Factor, source), DMX_FIELD(Factor, target), DMX_FIELD(Factor, rows),
@@ -205,7 +203,7 @@ std::map<std::string, Layout> layouts() {
 
 #undef DMX_FIELD
 
-// A kernel: the names of its own arguments, and where it runs.
+// Defines a kernel: the names of its own arguments, then where it runs.
 template <typename Function, typename... Arguments>
 void define(nb::module_& gpu, const char* name, Function function, const Arguments&... arguments) {
     gpu.def(name, function, nb::kw_only(), arguments..., "stream"_a = nb::none(), "blocks"_a = 1, "threads"_a = 1,
@@ -235,9 +233,8 @@ void bind_numbers(nb::module_& gpu) {
     define(gpu, "tas", &tas, "tokens"_a, "removed"_a, "plan"_a, "rows"_a, "width"_a);
     define(gpu, "place_factors", &place_factors, "row"_a, "segments"_a, "count"_a, "out"_a, "pictures"_a, "picture"_a, "half"_a);
     define(gpu, "pack_factors", &pack_factors, "raw"_a, "factors"_a, "count"_a, "out"_a, "raw_half"_a, "out_half"_a);
-    define(gpu, "merge_lora", &merge_lora, "weight"_a, "a"_a, "b"_a, "out"_a, "outputs"_a, "inputs"_a, "rank"_a, "scale"_a,
-           "half"_a);
-    gpu.def("layouts", &layouts, "Record of engine/gpu/records.py -> (bytes, {field: offset}).");
+    gpu.def("draws", &draws, "Draw of core.noise.DRAWS -> its number here.");
+    gpu.def("layouts", &layouts, "Record of engine/device/records.py -> (bytes, {field: offset}).");
 }
 
 }  // namespace dmx

@@ -1,5 +1,5 @@
-// The kernels on pictures as Python calls them: pointers are numbers, 0 is no memory; switches are 0 or 1. What stands
-// in device memory cannot be checked here; everything else is.
+// The picture kernels as Python calls them: pointers are numbers, 0 means no memory; switches are 0 or 1. The contents
+// of device memory cannot be checked here; everything else is.
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/tuple.h>
@@ -33,7 +33,7 @@ T* needed(Pointer pointer, const char* name) {
     return at<T>(pointer);
 }
 
-// Memory of the network's type, or none.
+// Memory of the network's type, or no memory.
 void* network_memory(Pointer pointer, int half, const char* name) {
     const bool aligned = pointer % (half != 0 ? 2 : 4) == 0;
     if (!aligned) throw std::invalid_argument(std::string(name) + " is not aligned to its type");
@@ -215,7 +215,7 @@ void add_tile(Pointer tile, Pointer ramp_rows, Pointer ramp_cols, Pointer out, i
     gpu::add_tile(args, place);
 }
 
-// A kernel: keyword arguments, then where it runs.
+// Defines a kernel: keyword arguments, then where it runs.
 template <typename Function, typename... Args>
 void def(nb::module_& gpu, const char* name, Function function, const Args&... args) {
     gpu.def(name, function, nb::kw_only(), args..., "stream"_a = nb::none(), "blocks"_a = 1, "threads"_a = 1);

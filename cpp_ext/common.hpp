@@ -1,18 +1,18 @@
-// What every kernel shares: how a function is marked for host and device, and how a host loop is built for several CPUs.
+// Shared by all kernels: marks for functions on host and device, and for host loops built for several CPUs.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 
-// Per-element functions carry DMX_HD: under nvcc the CUDA kernels are made from the same source as the host loops.
+// Per-element functions have DMX_HD: nvcc makes the CUDA kernels from the same source as the host loops.
 #if defined(__CUDACC__)
 #define DMX_HD __host__ __device__
 #else
 #define DMX_HD
 #endif
 
-// Host loops carry DMX_CLONES: a portable wheel holds them for plain x86-64, AVX2 and AVX-512; the loader chooses.
+// Host loops have DMX_CLONES: a portable wheel has them for plain x86-64, AVX2 and AVX-512, and the loader chooses.
 #if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__) && defined(__x86_64__) && defined(__GLIBC__)
 #define DMX_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define DMX_HAS_CLONES 1

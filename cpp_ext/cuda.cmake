@@ -1,12 +1,12 @@
-# Sets dreammix_cuda (TRUE with an nvcc fit for our kernels), dreammix_toolkit ("13.0") and dreammix_architectures.
+# Sets dreammix_cuda (TRUE if nvcc can compile our kernels), dreammix_toolkit ("13.0") and dreammix_architectures.
 #
-# A compiler that is missing, broken, at odds with the host's compiler or too old never breaks a build that did not ask
-# for it: it is tried first, and DREAMMIX_CUDA=AUTO goes on without it and says why.
+# A compiler that is missing, broken, too old or incompatible with the host's compiler never breaks a build that did not
+# ask for it: we try it first, and DREAMMIX_CUDA=AUTO goes on without it and says why.
 include(CheckLanguage)
 include(CheckSourceCompiles)
 
-# Sets `reason` to why the kernels cannot be compiled here; empty where they can. A macro: enable_language must not
-# stand in a function.
+# Sets `reason` to why the kernels cannot be compiled here; empty if they can. This is a macro because enable_language
+# is not allowed in a function.
 macro(dreammix_find_cuda reason)
   set(${reason} "")
   check_language(CUDA)
@@ -38,7 +38,7 @@ function(dreammix_try_headers reason)
   endif()
 endfunction()
 
-# Sets `known` to those of DREAMMIX_CUDA_ARCHITECTURES that nvcc can make.
+# Sets `known` to the entries of DREAMMIX_CUDA_ARCHITECTURES that nvcc knows.
 function(dreammix_known_architectures known)
   execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-arch OUTPUT_VARIABLE listed RESULT_VARIABLE failed)
   set(chosen "")
@@ -50,7 +50,7 @@ function(dreammix_known_architectures known)
       message(STATUS "CUDA kernels: nvcc ${CMAKE_CUDA_COMPILER_VERSION} does not know ${architecture}; left out")
     endif()
   endforeach()
-  # Whatever is left out or yet to come runs what its driver makes of the newest PTX.
+  # On skipped and future GPUs the driver compiles the newest PTX.
   if(chosen AND NOT chosen MATCHES "[0-9](-virtual|;|$)")
     string(REGEX MATCH "[0-9]+-real$" last "${chosen}")
     string(REPLACE "-real" "-virtual" last "${last}")

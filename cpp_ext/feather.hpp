@@ -1,5 +1,5 @@
 // The soft edge of a paste: 255 on the mask, falling in equal steps with the Chebyshev distance from it, 0 from
-// `width` pixels on. At width 32 this is the reference's 32-fold dilation by 8 (reference/dreammix.md 1.9).
+// `width` pixels on. At width 32 this is the reference's 32-fold dilation by 8 (docs/algorithm.md, 9.1).
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@ DMX_HD inline std::uint8_t feather_value(int distance, int width) {
 
 namespace feather_detail {
 
-// distance = min(distance, 1 + least of the three neighbours in the row before); the rows carry one cell of margin.
+// distance = min(distance, 1 + least of the three neighbours in the previous row); rows have a margin of one cell.
 static DMX_CLONES void step_from_row(std::uint16_t* DMX_RESTRICT row, const std::uint16_t* DMX_RESTRICT before,
                                      ptrdiff_t width) {
     for (ptrdiff_t x = 0; x < width; ++x) {

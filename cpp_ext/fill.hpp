@@ -1,8 +1,8 @@
-// The hole is filled by a cascade of box blurs, coarse to fine, with the known pixels put back after each
-// (reference/dreammix.md 1.4). Bit-equal to Pillow's BoxBlur: two passes, each rounded to 8 bit, 24-bit weights.
+// Fills the hole with a cascade of box blurs, coarse to fine; the known pixels are restored after each
+// (docs/algorithm.md, 3.6). Bit-equal to Pillow's BoxBlur: two passes, each rounded to 8 bit, 24-bit weights.
 //
-// Only pixels of the hole are ever needed, so the horizontal pass runs on the columns of the hole's bounding box and
-// on the rows its windows reach; rows without a hole never change and are blurred once per radius.
+// Only pixels of the hole are needed. So the horizontal pass runs on the columns of the hole's bounding box and on the
+// rows that the windows reach. Rows without a hole never change and are blurred once per radius.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@ struct Blur {
 
 struct BoxWeights {
     std::uint32_t inner;  // of the 2r+1 pixels of the window
-    std::uint32_t outer;  // of the two pixels just outside: what rounding of `inner` left over
+    std::uint32_t outer;  // of the two pixels just outside: the rest from rounding `inner`
 };
 
 // Pillow divides in single precision; so do we.
@@ -39,10 +39,10 @@ namespace fill_detail {
 
 constexpr int channels = 3;
 
-// The sums of one line: `line` holds `inputs` bytes from (first output - radius - 1) to (last output + radius + 1),
-// edges already repeated; `window[i]` becomes the sum of the 2r+1 pixels about output byte i. A running sum would not
-// vectorise. Here the window is put together from its binary digits: `part` holds sums of 1, 2, 4, ... pixels.
-// Sixteen bits hold windows up to 257 pixels.
+// The sums of one line. `line` has `inputs` bytes from (first output - radius - 1) to (last output + radius + 1), with
+// repeated edges. `window[i]` becomes the sum of the 2r+1 pixels around output byte i. A running sum would not
+// vectorise, so the window is composed of sums of 1, 2, 4, ... pixels in `part`, by the binary digits of its width.
+// Sixteen bits are enough for windows up to 257 pixels.
 constexpr int largest_short_radius = 128;
 
 static DMX_CLONES void start_windows(const std::uint8_t* DMX_RESTRICT line, std::uint16_t* DMX_RESTRICT part, int inputs) {
@@ -61,7 +61,7 @@ static DMX_CLONES void widen_windows(const std::uint16_t* DMX_RESTRICT part, std
 // `part` and `twice` are scratch of `inputs` elements.
 inline void sum_windows_short(const std::uint8_t* line, std::uint16_t* part, std::uint16_t* twice, std::uint16_t* window,
                               int inputs, int outputs, int radius) {
-    int start = channels;  // the window's first pixel stands one past the pixel outside it
+    int start = channels;  // the window begins one pixel after the pixel outside it
     start_windows(line, part, inputs);
     std::copy_n(part + start, outputs, window);
     start += channels;
@@ -75,7 +75,7 @@ inline void sum_windows_short(const std::uint8_t* line, std::uint16_t* part, std
     }
 }
 
-// For wider windows: differences of a prefix sum.
+// Wider windows are differences of a prefix sum.
 static DMX_CLONES void sum_windows_long(const std::uint8_t* DMX_RESTRICT line, std::uint32_t* DMX_RESTRICT prefix,
                                         std::uint32_t* DMX_RESTRICT window, int inputs, int outputs, int radius) {
     std::uint32_t red = 0, green = 0, blue = 0;
@@ -87,7 +87,7 @@ static DMX_CLONES void sum_windows_long(const std::uint8_t* DMX_RESTRICT line, s
     for (int i = 0; i < outputs; ++i) window[i] = prefix[i + beyond] - prefix[i + channels];
 }
 
-// One line's outputs from its window sums and the pixels just outside the windows.
+// The outputs of one line from its window sums and the pixels just outside the windows.
 static DMX_CLONES void blur_short(const std::uint16_t* DMX_RESTRICT window, const std::uint8_t* DMX_RESTRICT line,
                                   std::uint8_t* DMX_RESTRICT out, int outputs, int radius, BoxWeights weights) {
     const int beyond = channels * (2 * radius + 2);
@@ -234,7 +234,7 @@ class HoleFiller {
         });
     }
 
-    // The window one row above the hole; the first and last row of the picture count as often as the window overhangs.
+    // The window one row above the hole. Where it overhangs the picture, the first or last row is repeated.
     void start_window(std::vector<std::uint32_t>& sum, int radius, ptrdiff_t begin) const {
         const int low = row0_ - 1 - radius, high = row0_ - 1 + radius;
         for (int row = clamped(low, 0, height_ - 1); row <= clamped(high, 0, height_ - 1); ++row) {
@@ -248,7 +248,7 @@ class HoleFiller {
     int height_, width_;
     int row0_ = 0, row1_ = 0, col0_ = 0, col1_ = 0;  // bounding box of the hole, ends exclusive
     ptrdiff_t stride_ = 0;                            // bytes of one row of the bounding box
-    std::vector<std::uint8_t> holed_;                 // per row of the picture: does it hold a hole pixel?
+    std::vector<std::uint8_t> holed_;                 // per row of the picture: whether it has a hole pixel
     std::vector<std::uint8_t> blurred_;               // the horizontal pass: all rows, columns of the bounding box
     std::vector<std::uint8_t> hole_;                  // 255 on bytes of the hole, within the bounding box
 };

@@ -1,4 +1,4 @@
-// A latent cell counts as hole when any pixel of its block does (reference/dreammix.md 1.4).
+// A latent cell belongs to the hole when any pixel of its block does (docs/algorithm.md, 4.2).
 #pragma once
 
 #include <algorithm>

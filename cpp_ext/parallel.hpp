@@ -1,4 +1,4 @@
-// parallel_for: one range shared among a few threads; results never depend on how many there are.
+// parallel_for: splits a range among a few threads. Results never depend on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -25,9 +25,9 @@ inline int thread_count() {
     return set > 0 ? set : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
-// Threads that sleep between jobs. The caller works too and waits only for helpers that have begun, never for one that
-// has yet to wake: where other processes keep the cores busy, helpers cost nothing. For the same reason a process
-// forked from this one, which has no helpers, merely works alone.
+// Threads that sleep between jobs. The caller works as well and waits only for helpers that have begun, never for one
+// that has not woken up: when other processes keep the cores busy, helpers cost nothing. For the same reason a process
+// forked from this one, which has no helpers, simply works alone.
 class Helpers {
   public:
     // Runs `work` on this thread and on up to `count` helpers at once; `work` returns when nothing is left to do.
@@ -56,7 +56,7 @@ class Helpers {
     void start(int count) {
         try {
             for (; started_ < count; ++started_) std::thread(&Helpers::serve, this).detach();
-        } catch (const std::system_error&) {  // the system has no more threads to give: do with those there are
+        } catch (const std::system_error&) {  // the system has no more threads: use those that were started
         }
     }
 
@@ -79,9 +79,9 @@ class Helpers {
     int wanted_ = 0, active_ = 0, started_ = 0;
 };
 
-// Calls body(begin, end) on disjoint parts of [0, count), each of at least `grain` items: below that a thread costs
-// more than it saves. Threads take the next part when done with one. An exception of any part is rethrown here.
-// Not to be nested.
+// Calls body(begin, end) on disjoint parts of [0, count). Each part has at least `grain` items: with fewer, a thread
+// costs more than it saves. A thread that has finished a part takes the next one. An exception in a part is rethrown
+// here. Do not nest.
 template <typename Body>
 void parallel_for(ptrdiff_t count, ptrdiff_t grain, const Body& body) {
     constexpr ptrdiff_t parts_per_thread = 4;

@@ -1,5 +1,5 @@
-// Content pasted into a picture, then composed with the original by the feather (reference/dreammix.md 1.9).
-// Single precision, in the reference's order of operations, truncated to 8 bit: equal to it byte for byte.
+// Pastes content into a picture, then composes it with the original by the feather (docs/algorithm.md, 9.2).
+// Single precision, in the reference's order of operations, truncated to 8 bit: equal to the reference byte for byte.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,7 @@ DMX_HD inline std::uint8_t mixed(std::uint8_t top, std::uint8_t bottom, float sh
 
 namespace paste_detail {
 
-// `shares` holds one entry per pixel; a pixel has three bytes.
+// `shares` has one entry per pixel; a pixel has three bytes.
 static DMX_CLONES void mix_row(const std::uint8_t* DMX_RESTRICT top, const std::uint8_t* DMX_RESTRICT bottom,
                                const float* DMX_RESTRICT shares, std::uint8_t* DMX_RESTRICT out, ptrdiff_t pixels) {
     for (ptrdiff_t i = 0; i < pixels; ++i) {
@@ -36,7 +36,7 @@ static DMX_CLONES void shares_of(const std::uint8_t* DMX_RESTRICT weight, float*
 
 }  // namespace paste_detail
 
-// alpha (null or one share per content pixel) softens the content before the feather does.
+// alpha (null, or one share per content pixel) softens the content before the feather.
 inline void paste(const std::uint8_t* original, const std::uint8_t* content, Box box, const std::uint8_t* weight,
                   const float* alpha, std::uint8_t* out, int height, int width) {
     const int content_width = box.col1 - box.col0;
@@ -61,7 +61,7 @@ inline void paste(const std::uint8_t* original, const std::uint8_t* content, Box
     });
 }
 
-// 0.1 at the rim to 1 at the centre: alpha = 0.1 + 0.9 G/max G, G a Gaussian of a quarter of the short side.
+// From 0.1 at the rim to 1 at the centre: alpha = 0.1 + 0.9 G/max G, G a Gaussian of a quarter of the short side.
 // A GPU's exp may differ in the last of 53 bits, which single precision hides.
 DMX_HD inline float soft_share(int y, int x, int height, int width) {
     const double deviation = (height < width ? height : width) / 4.0;

@@ -30,7 +30,7 @@ DMX_HD inline double unit_interval(std::uint32_t word) { return (word + 0.5) * (
 DMX_HD inline void box_muller(std::uint32_t first, std::uint32_t second, float out[2]) {
     const double radius = std::sqrt(-2.0 * std::log(unit_interval(first)));
 #if defined(__CUDA_ARCH__)
-    double sine, cosine;  // of turns: no reduction of the angle, and the same to a few units in the last of 53 bits
+    double sine, cosine;  // no reduction of the angle is needed; within a few units of the last of 53 bits
     sincospi(2.0 * unit_interval(second), &sine, &cosine);
 #else
     const double angle = 6.283185307179586476925286766559 * unit_interval(second);
@@ -40,7 +40,7 @@ DMX_HD inline void box_muller(std::uint32_t first, std::uint32_t second, float o
     out[1] = static_cast<float>(radius * sine);
 }
 
-// Block b of (seed, draw, step) holds the elements 4b .. 4b+3.
+// Block b of (seed, draw, step) has the elements 4b .. 4b+3.
 DMX_HD inline void normal_block(std::uint64_t seed, std::uint32_t draw, std::uint32_t step, std::uint64_t block,
                                 float out[4]) {
     const Words words = philox({{static_cast<std::uint32_t>(block), static_cast<std::uint32_t>(block >> 32), step, draw}},

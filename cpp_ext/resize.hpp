@@ -1,7 +1,8 @@
 // Resampling of 8-bit pictures, bit-equal to Pillow's Image.resize: separable, horizontal pass first, each pass with
 // weights normalised in double, rounded to 22 fractional bits, summed in integers and rounded to 8 bit.
 //
-// Both passes are the same loop over rows (it vectorises along the row): the horizontal one runs on transposed blocks.
+// Both passes use the same loop over rows, which vectorises along the row. The horizontal pass runs on transposed
+// blocks.
 #pragma once
 
 #include <algorithm>
@@ -133,7 +134,7 @@ struct PictureView {
 
 // Rows [0, height) of `in` become rows of `out` (height, taps.outputs, channels).
 inline void resize_horizontally(PictureView in, const Taps& taps, std::uint8_t* out) {
-    constexpr int block = 64;  // rows worked on at once: long enough to vectorise, short enough to stay in cache
+    constexpr int block = 64;  // rows per block: long enough to vectorise, short enough to stay in cache
     const ptrdiff_t cell = in.channels, out_stride = taps.outputs * cell;
     const ptrdiff_t blocks = (in.height + block - 1) / block;
     parallel_for(blocks, 1, [&](ptrdiff_t begin, ptrdiff_t end) {
@@ -161,12 +162,12 @@ inline void resize_vertically(PictureView in, const Taps& taps, std::uint8_t* ou
     });
 }
 
-// Pillow 13 starts with the pass down the columns where the height shrinks much more than the width (older ones never).
+// Pillow 13 starts with the vertical pass when the height shrinks much more than the width (older versions never do).
 DMX_HD inline bool vertically_first(int height, int width, int out_height, int out_width) {
     return out_height < height && height - out_height > 2 * (width - out_width);
 }
 
-// A pass that would not change the size is left out, as Pillow does.
+// Skips a pass that would not change the size, as Pillow does.
 inline void resize(PictureView in, int out_height, int out_width, Filter filter, std::uint8_t* out) {
     const bool across = in.width != out_width, down = in.height != out_height;
     const ptrdiff_t cell = in.channels;

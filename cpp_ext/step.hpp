@@ -1,4 +1,4 @@
-// The arithmetic of one sampling step around the network (golden/README.md step 11): blend and scale before it;
+// The arithmetic of one sampling step around the network (docs/algorithm.md, 7): blend and scale before it;
 // blur guidance, classifier-free guidance and the solver after it. Single precision, in the reference's order.
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace dmx {
 
-// Inside the mask the latent, outside it the background at the noise level of the step.
+// The latent inside the mask, outside it the background at the noise level of the step.
 DMX_HD inline float blended(float x, float background, float mask, float noise, float sigma) {
     return x * mask + (background + sigma * noise) * (1.0F - mask);
 }
@@ -17,14 +17,14 @@ DMX_HD inline float blended(float x, float background, float mask, float noise, 
 DMX_HD inline float guided(float negative, float positive, float scale) { return negative + scale * (positive - negative); }
 
 struct SolverRow {
-    float x, x0, dx0, noise;  // coefficients of x_in, x0, x0 - x0 of the step before, noise
+    float x, x0, dx0, noise;  // coefficients of x_in, x0, x0 minus that of the previous step, noise
 };
 
 DMX_HD inline float solved(float x_in, float x0, float x0_before, float noise, SolverRow row) {
     return row.x * x_in + row.x0 * x0 + row.dx0 * (x0 - x0_before) + row.noise * noise;
 }
 
-// Shapes: picture (pictures, channels, height, width); one mask plane a picture; network rows [negative, positive].
+// Shapes: pictures (pictures, channels, height, width), one mask plane per picture, network rows [negative, positive].
 struct LatentShape {
     int pictures, channels, height, width;
     ptrdiff_t plane() const { return ptrdiff_t{height} * width; }
@@ -38,7 +38,7 @@ inline void blend_scale(LatentShape shape, const float* x, const float* backgrou
     for (ptrdiff_t n = 0; n < shape.pictures; ++n) {
         for (ptrdiff_t c = 0; c < shape.channels; ++c) {
             const ptrdiff_t at = (n * shape.channels + c) * plane;
-            float* negative = network_in + n * shape.picture() + at;  // the rows before it are doubled
+            float* negative = network_in + n * shape.picture() + at;  // earlier pictures have two rows each
             for (ptrdiff_t i = 0; i < plane; ++i) {
                 x_in[at + i] = blended(x[at + i], background[at + i], mask[n * plane + i], noise[at + i], sigma);
                 negative[i] = x_in[at + i] / scale;
@@ -55,7 +55,7 @@ struct Guidance {
 
 namespace step_detail {
 
-// e = x - (x - sigma * eps), rounded where the reference rounds: it keeps x0, not eps, between its parts.
+// e = x - (x - sigma * eps), rounded where the reference rounds, since that passes x0, not eps, between its parts.
 inline void scaled_noise(const float* x_in, const float* eps, float sigma, std::vector<float>& x0, std::vector<float>& e) {
     for (size_t i = 0; i < e.size(); ++i) {
         x0[i] = x_in[i] - sigma * eps[i];
@@ -72,7 +72,7 @@ inline void blur(const float* x_in, LatentShape shape, float alpha, const std::v
     }
 }
 
-// Guided noise brought back to the spread of the positive row (Lin et al. 2305.08891, section 3.4), in part.
+// Scales the guided noise to the spread of the positive row (Lin et al. 2305.08891, section 3.4), by a share.
 inline void rescale(const std::vector<float>& positive, std::vector<float>& e, float share) {
     const auto count = static_cast<ptrdiff_t>(e.size());
     const float spread = standard_of(e.data(), count).scale - 1e-5F;
@@ -83,7 +83,7 @@ inline void rescale(const std::vector<float>& positive, std::vector<float>& e, f
 
 }  // namespace step_detail
 
-// x0_before may be null where the solver has no history (row.dx0 is 0 then).
+// x0_before may be null when the solver has no history (then row.dx0 is 0).
 inline void guided_step(LatentShape shape, const float* x_in, const float* eps, const float* x0_before, const float* noise,
                         Guidance guidance, SolverRow row, float* x_out, float* x0_out) {
     const ptrdiff_t size = shape.picture();

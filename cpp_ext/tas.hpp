@@ -1,5 +1,5 @@
-// Attribute removal (TAS, DreamMix eq. 6 as the reference code reads it): the part of each chosen prompt token that
-// lies along an unwanted token is taken away, one unwanted token after the other.
+// Attribute removal (TAS, DreamMix eq. 9 as the reference code reads it): removes from each chosen prompt token its
+// part along an unwanted token, one unwanted token after the other.
 #pragma once
 
 #include "common.hpp"
@@ -12,7 +12,7 @@ DMX_HD inline double dot(const float* a, const float* b, ptrdiff_t count) {
     return sum;
 }
 
-// token -= (token . direction) / |direction|^2 * direction; a direction of no length removes nothing.
+// token -= (token . direction) / |direction|^2 * direction; a direction of length 0 removes nothing.
 DMX_HD inline void remove_along(float* token, const float* direction, ptrdiff_t count) {
     const double length2 = dot(direction, direction, count);
     if (!(length2 > 0.0)) return;

@@ -10,15 +10,27 @@ Importing this package loads neither torch nor a runtime; the public names arriv
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dreammix_trt.building import build as build
+    from dreammix_trt.core.errors import DreamMixError as DreamMixError
+    from dreammix_trt.core.request import Request as Request
+    from dreammix_trt.core.request import RequestFields as RequestFields
+    from dreammix_trt.engine.dreammix import DreamMix as DreamMix
+    from dreammix_trt.engine.result import Result as Result
+    from dreammix_trt.trainer.lora import train_lora as train_lora
 
 __version__ = "0.1.0"
-__all__ = ["DreamMix", "DreamMixError", "Request", "Result", "__version__", "build", "train_lora"]
+__all__ = [
+    "DreamMix", "DreamMixError", "Request", "RequestFields", "Result", "__version__", "build", "train_lora",
+]  # fmt: skip
 
 _HOMES = {
     "DreamMix": "dreammix_trt.engine.dreammix",
     "Result": "dreammix_trt.engine.result",
     "Request": "dreammix_trt.core.request",
+    "RequestFields": "dreammix_trt.core.request",
     "DreamMixError": "dreammix_trt.core.errors",
     "build": "dreammix_trt.building",
     "train_lora": "dreammix_trt.trainer.lora",

@@ -19,13 +19,13 @@ import numpy as np
 from PIL import Image
 
 from dreammix_trt.core.files import atomic_file
-from dreammix_trt.report import Row, Tile, contact_sheet, enlarged, html_report, marked, stage_sheet
+from dreammix_trt.report import Figure, Row, contact_sheet, enlarge_region, html_report, mark_region, stage_sheet
 
 if TYPE_CHECKING:
     from dreammix_trt.core.passport import Passport
     from dreammix_trt.engine.dreammix import DreamMix
     from dreammix_trt.engine.result import Result
-    from dreammix_trt.trainer.micro.world import Subject
+    from dreammix_trt.trainer.micro.world import Thing
 
 Update = Callable[[str, float, str], None]
 _IDENTITY = "a photo of a sks mug"
@@ -47,7 +47,7 @@ class Pages:
 
 
 @dataclass(frozen=True)
-class Place:
+class Spot:
     """A picture and the region of it to fill."""
 
     image: Image.Image
@@ -76,9 +76,9 @@ def run_demo(
     update = progress or (lambda *_: None)
     seconds: dict[str, float] = {}
     subject = demo_subject()
-    with _timed(seconds, "photographs"):
+    with _measure(seconds, "photographs"):
         photos = write_photos(out / "photos", subject)
-    with _timed(seconds, "train"):
+    with _measure(seconds, "train"):
         train_lora(
             out / "photos",
             "mug",
@@ -87,16 +87,16 @@ def run_demo(
             steps=training_steps,
             threads=threads,
             seed=seed,
-            progress=_named(update, "train"),
+            progress=_name_part(update, "train"),
         )
-    with _timed(seconds, "build"):
-        passport = build(out / "lora", out=out / "engine", name="mug", progress=_named(update, "build"))
-    with _timed(seconds, "load"):
+    with _measure(seconds, "build"):
+        passport = build(out / "lora", out=out / "engine", name="mug", progress=_name_part(update, "build"))
+    with _measure(seconds, "load"):
         engine = DreamMix.load(out / "engine", threads=threads)
-    with engine as dm, _timed(seconds, "inpaint"):
+    with engine as dm, _measure(seconds, "inpaint"):
         gallery = Gallery(dm, seed, picture_steps, update)
         note = "What the trainer gets. No such mug was in the pictures that the base was trained on."
-        rows = [Row("The subject: five photographs", [Tile(photo) for photo in photos], note), *gallery.rows()]
+        rows = [Row("The subject: five photographs", [Figure(photo) for photo in photos], note), *gallery.rows()]
     title = "dreammix-trt: a subject the model had never seen, placed by mask and text"
     sheet = contact_sheet(rows, title=title)
     pages = Pages(out / "contact_sheet.png", out / "report.html")
@@ -110,15 +110,15 @@ def run_demo(
     return pages
 
 
-def demo_subject() -> Subject:
+def demo_subject() -> Thing:
     """A blue mug with a white foot, a white rim and a green heart: a combination the base has never seen."""
     from dreammix_trt.trainer.micro import world
 
     what = world.Attributes("mug", "blue", foot="white", top="white", decal="heart", decal_colour="green")
-    return world.Subject(what, world.Build(foot=0.2, decal=0.18))
+    return world.Thing(what, world.Build(foot=0.2, decal=0.18))
 
 
-def write_photos(folder: Path, subject: Subject, count: int = 5) -> list[Image.Image]:
+def write_photos(folder: Path, subject: Thing, count: int = 5) -> list[Image.Image]:
     """Render a subject's photographs in the trainer's layout (image/NN.png, mask/NN.png)."""
     from dreammix_trt.trainer.micro import world
 
@@ -134,7 +134,7 @@ def write_photos(folder: Path, subject: Subject, count: int = 5) -> list[Image.I
 
 def find_places(
     count: int, seed: int, size: tuple[int, int], share: tuple[float, float], shape: str = "mug"
-) -> list[Place]:
+) -> list[Spot]:
     """Rooms of (height, width) `size` the base has not seen, each with a region for a `shape`.
 
     share: range of the thing's longer side as a share of the room's short side.
@@ -148,7 +148,7 @@ def find_places(
         scene = world.render_scene(rng, what, size, object_size=float(rng.uniform(*share)) * min(size))
         mask = world.draw_mask(rng, scene.box, *size)
         hole = Image.fromarray(np.where(mask, 255, 0).astype(np.uint8))
-        places.append(Place(Image.fromarray(scene.background), hole))
+        places.append(Spot(Image.fromarray(scene.background), hole))
     return places
 
 
@@ -177,14 +177,14 @@ class Gallery:
         ]
 
     def _identity_row(self) -> Row:
-        tiles = [Tile(marked(self._rooms[0].image, self._rooms[0].mask), "where it is to stand")]
-        tiles += [Tile(self._paint(place, _IDENTITY, k), f'"{_IDENTITY}"') for k, place in enumerate(self._rooms[:3])]
+        tiles = [Figure(mark_region(self._rooms[0].image, self._rooms[0].mask), "where it is to stand")]
+        tiles += [Figure(self._paint(place, _IDENTITY, k), f'"{_IDENTITY}"') for k, place in enumerate(self._rooms[:3])]
         note = "Blue body, white foot, white rim and green heart, in rooms the subject was never photographed in."
         return Row("As itself", tiles, note)
 
     def _edit_row(self) -> Row:
         tiles = [
-            Tile(self._paint(place, prompt, 20 + k, substitute=substitute), f'"{prompt}"')
+            Figure(self._paint(place, prompt, 20 + k, substitute=substitute), f'"{prompt}"')
             for k, ((prompt, substitute), place) in enumerate(zip(_EDITS.items(), self._rooms, strict=True))
         ]
         return Row("Edited by text", tiles, "Only what the prompt names changes; the other parts stay the subject's.")
@@ -194,7 +194,7 @@ class Gallery:
         for k, prompt in enumerate(("a purple sks mug", "a black sks mug")):
             for words in ((), ("blue",)):
                 picture = self._paint(self._rooms[k], prompt, 40 + k, substitute=words)
-                tiles.append(Tile(picture, f'"{prompt}"' + (f", substitute {', '.join(words)}" if words else "")))
+                tiles.append(Figure(picture, f'"{prompt}"' + (f", substitute {', '.join(words)}" if words else "")))
         note = "Left without, right with: the subject's old colour is taken out of the text."
         return Row("Text attribute substitution", tiles, note)
 
@@ -204,17 +204,20 @@ class Gallery:
             "local only": {"lcg_fraction": 1.0},
             "local, then global (default)": {},
         }
-        tiles = [Tile(marked(self._small.image, self._small.mask), "a fifth of the frame's side")]
+        tiles = [Figure(mark_region(self._small.image, self._small.mask), "a fifth of the frame's side")]
         for way, fields in ways.items():
             picture = self._paint(self._small, _IDENTITY, 50, **fields)
-            tiles.append(Tile(enlarged(picture, self._small.mask), f"{way} (enlarged)"))
+            tiles.append(Figure(enlarge_region(picture, self._small.mask), f"{way} (enlarged)"))
         return Row("A small object", tiles, "Painted in the whole frame it blurs; painted locally it keeps its parts.")
 
     def _photograph_row(self) -> Row:
         place = self._photograph
         picture = self._paint(place, "a red sks mug on a wooden table", 60, substitute=("blue",))
         size = f"{place.image.width}x{place.image.height} pixels"
-        tiles = [Tile(marked(place.image, place.mask), size), Tile(picture, "the same size, the rest untouched")]
+        tiles = [
+            Figure(mark_region(place.image, place.mask), size),
+            Figure(picture, "the same size, the rest untouched"),
+        ]
         return Row("In a large picture, at its own resolution", tiles, "The region's edge cannot be seen.")
 
     def _base_row(self) -> Row:
@@ -228,12 +231,12 @@ class Gallery:
         side = self._dm.facts.native_side
         for number, (shape, words) in enumerate(wanted.items()):
             (place,) = find_places(1, 10 + number, (side, side), (0.58, 0.66), shape)
-            tiles.append(Tile(self._paint(place, f"a photo of {words}", 70 + number), f'"a photo of {words}"'))
+            tiles.append(Figure(self._paint(place, f"a photo of {words}", 70 + number), f'"a photo of {words}"'))
         return Row(
             "The base without the subject's word", tiles, "Every part that the prompt names is there, in its colour."
         )
 
-    def _paint(self, place: Place, prompt: str, number: int, **fields: Any) -> Image.Image:
+    def _paint(self, place: Spot, prompt: str, number: int, **fields: Any) -> Image.Image:
         result = self._dm.inpaint(
             place.image,
             place.mask,
@@ -267,17 +270,20 @@ def _tables(seconds: dict[str, float], gallery: Gallery, passport: Passport) -> 
         *([k, json.dumps(v)] for k, v in json.loads(gallery.first.request.to_json()).items()),
     ]
     return [
-        ("Whole run", steps), (f"{gallery.pictures} pictures", phases), ("Engine", facts), ("Request", request),
+        ("Whole run", steps),
+        (f"{gallery.pictures} pictures", phases),
+        ("Engine", facts),
+        ("Request", request),
         ("Machine", machine),
-    ]  # fmt: skip
+    ]
 
 
-def _named(update: Update, name: str) -> Update:
+def _name_part(update: Update, name: str) -> Update:
     return lambda part, fraction, message: update(f"{name} {part}".strip(), fraction, message)
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+def _measure(seconds: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - start

@@ -54,7 +54,7 @@ def advice(machine: Machine) -> str:
 
 def _best(machine: Machine) -> str | None:
     """The fastest back end that both builds and runs here."""
-    able = {state.name for state in machine.backends() if state.can_build and state.can_run}
+    able = {state.name for state in machine.list_backends() if state.can_build and state.can_run}
     return next((name for name in _RUNTIMES if name in able), None)
 
 
@@ -72,7 +72,7 @@ def _to_run(machine: Machine, best: str | None) -> str:
 
 def _to_plan(machine: Machine) -> str:
     """How to get TensorRT engines: for the first GPU here, else for a usual one elsewhere."""
-    states = {state.name: state for state in machine.backends()}
+    states = {state.name: state for state in machine.list_backends()}
     gpu = next(iter(machine.driver.gpus), None)
     # TensorRT-RTX has no engines for the GPUs of data centres
     name = "tensorrt" if gpu and gpu.capability not in RTX_TARGETS else "tensorrt-rtx"
@@ -83,7 +83,7 @@ def _to_plan(machine: Machine) -> str:
     if not states[name].can_build:
         return f"For {where}: `pip install 'dreammix-trt[export]'` brings what building its engines takes."
     target = f" --target {gpu.capability if gpu else 'sm_89'}" if name == "tensorrt-rtx" else ""
-    lacks = f"; running them here: {'; and '.join(machine.lacks_for_gpu())}" if gpu else ""
+    lacks = f"; running them here: {'; and '.join(machine.list_gpu_lacks())}" if gpu else ""
     return f"For {where}: `{_BUILD} --backend {name}{target}`{lacks}."
 
 

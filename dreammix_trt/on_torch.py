@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreammix_trt.core.errors import MissingExtraError
+from dreammix_trt.engine.device.memory_plan import Options
 from dreammix_trt.engine.dreammix import DreamMix
-from dreammix_trt.engine.gpu.plan import Options
 from dreammix_trt.engine.text import Tokenizer
 
 if TYPE_CHECKING:
     from dreammix_trt.core.checkpoint import BaseFiles
     from dreammix_trt.core.subject import Subject
-    from dreammix_trt.engine.gpu.device import Device
+    from dreammix_trt.engine.drivers.device import Device
 
 
 def load_torch(
@@ -43,7 +43,7 @@ def load_torch(
     that does not fit, OutOfMemoryError with the memory plan.
     """
     try:
-        from dreammix_trt.export.torch_networks import TorchNetworks
+        from dreammix_trt.export.torch_backend.on_device import TorchNetworks
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             f"{error.name} is not installed, running in torch needs it: pip install 'dreammix-trt[export]'"
@@ -51,7 +51,7 @@ def load_torch(
     tokenizers = _tokenizers(base)
     with ExitStack() as opened:
         if device is None:
-            from dreammix_trt.engine.gpu.cuda import CudaDevice
+            from dreammix_trt.engine.drivers.cuda import CudaDevice
 
             device = opened.enter_context(CudaDevice())
         made = opened.enter_context(

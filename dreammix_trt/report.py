@@ -19,7 +19,7 @@ _GAP = 12
 
 
 @dataclass(frozen=True)
-class Tile:
+class Figure:
     """One picture of a sheet and the line under it."""
 
     image: Image.Image
@@ -31,7 +31,7 @@ class Row:
     """One row of a sheet: a heading, its tiles, and a sentence below them that says what to look for."""
 
     title: str
-    tiles: Sequence[Tile]
+    tiles: Sequence[Figure]
     note: str = ""
 
 
@@ -57,9 +57,9 @@ def contact_sheet(rows: Sequence[Row], *, tile: int = 256, title: str = "") -> I
 def _row_strip(row: Row, width: int, tile: int) -> Image.Image:
     """A row as a picture of its own: heading, tiles, their captions, note."""
     heading, small = ImageFont.load_default(18), ImageFont.load_default(14)
-    pictures = [_fitted(item.image, tile) for item in row.tiles]
-    captions = [_lines(item.caption, small, tile) for item in row.tiles]
-    note = _lines(row.note, small, width - 2 * _GAP)
+    pictures = [_fit(item.image, tile) for item in row.tiles]
+    captions = [_break_lines(item.caption, small, tile) for item in row.tiles]
+    note = _break_lines(row.note, small, width - 2 * _GAP)
     high, deep = max(picture.height for picture in pictures), max(len(lines) for lines in captions)
     strip = Image.new("RGB", (width, 32 + high + 18 * (deep + len(note)) + 2 * _GAP), _PAPER)
     draw = ImageDraw.Draw(strip)
@@ -74,7 +74,7 @@ def _row_strip(row: Row, width: int, tile: int) -> Image.Image:
     return strip
 
 
-def marked(image: Image.Image, mask: Image.Image) -> Image.Image:
+def mark_region(image: Image.Image, mask: Image.Image) -> Image.Image:
     """The picture with its marked region veiled and outlined, to show what a user would have drawn."""
     from PIL import ImageFilter
 
@@ -87,7 +87,7 @@ def marked(image: Image.Image, mask: Image.Image) -> Image.Image:
     return out
 
 
-def enlarged(image: Image.Image, mask: Image.Image, margin: float = 0.35) -> Image.Image:
+def enlarge_region(image: Image.Image, mask: Image.Image, margin: float = 0.35) -> Image.Image:
     """The square around the marked region, `margin` larger on each side."""
     left, top, right, bottom = mask.convert("L").point(lambda value: 255 if value > 127 else 0).getbbox() or (
         0,
@@ -101,8 +101,8 @@ def enlarged(image: Image.Image, mask: Image.Image, margin: float = 0.35) -> Ima
 
 def stage_sheet(result: Result) -> Image.Image:
     """One row: what each stage of a request did (needs a result made with `keep_stages`)."""
-    tiles = [Tile(picture, name.replace("_", " ")) for name, picture in result.stages.items()]
-    tiles.append(Tile(result.images[0], "result"))
+    tiles = [Figure(picture, name.replace("_", " ")) for name, picture in result.stages.items()]
+    tiles.append(Figure(result.images[0], "result"))
     return contact_sheet([Row(result.request.prompt or "(no prompt)", tiles)])
 
 
@@ -118,13 +118,13 @@ def html_report(title: str, sheet: Image.Image, tables: Sequence[tuple[str, Sequ
     return _PAGE.format(title=html.escape(title), body="\n".join(parts))
 
 
-def _fitted(image: Image.Image, side: int) -> Image.Image:
+def _fit(image: Image.Image, side: int) -> Image.Image:
     scale = side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
-def _lines(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+def _break_lines(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:

@@ -18,7 +18,7 @@ from dreammix_trt.core.files import size_text
 from dreammix_trt.core.store import Entry, Store
 
 if TYPE_CHECKING:
-    from dreammix_trt.core.store_prune import Plan
+    from dreammix_trt.core.store_prune import Pruning
 
 store_app = typer.Typer(
     help="See, check and tidy the store of what bases are built into.", no_args_is_help=True,
@@ -128,15 +128,15 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Remove what no engine needs; what one needs always stays."""
+    from dreammix_trt.core.store_prune import plan_pruning
     from dreammix_trt.core.store_prune import prune as carry_out
-    from dreammix_trt.core.store_prune import prune_plan
 
     shelf = Store(store)
-    plan = prune_plan(shelf, everything=everything, keep_onnx=keep_onnx, forget_missing=forget_missing)
+    plan = plan_pruning(shelf, everything=everything, keep_onnx=keep_onnx, forget_missing=forget_missing)
     if not as_json:
         _show(plan)
     freed, left = 0, list[Entry]()
-    if not dry_run and (plan.goes or plan.leftovers or plan.forgotten) and (yes or _agreed(plan, as_json)):
+    if not dry_run and (plan.goes or plan.leftovers or plan.forgotten) and (yes or _ask(plan, as_json)):
         freed, left = carry_out(shelf, plan)
         for entry in left:
             _err.print(
@@ -198,7 +198,7 @@ def _commands(engines: Sequence[Path]) -> tuple[str, ...]:
     return tuple(str(command) for command in commands if command)
 
 
-def _show(plan: Plan) -> None:
+def _show(plan: Pruning) -> None:
     """Say what goes, what stays because of whom, and what follows from it."""
     from rich.table import Table
 
@@ -228,18 +228,20 @@ def _show(plan: Plan) -> None:
     _out.print(f"{size_text(plan.bytes)} to free" if plan.goes or plan.leftovers else "nothing to remove")
 
 
-def _plan_record(plan: Plan, left: Sequence[Entry]) -> dict[str, Any]:
+def _plan_record(plan: Pruning, left: Sequence[Entry]) -> dict[str, Any]:
     """A plan as JSON; left: the parts that stayed after all."""
     return {
         "goes": [_record(entry) for entry in plan.goes if entry not in left],
         "stays": [{**_record(entry), "why": why} for entry, why in plan.stays]
         + [{**_record(entry), "why": "needed or built meanwhile"} for entry in left],
-        "leftovers": [str(path) for path in plan.leftovers], "missing": [str(path) for path in plan.lost],
-        "forgotten": [str(path) for path in plan.forgotten], "exported_again": list(plan.exported_again),
-    }  # fmt: skip
+        "leftovers": [str(path) for path in plan.leftovers],
+        "missing": [str(path) for path in plan.lost],
+        "forgotten": [str(path) for path in plan.forgotten],
+        "exported_again": list(plan.exported_again),
+    }
 
 
-def _agreed(plan: Plan, as_json: bool) -> bool:
+def _ask(plan: Pruning, as_json: bool) -> bool:
     if as_json or not sys.stdin.isatty():
         raise InputError(
             f"nothing was removed, as nobody can be asked here: --yes removes {_parts(len(plan.goes))} "
@@ -250,9 +252,15 @@ def _agreed(plan: Plan, as_json: bool) -> bool:
 
 def _record(entry: Entry) -> dict[str, Any]:
     return {
-        "key": entry.key, "kind": entry.kind, "name": entry.name, "bytes": entry.bytes, "modified": entry.modified,
-        "users": [str(engine) for engine in entry.users], "complete": entry.complete, "parts": dict(entry.parts),
-    }  # fmt: skip
+        "key": entry.key,
+        "kind": entry.kind,
+        "name": entry.name,
+        "bytes": entry.bytes,
+        "modified": entry.modified,
+        "users": [str(engine) for engine in entry.users],
+        "complete": entry.complete,
+        "parts": dict(entry.parts),
+    }
 
 
 def _title(entry: Entry) -> str:

@@ -9,13 +9,13 @@ if TYPE_CHECKING:
     from dreammix_trt.core.errors import QueueFull as QueueFull
     from dreammix_trt.core.errors import TimedOut as TimedOut
     from dreammix_trt.core.request import Request as Request
-    from dreammix_trt.engine.denoiser import Denoiser as Denoiser
-    from dreammix_trt.engine.denoiser import FakeDenoiser as FakeDenoiser
+    from dreammix_trt.engine.device.memory_plan import Options as Options
     from dreammix_trt.engine.dreammix import DreamMix as DreamMix
     from dreammix_trt.engine.dreammix import Job as Job
     from dreammix_trt.engine.dreammix import Result as Result
     from dreammix_trt.engine.dreammix import StepEvent as StepEvent
-    from dreammix_trt.engine.gpu.plan import Options as Options
+    from dreammix_trt.engine.host.denoiser import Denoiser as Denoiser
+    from dreammix_trt.engine.host.denoiser import FakeDenoiser as FakeDenoiser
     from dreammix_trt.engine.requests import RequestQueue as RequestQueue
     from dreammix_trt.engine.requests import Ticket as Ticket
 
@@ -24,12 +24,12 @@ _HOMES = {
     "Result": "dreammix_trt.engine.dreammix",
     "StepEvent": "dreammix_trt.engine.dreammix",
     "Request": "dreammix_trt.core.request",
-    "Denoiser": "dreammix_trt.engine.denoiser",
-    "FakeDenoiser": "dreammix_trt.engine.denoiser",
+    "Denoiser": "dreammix_trt.engine.host.denoiser",
+    "FakeDenoiser": "dreammix_trt.engine.host.denoiser",
     "RequestQueue": "dreammix_trt.engine.requests",
     "Ticket": "dreammix_trt.engine.requests",
     "Job": "dreammix_trt.engine.dreammix",
-    "Options": "dreammix_trt.engine.gpu.plan",
+    "Options": "dreammix_trt.engine.device.memory_plan",
     "QueueFull": "dreammix_trt.core.errors",
     "TimedOut": "dreammix_trt.core.errors",
     "Cancelled": "dreammix_trt.core.errors",

@@ -1,4 +1,4 @@
-"""What the system says of itself: memory, disk, processor, NVIDIA driver. Nothing here raises; None is unknown."""
+"""What the system reports about itself: memory, disk, processor, NVIDIA driver. Nothing here raises; None: unknown."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ _AGAIN: Final = "install dreammix-trt again from its sources where nvcc is found
 
 @dataclass(frozen=True)
 class Gpu:
-    """One NVIDIA device: capability as "sm_89", memory in bytes."""
+    """One NVIDIA device.
+
+    capability: such as "sm_89".
+    memory: in bytes.
+    """
 
     name: str
     capability: str
@@ -34,10 +38,13 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Driver:
-    """The NVIDIA driver: the CUDA version it serves ("13.0"), its devices, and what is wrong with it, if anything.
+    """The NVIDIA driver.
 
-    gpus: those this process may see; the runtime opens the first. visible: the entries of CUDA_VISIBLE_DEVICES that
-    name them, in the same order, numbers or UUIDs; (): it is not set, and the driver's own numbers count.
+    cuda: the CUDA version that it serves ("13.0"); None: unknown.
+    gpus: those that this process may see; the runtime opens the first.
+    problem: why it cannot be used, or None.
+    visible: the entries of CUDA_VISIBLE_DEVICES that name `gpus`, in the same order, numbers or UUIDs; (): the variable
+        is not set, and the driver's own numbers count.
     """
 
     cuda: str | None = None
@@ -45,18 +52,20 @@ class Driver:
     problem: str | None = None
     visible: tuple[str, ...] = ()
 
-    def choosing(self, index: int) -> str:
-        """The setting that makes GPU `index` of `gpus` the first."""
+    def setting_for(self, index: int) -> str:
+        """The setting that makes GPU `index` of `gpus` the first one."""
         return f"CUDA_VISIBLE_DEVICES={self.visible[index] if self.visible else index}"
 
 
-def memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
-    """Bytes of memory in all and free for this process, within the limits of its control groups; (None, None): unknown.
+def measure_memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
+    """Total bytes of memory and bytes free for this process, within the limits of its control groups.
 
-    File pages that the system may drop count as free. Windows and macOS know no groups, and macOS tells the whole only.
     root: where /proc and /sys are, for tests.
+
+    File pages that the system may drop count as free. Windows and macOS have no control groups, and macOS reports the
+    total only. Returns (None, None) where nothing is known.
     """
-    elsewhere = {"Windows": _windows_memory, "Darwin": _mac_memory}.get(platform.system())
+    elsewhere = {"Windows": _measure_windows_memory, "Darwin": _measure_mac_memory}.get(platform.system())
     if elsewhere:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             return elsewhere()
@@ -67,13 +76,13 @@ def memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
         total, available = sizes["MemTotal"], sizes["MemAvailable"]
     except (OSError, ValueError, KeyError, IndexError):
         return None, None
-    for limit, used in _group_limits(root):
+    for limit, used in _read_group_limits(root):
         total, available = min(total, limit), min(available, max(limit - used, 0))
     return total, available
 
 
-def processor() -> str:
-    """The processor's name, as far as the system tells."""
+def name_processor() -> str:
+    """The processor's name, as far as the system reports it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -81,16 +90,16 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def cores() -> int:
-    """Cores this process may run on."""
+def count_cores() -> int:
+    """Cores that this process may run on."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def ask_driver(load: Callable[[str], Any] | None = None) -> Driver:
-    """Ask the NVIDIA driver for its version and devices; where there is none, `problem` says so.
+    """Ask the NVIDIA driver for its version and devices. Without a driver, `problem` says so.
 
-    load: gives the driver's library by file name, for tests.
+    load: returns the driver's library for a file name, for tests.
     """
     windows = platform.system() == "Windows"
     name = "nvcuda.dll" if windows else "libcuda.so.1"
@@ -104,31 +113,34 @@ def ask_driver(load: Callable[[str], Any] | None = None) -> Driver:
     if failed:
         reason = {100: "finds no device", 803: "does not fit its library", 804: "does not fit this device"}.get(failed)
         return Driver(problem=f"the NVIDIA driver {reason or 'does not start'} (CUDA error {failed})")
-    version = _whole(lambda out: library.cuDriverGetVersion(out)) or 0
-    count = _whole(lambda out: library.cuDeviceGetCount(out)) or 0
-    gpus = tuple(gpu for index in range(count) if (gpu := _gpu(library, index)))
+    version = _read_int(lambda out: library.cuDriverGetVersion(out)) or 0
+    count = _read_int(lambda out: library.cuDeviceGetCount(out)) or 0
+    gpus = tuple(gpu for index in range(count) if (gpu := _read_gpu(library, index)))
     problem = None if gpus else "the NVIDIA driver finds no device"
     entries = (entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))
     return Driver(cuda_text(version), gpus, problem, tuple(filter(None, entries)))
 
 
 def cuda_text(version: int) -> str:
-    """A CUDA version as it is written: 13000 -> "13.0"."""
+    """A CUDA version as people write it: 13000 -> "13.0"."""
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def cuda_number(text: str) -> int:
-    """The other way."""
+    """The inverse of `cuda_text`: "13.0" -> 13000."""
     major, _, minor = text.partition(".")
     return 1000 * int(major) + 10 * int(minor or 0)
 
 
 def why_kernels_do_not_fit(cuda: Mapping[str, Any] | None, capability: str, driver: int) -> str | None:
-    """Why the extension's CUDA kernels do not run on a GPU, with the remedy; None when they do.
+    """Why the extension's CUDA kernels do not run on a GPU, with the remedy. None when they run.
 
-    cuda: of the extension's `build_info()`; None without kernels. capability: "sm_89"; driver: the CUDA version it
-    serves. Code for a GPU runs on those of the same major and no smaller minor number, PTX on every later one whose
-    driver knows its toolkit (CUDA C++ Programming Guide, compute capabilities and PTX compatibility).
+    cuda: of the extension's `build_info()`; None without kernels.
+    capability: of the GPU, such as "sm_89".
+    driver: the CUDA version that the driver serves, such as 13000.
+
+    Code for a GPU runs on GPUs of the same major and no smaller minor number. PTX runs on every later one whose driver
+    knows its toolkit (CUDA C++ Programming Guide, compute capabilities and PTX compatibility).
     """
     if not cuda:
         return f"the C++ extension is missing or has no CUDA kernels; {_AGAIN} -C cmake.define.DREAMMIX_CUDA=ON`"
@@ -160,16 +172,17 @@ def capability_of(name: str) -> tuple[int, int]:
 
 
 def give_back_memory() -> None:
-    """Return freed memory to the system where the C library keeps it (glibc does: gigabytes, after a large build)."""
+    """Return freed memory to the system where the C library keeps it (glibc keeps gigabytes after a large build)."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 class MemoryWatch:
-    """The most memory this process held inside a `with` block, sampled; None where the system does not tell.
+    """Samples the most memory that this process held inside a `with` block. None where the system does not report it.
 
-    rss: bytes in all; anonymous: without mapped files, which the system may drop. That is what must fit.
+    rss: total bytes.
+    anonymous: bytes without mapped files, which the system may drop. This much must fit.
     """
 
     def __init__(self, every: float = 0.02) -> None:
@@ -204,25 +217,28 @@ class _MemoryStatus(ctypes.Structure):
     """Windows' MEMORYSTATUSEX (sysinfoapi.h)."""
 
     _fields_ = (
-        ("length", ctypes.c_uint32), ("load", ctypes.c_uint32), ("total", ctypes.c_uint64),
-        ("available", ctypes.c_uint64), ("rest", ctypes.c_uint64 * 5),
-    )  # fmt: skip
+        ("length", ctypes.c_uint32),
+        ("load", ctypes.c_uint32),
+        ("total", ctypes.c_uint64),
+        ("available", ctypes.c_uint64),
+        ("rest", ctypes.c_uint64 * 5),
+    )
 
 
-def _windows_memory() -> tuple[int | None, int | None]:
+def _measure_windows_memory() -> tuple[int | None, int | None]:
     status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
     kernel: Any = getattr(ctypes, "windll").kernel32  # noqa: B009  only there on Windows
     done = kernel.GlobalMemoryStatusEx(ctypes.byref(status))
     return (int(status.total), int(status.available)) if done else (None, None)
 
 
-def _mac_memory() -> tuple[int | None, int | None]:
+def _measure_mac_memory() -> tuple[int | None, int | None]:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return (total, None) if total > 0 else (None, None)
 
 
-def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
-    """(limit, used without droppable file pages) of every control group this process is in, versions 1 and 2."""
+def _read_group_limits(root: Path) -> Iterator[tuple[int, int]]:
+    """(limit, used without droppable file pages) of every control group of this process, versions 1 and 2."""
     try:
         entries = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
     except OSError:
@@ -241,11 +257,11 @@ def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
         # The group's own folder and those above it; inside a container only the top may be visible.
         group = top / path.lstrip("/")
         for folder in (group, *group.parents):
-            if folder.is_relative_to(top) and (limit := _limit(folder, *files)):
+            if folder.is_relative_to(top) and (limit := _read_limit(folder, *files)):
                 yield limit
 
 
-def _limit(folder: Path, limit: str, usage: str, droppable: str) -> tuple[int, int] | None:
+def _read_limit(folder: Path, limit: str, usage: str, droppable: str) -> tuple[int, int] | None:
     try:
         bound = int((folder / limit).read_text())
         used = int((folder / usage).read_text())
@@ -257,20 +273,20 @@ def _limit(folder: Path, limit: str, usage: str, droppable: str) -> tuple[int, i
     return bound, max(used, 0)
 
 
-def _gpu(library: Any, index: int) -> Gpu | None:
-    device = _whole(lambda out: library.cuDeviceGet(out, index))
+def _read_gpu(library: Any, index: int) -> Gpu | None:
+    device = _read_int(lambda out: library.cuDeviceGet(out, index))
     if device is None:
         return None
     name = ctypes.create_string_buffer(256)
     library.cuDeviceGetName(name, 256, device)
-    major = _whole(lambda out: library.cuDeviceGetAttribute(out, 75, device))
-    minor = _whole(lambda out: library.cuDeviceGetAttribute(out, 76, device))
+    major = _read_int(lambda out: library.cuDeviceGetAttribute(out, 75, device))
+    minor = _read_int(lambda out: library.cuDeviceGetAttribute(out, 76, device))
     size = ctypes.c_size_t()
     library.cuDeviceTotalMem_v2(ctypes.byref(size), device)
     return Gpu(name.value.decode(errors="replace"), f"sm_{major}{minor}", size.value)
 
 
-def _whole(call: Callable[[Any], int]) -> int | None:
-    """The int a driver call writes, None when it fails."""
+def _read_int(call: Callable[[Any], int]) -> int | None:
+    """The int that a driver call writes; None when the call fails."""
     value = ctypes.c_int()
     return None if call(ctypes.byref(value)) else value.value

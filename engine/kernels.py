@@ -1,11 +1,12 @@
 """The arithmetic between the networks: canvas work on 8-bit pictures, one sampling step on float32 latents.
 
-Each function runs in C++ (`dreammix_trt._cpp`, vectorised, threaded, without the GIL) or, where the extension is not
-installed, in numpy (`dreammix_trt.engine.twins`), with the same result: 8-bit results and masks are equal bit for bit,
-float32 results agree within 2e-6 of the array's maximum. DREAMMIX_KERNELS=numpy in the environment forces numpy.
+Each function runs in C++ (`dreammix_trt._cpp`, vectorised, threaded, without the GIL). Where the extension is not
+installed, it runs in numpy (`dreammix_trt.engine.twins`) with the same result: 8-bit results and masks are equal bit
+for bit, float32 results agree within 2e-6 of the array's maximum. DREAMMIX_KERNELS=numpy in the environment forces
+numpy.
 
 Pictures are uint8 arrays (H, W) or (H, W, C), latents float32 (N, C, h, w), boxes (row0, row1, col0, col1) with ends
-exclusive. Arrays of another layout in memory are copied first; another dtype or shape raises ValueError.
+exclusive. Arrays of another layout in memory are copied first. Another dtype or shape raises ValueError.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _FILTERS = ("lanczos", "bicubic", "bilinear")
 
 
 def _choose() -> Any:
-    """The C++ extension, or its numpy twin when forced or when there is no extension (said once, here)."""
+    """The C++ extension, or its numpy twin when numpy is forced or the extension is missing (logged once, here)."""
     if os.environ.get("DREAMMIX_KERNELS") != "numpy":
         try:
             return importlib.import_module("dreammix_trt._cpp")
@@ -53,7 +54,7 @@ BACKEND = "numpy" if _impl is twins else "cpp"
 
 
 def set_threads(count: int) -> None:
-    """Use at most `count` threads per call from now on, in this process; 0: as many as the machine has."""
+    """Use at most `count` threads per call from now on, in this process. 0: as many as the machine has."""
     _require(count >= 0, f"threads is {count}; it must be >= 0")
     _impl.set_threads(count)
 
@@ -61,24 +62,30 @@ def set_threads(count: int) -> None:
 def resize(image: U8, out_h: int, out_w: int, filter: str = "lanczos", box: Box | None = None) -> U8:
     """Crop to `box`, then resample to (out_h, out_w): bit-equal to `Image.crop(...).resize(...)` of Pillow 13.
 
-    `image` is uint8 (H, W) or (H, W, 1..4), channels independent of one another (no premultiplied alpha); `filter` is
-    "lanczos", "bicubic" or "bilinear". Returns uint8 (out_h, out_w[, C]).
+    image: uint8 (H, W) or (H, W, 1..4); channels are independent of one another (no premultiplied alpha).
+    filter: "lanczos", "bicubic" or "bilinear".
+    box: None: the whole image.
+
+    Returns uint8 (out_h, out_w[, C]).
     """
-    image = _array(image, np.uint8, "image")
+    image = _check_array(image, np.uint8, "image")
     _require(image.ndim == 2 or (image.ndim == 3 and 1 <= image.shape[2] <= 4), f"image has shape {image.shape}")
     _require(out_h > 0 and out_w > 0, f"output size {out_h} x {out_w} is empty")
-    _require(filter in _FILTERS, f"filter {filter!r} is none of {', '.join(_FILTERS)}")
-    checked = _box(box if box is not None else (0, image.shape[0], 0, image.shape[1]), image)
+    _require(filter in _FILTERS, f"filter {filter!r} is not one of {', '.join(_FILTERS)}")
+    checked = _check_box(box if box is not None else (0, image.shape[0], 0, image.shape[1]), image)
     return _impl.resize(image, int(out_h), int(out_w), filter, checked)
 
 
 def fill(image: U8, mask: U8, cascade: Sequence[tuple[int, int]] = CASCADE) -> U8:
-    """Fill the hole (mask >= 127) with box blurs from coarse to fine, known pixels put back after each.
+    """Fill the hole (mask >= 127) with box blurs from coarse to fine; after each blur the known pixels are restored.
 
-    `image` is uint8 (H, W, 3), `mask` uint8 (H, W), `cascade` holds (radius 0..65535, repeats >= 0) in pixels.
-    Bit-equal to the cascade in Pillow's BoxBlur (reference/dreammix.md 1.4); known pixels stay as they are.
+    image: uint8 (H, W, 3).
+    mask: uint8 (H, W).
+    cascade: (radius 0..65535, repeats >= 0) in pixels.
+
+    Bit-equal to the cascade in Pillow's BoxBlur (docs/algorithm.md, 3.6). Known pixels stay as they are.
     """
-    image, mask = _rgb(image, "image"), _array(mask, np.uint8, "mask")
+    image, mask = _check_rgb(image, "image"), _check_array(mask, np.uint8, "mask")
     _require(mask.shape == image.shape[:2], f"mask has shape {mask.shape}, image {image.shape}")
     pairs = [(int(radius), int(repeats)) for radius, repeats in cascade]
     _require(
@@ -88,33 +95,43 @@ def fill(image: U8, mask: U8, cascade: Sequence[tuple[int, int]] = CASCADE) -> U
 
 
 def latent_mask(mask: U8, factor: int = 8) -> F32:
-    """1 where any pixel of a factor x factor block is hole (mask >= 128), else 0: float32 (H/factor, W/factor).
+    """Reduce a mask to latent cells: 1 where any pixel of a factor x factor block is hole (mask >= 128), else 0.
 
-    `mask` is uint8 (H, W) with sides that are multiples of `factor` (reference/dreammix.md 1.4).
+    mask: uint8 (H, W); its sides are multiples of `factor` (docs/algorithm.md, 4.2).
+
+    Returns float32 (H/factor, W/factor).
     """
-    mask = _plane(mask, "mask")
-    _require(factor > 0 and all(side % factor == 0 for side in mask.shape), f"{mask.shape} is no multiple of {factor}")
+    mask = _check_plane(mask, "mask")
+    _require(
+        factor > 0 and all(side % factor == 0 for side in mask.shape), f"{mask.shape} is not a multiple of {factor}"
+    )
     return _impl.latent_mask(mask, int(factor))
 
 
 def feather(mask: U8, width: int = 32) -> U8:
     """The weight of pasted content: 255 where mask > 127, floor(256 (1 - d/width)) at Chebyshev distance d from there.
 
-    `width` (1..32767 pixels) is the distance from which on it is 0. At 32 equal to the reference's 32-fold
-    `max(v, maxfilter3x3(v) - 8)` (reference/dreammix.md 1.9). Returns uint8 (H, W).
+    mask: uint8 (H, W).
+    width: the distance in pixels, 1..32767, from which on the weight is 0. At 32 equal to the reference's 32-fold
+        `max(v, maxfilter3x3(v) - 8)` (docs/algorithm.md, 9.1).
+
+    Returns uint8 (H, W).
     """
-    _require(1 <= width <= 32767, f"width is {width}; it must lie in 1..32767")
-    return _impl.feather(_plane(mask, "mask"), int(width))
+    _require(1 <= width <= 32767, f"width is {width}; it must be in 1..32767")
+    return _impl.feather(_check_plane(mask, "mask"), int(width))
 
 
 def blend_scale(x: F32, z_bg: F32, mask: F32, noise: F32, sigma: float) -> tuple[F32, F32]:
     """The network's input of one step: `x_in = x m + (z_bg + sigma noise)(1 - m)`, scaled by 1/sqrt(sigma^2 + 1).
 
-    `x`, `z_bg`, `noise` are (N, C, h, w), `mask` (N, 1, h, w) in 0..1. Returns (x_in (N, C, h, w), scaled and doubled
-    to rows [neg0, pos0, neg1, pos1, ...] (2N, C, h, w)). golden/README.md step 11.
+    x, z_bg, noise: (N, C, h, w).
+    mask: (N, 1, h, w) in 0..1.
+
+    Returns x_in (N, C, h, w), and it scaled and doubled to rows [neg0, pos0, neg1, pos1, ...] (2N, C, h, w).
+    docs/algorithm.md, 7.1 and 7.2.
     """
-    x, z_bg, noise = _latents(x, z_bg, noise)
-    mask = _array(mask, np.float32, "mask")
+    x, z_bg, noise = _check_latents(x, z_bg, noise)
+    mask = _check_array(mask, np.float32, "mask")
     expected = (x.shape[0], 1, *x.shape[2:])
     _require(mask.shape == expected, f"mask has shape {mask.shape}, expected {expected}")
     return _impl.blend_scale(x, z_bg, mask, noise, float(sigma))
@@ -140,21 +157,24 @@ def guided_step(
 
     With e = sigma eps: `e_pos = a B(e_pos; x_in - e_pos) + (1 - a) e_pos` for a = blur_alpha > 0 (B: `bilateral`),
     `x0 = x_in - (e_neg + guidance_scale (e_pos - e_neg))`, and
-    `x_out = c_x x_in + c_x0 x0 + c_dx0 (x0 - x0_prev) + c_noise noise` (golden/README.md step 11). The caller gives
-    c_x = 0, c_x0 = 1, c_noise = 0 where sigma falls to 0, and x0_prev = None where the solver has no history.
-    guidance_rescale in 0..1 brings the guided noise back to the spread of the positive row (Lin et al. 2305.08891).
+    `x_out = c_x x_in + c_x0 x0 + c_dx0 (x0 - x0_prev) + c_noise noise` (docs/algorithm.md, 7.3 to 7.7). Where sigma
+    falls to 0 the caller gives c_x = 0, c_x0 = 1, c_noise = 0.
 
-    `x_in`, `x0_prev`, `noise` are (N, C, h, w); `eps` has rows [neg0, pos0, ...] (2N, C, h, w), or with
-    rows_per_picture = 1 only positive ones (N, C, h, w), which switches classifier-free guidance off.
+    x_in, noise: (N, C, h, w).
+    eps: rows [neg0, pos0, ...] (2N, C, h, w), or with rows_per_picture = 1 only positive ones (N, C, h, w).
+    x0_prev: (N, C, h, w); None where the solver has no history.
+    guidance_rescale: 0..1; brings the guided noise back to the spread of the positive row (Lin et al. 2305.08891).
+    rows_per_picture: 2, or 1, which switches classifier-free guidance off.
+
     Returns (x_out, x0), both (N, C, h, w).
     """
-    x_in, noise = _latents(x_in, noise)
-    eps = _array(eps, np.float32, "eps")
+    x_in, noise = _check_latents(x_in, noise)
+    eps = _check_array(eps, np.float32, "eps")
     _require(rows_per_picture in (1, 2), f"rows_per_picture is {rows_per_picture}; it must be 1 or 2")
     expected = (x_in.shape[0] * rows_per_picture, *x_in.shape[1:])
     _require(eps.shape == expected, f"eps has shape {eps.shape}, expected {expected}")
     if x0_prev is not None:
-        x_in, x0_prev = _latents(x_in, x0_prev)
+        x_in, x0_prev = _check_latents(x_in, x0_prev)
     return _impl.guided_step(
         x_in,
         eps,
@@ -175,22 +195,27 @@ def guided_step(
 def bilateral(e: F32, guide: F32) -> F32:
     """The 13x13 joint bilateral filter B(e; guide) of blur guidance, per picture of (N, C, h, w).
 
-    The guide is standardised over C, h, w of its picture (unbiased deviation + 1e-5); weights are
-    exp(-d^2/18) exp(-(dy^2 + dx^2)/18) with d the channel-summed absolute guide difference; edges are reflected.
-    golden/README.md step 11.
+    The guide is standardised over C, h, w of its picture (unbiased deviation + 1e-5). Weights are exp(-d^2/18)
+    exp(-(dy^2 + dx^2)/18) with d the channel-summed absolute guide difference. Edges are reflected. docs/algorithm.md,
+    7.4.
     """
-    e, guide = _latents(e, guide)
+    e, guide = _check_latents(e, guide)
     return _impl.bilateral(e, guide)
 
 
 def tas_project(tokens: F32, remove: F32, positions: npt.ArrayLike) -> F32:
-    """Take the directions `remove` out of the tokens at `positions`, one direction after the other.
+    """Remove the directions `remove` from the tokens at `positions`, one direction after the other.
 
-    `tokens` (L, D) and `remove` (K, D) are float32, `positions` are row numbers of `tokens`. For each row e of
-    `remove` in order and each position: t -= (t . e)/|e|^2 e, accumulated in double; a row of zeros removes nothing.
-    DreamMix section 3.4, as golden/README.md step 8 reads it. Returns a new (L, D).
+    tokens: float32 (L, D).
+    remove: float32 (K, D).
+    positions: row numbers of `tokens`.
+
+    For each row e of `remove` in order and each position: t -= (t . e)/|e|^2 e, accumulated in double. A row of zeros
+    removes nothing. DreamMix section 3.4 (docs/algorithm.md, 5.4).
+
+    Returns a new (L, D).
     """
-    tokens, remove = _array(tokens, np.float32, "tokens"), _array(remove, np.float32, "remove")
+    tokens, remove = _check_array(tokens, np.float32, "tokens"), _check_array(remove, np.float32, "remove")
     _require(tokens.ndim == 2 and remove.ndim == 2, f"tokens {tokens.shape} and remove {remove.shape} must be 2-D")
     _require(tokens.shape[1] == remove.shape[1], f"tokens are {tokens.shape[1]} wide, remove {remove.shape[1]}")
     rows = np.ascontiguousarray(positions, np.int64).reshape(-1)
@@ -201,17 +226,20 @@ def tas_project(tokens: F32, remove: F32, positions: npt.ArrayLike) -> F32:
 def paste(original: U8, content: U8, box: Box, weight: U8, alpha: F32 | None = None) -> U8:
     """Put `content` into `box` of `original`, then compose: `y = pasted w + original (1 - w)`, w = weight/255.
 
-    `original` is uint8 (H, W, 3), `content` (h, w, 3) of the box's size, `weight` (H, W) (see `feather`), `alpha`
-    float32 (h, w) in 0..1 softens the content first (see `soft_alpha`). Single precision, truncated to 8 bit: equal
-    to the reference byte for byte (golden/README.md steps 12, 13). Pixels of weight 0 are those of `original`.
+    original: uint8 (H, W, 3).
+    content: uint8 (h, w, 3) of the box's size.
+    weight: uint8 (H, W), see `feather`; pixels of weight 0 are those of `original`.
+    alpha: float32 (h, w) in 0..1; softens the content first, see `soft_alpha`.
+
+    Single precision, truncated to 8 bit: equal to the reference byte for byte (docs/algorithm.md, 9.2).
     """
-    original, content = _rgb(original, "original"), _rgb(content, "content")
-    box, weight = _box(box, original), _array(weight, np.uint8, "weight")
+    original, content = _check_rgb(original, "original"), _check_rgb(content, "content")
+    box, weight = _check_box(box, original), _check_array(weight, np.uint8, "weight")
     size = (box[1] - box[0], box[3] - box[2])
     _require(content.shape[:2] == size, f"content has size {content.shape[:2]}, box {size}")
     _require(weight.shape == original.shape[:2], f"weight has shape {weight.shape}, original {original.shape}")
     if alpha is not None:
-        alpha = _array(alpha, np.float32, "alpha")
+        alpha = _check_array(alpha, np.float32, "alpha")
         _require(alpha.shape == size, f"alpha has shape {alpha.shape}, box {size}")
     return _impl.paste(original, content, box, weight, alpha)
 
@@ -219,15 +247,15 @@ def paste(original: U8, content: U8, box: Box, weight: U8, alpha: F32 | None = N
 def soft_alpha(height: int, width: int) -> F32:
     """The soft paste's share of content, float32 (height, width): 0.1 + 0.9 G/max G with G = exp(-d^2/(2 s^2)).
 
-    d is the distance to (height//2, width//2) in pixels, s = min(height, width)/4. golden/README.md step 12.
+    d is the distance to (height//2, width//2) in pixels, s = min(height, width)/4. docs/algorithm.md, 8.3.
     """
     _require(height > 0 and width > 0, f"size {height} x {width} is empty")
     return _impl.soft_alpha(int(height), int(width))
 
 
 def normals(seed: int, draw: int, step: int, shape: Sequence[int]) -> F32:
-    """`dreammix_trt.core.noise.normals`, faster: float32 unit normals of (seed, draw, step, element)."""
-    _require(0 <= seed < 1 << 64, f"seed is {seed}; it must lie in 0 .. 2^64-1")
+    """Like `dreammix_trt.core.noise.normals`, but faster: float32 unit normals of (seed, draw, step, element)."""
+    _require(0 <= seed < 1 << 64, f"seed is {seed}; it must be in 0 .. 2^64-1")
     _require(0 <= draw < 1 << 32 and 0 <= step < 1 << 32, f"draw {draw} or step {step} is outside 0 .. 2^32-1")
     return _impl.normals(seed, draw, step, [int(side) for side in shape])
 
@@ -237,33 +265,33 @@ def _require(fits: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _array(array: Any, dtype: Any, name: str) -> Any:
-    """`array` in C order; ValueError for another dtype (values are never converted silently)."""
+def _check_array(array: Any, dtype: Any, name: str) -> Any:
+    """`array` in C order. Raises ValueError for another dtype: values are never converted silently."""
     if not isinstance(array, np.ndarray) or array.dtype != dtype:
         raise ValueError(f"{name} must be a {np.dtype(dtype)} array")
     return np.ascontiguousarray(array)
 
 
-def _plane(array: U8, name: str) -> U8:
-    checked: U8 = _array(array, np.uint8, name)
+def _check_plane(array: U8, name: str) -> U8:
+    checked: U8 = _check_array(array, np.uint8, name)
     _require(checked.ndim == 2 and checked.size > 0, f"{name} has shape {checked.shape}, expected (H, W)")
     return checked
 
 
-def _rgb(array: U8, name: str) -> U8:
-    checked: U8 = _array(array, np.uint8, name)
+def _check_rgb(array: U8, name: str) -> U8:
+    checked: U8 = _check_array(array, np.uint8, name)
     _require(checked.ndim == 3 and checked.shape[2] == 3, f"{name} has shape {checked.shape}, expected (H, W, 3)")
     return checked
 
 
-def _latents(*arrays: F32) -> tuple[Any, ...]:
-    checked = tuple(_array(array, np.float32, "a latent") for array in arrays)
+def _check_latents(*arrays: F32) -> tuple[Any, ...]:
+    checked = tuple(_check_array(array, np.float32, "a latent") for array in arrays)
     shapes = {array.shape for array in checked}
     _require(len(shapes) == 1 and checked[0].ndim == 4, f"latents have shapes {shapes}, expected one (N, C, h, w)")
     return checked
 
 
-def _box(box: Box, picture: U8) -> Box:
+def _check_box(box: Box, picture: U8) -> Box:
     r0, r1, c0, c1 = (int(value) for value in box)
     inside = 0 <= r0 < r1 <= picture.shape[0] and 0 <= c0 < c1 <= picture.shape[1]
     _require(inside, f"box (row0, row1, col0, col1) = {(r0, r1, c0, c1)} is empty or outside {picture.shape[:2]}")

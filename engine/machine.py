@@ -1,6 +1,6 @@
-"""What this computer can build and run: facts of the machine, read without loading any of the packages they are about.
+"""What this computer can build and run. Reads facts of the machine without loading the packages that they are about.
 
-`examine` never raises: what cannot be found out is None or absent, and the reason is said where it matters.
+`examine` never raises. What it cannot find out is None or absent, and the reports give the reason.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from dreammix_trt.engine.hardware import (
     Driver,
     ask_driver,
     capability_of,
-    cores,
+    count_cores,
     cuda_number,
     cuda_text,
     disk_free,
-    memory,
-    processor,
+    measure_memory,
+    name_processor,
     why_kernels_do_not_fit,
 )
 
@@ -63,7 +63,7 @@ _CUDA: Final = "`pip install 'dreammix-trt[cuda]'`"
 class BackendState:
     """Whether a back end can build and run here with this version of the program.
 
-    why: what is missing and how to get it, or what it works with.
+    why: what is missing and how to get it, or what the back end works with.
     """
 
     name: str
@@ -74,9 +74,13 @@ class BackendState:
 
 @dataclass(frozen=True)
 class Machine:
-    """Facts of a computer. Sizes in bytes, None where unknown; memory as this process may use it (container limits).
+    """Facts of a computer. Sizes are in bytes, None where unknown.
 
-    extension: whether the C++ extension is there; kernels: its CUDA kernels, as `_cpp.build_info()["cuda"]` has them.
+    memory_total, memory_available: as this process may use them (container limits).
+    store: the folder of the store; disk_free belongs to its disk.
+    versions: package -> installed version.
+    extension: whether the C++ extension is installed.
+    kernels: the extension's CUDA kernels, as in `_cpp.build_info()["cuda"]`.
     """
 
     platform: str
@@ -92,12 +96,17 @@ class Machine:
     extension: bool = False
     kernels: Mapping[str, Any] | None = None
 
-    def backends(self) -> list[BackendState]:
-        """What each back end can do here, in the order in which a user should try them."""
-        return [self._onnxruntime(), self._onnxruntime_cuda(), self._tensorrt_rtx(), self._tensorrt()]
+    def list_backends(self) -> list[BackendState]:
+        """The state of each back end here, in the order in which a user should try them."""
+        return [
+            self._judge_onnxruntime(),
+            self._judge_onnxruntime_cuda(),
+            self._judge_tensorrt_rtx(),
+            self._judge_tensorrt(),
+        ]
 
-    def faults(self) -> list[str]:
-        """What is wrong with the installation, each with its remedy."""
+    def list_faults(self) -> list[str]:
+        """What is wrong with the installation, each fault with its remedy."""
         faults = []
         if "onnxruntime" in self.versions and "onnxruntime-gpu" in self.versions:
             faults.append(
@@ -106,33 +115,33 @@ class Machine:
             )
         if self.tensorrt_is_old():
             faults.append(
-                f"tensorrt {self.versions['tensorrt']} is too old; `pip install 'dreammix-trt[trt]'` brings 11"
+                f"tensorrt {self.versions['tensorrt']} is too old; `pip install 'dreammix-trt[trt]'` installs 11"
             )
         return faults
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, with the states of the back ends and the faults."""
         facts = asdict(self) | {"versions": dict(self.versions)}
-        return facts | {"backends": [asdict(state) for state in self.backends()], "faults": self.faults()}
+        return facts | {"backends": [asdict(state) for state in self.list_backends()], "faults": self.list_faults()}
 
     def describe(self) -> Tables:
-        """Titled tables of short texts, as a person wants to read it."""
+        """Titled tables of short texts for people to read."""
         extension = "there" if self.extension else "missing: numpy does its work, slower"
         facts: list[tuple[str, ...]] = [
             ("system", self.system),
             ("processor", f"{self.cpu}, {self.cores} {'core' if self.cores == 1 else 'cores'}"),
-            ("memory", f"{_size(self.memory_available)} free of {_size(self.memory_total)}"),
+            ("memory", f"{_spell_size(self.memory_available)} free of {_spell_size(self.memory_total)}"),
             ("C++ extension", extension),
         ]
         if self.store is not None:
-            facts.append(("store", f"{self.store}, {_size(self.disk_free)} free"))
-        gpus: list[tuple[str, ...]] = [(gpu.name, gpu.capability, _size(gpu.memory)) for gpu in self.driver.gpus]
+            facts.append(("store", f"{self.store}, {_spell_size(self.disk_free)} free"))
+        gpus: list[tuple[str, ...]] = [(gpu.name, gpu.capability, _spell_size(gpu.memory)) for gpu in self.driver.gpus]
         driver = self.driver.problem or f"driver for CUDA {self.driver.cuda}"
         gpus.append(("cuda-python", self.versions.get("cuda-python", f"missing: {_CUDA}")))
-        gpus.append(("CUDA kernels", self._kernels_told()))
+        gpus.append(("CUDA kernels", self._describe_kernels()))
         states: list[tuple[str, ...]] = [
             (state.name, "builds" if state.can_build else "-", "runs" if state.can_run else "-", state.why)
-            for state in self.backends()
+            for state in self.list_backends()
         ]
         versions: list[tuple[str, ...]] = list(self.versions.items())
         tables: Tables = [
@@ -141,34 +150,34 @@ class Machine:
             ("Back ends", states),
             ("Versions", versions),
         ]
-        faults: list[tuple[str, ...]] = [(fault,) for fault in self.faults()]
+        faults: list[tuple[str, ...]] = [(fault,) for fault in self.list_faults()]
         return tables + ([("Faults", faults)] if faults else [])
 
-    def _onnxruntime(self) -> BackendState:
+    def _judge_onnxruntime(self) -> BackendState:
         version = self.versions.get("onnxruntime") or self.versions.get("onnxruntime-gpu")
         if not version:
             return BackendState("onnxruntime", False, False, "not installed; `pip install onnxruntime`")
-        return BackendState("onnxruntime", True, True, f"onnxruntime {version}{self._embedded_only()}")
+        return BackendState("onnxruntime", True, True, f"onnxruntime {version}{self._describe_limits()}")
 
-    def _onnxruntime_cuda(self) -> BackendState:
+    def _judge_onnxruntime_cuda(self) -> BackendState:
         name, version = "onnxruntime (CUDA)", self.versions.get("onnxruntime-gpu")
         builds = bool(version or self.versions.get("onnxruntime"))
         if not version:
             return BackendState(
                 name, builds, False, "not installed; `pip install onnxruntime-gpu` in onnxruntime's place"
             )
-        lacks = self.lacks_for_gpu()
-        why = self._runs_told(f"onnxruntime-gpu {version}", lacks) + self._embedded_only()
+        lacks = self.list_gpu_lacks()
+        why = self._describe_run(f"onnxruntime-gpu {version}", lacks) + self._describe_limits()
         return BackendState(name, builds, not lacks, why)
 
-    def _tensorrt_rtx(self) -> BackendState:
+    def _judge_tensorrt_rtx(self) -> BackendState:
         name, version = "tensorrt-rtx", self.versions.get("tensorrt-rtx")
         if not version:
             return BackendState(name, False, False, "not installed; `pip install 'dreammix-trt[rtx]'`")
-        lacks = self.lacks_for_gpu(RTX_TARGETS)
-        return self._with_plans(name, f"{name} {version}", lacks)
+        lacks = self.list_gpu_lacks(RTX_TARGETS)
+        return self._judge_plans(name, f"{name} {version}", lacks)
 
-    def _tensorrt(self) -> BackendState:
+    def _judge_tensorrt(self) -> BackendState:
         name, version = "tensorrt", self.versions.get("tensorrt")
         if not version:
             return BackendState(name, False, False, "not installed; `pip install 'dreammix-trt[trt]'`")
@@ -178,24 +187,26 @@ class Machine:
             return BackendState(
                 name, False, False, f"tensorrt {version}: builds on the GPU only, {self.driver.problem}"
             )
-        return self._with_plans(name, f"{name} {version}", self.lacks_for_gpu())
+        return self._judge_plans(name, f"{name} {version}", self.list_gpu_lacks())
 
-    def _with_plans(self, name: str, package: str, lacks: Sequence[str]) -> BackendState:
-        """The state of a back end with plans, which it runs where nothing is lacking."""
-        missing = self._untraceable()
+    def _judge_plans(self, name: str, package: str, lacks: Sequence[str]) -> BackendState:
+        """The state of a back end with plans. It can run where nothing is missing."""
+        missing = self._list_missing_tracing()
         needs = f"; building needs {', '.join(missing)}: {_EXPORT}" if missing else ""
-        return BackendState(name, not missing, not lacks, self._runs_told(package, lacks) + needs)
+        return BackendState(name, not missing, not lacks, self._describe_run(package, lacks) + needs)
 
-    def lacks_for_gpu(self, targets: Collection[str] | None = None) -> list[str]:
-        """What running on the GPU here lacks, each with its remedy; of several GPUs the runtime opens the first.
+    def list_gpu_lacks(self, targets: Collection[str] | None = None) -> list[str]:
+        """What is missing for running on the GPU here, each with its remedy.
 
-        targets: the only GPUs that would do, as "sm_89"; None: all that the program's kernels can run on.
+        targets: the only GPUs that would do, such as "sm_89"; None: all that the program's kernels can run on.
+
+        Of several GPUs the runtime opens the first.
         """
         if not self.driver.gpus:
             return [str(self.driver.problem)]
         gpu = self.driver.gpus[0]
         if targets is not None and gpu.capability not in targets:
-            return [f"{gpu.capability} is not among its GPUs ({', '.join(targets)}){self.other_gpu(targets)}"]
+            return [f"{gpu.capability} is not among its GPUs ({', '.join(targets)}){self.suggest_gpu(targets)}"]
         if capability_of(gpu.capability) < LEAST_CAPABILITY:
             return [f"the {gpu.name} is an {gpu.capability}, GPUs from sm_75 on are needed"]
         served = cuda_number(self.driver.cuda or "0")
@@ -208,22 +219,22 @@ class Machine:
         why = why_kernels_do_not_fit(self.kernels, gpu.capability, served)
         return [*lacks, why] if why else lacks
 
-    def other_gpu(self, targets: Collection[str]) -> str:
-        """Where the first GPU is none of `targets` and another one is: how to choose that, in brackets; else ""."""
-        index = self.gpu_for(targets)
-        return f" ({self.driver.choosing(index)} chooses the {self.driver.gpus[index].name})" if index else ""
+    def suggest_gpu(self, targets: Collection[str]) -> str:
+        """How to choose another GPU, in brackets, when the first is not in `targets` and another one is; else ""."""
+        index = self.find_gpu(targets)
+        return f" ({self.driver.setting_for(index)} chooses the {self.driver.gpus[index].name})" if index else ""
 
-    def gpu_for(self, targets: Collection[str]) -> int:
-        """Which is the first GPU that is one of `targets`; 0 where none is."""
+    def find_gpu(self, targets: Collection[str]) -> int:
+        """The index of the first GPU that is in `targets`; 0 when none is."""
         gpus = self.driver.gpus
         return next((index for index, gpu in enumerate(gpus) if gpu.capability in targets), 0)
 
-    def _runs_told(self, package: str, lacks: Sequence[str]) -> str:
+    def _describe_run(self, package: str, lacks: Sequence[str]) -> str:
         if lacks:
             return f"{package}: to run, {'; and '.join(lacks)}" if self.driver.gpus else f"{package}, but {lacks[0]}"
         return f"{package}, on the {self.driver.gpus[0].name}"
 
-    def _kernels_told(self) -> str:
+    def _describe_kernels(self) -> str:
         if not self.extension:
             return "missing, like the C++ extension"
         if not self.kernels:
@@ -231,46 +242,49 @@ class Machine:
         known = ", ".join(filter(None, [*self.kernels["architectures"], self.kernels.get("ptx")]))
         return f"{known} (CUDA {self.kernels['toolkit']})"
 
-    def _embedded_only(self) -> str:
-        missing = self._untraceable()
+    def _describe_limits(self) -> str:
+        missing = self._list_missing_tracing()
         if not missing:
             return ""
         return f"; builds the embedded model, another base needs {', '.join(missing)}: {_EXPORT}"
 
-    def _untraceable(self) -> list[str]:
+    def _list_missing_tracing(self) -> list[str]:
         return [name for name in _TRACING if name not in self.versions]
 
     def tensorrt_is_old(self) -> bool:
-        """Whether the installed TensorRT is one whose API this program does not use."""
+        """Whether this program cannot use the API of the installed TensorRT."""
         version = self.versions.get("tensorrt", "11").split(".")[0]
         return version.isdigit() and int(version) < 11
 
 
 def examine(store: Path | None = None) -> Machine:
-    """Look at this computer; `store` is the folder whose disk matters (it need not exist)."""
-    total, available = memory()
-    extension, kernels = _extension()
+    """Look at this computer.
+
+    store: the folder whose disk matters; it need not exist.
+    """
+    total, available = measure_memory()
+    extension, kernels = _read_extension()
     return Machine(
         platform=f"{platform.system()} {platform.machine()}",
         system=platform.platform(),
-        cpu=processor(),
-        cores=cores(),
+        cpu=name_processor(),
+        cores=count_cores(),
         memory_total=total,
         memory_available=available,
         store=None if store is None else str(store),
         disk_free=None if store is None else disk_free(store),
         driver=ask_driver(),
-        versions=installed_versions(),
+        versions=find_versions(),
         extension=extension,
         kernels=kernels,
     )
 
 
 def explain_mismatch(built_for: Mapping[str, Any], here: Machine) -> str | None:
-    """Say why an engine built elsewhere cannot run here, or None when nothing speaks against it.
+    """Why an engine that was built elsewhere cannot run here; None when it can.
 
-    built_for: "backend"; "version" of its package; "targets", the GPUs as "sm_89"; "platform" as `Machine.platform`;
-    "command" that builds it again. Absent keys are not compared.
+    built_for: "backend"; "version" of its package; "targets", the GPUs, such as "sm_89"; "platform" as
+        `Machine.platform`; "command" that builds it again. Absent keys are not compared.
     """
     backend = str(built_for.get("backend", ""))
     if backend not in PLANS:
@@ -279,26 +293,26 @@ def explain_mismatch(built_for: Mapping[str, Any], here: Machine) -> str | None:
         return (
             f"this {backend} engine cannot run here: {here.driver.problem}; "
             f"install driver {DRIVER_NEEDED} or newer where there is a GPU; `--backend onnxruntime` builds one that "
-            f"runs on the processor (name another --out to keep this one){_command(built_for, here)}"
+            f"runs on the processor (name another --out to keep this one){_rewrite_command(built_for, here)}"
         )
     targets = built_for.get("targets") or ()
-    gpu = list(_gpu_differs(targets, here))
+    gpu = list(_compare_gpu(targets, here))
     outdated = [
-        *_version_differs(backend, built_for.get("version"), here),
-        *_platform_differs(backend, built_for.get("platform"), here),
+        *_compare_version(backend, built_for.get("version"), here),
+        *_compare_platform(backend, built_for.get("platform"), here),
     ]
-    differences, lacks = [*outdated, *gpu], _package_lacks(backend, here)
+    differences, lacks = [*outdated, *gpu], _check_package(backend, here)
     if not differences:
-        lacks += here.lacks_for_gpu(targets or None)
+        lacks += here.list_gpu_lacks(targets or None)
     if not differences and not lacks:
         return None
-    rebuild = outdated or (gpu and not here.other_gpu(targets))
-    remedy = f"; build it again here{_command(built_for, here)}" if rebuild else ""
+    rebuild = outdated or (gpu and not here.suggest_gpu(targets))
+    remedy = f"; build it again here{_rewrite_command(built_for, here)}" if rebuild else ""
     return f"this {backend} engine cannot run here: {'; '.join((*lacks, *differences))}{remedy}"
 
 
-def installed_versions() -> dict[str, str]:
-    """Versions of the packages that matter here and are installed, without importing them."""
+def find_versions() -> dict[str, str]:
+    """Versions of the installed packages that matter here, without importing them."""
     found: dict[str, str] = {}
     for name, distributions in _DISTRIBUTIONS.items():
         for distribution in distributions:
@@ -307,79 +321,82 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def _extension() -> tuple[bool, Mapping[str, Any] | None]:
-    """Whether the C++ extension is there, and its CUDA kernels. Loading it loads neither numpy nor a driver."""
+def _read_extension() -> tuple[bool, Mapping[str, Any] | None]:
+    """Whether the C++ extension is installed, and its CUDA kernels. Loading it loads neither numpy nor a driver."""
     if importlib.util.find_spec("dreammix_trt._cpp") is None:
         return False, None
     try:
         info = importlib.import_module("dreammix_trt._cpp").build_info()
-    except (ImportError, AttributeError):  # of another Python, or of an older version of the program
+    except (ImportError, AttributeError):  # built for another Python, or by an older version of the program
         return True, None
     return True, info["cuda"]
 
 
-def _package_lacks(backend: str, here: Machine) -> list[str]:
+def _check_package(backend: str, here: Machine) -> list[str]:
     if backend in here.versions:
         return []
     return [f"{backend} is not installed (`pip install 'dreammix-trt[{PLANS[backend]}]'`)"]
 
 
-def _version_differs(backend: str, built: Any, here: Machine) -> Iterator[str]:
+def _compare_version(backend: str, built: Any, here: Machine) -> Iterator[str]:
     installed = here.versions.get(backend)
     if installed and built is not None and built != installed:
         yield f"it was built with {backend} {built}, installed is {installed}"
 
 
-def _gpu_differs(targets: Collection[str], here: Machine) -> Iterator[str]:
+def _compare_gpu(targets: Collection[str], here: Machine) -> Iterator[str]:
     first = here.driver.gpus[0]
     if targets and first.capability not in targets:
-        told = f"the first GPU here is {first.name} ({first.capability}){here.other_gpu(targets)}"
-        yield f"it was built for {', '.join(targets)}, {told}"
+        first_gpu = f"the first GPU here is {first.name} ({first.capability}){here.suggest_gpu(targets)}"
+        yield f"it was built for {', '.join(targets)}, {first_gpu}"
 
 
-def _command(built_for: Mapping[str, Any], here: Machine) -> str:
-    """The command that builds the engine again, changed so that the new one runs here; ": " before it, or nothing."""
-    command, instead = str(built_for.get("command") or ""), _instead(built_for, here)
+def _rewrite_command(built_for: Mapping[str, Any], here: Machine) -> str:
+    """The command that builds the engine again, changed so that the new one runs here.
+
+    ": " stands before it. Returns "" where no command is known.
+    """
+    command, instead = str(built_for.get("command") or ""), _choose_instead(built_for, here)
     if not command:
         return ""
     if instead == "--backend onnxruntime":
         plans_alone = ("precision", "shapes", "pictures", "workspace", "vae-image")
-        command = _without(command.replace("--no-safe-vae ", ""), "backend", "target", *plans_alone)
+        command = _drop_options(command.replace("--no-safe-vae ", ""), "backend", "target", *plans_alone)
     elif instead.startswith("--backend"):
-        command = _without(command, "backend", "target")
+        command = _drop_options(command, "backend", "target")
     elif "--target" in command:
-        command = _without(command, "target")
+        command = _drop_options(command, "target")
     else:
         return f": `{command}`"
     return f": `{command} {instead}`"
 
 
-def _instead(built_for: Mapping[str, Any], here: Machine) -> str:
-    """What to ask for instead of what was built, as an option."""
+def _choose_instead(built_for: Mapping[str, Any], here: Machine) -> str:
+    """The option to build with in place of the old one."""
     if not here.driver.gpus:
         return "--backend onnxruntime"
     targets = RTX_TARGETS if built_for["backend"] == "tensorrt-rtx" else None
-    # Another GPU than the first, maybe, which is then to be chosen.
-    capability = here.driver.gpus[here.gpu_for(built_for.get("targets") or ())].capability
+    # Maybe not the first GPU; then the user must choose it.
+    capability = here.driver.gpus[here.find_gpu(built_for.get("targets") or ())].capability
     return f"--target {capability}" if targets is None or capability in targets else "--backend tensorrt"
 
 
-def _without(command: str, *options: str) -> str:
+def _drop_options(command: str, *options: str) -> str:
     return re.sub(rf"--({'|'.join(options)}) \S+ ?", "", command).strip()
 
 
-def _platform_differs(backend: str, built: Any, here: Machine) -> Iterator[str]:
-    # TensorRT-RTX moves its plans between Linux and Windows; only the processor must agree.
+def _compare_platform(backend: str, built: Any, here: Machine) -> Iterator[str]:
+    # Plans of TensorRT-RTX run on Linux and Windows alike; only the processor must agree.
     whole = backend == "tensorrt"
-    if built is not None and _comparable(str(built), whole) != _comparable(here.platform, whole):
+    if built is not None and _normalise_platform(str(built), whole) != _normalise_platform(here.platform, whole):
         yield f"it was built on {built}, this is {here.platform}"
 
 
-def _comparable(name: str, whole: bool) -> str:
+def _normalise_platform(name: str, whole: bool) -> str:
     system, _, processor = name.lower().partition(" ")
     processor = {"amd64": "x86_64", "arm64": "aarch64"}.get(processor, processor)
     return f"{system} {processor}" if whole else processor
 
 
-def _size(count: int | None) -> str:
+def _spell_size(count: int | None) -> str:
     return "unknown" if count is None else f"{count / GIB:.1f} GiB"

@@ -1,4 +1,4 @@
-"""What a request gives: pictures, how they came about, and the request kept inside the PNG."""
+"""The result of a request: pictures, how they were made, and the request itself inside the PNG."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from PIL import Image, PngImagePlugin
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import Schedule
-from dreammix_trt.engine.loop import Taken
-from dreammix_trt.engine.stages import Painter
+from dreammix_trt.engine.painting import Progress
 
 U8 = npt.NDArray[np.uint8]
 METADATA = "dreammix"  # the PNG text chunk that holds the request
@@ -27,12 +26,15 @@ _LONGEST = {"PNG": 2**31 - 1, "JPEG": 65500, "WEBP": 16383}  # pixels a side
 
 @dataclass(frozen=True)
 class Result:
-    """What a request gave.
+    """The result of a request.
 
-    images: PIL images of the input's size and kind (RGB, RGBA, L), one a picture; in reference mode RGB at the size
-    it worked on. seeds: of each. timings: seconds per phase, summed over the pictures, disjoint; "network:..." are
-    the networks; on a GPU the device's seconds in "upload", "text", "start", "loop", "hand over", "finish" and
-    "download", networks included, and the host's in "read", "canvas", "write" and "weights" (brought in for it).
+    images: PIL images of the input's size and kind (RGB, RGBA, L), one a picture; in reference mode RGB at the size it
+        worked on.
+    request: as it was painted.
+    seeds: one a picture.
+    timings: seconds per phase, summed over the pictures, disjoint. "network:..." are the networks. On a GPU the
+        device's seconds are in "upload", "text", "start", "loop", "hand over", "finish" and "download", networks
+        included, and the host's in "read", "canvas", "write" and "weights" (loaded for this request).
     stages: named pictures of what each stage did, when asked for; on a GPU "local result" and "last result".
     """
 
@@ -46,32 +48,42 @@ class Result:
 
 @dataclass(frozen=True)
 class StepEvent:
-    """One step is done (on a GPU: on its way). index runs from 0 to total - 1 over all pictures of the request,
-    by n for a batch of n pictures; `picture` says which one, of a batch the first.
+    """The request has taken a step (on a GPU: has enqueued it).
 
-    taken: the step's latents, float32 (1, 4, h, w), and painter: the picture's stage and frame; None on a GPU, where
-    both stay on the device. result: set in the last event.
+    index: 0 to total - 1, over all pictures of the request; a batch of n pictures advances it by n.
+    total: number of steps over all pictures.
+    stage: "lcg" or "gch".
+    picture: number of the picture, in a batch of the first one.
+    look: what `preview` calls.
+    taken: the step's latents, float32 (1, 4, h, w); None on a GPU, where they stay on the device.
+    result: set in the last event.
     """
 
     index: int
     total: int
     stage: str
     picture: int
-    look: Callable[[], U8] = field(repr=False)
-    painter: Painter | None = field(default=None, repr=False)
-    taken: Taken | None = field(default=None, repr=False)
+    look: Callable[[int], U8] = field(repr=False)
+    taken: Any = field(default=None, repr=False)
     result: Result | None = None
 
+    @classmethod
+    def of(cls, progress: Progress, index: int, total: int, picture: int) -> StepEvent:
+        """Make the event of a batch's progress."""
+        return cls(index, total, progress.step.stage, picture, progress.preview, progress.taken)
+
     def preview(self) -> Image.Image:
-        """What the network now believes the stage's frame looks like; costs one VAE decoding. Ask before the next
-        step."""
-        return Image.fromarray(self.look())
+        """The network's present idea of the stage's frame. Costs one VAE decoding. Call it before the next step."""
+        return Image.fromarray(self.look(0))
 
 
 def save(result: Result, path: str | os.PathLike[str], *, index: int = 0, metadata: bool = True) -> None:
     """Write one picture of a result (.png, .jpg, .webp), atomically.
 
-    A PNG carries the request that makes exactly this picture, unless `metadata` is off; `read_request` reads it back.
+    index: which picture.
+    metadata: whether a PNG carries the request that makes exactly this picture; `read_request` reads it.
+
+    Raises InputError for another format or a picture too large for it.
     """
     image = result.images[index]
     request = result.request.replace(seed=result.seeds[index], num_images_per_prompt=1)
@@ -79,7 +91,12 @@ def save(result: Result, path: str | os.PathLike[str], *, index: int = 0, metada
 
 
 def write_picture(image: Image.Image, path: str | os.PathLike[str], request: Request | None = None) -> None:
-    """Write a picture (.png, .jpg, .webp), atomically; a PNG also carries `request`. InputError where it cannot be."""
+    """Write a picture (.png, .jpg, .webp), atomically.
+
+    request: stored in a PNG; other formats do not carry it.
+
+    Raises InputError for another format or a picture too large for it.
+    """
     from dreammix_trt.core.files import atomic_file
 
     target = Path(path)
@@ -103,7 +120,10 @@ def write_picture(image: Image.Image, path: str | os.PathLike[str], request: Req
 
 
 def read_request(path: str | os.PathLike[str]) -> Request:
-    """The request in a JSON file or in the metadata of a PNG that `save` wrote. InputError where there is none."""
+    """Read a request from a JSON file or from the metadata of a PNG that `save` wrote.
+
+    Raises InputError when the file holds no request.
+    """
     source = Path(path)
     try:
         if source.suffix.lower() == ".png":

@@ -1,7 +1,7 @@
 """Prompts as token ids, and TAS: removing attributes of the subject from the text embedding.
 
-The tokenizer is CLIP's byte-level BPE, run by the `tokenizers` package alone from vocab.json and merges.txt.
-TAS is section 3.4 of the DreamMix paper; golden/README.md step 8 gives the authors' arithmetic.
+The tokenizer is CLIP's byte-level BPE; the `tokenizers` package runs it from vocab.json and merges.txt. TAS is section
+3.4 of the DreamMix paper. docs/algorithm.md, 5.2 to 5.5, gives the authors' arithmetic.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import FileFormatError, InputError
 from dreammix_trt.engine import kernels
 
@@ -23,7 +24,6 @@ F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 Indexing = Literal["bpe", "words"]
 
-LENGTH = 77
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 #: English contractions, runs of letters, single digits, runs of anything else: CLIP's split before BPE.
@@ -31,67 +31,68 @@ _PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 class Tokenizer:
-    """CLIP's tokenizer for one text encoder: equal to transformers' CLIPTokenizer on every prompt."""
+    """CLIP's tokenizer for one text encoder. Equal to transformers' CLIPTokenizer on every prompt."""
 
-    def __init__(self, backend: Any, pad: str, length: int = LENGTH) -> None:
+    def __init__(self, backend: Any, pad: str, length: int = TOKENS) -> None:
         self._backend = backend
         self._length = length
-        self._pad_id = self._id(pad)
+        self._pad_id = self._find_id(pad)
 
     @classmethod
-    def load(cls, folder: str | Path, pad: str | None = None, length: int = LENGTH) -> Tokenizer:
+    def load(cls, folder: str | Path, pad: str | None = None, length: int = TOKENS) -> Tokenizer:
         """Load `vocab.json` and `merges.txt` from `folder`.
 
-        pad: the token that fills up to `length`; default: what the folder's tokenizer_config.json or
-        special_tokens_map.json names, else the end mark. Raises FileFormatError for missing or unusable files.
+        pad: the token that fills up to `length`; None: what the folder's tokenizer_config.json or
+            special_tokens_map.json names, else the end mark.
+        length: token ids of an encoded prompt.
+
+        Raises FileFormatError for missing or unusable files.
         """
         folder = Path(folder)
         try:
-            pad = pad if pad is not None else _pad_of(folder)
-            return cls(_clip_backend(folder / "vocab.json", folder / "merges.txt", pad), pad, length)
+            pad = pad if pad is not None else _read_pad(folder)
+            return cls(_make_backend(folder / "vocab.json", folder / "merges.txt", pad), pad, length)
         except FileFormatError:
             raise
         except Exception as error:  # the Rust side raises plain Exception
             raise FileFormatError(f"tokenizer in {folder}: vocab.json or merges.txt cannot be used: {error}") from error
 
     def encode(self, prompt: str, truncate: bool = False) -> I64:
-        """Token ids int64 (length,): start mark, prompt, end mark, padding.
+        """Encode a prompt: start mark, prompt, end mark, padding.
 
-        Raises InputError for a prompt that does not fit, unless `truncate`: then its last tokens are dropped.
+        truncate: drop the last tokens of a prompt that is too long.
+
+        Returns token ids int64 (length,). Raises InputError for a prompt that does not fit, unless `truncate`.
         """
-        ids = self._content(prompt).ids
+        ids = self._split(prompt).ids
         room = self._length - 2
         if len(ids) > room and not truncate:
             raise InputError(
-                f"the prompt {_shortened(prompt)!r} is {len(ids) + 2} tokens long with its start and end marks and "
+                f"the prompt {_shorten(prompt)!r} is {len(ids) + 2} tokens long with its start and end marks and "
                 f"{self._length} fit: shorten it by {len(ids) - room} tokens, or allow truncation (truncate)"
             )
-        marked = [self._id(START), *ids[:room], self._id(END)]
+        marked = [self._find_id(START), *ids[:room], self._find_id(END)]
         return np.array(marked + [self._pad_id] * (self._length - len(marked)), np.int64)
 
-    def spans(self, prompt: str) -> list[tuple[int, int, int]]:
+    def find_spans(self, prompt: str) -> list[tuple[int, int, int]]:
         """(position, start, end) of each token that fits: its row of the embedding and its characters in `prompt`."""
-        offsets = self._content(prompt).offsets[: self._length - 2]
+        offsets = self._split(prompt).offsets[: self._length - 2]
         return [(position, start, end) for position, (start, end) in enumerate(offsets, start=1)]
 
-    def _content(self, prompt: str) -> Any:
+    def _split(self, prompt: str) -> Any:
         return self._backend.encode(prompt, add_special_tokens=False)
 
-    def _id(self, token: str) -> int:
+    def _find_id(self, token: str) -> int:
         return int(self._backend.token_to_id(token))
-
-
-def encode_prompts(tokenizers: Sequence[Tokenizer], prompts: Sequence[str], truncate: bool = False) -> list[I64]:
-    """Per tokenizer the ids of all prompts, int64 (len(prompts), 77)."""
-    return [np.stack([tokenizer.encode(prompt, truncate) for prompt in prompts]) for tokenizer in tokenizers]
 
 
 @dataclass(frozen=True)
 class TasPlan:
     """Which directions TAS removes, and from which rows.
 
-    text: E, to be encoded like a prompt. removed: rows of E's embedding, in the order they are removed.
-    projected: rows of the prompt's embedding that they are removed from.
+    text: E, encoded like a prompt.
+    removed: rows of E's embedding, in the order in which they are removed.
+    projected: rows of the prompt's embedding from which they are removed.
     """
 
     text: str
@@ -100,7 +101,7 @@ class TasPlan:
 
 
 def elimination_text(prefix: str, words: Sequence[str]) -> str:
-    """E = prefix + " " + words: what is encoded to know the directions of `words`."""
+    """E = prefix + " " + words: encoding it gives the directions of `words`."""
     return prefix + " " + " ".join(words)
 
 
@@ -112,18 +113,19 @@ def plan_tas(
     indexing: Indexing = "bpe",
     token: str = "sks",
 ) -> TasPlan:
-    """Find the rows for taking `words` out of `prompt`.
+    """Find the rows for removing `words` from `prompt`.
 
-    indexing "bpe": every token of the eliminated words is removed from every token of the prompt. "words": the
-    authors' arithmetic (golden/README.md step 8), where the k-th blank-separated word stands at row k whatever its
-    tokens are; needs no tokenizer. Both agree when every word is one token. Punctuation may touch the subject's
-    `token` with "bpe", not with "words".
+    prefix: stands before the words in the text E.
+    indexing: "bpe": every token of the eliminated words is removed from every token of the prompt. "words": the
+        authors' arithmetic (docs/algorithm.md, 5.3), where the k-th blank-separated word is at row k whatever its
+        tokens are. It needs no tokenizer. Both agree when every word is one token.
+    token: the subject's word. Punctuation may touch it with "bpe", not with "words".
 
     Raises InputError when the prompt lacks `token`, or no word is left to eliminate ("bpe").
     """
     if not _names_subject(prompt, token, indexing):
         raise InputError(
-            f"the prompt {_shortened(prompt)!r} does not name the subject: attribute removal (substitute) needs "
+            f"the prompt {_shorten(prompt)!r} does not name the subject: attribute removal (substitute) needs "
             f"{token!r} as a word of its own, e.g. 'a red {token} mug'; add it, or leave substitute empty"
         )
     text = elimination_text(prefix, words)
@@ -131,31 +133,35 @@ def plan_tas(
         first = 1 + len(prefix.lower().split())
         removed = tuple(range(first, first + len(words)))
         projected = tuple(range(1, 1 + len(prompt.lower().split())))
-        return TasPlan(text, _rows(removed), _rows(projected))
+        return TasPlan(text, _drop_beyond(removed), _drop_beyond(projected))
     if tokenizer is None:
         raise ValueError("indexing 'bpe' needs a tokenizer")
-    removed = tuple(position for position, start, _ in tokenizer.spans(text) if start >= len(prefix))
+    removed = tuple(position for position, start, _ in tokenizer.find_spans(text) if start >= len(prefix))
     if not removed:
         raise InputError(f"substitute is {list(words)!r}: it holds no word to eliminate; name one, or leave it empty")
-    return TasPlan(text, removed, tuple(position for position, _, _ in tokenizer.spans(prompt)))
+    return TasPlan(text, removed, tuple(position for position, _, _ in tokenizer.find_spans(prompt)))
 
 
 def apply_tas(
     plan: TasPlan, tokens: F32, pooled: F32, eliminated_tokens: F32, eliminated_pooled: F32
 ) -> tuple[F32, F32]:
-    """Decompose the prompt's embedding: (tokens (77, D), pooled (Dp,)), float32, new arrays.
+    """Decompose the prompt's embedding.
 
-    tokens and eliminated_tokens are (77, D) over the width of both encoders, the pooled ones (Dp,). Each removed
-    direction e in turn is projected out of each row t: t -= (t . e)/|e|^2 e; the pooled vector loses the direction of
-    E's pooled vector once. Zero directions remove nothing. Which stage uses which part is the loop's affair.
+    tokens, eliminated_tokens: (77, D) over the width of both encoders.
+    pooled, eliminated_pooled: (Dp,).
+
+    Each removed direction e in turn is projected out of each row t: t -= (t . e)/|e|^2 e. The pooled vector loses the
+    direction of E's pooled vector once. Zero directions remove nothing. The loop decides which stage uses which part.
+
+    Returns (tokens (77, D), pooled (Dp,)), float32, new arrays.
     """
     decomposed = kernels.tas_project(tokens, eliminated_tokens[list(plan.removed)], np.array(plan.projected, np.int64))
     rest = kernels.tas_project(pooled[None], eliminated_pooled[None], np.zeros(1, np.int64))
     return decomposed, rest[0]
 
 
-def _rows(positions: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(position for position in positions if position < LENGTH)
+def _drop_beyond(positions: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(position for position in positions if position < TOKENS)
 
 
 def _names_subject(prompt: str, token: str, indexing: Indexing) -> bool:
@@ -164,11 +170,11 @@ def _names_subject(prompt: str, token: str, indexing: Indexing) -> bool:
     return re.search(rf"(?<!\w){re.escape(token)}(?!\w)", prompt, re.IGNORECASE) is not None
 
 
-def _shortened(prompt: str, most: int = 60) -> str:
+def _shorten(prompt: str, most: int = 60) -> str:
     return prompt if len(prompt) <= most else prompt[: most - 1] + "…"
 
 
-def _clip_backend(vocab: Path, merges: Path, pad: str) -> Any:
+def _make_backend(vocab: Path, merges: Path, pad: str) -> Any:
     from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
     backend = Tokenizer(models.BPE.from_file(str(vocab), str(merges), end_of_word_suffix="</w>", unk_token=END))
@@ -186,7 +192,7 @@ def _clip_backend(vocab: Path, merges: Path, pad: str) -> Any:
     return backend
 
 
-def _pad_of(folder: Path) -> str:
+def _read_pad(folder: Path) -> str:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         file = folder / name
         if file.is_file():

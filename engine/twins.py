@@ -1,7 +1,7 @@
-"""The kernels in numpy and Pillow: what serves without the C++ extension, and the oracle the extension is tested with.
+"""The kernels in numpy and Pillow: they run without the C++ extension, and tests compare the extension with them.
 
-Same names, arguments and results as `dreammix_trt._cpp`. Documentation and argument checks stand in `kernels`,
-through which both are called.
+Names, arguments and results are those of `dreammix_trt._cpp`. Documentation and argument checks are in `kernels`, which
+calls both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
 Box = tuple[int, int, int, int]
 
-#: (radius, repeats) of the box blurs of `fill` for a native side of 1024 (reference/dreammix.md 1.4).
+#: (radius, repeats) of the box blurs of `fill` for a native side of 1024 (docs/algorithm.md, 3.6).
 CASCADE: tuple[tuple[int, int], ...] = ((512, 2), (256, 2), (128, 4), (64, 4), (33, 8), (15, 8), (5, 16), (3, 16))
 
 _FILTERS = {
@@ -38,7 +38,7 @@ def resize(image: U8, out_h: int, out_w: int, filter: str = "lanczos", box: Box 
 
 
 def _resize_plane(plane: U8, out_h: int, out_w: int, filter: str) -> U8:
-    """One axis at a time, in the order of Pillow 13, so that the result does not hang on the Pillow installed."""
+    """One axis at a time, in the order of Pillow 13, so that the result does not depend on the installed Pillow."""
     picture = Image.fromarray(np.ascontiguousarray(plane))
     h, w = plane.shape
     vertically_first = out_h < h and h - out_h > 2 * (w - out_w)
@@ -76,7 +76,7 @@ def feather(mask: U8, width: int = 32) -> U8:
 
 
 def _dilate(region: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Grown by one pixel to all eight sides."""
+    """The region grown by one pixel to all eight sides."""
     rows = region.copy()
     rows[1:] |= region[:-1]
     rows[:-1] |= region[1:]
@@ -131,7 +131,7 @@ def guided_step(
 
 
 def _rescale(positive: F32, e: F32, share: np.float32) -> F32:
-    """Lin et al. 2305.08891, section 3.4: guided noise brought back to the spread of the positive row, in part."""
+    """Bring the guided noise back, in part, to the spread of the positive row (Lin et al. 2305.08891, section 3.4)."""
     _, wanted = _mean_and_deviation(positive)
     _, spread = _mean_and_deviation(e)
     ratio = np.divide(wanted, spread, out=np.ones_like(wanted), where=spread > 0)
@@ -179,12 +179,12 @@ def paste(original: U8, content: U8, box: Box, weight: U8, alpha: F32 | None = N
     r0, r1, c0, c1 = box
     pasted = original.copy()
     inner = original[r0:r1, c0:c1]
-    pasted[r0:r1, c0:c1] = content if alpha is None else _mixed(content, inner, alpha)
-    return _mixed(pasted, original, weight.astype(np.float32) / np.float32(255))
+    pasted[r0:r1, c0:c1] = content if alpha is None else _mix(content, inner, alpha)
+    return _mix(pasted, original, weight.astype(np.float32) / np.float32(255))
 
 
-def _mixed(top: U8, bottom: U8, share: F32) -> U8:
-    """Truncated to 8 bit, in the reference's single precision."""
+def _mix(top: U8, bottom: U8, share: F32) -> U8:
+    """`top` over `bottom` by `share`, truncated to 8 bit, in the reference's single precision."""
     shares = share[:, :, None]
     value = top.astype(np.float32) * shares + bottom.astype(np.float32) * (np.float32(1) - shares)
     return value.clip(0, 255).astype(np.uint8)
@@ -203,4 +203,4 @@ def normals(seed: int, draw: int, step: int, shape: Sequence[int]) -> F32:
 
 
 def set_threads(count: int) -> None:
-    """numpy and Pillow are not told: their element-wise loops use one thread."""
+    """Does nothing: the element-wise loops of numpy and Pillow use one thread."""

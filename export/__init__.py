@@ -1,1 +1,1 @@
-"""Weights to ONNX: the list of networks, graph export, weight files and the parity check against torch."""
+"""Weights to ONNX: graph export, weight files, the parity check against torch, and torch as a back end."""

@@ -1,8 +1,8 @@
-"""The torch form of every network, with the engine's inputs and outputs: what is exported, what judges the export, and
-what `torch_networks` runs on a GPU.
+"""The torch form of every network, with the engine's inputs and outputs. It is exported, the export is compared with
+it, and `torch_backend` runs it on a GPU.
 
-Outside a trace nothing here waits for a device, copies from the host or depends on a tensor's values, in any precision:
-a pass can be captured as a CUDA graph. Imports torch and diffusers: reach it through `networks.torch_module`.
+Outside a trace nothing here waits for a device, copies from the host or depends on a tensor's values, in any precision.
+So a pass can be captured as a CUDA graph. Imports torch and diffusers: reach it through `make_torch_module`.
 """
 
 # mypy: disallow-subclassing-any=False
@@ -21,14 +21,20 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from dreammix_trt.core.subject import Slot
+from dreammix_trt.core.networks import Network
+from dreammix_trt.core.slots import Slot
 
-#: operators of the trace that `onnx_graph` turns into standard ones
+#: domain of the operators in the trace that `onnx_graph` turns into standard ones
 DOMAIN = "dreammix"
 
 
 class UNet(nn.Module):
     """SDXL's UNet with the inpaint feature and the packed LoRA as inputs."""
+
+    @classmethod
+    def of(cls, network: Network) -> UNet:
+        """The module of a described network."""
+        return cls(dict(network.configs["unet"]), network.slots)
 
     def __init__(self, config: dict[str, Any], slots: Sequence[Slot]) -> None:
         super().__init__()
@@ -61,7 +67,7 @@ class UNet(nn.Module):
         return eps
 
     def _add_feature(self, _module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
-        """The feature enters after conv_in and so also the first skip; one feature serves all rows of its picture."""
+        """Add the feature after conv_in, so that it enters the first skip, too. All rows of a picture share it."""
         assert self._feature is not None
         return out + _to_rows(self._feature, out)
 
@@ -69,9 +75,15 @@ class UNet(nn.Module):
 class TextEncoder(nn.Module):
     """A CLIP text encoder (Radford et al. 2021, text transformer), causal, no padding mask.
 
-    Gives the penultimate layer's states without final norm and, where the encoder has a projection, the projected
-    final-normed state of the end mark. Parameter names are transformers'.
+    Its outputs are the penultimate layer's states without final norm and, if the encoder has a projection, the
+    projected, final-normed state of the end mark. Parameter names are those of transformers.
     """
+
+    @classmethod
+    def of(cls, network: Network) -> TextEncoder:
+        """The module of a described network."""
+        (config,) = network.configs.values()
+        return cls(dict(config), network.slots, pooled=len(network.outputs) > 1)
 
     def __init__(self, config: dict[str, Any], slots: Sequence[Slot], pooled: bool) -> None:
         super().__init__()
@@ -90,15 +102,22 @@ class TextEncoder(nn.Module):
         self.lora.drop()
         if not self.pooled:
             return hidden
-        # transformers: configs of old (eos_token_id 2, wrong) find the end mark as the largest id, others by its id
+        # as in transformers: with old configs (a wrong eos_token_id of 2) the end mark is the largest id
         marks = input_ids if self.end == 2 else input_ids == self.end
         place = marks.to(torch.int32).argmax(-1, keepdim=True).unsqueeze(-1).expand(-1, 1, last.shape[-1])
-        return hidden, self.network.text_projection(reshaped(torch.gather(last, 1, place), (0, -1)))
+        return hidden, self.network.text_projection(reshape_like_onnx(torch.gather(last, 1, place), (0, -1)))
 
 
 class InpaintHead(nn.Module):
-    """Fooocus' head: a 3x3 convolution of [mask, masked latent]; padding "replicate", or "zeros" for a head that was
-    part of a 9-channel UNet's first convolution."""
+    """Fooocus' head: a 3x3 convolution of [mask, masked latent].
+
+    Its padding is "replicate", or "zeros" for a head that was part of a 9-channel UNet's first convolution.
+    """
+
+    @classmethod
+    def of(cls, network: Network) -> InpaintHead:
+        """The module of a described network."""
+        return cls(**network.configs["inpaint_head"])
 
     def __init__(self, channels: int, latent_channels: int, padding: str) -> None:
         super().__init__()
@@ -113,14 +132,19 @@ class InpaintHead(nn.Module):
 
 
 class VaeEncoder(nn.Module):
-    """Image in [-1, 1] -> mean and standard deviation of the latent, both unscaled; wide: see `_widen`."""
+    """Image in [-1, 1] -> mean and standard deviation of the latent, both unscaled."""
+
+    @classmethod
+    def of(cls, network: Network) -> VaeEncoder:
+        """The module of a described network."""
+        return cls(dict(network.configs["vae"]), network.wide)
 
     def __init__(self, config: dict[str, Any], wide: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.network: Any = AutoencoderKL.from_config(config)
         del self.network.decoder, self.network.post_quant_conv
         _use_own_operators(self.network)
-        _widen(vae_units("vae_encoder", self.network), wide)
+        _widen_units(vae_units("vae_encoder", self.network), wide)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         moments = self.network.encoder(image)
@@ -131,14 +155,19 @@ class VaeEncoder(nn.Module):
 
 
 class VaeDecoder(nn.Module):
-    """Latent, already divided by the scaling factor -> image in about [-1, 1]; wide: see `_widen`."""
+    """Latent, already divided by the scaling factor -> image in about [-1, 1]."""
+
+    @classmethod
+    def of(cls, network: Network) -> VaeDecoder:
+        """The module of a described network."""
+        return cls(dict(network.configs["vae"]), network.wide)
 
     def __init__(self, config: dict[str, Any], wide: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.network: Any = AutoencoderKL.from_config(config)
         del self.network.encoder, self.network.quant_conv
         _use_own_operators(self.network)
-        _widen(vae_units("vae_decoder", self.network), wide)
+        _widen_units(vae_units("vae_decoder", self.network), wide)
 
     def forward(self, latent: Tensor) -> Tensor:
         if self.network.post_quant_conv is not None:
@@ -148,9 +177,9 @@ class VaeDecoder(nn.Module):
 
 
 class LoraInputs:
-    """Adds `x @ A @ B` to the output of each slot's linear layer; A and B are inputs, one entry a picture.
+    """Adds `x @ A @ B` to the output of each slot's linear layer. A and B are inputs with one entry per picture.
 
-    They come as one packed row a picture, or as a tensor a factor: what is best differs by back end
+    They come as one packed row per picture, or as one tensor per factor; back ends differ in what suits them
     (docs/architecture.md).
     """
 
@@ -162,11 +191,13 @@ class LoraInputs:
             network.get_submodule(slot.module).register_forward_hook(self._hook(number))
 
     def take(self, given: Sequence[Tensor], batch: Tensor) -> None:
-        """The factors for the coming pass: nothing (no slots), one packed (N, P), or A (N, in, rank) and B (N, rank,
-        out) of every slot; batch: any tensor of k*N rows.
+        """Take the factors for the next pass.
 
-        In a trace a packed row is repeated for the k rows of its picture before it is cut up: one small copy spares
-        every slot two reshapes with shapes known only at run time. In torch itself the factors are views of it.
+        In a trace a packed row is repeated for the k rows of its picture before it is split: one small copy saves every
+        slot two reshapes with shapes that are known only at run time. In torch itself the factors are views.
+
+        given: nothing (no slots), one packed (N, P), or A (N, in, rank) and B (N, rank, out) of every slot.
+        batch: any tensor of k*N rows.
         """
         repeated = len(given) == 1 and torch.jit.is_tracing()
         self._sides = (given[0].shape[0], batch.shape[0]) if given and not repeated else None
@@ -175,11 +206,11 @@ class LoraInputs:
             sizes = [size for slot in self.slots for size in (slot.inputs * slot.rank, slot.rank * slot.outputs)]
             heights = [height for slot in self.slots for height in (slot.inputs, slot.rank)]
             parts = torch.split(rows, sizes, dim=1)
-            given = [reshaped(part, (0, height, -1)) for part, height in zip(parts, heights, strict=True)]
+            given = [reshape_like_onnx(part, (0, height, -1)) for part, height in zip(parts, heights, strict=True)]
         self._factors = list(given)
 
     def drop(self) -> None:
-        """Forget the factors once the pass is over: they are the caller's memory."""
+        """Forget the factors after the pass: their memory belongs to the caller."""
         self._factors = []
 
     def _hook(self, number: int) -> Any:
@@ -188,22 +219,24 @@ class LoraInputs:
                 return out
             a, b = self._factors[2 * number : 2 * number + 2]
             x = inputs[0]
-            if self._sides is None:  # a row has factors of its own
+            if self._sides is None:  # each row has its own factors
                 return out + x @ a @ b
             pictures, rows = self._sides
-            below = x.reshape(pictures, -1, int(x.shape[-1]))  # the rows of a picture, one below the other
+            below = x.reshape(pictures, -1, int(x.shape[-1]))  # the rows of a picture, concatenated
             if torch.jit.is_tracing():
                 return out + (below @ a @ b).reshape(rows, -1, int(b.shape[-1]))
-            added = torch.baddbmm(out.reshape(pictures, -1, out.shape[-1]), below @ a, b)  # sums where it multiplies
+            added = torch.baddbmm(
+                out.reshape(pictures, -1, out.shape[-1]), below @ a, b
+            )  # multiplies and adds in one kernel
             return added.reshape(out.shape)
 
         return add
 
 
-def reshaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """`x` in a new shape where 0 keeps an axis and one -1 is what remains, as ONNX's Reshape has it.
+def reshape_like_onnx(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Reshape like ONNX's Reshape. torch's own reshape would put the kept axes into the graph as shape arithmetic.
 
-    torch's own reshape would put the kept axes into the graph as shape arithmetic.
+    shape: 0 keeps an axis, one -1 takes what remains.
     """
     if not torch.jit.is_tracing():
         return x.reshape([x.shape[axis] if side == 0 else side for axis, side in enumerate(shape)])
@@ -222,7 +255,7 @@ class _Reshape(torch.autograd.Function):
 
 
 class PlainAttention:
-    """diffusers attention written out, so that the graph holds few nodes and no shape arithmetic."""
+    """diffusers' attention written out, so that the graph has few nodes and no shape arithmetic."""
 
     def __call__(
         self,
@@ -235,7 +268,7 @@ class PlainAttention:
         assert attention_mask is None, "SDXL attends everywhere"
         picture, x = hidden_states, hidden_states
         if picture.ndim == 4:
-            x = reshaped(picture, (0, picture.shape[1], -1)).transpose(1, 2)
+            x = reshape_like_onnx(picture, (0, picture.shape[1], -1)).transpose(1, 2)
         if attn.group_norm is not None:
             x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
         context = x if encoder_hidden_states is None else encoder_hidden_states
@@ -244,34 +277,37 @@ class PlainAttention:
             x = x.transpose(1, 2).reshape_as(picture)
         x = x + picture if attn.residual_connection else x
         if attn.rescale_output_factor == 1 and not torch.jit.is_tracing():
-            return x  # a division is a pass over the memory, and torch does not know that it does nothing
+            return x  # torch would divide by 1, a needless pass over the memory
         return x / attn.rescale_output_factor
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for q (B, T, C), k and v (B, S, C); causal: nobody looks ahead."""
+    """softmax(q k^T / sqrt(d)) v for q (B, T, C), k and v (B, S, C); causal: no token sees later ones."""
     width = int(q.shape[-1]) // heads
     if _fused and width <= 256:  # TensorRT has no kernel for wider heads (the VAE's single one)
         attended: Tensor = _Attention.apply(q, k, v, heads, causal)
         return attended
     length = int(q.shape[1])
-    q, k, v = (reshaped(x, (0, 0, heads, -1)).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (reshape_like_onnx(x, (0, 0, heads, -1)).transpose(1, 2) for x in (q, k, v))
     if torch.jit.is_tracing():
         scores = (q * width**-0.5) @ k.transpose(-1, -2)
-        if causal:  # a bound that float16 holds too; exp(-30000) is 0 in both
+        if causal:  # within float16's range, too; exp(-30000) is 0 in both
             scores = scores + torch.from_numpy(np.triu(np.full((length, length), -30000.0, np.float32), 1))
         x = torch.softmax(scores, dim=-1) @ v
-    else:  # torch's own kernel: quicker, and an independent judge of the lines above
+    else:  # torch's own kernel: faster, and an independent check of the lines above
         x = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    return reshaped(x.transpose(1, 2), (0, 0, -1))
+    return reshape_like_onnx(x.transpose(1, 2), (0, 0, -1))
 
 
 _fused = False
 
 
 @contextmanager
-def fused_operators(on: bool = True) -> Iterator[None]:
-    """Trace attention and group norm as single operators (opset 23) instead of writing them out."""
+def fuse_operators(on: bool = True) -> Iterator[None]:
+    """Trace attention and group norm as single operators (opset 23) instead of writing them out.
+
+    on: whether to do so inside the block.
+    """
     global _fused
     before, _fused = _fused, on
     try:
@@ -281,7 +317,7 @@ def fused_operators(on: bool = True) -> Iterator[None]:
 
 
 class _Attention(torch.autograd.Function):
-    """ONNX's Attention on (B, T, C) tensors; computed here by torch's own kernel."""
+    """ONNX's Attention on (B, T, C) tensors, computed with torch's own kernel."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool) -> Tensor:
@@ -309,9 +345,9 @@ class _GroupNorm(torch.autograd.Function):
 
 
 def narrow(x: Tensor) -> Tensor:
-    """Mark in the graph that from here on the network's own precision serves; `wide`: that float32 is needed.
+    """Mark in the graph that from here on the network's own precision is enough. `widen` marks that float32 is needed.
 
-    In torch itself they do nothing; who runs a module in float16 converts at those places (`torch_networks`).
+    Outside a trace both do nothing; `torch_backend` converts at these places when it runs a module in float16.
     """
     if not torch.jit.is_tracing():
         return x
@@ -319,8 +355,8 @@ def narrow(x: Tensor) -> Tensor:
     return marked
 
 
-def wide(x: Tensor) -> Tensor:
-    """See `narrow`."""
+def widen(x: Tensor) -> Tensor:
+    """Mark in the graph that from here on float32 is needed, see `narrow`."""
     if not torch.jit.is_tracing():
         return x
     marked: Tensor = _Mark.apply(x, "Wide")
@@ -338,7 +374,13 @@ class _Mark(torch.autograd.Function):
 
 
 def vae_units(kind: str, network: Any) -> dict[str, nn.Module]:
-    """The modules that a picture passes one after the other: name -> module; kind: "vae_encoder" or "vae_decoder"."""
+    """The modules that a picture passes one after the other.
+
+    kind: "vae_encoder" or "vae_decoder".
+    network: diffusers' AutoencoderKL.
+
+    Returns name -> module, in order.
+    """
     half: Any = network.encoder if kind == "vae_encoder" else network.decoder
     blocks = half.down_blocks if kind == "vae_encoder" else half.up_blocks
     samplers = "downsamplers" if kind == "vae_encoder" else "upsamplers"
@@ -357,17 +399,17 @@ def vae_units(kind: str, network: Any) -> dict[str, nn.Module]:
     return units if network.post_quant_conv is None else {"post_quant_conv": network.post_quant_conv, **units}
 
 
-def _widen(units: dict[str, nn.Module], names: tuple[str, ...]) -> None:
-    """Mark the units from the first to the last of `names` as float32 (`export/vae_range.py` says which need it)."""
+def _widen_units(units: dict[str, nn.Module], names: tuple[str, ...]) -> None:
+    """Mark the units from the first to the last of `names` as float32 (`export/vae_range.py` finds them)."""
     if not names:
         return
     chosen = [name for name in units if name in names]
-    units[chosen[0]].register_forward_pre_hook(lambda _module, inputs: (wide(inputs[0]), *inputs[1:]))
+    units[chosen[0]].register_forward_pre_hook(lambda _module, inputs: (widen(inputs[0]), *inputs[1:]))
     units[chosen[-1]].register_forward_hook(lambda _module, _inputs, out: narrow(out))
 
 
 def _to_rows(x: Tensor, batch: Tensor) -> Tensor:
-    """x (N, ...) repeated to batch's k*N rows, k neighbouring rows a picture."""
+    """Repeat x (N, ...) to the k*N rows of `batch`, k neighbouring rows per picture."""
     repeats = batch.shape[0] // x.shape[0]
     shape = x.shape[1:]
     wide = x.unsqueeze(1).expand(x.shape[0], repeats, *shape)
@@ -385,7 +427,7 @@ def _use_own_operators(network: nn.Module) -> None:
 
 
 def _geglu(layer: GEGLU, x: Tensor) -> Tensor:
-    """Half of the projection gated by the other: one Split, where `chunk` leaves shape arithmetic."""
+    """Gate one half of the projection with the other: one Split, where `chunk` leaves shape arithmetic."""
     half = layer.proj.out_features // 2
     value, gate = torch.split(layer.proj(x), [half, half], dim=-1)
     result: Tensor = value * nn.functional.gelu(gate)
@@ -414,7 +456,7 @@ class _ClipText(nn.Module):
         self.final_layer_norm = nn.LayerNorm(width, eps=config.get("layer_norm_eps", 1e-5))
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """ids (B, 77) -> penultimate states, final-normed last states, both (B, 77, width)."""
+        """ids (B, 77) -> penultimate states and final-normed last states, both (B, 77, width)."""
         x = self.embeddings["token_embedding"](input_ids) + self.embeddings["position_embedding"].weight
         layers: Any = self.encoder.layers
         penultimate = x

@@ -1,8 +1,8 @@
-"""A base model -> the parts engines are built from: a folder a network, and one for what they share.
+"""Turns a base model into the parts that engines are built from: a folder per network, and one for what they share.
 
-A network's part is `GRAPH.onnx` (weights outside, at places of the next file that it knows; any ONNX tool opens it),
-`GRAPH.safetensors` and `network.json`. Part `base` is `base.json` and both tokenizers. A graph depends on the
-configuration alone: traced once, it serves both UNets, every checkpoint of that shape, and machines without torch.
+A network's part is `GRAPH.onnx` (its weights are external, at offsets in the next file; any ONNX tool opens it),
+`GRAPH.safetensors` and `network.json`. The part `base` is `base.json` and both tokenizers. A graph depends only on the
+configuration: traced once, it serves both UNets, every checkpoint of that shape, and machines without torch.
 """
 
 from __future__ import annotations
@@ -22,33 +22,35 @@ from numpy.typing import NDArray
 
 from dreammix_trt.core.checkpoint import EMBEDDED, TOKENIZERS, BaseFiles
 from dreammix_trt.core.files import read_json, write_json
+from dreammix_trt.core.network_weights import BaseLora, weights_of
+from dreammix_trt.core.networks import SLOT_RANK, Network, Precision, describe_networks, plain_name
 from dreammix_trt.core.tensors import Weights, write_tensors
-from dreammix_trt.export.networks import (
-    SAFE,
-    SLOT_RANK,
-    BaseLora,
-    Network,
-    Precision,
-    check_fit,
-    networks_of,
-    torch_module,
-    weights_of,
-)
-from dreammix_trt.export.parity import check_parity, check_sizes
+from dreammix_trt.export.parity import check_parity, choose_sizes
+from dreammix_trt.export.torch_module import check_fit, make_torch_module
 
 log = logging.getLogger(__name__)
 
 SCHEMA = 2
-#: raised when the exporter's code gives other graphs for the same configuration
+#: increase it when the exporter's code makes other graphs for the same configuration
 GRAPH_REVISION = 2
-#: torch and ONNX Runtime side by side want eight bytes a parameter; larger networks are checked by
-#: `benchmarks/full_size.py` in two processes
+#: torch and ONNX Runtime together need eight bytes per parameter; `benchmarks/full_size.py` checks larger networks in
+#: two processes
 CHECKED_PARAMETERS = 200_000_000
 #: config entries that do not change a graph
-_NO_MATTER = {
-    "architectures", "dtype", "torch_dtype", "transformers_version", "sample_size", "scaling_factor", "force_upcast",
-    "initializer_factor", "initializer_range", "attention_dropout", "bos_token_id", "pad_token_id",
-}  # fmt: skip
+_IRRELEVANT = {
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "sample_size",
+    "scaling_factor",
+    "force_upcast",
+    "initializer_factor",
+    "initializer_range",
+    "attention_dropout",
+    "bos_token_id",
+    "pad_token_id",
+}
 Progress = Callable[[str, int, int], None]
 
 
@@ -62,18 +64,25 @@ def export_base(
     verify: bool | None = None,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Write every part of a base into folders of `out_dir`; returns network -> its `network.json`.
+    """Write every part of a base into folders of `out_dir`.
 
-    The graphs shipped with this package are used where they fit. verify: see `export_network`; progress: called with
-    (what, done, total). Builds use the functions below one by one, so that each part is kept when it is done.
+    Uses the graphs shipped with this package where they fit. Builds call the functions below one by one instead, so
+    that each finished part is kept.
+
+    slot_rank: of the LoRA slots; 0: no slots.
+    precision, fused: see `Network`.
+    verify: see `export_network`.
+    progress: called with (what, done, total).
+
+    Returns network -> its `network.json`.
     """
-    out, networks = Path(out_dir), networks_of(base, slot_rank, precision, fused)
+    out, networks = Path(out_dir), describe_networks(base, slot_rank, precision, fused)
     report = progress or (lambda what, done, total: None)
     entries = {}
     with tempfile.TemporaryDirectory() as scratch:
         for number, network in enumerate(networks):
             report(network.name, number, len(networks))
-            graph = shipped_graph(network) or Path(scratch) / network.graph
+            graph = find_shipped_graph(network) or Path(scratch) / network.graph
             if not graph.exists():
                 graph.mkdir()
                 write_graph(network, graph)
@@ -86,10 +95,13 @@ def export_base(
 
 
 def write_graph(network: Network, folder: Path) -> None:
-    """Trace a network: `graph.onnx` without weights, `graph.json` with what it wants of them. Needs torch."""
-    from dreammix_trt.export.onnx_graph import exporter_versions, graph_of
+    """Trace a network. Needs torch.
 
-    graph = graph_of(network)
+    folder: gets `graph.onnx` without weights and `graph.json`, which says what weights the graph needs.
+    """
+    from dreammix_trt.export.onnx_graph import exporter_versions, trace_graph
+
+    graph = trace_graph(network)
     data = graph.proto.SerializeToString()
     log.info("%s: %d nodes, %d bytes", network.graph, len(graph.proto.graph.node), len(data))
     (folder / "graph.onnx").write_bytes(data)
@@ -105,10 +117,12 @@ def write_graph(network: Network, folder: Path) -> None:
     write_json(folder / "graph.json", facts)
 
 
-def shipped_graph(network: Network) -> Path | None:
-    """The folder of a graph that comes with this package, if it has one of equal configurations and slots.
+def find_shipped_graph(network: Network) -> Path | None:
+    """Find a graph with equal configurations and slots that was shipped with this package.
 
-    Graphs beside a user's checkpoint are never taken: a part's key would not tell them from honest ones.
+    Graphs beside a user's checkpoint are never used: the key of a part would not distinguish them from honest ones.
+
+    Returns its folder, or None.
     """
     folder = EMBEDDED / "graphs" / network.graph
     if not (folder / "graph.json").is_file() or not (folder / "graph.onnx").is_file():
@@ -117,17 +131,21 @@ def shipped_graph(network: Network) -> Path | None:
     if facts.get("digest") != graph_digest(network):
         return None
     if hashlib.sha256((folder / "graph.onnx").read_bytes()).hexdigest() != facts["sha256"]:
-        log.warning("%s: changed since it was made; exporting anew", folder)
+        log.warning("%s: changed since it was made; exporting again", folder)
         return None
     return folder
 
 
 def make_shipped_graphs(base: BaseFiles, out: str | Path, *, slot_rank: int = SLOT_RANK) -> None:
-    """Trace and check a base's graphs and put them, without weights, where `shipped_graph` finds them."""
+    """Trace and check the graphs of a base and write them without weights.
+
+    out: the folder `graphs` of the embedded model, where `find_shipped_graph` looks.
+    slot_rank: of the LoRA slots.
+    """
     out = Path(out)
     with tempfile.TemporaryDirectory(dir=out.parent) as name:
         scratch = Path(name)
-        for network in networks_of(base, slot_rank):
+        for network in describe_networks(base, slot_rank):
             graph = scratch / "graphs" / network.graph
             if not graph.exists():
                 graph.mkdir(parents=True)
@@ -149,18 +167,22 @@ def export_network(
     loras: Sequence[BaseLora] = (),
     verify: bool | None = None,
 ) -> dict[str, Any]:
-    """Write one network's part into the folder `out`, its graph from the folder `graph`; returns its `network.json`.
+    """Write the part of one network. Weights go from the checkpoint to the part with one tensor in memory at a time.
 
-    Weights stream from the checkpoint to the part, one tensor in memory at a time; loras: merged into them. verify:
-    compare with torch in ONNX Runtime (None: where torch is installed and the network is small enough; else the figures
-    of the graph's making are carried along, marked "at export"). Raises `BuildError` when the graph differs from torch
-    by more than its bound, `FileFormatError` for weights that do not fit or do not fit in float16.
+    graph: the folder of its graph.
+    out: the folder of the part.
+    loras: merged into the weights.
+    verify: whether to compare ONNX Runtime with torch. None: if torch is installed and the network is small enough;
+        otherwise the figures from the making of the graph are copied and marked "at export".
+
+    Returns its `network.json`. Raises `BuildError` when the graph differs from torch by more than its bound, and
+    `FileFormatError` for weights that do not fit the graph or float16.
     """
     facts = read_json(graph / "graph.json")
     weights, file = weights_of(base, network.name, loras), out / f"{network.graph}.safetensors"
     _write_weights(network, weights, facts["weights"], file)
     shutil.copyfile(graph / "graph.onnx", file.with_suffix(".onnx"))
-    described = network.described()  # without inputs that have no effect: factors of a text encoder's unused last layer
+    described = network.describe()  # without inputs that have no effect: factors of a text encoder's unused last layer
     described["inputs"] = [spec for spec in described["inputs"] if spec["name"] in facts["inputs"]]
     entry = {
         "schema": SCHEMA,
@@ -170,14 +192,16 @@ def export_network(
         **described,
         "initializers": {name: transposed for name, (_, _, transposed) in facts["weights"].items()},
     }
-    entry["parity"] = _parity(base, network, weights, facts, out, verify)
+    entry["parity"] = _find_parity(base, network, weights, facts, out, verify)
     write_json(out / "network.json", entry)
     return entry
 
 
 def export_facts(base: BaseFiles, slot_rank: int, out: Path, defaults: Mapping[str, Any] | None = None) -> None:
-    """Write the part `base`: what the loop must know (`base.json`) and both tokenizers.
+    """Write the part `base`: the facts for the sampling loop (`base.json`) and both tokenizers.
 
+    slot_rank: of the LoRA slots.
+    out: the folder of the part.
     defaults: fields of a request that suit this base (a few-step LoRA's sampler, steps and guidance).
     """
     facts = {
@@ -202,20 +226,20 @@ def export_facts(base: BaseFiles, slot_rank: int, out: Path, defaults: Mapping[s
 
 
 def graph_digest(network: Network) -> str:
-    """sha256 of all that decides a graph: configurations, tensors, slots, precision, and the exporter's revision."""
-    facts = [GRAPH_REVISION, network.described(), _canonical(network.configs)]
+    """sha256 of everything that decides a graph: configs, tensors, slots, precision, and the exporter's revision."""
+    facts = [GRAPH_REVISION, network.describe(), _strip_configs(network.configs)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=list).encode()).hexdigest()
 
 
-def _canonical(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _strip_configs(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {
-        name: {key: value for key, value in config.items() if key not in _NO_MATTER and not key.startswith("_")}
+        name: {key: value for key, value in config.items() if key not in _IRRELEVANT and not key.startswith("_")}
         for name, config in configs.items()
     }
 
 
 def _write_weights(network: Network, weights: Weights, wanted: Mapping[str, Any], file: Path) -> None:
-    """The weights as the graph wants them; those without effect (a text encoder's last layer) are left out."""
+    """Write the weights as the graph needs them, without those that have no effect (a text encoder's last layer)."""
     straight = {name: tuple(shape[::-1] if turned else shape) for name, (_, shape, turned) in wanted.items()}
     check_fit(network.name, {name: weights.shape(name) for name in wanted if name in weights}, straight)
 
@@ -225,7 +249,7 @@ def _write_weights(network: Network, weights: Weights, wanted: Mapping[str, Any]
     write_tensors(file, {name: (dtype, tuple(shape)) for name, (dtype, shape, _) in wanted.items()}, read)
 
 
-def _parity(
+def _find_parity(
     base: BaseFiles, network: Network, weights: Weights, facts: Mapping[str, Any], out: Path, verify: bool | None
 ) -> dict[str, Any]:
     from importlib.util import find_spec
@@ -234,7 +258,7 @@ def _parity(
     possible = find_spec("torch") is not None and find_spec("diffusers") is not None
     if verify or (verify is None and possible and size <= CHECKED_PARAMETERS):
         model = out / f"{network.graph}.onnx"
-        figures = check_parity(network, model, torch_module(network, weights), check_sizes(base.divisor))
+        figures = check_parity(network, model, make_torch_module(network, weights), choose_sizes(base.divisor))
         return {**figures, "checked": "at build"}
-    recorded = facts["parity"].get(network.name.removesuffix(SAFE)) if base.folder == EMBEDDED else None
+    recorded = facts["parity"].get(plain_name(network.name)) if base.folder == EMBEDDED else None
     return {**recorded, "checked": "at export"} if recorded else {"checked": "not", "parameters": size}

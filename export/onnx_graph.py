@@ -1,7 +1,7 @@
-"""One torch module -> one ONNX graph whose weights stand outside, under their torch names.
+"""Exports a torch module as an ONNX graph with external weights under their torch names.
 
-The graph depends on the configuration only, never on the weights' values: the trace has none, and during all clean-up
-the weights are values nobody knows, so nothing can be folded into them, merged because two happen to be equal, or lost.
+The graph depends only on the configuration, never on the values of the weights. The trace has no values, and during the
+clean-up the weights are unknown values. So nothing can be folded into them, merged because two are equal, or lost.
 """
 
 from __future__ import annotations
@@ -17,22 +17,28 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dreammix_trt.core.errors import BuildError, MissingExtraError
-from dreammix_trt.core.subject import LORA_SIDES
-from dreammix_trt.core.tensors import planned_places
-from dreammix_trt.export.networks import Network, torch_module
-from dreammix_trt.export.precision import typed
+from dreammix_trt.core.networks import Network
+from dreammix_trt.core.slots import LORA_SIDES
+from dreammix_trt.core.tensors import plan_places
+from dreammix_trt.export.precision import assign_types
+from dreammix_trt.export.torch_module import make_torch_module
 
 if TYPE_CHECKING:
     import onnx
 
-#: of the trace, and of the graph with single operators for attention and group norm
+#: opset of the trace, and of the graph with single operators for attention and group norm
 OPSET, FUSED_OPSET = 20, 23
-#: sizes while tracing; every dynamic axis differs from the others and from all widths that matter
-TRACE_SIZES = {"pictures": 2, "rows": 4, "h": 16, "w": 24, "H": 128, "W": 192}
+#: sizes for tracing; every dynamic axis differs from the others and from all relevant widths
+TRACE_SIZES = {"pictures": 2, "rows": 4, "context": 83, "h": 16, "w": 24, "H": 128, "W": 192}
 
 
 class Weight(NamedTuple):
-    """How a graph wants a weight: dtype, shape as stored, and whether that is the transpose of torch's."""
+    """The form in which a graph needs a weight.
+
+    dtype: of numpy.
+    shape: as stored.
+    transposed: whether this is the transpose of torch's weight.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -41,18 +47,22 @@ class Weight(NamedTuple):
 
 @dataclass(frozen=True)
 class Graph:
-    """proto: the ONNX model, its weights in a safetensors file beside it; weights: torch name -> how it lies there."""
+    """A graph with external weights.
+
+    proto: the ONNX model; its weights are in a safetensors file beside it.
+    weights: torch name -> its form in that file.
+    """
 
     proto: onnx.ModelProto
     weights: dict[str, Weight]
 
 
-def graph_of(network: Network) -> Graph:
-    """Export a network's graph: seconds for the embedded model, about a minute and 5 GB of memory for a full SDXL UNet.
+def trace_graph(network: Network) -> Graph:
+    """Export the graph of a network. Needs torch, diffusers, onnx and onnxslim.
 
-    Needs torch, diffusers, onnx and onnxslim.
+    Takes seconds for the embedded model, and about a minute and 5 GB of memory for a full SDXL UNet.
     """
-    module = torch_module(network)
+    module = make_torch_module(network)
     try:
         import onnx
         import onnxslim  # noqa: F401
@@ -60,52 +70,52 @@ def graph_of(network: Network) -> Graph:
         raise MissingExtraError(
             f"{error.name} is not installed, exporting needs it: pip install dreammix-trt[export]"
         ) from error
-    model = onnx.load_from_string(_traced(module, network))
+    model = onnx.load_from_string(_trace(module, network))
     shapes = {name: tuple(parameter.shape) for name, parameter in module.network.named_parameters()}
     transposed = _name_weights(model.graph, shapes)
-    dtypes = typed(model.graph, network, transposed)
-    _to_standard_operators(model)
+    dtypes = assign_types(model.graph, network, transposed)
+    _use_standard_operators(model)
     few = [spec.name for spec in network.inputs if not spec.name.endswith(LORA_SIDES)]
-    model = _slimmed(model, few)
-    for item in model.graph.initializer:  # one way to hold constants, so that equal ones can be found
+    model = _slim(model, few)
+    for item in model.graph.initializer:  # the same encoding for all constants, so that equal ones are found
         item.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(item), item.name))
-    onnx.checker.check_model(model, full_check=True)  # here, as later it would look for the weights' files
+    onnx.checker.check_model(model, full_check=True)  # now, since later it would look for the files of the weights
     weights = {
         name: Weight(dtypes[name], shapes[name][::-1] if flipped else shapes[name], flipped)
         for name, flipped in transposed.items()
     }
-    _weights_to_external(model.graph, weights, f"{network.graph}.safetensors")
+    _make_weights_external(model.graph, weights, f"{network.graph}.safetensors")
     _shorten_names(model.graph, network)
     _strip(model)
     return Graph(model, weights)
 
 
 def exporter_versions() -> dict[str, str]:
-    """What decides a graph besides the configuration."""
+    """The versions that decide a graph besides the configuration."""
     return {"opset": str(OPSET), **{name: version(name) for name in ("torch", "diffusers", "onnx", "onnxslim")}}
 
 
-def _traced(module: Any, network: Network) -> bytes:
-    """The one place that knows torch's exporter.
+def _trace(module: Any, network: Network) -> bytes:
+    """Trace a module with torch's exporter; no other code calls it.
 
-    The TorchScript-based one: on a small UNet it takes seconds where `dynamo=True` takes minutes, and its graphs are
-    as good (reference/toolchain.md); on the full one it takes a minute or two where `dynamo=True` takes six. It runs
-    the module once, in float32, on small pictures; hollow parameters keep that light.
+    This is the TorchScript-based exporter. Its graphs are as good as those of `dynamo=True`, and it takes seconds
+    instead of minutes on a small UNet, and a minute or two instead of six on the full one. It runs the module once, in
+    float32, on small pictures; hollow parameters need little memory.
     """
     import torch
 
-    from dreammix_trt.export.modules import DOMAIN, fused_operators
+    from dreammix_trt.export.modules import DOMAIN, fuse_operators
 
     example = {
         name: torch.from_numpy(value.astype(np.float32) if value.dtype == np.float16 else value)
-        for name, value in network.example(TRACE_SIZES).items()
+        for name, value in network.draw_example(TRACE_SIZES).items()
     }
     axes = {
         spec.name: {axis: side for axis, side in enumerate(spec.shape) if isinstance(side, str)}
         for spec in (*network.inputs, *network.outputs)
     }
     out = io.BytesIO()
-    with _expected_warnings(), fused_operators(network.fused), torch.inference_mode():
+    with _silence_expected(), fuse_operators(network.fused), torch.inference_mode():
         torch.onnx.export(
             module,
             tuple(example.values()),
@@ -123,14 +133,14 @@ def _traced(module: Any, network: Network) -> bytes:
 
 
 def _uses_own_operators(network: Network) -> bool:
-    """Whether the trace holds marks or single operators of our own (the exporter complains of an idle opset)."""
+    """Whether the trace has marks or operators of our own (the exporter complains about an unused opset)."""
     return network.graph == "unet" or bool(network.wide) or (network.fused and network.graph != "inpaint_head")
 
 
 @contextmanager
-def _expected_warnings() -> Iterator[None]:
-    """Silence what tracing is known to say: the exporter's own age, Python values it takes as constants, and that it
-    leaves a padding's shape arithmetic to the clean-up."""
+def _silence_expected() -> Iterator[None]:
+    """Silence known warnings: the exporter is old, Python values become constants, and the shape arithmetic of paddings
+    is left to the clean-up."""
     from torch.jit import TracerWarning
 
     with warnings.catch_warnings():
@@ -142,9 +152,10 @@ def _expected_warnings() -> Iterator[None]:
 
 
 def _name_weights(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, bool]:
-    """Rename the weights, all inputs of the trace, to their torch names and swallow the Transpose that linear layers
-    put before them. Gives torch name -> transposed; weights without effect (a text encoder's last layer) are not among
-    them."""
+    """Rename the weights, which are inputs of the trace, to their torch names. Absorb the Transpose of linear layers.
+
+    Returns torch name -> whether transposed, without weights that have no effect (a text encoder's last layer).
+    """
     import onnx
 
     prefix = "network."
@@ -171,8 +182,8 @@ def _name_weights(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]])
     return {name: name in flipped for name in sorted(weights.values())}
 
 
-def _to_standard_operators(model: onnx.ModelProto) -> None:
-    """Attention and GroupNormalization of the trace become ONNX's own, which came after the trace's opset."""
+def _use_standard_operators(model: onnx.ModelProto) -> None:
+    """Turn Attention and GroupNormalization of the trace into ONNX's own, which are newer than the trace's opset."""
     from dreammix_trt.export.modules import DOMAIN
 
     custom = [node for node in model.graph.node if node.domain == DOMAIN]
@@ -186,11 +197,12 @@ def _to_standard_operators(model: onnx.ModelProto) -> None:
         model.ir_version = max(model.ir_version, 11)
 
 
-def _slimmed(model: onnx.ModelProto, kept_inputs: Collection[str]) -> onnx.ModelProto:
-    """onnxslim's clean-up, during which every input but a few comes out of a node of an operator that nobody knows.
+def _slim(model: onnx.ModelProto, kept_inputs: Collection[str]) -> onnx.ModelProto:
+    """Clean up with onnxslim. Meanwhile all inputs except `kept_inputs` come from nodes with an unknown operator.
 
-    Nobody can fold such a node. And onnxslim compares each graph input with every tensor, and all nodes of an operator
-    with each other: minutes for the 1680 weights and 1842 products of a full UNet. So equal nodes are merged here.
+    Such a node cannot be folded. Also onnxslim compares each graph input with every tensor, and all nodes of an
+    operator with each other: this takes minutes for the 1680 weights and 1842 products of a full UNet. So we merge
+    equal nodes ourselves.
     """
     import onnx
     import onnxslim
@@ -223,7 +235,7 @@ def _slimmed(model: onnx.ModelProto, kept_inputs: Collection[str]) -> onnx.Model
 
 
 def _merge_equal_nodes(graph: onnx.GraphProto) -> None:
-    """Of nodes with equal operators, inputs and attributes keep the first; constants count by their content."""
+    """Keep only the first of nodes with equal operators, inputs and attributes. Constants are compared by content."""
     content = {item.name: (item.data_type, *item.dims, item.raw_data) for item in graph.initializer if item.raw_data}
     outputs = {item.name for item in graph.output}
     first: dict[Any, list[str]] = {}
@@ -242,14 +254,14 @@ def _merge_equal_nodes(graph: onnx.GraphProto) -> None:
     graph.node.extend(kept)
 
 
-def _weights_to_external(graph: onnx.GraphProto, weights: Mapping[str, Weight], location: str) -> None:
-    """Turn the weight inputs back into initializers that say where in the file `location` their data will lie."""
+def _make_weights_external(graph: onnx.GraphProto, weights: Mapping[str, Weight], location: str) -> None:
+    """Turn the weight inputs into initializers that say where in the file `location` their data will be."""
     import onnx
 
     inputs = [item for item in graph.input if item.name not in weights]
     del graph.input[:]
     graph.input.extend(inputs)
-    places = planned_places({name: (weight.dtype, weight.shape) for name, weight in weights.items()})
+    places = plan_places({name: (weight.dtype, weight.shape) for name, weight in weights.items()})
     for name, weight in sorted(weights.items()):
         code = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(weight.dtype))
         tensor = onnx.TensorProto(name=name, data_type=code, dims=weight.shape)
@@ -261,7 +273,7 @@ def _weights_to_external(graph: onnx.GraphProto, weights: Mapping[str, Weight], 
 
 
 def _shorten_names(graph: onnx.GraphProto, network: Network) -> None:
-    """Give values between nodes short names, equal constants one; nodes keep the name of the module they came from."""
+    """Give values between nodes short names, and equal constants the same name. Nodes keep their module's name."""
     fixed = {spec.name for spec in (*network.inputs, *network.outputs)}
     fixed |= {item.name for item in graph.initializer if item.external_data}
     constants = [item for item in graph.initializer if not item.external_data]
@@ -272,7 +284,7 @@ def _shorten_names(graph: onnx.GraphProto, network: Network) -> None:
     produced = [name for node in graph.node for name in node.output if name and name not in fixed]
     short |= {name: f"v{number}" for number, name in enumerate(produced)}
     kept = [item for item in graph.initializer if item.external_data or first[content[item.name]] == item.name]
-    kept = [_renamed(item, short.get(item.name, item.name)) for item in kept]
+    kept = [_rename(item, short.get(item.name, item.name)) for item in kept]
     del graph.initializer[:]
     graph.initializer.extend(kept)
     for node in graph.node:
@@ -281,13 +293,13 @@ def _shorten_names(graph: onnx.GraphProto, network: Network) -> None:
         node.name = node.name.removeprefix("/network/")
 
 
-def _renamed(item: onnx.TensorProto, name: str) -> onnx.TensorProto:
+def _rename(item: onnx.TensorProto, name: str) -> onnx.TensorProto:
     item.name = name
     return item
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Drop inferred shapes, doc strings and metadata: they name source files and double the size."""
+    """Drop inferred shapes, doc strings and metadata: they contain source paths and double the size."""
     del model.graph.value_info[:], model.metadata_props[:]
     model.doc_string = model.graph.doc_string = ""
     model.graph.name = "dreammix"

@@ -1,4 +1,4 @@
-"""Does a graph compute what its torch module computes? ONNX Runtime against torch on random inputs, by Polygraphy."""
+"""Compares a graph in ONNX Runtime with its torch module on random inputs, using Polygraphy."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dreammix_trt.core.axes import FACTOR
+from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import BuildError, MissingExtraError
-from dreammix_trt.export.networks import Network
+from dreammix_trt.core.networks import Network
 
-#: largest difference, as a share of an output's largest value; torch always computes in float32
+#: largest allowed difference, as a share of an output's largest value; torch always computes in float32
 BOUNDS = {"float32": 1e-4, "float16": 2e-2}
 Arrays = dict[str, NDArray[Any]]
 
 
 class OnnxNetwork:
-    """A graph with its weights beside it in ONNX Runtime, on the CPU.
-
-    light: leave the graph as it is and the weights where they are; slower, but a float16 network of 5 GB, which a CPU
-    computes in float32, then needs little more than its own size.
-    """
+    """A graph and the weights beside it in ONNX Runtime, on the CPU."""
 
     def __init__(self, graph: Path, threads: int = 0, light: bool = False) -> None:
+        """graph: the ONNX file.
+
+        threads: 0: all cores.
+        light: whether to use the graph unoptimised and the weights in place. This is slower, but a float16 network of
+            5 GB, which a CPU computes in float32, then needs little more memory than its size.
+        """
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -36,7 +40,7 @@ class OnnxNetwork:
         self._session = onnxruntime.InferenceSession(graph, options, ["CPUExecutionProvider"])
 
     def run(self, **inputs: NDArray[Any]) -> Arrays:
-        """Outputs by name; inputs the graph does not need are left out."""
+        """Run the graph and return outputs by name. Inputs that it does not need are ignored."""
         wanted = {item.name for item in self._session.get_inputs()}
         names = [item.name for item in self._session.get_outputs()]
         used = {name: value for name, value in inputs.items() if name in wanted}
@@ -44,7 +48,13 @@ class OnnxNetwork:
 
 
 def run_torch(module: Any, network: Network, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
-    """Outputs by name of `networks.torch_module`, computed in float32 whatever the inputs' precision."""
+    """Run a torch module in float32, whatever the precision of the inputs.
+
+    module: from `make_torch_module`.
+    inputs: by name.
+
+    Returns outputs by name.
+    """
     import torch
 
     def tensor(value: NDArray[Any]) -> Any:
@@ -57,30 +67,40 @@ def run_torch(module: Any, network: Network, inputs: Mapping[str, NDArray[Any]])
     return {spec.name: tensor.contiguous().numpy() for spec, tensor in zip(network.outputs, tensors, strict=True)}
 
 
-def check_sizes(divisor: int) -> tuple[dict[str, int], ...]:
-    """Square and not, one picture and two, two rows a picture and one. divisor: of picture sides, in pixels."""
-    step = divisor // 8
-    cases = ((1, 2, 4, 4), (2, 4, 4, 6), (2, 2, 5, 4))
+def choose_sizes(divisor: int) -> tuple[dict[str, int], ...]:
+    """Choose sizes to compare at: square and not, one and two pictures, two rows per picture and one, the usual
+    condition and a longer one.
+
+    divisor: of picture sides, in pixels.
+    """
+    step = divisor // FACTOR
+    cases = ((1, 2, 4, 4, TOKENS), (2, 4, 4, 6, TOKENS), (2, 2, 5, 4, 101))
     return tuple(
-        {"pictures": n, "rows": rows, "h": h * step, "w": w * step, "H": 8 * h * step, "W": 8 * w * step}
-        for n, rows, h, w in cases
+        {"pictures": n, "rows": rows, "context": context, "h": h * step, "w": w * step}
+        | {"H": FACTOR * h * step, "W": FACTOR * w * step}
+        for n, rows, h, w, context in cases
     )
 
 
 def check_parity(
     network: Network, graph: Path, module: Any, sizes: Sequence[Mapping[str, int]], bound: float | None = None
 ) -> dict[str, Any]:
-    """The largest differences over all outputs and sizes; `BuildError` naming the network when over the bound.
+    """Compare a graph with its torch module. LoRA inputs are not zero.
 
-    bound None: that of the network's precision. Gives {"max_abs", "max_rel" (of the output's largest value), "bound",
-    "sizes"}. LoRA inputs are not zero.
+    graph: the ONNX file.
+    module: from `make_torch_module`.
+    sizes: of the named axes, one entry per comparison.
+    bound: the largest allowed difference; None: that of the network's precision.
+
+    Returns the largest differences over all outputs and sizes: {"max_abs", "max_rel" (of the output's largest value),
+    "bound", "sizes"}. Raises `BuildError` naming the network when a difference exceeds the bound.
     """
     bound = BOUNDS[network.precision] if bound is None else bound
     session = OnnxNetwork(graph)
     worst = (0.0, 0.0)
     for seed, case in enumerate(sizes):
-        inputs = network.example(case, seed)
-        found = compared(run_torch(module, network, inputs), session.run(**inputs), bound)
+        inputs = network.draw_example(case, seed)
+        found = compare_outputs(run_torch(module, network, inputs), session.run(**inputs), bound)
         for name, (absolute, relative, passed) in found.items():
             if not passed:
                 raise BuildError(
@@ -91,8 +111,14 @@ def check_parity(
     return {"max_abs": worst[0], "max_rel": worst[1], "bound": bound, "sizes": [dict(case) for case in sizes]}
 
 
-def compared(truth: Arrays, found: Arrays, bound: float) -> dict[str, tuple[float, float, bool]]:
-    """Output -> (largest difference, the same as a share of the truth's largest value, whether within the bound)."""
+def compare_outputs(truth: Arrays, found: Arrays, bound: float) -> dict[str, tuple[float, float, bool]]:
+    """Compare outputs by name.
+
+    truth, found: the arrays; `found` may be float16.
+    bound: the largest allowed difference, as a share of the truth's largest value.
+
+    Returns output -> (largest difference, the same as a share of the truth's largest value, whether within the bound).
+    """
     try:
         from polygraphy.comparator import IterationResult, SimpleCompareFunc
         from polygraphy.logger import G_LOGGER

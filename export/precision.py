@@ -1,8 +1,8 @@
-"""The types of a graph: everything in the network's precision, float32 where the trace marked it so.
+"""The types in a graph: the network's precision everywhere, and float32 where the trace is marked so.
 
-TensorRT's networks are strongly typed: the graph says which type each value has. The trace is made in float32, as a CPU
-can, with two marks in it (`modules.narrow`, `modules.wide`); here they become casts, and weights and constants take the
-type of the values they meet.
+TensorRT's networks are strongly typed: the graph gives every value its type. The trace is made in float32, because a
+CPU runs it, and has two marks (`modules.narrow`, `modules.widen`). Here the marks become casts, and weights and
+constants get the type of the values they meet.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dreammix_trt.core.axes import Tensor
 from dreammix_trt.core.errors import BuildError
-from dreammix_trt.export.networks import Network, TensorSpec
+from dreammix_trt.core.networks import Network
 
 if TYPE_CHECKING:
     import onnx
@@ -23,11 +24,15 @@ _DTYPES = ("float32", "float16")
 _SHAPING = ("Identity", "Reshape", "Shape", "Size", "Squeeze", "Transpose", "Unsqueeze")
 
 
-def typed(graph: onnx.GraphProto, network: Network, weights: Mapping[str, object]) -> dict[str, str]:
-    """Give every value of a float32 trace its type; returns the dtype of each weight.
+def assign_types(graph: onnx.GraphProto, network: Network, weights: Mapping[str, object]) -> dict[str, str]:
+    """Give every value of a float32 trace its type.
 
-    graph: nodes in topological order, weights among its inputs under the names of `weights`. Raises `BuildError` when
-    float32 and float16 values meet in one operator without a mark: a bug in the network's torch form.
+    graph: changed in place. Its nodes are in topological order.
+    network: of the trace.
+    weights: their names, which are inputs of the graph.
+
+    Returns the dtype of each weight. Raises `BuildError` when float32 and float16 values meet in one operator without a
+    mark, which is a bug in the network's torch form.
     """
     marks = {NARROW: network.precision, WIDE: "float32"}
     return _Types(graph, network, set(weights), marks).run()
@@ -82,7 +87,7 @@ class _Types:
         if len(met) > 1:
             raise BuildError(f"{node.name}: float16 and float32 meet without a mark; this is a bug, please report it")
         if not met and node.op_type not in _SHAPING and any(self._weight(node.input[k]) for k in counted):
-            met = {self.network.precision}  # weights among themselves: a text encoder's embeddings
+            met = {self.network.precision}  # only weights meet: a text encoder's embeddings
         if met:
             dtype = met.pop()
             for k in counted:
@@ -97,7 +102,7 @@ class _Types:
         self.nodes.append(node)
 
     def _cast(self, node: onnx.NodeProto, dtype: str) -> None:
-        """A mark becomes a cast, or nothing where the type is right already."""
+        """Turn a mark into a cast, or into nothing when the type is already right."""
         import onnx
 
         same = self.known.get(node.input[0]) == dtype
@@ -108,7 +113,7 @@ class _Types:
         self.known[node.output[0]] = dtype
 
     def _keep_cast(self, node: onnx.NodeProto) -> None:
-        """A cast that the trace holds: from float to float it did nothing there, and does nothing here."""
+        """Keep a cast of the trace. From float to float it did nothing there, so it must do nothing here."""
         if next(a.i for a in node.attribute if a.name == "to") == _code("float32"):
             source = node.input[0]
             if source in self.known or source in self.free:
@@ -121,7 +126,7 @@ class _Types:
         self.nodes.append(node)
 
     def _of_type(self, name: str, dtype: str) -> str:
-        """The weight or constant `name` in the type of what it meets."""
+        """The name of the weight or constant `name` in the type of the values that it meets."""
         import onnx
 
         weight = self._weight(name)
@@ -144,11 +149,11 @@ class _Types:
         return self.casts[name, dtype]
 
     def _weight(self, name: str) -> str | None:
-        """The weight that a value is, perhaps in another shape."""
+        """The weight behind a value, perhaps in another shape; None when there is none."""
         weight = self.weight_of.get(name, name)
         return weight if weight in self.weights else None
 
-    def _declare_output(self, spec: TensorSpec) -> None:
+    def _declare_output(self, spec: Tensor) -> None:
         import onnx
 
         item = next(item for item in self.graph.output if item.name == spec.name)

@@ -1,15 +1,15 @@
-"""Which parts of a float16 VAE must stay float32: found by watching it at work on pictures and on noise.
+"""Finds the parts of a float16 VAE that must stay float32, by running it on pictures and on noise.
 
-SDXL's own VAE carries values beyond float16's largest, 65504, through its residual stream: infinite there, not a
-number after the next norm, and the picture is black. Weights do not tell, so the torch form runs in float32 while
-every activation is looked at; the units where one comes near the end of float16 stay float32 in the exported graph,
-from the first to the last of them, because what flows between them is the same stream.
+The residual stream of SDXL's own VAE has values beyond 65504, the largest float16. In float16 they become infinite,
+then NaN after the next norm, and the picture is black. The weights do not show this. So the torch form runs in float32
+and we look at every activation. The units whose activations come near the limit of float16 stay float32 in the exported
+graph, from the first such unit to the last, because the same stream flows between them.
 
-Why float32 there and not bfloat16, which reaches as far: bfloat16 keeps 8 bits of a value, and smooth areas of the
-picture show its steps as bands. The embedded model's decoder on four drawn pictures, against float32 throughout:
-57 dB, and a quarter of all 8-bit values come out changed; with float32 as TF32 80 dB and 2 % (float16 throughout, where
-it fits, 75 dB and 3 %). TF32, as tensor cores take float32, has 11 bits of each factor and keeps float32 sums, so the
-stream itself loses nothing.
+Why float32 and not bfloat16, which has the same range: bfloat16 keeps 8 bits of a value, and smooth areas of the
+picture show its steps as bands. We compared the embedded model's decoder on four drawn pictures with float32
+throughout. With bfloat16: 57 dB, and a quarter of all 8-bit values change. With float32 as TF32: 80 dB and 2 %. (With
+float16 throughout, where it fits: 75 dB and 3 %.) TF32, as tensor cores take float32, has 11 bits of each factor and
+keeps float32 sums, so the stream itself loses nothing.
 """
 
 from __future__ import annotations
@@ -26,32 +26,34 @@ from PIL import Image, ImageOps
 
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import FileFormatError, InputError
-from dreammix_trt.export.networks import networks_of, torch_module, weights_of
+from dreammix_trt.core.network_weights import weights_of
+from dreammix_trt.core.networks import describe_networks
+from dreammix_trt.export.torch_module import make_torch_module
 
 Kind = Literal["vae_encoder", "vae_decoder"]
 Floats = NDArray[np.float32]
 
-#: raised when other samples or sums give other answers for the same VAE
+#: increase it when a change here gives another result for the same VAE
 REVISION = 1
 #: the largest float16
 LARGEST = 65504.0
-#: what an activation may reach in float16. The VAE is watched on few pictures, smaller than those it will be used on;
-#: eight times what they gave is left to all others
+#: the largest activation that a float16 unit may have here. The VAE runs on few pictures, smaller than those it will be
+#: used on, so we leave a factor of eight for all others
 LIMIT = LARGEST / 8
-#: raised when what is looked at, or how, changes the outcome for the same VAE
-REVISION = 1
-#: sides in pixels of the drawn scene and of the user's pictures, and of all other samples, where the base is as large
+#: largest sides in pixels: of the drawn scene and the user's pictures, and of all other samples
 SIDE, SMALL_SIDE = 256, 128
 BATCH = 4
 
 
 @dataclass(frozen=True)
 class RangeReport:
-    """What was seen of a VAE's half in float32.
+    """The result of running half of a VAE in float32.
 
-    units: names of `modules.vae_units` that float16 is too narrow for, in their order and without gaps, as
-    `Network.wide` takes them; peaks: unit -> the largest magnitude of its activations; limit: what they were held
-    against; samples: how many of each kind ran ("drawn", "noise", "images", "latents").
+    units: names of `modules.vae_units` for which float16 is too narrow, in order and without gaps, as `Network.wide`
+        needs them.
+    peaks: unit -> the largest magnitude of its activations.
+    limit: the limit that the peaks were compared with.
+    samples: how many samples of each kind ran ("drawn", "noise", "images", "latents").
     """
 
     units: tuple[str, ...]
@@ -60,39 +62,45 @@ class RangeReport:
     samples: Mapping[str, int]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for a passport; peaks to three digits, as the last ones differ from machine to machine."""
+        """Plain values for a passport. Peaks have three digits, since further ones differ between machines."""
         peaks = {name: float(f"{peak:.3g}") for name, peak in self.peaks.items()}
         return {"units": list(self.units), "peaks": peaks, "limit": self.limit, "samples": dict(self.samples)}
 
 
-def wide_units(base: BaseFiles, kind: Kind, images: Sequence[Path] = (), *, limit: float = LIMIT) -> RangeReport:
-    """Find the units of a VAE's encoder or decoder that must stay float32 when the rest is float16.
+def find_wide_units(base: BaseFiles, kind: Kind, images: Sequence[Path] = (), *, limit: float = LIMIT) -> RangeReport:
+    """Find the units of a VAE's encoder or decoder that must stay float32 when the rest is float16. Needs torch.
 
     The encoder runs on drawn pictures (natural noise, smooth areas with hard edges, saturated patches, a scene with
-    glossy lights), on uniform noise and on the user's `images`; the decoder on the means of all these and on normal
-    latents. The same on every call. Needs torch. On two cores 0.1 s for a half of the embedded model, for SDXL's 3 s
-    (encoder) and 9 s (decoder, 1.4 GB of memory), and some 1 s and 4 s more for each of `images`.
+    glossy lights), on uniform noise and on the user's pictures. The decoder runs on the means of all these and on
+    normal latents. The samples are the same in every call.
 
-    Raises `FileFormatError` naming the VAE when it gives values that are not finite in float32 or results that no
-    float16 holds, `InputError` naming an image that cannot be read.
+    On two cores this takes 0.1 s for a half of the embedded model. For SDXL it takes 3 s (encoder) and 9 s (decoder,
+    1.4 GB of memory), and about 1 s and 4 s more for each of `images`.
+
+    kind: "vae_encoder" or "vae_decoder".
+    images: the user's pictures.
+    limit: the largest activation that a float16 unit may have.
+
+    Raises `FileFormatError` naming the VAE when it gives values that are not finite in float32 or results beyond
+    float16, and `InputError` naming an image that cannot be read.
     """
     import torch
 
-    networks = {network.name: network for network in networks_of(base)}
-    samples = _pictures(base.native_side, images)
+    networks = {network.name: network for network in describe_networks(base)}
+    samples = _draw_pictures(base.native_side, images)
     with torch.inference_mode():
         if kind == "vae_decoder":
-            encoder = _Watch("vae_encoder", _file(base), limit)
-            samples = encoder.run(torch_module(networks["vae_encoder"], weights_of(base, "vae_encoder")), samples)
-            samples = {**samples, "latents": _normal_latents(base)}
-        watch = _Watch(kind, _file(base), limit)
-        watch.run(torch_module(networks[kind], weights_of(base, kind)), samples)
+            encoder = _Watch("vae_encoder", _file_of(base), limit)
+            samples = encoder.run(make_torch_module(networks["vae_encoder"], weights_of(base, "vae_encoder")), samples)
+            samples = {**samples, "latents": _draw_latents(base)}
+        watch = _Watch(kind, _file_of(base), limit)
+        watch.run(make_torch_module(networks[kind], weights_of(base, kind)), samples)
     return watch.report({name: len(values) for name, values in samples.items()})
 
 
 @dataclass
 class _Watch:
-    """Looks at every activation of a half's units: all leaf modules, residual sums, attention scores."""
+    """Records every activation of the units: all leaf modules, residual sums, attention scores."""
 
     kind: Kind
     file: Path
@@ -100,14 +108,17 @@ class _Watch:
     peaks: dict[str, float] = field(default_factory=dict)
 
     def run(self, module: Any, samples: Mapping[str, Sequence[Floats]]) -> dict[str, list[Floats]]:
-        """Watch the module at work; its first result for each sample. Raises `FileFormatError` as `wide_units`."""
+        """Run the module and record it.
+
+        Returns its first result for each sample. Raises `FileFormatError` like `find_wide_units`.
+        """
         import torch
 
         self._hook(module)
         results: dict[str, list[Floats]] = {}
         for name, values in samples.items():
             results[name] = []
-            for batch in _batches(values):
+            for batch in _batch(values):
                 out = module(torch.from_numpy(batch))
                 results[name] += [*(out[0] if isinstance(out, tuple) else out).numpy()]
         largest = max(float(np.abs(value).max()) for values in results.values() for value in values)
@@ -156,8 +167,8 @@ class _Watch:
         return lambda _module, _inputs, out: self._see(name, out)
 
     def _hook_scores(self, name: str, attention: Any) -> None:
-        """The products that the softmax is taken of, which no module gives out; q and k (B, T, C), scaled as the
-        graph scales them."""
+        """Record the products before the softmax, which are no module's output. q and k (B, T, C) are scaled as in the
+        graph."""
         kept: dict[str, Any] = {}
 
         def see(_module: Any, _inputs: Any, out: Any) -> None:
@@ -168,38 +179,38 @@ class _Watch:
         attention.to_k.register_forward_hook(see)  # runs after to_q
 
 
-def _file(base: BaseFiles) -> Path:
-    """What the user knows the VAE by."""
+def _file_of(base: BaseFiles) -> Path:
+    """The file or folder by which the user knows the VAE."""
     return base.vae or (base.folder if base.folder.is_file() else base.folder / "vae")
 
 
-def _normal_latents(base: BaseFiles) -> list[Floats]:
-    """Noise (C, h, w) of the size that the scaling factor brings latents from."""
+def _draw_latents(base: BaseFiles) -> list[Floats]:
+    """Draw normal latents (C, h, w), divided by the scaling factor."""
     side, rng = min(SMALL_SIDE, base.native_side) // 8, np.random.default_rng(1)
     normal = rng.standard_normal((2, base.latent_channels, side, side)) / base.scaling_factor
     return [*normal.astype(np.float32)]
 
 
-def _batches(samples: Sequence[Floats]) -> Iterator[Floats]:
-    """Neighbours of equal shape together, at most `BATCH`: every operator has its price on small networks."""
+def _batch(samples: Sequence[Floats]) -> Iterator[Floats]:
+    """Stack neighbours of equal shape, at most `BATCH`: on small networks every operator call has its cost."""
     for _, equal in groupby(samples, key=np.shape):
         group = list(equal)
         for start in range(0, len(group), BATCH):
             yield np.stack(group[start : start + BATCH])
 
 
-def _pictures(native_side: int, images: Sequence[Path]) -> dict[str, list[Floats]]:
-    """Pictures (3, H, W) in [-1, 1] by kind."""
+def _draw_pictures(native_side: int, images: Sequence[Path]) -> dict[str, list[Floats]]:
+    """Draw or read pictures (3, H, W) in [-1, 1], by kind."""
     rng = np.random.default_rng(0)
     large, small = min(SIDE, native_side), min(SMALL_SIDE, native_side)
-    drawn = [_scene(large), _natural_noise(rng, small), _smooth(small), _patches(rng, small)]
+    drawn = [_draw_scene(large), _draw_noise(rng, small), _draw_smooth(small), _draw_patches(rng, small)]
     noise = rng.uniform(-1, 1, (1, 3, small, small)).astype(np.float32)
     pictures = {"drawn": drawn, "noise": [*noise]}
-    return {**pictures, "images": [_read(path, large) for path in images]} if images else pictures
+    return {**pictures, "images": [_read_picture(path, large) for path in images]} if images else pictures
 
 
-def _read(path: Path, side: int) -> Floats:
-    """The largest square of a picture, scaled to `side`."""
+def _read_picture(path: Path, side: int) -> Floats:
+    """Read the largest square of a picture, scaled to `side`."""
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image).convert("RGB")
@@ -216,8 +227,8 @@ def _grid(side: int) -> tuple[Floats, Floats]:
     return y, x
 
 
-def _natural_noise(rng: np.random.Generator, side: int) -> Floats:
-    """Noise whose spectrum falls as 1/f, as that of photographs does; channels alike, as theirs are."""
+def _draw_noise(rng: np.random.Generator, side: int) -> Floats:
+    """Draw noise like photographs: its spectrum falls as 1/f, and its channels are similar."""
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
     frequency[0, 0] = 1 / side
     values = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((3, side, side))) / frequency, (side, side))
@@ -226,8 +237,8 @@ def _natural_noise(rng: np.random.Generator, side: int) -> Floats:
     return noise
 
 
-def _smooth(side: int) -> Floats:
-    """A gradient in each channel, with a disc and a bar of other gradients cut into it."""
+def _draw_smooth(side: int) -> Floats:
+    """Draw a gradient in each channel, with a disc and a bar of other gradients in it."""
     y, x = _grid(side)
     picture = np.stack([2 * x - 1, 2 * y - 1, 1 - x - y])
     disc = (x - 0.35) ** 2 + (y - 0.4) ** 2 < 0.06
@@ -236,8 +247,8 @@ def _smooth(side: int) -> Floats:
     return cut
 
 
-def _patches(rng: np.random.Generator, side: int) -> Floats:
-    """Black, white and the primaries, side by side; one patch of single pixels, one of thin lines."""
+def _draw_patches(rng: np.random.Generator, side: int) -> Floats:
+    """Draw black, white and primary colours side by side, one patch of single pixels, one of thin lines."""
     colours = rng.permutation(np.stack([np.ravel(part) for part in np.meshgrid(*[[-1, 1]] * 3)], 1).repeat(2, 0))
     picture = np.kron(colours.T.reshape(3, 4, 4), np.ones((1, -(-side // 4), -(-side // 4))))[:, :side, :side]
     row, column = np.mgrid[:side, :side]
@@ -247,8 +258,8 @@ def _patches(rng: np.random.Generator, side: int) -> Floats:
     return picture.astype(np.float32)
 
 
-def _scene(side: int) -> Floats:
-    """A glossy red ball and its shadow on a striped table before a dark wall with small bright lights."""
+def _draw_scene(side: int) -> Floats:
+    """Draw a glossy red ball and its shadow on a striped table before a dark wall with small bright lights."""
     y, x = _grid(side)
     wall = np.stack([0.15 * y, 0.1 * y, 0.1 + 0.3 * y])
     lights = sum(np.exp(-((x - a) ** 2 + (y - 0.12) ** 2) / 1e-4) for a in (0.15, 0.3, 0.7, 0.9))

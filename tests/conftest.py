@@ -28,7 +28,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def golden(shared: Path) -> Path:
-    """The recorded runs of the authors' code (golden/README.md there describes them)."""
+    """The recorded runs of the authors' code (docs/algorithm.md, 15)."""
     folder = shared / "golden"
     if not folder.is_dir():
         pytest.skip(f"no golden data at {folder}")

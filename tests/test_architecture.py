@@ -12,24 +12,38 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {"core": set(), "export": {"core"}, "engine": {"core"}, "trainer": {"core"}}
-FACE = {"cli", "building", "parts", "demo", "report", "store_cli", "doctor_cli", "on_torch"}
+FACE = {
+    *("cli", "build_cli", "inpaint_cli", "store_cli", "doctor_cli", "terminal"),
+    *("building", "demo", "report", "on_torch"),
+}
+#: the rooms of the engine floor, lowest first: each imports what stands in the rows before its own, and its own room
+ROOMS = (
+    ("hardware", "machine", "text", "twins", "kernels", "drivers"),
+    ("canvas", "prompts", "painting", "result"),
+    ("runtime", "directory", "backends"),
+    ("host", "device"),
+    ("roster", "jobs"),
+    ("dreammix",),
+    ("requests",),
+)
 HEAVY = {
     "torch", "diffusers", "transformers", "peft", "accelerate", "onnx", "onnxslim", "polygraphy", "tensorrt",
     "tensorrt_rtx",
 }  # fmt: skip
 
 
-def imports_of(path: Path, *, top_level_only: bool) -> Iterator[str]:
-    """Dotted names that a file imports, everywhere or only when the file itself is imported."""
+def imports_of(path: Path, *, top_level_only: bool, types: bool = True) -> Iterator[str]:
+    """Dotted names that a file imports, everywhere or only when the file itself is imported.
+
+    types: also those that only a type checker sees.
+    """
     tree = ast.parse(path.read_text())
-    guarded = {
-        id(node)
-        for block in ast.walk(tree)
-        if isinstance(block, ast.FunctionDef | ast.AsyncFunctionDef) or _is_type_checking(block)
-        for node in ast.walk(block)
-    }
+    blocks = [node for node in ast.walk(tree) if _is_type_checking(node) and (top_level_only or not types)]
+    if top_level_only:
+        blocks += [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    guarded = {id(node) for block in blocks for node in ast.walk(block)}
     for node in ast.walk(tree):
-        if top_level_only and id(node) in guarded:
+        if id(node) in guarded:
             continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -61,6 +75,38 @@ def test_a_floor_imports_only_what_stands_below(floor: str) -> None:
     assert not wrong
 
 
+def test_no_arrow_points_upwards_in_the_engine() -> None:
+    level = {name: number for number, row in enumerate(ROOMS) for name in row}
+    wrong = []
+    for path in files("engine"):
+        room = path.relative_to(ROOT / "engine").parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        for name in imports_of(path, top_level_only=False):
+            target = name.split(".")[2] if name.startswith("dreammix_trt.engine.") else room
+            if target in level and target != room and level[target] > level[room]:
+                wrong.append(f"{path.relative_to(ROOT)}: {name}")
+    rooms = {path.relative_to(ROOT / "engine").parts[0].removesuffix(".py") for path in files("engine")}
+    assert rooms - {"__init__"} == level.keys()
+    assert not wrong
+
+
+def test_no_modules_import_each_other() -> None:
+    """No circle of modules, not even through imports within functions; a part may name its owner as a type."""
+    paths = [path for floor in FLOORS for path in files(floor)]
+    names = {path: ".".join(("dreammix_trt", *path.relative_to(ROOT).with_suffix("").parts)) for path in paths}
+    known = {name.removesuffix(".__init__"): path for path, name in names.items()}
+    below = {
+        path: {known[name] for name in imports_of(path, top_level_only=False, types=False) if name in known} - {path}
+        for path in paths
+        if path.stem != "__init__"
+    }
+    while leaves := [path for path, targets in below.items() if not targets & below.keys()]:
+        for path in leaves:
+            del below[path]
+    assert not sorted(str(path.relative_to(ROOT)) for path in below)
+
+
 def test_the_engine_never_imports_the_heavy_packages() -> None:
     wrong = [
         f"{path.name}: {name}"
@@ -85,7 +131,7 @@ def test_every_module_of_core_and_engine_loads_without_the_heavy_packages() -> N
     """And so do the command line and the build: nothing is imported before it is needed."""
     paths = [path.relative_to(ROOT).with_suffix("") for floor in ("core", "engine") for path in files(floor)]
     names = [".".join(("dreammix_trt", *path.parts)) for path in paths]
-    names += ["dreammix_trt.cli", "dreammix_trt.building", "dreammix_trt.parts", "dreammix_trt.export.onnx_export"]
+    names += ["dreammix_trt.cli", "dreammix_trt.building", "dreammix_trt.export.onnx_export"]
     names = [name.removesuffix(".__init__") for name in names]
     code = (
         "import importlib, sys\n"
@@ -99,6 +145,7 @@ def test_every_module_of_core_and_engine_loads_without_the_heavy_packages() -> N
 def test_the_face_is_known() -> None:
     """What stands on the top floor; a new module there is to be named here."""
     found = {path.stem for path in (ROOT / "dreammix_trt").glob("*.py")}
+    found |= {path.parent.name for path in (ROOT / "dreammix_trt").glob("*/__init__.py")} - FLOORS.keys()
     assert found == FACE | {"__init__", "__main__"}
 
 

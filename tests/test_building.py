@@ -17,14 +17,14 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from dreammix_trt.building import Defaults, EngineOptions, build
+from dreammix_trt.building.ingredients import Ingredients
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import EngineError, FileFormatError, InputError
 from dreammix_trt.core.files import folder_bytes, write_json
 from dreammix_trt.core.passport import Passport
 from dreammix_trt.core.store import Store
 from dreammix_trt.engine import DreamMix
-from dreammix_trt.engine.build import check_engine
-from dreammix_trt.parts import Parts
+from dreammix_trt.engine.directory import check_engine
 from tests.conftest import write_lora
 
 IMAGE = Image.fromarray(np.random.default_rng(3).integers(0, 255, (96, 96, 3), np.uint8))
@@ -354,8 +354,8 @@ class Held:
 @pytest.fixture
 def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
     """The embedded base, its parts made of next to nothing."""
-    from dreammix_trt import parts
-    from dreammix_trt.engine.tensorrt import BuildReport
+    from dreammix_trt.building import parts
+    from dreammix_trt.engine.backends.tensorrt.builder import BuildReport
     from dreammix_trt.export import vae_range
 
     folder = tmp_path / "base"
@@ -366,7 +366,7 @@ def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
 
     def exported(base: Any, network: Any, graph: Path, out: Path, **_: Any) -> None:
         (out / "x.onnx").write_bytes(b"")
-        write_json(out / "network.json", {"schema": 2, "graph": "x.onnx", "weights": "x.onnx", **network.described()})
+        write_json(out / "network.json", {"schema": 2, "graph": "x.onnx", "weights": "x.onnx", **network.describe()})
 
     def planned(onnx: Path, out: Path, *, backend: str, **_: Any) -> BuildReport:
         out.write_bytes(b"plan")
@@ -378,8 +378,8 @@ def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
 
     monkeypatch.setattr(parts, "write_graph", traced)
     monkeypatch.setattr(parts, "export_network", exported)
-    monkeypatch.setattr("dreammix_trt.engine.tensorrt.build_engine", planned)
-    monkeypatch.setattr(vae_range, "wide_units", lambda *_: Calm())
+    monkeypatch.setattr("dreammix_trt.engine.backends.tensorrt.builder.build_engine", planned)
+    monkeypatch.setattr(vae_range, "find_wide_units", lambda *_: Calm())
     yield Held(folder)
 
 
@@ -472,7 +472,7 @@ def test_plans_depend_on_what_they_are_built_for(held: Held, monkeypatch: pytest
         engine=options(targets=("sm_86", "sm_89"))
     )
     versions = {"tensorrt-rtx": "9.9", "onnxruntime": "9.9"}
-    monkeypatch.setattr("dreammix_trt.engine.machine.installed_versions", lambda: versions)
+    monkeypatch.setattr("dreammix_trt.engine.machine.find_versions", lambda: versions)
     assert held.differing(before, engine=options()) == HALF, "plans are of a version"
     assert {entry.key for entry in store.entries() if entry.kind == "onnx"} == plain
 
@@ -533,11 +533,11 @@ def test_the_vae_takes_tiles_where_frames_are_that_large(
     base = BaseFiles.open(held.folder)
     base = replace(base, configs={**base.configs, "unet": {**base.configs["unet"], "sample_size": side // 8}})
     engine = EngineOptions(backend="tensorrt-rtx", targets=("sm_89",), shapes=shapes)
-    parts = Parts(Store(tmp_path), tmp_path, base, 8, engine, (), {}, None, lambda *_: None, lambda _: None)
+    ingredients = Ingredients(base, 8, engine, (), {})
     found = {
-        network.name: [profile.shapes[spec][2][2:] for profile in parts._profiles(network.name, [described])]
-        for network in parts._networks()
-        for described in network.described()["inputs"]
+        network.name: [profile.shapes[spec][2][2:] for profile in ingredients.profiles_of(network.name, [described])]
+        for network in ingredients.networks
+        for described in network.describe()["inputs"]
         if (spec := described["name"]) in ("sample", "latent", "image")
     }
     assert found["unet"] == found["unet_raw"] == whole
@@ -548,7 +548,7 @@ def test_the_vae_takes_tiles_where_frames_are_that_large(
 
 def test_networks_for_onnx_runtime_are_of_no_version(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     before = held.keys()
-    monkeypatch.setattr("dreammix_trt.engine.machine.installed_versions", lambda: {"onnxruntime": "9.9"})
+    monkeypatch.setattr("dreammix_trt.engine.machine.find_versions", lambda: {"onnxruntime": "9.9"})
     assert held.differing(before) == set()
 
 

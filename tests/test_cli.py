@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 
 from dreammix_trt.cli import app
 from dreammix_trt.engine import Options
-from dreammix_trt.engine.build import OpenedEngine
-from dreammix_trt.engine.gpu import loading
-from dreammix_trt.engine.gpu.loading import OnDevice
-from dreammix_trt.engine.gpu.simulated import SimulatedDevice, SimulatedNetworks
-from dreammix_trt.engine.gpu.studio import Studio
-from dreammix_trt.engine.networks import EngineSet
+from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet
+from dreammix_trt.engine.device import loading
+from dreammix_trt.engine.device.loading import OnDevice
+from dreammix_trt.engine.device.studio import Studio
+from dreammix_trt.engine.directory import OpenedEngine
+from dreammix_trt.engine.drivers.simulated import SimulatedDevice, SimulatedNetworks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -155,7 +155,7 @@ def test_a_gpu_is_given_room_for_this_request_alone(
 
     def opened(engine: OpenedEngine, store: Path | None = None) -> OnDevice:
         device = SimulatedDevice()
-        return OnDevice(device, SimulatedNetworks(device, EngineSet.load(engine.parts, 1)), device.stream())
+        return OnDevice(device, SimulatedNetworks(device, EngineSet.load(engine.parts, 1)), device.make_stream())
 
     def noted(studio: Studio, *arguments: Any, **options: Any) -> None:
         made(studio, *arguments, **options)
@@ -222,7 +222,7 @@ BAD_BUILDS: dict[str, tuple[list[str], str]] = {
     "no target": (["--backend", "tensorrt-rtx"], "name the GPUs to build for with --target: sm_"),
     "an unknown target": (["--target", "sm_12"], "cannot build for 'sm_12'; it knows sm_75"),
     "a target twice": (["--target", "sm_89", "--target", "sm_89"], "name each once"),
-    "the GPU at hand and another": (["--target", "current", "--target", "sm_89"], "current cannot stand beside others"),
+    "the GPU at hand and another": (["--target", "current", "--target", "sm_89"], "current cannot be combined"),
     "an unknown back end": (["--backend", "openvino"], "backend is 'openvino'; allowed: onnxruntime, tensorrt-rtx"),
     "a target for onnxruntime": (["--backend", "onnxruntime", "--target", "sm_89"], "builds for no GPU in particular"),
     "a precision": (["--precision", "int8"], "precision is 'int8'; allowed: float32, float16"),

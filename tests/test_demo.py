@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dreammix_trt.demo import run_demo
-from dreammix_trt.report import Row, Tile, contact_sheet, marked
+from dreammix_trt.report import Figure, Row, contact_sheet, mark_region
 
 
 @pytest.mark.slow
@@ -26,7 +26,7 @@ def test_the_demo_makes_its_pages(mug_engine: Path, tmp_path: Path) -> None:
 
 
 def test_a_sheet_holds_every_tile() -> None:
-    tiles = [Tile(Image.new("RGB", (64, 32), colour), colour) for colour in ("red", "lime", "blue")]
+    tiles = [Figure(Image.new("RGB", (64, 32), colour), colour) for colour in ("red", "lime", "blue")]
     sheet = contact_sheet([Row("three", tiles), Row("two", tiles[:2])], tile=100, title="colours")
     seen = {sheet.getpixel((x, y)) for x in range(0, sheet.width, 4) for y in range(0, sheet.height, 4)}
     assert {(255, 0, 0), (0, 255, 0), (0, 0, 255)} <= seen
@@ -35,6 +35,6 @@ def test_a_sheet_holds_every_tile() -> None:
 def test_a_marked_region_is_veiled_and_the_rest_is_not() -> None:
     mask = Image.new("L", (32, 32), 0)
     mask.paste(255, (8, 8, 16, 16))
-    picture = marked(Image.new("RGB", (32, 32), (100, 100, 100)), mask)
+    picture = mark_region(Image.new("RGB", (32, 32), (100, 100, 100)), mask)
     assert picture.getpixel((0, 0)) == (100, 100, 100)
     assert picture.getpixel((12, 12)) != (100, 100, 100)

@@ -30,10 +30,10 @@ from dreammix_trt.core.passport import Passport
 from dreammix_trt.core.store import Store
 from dreammix_trt.core.subject import read_subject
 from dreammix_trt.engine import DreamMix
-from dreammix_trt.engine.build import open_engine
+from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet
+from dreammix_trt.engine.backends.tensorrt.plans import holds_host_code
+from dreammix_trt.engine.directory import open_engine
 from dreammix_trt.engine.hardware import Driver, Gpu
-from dreammix_trt.engine.networks import EngineSet
-from dreammix_trt.engine.plans import holds_host_code
 from dreammix_trt.engine.text import Tokenizer
 from dreammix_trt.export.parity import BOUNDS
 from tests.support.mini_sdxl import Checkpoint, mini_configs, small_configs, write_single
@@ -91,7 +91,7 @@ def painter(engine: Path, shelf: Path) -> DreamMix:
     networks = EngineSet.load(opened.parts, threads=2)
     words = [Tokenizer.load(opened.parts["base"] / name) for name in ("tokenizer", "tokenizer_2")]
     subjects = [read_subject(file) for file in opened.subjects]
-    return DreamMix(networks, replace(networks.facts, native_side=SIDE), words, subjects)
+    return DreamMix.on_host(networks, replace(networks.facts, native_side=SIDE), words, subjects)
 
 
 def painted(dm: DreamMix, **fields: Any) -> np.ndarray[Any, Any]:
@@ -112,12 +112,12 @@ def test_a_checkpoint_becomes_an_engine_that_says_what_it_is(engine: Path, held:
 def test_it_paints_what_torch_paints(engine: Path, held: Checkpoint, shelf: Path) -> None:
     """Two steps through both stages, by ONNX Runtime and by torch on the files themselves: the same picture."""
     from dreammix_trt.core.checkpoint import BaseFiles
-    from dreammix_trt.export.torch_set import TorchEngineSet
+    from dreammix_trt.export.torch_backend.engine_set import TorchEngineSet
 
     with painter(engine, shelf) as dm:
         picture, without = painted(dm), painted(dm, subject="")
         base = BaseFiles.open(held.base, held.patch, held.head, tokenizer=held.tokenizer)
-        judge = DreamMix(TorchEngineSet(base), dm.facts, dm.tokenizers, [dm._subjects["mug"][0]])
+        judge = DreamMix.on_host(TorchEngineSet(base), dm.facts, dm.tokenizers, dm._roster.subjects)
         truth = painted(judge)
     assert picture.shape == IMAGE.shape
     assert np.abs(picture.astype(int) - truth).max() <= 2
@@ -199,8 +199,8 @@ def test_the_passport_holds_figures_of_each_build(plans: Path, shelf: Path) -> N
 def test_a_second_subject_takes_seconds_and_no_builder(
     plans: Path, held: Checkpoint, loras: dict[str, Path], shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dreammix_trt import parts
-    from dreammix_trt.engine import tensorrt
+    from dreammix_trt.building import parts
+    from dreammix_trt.engine.backends.tensorrt import builder as tensorrt
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a second subject exports and builds nothing")
@@ -241,14 +241,15 @@ def test_loading_it_where_it_cannot_run_says_why_and_the_command(
 
 def test_loading_it_under_another_version_says_which(plans: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dreammix_trt.engine.machine.ask_driver", lambda: Driver("13.0", (ADA,)))
-    monkeypatch.setattr("dreammix_trt.engine.machine.installed_versions", lambda: {"tensorrt-rtx": "1.9"})
+    monkeypatch.setattr("dreammix_trt.engine.machine.find_versions", lambda: {"tensorrt-rtx": "1.9"})
     version = Passport.read(plans).backend_version
     with pytest.raises(EngineError, match=f"built with tensorrt-rtx {version}, installed is 1.9.*dreammix-trt build"):
         DreamMix.load(plans, store=shelf)
 
 
 def test_a_plan_with_code_for_the_host_is_refused(plans: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dreammix_trt.engine.plans.holds_host_code", lambda plan: plan.name == "unet.engine")
+    check = "dreammix_trt.engine.backends.tensorrt.plans.holds_host_code"
+    monkeypatch.setattr(check, lambda plan: plan.name == "unet.engine")
     with pytest.raises(EngineError, match=r"unet\.engine carries code for the host"):
         DreamMix.load(plans, store=shelf)
 

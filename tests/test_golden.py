@@ -14,11 +14,11 @@ from PIL import Image
 
 from benchmarks import _common
 from benchmarks._golden_case import Case, Run, find_cases, networks_for, replay
-from benchmarks.golden import checked, main
-from benchmarks.golden_units import Row
+from benchmarks.golden import check_whole_case, main
+from benchmarks.golden_units import Check
 from dreammix_trt.core.noise import SeededNoise
-from dreammix_trt.engine.networks import EngineSet
-from dreammix_trt.engine.stages import Networks
+from dreammix_trt.core.seam import Networks
+from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet
 from tests.support.tiny_model import random_factors, unet_attention_modules, write_tiny_lora, write_tiny_model
 
 
@@ -41,7 +41,7 @@ def engine_set(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield networks
 
 
-def missed(rows: list[Row]) -> list[Row]:
+def missed(rows: list[Check]) -> list[Check]:
     assert len(rows) > 30
     return [row for row in rows if not row.passed]
 
@@ -49,13 +49,13 @@ def missed(rows: list[Row]) -> list[Row]:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch_networks", "engine_set"])
 def test_a_whole_run_is_reproduced(golden: Path, request: pytest.FixtureRequest, backend: str) -> None:
-    assert missed(checked(Case(golden / "case3"), request.getfixturevalue(backend))) == []
+    assert missed(check_whole_case(Case(golden / "case3"), request.getfixturevalue(backend))) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["case1", "case2"])
 def test_every_recorded_array_follows_from_recorded_inputs(golden: Path, torch_networks: Networks, name: str) -> None:
-    assert missed(checked(Case(golden / name), torch_networks, whole=False)) == []
+    assert missed(check_whole_case(Case(golden / name), torch_networks, whole=False)) == []
 
 
 CHANGED = ("lcg_crop_box", "feather", "time_ids", "lcg_unet_text", "vae_mean_lcg_masked", "x_in_step02", "x_out_step03",
@@ -74,7 +74,7 @@ def test_wrong_numbers_are_found(golden: Path, torch_networks: Networks, tmp_pat
         flat = arrays[name].reshape(-1)
         flat[0] += max(1, 0.01 * np.abs(flat).max()) if arrays[name].dtype.kind == "f" else 1
     np.savez(folder / "golden.npz", **arrays)
-    failed = " ".join(row.array for row in missed(checked(Case(folder), torch_networks, whole=False)))
+    failed = " ".join(row.array for row in missed(check_whole_case(Case(folder), torch_networks, whole=False)))
     for name in CHANGED:
         assert name.partition("_step")[0] in failed
 
@@ -145,7 +145,7 @@ def test_any_folder_of_the_format_can_be_checked(name: str, tiny: Path) -> None:
         if shown in run.shown:
             Image.fromarray(run.shown[shown]).save(folder / f"{file}.png")
     Image.fromarray(run.final).save(folder / "final_image.png")
-    rows = checked(Case(folder), networks)
+    rows = check_whole_case(Case(folder), networks)
     assert missed(rows) == []
     assert any(row.array == "end to end: x_out (all steps)" for row in rows)
 

@@ -13,24 +13,23 @@ pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 from dreammix_trt.core.checkpoint import BaseFiles
-from dreammix_trt.core.errors import DreamMixError, EngineError, FileFormatError, InputError
+from dreammix_trt.core.errors import DreamMixError, EngineError, FileFormatError, InputError, OutOfMemoryError
 from dreammix_trt.core.subject import read_subject
 from dreammix_trt.engine import DreamMix
-from dreammix_trt.engine.build import open_engine
-from dreammix_trt.engine.gpu.device import OutOfMemoryError
-from dreammix_trt.engine.gpu.plan import Options
-from dreammix_trt.engine.gpu.simulated import SimulatedDevice
-from dreammix_trt.engine.gpu.studio import Studio
+from dreammix_trt.engine.device.memory_plan import Options
+from dreammix_trt.engine.device.studio import Studio
+from dreammix_trt.engine.directory import open_engine
+from dreammix_trt.engine.drivers.simulated import SimulatedDevice
 from dreammix_trt.engine.text import Tokenizer
-from dreammix_trt.export.torch_networks import TorchNetworks
+from dreammix_trt.export.torch_backend.on_device import TorchNetworks
 from dreammix_trt.on_torch import load_torch
-from tests.engine.gpu.conftest import scene
+from tests.engine.conftest import make_scene
 
 BASE = ("text_encoder", "text_encoder_2", "unet", "unet_raw", "inpaint_head", "vae_encoder", "vae_decoder")
 
 
 def test_torch_paints_what_the_engine_paints(mug_engine: Path) -> None:
-    image, mask = scene()
+    image, mask = make_scene()
     subjects = [read_subject(file) for file in open_engine(mug_engine).subjects]
     options = Options(largest_picture=128 * 128, subjects=1)
     with (
@@ -58,7 +57,7 @@ def test_weights_come_as_the_memory_plan_says(residency: str, monkeypatch: pytes
         load(networks, name)
 
     monkeypatch.setattr(TorchNetworks, "load", told)
-    image, mask = scene()
+    image, mask = make_scene()
     options = Options(largest_picture=128 * 128, subjects=1, residency=residency)
     with SimulatedDevice() as device, opened(device, options=options) as dm:
         assert dm.studio is not None and dm.studio.plan.strategy == residency
@@ -84,7 +83,7 @@ def test_nothing_stays_open_where_it_fails(monkeypatch: pytest.MonkeyPatch) -> N
         pass
 
     made, closed = counted(monkeypatch, Gpu, "__init__"), counted(monkeypatch, Gpu, "close")
-    monkeypatch.setattr("dreammix_trt.engine.gpu.cuda.CudaDevice", Gpu)
+    monkeypatch.setattr("dreammix_trt.engine.drivers.cuda.CudaDevice", Gpu)
     with pytest.raises(InputError, match="dtype is 'int8'"):
         load_torch(BaseFiles.open(), dtype="int8", torch_device="cpu")
     assert len(made) == 1 and len(closed) == 1

@@ -93,14 +93,14 @@ def test_every_format_of_a_checkpoint_becomes_the_same_weights(
 def test_a_folders_graph_is_traced_to_the_byte_as_the_single_files(held: Checkpoint, tmp_path: Path) -> None:
     """A single file's config is told by shapes; here the exporter itself says that nothing was missed."""
     from dreammix_trt.core.checkpoint import BaseFiles
-    from dreammix_trt.export.networks import networks_of
-    from dreammix_trt.export.onnx_graph import graph_of
+    from dreammix_trt.core.networks import describe_networks
+    from dreammix_trt.export.onnx_graph import trace_graph
 
     folder = BaseFiles.open(files.write_folder(tmp_path / "base", CONFIGS))
     file = BaseFiles.open(held.base, tokenizer=held.tokenizer)
-    for one, other in zip(networks_of(folder), networks_of(file), strict=True):
+    for one, other in zip(describe_networks(folder), describe_networks(file), strict=True):
         if one.name in ("unet", "text_encoder_2", "vae_encoder"):
-            assert graph_of(one).proto.SerializeToString() == graph_of(other).proto.SerializeToString(), one.name
+            assert trace_graph(one).proto.SerializeToString() == trace_graph(other).proto.SerializeToString(), one.name
 
 
 def test_bfloat16_keeps_its_values(held: Checkpoint, shelf: Path, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_another_place_gives_the_same_parts(held: Checkpoint, single: Passport, 
 def test_half_the_precision_is_the_same_weights_rounded(
     held: Checkpoint, single: Passport, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dreammix_trt.export.vae_range.wide_units", lambda *_: Nothing())
+    monkeypatch.setattr("dreammix_trt.export.vae_range.find_wide_units", lambda *_: Nothing())
     passport = made(shelf, tmp_path / "half", **held.given(), engine=EngineOptions(precision="float16"))
     assert (passport.precision, passport.backend) == ("float16", "onnxruntime")
     assert "--precision float16" in passport.command
@@ -369,7 +369,7 @@ def test_it_is_named_before_anything_is_exported(
     name: str, held: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Full-size parts take minutes each: whatever headers tell is told before the first."""
-    from dreammix_trt import parts
+    from dreammix_trt.building import parts
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("exported before the input was checked")

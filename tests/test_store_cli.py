@@ -79,14 +79,14 @@ def test_verify_names_the_damage_and_the_command_that_repairs(shelf: Shelf) -> N
         with data.open("r+b") as stream:
             stream.write(b"\1")
         os.utime(data, ns=(status.st_atime_ns, status.st_mtime_ns))  # as a failing disk does it
-    assert shelf.store.sound(key), "a remembered hash counts"
+    assert shelf.store.get_sound(key), "a remembered hash counts"
     done = run(shelf, "verify")
     assert (done.exit_code, done.stdout) == (2, "")
     told = done.stderr.splitlines()
     mug = next(line for line in told if shelf.plan in line)
     assert "data is not what was built" in mug and f"`dreammix-trt build --out {shelf.engine}`" in mug
     assert "store prune" in next(line for line in told if key in line)
-    assert shelf.store.sound(key) is None, "the next build sees it"
+    assert shelf.store.get_sound(key) is None, "the next build sees it"
 
 
 def test_verify_of_some_parts(shelf: Shelf) -> None:

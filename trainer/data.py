@@ -40,7 +40,7 @@ class Photograph:
 
 
 @dataclass(frozen=True)
-class View:
+class TrainingView:
     """A square training picture: image uint8 (S, S, 3); hole bool (S, S), the region to repaint, over the subject.
 
     sharp_side: the side in pixels of the piece of photograph it was made from (SDXL's original size).
@@ -90,7 +90,7 @@ def _pictures_in(folder: Path, part: str) -> list[Path]:
 
 
 def _read_pair(image_file: Path, mask_file: Path) -> Photograph:
-    image, mask = _decoded(image_file, "RGB"), _decoded(mask_file, "L")
+    image, mask = _decode(image_file, "RGB"), _decode(mask_file, "L")
     if image.shape[:2] != mask.shape:
         sizes = [f"{array.shape[1]}x{array.shape[0]}" for array in (mask, image)]
         raise InputError(f"{mask_file}: {sizes[0]} pixels, but its photograph has {sizes[1]}; they must be of one size")
@@ -100,7 +100,7 @@ def _read_pair(image_file: Path, mask_file: Path) -> Photograph:
     return Photograph(image, subject, image_file.name)
 
 
-def _decoded(path: Path, mode: str) -> Picture:
+def _decode(path: Path, mode: str) -> Picture:
     try:
         with Image.open(path) as picture:
             upright = ImageOps.exif_transpose(picture)
@@ -118,7 +118,7 @@ def box_of(mask: Mask) -> Box:
     return (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
 
 
-def draw_view(rng: np.random.Generator, photograph: Photograph, side: int) -> View:
+def draw_view(rng: np.random.Generator, photograph: Photograph, side: int) -> TrainingView:
     """A random square of the photograph around its subject, scaled to `side`, with a random hole over the subject.
 
     Two in five show as much of the photograph as a square can hold, the others a crop 1.2 to 2.2 times the subject, as
@@ -142,7 +142,7 @@ def draw_view(rng: np.random.Generator, photograph: Photograph, side: int) -> Vi
     if not shown.any():  # smaller than a pixel here: at least its place
         shown = np.zeros((side, side), bool)
         shown[side // 2, side // 2] = True
-    return View(image, random_hole(rng, shown), piece)
+    return TrainingView(image, random_hole(rng, shown), piece)
 
 
 def _place(rng: np.random.Generator, low: int, high: int, extent: float, length: int) -> int:
@@ -168,7 +168,7 @@ def _square(
 
 
 def random_hole(rng: np.random.Generator, subject: Mask) -> Mask:
-    """A random training mask (reference/dreammix.md, section 4): the subject's box, extended and bulged.
+    """A random training mask (docs/algorithm.md, 13.2): the subject's box, extended and bulged.
 
     The box grows by 0.1 to 1.0 of its size (log-uniform, so that close masks, which people draw, come as often as wide
     ones), its corners move by up to 20/1024 of the frame, and each edge becomes a quadratic Bezier curve that bulges
@@ -195,7 +195,10 @@ def random_hole(rng: np.random.Generator, subject: Mask) -> Mask:
 
 
 def latent_mask(hole: Mask, factor: int = 8) -> NDArray[np.float32]:
-    """bool (H, W) -> float32 (H/factor, W/factor) in {0, 1}: any masked pixel makes its cell count (reference 1.4)."""
+    """bool (H, W) -> float32 (H/factor, W/factor) in {0, 1}: any masked pixel makes its cell count.
+
+    docs/algorithm.md, 4.2.
+    """
     height, width = hole.shape
     cells = hole.reshape(height // factor, factor, width // factor, factor).any((1, 3))
     return np.asarray(cells, np.float32)

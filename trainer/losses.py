@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Weights:
+class LossWeights:
     """Factors of the squared error inside and outside the latent mask."""
 
     inside: float
@@ -20,17 +20,17 @@ class Weights:
 
 
 # The reference scales prediction and target by 1.5 and 0.6 before the mean squared error, so its weights are squares.
-LOSSES = {"paper": Weights(1.5, 0.7), "reference": Weights(1.5**2, 0.6**2)}
+LOSSES = {"paper": LossWeights(1.5, 0.7), "reference": LossWeights(1.5**2, 0.6**2)}
 
 
-def loss_weights(name: str) -> Weights:
+def loss_weights(name: str) -> LossWeights:
     """The weights of `--loss paper|reference`; InputError for another name."""
     if name not in LOSSES:
         raise InputError(f"loss is {name!r}; choose one of {', '.join(LOSSES)}")
     return LOSSES[name]
 
 
-def reweighted_loss(prediction: Tensor, target: Tensor, mask: Tensor, weights: Weights) -> Tensor:
+def reweighted_loss(prediction: Tensor, target: Tensor, mask: Tensor, weights: LossWeights) -> Tensor:
     """Eq. 7 as a mean: tau1 * m * (eps_theta - eps)^2 + tau2 * (1 - m) * (eps_theta - eps)^2, over all elements.
 
     prediction, target: float (N, C, h, w); mask: float (N, 1, h, w) in 0..1, 1 where the model repaints; returns a
@@ -38,11 +38,6 @@ def reweighted_loss(prediction: Tensor, target: Tensor, mask: Tensor, weights: W
     """
     square = (prediction - target).square()
     return (square * (weights.inside * mask + weights.outside * (1 - mask))).mean()
-
-
-def combined_loss(subject: Tensor, regular: Tensor, beta: float) -> Tensor:
-    """Eq. 8: the subject's loss plus beta times that of the regular pictures."""
-    return subject + beta * regular
 
 
 def regular_probability(beta: float) -> float:

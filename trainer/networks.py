@@ -18,9 +18,8 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dreammix_trt.core.checkpoint import BaseFiles, State
+from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import FileFormatError, InputError
-
-TEXT_LENGTH = 77
 
 
 def choose_precision(device: str) -> torch.dtype:
@@ -43,10 +42,10 @@ class TrainingNetworks:
     def __init__(self, base: BaseFiles) -> None:
         self.base = base
         unet, vae = (dict(base.configs[name]) for name in ("unet", "vae"))
-        self.unet: Any = _filled(UNet2DConditionModel.from_config(unet), base.unet_patched_state())
+        self.unet: Any = _fill_weights(UNet2DConditionModel.from_config(unet), base.unet_patched_state())
         write_out_attention(self.unet)
         self.precision = choose_precision("cpu")
-        self._vae: Any = _filled(AutoencoderKL.from_config(vae), base.state("vae"))
+        self._vae: Any = _fill_weights(AutoencoderKL.from_config(vae), base.state("vae"))
         self._encoders = [_text_encoder(base, name) for name in ("text_encoder", "text_encoder_2")]
         self._tokenizers = [_tokenizer(base, name) for name in ("tokenizer", "tokenizer_2")]
         self._head = torch.from_numpy(base.head()) if base.has_head else None
@@ -93,10 +92,10 @@ class TrainingNetworks:
         return torch.cat(states, -1), pooled
 
     def _ids(self, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-        rows = [tokenizer(prompt, padding="max_length", max_length=TEXT_LENGTH)["input_ids"] for prompt in prompts]
+        rows = [tokenizer(prompt, padding="max_length", max_length=TOKENS)["input_ids"] for prompt in prompts]
         for prompt, row in zip(prompts, rows, strict=True):
-            if len(row) > TEXT_LENGTH:
-                raise InputError(f"the prompt {prompt!r} has {len(row)} tokens; at most {TEXT_LENGTH} fit, shorten it")
+            if len(row) > TOKENS:
+                raise InputError(f"the prompt {prompt!r} has {len(row)} tokens; at most {TOKENS} fit, shorten it")
         return torch.tensor(rows)
 
     def _add_feature(self, _module: Any, _inputs: Any, out: Tensor) -> Tensor:
@@ -108,7 +107,7 @@ def to_latent_range(pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32
     return np.asarray(np.stack(pictures).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1, np.float32)
 
 
-def _filled(module: Any, state: State) -> Any:
+def _fill_weights(module: Any, state: State) -> Any:
     tensors = {name: torch.from_numpy(value) for name, value in state.items()}
     try:
         missing, _ = module.float().load_state_dict(tensors, strict=False)
@@ -126,7 +125,7 @@ def _text_encoder(base: BaseFiles, name: str) -> Any:
     state: State = base.state(name)
     if not any(key.startswith("text_model.") for key in module.state_dict()):  # transformers 5 for the first encoder
         state = {key.removeprefix("text_model."): value for key, value in state.items()}
-    return _filled(module, state)
+    return _fill_weights(module, state)
 
 
 def _tokenizer(base: BaseFiles, name: str) -> Any:

@@ -1,4 +1,4 @@
-// What the picture kernels share: work divided among the threads of a group, and folds and scans within a block.
+// Shared by the picture kernels: division of work among the threads of a group, and folds and scans within a block.
 #pragma once
 
 #include "group.hpp"
@@ -19,11 +19,11 @@ DMX_HD inline int greater(int a, int b) { return a > b ? a : b; }
 
 DMX_HD inline int parts_of(int whole, int part) { return whole / part + (whole % part != 0 ? 1 : 0); }
 
-// Calls each(y, x) once for every pixel; the threads of a block stand side by side in a row.
+// Calls each(y, x) once for every pixel; the threads of a block take neighbours in a row.
 template <class Group, typename Each>
 DMX_HD void for_pixels(const Group& group, int height, int width, const Each& each) {
     const auto spans = static_cast<std::uint32_t>(parts_of(width, group.threads));
-    const std::uint32_t count = spans * static_cast<std::uint32_t>(height);  // below 2^32: so is the count of pixels
+    const std::uint32_t count = spans * static_cast<std::uint32_t>(height);  // below 2^32, like the pixel count
     const auto blocks = static_cast<std::uint32_t>(group.blocks);
     for (std::uint32_t span = static_cast<std::uint32_t>(group.block); span < count; span += blocks) {
         const int y = static_cast<int>(span / spans);
@@ -32,7 +32,8 @@ DMX_HD void for_pixels(const Group& group, int height, int width, const Each& ea
     }
 }
 
-// The least value of a block's threads, in every thread. `scratch` holds one number a thread; all threads come here.
+// The least value of a block's threads, in every thread. `scratch` has one number per thread; all threads must call
+// this.
 template <class Group>
 DMX_HD int block_least(const Group& group, int value, int* scratch) {
     scratch[group.thread] = value;
@@ -44,22 +45,22 @@ DMX_HD int block_least(const Group& group, int value, int* scratch) {
         group.sync();
     }
     const int least = scratch[0];
-    group.sync();  // before anyone writes to scratch again
+    group.sync();  // before a thread writes to scratch again
     return least;
 }
 
-// Entries that a block's threads scan together. A row is cut into this many parts, whatever the threads are.
+// Entries that a block's threads scan together. A row is split into this many parts for any number of threads.
 constexpr int scanned = 256;
 
-// values[i] becomes values[0] + ... + values[i], + being `join`. `spare` is as long (`scanned`). Starts after a sync of
-// what was written, ends with one. Returns where the result is.
+// values[i] becomes values[0] + ... + values[i], where + is `join`. `spare` has the same length, `scanned`. Call it
+// after a sync of what was written; it ends with a sync. Returns where the result is.
 template <typename Value, class Group, typename Join>
 DMX_HD const Value* block_scan(const Group& group, Value* values, Value* spare, const Join& join) {
     for (int reach = 1; reach < scanned; reach *= 2) {
         for (int i = group.thread; i < scanned; i += group.threads) {
             spare[i] = i >= reach ? join(values[i - reach], values[i]) : values[i];
         }
-        group.sync();  // one is enough: the next round writes where this one read, and reads only what was written
+        group.sync();  // one sync is enough: the next round writes where this one read, and reads what it wrote
         Value* const done = spare;
         spare = values;
         values = done;

@@ -1,4 +1,4 @@
-// What this extension was built from and for; the macros come from CMake.
+// What this extension was built from and for. The macros come from CMake.
 #pragma once
 
 #include <string>
@@ -20,10 +20,10 @@ namespace dmx {
 
 struct BuildInfo {
     std::string version, compiler;
-    std::vector<std::string> host_features;  // instruction sets the host loops were built for beside the plain one
+    std::vector<std::string> host_features;  // instruction sets of the host loops besides the plain one
     std::string toolkit;                     // of CUDA, "13.0"; empty without kernels
     std::vector<std::string> architectures;  // GPUs with machine code, "sm_89"
-    std::string ptx;                         // what newer GPUs compile from, "compute_120"
+    std::string ptx;                         // for the drivers of newer GPUs, "compute_120"
 };
 
 inline std::string compiler_name() {

@@ -1,7 +1,7 @@
-// Crop and resize in one launch: the picture between the two passes never leaves shared memory.
+// Crop and resize in one launch: the intermediate picture between the two passes never leaves shared memory.
 //
-// A block makes tiles of the result. The first pass makes those rows (or columns) of the picture between that the
-// tile's second pass reads; where they are too many for shared memory they are made and added up in parts: the sums are
+// A block makes tiles of the result. The first pass makes the rows (or columns) of the intermediate picture that the
+// tile's second pass reads. If they are too many for shared memory, they are made and added up in parts. The sums are
 // of integers, so the result is the same. An axis that keeps its size is resampled with the single weight 1, which
 // changes nothing.
 #pragma once
@@ -12,7 +12,7 @@
 
 namespace dmx::gpu {
 
-// Output i is the sum of weights[i * most + k] * input[first[i] + k], k < count[i]; null: it is input[i].
+// Output i is the sum of weights[i * most + k] * input[first[i] + k], k < count[i]; with null it is input[i].
 struct Axis {
     const std::int32_t *first_of, *count_of, *weights;
     int most;
@@ -33,7 +33,7 @@ template <int channels>
 struct CutKernel {
     CutArgs args;
 
-    // A tile is long along the axis of the second pass, where neighbours overlap in what they read.
+    // A tile is long along the axis of the second pass, where the inputs of neighbours overlap.
     static constexpr int tile_late = 32, tile_early = 16;
     static constexpr int sums_size = tile_late * tile_early * channels * static_cast<int>(sizeof(int));
     static constexpr int between_size = 16384;
@@ -63,7 +63,7 @@ struct CutKernel {
     }
 
   private:
-    // Every thread sums the same pixels of each tile and puts them out: sums need no sync.
+    // A thread sums and writes the same pixels of each tile, so the sums need no sync.
     template <class Group>
     DMX_HD void sum_up(const Group& group, const Cut& cut, TileBox box, bool down_first) const {
         int* const sums = reinterpret_cast<int*>(group.shared);
@@ -80,7 +80,7 @@ struct CutKernel {
         }
         for (int start = late.first(late0); start < stop; start += most) {
             const int part = lesser(most, stop - start);
-            // Rows of the picture between: of the source (made along rows), or of the result (made down columns).
+            // The intermediate picture has rows of the source (made along rows), or of the result (made down columns).
             const int between_height = down_first ? early1 - early0 : part;
             const int between_width = down_first ? part : early1 - early0;
             for (int i = group.thread; i < between_height * between_width; i += group.threads) {
@@ -96,11 +96,11 @@ struct CutKernel {
                 const int lane = channels * (down_first ? across * between_width : across);
                 add_late(late, output, start, part, between + lane, step, sums + i * channels);
             }
-            group.sync();  // before `between` is made anew, for this tile or the next
+            group.sync();  // before `between` is overwritten, for this tile or the next
         }
     }
 
-    // One pixel of the picture between: output `output` of the early axis at `at` of the late axis' inputs.
+    // One pixel of the intermediate picture: output `output` of the early axis at input `at` of the late axis.
     DMX_HD void make_between(const Cut& cut, const Axis& axis, int output, int at, bool down_first,
                              std::uint8_t* to) const {
         const ptrdiff_t stride = ptrdiff_t{channels} * cut.width;
@@ -117,7 +117,7 @@ struct CutKernel {
         for (int c = 0; c < channels; ++c) to[c] = resize_value(sum[c]);
     }
 
-    // Adds the inputs [start, start + part) of one output; `from` is where input `start` stands.
+    // Adds the inputs [start, start + part) of one output; `from` points at input `start`.
     DMX_HD static void add_late(const Axis& axis, int output, int start, int part, const std::uint8_t* from, int step,
                                 int* sums) {
         const int first = axis.first(output) - start;  // within the part
@@ -158,7 +158,7 @@ struct CutKernel {
     // One write for the block.
     template <class Group>
     DMX_HD void tell(const Group& group, bool found) const {
-        std::uint8_t* const all = group.shared + sums_size;  // nobody reads `between` any more
+        std::uint8_t* const all = group.shared + sums_size;  // no thread reads `between` any more
         all[group.thread] = found ? 1 : 0;
         group.sync();
         if (group.thread != 0) return;
@@ -168,7 +168,7 @@ struct CutKernel {
     }
 };
 
-// Input pixel i falls into output floor(i * outputs / inputs); each output looks at the inputs that fall into it.
+// Input pixel i falls into output floor(i * outputs / inputs); each output checks the inputs that fall into it.
 struct Speck {
     SpeckArgs args;
 

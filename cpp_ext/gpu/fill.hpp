@@ -1,9 +1,9 @@
 // The hole fill as launches: two that find the hole, then two for each blur.
 //
 // Along a row a window is a difference of prefix sums, which a block makes in shared memory. Down the columns each
-// thread takes four bytes side by side and moves its windows over a strip of rows. As on the host, only the hole's
-// bounding box gets a result, and rows without a hole are blurred once for a radius; where the hole is, is known on the
-// device alone, so launches cover the picture and most threads may find nothing to do.
+// thread takes four neighbouring bytes and moves its windows over a strip of rows. As on the host, only the hole's
+// bounding box gets a result, and rows without a hole are blurred once per radius. Only the device knows where the hole
+// is, so launches cover the whole picture and many threads may have nothing to do.
 #pragma once
 
 #include "../fill.hpp"
@@ -17,9 +17,9 @@ struct FillPlan {
     const std::uint8_t* mask;
     int height, width;
     int words;              // of four bytes in a row of `hole` and `blurred`
-    std::int32_t* box;      // row0, row1, col0, col1 of the hole; row0 >= row1 where there is none
-    std::int32_t* first_of; // per row: the hole's first column (width where it has none)
-    std::int32_t* last_of;  // per row: its last (-1)
+    std::int32_t* box;      // row0, row1, col0, col1 of the hole; row0 >= row1 without a hole
+    std::int32_t* first_of; // per row: the hole's first column (width: no hole)
+    std::int32_t* last_of;  // per row: its last column (-1: no hole)
     std::uint32_t* hole;    // 255 on bytes of the hole, else 0
     std::uint32_t* blurred; // the pass along the rows
 
@@ -28,8 +28,8 @@ struct FillPlan {
     static std::size_t bytes_for(int height, int width) {
         return head(height) + 8 * static_cast<std::size_t>(height) * static_cast<std::size_t>(words_of(width));
     }
-    // The most that `bytes_for` can be for as many pixels with no side below `least_side`: six for every pixel, and for
-    // every row at most eight of its own and six where its words end.
+    // The largest `bytes_for` of any picture with as many pixels and no side below `least_side`: six bytes per pixel,
+    // and per row at most eight of its own and six where its words end.
     static constexpr int least_side = 8;
     static std::size_t most_bytes(int height, int width) {
         const std::size_t pixels = static_cast<std::size_t>(height) * static_cast<std::size_t>(width);
@@ -47,7 +47,7 @@ struct FillPlan {
     }
 };
 
-// A block per row: the row's part of the hole, and its bytes.
+// One block per row finds the row's part of the hole, and its bytes.
 struct FindRows {
     FillPlan plan;
     static constexpr std::size_t shared = block_threads * sizeof(int);
@@ -58,7 +58,7 @@ struct FindRows {
         for (int y = group.block; y < plan.height; y += group.blocks) {
             const std::uint8_t* row = plan.mask + ptrdiff_t{y} * plan.width;
             auto* const hole = reinterpret_cast<std::uint8_t*>(plan.hole + ptrdiff_t{y} * plan.words);
-            int first = plan.width, before_last = 0;  // minus the last column: the least is kept of both
+            int first = plan.width, before_last = 0;  // minus the last column, so that the least value wins for both
             for (int i = group.thread; i < 4 * plan.words; i += group.threads) {
                 const int x = i / 3;
                 const bool holed = x < plan.width && row[x] >= 127;
@@ -72,7 +72,7 @@ struct FindRows {
     }
 };
 
-// One block: the box around the rows' parts.
+// One block finds the box around the parts of all rows.
 struct FindBox {
     FillPlan plan;
     static constexpr std::size_t shared = block_threads * sizeof(int);
@@ -94,7 +94,7 @@ struct FindBox {
     }
 };
 
-// A block per row. Prefix sums stand in shared memory at every `grain` (a power of two) pixels, at most `most_points`.
+// One block per row. Shared memory has prefix sums at every `grain` (a power of two) pixels, at most `most_points`.
 struct BlurRows {
     FillPlan plan;
     int radius, all_rows, grain_bits;
@@ -111,7 +111,7 @@ struct BlurRows {
         while ((width >> bits) + 1 > most_points) ++bits;
         return bits;
     }
-    // Sums at the points, then the totals of the row's parts and what scanning them needs.
+    // Sums at the points, then the totals of the row's parts and the spare memory to scan them.
     static std::size_t shared_for(int width) {
         return (static_cast<std::size_t>(width >> grain_bits_for(width)) + 1 + 2 * scanned) * sizeof(Sum);
     }
@@ -168,7 +168,7 @@ struct BlurRows {
         return sum;
     }
 
-    // Whole words of the box's columns.
+    // Writes whole words of the box's columns.
     template <class Group>
     DMX_HD void put_out(const Group& group, const std::uint8_t* row, std::uint8_t* out) const {
         const auto* const sums = reinterpret_cast<const std::uint32_t*>(group.shared);
@@ -187,16 +187,17 @@ struct BlurRows {
     }
 };
 
-// A thread per word and strip of rows.
+// One thread per word and strip of rows.
 struct BlurColumns {
     FillPlan plan;
     int radius, strip;
     BoxWeights weights;
 
-    // Few threads to a block: there may be fewer threads in all than the device has places, and all are bound by reads.
+    // Few threads per block: there may be fewer threads than the device can run, and all are limited by reads.
     static constexpr int threads = 64;
 
-    // Starting a window costs as many reads as it is long, which long strips share; short ones keep more threads busy.
+    // Starting a window costs as many reads as its length. Long strips share this cost; short ones keep more threads
+    // busy.
     static int strip_for(int radius) { return clamped(radius / 2, 16, 64); }
 
     template <class Group>
@@ -226,7 +227,7 @@ struct BlurColumns {
         return plan.blurred[ptrdiff_t{clamped(y, 0, plan.height - 1)} * plan.words + word];
     }
 
-    // About row y. The first and last row of the picture count as often as the window overhangs.
+    // The windows around row y. Where they overhang the picture, the first or last row is repeated.
     DMX_HD Windows start(int y, int word) const {
         const int low = y - radius, high = y + radius, edge = plan.height - 1;
         Windows windows{{0, 0, 0, 0}};
@@ -242,7 +243,7 @@ struct BlurColumns {
         return windows;
     }
 
-    // Reads of some rows stand before the first write, which might, for all the compiler knows, change them.
+    // Reads several rows before the first write, because the compiler must assume that a write may change them.
     DMX_HD void blur(int word, int begin, int end) const {
         constexpr int batch = 4;
         Windows windows = start(begin - 1, word);
@@ -262,7 +263,7 @@ struct BlurColumns {
         }
     }
 
-    // Moves the windows by one row; the blurred bytes there.
+    // Moves the windows by one row and returns the blurred bytes there.
     DMX_HD std::uint32_t moved_down(Windows& windows, std::uint32_t entering, std::uint32_t above,
                                     std::uint32_t below) const {
         std::uint32_t values = 0;
@@ -273,7 +274,7 @@ struct BlurColumns {
         return values;
     }
 
-    // Only bytes of the hole are written, so that it does not matter how the picture lies in memory.
+    // Writes only bytes of the hole, so the alignment of the picture does not matter.
     DMX_HD void put(int y, int word, std::uint32_t values, std::uint32_t hole) const {
         std::uint8_t* const to = plan.picture + ptrdiff_t{3} * plan.width * y + ptrdiff_t{4} * word;
         if (hole == 0xFFFFFFFFU && reinterpret_cast<std::uintptr_t>(to) % 4 == 0) {

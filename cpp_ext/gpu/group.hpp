@@ -1,9 +1,9 @@
-// How a kernel is written once for host and device: a body over a group of threads.
+// Kernels are written once for host and device: as a body over a group of threads.
 //
-// A kernel is a struct of plain arguments with a body `template <class Group> DMX_HD void operator()(Group& group) const`.
-// The body knows which thread of which block it is, strides over its work by these numbers whatever they are, and waits
-// with `sync` (its block) or `sync_all` (every block: only in kernels launched together). On the host a group is one
-// thread of one block unless a test asks for more; on the device it is the usual grid.
+// A kernel is a struct of plain arguments with a body `template <class Group> DMX_HD void operator()(Group& group)
+// const`. The body knows which thread of which block it is and strides over its work by these numbers, whatever they
+// are. It waits with `sync` (its block) or `sync_all` (all blocks, only in kernels launched together). On the host a
+// group is one thread of one block unless a test asks for more. On the device it is the usual grid.
 #pragma once
 
 #include <cstring>
@@ -17,7 +17,7 @@
 
 namespace dmx {
 
-// IEEE binary16 as it lies in memory. Conversions round to nearest even; host and device give the same bits.
+// IEEE binary16 as in memory. Conversions round to nearest even; host and device give the same bits.
 struct Half {
     std::uint16_t bits;
 };
@@ -55,7 +55,7 @@ DMX_HD inline Half half_of(float value) {
     const std::uint32_t rest = bits & 0x7FFFFFFFU;
     std::uint32_t half;
     if (rest > 0x7F800000U) {
-        half = 0x7FFFU;  // what the device makes of every NaN
+        half = 0x7FFFU;  // the NaN that the device always gives
         return {static_cast<std::uint16_t>(half)};
     }
     if (rest >= 0x477FF000U) {  // 65520 and more round to infinity
@@ -85,7 +85,7 @@ DMX_HD inline Half value_of<Half>(float value) {
     return half_of(value);
 }
 
-// Numbers as a network has them: float or half. The type is the same for a whole launch, so asking costs nothing.
+// The numbers of a network: float or half. The type is the same for a whole launch, so the branch costs nothing.
 struct Reals {
     void* at;
     bool half;
@@ -107,8 +107,8 @@ DMX_HD inline bool is_finite(float value) {
     return (bits & 0x7F800000U) != 0x7F800000U;
 }
 
-// The sum over the threads of a block, the same in every thread, in an order that hangs on the block's size alone.
-// `scratch` holds one double a thread; all threads of the block must come here.
+// The sum over the threads of a block, the same in every thread. Its order depends only on the block's size. `scratch`
+// has one double per thread; all threads of the block must call this.
 template <class Group>
 DMX_HD double block_sum(Group& group, double value, double* scratch) {
     scratch[group.thread] = value;
@@ -120,7 +120,7 @@ DMX_HD double block_sum(Group& group, double value, double* scratch) {
         group.sync();
     }
     const double sum = scratch[0];
-    group.sync();  // before anyone writes to scratch again
+    group.sync();  // before a thread writes to scratch again
     return sum;
 }
 

@@ -1,5 +1,5 @@
-// Latents between networks and sampling: posteriors, start and hand-over noise, changes of type, the finiteness check.
-// engine/stages.py has the same arithmetic for the host.
+// Latents between networks and sampling: posteriors, start and hand-over noise, type conversions, the finiteness check.
+// engine/host/painter.py has the same arithmetic for the host.
 #pragma once
 
 #include "../philox.hpp"
@@ -8,7 +8,7 @@
 
 namespace dmx {
 
-// Elements 4 quad .. 4 quad + 3 of a draw, which Philox makes together; so a thread takes four neighbours.
+// Elements 4 quad .. 4 quad + 3 of a draw. Philox makes them together, so a thread takes four neighbours.
 struct Quad {
     float value[4];
 };
@@ -22,7 +22,7 @@ DMX_HD inline Quad normals_of(std::uint64_t seed, Draw draw, std::int32_t step, 
 
 DMX_HD inline ptrdiff_t quads_of(ptrdiff_t count) { return (count + 3) / 4; }
 
-// What each thread does of `count` pieces of work: first, first + stride, ...
+// The pieces of work that each thread does: first, first + stride, ...
 template <class Group>
 DMX_HD ptrdiff_t first_of(const Group& group) {
     return ptrdiff_t{group.block} * group.threads + group.thread;
@@ -33,7 +33,8 @@ DMX_HD ptrdiff_t stride_of(const Group& group) {
     return ptrdiff_t{group.blocks} * group.threads;
 }
 
-// latent = scaling * mean, or of a sample of the posterior where the job wants one; `network` (may be null) the same.
+// latent = scaling * mean, or * a sample of the posterior if the job asks for one. `network` gets the same; may be
+// null.
 struct EncodeLatent {
     Reals mean, std;
     const Job* job;
@@ -66,7 +67,7 @@ struct EncodeLatent {
     }
 };
 
-// The latent a stage starts from. `out` may be `latent`.
+// The latent that a stage starts from. `out` may be `latent`.
 struct Noised {
     const float* latent;
     const Job* job;

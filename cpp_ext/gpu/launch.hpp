@@ -1,7 +1,7 @@
-// Running a kernel (see group.hpp): on the device in a stream, or on the host, at once.
+// Runs a kernel (see group.hpp): on the device in a stream, or immediately on the host.
 //
-// The files of this folder that include this are compiled by nvcc where there is one, else by the host's compiler; then
-// they run on the host alone.
+// nvcc compiles the files of this folder that include this one. Without nvcc the host's compiler does, and they run
+// only on the host.
 #pragma once
 
 #include <condition_variable>
@@ -18,22 +18,22 @@
 
 namespace dmx {
 
-// Where a kernel runs: in a CUDA stream (its handle), or on the host with `blocks` by `threads` threads of the host.
+// Where a kernel runs: in a CUDA stream (its handle), or on the host with `blocks` by `threads` host threads.
 struct Place {
     bool device = false;
     void* stream = nullptr;
     int blocks = 1, threads = 1;  // on the host; more than one for tests
 };
 
-// A kernel's grid on the device and its shared memory. blocks 0: as many as fill the device (the body strides).
-// together: all blocks run at once, so that the body may call sync_all.
+// A kernel's grid on the device and its shared memory. blocks 0: enough to fill the device (the body strides).
+// together: all blocks run at once, so the body may call sync_all.
 struct Grid {
     int blocks = 0, threads = 256;
     std::size_t shared = 0;  // bytes of `group.shared`
     bool together = false;
 };
 
-// A grid for `count` pieces of work, one a thread; the body strides where there are more.
+// A grid for `count` pieces of work, one per thread; the body strides if there are more.
 inline Grid grid_for(std::ptrdiff_t count, int threads = 256) {
     constexpr std::ptrdiff_t most = 4096;
     const std::ptrdiff_t blocks = (count + threads - 1) / threads;
@@ -66,7 +66,7 @@ struct HostGroup {
     unsigned char* shared;
     Barrier *of_block, *of_all;
 
-    // Marked for both sides because bodies are; only the host's is ever called.
+    // Marked for host and device because the bodies are; only the host calls it.
     DMX_HD void sync() const {
 #if !defined(__CUDA_ARCH__)
         if (threads > 1) of_block->wait();
@@ -77,7 +77,7 @@ struct HostGroup {
         if (threads * blocks > 1) of_all->wait();
 #endif
     }
-    // Several threads may do this to one place at once.
+    // Safe for several threads on the same place.
     DMX_HD void set_bits([[maybe_unused]] std::int32_t* at, [[maybe_unused]] std::int32_t bits) const {
 #if !defined(__CUDA_ARCH__)
         const std::lock_guard<std::mutex> lock(atomics());
@@ -159,15 +159,15 @@ __global__ void run_on_device(const Kernel kernel) {
 
 inline void check(cudaError_t error, const char* what) {
     if (error == cudaSuccess) return;
-    static_cast<void>(cudaGetLastError());  // told once, here, and not to the next who asks
+    static_cast<void>(cudaGetLastError());  // reported here, so clear it for the next caller
     throw std::runtime_error(std::string("a CUDA kernel could not be started: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// Blocks that run at once on a device; asks the driver, which takes longer than a launch.
+// The number of blocks that run at once on a device. Asks the driver, which takes longer than a launch.
 template <class Kernel>
 int ask_resident_blocks(int device, int threads, std::size_t shared) {
     int processors = 0, each = 0;
-    constexpr std::size_t granted = 48 * 1024;  // without asking
+    constexpr std::size_t granted = 48 * 1024;  // without setting an attribute
     if (shared > granted) {
         check(cudaFuncSetAttribute(run_on_device<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    static_cast<int>(shared)), "cudaFuncSetAttribute");
@@ -178,7 +178,7 @@ int ask_resident_blocks(int device, int threads, std::size_t shared) {
     return processors * each;
 }
 
-// The same, remembered for every kernel, device and size.
+// The same, remembered per kernel, device and size.
 template <class Kernel>
 int resident_blocks(int threads, std::size_t shared) {
     static std::mutex mutex;

@@ -1,5 +1,5 @@
-// A subject's factors on their way into a network: laid out from a file, put in their places in a batch, or merged into
-// a weight. core/subject.py has the layout.
+// Puts a subject's factors into a network: lays them out from a file, and copies them to their places in a batch.
+// core/slots.py describes the layout.
 #pragma once
 
 #include "group.hpp"
@@ -14,7 +14,7 @@ struct alignas(16) Sixteen {
 
 DMX_HD inline bool is_aligned(const void* pointer, size_t bytes) { return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0; }
 
-// bytes[begin .. end) by the threads of a block, as a whole number of T.
+// Copies bytes[begin .. end), a whole number of T, with the threads of a block.
 template <typename T, class Group>
 DMX_HD void copy_as(const Group& group, const unsigned char* from, unsigned char* to, ptrdiff_t begin, ptrdiff_t end) {
     const auto size = static_cast<ptrdiff_t>(sizeof(T));
@@ -23,7 +23,7 @@ DMX_HD void copy_as(const Group& group, const unsigned char* from, unsigned char
     }
 }
 
-// As many bytes, 2 or 16 at once; both ends start at even addresses.
+// Copies `count` bytes, 2 or 16 at once; both addresses are even.
 template <class Group>
 DMX_HD void copy_bytes(const Group& group, const unsigned char* from, unsigned char* to, ptrdiff_t count) {
     const bool wide = is_aligned(from, sizeof(Sixteen)) && is_aligned(to, sizeof(Sixteen));
@@ -32,7 +32,7 @@ DMX_HD void copy_bytes(const Group& group, const unsigned char* from, unsigned c
     copy_as<std::uint16_t>(group, from, to, middle, count);
 }
 
-// out[target * pictures + picture * size + i] = row[source + i] of every segment, bit for bit.
+// out[target * pictures + picture * size + i] = row[source + i] for every segment, bit for bit.
 struct PlaceFactors {
     const unsigned char* row;
     const Segment* segments;
@@ -41,13 +41,13 @@ struct PlaceFactors {
     int pictures, picture;
     int bytes;  // of a number
 
-    static constexpr int parts = 4;  // of a segment: some are several times as long as others
+    static constexpr int parts = 4;  // per segment, since some are several times as long as others
 
     template <class Group>
     DMX_HD void operator()(Group& group) const {
         for (ptrdiff_t task = group.block; task < ptrdiff_t{count} * parts; task += group.blocks) {
             const Segment segment = segments[task / parts];
-            const ptrdiff_t length = (segment.size / parts + 8) / 8 * 8;  // whole sixteens
+            const ptrdiff_t length = (segment.size / parts + 8) / 8 * 8;  // multiples of 16 bytes
             const ptrdiff_t begin = task % parts * length, left = segment.size - begin;
             if (left <= 0) continue;
             const ptrdiff_t target = segment.target * pictures + picture * segment.size + begin;
@@ -57,7 +57,7 @@ struct PlaceFactors {
     }
 };
 
-// Each factor scaled and laid out in its slot's shape, zeros where the file has less.
+// Scales each factor and lays it out in its slot's shape, with zeros where the file has less.
 struct PackFactors {
     Reals raw;
     const Factor* factors;
@@ -75,26 +75,6 @@ struct PackFactors {
                 const ptrdiff_t at = factor.source + ptrdiff_t{row} * factor.cols + column;
                 out.set(factor.target + i, there ? raw[at] * factor.scale : 0.0F);
             }
-        }
-    }
-};
-
-// out = weight + scale * (a b)^T with weight and out (outputs, inputs), a (inputs, rank), b (rank, outputs). `out` may be
-// `weight`. Done once a subject, so the caches do for tiles.
-struct MergeLora {
-    Reals weight;
-    const float *a, *b;
-    Reals out;
-    int outputs, inputs, rank;
-    float scale;
-
-    template <class Group>
-    DMX_HD void operator()(Group& group) const {
-        for (ptrdiff_t i = first_of(group); i < ptrdiff_t{outputs} * inputs; i += stride_of(group)) {
-            const ptrdiff_t output = i / inputs, input = i % inputs;
-            float sum = 0.0F;
-            for (int r = 0; r < rank; ++r) sum += a[input * rank + r] * b[ptrdiff_t{r} * outputs + output];
-            out.set(i, weight[i] + scale * sum);
         }
     }
 };

@@ -1,8 +1,8 @@
-// What is made of masks: the latent mask, and weights by the distance from the mask (Chebyshev's: the larger of the
-// distances in rows and columns).
+// Kernels on masks: the latent mask, and weights by the Chebyshev distance from the mask (the larger of the distances
+// in rows and columns).
 //
-// The distance is separable: first to the nearest mask pixel within the row, then over rows the least of the larger of
-// that and the distance in rows.
+// The distance is separable: first the distance to the nearest mask pixel in the row, then the least over all rows of
+// the larger of that and the distance in rows.
 #pragma once
 
 #include <cmath>
@@ -34,16 +34,16 @@ struct LatentMask {
     }
 };
 
-// A block per row: distances within the row to the mask (or, inverted, to what is not mask), reach + 1 for any beyond.
+// One block per row: the distances in the row to the mask (inverted: to pixels outside the mask), at most reach + 1.
 struct DistancesInRows {
     const std::uint8_t* mask;
     const Field* field_at;
     std::uint16_t* distances;
     int inverted;
-    std::int32_t* deepest;  // null, or where the passes to come keep a least value: starts at 255
+    std::int32_t* deepest;  // null, or where later passes keep a least value; set to 255 here
 
     struct Ends {
-        int last, first;  // mask pixels: the last of a part and those before, the first of a part and those after
+        int last, first;  // mask pixels: the last up to and including a part, the first from a part on
     };
     static constexpr std::size_t shared = 2 * scanned * sizeof(Ends);
 
@@ -55,7 +55,7 @@ struct DistancesInRows {
             const std::uint8_t* row = mask + ptrdiff_t{y} * field.width;
             const Ends* ends = find_ends(group, field, row);
             put_out(group, field, row, ends, distances + ptrdiff_t{y} * field.width);
-            group.sync();  // before the next row's ends
+            group.sync();  // before the ends of the next row
         }
     }
 
@@ -66,7 +66,7 @@ struct DistancesInRows {
 
     DMX_HD static int part_length(const Field& field) { return parts_of(field.col1 - field.col0, scanned); }
 
-    // After the scan ends[i].last is that of parts 0 to i, ends[i].first that of parts scanned - 1 - i to the last.
+    // After the scan ends[i].last is that of parts 0 to i, and ends[i].first that of parts scanned - 1 - i to the last.
     template <class Group>
     DMX_HD const Ends* find_ends(const Group& group, const Field& field, const std::uint8_t* row) const {
         Ends* const ends = reinterpret_cast<Ends*>(group.shared);
@@ -105,7 +105,7 @@ struct DistancesInRows {
     }
 };
 
-// The distance of pixel (y, x) from those in rows; looks up and down until no row can be nearer.
+// The distance of pixel (y, x), from the distances in rows. Searches up and down until no row can be nearer.
 DMX_HD inline int distance_at(const Field& field, const std::uint16_t* distances, int y, int x) {
     const std::uint16_t* at = distances + ptrdiff_t{y} * field.width + x;
     int best = lesser(*at, field.reach + 1);
@@ -143,7 +143,7 @@ struct Feather {
     }
 };
 
-// The feather inwards from outside the mask, and its least value.
+// The feather from outside the mask inwards, and its least value.
 struct SeamRim {
     SeamArgs args;
     static constexpr std::size_t shared = block_threads * sizeof(int);
@@ -163,7 +163,7 @@ struct SeamRim {
     }
 };
 
-// Stretched so that the deepest pixel has 0; 255 stays.
+// Stretches the values so that the deepest pixel has 0; 255 stays.
 struct SeamLevels {
     SeamArgs args;
 

@@ -43,8 +43,4 @@ void launch(const PlaceFactors& kernel, Place place) {
 
 void launch(const PackFactors& kernel, Place place) { run(kernel, {std::max(kernel.count, 1), 256}, place); }
 
-void launch(const MergeLora& kernel, Place place) {
-    run(kernel, grid_for(ptrdiff_t{kernel.outputs} * kernel.inputs), place);
-}
-
 }  // namespace dmx

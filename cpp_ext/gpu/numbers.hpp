@@ -1,4 +1,4 @@
-// The number kernels as Python calls them: each enqueued in a stream, or run on the host at once.
+// The number kernels as Python calls them. Each is enqueued in a stream, or runs immediately on the host.
 #pragma once
 
 #include "latents.hpp"
@@ -20,6 +20,5 @@ void launch(const JoinText& kernel, Place place);
 void launch(const Tas& kernel, Place place);
 void launch(const PlaceFactors& kernel, Place place);
 void launch(const PackFactors& kernel, Place place);
-void launch(const MergeLora& kernel, Place place);
 
 }  // namespace dmx

@@ -1,5 +1,5 @@
-// A stage's content pasted into the picture, each pixel by one thread. The arithmetic is the host's (../paste.hpp):
-// truncated to 8 bit at each mixing.
+// Pastes a stage's content into the picture, one thread per pixel. The arithmetic is that of the host (../paste.hpp):
+// every mix is truncated to 8 bit.
 #pragma once
 
 #include <cmath>
@@ -21,7 +21,7 @@ struct Paste {
             const std::uint8_t* original = args.original + 3 * pixel;
             const std::uint8_t weight = args.weight[pixel];
             Colour colour = colour_of(original);
-            if (weight != 0) {  // else what is mixed is the original to the byte
+            if (weight != 0) {  // with weight 0 the result is exactly the original
                 const Colour top = sheet.keeps_local != 0 ? joined(sheet, y, x, colour) : placed(sheet, y, x, colour);
                 colour = mix(top, colour, share_of(weight));
             }
@@ -44,7 +44,7 @@ struct Paste {
         return out;
     }
 
-    // The content where its box is, softened where the sheet says so.
+    // The content inside its box, softened if the sheet says so.
     DMX_HD Colour placed(const Sheet& sheet, int y, int x, const Colour& original) const {
         const Box box{sheet.row0, sheet.row1, sheet.col0, sheet.col1};
         const Colour content = within(args.content, box, y, x, original);
@@ -53,7 +53,7 @@ struct Paste {
         return mix(content, original, soft_share(y - box.row0, x - box.col0, height, width));
     }
 
-    // Local content inside, the other's where the seam is.
+    // Local content, mixed with the global content by the seam.
     DMX_HD Colour joined(const Sheet& sheet, int y, int x, const Colour& original) const {
         const Box local{sheet.local_row0, sheet.local_row1, sheet.local_col0, sheet.local_col1};
         const Colour top = within(args.content, {sheet.row0, sheet.row1, sheet.col0, sheet.col1}, y, x, original);

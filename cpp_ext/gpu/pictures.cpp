@@ -1,4 +1,4 @@
-// The picture kernels' launches. Where sizes stand in a record the grid fills the device, whatever they are.
+// Launches the picture kernels. When the sizes are in a record, the grid fills the device whatever they are.
 #include "pictures.hpp"
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// The kernels on pictures (8 bit, rows of channels) and masks. Each function enqueues launches and returns; on the host
-// it runs at once (see Place). Results equal those of the host functions named, byte for byte.
+// The kernels on pictures (8 bit, channels last) and masks. Each function enqueues launches and returns; on the host it
+// runs immediately (see Place). Results equal those of the host functions of the same name, byte for byte.
 #pragma once
 
 #include <vector>
@@ -10,22 +10,22 @@
 
 namespace dmx::gpu {
 
-// Crop, Lanczos resize as resize(), and what the networks make of it; any output may be null.
+// Crops, resizes like resize() with Lanczos, and converts to the networks' range. Any output may be null.
 struct CutArgs {
     const std::uint8_t* source;
     int channels;                // 3, or 1
     const Cut* cut;
-    const std::int32_t* tables;  // resampling of both axes, see engine/gpu/records.py
+    const std::int32_t* tables;  // resampling of both axes, see engine/device/records.py
     std::uint8_t* out;           // (out_height, out_width, channels)
-    const std::uint8_t* mask;    // (out_height, out_width): what `masked` hides
+    const std::uint8_t* mask;    // (out_height, out_width): hides pixels of `masked`
     void *network, *masked;      // (1, 3, out_height, out_width) in [-1, 1]
     int half;
-    int threshold;               // of one channel: above 127 becomes 255, the rest 0
-    std::int32_t* found;         // with threshold: set to 1 where any is 255, else left
+    int threshold;               // for one channel: above 127 becomes 255, the rest 0
+    std::int32_t* found;         // with threshold: set to 1 if any pixel is 255, else unchanged
 };
 void cut(const CutArgs& args, Place place);
 
-// A mask that resampling has lost (*found is 0): every pixel of `out` that a repainted pixel falls into is set.
+// For a mask that was lost in resampling (*found is 0): sets every pixel of `out` that a repainted pixel falls into.
 struct SpeckArgs {
     const std::uint8_t* source;
     const Cut* cut;
@@ -41,14 +41,14 @@ struct NormaliseArgs {
 };
 void normalise(const NormaliseArgs& args, Place place);
 
-// fill() in place. `scratch` is aligned to 16 bytes. Two launches a blur and two before.
+// Does fill() in place. `scratch` is aligned to 16 bytes. Two launches per blur, and two before.
 struct FillArgs {
     std::uint8_t* picture;
     const std::uint8_t* mask;
     void* scratch;
     int height, width;
 };
-// Enough for (height, width), and for every other picture of at most as many pixels whose sides are 8 or more.
+// Enough for (height, width), and for every picture with at most as many pixels and sides of 8 or more.
 std::size_t fill_scratch(int height, int width);
 void fill(const FillArgs& args, const std::vector<Blur>& cascade, Place place);
 
@@ -66,7 +66,7 @@ struct FeatherArgs {
     const Field* field;
     std::uint16_t* scratch;  // one for each pixel
     std::uint8_t* out;
-    int dilate;              // 255 as far as the reach, instead of weights
+    int dilate;              // 255 up to the reach, instead of weights
 };
 std::size_t distance_scratch(std::int64_t most_pixels);
 void feather(const FeatherArgs& args, Place place);
@@ -80,7 +80,7 @@ struct SeamArgs {
 };
 void seam(const SeamArgs& args, Place place);
 
-// A stage's content put into the picture, or local and global content joined along the seam and put there.
+// Pastes a stage's content into the picture, or local and global content joined along the seam.
 struct PasteArgs {
     const std::uint8_t *original, *content;
     const std::uint8_t *local, *seam;  // read only where the sheet keeps local content

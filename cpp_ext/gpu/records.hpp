@@ -1,4 +1,5 @@
-// The records kernels read from device memory; engine/gpu/records.py says what each field means and repeats the layout.
+// The records that kernels read from device memory. engine/device/records.py explains the fields and repeats the
+// layout.
 #pragma once
 
 #include "../common.hpp"
@@ -22,13 +23,13 @@ struct Field {
 struct Job {
     std::uint64_t seed;
     float start_scale, hand_over_sigma;
-    std::int32_t samples_vae, blends_output, size_height, size_width, target, unused;
+    std::int32_t samples_vae, blends_output;
 };
 
 struct StepRow {
-    float sigma, timestep, size_scale_positive, size_scale_negative, guidance_scale, guidance_rescale;
-    float blur_alpha, c_x, c_x0, c_dx0, c_noise;
-    std::int32_t blend_step, solver_step, unused[3];
+    float sigma, timestep, guidance_scale, guidance_rescale, blur_alpha, c_x, c_x0, c_dx0, c_noise;
+    float time_ids[2][6];  // of the negative and the positive row
+    std::int32_t blend_step, solver_step, unused;
 };
 
 struct Segment {
@@ -42,13 +43,11 @@ struct Factor {
     std::int32_t unused;
 };
 
-// The numbers of core/noise.py's DRAWS.
-enum class Draw : std::uint32_t {
-    init = 0, blend = 1, solver = 2, renoise = 3, lcg_fill = 4, lcg_masked = 5, switch_global = 6, gch_background = 7,
-    gch_masked = 8,
-};
+// The draws that kernels choose themselves, with the numbers of DRAWS in core/noise.py (a test compares them). The
+// other draws are arguments.
+enum class Draw : std::uint32_t { init = 0, blend = 1, solver = 2, renoise = 3 };
 
-static_assert(sizeof(Cut) == 64 && sizeof(Sheet) == 64 && sizeof(Field) == 32 && sizeof(Job) == 40);
-static_assert(sizeof(StepRow) == 64 && sizeof(Segment) == 24 && sizeof(Factor) == 40);
+static_assert(sizeof(Cut) == 64 && sizeof(Sheet) == 64 && sizeof(Field) == 32 && sizeof(Job) == 24);
+static_assert(sizeof(StepRow) == 96 && sizeof(Segment) == 24 && sizeof(Factor) == 40);
 
 }  // namespace dmx

@@ -1,5 +1,5 @@
-// One sampling step around the UNet, as ../step.hpp has it for the host: what comes before the network and what after,
-// each in one launch. Which step it is stands in device memory, so one captured graph serves every step and schedule.
+// One sampling step around the UNet, like ../step.hpp on the host: one launch before the network and one after it. The
+// step's number is in device memory, so one captured graph serves every step and schedule.
 #pragma once
 
 #include "../step.hpp"
@@ -9,11 +9,11 @@
 
 namespace dmx {
 
-constexpr int latent_channels = 4;  // of SDXL; the filter below keeps a pixel's channels in registers
+constexpr int latent_channels = 4;  // of SDXL; the filter below has a pixel's channels in registers
 
-// Pictures side by side in one batch, and the rows of the UNet's batch: [negative, positive] a picture, or [positive].
+// The pictures of one batch, and the rows of the UNet's batch: [negative, positive] per picture, or [positive].
 struct Batch {
-    const std::int32_t* counter;  // the step under way, the same for all pictures
+    const std::int32_t* counter;  // the current step, the same for all pictures
     const StepRow* table;         // (pictures, most_steps)
     const Job* jobs;
     int most_steps, pictures, height, width, rows_per_picture;
@@ -21,12 +21,12 @@ struct Batch {
     DMX_HD int plane() const { return height * width; }
     DMX_HD int size() const { return latent_channels * plane(); }  // of a picture; whole quads
     DMX_HD const StepRow& row(int picture, int step) const { return table[ptrdiff_t{picture} * most_steps + step]; }
-    // One replay too many repeats the last row rather than read beyond the table.
+    // A replay too many repeats the last row and does not read beyond the table.
     DMX_HD int step() const { return clamped(*counter, 0, most_steps - 1); }
 };
 
-// The items of picture after picture are dealt to workers in turn: where this worker's begin in a picture that `before`
-// items precede. Small pictures keep all workers busy so.
+// The items of all pictures are dealt to the workers in turn, so that small pictures keep all workers busy. Returns the
+// first item of this worker in a picture that `before` items precede.
 DMX_HD inline ptrdiff_t first_dealt(ptrdiff_t worker, ptrdiff_t workers, ptrdiff_t before) {
     const ptrdiff_t first = worker - before % workers;
     return first < 0 ? first + workers : first;
@@ -69,32 +69,25 @@ struct StepBefore {
     }
 
     DMX_HD void tell(int n, const StepRow& row, int thread, int threads) const {
-        const Job& job = batch.jobs[n];
         for (int r = thread; r < batch.rows_per_picture; r += threads) {
-            const bool negative = r + 1 < batch.rows_per_picture;
-            const double share = negative ? row.size_scale_negative : row.size_scale_positive;
             const ptrdiff_t at = ptrdiff_t{n} * batch.rows_per_picture + r;
             timestep[at] = row.timestep;
-            float* told = time_ids + 6 * at;
-            told[0] = static_cast<float>(job.size_height * share);
-            told[1] = static_cast<float>(job.size_width * share);
-            told[2] = told[3] = 0.0F;
-            told[4] = told[5] = static_cast<float>(job.target);
+            for (int i = 0; i < 6; ++i) time_ids[6 * at + i] = row.time_ids[2 - batch.rows_per_picture + r][i];
         }
     }
 };
 
-// After the network: blur guidance, classifier-free guidance, rescaling, solver, and the background kept.
+// After the network: blur guidance, classifier-free guidance, rescaling, the solver, and blending of the background.
 //
-// Statistics of a picture need all its blocks. Each block writes its sum to a place of its own, all wait, and every block
-// adds the sums up in the same order: results never hang on timing. Then the counter goes on by one.
+// Statistics of a picture need all blocks. Each block writes its sum to its own place, all wait, and every block adds
+// up the sums in the same order, so results never depend on timing. At the end the counter is increased by one.
 struct StepAfter {
     Batch batch;
     std::int32_t* counter;
     const float* x_in;
     Reals eps;  // (rows, channels, h, w)
     const float *background, *mask;
-    float* x0;  // history before, prediction after
+    float* x0;  // in: the previous prediction; out: this one
     float* x;
     double* scratch;
     std::int32_t *flags, bit;
@@ -129,7 +122,7 @@ struct StepAfter {
         if (blurs) blur(group, step);
         if (rescales) measure_guided(group, step);
         finish(group, step);
-        group.sync_all();  // nobody reads the counter any more
+        group.sync_all();  // no block reads the counter any more
         if (group.block == 0 && group.thread == 0) *counter += 1;
     }
 
@@ -180,7 +173,7 @@ struct StepAfter {
         return reinterpret_cast<double*>(group.shared);
     }
 
-    // This block's share of the sum of value(i) over picture n. All threads of the block must come here.
+    // Writes this block's share of the sum of value(i) over picture n. All threads of the block must call this.
     template <class Group, class Value>
     DMX_HD void put_sum(Group& group, Sum sum, int n, const Value& value) const {
         const ptrdiff_t stride = stride_of(group);
@@ -190,7 +183,7 @@ struct StepAfter {
         if (group.thread == 0) partial_sums(sum, n)[group.block] = mine;
     }
 
-    // The whole sum, after sync_all: the same to the last bit in every block.
+    // The whole sum, after sync_all: bit for bit the same in every block.
     template <class Group>
     DMX_HD double get_sum(Group& group, Sum sum, int n) const {
         double mine = 0.0;
@@ -210,7 +203,7 @@ struct StepAfter {
         return {static_cast<float>(centre), static_cast<float>(deviation) + 1e-5F};
     }
 
-    // Leaves the positive rows' blurred noise in `blurred()`. Ends with all blocks together.
+    // Writes the blurred noise of the positive rows to `blurred()`. Ends with sync_all.
     template <class Group>
     DMX_HD void blur(Group& group, int step) const {
         for (int n = 0; n < batch.pictures; ++n) {
@@ -282,7 +275,7 @@ struct StepAfter {
         }
     }
 
-    // The bilateral filter at one pixel; `corner` is its window's first. Sums in the host's order.
+    // The bilateral filter at one pixel; `corner` is the first pixel of its window. Sums in the host's order.
     DMX_HD static Pixel filtered(const Tile& tile, int corner) {
         const Pixel centre = tile.guide[corner + bilateral_reach * halo_width + bilateral_reach];
         Pixel sum{};
@@ -302,7 +295,7 @@ struct StepAfter {
         return sum;
     }
 
-    // The spread of the positive and of the guided noise. Ends with all blocks together.
+    // Measures the spread of the positive and of the guided noise. Ends with sync_all.
     template <class Group>
     DMX_HD void measure_guided(Group& group, int step) const {
         for (int n = 0; n < batch.pictures; ++n) {
@@ -329,7 +322,7 @@ struct StepAfter {
         group.sync_all();
     }
 
-    // share, ratio: what `rescale` of the host does to the guided noise; share 0: nothing.
+    // share, ratio: how the guided noise is rescaled, as by the host's `rescale`; share 0: not at all.
     struct Spread {
         float share, ratio;
     };
@@ -359,14 +352,14 @@ struct StepAfter {
         }
     }
 
-    // One number's step; whether the network's output and the prediction are finite.
+    // The step of one number. Returns whether the network's output and the prediction are finite.
     DMX_HD bool solve(int n, ptrdiff_t i, const StepRow& row, Spread spread, float noise) const {
         const ptrdiff_t at = place(n, i);
         float e = guided_noise(n, i, row, positive(n, i, row));
         if (spread.share > 0.0F) e = spread.share * (e * spread.ratio) + (1.0F - spread.share) * e;
         const float from = x_in[at];
         float value = from - e;
-        const float before = row.c_dx0 != 0.0F ? x0[at] : value;  // without history the place may hold anything
+        const float before = row.c_dx0 != 0.0F ? x0[at] : value;  // without history the memory may have any value
         float after = solved(from, value, before, noise, {row.c_x, row.c_x0, row.c_dx0, row.c_noise});
         if (batch.jobs[n].blends_output != 0) {
             const float change = (background[at] - value) * (1.0F - mask[ptrdiff_t{n} * batch.plane() + i % batch.plane()]);

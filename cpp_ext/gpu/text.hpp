@@ -1,4 +1,4 @@
-// Prompt tokens: the two text encoders' outputs side by side, and attribute removal.
+// Prompt tokens: joins the outputs of both text encoders, and removes attributes.
 #pragma once
 
 #include "group.hpp"
@@ -28,9 +28,9 @@ struct JoinText {
     }
 };
 
-// ../tas.hpp with a block a token: the unwanted tokens `removed[plan's]` taken out of `tokens[plan's]`, one after the
+// ../tas.hpp with one block per token: removes unwanted tokens, rows of `removed`, from rows of `tokens`, one after the
 // other. plan: K, P, the K rows of `removed` (in `rows` places), the P rows of `tokens` (in `rows` places). Rows outside
-// the arrays are passed over; a token named twice is projected once, which is the same.
+// the arrays are skipped. A token named twice is projected once, which gives the same result.
 struct Tas {
     float* tokens;
     const float* removed;
@@ -60,7 +60,7 @@ struct Tas {
         return false;
     }
 
-    // Every number of the token belongs to one thread throughout, so only the sums need the others.
+    // Each number of the token belongs to one thread throughout, so only the sums need a sync.
     template <class Group>
     DMX_HD void remove(Group& group, float* token, const float* direction) const {
         auto* scratch = reinterpret_cast<double*>(group.shared);

@@ -1,4 +1,4 @@
-// Between 8-bit pictures and the networks' arrays (NCHW, float16 or float32), whole or in tiles.
+// Conversions between 8-bit pictures and the networks' arrays (NCHW, float16 or float32), whole or in tiles.
 #pragma once
 
 #include <cmath>
@@ -8,7 +8,7 @@
 
 namespace dmx::gpu {
 
-// An array of the network's type. The branch is the same in all threads and costs nothing beside the memory.
+// An array of the network's type. The branch is the same in all threads and costs nothing next to the memory access.
 struct Values {
     void* memory;
     int half;
@@ -33,7 +33,7 @@ struct ConstValues {
 
 DMX_HD inline float latent_range(std::uint8_t value) { return 2.0F * (static_cast<float>(value) / 255.0F) - 1.0F; }
 
-// The same times 0 or 1: what is hidden keeps its sign, as in the host's product.
+// The value times 0 or 1: a hidden value keeps its sign, as in the host's product.
 DMX_HD inline float unless_hidden(float value, std::uint8_t mask) { return value * (mask < 128 ? 1.0F : 0.0F); }
 
 DMX_HD inline std::uint8_t decoded_value(float value) {

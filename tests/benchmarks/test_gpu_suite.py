@@ -103,7 +103,7 @@ def test_rows_are_kept_as_they_come_and_held_against_their_goals() -> None:
     part.note("said")
     assert [len(each["rows"]) for each in kept] == [1, 2, 2]
     assert [row["pass"] for row in part.rows] == [True, False]
-    assert report.failed(part.to_json())
+    assert report.has_failed(part.to_json())
 
 
 @pytest.mark.parametrize(
@@ -112,20 +112,20 @@ def test_rows_are_kept_as_they_come_and_held_against_their_goals() -> None:
      ([ROW], "stopped", True)],
 )  # fmt: skip
 def test_a_missed_goal_or_an_error_fails(rows: list[dict[str, Any]], error: str | None, wanted: bool) -> None:
-    assert report.failed(record(*rows, error=error)) is wanted
+    assert report.has_failed(record(*rows, error=error)) is wanted
 
 
 def test_simulated_parts_have_no_goals() -> None:
     part = report.Part("subjects", goals=False)
     part.add("swap [ms]", 6.0, goal="<= 5")
-    assert part.rows[0]["bound"] is None and not report.failed(part.to_json())
+    assert part.rows[0]["bound"] is None and not report.has_failed(part.to_json())
 
 
 def test_results_are_merged_part_by_part(tmp_path: Path) -> None:
     path = tmp_path / "new" / "suite.json"
-    report.write(path, report.merged(path, {"soak": record()}))
-    report.write(path, report.merged(path, {"kernels": record(ROW)}))
-    report.write(path, report.merged(path, {"soak": record(ROW)}))
+    report.write(path, report.merge_parts(path, {"soak": record()}))
+    report.write(path, report.merge_parts(path, {"kernels": record(ROW)}))
+    report.write(path, report.merge_parts(path, {"soak": record(ROW)}))
     found = json.loads(path.read_text())
     assert list(found["parts"]) == ["kernels", "soak"]
     assert [len(each["rows"]) for each in found["parts"].values()] == [1, 1]
@@ -134,16 +134,16 @@ def test_results_are_merged_part_by_part(tmp_path: Path) -> None:
 
 def test_simulated_results_never_mix_with_real_ones(tmp_path: Path) -> None:
     path = tmp_path / "suite.json"
-    report.write(path, report.merged(path, {"soak": record(ROW)}, simulated=True))
+    report.write(path, report.merge_parts(path, {"soak": record(ROW)}, simulated=True))
     assert json.loads(path.read_text())["simulated"] is True
-    assert list(report.merged(path, {"kernels": record()})["parts"]) == ["kernels"]
+    assert list(report.merge_parts(path, {"kernels": record()})["parts"]) == ["kernels"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"name": "fill", "parts": {"soak": {}}}', '{"name": "gpu_suite"}'])
 def test_another_file_or_a_damaged_one_counts_as_empty(tmp_path: Path, content: str) -> None:
     path = tmp_path / "suite.json"
     path.write_text(content)
-    assert report.merged(path, {"kernels": record()})["parts"] == {"kernels": record()}
+    assert report.merge_parts(path, {"kernels": record()})["parts"] == {"kernels": record()}
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
@@ -249,12 +249,12 @@ def test_an_extension_elsewhere_is_taken_and_the_installed_one_stays(tmp_path: P
 
 def test_what_nvidia_smi_says_is_read() -> None:
     line = "NVIDIA H200, 9.0, 143771, 580.159.03, 345, 3201, 1980, 3201, [N/A]\n"
-    assert setup.parsed_state(line) == {
+    assert setup.parse_state(line) == {
         "gpu": "NVIDIA H200", "capability": "sm_90", "memory [MiB]": 143771, "driver": "580.159.03",
         "SM clock [MHz]": 345, "memory clock [MHz]": 3201, "SM clock, most [MHz]": 1980,
         "memory clock, most [MHz]": 3201,
     }  # fmt: skip
-    assert setup.parsed_state("") == {} == setup.parsed_state("No devices were found")
+    assert setup.parse_state("") == {} == setup.parse_state("No devices were found")
 
 
 def test_the_description_names_machine_and_kernels() -> None:
@@ -300,7 +300,7 @@ def test_a_part_that_takes_too_long_is_stopped_and_keeps_its_rows(
     code = f"open(out, 'w').write(json.dumps({record(ROW)!r})); time.sleep(60)"
     in_place_of_the_child(monkeypatch, tmp_path, code)
     started = time.perf_counter()
-    found = gpu_suite.supervised("soak", given(limit=5), os.environ, tmp_path / "suite.json", tmp_path)
+    found = gpu_suite.supervise("soak", given(limit=5), os.environ, tmp_path / "suite.json", tmp_path)
     assert time.perf_counter() - started < 30
     assert found["rows"] == [ROW] and found["error"] == "stopped after 5 s"
     assert json.loads((tmp_path / "suite.json").read_text())["parts"]["soak"] == found
@@ -308,8 +308,8 @@ def test_a_part_that_takes_too_long_is_stopped_and_keeps_its_rows(
 
 def test_a_part_that_crashes_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_place_of_the_child(monkeypatch, tmp_path, "sys.exit(9)")
-    found = gpu_suite.supervised("soak", given(), os.environ, tmp_path / "suite.json", tmp_path)
-    assert found["error"] == "the part's process ended with 9" and report.failed(found)
+    found = gpu_suite.supervise("soak", given(), os.environ, tmp_path / "suite.json", tmp_path)
+    assert found["error"] == "the part's process ended with 9" and report.has_failed(found)
 
 
 def test_an_error_within_a_part_is_kept_with_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +332,7 @@ def test_an_error_within_a_part_is_kept_with_its_rows(tmp_path: Path, monkeypatc
 
 @pytest.fixture
 def device() -> Any:
-    from dreammix_trt.engine.gpu.simulated import SimulatedDevice
+    from dreammix_trt.engine.drivers.simulated import SimulatedDevice
 
     with SimulatedDevice() as device:
         yield device
@@ -347,10 +347,10 @@ def test_a_copy_is_timed_over_all_its_bytes(device: Any, monkeypatch: pytest.Mon
 
 
 def test_a_replay_counts_one_of_its_works(device: Any) -> None:
-    stream, done = device.stream(), []
+    stream, done = device.make_stream(), []
 
     def work(number: int) -> None:
-        device.work("network", stream, lambda: done.append(number))
+        device.enqueue_work("network", stream, lambda: done.append(number))
 
     times = clock.replay_seconds(device, stream, [lambda: work(1), lambda: work(2)], repeats=3, warm=1)
     assert done == [1, 2] * 5  # once to load, once to warm up, three times measured
@@ -364,18 +364,18 @@ def test_every_kernel_is_held_against_right_values(
     import _gpu_cases
     import _gpu_kernels
 
-    from dreammix_trt import _cpp  # type: ignore[attr-defined,unused-ignore]
+    from dreammix_trt import _cpp
 
-    kernel = device.kernel
+    launch = device.launch_kernel
 
     def spoilt(name: str, stream: Any, **arguments: Any) -> None:
         if name == "scaled" and fault == "unwritten":
             return
-        kernel(name, stream, **arguments)
+        launch(name, stream, **arguments)
         if name == "paste" and fault == "wrong":
             device.view(arguments["out"])[0, 0, 0] ^= 1
 
-    device.kernel = spoilt
+    device.launch_kernel = spoilt
     monkeypatch.setattr(clock, "REPEATS", 1)
     part = report.Part("kernels")
     for case in _gpu_cases.all_cases(64, _cpp.gpu):
@@ -402,7 +402,7 @@ def networks() -> Any:
     pytest.importorskip("diffusers")
     import _gpu_models
 
-    from dreammix_trt.export.torch_networks import TorchNetworks
+    from dreammix_trt.export.torch_backend.on_device import TorchNetworks
 
     configs = {name: each for name, each in _gpu_models.configs_of(TINY).items() if name != "scheduler"}
     with TorchNetworks.random(configs, device="cpu", dtype="float32") as networks:
@@ -451,12 +451,12 @@ def test_an_engine_is_timed_in_its_own_stream_from_nothing_loaded(
     """As ONNX Runtime's networks and TensorRT-RTX's are opened."""
     import _gpu_rtx
 
-    from dreammix_trt.engine.gpu import loading
-    from dreammix_trt.engine.gpu.simulated import SimulatedDevice, SimulatedNetworks
-    from dreammix_trt.engine.networks import EngineSet
+    from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet
+    from dreammix_trt.engine.device import loading
+    from dreammix_trt.engine.drivers.simulated import SimulatedDevice, SimulatedNetworks
 
     device = SimulatedDevice()
-    own = device.stream()
+    own = device.make_stream()
 
     class OneStream(SimulatedNetworks):
         def serves(self, stream: Any) -> bool:

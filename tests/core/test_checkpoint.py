@@ -55,15 +55,15 @@ def test_golden_patch_and_head_are_found_by_argument(golden: Path) -> None:
 
 
 def test_hashes_follow_the_content(tiny: TinyModel, tmp_path: Path) -> None:
-    hashes = BaseFiles.open(tiny.folder).content_hashes()
+    hashes = BaseFiles.open(tiny.folder).hash_contents()
     assert {
         "unet/diffusion_pytorch_model.safetensors",
         "patch",
         "inpaint_head",
         "tokenizer/vocab.json",
     } <= hashes.keys()
-    again = BaseFiles.open(write_tiny_model(tmp_path / "again").folder).content_hashes()
-    other = BaseFiles.open(write_tiny_model(tmp_path / "other", seed=1).folder).content_hashes()
+    again = BaseFiles.open(write_tiny_model(tmp_path / "again").folder).hash_contents()
+    other = BaseFiles.open(write_tiny_model(tmp_path / "other", seed=1).folder).hash_contents()
     assert hashes["unet/diffusion_pytorch_model.safetensors"] == again["unet/diffusion_pytorch_model.safetensors"]
     assert hashes["unet/diffusion_pytorch_model.safetensors"] != other["unet/diffusion_pytorch_model.safetensors"]
 
@@ -77,7 +77,7 @@ def test_both_spellings_of_text_encoder_names_are_read(tiny: TinyModel) -> None:
     assert BaseFiles.open(tiny.folder).state("text_encoder").keys() == before.keys()
 
 
-def as_torch(folder: Path, stem: str, dtype: str, spelling: str) -> None:
+def save_as_torch(folder: Path, stem: str, dtype: str, spelling: str) -> None:
     """Replace a component's safetensors by torch files, one or two with an index."""
     torch = pytest.importorskip("torch")
     from safetensors.torch import load_file
@@ -99,18 +99,18 @@ def test_torch_files_hold_the_same(tiny: TinyModel, spelling: str) -> None:
     before = {name: dict(BaseFiles.open(tiny.folder).state(name)) for name in COMPONENTS}
     for name in COMPONENTS:
         stem = "pytorch_model" if name.startswith("text") else "diffusion_pytorch_model"
-        as_torch(tiny.folder / name, stem, "float16", spelling)
+        save_as_torch(tiny.folder / name, stem, "float16", spelling)
     base = BaseFiles.open(tiny.folder)
     for name in COMPONENTS:
         after = base.state(name)
         assert after.keys() == before[name].keys()
         assert all(np.array_equal(after[key], before[name][key]) for key in after)
-    assert any(key.endswith(".bin") for key in base.content_hashes("vae"))
+    assert any(key.endswith(".bin") for key in base.hash_contents("vae"))
 
 
 def test_bfloat16_is_read_as_torch_widens_it(tiny: TinyModel) -> None:
     before = dict(BaseFiles.open(tiny.folder).state("vae"))
-    as_torch(tiny.folder / "vae", "diffusion_pytorch_model", "bfloat16", ".bin")
+    save_as_torch(tiny.folder / "vae", "diffusion_pytorch_model", "bfloat16", ".bin")
     after = BaseFiles.open(tiny.folder).state("vae")
     torch = pytest.importorskip("torch")
     for name, value in before.items():
@@ -155,19 +155,19 @@ def test_a_vae_given_beside_replaces_the_folders(tiny: TinyModel, tmp_path: Path
         truth = BaseFiles.open(other.folder)
         assert base.scaling_factor == 0.5
         assert all(np.array_equal(value, truth.state("vae")[name]) for name, value in base.state("vae").items())
-        assert base.content_hashes("vae") == truth.content_hashes("vae")
-        assert base.content_hashes("unet") != truth.content_hashes("unet")
+        assert base.hash_contents("vae") == truth.hash_contents("vae")
+        assert base.hash_contents("unet") != truth.hash_contents("unet")
 
 
 def test_hashes_of_a_component_are_its_own_files(tiny: TinyModel) -> None:
     base = BaseFiles.open(tiny.folder)
     unet = {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
-    assert base.content_hashes("unet").keys() == {*unet, "patch"}
-    assert base.content_hashes("unet_raw").keys() == unet
-    assert base.content_hashes("inpaint_head").keys() == {"inpaint_head"}
-    assert "tokenizer_2/merges.txt" in base.content_hashes("tokenizer")
+    assert base.hash_contents("unet").keys() == {*unet, "patch"}
+    assert base.hash_contents("unet_raw").keys() == unet
+    assert base.hash_contents("inpaint_head").keys() == {"inpaint_head"}
+    assert "tokenizer_2/merges.txt" in base.hash_contents("tokenizer")
     parts = (*COMPONENTS, "tokenizer", "inpaint_head")
-    assert base.content_hashes() == {key: value for part in parts for key, value in base.content_hashes(part).items()}
+    assert base.hash_contents() == {key: value for part in parts for key, value in base.hash_contents(part).items()}
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_shards_are_joined(tiny: TinyModel) -> None:
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("unet/config.json", {"in_channels": 9}, r"shape \(32, 4, 3, 3\), its config says 9"),
+        ("unet/config.json", {"in_channels": 9}, r"shape \(32, 4, 3, 3\), but its config says 9"),
         ("unet/config.json", {"in_channels": 8}, "8 input channels, expected 4"),
         ("vae/config.json", {"latent_channels": 16}, "its VAE is not SDXL's"),
         ("vae/config.json", {"scaling_factor": None}, "no scaling_factor"),
@@ -291,7 +291,7 @@ def test_a_patch_of_another_width_lists_shapes(tiny: TinyModel, golden: Path) ->
         ("unet", {"sample_size": 9}, "sample_size is 9, expected a multiple of 4"),
         ("unet", {"block_out_channels": [32, 32]}, "down_block_types is .*expected 2 entries"),
         ("unet", {"block_out_channels": "wide"}, "block_out_channels is 'wide', expected a list"),
-        ("unet", {"block_out_channels": [64, 32, 32]}, "conv_in.weight has shape .*, by its config.json"),
+        ("unet", {"block_out_channels": [64, 32, 32]}, "conv_in.weight has shape .*, but its config.json says"),
         ("unet", {"down_block_types": [["x"], 1, 2]}, "down_block_types is"),
         ("unet", {"norm_num_groups": 5}, "norm_num_groups is 5, expected a divisor"),
         ("unet", {"attention_head_dim": [3, 2, 4]}, "attention_head_dim is .* that divide"),
@@ -310,7 +310,7 @@ def test_a_patch_of_another_width_lists_shapes(tiny: TinyModel, golden: Path) ->
         ("scheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
         ("scheduler", {"_class_name": "EDMEulerScheduler"}, "_class_name is 'EDMEulerScheduler'"),
     ],
-)  # fmt: skip
+)
 def test_damaged_configs_are_named(tiny: TinyModel, file: str, changes: dict[str, Any], message: str) -> None:
     name = "scheduler_config.json" if file == "scheduler" else "config.json"
     edit(tiny.folder / file / name, **changes)
@@ -341,7 +341,7 @@ def test_absent_fields_are_named(embedded: Path, component: str, field: str) -> 
 
 @pytest.fixture
 def embedded(tmp_path: Path) -> Path:
-    """A copy of the embedded base that may be damaged."""
+    """A copy of the embedded base that a test may damage."""
     return Path(shutil.copytree(EMBEDDED, tmp_path / "embedded"))
 
 
@@ -354,8 +354,9 @@ def test_no_value_of_a_config_is_a_traceback(embedded: Path, file: str) -> None:
     path = embedded / file
     text = path.read_text()
     record = json.loads(text)
-    changed = [{**record, field: ODD[(number + step) % len(ODD)]} for step, field in enumerate(record)
-               for number in (0, 5, 9)]  # fmt: skip
+    changed = [
+        {**record, field: ODD[(number + step) % len(ODD)]} for step, field in enumerate(record) for number in (0, 5, 9)
+    ]
     for damaged in [*map(json.dumps, changed), "", "[]", text[: len(text) // 2], "[" * 100_000, "1" * 5000]:
         path.write_text(damaged)
         with contextlib.suppress(FileFormatError):
@@ -376,7 +377,7 @@ def test_a_damaged_vae_override_is_named_by_its_own_file(tiny: TinyModel, embedd
 
 
 def forbid(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """As if files of a name were another user's: the tests may run as one whom no permission stops."""
+    """Make files of this name unreadable. Permissions do not suffice, since the tests may run as root."""
     usual = Path.open
 
     def refused(self: Path, *args: Any, **options: Any) -> Any:
@@ -392,7 +393,7 @@ def test_files_that_may_not_be_read_are_named(tiny: TinyModel, monkeypatch: pyte
     base = BaseFiles.open(tiny.folder)
     forbid(monkeypatch, name)
     with pytest.raises(FileFormatError, match=rf"{name}: cannot be read \(Permission denied\); give yourself"):
-        base.content_hashes()
+        base.hash_contents()
     if name.endswith(".safetensors"):
         with pytest.raises(FileFormatError, match=rf"unet/{name}: cannot be read \(Permission denied\)"):
             BaseFiles.open(tiny.folder)

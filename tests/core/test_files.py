@@ -17,10 +17,10 @@ from dreammix_trt.core.files import (
     atomic_file,
     check_place,
     digest_of,
+    explain_write_errors,
     folder_bytes,
     is_full,
     read_json,
-    refusing,
     remember_sha256,
     sha256_of,
     size_text,
@@ -101,7 +101,7 @@ def test_a_full_disk_is_an_error_of_ours() -> None:
         pytest.skip("no /dev/full here")
     with (
         pytest.raises(BuildError, match="no space left") as caught,
-        refusing(full),
+        explain_write_errors(full),
         full.open("wb", buffering=0) as stream,
     ):
         stream.write(b"x")

@@ -81,7 +81,7 @@ def test_the_count_of_what_is_applied_is_told(caplog: pytest.LogCaptureFixture) 
     patch = {"diffusion_model.a.weight": entry((2, 3), 0, 1), "diffusion_model.a.bias": entry((2,), 0, 1)}
     with caplog.at_level("INFO"):
         apply_patch(state(), patch, NAMES)
-    assert "1 tensors applied, 1 biases left out; 1 of the UNet's 3 are not in the patch" in caplog.text
+    assert "1 tensors applied, 1 biases skipped; 1 of the UNet's 3 are not in the patch" in caplog.text
 
 
 class Unread(Weights):
@@ -92,7 +92,7 @@ class Unread(Weights):
 
 
 def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A patch of 960 tensors on 1680 costs their names; each tensor costs itself."""
+    """Opening a patch of 960 tensors on 1680 reads their names; a tensor is read when it is used."""
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
     names = {f"diffusion_model.l{n}.{part}": f"m{n}.{part}" for n in range(840) for part in ("weight", "bias")}
@@ -103,8 +103,10 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path, monkeypatch: pyt
         spread = (4, *(1,) * (len(shapes[key]) - 1)) if number % 2 else ()
         low = rng.normal(-1, 0.1, spread).astype(np.float16)
         saved[key] = (rng.integers(0, 256, shapes[key], np.uint8), low, low + np.float16(2))
-    torch.save({key: tuple(map(torch.from_numpy, map(np.asarray, parts))) for key, parts in saved.items()},
-               tmp_path / "v26.fooocus.patch")  # fmt: skip
+    torch.save(
+        {key: tuple(map(torch.from_numpy, map(np.asarray, parts))) for key, parts in saved.items()},
+        tmp_path / "v26.fooocus.patch",
+    )
     raw = {name: np.ones(shapes[key], np.float32) for key, name in names.items()}
     monkeypatch.setattr(PatchEntry, "delta", lambda self: pytest.fail("a delta was computed"))
     patch = read_patch(tmp_path / "v26.fooocus.patch")
@@ -129,7 +131,7 @@ def test_a_damaged_range_is_named(tmp_path: Path) -> None:
         read_patch(tmp_path / "x.patch")
 
 
-def torch_file(path: Path, value: Any, storages: dict[str, bytes] | None = None) -> Path:
+def write_torch_file(path: Path, value: Any, storages: dict[str, bytes] | None = None) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("f/data.pkl", value if isinstance(value, bytes) else pickle.dumps(value, 2))
         for key, data in (storages or {}).items():
@@ -137,7 +139,7 @@ def torch_file(path: Path, value: Any, storages: dict[str, bytes] | None = None)
     return path
 
 
-def tensor_pickle(count: int, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> bytes:
+def pickle_tensor(count: int, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> bytes:
     """A hand-written pickle of {"head": tensor}, as torch would write it."""
 
     def text(name: str) -> bytes:
@@ -157,7 +159,9 @@ def tensor_pickle(count: int, offset: int, shape: tuple[int, ...], stride: tuple
 
 def test_the_hand_written_pickle_is_what_torch_means(tmp_path: Path) -> None:
     halves = np.arange(90, dtype=np.float16)
-    path = torch_file(tmp_path / "h.pth", tensor_pickle(90, 45, (1, 5, 3, 3), (45, 9, 3, 1)), {"0": halves.tobytes()})
+    path = write_torch_file(
+        tmp_path / "h.pth", pickle_tensor(90, 45, (1, 5, 3, 3), (45, 9, 3, 1)), {"0": halves.tobytes()}
+    )
     assert read_head(path).ravel().tolist() == list(range(45, 90))
 
 
@@ -168,13 +172,13 @@ def test_the_hand_written_pickle_is_what_torch_means(tmp_path: Path) -> None:
 def test_a_view_outside_its_storage_is_refused(
     tmp_path: Path, shape: tuple[int, ...], stride: tuple[int, ...], offset: int
 ) -> None:
-    path = torch_file(tmp_path / "h.pth", tensor_pickle(90, offset, shape, stride), {"0": bytes(180)})
+    path = write_torch_file(tmp_path / "h.pth", pickle_tensor(90, offset, shape, stride), {"0": bytes(180)})
     with pytest.raises(FileFormatError, match="reaches outside"):
         read_head(path)
 
 
 def test_a_short_storage_is_refused(tmp_path: Path) -> None:
-    path = torch_file(tmp_path / "h.pth", tensor_pickle(90, 0, (1, 5, 3, 3), (45, 9, 3, 1)), {"0": bytes(100)})
+    path = write_torch_file(tmp_path / "h.pth", pickle_tensor(90, 0, (1, 5, 3, 3), (45, 9, 3, 1)), {"0": bytes(100)})
     with pytest.raises(FileFormatError, match="storage 0 holds 50 numbers, expected 90"):
         read_head(path)
 
@@ -189,27 +193,27 @@ def test_a_pickle_that_wants_to_run_code_is_refused(
     tmp_path: Path, payload: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(FileFormatError, match="which a dict of tensors never does"):
-        read_head(torch_file(tmp_path / "evil.pth", payload))
+        read_head(write_torch_file(tmp_path / "evil.pth", payload))
     assert "executed" not in capsys.readouterr().out
 
 
 def test_a_pickle_cannot_reach_into_what_it_is_given(tmp_path: Path) -> None:
     """BUILD sets attributes of any object a pickle holds; a tensor's place in the file must not be among them."""
-    tensor = tensor_pickle(90, 0, (1, 5, 3, 3), (45, 9, 3, 1))
+    tensor = pickle_tensor(90, 0, (1, 5, 3, 3), (45, 9, 3, 1))
     build = tensor.removesuffix(b"s.") + pickle.dumps({"shape": (9000, 5, 3, 3), "offset": 10**9}, 2)[2:-1] + b"bs."
     halves = np.arange(90, dtype=np.float16)
-    path = torch_file(tmp_path / "h.pth", build, {"0": halves.tobytes()})
+    path = write_torch_file(tmp_path / "h.pth", build, {"0": halves.tobytes()})
     assert read_head(path).ravel().tolist() == list(range(45))
 
 
 def test_compressed_and_displaced_storages_are_refused(tmp_path: Path) -> None:
-    whole = tensor_pickle(90, 0, (1, 5, 3, 3), (45, 9, 3, 1))
+    whole = pickle_tensor(90, 0, (1, 5, 3, 3), (45, 9, 3, 1))
     with zipfile.ZipFile(tmp_path / "z.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("f/data.pkl", whole)
         archive.writestr("f/data/0", bytes(180))
     with pytest.raises(FileFormatError, match="is compressed"):
         read_head(tmp_path / "z.pth")
-    path = torch_file(tmp_path / "h.pth", whole, {"0": bytes(180)})
+    path = write_torch_file(tmp_path / "h.pth", whole, {"0": bytes(180)})
     data = bytearray(path.read_bytes())
     data[data.find(b"PK\x03\x04", 4)] = 0
     path.write_bytes(data)
@@ -232,4 +236,4 @@ def test_files_of_other_formats_say_so(tmp_path: Path, golden: Path) -> None:
     with pytest.raises(FileFormatError, match="inpaint head"):
         read_head(golden / "tiny.fooocus.patch")
     with pytest.raises(FileFormatError, match="expected a dict"):
-        read_head(torch_file(tmp_path / "list.pth", [1, 2]))
+        read_head(write_torch_file(tmp_path / "list.pth", [1, 2]))

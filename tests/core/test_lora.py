@@ -46,7 +46,7 @@ def sgm_names(config: Mapping[str, Any]) -> dict[str, str]:
     return {name.rsplit(".", 1)[0]: sgm.rsplit(".", 1)[0].removeprefix(PREFIX) for sgm, name in table}
 
 
-def in_dialect(
+def name_in_dialect(
     dialect: str, factors: Mapping[str, tuple[NDArray[Any], NDArray[Any]]], sgm: Mapping[str, str]
 ) -> Arrays:
     """UNet factors (A, B) under the names that the dialect's trainers write; kohya with alpha = rank / 2."""
@@ -105,7 +105,7 @@ def test_every_dialect_gives_the_same_factors(tmp_path: Path, dialect: str, dtyp
     config = micro_config()
     factors = random_factors(unet_attention_modules(config), size=3)
     assert len(factors) > 40
-    tensors = in_dialect(dialect, factors, sgm_names(config))
+    tensors = name_in_dialect(dialect, factors, sgm_names(config))
     path = write_as(
         tmp_path / "x.safetensors",
         {key: 16 * value if "alpha" not in key else value for key, value in tensors.items()},
@@ -141,7 +141,7 @@ def test_the_recorded_files_agree_in_every_encoding(golden: Path, tmp_path: Path
             assert np.array_equal(x, y)
             np.testing.assert_allclose(x, z, rtol=1e-6)
     for dialect in ("old", "kohya sgm", "dotted sgm"):
-        save_file(in_dialect(dialect, one, sgm_names(config)), tmp_path / "x.safetensors")
+        save_file(name_in_dialect(dialect, one, sgm_names(config)), tmp_path / "x.safetensors")
         assert_same(read_lora(tmp_path / "x.safetensors", config), one, 0)
 
 
@@ -185,7 +185,7 @@ ATTENTION = "text_model.encoder.layers.0.self_attn"
         ("lora_te2_text_model_encoder_layers_9_mlp_fc1.lora_", "text_encoder_2", "text_model.encoder.layers.9.mlp.fc1"),
         ("lora_te2_text_projection.lora_", "text_encoder_2", "text_projection"),
     ],
-)  # fmt: skip
+)
 def test_text_encoder_parts(tmp_path: Path, name: str, network: str, module: str) -> None:
     tensors = {f"{name}down.weight": np.ones((2, 8), np.float32), f"{name}up.weight": np.ones((8, 2), np.float16)}
     save_file(tensors, tmp_path / "x.safetensors")
@@ -244,7 +244,7 @@ def test_adapter_metadata_gives_the_scale(tmp_path: Path, fields: dict[str, Any]
         (f'{{"unet.lora_alpha": 1{"0" * 400}}}', "not what PEFT writes"),
         ('{"unet.use_dora": true}', "DoRA"),
         ('{"unet.alpha_pattern": {"to_.*": 3}}', r"alphas for modules that the file lacks: unet\.to_\.\*"),
-        ('{"unet.lora_alpha": Infinity}', "no number to scale with"),
+        ('{"unet.lora_alpha": Infinity}', "not a usable scale"),
     ],
 )
 def test_damaged_adapter_metadata_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -298,9 +298,11 @@ def test_factors_that_do_not_multiply(tmp_path: Path, shapes: dict[str, tuple[in
 
 def test_one_module_in_two_spellings_is_refused(tmp_path: Path) -> None:
     factors = random_factors({K: (32, 32)})
-    tensors = in_dialect("kohya", factors, sgm_names(SDXL)) | in_dialect("kohya sgm", factors, sgm_names(SDXL))
+    tensors = name_in_dialect("kohya", factors, sgm_names(SDXL)) | name_in_dialect(
+        "kohya sgm", factors, sgm_names(SDXL)
+    )
     save_file(tensors, tmp_path / "x.safetensors")
-    with pytest.raises(FileFormatError, match=r"3 factors stand there twice.*input_blocks_4_1"):
+    with pytest.raises(FileFormatError, match=r"3 factors appear twice.*input_blocks_4_1"):
         read_lora(tmp_path / "x.safetensors")
 
 
@@ -367,7 +369,7 @@ def test_damaged_files_say_so(tmp_path: Path) -> None:
         ("run:2:last.safetensors", LoraSpec(Path("run:2:last.safetensors"))),
         ("folder:2:patched", LoraSpec(Path("folder"), 2.0, "patched")),
     ],
-)  # fmt: skip
+)
 def test_loras_as_a_user_writes_them(text: str, spec: LoraSpec) -> None:
     assert parse_lora(text) == spec
 
@@ -389,13 +391,13 @@ def test_the_default_target_is_the_callers() -> None:
         (":1", "names no file"),
         ("", "names no file"),
     ],
-)  # fmt: skip
+)
 def test_loras_that_make_no_sense(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse_lora(text)
 
 
-def every_kind(weights: Mapping[str, NDArray[Any]], rank: int = 3) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+def draw_factors(weights: Mapping[str, NDArray[Any]], rank: int = 3) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
     """module -> (down, up) for every linear and convolution of the weights."""
     rng = np.random.default_rng(5)
     return {
@@ -405,7 +407,7 @@ def every_kind(weights: Mapping[str, NDArray[Any]], rank: int = 3) -> dict[str, 
         )
         for name, weight in weights.items()
         if weight.ndim > 1
-    }  # fmt: skip
+    }
 
 
 def write_kohya(
@@ -430,7 +432,7 @@ def product(down: NDArray[Any], up: NDArray[Any]) -> NDArray[np.float64]:
 @pytest.mark.parametrize("naming", ["diffusers", "sgm"])
 def test_merging_is_the_formula(tmp_path: Path, naming: str) -> None:
     weights, sgm = micro_weights(), sgm_names(micro_config())
-    pairs = every_kind(weights)
+    pairs = draw_factors(weights)
     path = write_kohya(tmp_path / "x.safetensors", pairs, lambda module: sgm[module] if naming == "sgm" else module)
     lora = read_lora(path, micro_config())
     check_weights(lora, "unet_raw", {name: weight.shape for name, weight in weights.items()})
@@ -472,8 +474,8 @@ def test_merging_agrees_with_diffusers(tmp_path: Path, naming: str) -> None:
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("peft")
     weights, sgm = micro_weights(), sgm_names(micro_config())
-    pairs = every_kind(weights)
-    if naming == "diffusers":  # there its own table garbles one name, "add.embedding.linear"
+    pairs = draw_factors(weights)
+    if naming == "diffusers":  # diffusers' table garbles one of these names, "add.embedding.linear"
         pairs = {module: pair for module, pair in pairs.items() if not module.startswith("add_embedding")}
     path = write_kohya(tmp_path / "x.safetensors", pairs, lambda module: sgm[module] if naming == "sgm" else module)
     unet = diffusers.UNet2DConditionModel.from_config(micro_config())
@@ -556,7 +558,7 @@ def test_a_peft_folder_gives_its_scale(tmp_path: Path, prefix: str, config: Any,
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"r": 8, "lora_alpha": 8}, r"has rank 4, by adapter_config\.json beside it 8; the files do not belong"),
+        ({"r": 8, "lora_alpha": 8}, r"has rank 4, but adapter_config\.json beside it says 8; the files do not belong"),
         ({"r": 4, "lora_alpha": 0}, "alpha 0 .lora_alpha, or .alpha., which turns it off"),
         ({"r": 4, "lora_alpha": "x"}, r"adapter_config\.json beside it is not what PEFT writes"),
         ({"r": 4, "rank_pattern": [1]}, r"adapter_config\.json beside it is not what PEFT writes"),
@@ -593,9 +595,13 @@ def test_peft_itself_means_the_same(tmp_path: Path) -> None:
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     inner = torch.nn.ModuleDict({"conv_in": torch.nn.Conv2d(4, 8, 3), "conv_out": torch.nn.Conv2d(8, 4, 3)})
     config = peft.LoraConfig(
-        r=3, lora_alpha=6, target_modules=["conv_in", "conv_out"], init_lora_weights=False,
-        alpha_pattern={"conv_in": 1.5}, rank_pattern={"conv_in": 2},
-    )  # fmt: skip
+        r=3,
+        lora_alpha=6,
+        target_modules=["conv_in", "conv_out"],
+        init_lora_weights=False,
+        alpha_pattern={"conv_in": 1.5},
+        rank_pattern={"conv_in": 2},
+    )
     model = peft.get_peft_model(inner, config)
     model.save_pretrained(tmp_path)
     lora = read_lora(tmp_path)

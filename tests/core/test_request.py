@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from typing import Any, get_args
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.core.request import LCM_STEPS, SCHEMA, Request, Sampler, TasStage
+from dreammix_trt.core.request import LCM_STEPS, SCHEMA, Request, RequestFields, Sampler, TasStage
 
 share = st.floats(0, 1)
 text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=30)
@@ -208,3 +208,23 @@ def test_few_steps_are_shared_by_both_stages(steps: int) -> None:
         assert (1 <= local < steps) if steps > 1 else local in (0, 1)
     assert Request("x", num_inference_steps=steps, lcg_fraction=0).local_steps == 0
     assert Request("x", num_inference_steps=steps, lcg_fraction=1).local_steps == steps
+
+
+def test_request_fields_are_those_of_a_request() -> None:
+    """RequestFields repeats the fields of Request for editors and type checkers."""
+
+    def accepted(kind: Any) -> Any:
+        several = get_origin(kind) is tuple and get_args(kind)[1:] == (...,)
+        return list[get_args(kind)[0]] | kind if several else kind  # type: ignore[misc]
+
+    expected = {name: accepted(kind) for name, kind in get_type_hints(Request).items() if name != "prompt"}
+    assert list(get_type_hints(RequestFields).items()) == list(expected.items())
+    assert RequestFields.__total__ is False
+    assert set(expected) == {field.name for field in dataclasses.fields(Request)} - {"prompt"}
+
+
+@pytest.mark.parametrize("several", [list, tuple])
+def test_what_request_fields_allow_a_request_takes(several: type) -> None:
+    fields: RequestFields = {"substitute": several(["blue"]), "tas_stages": several(["pooled_lcg"])}
+    request = Request.of(prompt="x", **fields)
+    assert (request.substitute, request.tas_stages) == (("blue",), ("pooled_lcg",))

@@ -68,7 +68,7 @@ def test_the_solver_keeps_a_prediction_that_is_right(sigma: float, fall: float, 
     c_x, c_x0, c_dx0, c_noise = solver_coefficients(sigma, sigma * fall, sigma * rise)
     assert c_x + c_x0 == pytest.approx(1)
     assert c_dx0 == pytest.approx(0.5 * (1 - fall**2) * -math.log(fall) / math.log(rise))
-    # variance: what is left of the old noise and what is drawn make up the new level
+    # variance: the rest of the old noise and the drawn noise add up to the new level
     assert (c_x * sigma) ** 2 + c_noise**2 == pytest.approx((sigma * fall) ** 2)
     assert solver_coefficients(sigma, 0.0, None) == (0.0, 1.0, 0.0, 0.0)
 
@@ -178,8 +178,8 @@ def analytic(x: Any, sigma: float) -> Any:
     return sigma * (x - 0.3) / (sigma**2 + 0.49)
 
 
-def by_rows(sampler: Sampler, steps: int, start: Any, noise: list[Any]) -> list[Any]:
-    """Each latent after a step, by our rows in double precision; background 0 and everything masked."""
+def run_rows(sampler: Sampler, steps: int, start: Any, noise: list[Any]) -> list[Any]:
+    """Run our rows in double precision, with background 0 and everything masked. Returns the latent after each step."""
     schedule = make_schedule(Request("", sampler=sampler, num_inference_steps=steps, lcg_steps=steps))
     x, found = start * schedule.start_scale, []
     for step in schedule:
@@ -207,7 +207,7 @@ def test_few_step_rows_do_what_diffusers_schedulers_do(
     scheduler = kind(**TRAINING) if sampler == "lcm" else kind(**TRAINING, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
     x = torch.from_numpy(start) * scheduler.init_noise_sigma
-    ours = by_rows(sampler, steps, start, noise)
+    ours = run_rows(sampler, steps, start, noise)
     for i, t in enumerate(scheduler.timesteps):
         kept = float(scheduler.alphas_cumprod[int(t)])
         sigma = math.sqrt((1 - kept) / kept)

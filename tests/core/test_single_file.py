@@ -22,28 +22,56 @@ transformers = pytest.importorskip("transformers")
 
 Arrays = dict[str, np.ndarray]
 SDXL_UNET: dict[str, Any] = {
-    "sample_size": 128, "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048, "use_linear_projection": True, "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
-}  # fmt: skip
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 SDXL_VAE: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 2, "scaling_factor": 0.13025, "sample_size": 1024,
-}  # fmt: skip
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "scaling_factor": 0.13025,
+    "sample_size": 1024,
+}
 CLIP_L: dict[str, Any] = {
-    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "hidden_act": "quick_gelu", "projection_dim": 768, "vocab_size": 49408, "eos_token_id": 2, "bos_token_id": 0,
-}  # fmt: skip
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "hidden_act": "quick_gelu",
+    "projection_dim": 768,
+    "vocab_size": 49408,
+    "eos_token_id": 2,
+    "bos_token_id": 0,
+}
 CLIP_G: dict[str, Any] = {
-    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
-    "hidden_act": "gelu", "projection_dim": 1280, "vocab_size": 49408, "eos_token_id": 2, "bos_token_id": 0,
-}  # fmt: skip
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "hidden_act": "gelu",
+    "projection_dim": 1280,
+    "vocab_size": 49408,
+    "eos_token_id": 2,
+    "bos_token_id": 0,
+}
 SMALL_UNET = {
-    **SDXL_UNET, "block_out_channels": (64, 128, 256), "transformer_layers_per_block": (1, 1, 2),
-    "attention_head_dim": (1, 2, 4), "cross_attention_dim": 192, "projection_class_embeddings_input_dim": 128 + 6 * 256,
-}  # fmt: skip
+    **SDXL_UNET,
+    "block_out_channels": (64, 128, 256),
+    "transformer_layers_per_block": (1, 1, 2),
+    "attention_head_dim": (1, 2, 4),
+    "cross_attention_dim": 192,
+    "projection_class_embeddings_input_dim": 128 + 6 * 256,
+}
 SMALL_VAE = {**SDXL_VAE, "block_out_channels": (32, 64, 64, 64)}
 SMALL_L = {**CLIP_L, "hidden_size": 64, "num_attention_heads": 1, "intermediate_size": 256, "num_hidden_layers": 2}
 SMALL_L |= {"projection_dim": 64}
@@ -97,7 +125,7 @@ def small_file(small: tuple[dict[str, Any], dict[str, Arrays]], tmp_path_factory
 
 @pytest.fixture
 def micro_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The embedded model's head size and groups are not SDXL's, and a single file does not tell them."""
+    """The embedded model's head size and groups are not SDXL's, and a single file does not contain them."""
     monkeypatch.setattr(single_file, "HEAD_SIZE", 16)
     monkeypatch.setattr(single_file, "GROUPS", 16)
 
@@ -123,32 +151,40 @@ def assert_same(found: Weights, truth: Any) -> None:
         assert np.array_equal(value, truth[name]), name
 
 
-def as_ckpt(path: Path, tensors: dict[str, Any]) -> Path:
+def save_as_ckpt(path: Path, tensors: dict[str, Any]) -> Path:
     torch.save({"state_dict": tensors, "global_step": 7, "epoch": None}, path)
     return path
 
 
-def as_safetensors(path: Path, tensors: dict[str, Any]) -> Path:
+def save_as_safetensors(path: Path, tensors: dict[str, Any]) -> Path:
     from safetensors.torch import save_file
 
     save_file({name: value.contiguous() for name, value in tensors.items()}, path)
     return path
 
 
-@pytest.mark.parametrize(("suffix", "save"), [("ckpt", as_ckpt), ("safetensors", as_safetensors)])
+@pytest.mark.parametrize(("suffix", "save"), [("ckpt", save_as_ckpt), ("safetensors", save_as_safetensors)])
 @pytest.mark.usefixtures("micro_sizes")
 def test_the_embedded_model_in_one_file_is_the_same(tmp_path: Path, suffix: str, save: Callable[..., Path]) -> None:
     extra = {
         "conditioner.embedders.1.model.logit_scale": torch.tensor(4.6),
         "conditioner.embedders.0.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
-        "first_stage_model.loss.logvar": torch.zeros(1), "denoiser.sigmas": torch.zeros(3),
-    }  # fmt: skip
+        "first_stage_model.loss.logvar": torch.zeros(1),
+        "denoiser.sigmas": torch.zeros(3),
+    }
     path = save(tmp_path / f"micro.{suffix}", {**micro_checkpoint(), **extra})
     base, truth = BaseFiles.open(path, tokenizer=EMBEDDED), BaseFiles.open()
     for name in COMPONENTS:
         assert_same(base.state(name), truth.state(name))
-    for name in ("block_out_channels", "layers_per_block", "attention_head_dim", "cross_attention_dim",
-                 "addition_time_embed_dim", "norm_num_groups", "transformer_layers_per_block"):  # fmt: skip
+    for name in (
+        "block_out_channels",
+        "layers_per_block",
+        "attention_head_dim",
+        "cross_attention_dim",
+        "addition_time_embed_dim",
+        "norm_num_groups",
+        "transformer_layers_per_block",
+    ):
         assert base.configs["unet"][name] == truth.configs["unet"][name], name
     for name in ("hidden_size", "num_attention_heads", "hidden_act", "projection_dim", "vocab_size"):
         for encoder in ("text_encoder", "text_encoder_2"):
@@ -162,7 +198,7 @@ def test_diffusers_reads_the_same_out_of_the_file(tmp_path: Path) -> None:
     from diffusers.loaders import single_file_utils as theirs
 
     checkpoint = micro_checkpoint()
-    base = BaseFiles.open(as_safetensors(tmp_path / "micro.safetensors", checkpoint), tokenizer=EMBEDDED)
+    base = BaseFiles.open(save_as_safetensors(tmp_path / "micro.safetensors", checkpoint), tokenizer=EMBEDDED)
     configs = BaseFiles.open().configs
     numbers = {
         "unet": theirs.convert_ldm_unet_checkpoint(dict(checkpoint), configs["unet"]),
@@ -208,8 +244,11 @@ def test_full_size_opens_by_its_header_alone(full_size: dict[str, Any], tmp_path
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
     assert {name: len(state) for name, state in found.items()} == {
-        "unet": 1680, "vae": 248, "text_encoder": 196, "text_encoder_2": 517,
-    }  # fmt: skip
+        "unet": 1680,
+        "vae": 248,
+        "text_encoder": 196,
+        "text_encoder_2": 517,
+    }
     for name, state in found.items():
         assert {key: state.shape(key) for key in state} == {k: tuple(v.shape) for k, v in states[name].items()}
     for key, value in SDXL_UNET.items():
@@ -233,7 +272,7 @@ def test_an_inpainting_unet_is_a_base_with_its_own_head(
     parts = torch.from_numpy(base.unet_patched_state()["conv_in.weight"]), torch.from_numpy(base.head())
     both = conv(inputs[:, :4], parts[0], padding=1) + conv(inputs[:, 4:], parts[1], padding=1)
     torch.testing.assert_close(both, conv(inputs, torch.from_numpy(wide), padding=1))
-    assert base.content_hashes("inpaint_head") == base.content_hashes("unet")
+    assert base.hash_contents("inpaint_head") == base.hash_contents("unet")
     for given in ({"patch": EMBEDDED / "micro.fooocus.patch"}, {"head": EMBEDDED / "inpaint_head.pth"}):
         with pytest.raises(FileFormatError, match="brings its own head"):
             BaseFiles.open(path, **given)
@@ -269,7 +308,7 @@ def test_a_vae_is_taken_from_anywhere(
         base = BaseFiles.open(base_file, vae=path)
         assert_same(base.state("vae"), {name: value.astype(np.float32) for name, value in truth.items()})
         assert base.scaling_factor == (0.2 if kind in ("folder", "pipeline") else 0.13025)
-        assert base.content_hashes("vae").keys() == (
+        assert base.hash_contents("vae").keys() == (
             {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"} if path.is_dir() else {"vae"}
         )
     with pytest.raises(FileFormatError, match="it has no VAE"):
@@ -300,7 +339,7 @@ def test_missing_foreign_and_marked_tensors_are_named(small_file: Path, tmp_path
         ({k: v for k, v in whole.items() if not k.startswith(deep)}, r"different widths or transformer depths"),
         ({k: v for k, v in whole.items() if "input_blocks.5." not in k}, r"different widths|lacks"),
         ({k: v for k, v in whole.items() if "label_emb" not in k}, r"not SDXL's \(no label_emb"),
-        ({**whole, f"{unet}.time_embed.cond_proj.weight": (1,)}, r"SDXL's has not: time_embed\.cond_proj"),
+        ({**whole, f"{unet}.time_embed.cond_proj.weight": (1,)}, r"SDXL's does not have: time_embed\.cond_proj"),
         ({**whole, "v_pred": (1,)}, r"prediction_type is 'v_prediction'"),
         ({**whole, "ztsnr": (1,)}, r"prediction_type is 'v_prediction'"),
         ({**whole, f"{unet}.input_blocks.0.0.weight": (64, 8, 3, 3)}, r"takes 8 input channels"),
@@ -327,7 +366,7 @@ def test_quantised_and_cut_files_say_so(small_file: Path, tmp_path: Path) -> Non
         BaseFiles.open(write_header(tmp_path / "f8.safetensors", shapes, "F8_E4M3", 1))
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(small_file.read_bytes()[:-1000])
-    with pytest.raises(FileFormatError, match=r"cut\.safetensors: truncated: \d+ bytes, its header tells of \d+"):
+    with pytest.raises(FileFormatError, match=r"cut\.safetensors: truncated: \d+ bytes, its header describes \d+"):
         BaseFiles.open(cut)
 
 
@@ -349,7 +388,7 @@ def test_quantised_and_cut_files_say_so(small_file: Path, tmp_path: Path) -> Non
         (["text_model.encoder.layers.0.mlp.fc1.weight"], "a text encoder alone"),
         (["control_model.input_blocks.0.0.weight"], "a ControlNet"),
         (["head"], "an inpaint head"),
-        (["layer.0.weight", "layer.1.weight"], r"no model known here .*layer\.0\.weight, layer\.1\.weight"),
+        (["layer.0.weight", "layer.1.weight"], r"not a model known here .*layer\.0\.weight, layer\.1\.weight"),
         ([], "without named tensors"),
     ],
 )
@@ -379,13 +418,13 @@ def test_a_patch_file_is_no_base() -> None:
 
 
 def test_odd_widths_ask_for_the_folder(tmp_path: Path) -> None:
-    path = as_safetensors(tmp_path / "micro.safetensors", micro_checkpoint())
-    with pytest.raises(FileFormatError, match=r"\d+ wide, no multiple of CLIP's head size 64"):
+    path = save_as_safetensors(tmp_path / "micro.safetensors", micro_checkpoint())
+    with pytest.raises(FileFormatError, match=r"\d+ wide, not a multiple of CLIP's head size 64"):
         BaseFiles.open(path, tokenizer=EMBEDDED)
 
 
 @pytest.mark.usefixtures("micro_sizes")
 def test_a_vocabulary_of_its_own_needs_its_tokenizer(tmp_path: Path) -> None:
-    path = as_safetensors(tmp_path / "micro.safetensors", micro_checkpoint())
+    path = save_as_safetensors(tmp_path / "micro.safetensors", micro_checkpoint())
     with pytest.raises(FileFormatError, match="know 956 tokens, CLIP's tokenizer 49408"):
         BaseFiles.open(path)

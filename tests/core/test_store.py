@@ -1,4 +1,4 @@
-"""The store holds complete parts only, whoever builds and however it ends, and loses none that an engine needs."""
+"""The store has complete parts only, whoever builds and however a build ends, and loses none that an engine needs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from dreammix_trt.core.errors import BuildError, EngineError, InputError
 from dreammix_trt.core.files import write_json
 from dreammix_trt.core.store import Entry, Store, check_files
-from dreammix_trt.core.store_prune import Plan, prune, prune_plan
+from dreammix_trt.core.store_prune import Pruning, plan_pruning, prune
 
 MIB = 1 << 20
 
@@ -32,7 +32,7 @@ def add(store: Store, kind: str, name: str, size: int = 100, **facts: Any) -> st
 
 
 def write_engine(folder: Path, keys: Mapping[str, str], **more: Any) -> Path:
-    """Write an engine directory as far as the store reads it."""
+    """Write the part of an engine directory that the store reads."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {"parts": dict(keys), "networks_at": "store", "command": f"dreammix-trt build --out {folder}", **more}
     write_json(folder / "passport.json", record)
@@ -134,12 +134,12 @@ def test_a_damaged_entry_is_not_sound_and_is_built_anew(tmp_path: Path, caplog: 
         with store.put("k", {}) as folder:
             assert folder is not None, "a damaged entry must be built again"
             (folder / "x").write_text(content)
-        assert store.sound("k") == tmp_path / "k"
+        assert store.get_sound("k") == tmp_path / "k"
         (tmp_path / "k" / "x").write_text("altered")
-        assert store.sound("k") is None
+        assert store.get_sound("k") is None
     assert "damaged" in caplog.text
     (tmp_path / "k" / "manifest.json").write_text("{}")
-    assert store.sound("k") is None
+    assert store.get_sound("k") is None
 
 
 def test_a_store_in_the_way_of_a_file_is_told(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_store_in_the_way_of_a_file_is_told(tmp_path: Path) -> None:
         pytest.fail("not reached")
 
 
-# Every event that Python tells of (files opened, renamed, removed, directories made) is a moment to be killed at.
+# The build is killed at every event that Python reports: a file is opened, renamed or removed, a directory is made.
 KILLED_AT_EVERY_STEP = """
     import os, shutil, sys
     from pathlib import Path
@@ -196,7 +196,7 @@ KILLED_AT_EVERY_STEP = """
         seen.add(content())
         assert content() in (old, new), content()
         if content() == "new":
-            assert store.sound(key)
+            assert store.get_sound(key)
         assert not died or len(store.leftovers()) <= 2
         store.tidy()
         if store.get(key):
@@ -261,7 +261,7 @@ def test_a_new_part_is_not_read_again_unless_verified(tmp_path: Path, monkeypatc
         raise AssertionError(f"{path} is read again")
 
     monkeypatch.setattr("dreammix_trt.core.files.digest_of", read)
-    assert store.sound(key)
+    assert store.get_sound(key)
     with pytest.raises(AssertionError, match="read again"):
         check_files(tmp_path / key, store.files(key), verify=True, remedy="")
 
@@ -284,14 +284,6 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, how: str) -> No
 def test_other_failures_of_a_build_stay_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), Store(tmp_path).put("k", {}):
         raise ZeroDivisionError
-
-
-def test_room_is_asked_for_before_a_build(tmp_path: Path) -> None:
-    store = Store(tmp_path / "not" / "there")
-    store.room_for(1)
-    with pytest.raises(BuildError, match=r"1024\.0 TiB.*--store"):
-        store.room_for(1 << 50)
-    assert not store.root.exists()
 
 
 def test_a_place_that_cannot_be_written_is_told_without_a_trace(tmp_path: Path) -> None:
@@ -323,13 +315,13 @@ def test_an_engine_that_is_not_there_is_no_user_but_remembered(tmp_path: Path) -
     for engine in (gone, broken):
         store.register(engine, {"1", "2"})
     assert store.users() == {}
-    assert [(user.engine, user.keys, user.present) for user in store.recorded()] == [
+    assert [(user.engine, user.keys, user.present) for user in store.list_users()] == [
         (broken, frozenset("12"), False),
         (gone, frozenset("12"), False),
     ]
     store.forget(gone)
     store.register(broken, ())
-    assert store.recorded() == []
+    assert store.list_users() == []
 
 
 def test_registering_again_writes_nothing(tmp_path: Path) -> None:
@@ -348,9 +340,9 @@ def test_registering_never_fails(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     strange = Path(os.fsdecode(bytes(tmp_path) + b"/\xff\xfe"))
     store.register(strange, ["1"])
-    assert [user.engine for user in store.recorded()] == [strange]
+    assert [user.engine for user in store.list_users()] == [strange]
     record_of(store).write_text("[")
-    assert store.recorded() == []
+    assert store.list_users() == []
 
 
 def test_entries_tell_what_is_there(tmp_path: Path) -> None:
@@ -396,7 +388,7 @@ def keys_of(entries: Iterable[Entry]) -> set[str]:
 
 
 def test_what_an_engine_needs_stays_and_says_so(shelf: Shelf) -> None:
-    plan = prune_plan(shelf.store)
+    plan = plan_pruning(shelf.store)
     assert keys_of(plan.goes) == {shelf.onnx, shelf.stale, shelf.unused}
     reasons = {entry.key: why for entry, why in plan.stays}
     assert reasons.keys() == {shelf.base, shelf.graph, shelf.plan}
@@ -418,28 +410,28 @@ def test_what_an_engine_needs_stays_and_says_so(shelf: Shelf) -> None:
     ],
 )
 def test_options_of_pruning(shelf: Shelf, options: dict[str, bool], goes: set[str]) -> None:
-    plan = prune_plan(shelf.store, **options)
+    plan = plan_pruning(shelf.store, **options)
     assert keys_of(plan.goes) == {getattr(shelf, name) for name in goes}
     assert bool(plan.exported_again) == ("onnx" in goes)
 
 
 def test_an_engine_on_a_disk_that_is_not_mounted_keeps_its_parts(shelf: Shelf) -> None:
     away = shelf.engine.rename(shelf.engine.with_name("away"))
-    plan = prune_plan(shelf.store)
+    plan = plan_pruning(shelf.store)
     assert plan.lost == (shelf.engine,) and shelf.plan not in keys_of(plan.goes)
     assert any("--forget-missing" in why for entry, why in plan.stays if entry.key == shelf.plan)
     assert shelf.store.remove(shelf.plan) is None
-    forgetting = prune_plan(shelf.store, forget_missing=True)
+    forgetting = plan_pruning(shelf.store, forget_missing=True)
     assert forgetting.forgotten == (shelf.engine,) and {shelf.base, shelf.plan} < keys_of(forgetting.goes)
     away.rename(shelf.engine)  # mounted again before it is done
     assert keys_of(prune(shelf.store, forgetting)[1]) == {shelf.base, shelf.plan}
     shelf.engine.rename(away)
     prune(shelf.store, forgetting)
-    assert shelf.present() == {shelf.graph} and shelf.store.recorded() == []
+    assert shelf.present() == {shelf.graph} and shelf.store.list_users() == []
 
 
 def test_what_comes_to_be_needed_after_the_plan_stays(shelf: Shelf, tmp_path: Path) -> None:
-    plan = prune_plan(shelf.store)
+    plan = plan_pruning(shelf.store)
     shelf.store.register(tmp_path / "new", [shelf.unused])  # a build that has begun
     _, left = prune(shelf.store, plan)
     assert keys_of(left) == {shelf.unused}
@@ -448,7 +440,7 @@ def test_what_comes_to_be_needed_after_the_plan_stays(shelf: Shelf, tmp_path: Pa
 def test_damaged_parts_go_unless_needed(shelf: Shelf) -> None:
     for key in (shelf.graph, shelf.plan):
         (shelf.store.root / key / "data").unlink()
-    plan: Plan = prune_plan(shelf.store)
+    plan: Pruning = plan_pruning(shelf.store)
     assert shelf.graph in keys_of(plan.goes) and shelf.plan not in keys_of(plan.goes)
 
 

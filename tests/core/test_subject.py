@@ -10,24 +10,16 @@ from safetensors.numpy import load_file, save_file
 from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.lora import Factors, Lora, Target, read_lora
 from dreammix_trt.core.lora_names import SDXL
-from dreammix_trt.core.subject import (
-    Slot,
-    Subject,
-    pack,
-    packed_size,
-    read_subject,
-    slots_of,
-    subject_from_lora,
-    subject_from_loras,
-    write_subject,
-)
+from dreammix_trt.core.packing import pack
+from dreammix_trt.core.slots import Slot, packed_size, slots_of
+from dreammix_trt.core.subject import Subject, read_subject, subject_from_loras, write_subject
 from tests.support.tiny_model import random_factors, unet_attention_modules, write_tiny_lora
 
 MODULES = {"a.to_k": (6, 5), "a.to_v": (7, 5), "b.to_out.0": (5, 5)}
 SLOTS = tuple(Slot(module, inputs, outputs, 8) for module, (inputs, outputs) in MODULES.items())
 
 
-def unpacked(row: np.ndarray, slots: tuple[Slot, ...]) -> dict[str, np.ndarray]:
+def unpack(row: np.ndarray, slots: tuple[Slot, ...]) -> dict[str, np.ndarray]:
     """module -> A @ B, read by the layout's definition: per slot A (in, rank), then B (rank, out)."""
     found, at = {}, 0
     for slot in slots:
@@ -45,14 +37,14 @@ def test_pack_pads_and_scales(rank: int) -> None:
     factors = random_factors(MODULES, rank=rank)
     row = pack(factors, SLOTS, scale=0.5)
     assert row.shape == (packed_size(SLOTS),) and row.dtype == np.float32
-    for module, product in unpacked(row, SLOTS).items():
+    for module, product in unpack(row, SLOTS).items():
         a, b = factors[module]
         np.testing.assert_allclose(product, 0.5 * a @ b, rtol=1e-5, atol=1e-7)
 
 
 def test_slots_without_factors_are_zero() -> None:
     factors = random_factors({"a.to_v": (7, 5)})
-    products = unpacked(pack(factors, SLOTS), SLOTS)
+    products = unpack(pack(factors, SLOTS), SLOTS)
     assert not products["a.to_k"].any() and not products["b.to_out.0"].any() and products["a.to_v"].any()
     assert not pack({}, SLOTS).any()
 
@@ -93,8 +85,8 @@ def test_too_high_a_rank_names_the_command() -> None:
 
 def test_the_file_keeps_everything(tmp_path: Path) -> None:
     lora = read_lora(write_tiny_lora(tmp_path / "l.safetensors", random_factors(MODULES)))
-    subject = subject_from_lora(
-        lora, "mug", class_name="mug", target="both", scale=0.7, base_key="k", source_sha256="s"
+    subject = subject_from_loras(
+        [(lora, 1.0, "both")], "mug", class_name="mug", scale=0.7, base_key="k", source_sha256="s"
     )
     write_subject(tmp_path / "mug.safetensors", subject)
     again = read_subject(tmp_path / "mug.safetensors")
@@ -132,7 +124,7 @@ def assert_products(
 )
 def test_target_chooses_the_unet(target: Target, patched: bool, raw: bool, tmp_path: Path) -> None:
     lora = lora_of(unet=random_factors(MODULES), text_encoder=random_factors({"t": (3, 3)}))
-    subject = subject_from_lora(lora, "x", target=target)
+    subject = subject_from_loras([(lora, 1.0, target)], "x")
     write_subject(tmp_path / "x.safetensors", subject)
     for each in (subject, read_subject(tmp_path / "x.safetensors")):
         assert bool(each.factors_for("unet")) == patched and bool(each.factors_for("unet_raw")) == raw
@@ -141,7 +133,7 @@ def test_target_chooses_the_unet(target: Target, patched: bool, raw: bool, tmp_p
 
 
 def test_several_loras_add_up(tmp_path: Path) -> None:
-    """x (s1 A1 B1 + s2 A2 B2) for whom it is meant, in memory, from the file, and packed."""
+    """x (s1 A1 B1 + s2 A2 B2) for the networks that get it: in memory, from the file, and packed."""
     first, second = random_factors(MODULES, seed=1), random_factors({"a.to_k": (6, 5)}, rank=3, seed=2)
     text = random_factors({"t": (3, 3)}, seed=3)
     style = random_factors({"b.to_out.0": (5, 5)}, seed=4)
@@ -160,7 +152,7 @@ def test_several_loras_add_up(tmp_path: Path) -> None:
 
     write_subject(tmp_path / "mug.safetensors", made)
     for subject in (made, read_subject(tmp_path / "mug.safetensors")):
-        rows = {network: unpacked(pack(subject.factors_for(network), SLOTS), SLOTS) for network in wanted}
+        rows = {network: unpack(pack(subject.factors_for(network), SLOTS), SLOTS) for network in wanted}
         for module in MODULES:
             for network, other, scale in (("unet", style, 3.0), ("unet_raw", second, -2.0)):
                 expected = 0.5 * product(first, module) + scale * product(other, module)
@@ -183,13 +175,14 @@ def test_ranks_that_add_up_beyond_the_slot_are_refused() -> None:
 
 def test_what_both_unets_share_is_stored_once(tmp_path: Path) -> None:
     shared, alone = random_factors(MODULES), random_factors({"a.to_k": (6, 5)}, seed=2)
-    patched = subject_from_lora(lora_of(unet=shared), "x")
+    patched = subject_from_loras([(lora_of(unet=shared), 1.0, "patched")], "x")
     both = subject_from_loras([(lora_of(unet=shared), 1.0, "both"), (lora_of(unet=alone), 1.0, "raw")], "x")
     for name, subject, count in (("patched", patched, 6), ("both", both, 8)):
         write_subject(tmp_path / f"{name}.safetensors", subject)
         assert len(load_file(tmp_path / f"{name}.safetensors")) == count
     names = load_file(tmp_path / "both.safetensors").keys()
-    assert {"unet.a.to_k.A", "unet_raw.a.to_k.B", "unets.a.to_v.A", "unets.b.to_out.0.B"} < names
+    stored = {"unet.a.to_k.A", "unet_raw.a.to_k.B", "unets.a.to_v.A", "unets.b.to_out.0.B"}
+    assert {f"factors.{name}" for name in stored} < names
     again = read_subject(tmp_path / "both.safetensors")
     for network in ("unet", "unet_raw"):
         assert_products(again.factors_for(network), both.factors_for(network))
@@ -197,12 +190,12 @@ def test_what_both_unets_share_is_stored_once(tmp_path: Path) -> None:
 
 
 def test_both_unets_cost_as_much_as_one(tmp_path: Path) -> None:
-    """Two bytes for every number, once: what SDXL's attention of rank 4 weighs follows from its shapes."""
+    """Every number takes two bytes, once. The size for SDXL's attention with rank 4 follows from its shapes."""
     shapes = unet_attention_modules({**SDXL, "cross_attention_dim": 2048})
     numbers = 4 * sum(inputs + outputs for inputs, outputs in shapes.values())
     assert len(shapes) == 420 and numbers == 4_474_880  # as the reference trains them
     factors = random_factors(shapes)
-    write_subject(tmp_path / "x.safetensors", subject_from_lora(lora_of(unet=factors), "x", target="both"))
+    write_subject(tmp_path / "x.safetensors", subject_from_loras([(lora_of(unet=factors), 1.0, "both")], "x"))
     assert numbers * 2 < (tmp_path / "x.safetensors").stat().st_size < numbers * 2 + 200_000
 
 
@@ -221,14 +214,44 @@ def test_a_weak_lora_beside_a_strong_one_keeps_its_digits(tmp_path: Path) -> Non
 )
 def test_files_of_the_first_schema_are_read(tmp_path: Path, target: str, networks: set[str]) -> None:
     tensors = {f"{part}.m.{side}": np.ones((2, 2), np.float16) for part in ("unet", "text_encoder") for side in "AB"}
-    facts = {"schema": 1, "name": "mug", "token": "sks", "class_name": "mug", "target": target, "scale": 0.5,
-             "base_key": "k", "source_sha256": "s"}  # fmt: skip
+    facts = {
+        "schema": 1,
+        "name": "mug",
+        "token": "sks",
+        "class_name": "mug",
+        "target": target,
+        "scale": 0.5,
+        "base_key": "k",
+        "source_sha256": "s",
+    }
     save_file(tensors, tmp_path / "x.safetensors", {"dreammix_subject": json.dumps(facts)})
     subject = read_subject(tmp_path / "x.safetensors")
     assert subject.factors.keys() == {*networks, "text_encoder"} and subject.target == target
     assert (subject.name, subject.scale, subject.base_key) == ("mug", 0.5, "k")
     save_file(tensors, tmp_path / "x.safetensors", {"dreammix_subject": json.dumps({**facts, "target": "all"})})
     with pytest.raises(FileFormatError, match="unknown target 'all', expected one of patched, raw, both"):
+        read_subject(tmp_path / "x.safetensors")
+
+
+def test_files_of_the_second_schema_are_read(tmp_path: Path) -> None:
+    tensors = {f"{part}.m.{side}": np.ones((2, 2), np.float16) for part in ("unets", "text_encoder") for side in "AB"}
+    facts = {"schema": 2, "name": "mug", "token": "sks", "class_name": "mug", "scale": 0.5}
+    save_file(tensors, tmp_path / "x.safetensors", {"dreammix_subject": json.dumps(facts)})
+    subject = read_subject(tmp_path / "x.safetensors")
+    assert subject.factors.keys() == {"unet", "unet_raw", "text_encoder"} and subject.scale == 0.5
+    np.testing.assert_array_equal(subject.factors["unet_raw"]["m"][1], np.ones((2, 2)))
+
+
+def test_every_part_may_be_absent(tmp_path: Path) -> None:
+    write_subject(tmp_path / "x.safetensors", Subject("x", "sks", "mug"))
+    assert read_subject(tmp_path / "x.safetensors") == Subject("x", "sks", "mug")
+
+
+def test_a_part_that_is_not_known_asks_for_an_update(tmp_path: Path) -> None:
+    facts = {"schema": 3, "name": "x", "token": "sks", "class_name": "mug", "parts": ["factors", "smell"]}
+    tensors = {"factors.unet.m.A": np.ones((2, 2), np.float16), "smell": np.ones(2, np.float16)}
+    save_file(tensors, tmp_path / "x.safetensors", {"dreammix_subject": json.dumps(facts)})
+    with pytest.raises(FileFormatError, match=r"parts that this version does not know \(smell\); update"):
         read_subject(tmp_path / "x.safetensors")
 
 
@@ -256,7 +279,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
         {"unet.m.A": one, "unet.m.B": two},
     ):
         save_file(tensors, tmp_path / "z.safetensors", facts)
-        with pytest.raises(FileFormatError, match=r"m is not a pair of factors of unet, "):
+        with pytest.raises(FileFormatError, match=r"m is not a pair of factors of text_encoder, "):
             read_subject(tmp_path / "z.safetensors")
     with pytest.raises(FileFormatError, match="missing"):
         read_subject(tmp_path / "none.safetensors")

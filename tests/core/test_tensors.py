@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dreammix_trt.core.errors import FileFormatError
-from dreammix_trt.core.tensors import Weights, open_tensors, tensor_places, write_tensors
+from dreammix_trt.core.tensors import Weights, open_tensors, read_places, write_tensors
 
 ARRAYS = {
     "half": np.linspace(-2, 2, 30, dtype=np.float16).reshape(5, 6),
@@ -20,7 +20,7 @@ ARRAYS = {
 }
 
 
-def raw_file(path: Path, header: Any, data: bytes = b"") -> Path:
+def write_raw_file(path: Path, header: Any, data: bytes = b"") -> Path:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
     return path
@@ -95,31 +95,31 @@ def test_opening_costs_the_header_and_reading_one_tensor(tmp_path: Path) -> None
 def test_views_and_changes_are_taken_when_read() -> None:
     source = {"a": np.arange(12, dtype=np.float16).reshape(4, 3), "b": np.ones(2, np.float32)}
     weights = Weights.of(source)
-    views = weights.arranged({"low": ("a", lambda x: x[:2]), "flipped": ("a", np.transpose), "b": ("b", None)})
+    views = weights.arrange({"low": ("a", lambda x: x[:2]), "flipped": ("a", np.transpose), "b": ("b", None)})
     assert {name: views.shape(name) for name in views} == {"low": (2, 3), "flipped": (3, 4), "b": (2,)}
     assert np.array_equal(views["flipped"], source["a"].T) and views["flipped"].flags.c_contiguous
-    twice = views.changed({"low": lambda x: x + 1}).changed({"low": lambda x: x * 10, "b": lambda x: x - 1})
+    twice = views.change({"low": lambda x: x + 1}).change({"low": lambda x: x * 10, "b": lambda x: x - 1})
     assert np.array_equal(twice["low"], (source["a"][:2] + 1) * 10) and twice["b"].tolist() == [0, 0]
-    renamed = twice.renamed(lambda name: None if name == "b" else f"new.{name}")
-    assert set(renamed.under("new.")) == {"low", "flipped"}
+    renamed = twice.rename(lambda name: None if name == "b" else f"new.{name}")
+    assert set(renamed.strip_prefix("new.")) == {"low", "flipped"}
     assert np.array_equal(renamed["new.low"], twice["low"])
     assert views["low"][0, 0] == 0 and source["a"][0, 0] == 0
     weights["b"][:] = 7  # a reader's own copy
     assert weights["b"].tolist() == [1, 1]
-    both = Weights.joined([renamed, weights])
+    both = Weights.join([renamed, weights])
     assert set(both) == {"new.low", "new.flipped", "a", "b"} and np.array_equal(both["new.low"], twice["low"])
 
 
 def test_wrong_changes_are_refused() -> None:
     weights = Weights.of({"a": np.ones((2, 2), np.float32)})
     with pytest.raises(KeyError, match="no tensors z"):
-        weights.changed({"z": lambda x: x})
+        weights.change({"z": lambda x: x})
     with pytest.raises(ValueError, match=r"made \(2,\) of \(2, 2\)"):
-        weights.changed({"a": lambda x: x[0]})["a"]
+        weights.change({"a": lambda x: x[0]})["a"]
     with pytest.raises(FileFormatError, match="'a', once changed, holds NaN"):
-        weights.changed({"a": lambda x: x * np.float32(np.inf)})["a"]
+        weights.change({"a": lambda x: x * np.float32(np.inf)})["a"]
     with pytest.raises(ValueError, match="the same name"):
-        Weights.of({"a": np.ones(1), "b": np.ones(1)}).renamed(lambda name: "c")
+        Weights.of({"a": np.ones(1), "b": np.ones(1)}).rename(lambda name: "c")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -138,18 +138,24 @@ def test_values_that_are_not_finite_are_named(tmp_path: Path, bad: float, dtype:
 
 def test_truncated_and_broken_files_are_found_at_opening(tmp_path: Path) -> None:
     entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-    good = raw_file(tmp_path / "good.safetensors", {"a": entry}, bytes(8)).read_bytes()
+    good = write_raw_file(tmp_path / "good.safetensors", {"a": entry}, bytes(8)).read_bytes()
     assert open_tensors(tmp_path / "good.safetensors")["a"].tolist() == [0, 0]
     for cut in (len(good) - 1, 30, 9, 8, 3, 0):
         (tmp_path / "cut.safetensors").write_bytes(good[:cut])
         with pytest.raises(FileFormatError, match=r"cut\.safetensors: truncated"):
             open_tensors(tmp_path / "cut.safetensors")
     wrong: list[Any] = [
-        b"not json", [1, 2], {"a": 3}, {"a": {}}, {"a": {**entry, "shape": [3]}}, {"a": {**entry, "shape": [-2]}},
-        {"a": {**entry, "data_offsets": [8, 0]}}, {"a": {**entry, "data_offsets": [-8, 0]}},
-    ]  # fmt: skip
+        b"not json",
+        [1, 2],
+        {"a": 3},
+        {"a": {}},
+        {"a": {**entry, "shape": [3]}},
+        {"a": {**entry, "shape": [-2]}},
+        {"a": {**entry, "data_offsets": [8, 0]}},
+        {"a": {**entry, "data_offsets": [-8, 0]}},
+    ]
     for header in wrong:
-        path = raw_file(tmp_path / "wrong.safetensors", header, bytes(8))
+        path = write_raw_file(tmp_path / "wrong.safetensors", header, bytes(8))
         with pytest.raises(FileFormatError, match=r"wrong\.safetensors: not a safetensors file, or damaged"):
             open_tensors(path)
     with pytest.raises(FileFormatError, match="a directory"):
@@ -195,7 +201,7 @@ def test_places_are_aligned_where_sizes_allow(tmp_path: Path) -> None:
     path = tmp_path / "p.safetensors"
     numbers = {name: np.random.default_rng(1).standard_normal(shape) for name, shape in shapes.items()}
     write_tensors(path, {name: ("float16", shape) for name, shape in shapes.items()}, lambda name: numbers[name])
-    places, data = tensor_places(path), path.read_bytes()
+    places, data = read_places(path), path.read_bytes()
     for name, (dtype, shape, offset, length) in places.items():
         assert (dtype, shape, length) == ("float16", shapes[name], 2 * int(np.prod(shape)))
         assert offset % min(64, length & -length) == 0, name

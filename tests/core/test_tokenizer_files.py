@@ -10,7 +10,7 @@ import pytest
 
 from dreammix_trt.core.checkpoint import EMBEDDED, TOKENIZERS, BaseFiles
 from dreammix_trt.core.errors import FileFormatError
-from dreammix_trt.core.tokenizer_files import clip_vocabulary, write_tokenizer_files
+from dreammix_trt.core.tokenizer_files import read_clip_vocabulary, write_tokenizer_files
 from dreammix_trt.engine.text import Tokenizer
 
 PROMPTS = (
@@ -25,10 +25,10 @@ PROMPTS = (
 
 
 def test_clips_own_vocabulary() -> None:
-    vocabulary, merges = clip_vocabulary()
+    vocabulary, merges = read_clip_vocabulary()
     assert (len(vocabulary), len(merges)) == (49408, 48894)
     assert sorted(vocabulary.values()) == list(range(49408))
-    # ids everybody who has used CLIP knows
+    # well-known ids of CLIP
     known = {"!": 0, "a</w>": 320, "photo</w>": 1125, "of</w>": 539, "cat</w>": 2368, "dog</w>": 1929}
     known |= {"<|startoftext|>": 49406, "<|endoftext|>": 49407, "!</w>": 256, "i": 72, "in": 512}
     assert {token: vocabulary[token] for token in known} == known
@@ -82,7 +82,7 @@ def test_a_tokenizer_given_beside_counts(tmp_path: Path) -> None:
     base.write_tokenizer("tokenizer_2", tmp_path / "out")
     assert (tmp_path / "out" / "vocab.json").read_bytes() == (one / "vocab.json").read_bytes()
     assert (base.pad_token("tokenizer"), base.pad_token("tokenizer_2")) == ("<|endoftext|>", "!")
-    assert {key.split("/")[0] for key in base.content_hashes("tokenizer")} == set(TOKENIZERS)
+    assert {key.split("/")[0] for key in base.hash_contents("tokenizer")} == set(TOKENIZERS)
     (one / "merges.txt").unlink()
     with pytest.raises(FileFormatError, match=r"one: neither vocab\.json with merges\.txt nor tokenizer\.json"):
         BaseFiles.open(tokenizer=one)

@@ -15,7 +15,7 @@ from dreammix_trt.core.errors import EngineError, FileFormatError, InputError
 from dreammix_trt.core.lora import read_lora
 from dreammix_trt.core.noise import SeededNoise
 from dreammix_trt.core.request import Request
-from dreammix_trt.core.subject import subject_from_lora, write_subject
+from dreammix_trt.core.subject import subject_from_loras, write_subject
 from dreammix_trt.engine import DreamMix, FakeDenoiser
 from dreammix_trt.engine.dreammix import Job, read_request, save
 from tests.conftest import write_lora
@@ -51,7 +51,7 @@ class Noted:
         self.seen.append((name, arrays))
         return dict(self.networks.run(name, **arrays))
 
-    def of(self, *names: str) -> list[dict[str, Any]]:
+    def list_calls(self, *names: str) -> list[dict[str, Any]]:
         return [arrays for name, arrays in self.seen if name in names]
 
 
@@ -60,18 +60,18 @@ def cup(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another subject of the same base, with a word of its own."""
     folder = tmp_path_factory.mktemp("cup")
     lora = read_lora(write_lora(folder / "lora", seed=9, scale=0.3))
-    write_subject(folder / "cup.safetensors", subject_from_lora(lora, "cup", "zyx", "cup"))
+    write_subject(folder / "cup.safetensors", subject_from_loras([(lora, 1.0, "patched")], "cup", "zyx", "cup"))
     return folder / "cup.safetensors"
 
 
-def pixels(dm: DreamMix, prompt: str | Request = "a red sks mug", **fields: Any) -> np.ndarray:
+def paint(dm: DreamMix, prompt: str | Request = "a red sks mug", **fields: Any) -> np.ndarray:
     if not isinstance(prompt, Request):
         fields = {"num_inference_steps": STEPS, "seed": 5, **fields}
     return np.asarray(dm.inpaint(IMAGE, MASK, prompt, **fields).images[0])
 
 
 def test_far_pixels_stay_and_marked_ones_change(dm: DreamMix) -> None:
-    out = pixels(dm)
+    out = paint(dm)
     assert out.shape == PIXELS.shape
     np.testing.assert_array_equal(out[FAR], PIXELS[FAR])
     assert (out[50:80, 70:110] != PIXELS[50:80, 70:110]).mean() > 0.9
@@ -86,16 +86,16 @@ def test_the_result_is_of_the_inputs_kind(dm: DreamMix, mode: str) -> None:
 
 
 def test_the_same_request_gives_the_same_bytes(dm: DreamMix) -> None:
-    first = pixels(dm)
-    assert pixels(dm).tobytes() == first.tobytes()
-    assert pixels(dm, seed=6).tobytes() != first.tobytes()
+    first = paint(dm)
+    assert paint(dm).tobytes() == first.tobytes()
+    assert paint(dm, seed=6).tobytes() != first.tobytes()
 
 
 def test_picture_k_of_a_count_is_seed_plus_k_alone(dm: DreamMix) -> None:
     result = dm.inpaint(IMAGE, MASK, "a mug", num_inference_steps=STEPS, seed=5, num_images_per_prompt=3)
     assert result.seeds == (5, 6, 7)
     for image, seed in zip(result.images, result.seeds, strict=True):
-        assert np.asarray(image).tobytes() == pixels(dm, "a mug", seed=seed).tobytes()
+        assert np.asarray(image).tobytes() == paint(dm, "a mug", seed=seed).tobytes()
 
 
 def test_a_batch_equals_its_requests_alone(dm: DreamMix) -> None:
@@ -107,31 +107,31 @@ def test_a_batch_equals_its_requests_alone(dm: DreamMix) -> None:
     results = dm.inpaint_batch([Job(IMAGE, MASK, request) for request in requests])
     assert [len(result.images) for result in results] == [1, 2, 1]
     for request, result in zip(requests, results, strict=True):
-        assert np.asarray(result.images[0]).tobytes() == pixels(dm, request).tobytes()
+        assert np.asarray(result.images[0]).tobytes() == paint(dm, request).tobytes()
     with pytest.raises(InputError, match="is 10x10"):
         dm.inpaint_batch([Job(IMAGE, MASK, requests[0]), Job(IMAGE, MASK.resize((10, 10)), requests[0])])
 
 
 def test_swapping_subjects_and_back_is_exact(mug_engine: Path, cup: Path) -> None:
     with DreamMix.load(mug_engine, threads=1) as dm:
-        first = pixels(dm)
+        first = paint(dm)
         assert dm.add_subject(cup) == "cup" and dm.subjects == ("mug", "cup")
-        other = pixels(dm, subject="cup")
+        other = paint(dm, subject="cup")
         assert other.tobytes() != first.tobytes()
-        assert pixels(dm, subject="mug").tobytes() == first.tobytes()
-        assert pixels(dm, subject="").tobytes() not in (first.tobytes(), other.tobytes())
-        assert pixels(dm).tobytes() == first.tobytes()  # the first one stays the default
+        assert paint(dm, subject="mug").tobytes() == first.tobytes()
+        assert paint(dm, subject="").tobytes() not in (first.tobytes(), other.tobytes())
+        assert paint(dm).tobytes() == first.tobytes()  # the first one stays the default
         with pytest.raises(InputError, match="'mug', 'cup'"):
-            pixels(dm, subject="teapot")
+            paint(dm, subject="teapot")
 
 
 def test_a_subject_replaced_under_its_name_leaves_nothing_behind(mug_engine: Path, cup: Path) -> None:
     with DreamMix.load(mug_engine, threads=1) as dm:
-        pixels(dm)
+        paint(dm)
         dm.add_subject(cup)
-        wanted = pixels(dm, subject="cup")
+        wanted = paint(dm, subject="cup")
         assert dm.add_subject(cup, name="mug") == "mug"
-        assert pixels(dm, subject="mug").tobytes() == wanted.tobytes()
+        assert paint(dm, subject="mug").tobytes() == wanted.tobytes()
 
 
 def test_what_is_no_subject_is_refused(dm: DreamMix, tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_iterating_tells_each_step_and_previews_it(dm: DreamMix) -> None:
 def test_leaving_the_iteration_cancels(mug_engine: Path) -> None:
     with DreamMix.load(mug_engine, threads=1) as dm:
         fake = FakeDenoiser()
-        dm = DreamMix(dm.networks, dm.facts, dm.tokenizers, denoiser=fake)
+        dm = DreamMix.on_host(dm.networks, dm.facts, dm.tokenizers, denoiser=fake)
         for event in dm.iterate(IMAGE, MASK, "a mug", num_inference_steps=STEPS):
             if event.index == 1:
                 break
@@ -181,13 +181,13 @@ def test_bad_input_is_refused_before_the_first_step(dm: DreamMix) -> None:
 
 
 def test_a_long_prompt_is_cut_when_told(dm: DreamMix) -> None:
-    assert pixels(dm, "mug " * 150, truncate_prompt=True).tobytes() == pixels(dm, "mug " * 75).tobytes()
+    assert paint(dm, "mug " * 150, truncate_prompt=True).tobytes() == paint(dm, "mug " * 75).tobytes()
 
 
 def test_noise_can_be_given(dm: DreamMix) -> None:
-    own = pixels(dm, seed=1, noise=SeededNoise(77))
-    np.testing.assert_allclose(own.astype(int), pixels(dm, seed=77).astype(int), atol=1)
-    assert np.abs(own.astype(int) - pixels(dm, seed=1)).max() > 8
+    own = paint(dm, seed=1, noise=SeededNoise(77))
+    np.testing.assert_allclose(own.astype(int), paint(dm, seed=77).astype(int), atol=1)
+    assert np.abs(own.astype(int) - paint(dm, seed=1)).max() > 8
 
 
 def test_texts_are_encoded_once(dm: DreamMix) -> None:
@@ -218,9 +218,9 @@ def test_timings_are_disjoint_and_name_the_networks(dm: DreamMix) -> None:
     ids=str,
 )  # fmt: skip
 def test_every_parameter_matters_and_keeps_far_pixels(dm: DreamMix, fields: dict[str, Any]) -> None:
-    out = pixels(dm, **fields)
+    out = paint(dm, **fields)
     np.testing.assert_array_equal(out[FAR], PIXELS[FAR])
-    assert out.tobytes() != pixels(dm).tobytes()
+    assert out.tobytes() != paint(dm).tobytes()
 
 
 def test_reference_mode_gives_the_size_it_worked_on(dm: DreamMix) -> None:
@@ -245,7 +245,7 @@ def test_a_png_carries_its_request_and_makes_it_again(dm: DreamMix, tmp_path: Pa
         save(result, tmp_path / f"b.{suffix}", index=1)
     request = read_request(tmp_path / "b.png")
     assert request == result.request.replace(seed=4, num_images_per_prompt=1)
-    assert pixels(dm, request).tobytes() == np.asarray(Image.open(tmp_path / "b.png")).tobytes()
+    assert paint(dm, request).tobytes() == np.asarray(Image.open(tmp_path / "b.png")).tobytes()
     (tmp_path / "r.json").write_text(request.to_json())
     assert read_request(tmp_path / "r.json") == request
     save(result, tmp_path / "silent.png", metadata=False)
@@ -268,19 +268,19 @@ def test_stages_are_kept_when_asked_for(dm: DreamMix) -> None:
 def test_without_guidance_nothing_runs_for_the_negative_prompt(dm: DreamMix, substitute: tuple[str, ...]) -> None:
     for guidance, rows in ((1.0, 1), (4.0, 2)):
         noted = Noted(dm.networks)
-        fresh = DreamMix(noted, dm.facts, dm.tokenizers)
+        fresh = DreamMix.on_host(noted, dm.facts, dm.tokenizers)
         fields = {"num_inference_steps": STEPS, "guidance_scale": guidance, "substitute": substitute}
         fresh.inpaint(IMAGE, MASK, "a red sks mug", negative_prompt="a table", **fields)
-        assert {len(arrays["sample"]) for arrays in noted.of("unet", "unet_raw")} == {rows}
-        assert {len(arrays["encoder_hidden_states"]) for arrays in noted.of("unet", "unet_raw")} == {rows}
-        assert len(noted.of("text_encoder")) == rows + len(substitute)
+        assert {len(arrays["sample"]) for arrays in noted.list_calls("unet", "unet_raw")} == {rows}
+        assert {len(arrays["encoder_hidden_states"]) for arrays in noted.list_calls("unet", "unet_raw")} == {rows}
+        assert len(noted.list_calls("text_encoder")) == rows + len(substitute)
 
 
 FEW: dict[str, Any] = {"sampler": "lcm", "guidance_scale": 1.0, "num_inference_steps": 3}
 
 
 def test_a_base_says_what_it_was_made_for(dm: DreamMix) -> None:
-    few = DreamMix(dm.networks, dm.facts, dm.tokenizers, defaults=FEW)
+    few = DreamMix.on_host(dm.networks, dm.facts, dm.tokenizers, defaults=FEW)
     assert few.request("a mug", seed=4) == Request("a mug", seed=4, **FEW)
     assert few.request("a mug", num_inference_steps=2, sampler="euler").sampler == "euler"
     assert dm.request("a mug") == Request("a mug") and dm.defaults == {}
@@ -301,25 +301,25 @@ def test_a_base_says_what_it_was_made_for(dm: DreamMix) -> None:
 )
 def test_defaults_that_no_request_takes_are_refused(dm: DreamMix, defaults: Any, named: str) -> None:
     with pytest.raises(EngineError, match=f"base's request defaults cannot be used.*{named}"):
-        DreamMix(dm.networks, dm.facts, dm.tokenizers, defaults=defaults)
+        DreamMix.on_host(dm.networks, dm.facts, dm.tokenizers, defaults=defaults)
 
 
 def test_defaults_are_read_from_the_base(mug_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Facts:
         native_side, divisor, scaling_factor, feature_channels, defaults = 128, 8, 0.13025, 32, FEW
 
-    monkeypatch.setattr("dreammix_trt.engine.networks.read_facts", lambda folder: Facts())
+    monkeypatch.setattr("dreammix_trt.engine.backends.onnxruntime.engine_set.read_facts", lambda folder: Facts())
     with DreamMix.load(mug_engine, threads=1) as few:
         assert few.defaults == FEW
 
 
 def test_a_base_of_one_unet_runs_every_step_on_it(dm: DreamMix) -> None:
     noted = Noted(dm.networks, "unet_raw")
-    alone = DreamMix(noted, dm.facts, dm.tokenizers)
+    alone = DreamMix.on_host(noted, dm.facts, dm.tokenizers)
     result = alone.inpaint(IMAGE, MASK, "a mug", num_inference_steps=STEPS, patched_fraction=0.2)
     assert {step.network for step in result.schedule} == {"unet"}
-    assert len(noted.of("unet")) >= STEPS
-    assert all(arrays["inpaint_feature"].any() for arrays in noted.of("unet"))
+    assert len(noted.list_calls("unet")) >= STEPS
+    assert all(arrays["inpaint_feature"].any() for arrays in noted.list_calls("unet"))
     both = dm.inpaint(IMAGE, MASK, "a mug", num_inference_steps=STEPS, patched_fraction=0.2)
     assert {step.network for step in both.schedule} == {"unet", "unet_raw"}
 
@@ -331,7 +331,7 @@ def test_a_closed_engine_is_not_used_again(mug_engine: Path, cup: Path) -> None:
     dm.close()
     dm.close()
     uses: list[Callable[[], Any]] = [
-        lambda: pixels(dm),
+        lambda: paint(dm),
         lambda: dm.iterate(IMAGE, MASK, "a mug"),
         lambda: dm.inpaint_batch([Job(IMAGE, MASK, Request("a mug"))]),
         lambda: dm.add_subject(cup),

@@ -44,7 +44,7 @@ def units(golden: Path) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def relative(actual: np.ndarray, expected: np.ndarray) -> float:
+def measure_error(actual: np.ndarray, expected: np.ndarray) -> float:
     """Largest difference as a share of the largest value."""
     assert actual.shape == expected.shape
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
@@ -54,7 +54,7 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def latents(*shape: int, seed: int = 0) -> np.ndarray:
+def draw_latents(*shape: int, seed: int = 0) -> np.ndarray:
     return rng(seed).standard_normal(shape).astype(np.float32)
 
 
@@ -87,7 +87,7 @@ def test_golden_paste(both, units):
 
 
 def test_golden_bilateral(both, units):
-    assert relative(both.bilateral(units["blur_in"], units["blur_guide"]), units["blur_out"]) < TOLERANCE
+    assert measure_error(both.bilateral(units["blur_in"], units["blur_guide"]), units["blur_out"]) < TOLERANCE
 
 
 def test_golden_blur_guidance(both, units):
@@ -95,12 +95,12 @@ def test_golden_blur_guidance(both, units):
     for (t, sharpness), expected in zip(units["guidance_t_sharpness"], units["guidance_x0_out"], strict=True):
         alpha = 0.001 * sharpness * (1 - t / 999)
         _, got = both.guided_step(x, x - x0, None, x, rows_per_picture=1, **step(sigma=1.0, blur_alpha=alpha))
-        assert relative(got, expected[None]) < TOLERANCE
+        assert measure_error(got, expected[None]) < TOLERANCE
 
 
 def test_golden_projection(both, units):
     for token, remove, expected in zip(units["orth_in"], units["orth_remove"], units["orth_out"], strict=True):
-        assert relative(both.tas_project(token[None], remove[None], [0])[0], expected) < TOLERANCE
+        assert measure_error(both.tas_project(token[None], remove[None], [0])[0], expected) < TOLERANCE
 
 
 def test_golden_attribute_removal(both, units):
@@ -109,7 +109,7 @@ def test_golden_attribute_removal(both, units):
         removed = units["tas_peli_embeds"][n][first : first + len(case["words"])]
         positions = 1 + np.arange(len(case["prompt"].split()))
         got = both.tas_project(units["tas_prompt_embeds"][n], removed, positions)
-        assert relative(got, units["tas_out"][n]) < TOLERANCE
+        assert measure_error(got, units["tas_out"][n]) < TOLERANCE
 
 
 def test_golden_solver(both, units):
@@ -125,7 +125,7 @@ def test_golden_solver(both, units):
                 x, x - x0, before, values["noise"][i].astype(np.float32), rows_per_picture=1, **row
             )
             assert np.abs(x0_got - x0).max() < TOLERANCE * np.abs(x).max()  # x0 was sent through x - (x - x0)
-            assert relative(got, values["x"][i + 1].astype(np.float32)) < TOLERANCE
+            assert measure_error(got, values["x"][i + 1].astype(np.float32)) < TOLERANCE
             before = x0
 
 
@@ -220,51 +220,51 @@ def step(**changes: float) -> dict[str, float]:
 
 
 def test_blend_scale_is_its_formula(both):
-    x, background, draw = (latents(2, 4, 5, 6, seed=i) for i in range(3))
-    mask = (latents(2, 1, 5, 6, seed=3) > 0).astype(np.float32)
+    x, background, draw = (draw_latents(2, 4, 5, 6, seed=i) for i in range(3))
+    mask = (draw_latents(2, 1, 5, 6, seed=3) > 0).astype(np.float32)
     x_in, rows = both.blend_scale(x, background, mask, draw, 2.5)
     expected = x * mask + (background + 2.5 * draw) * (1 - mask)
-    assert relative(x_in, expected) < TOLERANCE
-    assert relative(rows, np.repeat(expected, 2, axis=0) / np.sqrt(2.5**2 + 1)) < TOLERANCE
+    assert measure_error(x_in, expected) < TOLERANCE
+    assert measure_error(rows, np.repeat(expected, 2, axis=0) / np.sqrt(2.5**2 + 1)) < TOLERANCE
     inside = np.broadcast_to(mask == 1, x.shape)
     assert np.array_equal(x_in[inside], x[inside])
 
 
 def test_guided_step_is_its_formula(both):
-    x, before, draw = (latents(3, 4, 8, 9, seed=i) for i in range(3))
-    eps = latents(6, 4, 8, 9, seed=4)
+    x, before, draw = (draw_latents(3, 4, 8, 9, seed=i) for i in range(3))
+    eps = draw_latents(6, 4, 8, 9, seed=4)
     x_out, x0 = both.guided_step(x, eps, before, draw, **step())
     negative, positive = eps[0::2].astype(np.float64), eps[1::2].astype(np.float64)
     wanted = x - 1.3 * (negative + 4.0 * (positive - negative))
-    assert relative(x0, wanted) < TOLERANCE
-    assert relative(x_out, 0.2 * x + 0.7 * wanted + 0.3 * (wanted - before) + 0.5 * draw) < TOLERANCE
+    assert measure_error(x0, wanted) < TOLERANCE
+    assert measure_error(x_out, 0.2 * x + 0.7 * wanted + 0.3 * (wanted - before) + 0.5 * draw) < TOLERANCE
 
 
 def test_guidance_of_one_row_needs_no_negative(both):
-    x, eps, draw = (latents(2, 4, 8, 8, seed=i) for i in range(3))
+    x, eps, draw = (draw_latents(2, 4, 8, 8, seed=i) for i in range(3))
     one = both.guided_step(x, eps, None, draw, rows_per_picture=1, **step(blur_alpha=0.2))
     two = both.guided_step(x, np.repeat(eps, 2, axis=0), None, draw, **step(blur_alpha=0.0, guidance_scale=1.0))
     blurred = both.guided_step(x, np.repeat(eps, 2, axis=0), None, draw, **step(blur_alpha=0.2, guidance_scale=1.0))
-    assert relative(one[1], blurred[1]) < TOLERANCE
-    assert relative(one[1], two[1]) > 1e-3
+    assert measure_error(one[1], blurred[1]) < TOLERANCE
+    assert measure_error(one[1], two[1]) > 1e-3
 
 
 def test_a_full_rescale_gives_the_spread_of_the_positive_row(both):
-    x, eps = latents(1, 4, 8, 8), latents(2, 4, 8, 8, seed=1)
+    x, eps = draw_latents(1, 4, 8, 8), draw_latents(2, 4, 8, 8, seed=1)
     _, x0 = both.guided_step(x, eps, None, x, guidance_rescale=1.0, **step())
     assert np.isclose((x - x0).std(), (1.3 * eps[1]).std(), rtol=1e-5)
 
 
 def test_bilateral_keeps_constants_and_small_planes(both):
     constant = np.full((1, 4, 9, 7), 3.0, np.float32)
-    assert np.allclose(both.bilateral(constant, latents(1, 4, 9, 7)), 3.0, rtol=1e-6)
+    assert np.allclose(both.bilateral(constant, draw_latents(1, 4, 9, 7)), 3.0, rtol=1e-6)
     for shape in ((1, 4, 1, 1), (1, 4, 2, 5), (2, 3, 6, 1)):
-        e, guide = latents(*shape), latents(*shape, seed=1)
-        assert relative(both.bilateral(e, guide), twins.bilateral(e, guide)) < TOLERANCE
+        e, guide = draw_latents(*shape), draw_latents(*shape, seed=1)
+        assert measure_error(both.bilateral(e, guide), twins.bilateral(e, guide)) < TOLERANCE
 
 
 def test_tas_projection_is_orthogonal_and_touches_nothing_else(both):
-    tokens, direction = latents(10, 64), latents(1, 64, seed=1)
+    tokens, direction = draw_latents(10, 64), draw_latents(1, 64, seed=1)
     got = both.tas_project(tokens, direction, [2, 3, 7])
     assert np.abs(got[[2, 3, 7]] @ direction[0]).max() < 1e-5
     others = [0, 1, 4, 5, 6, 8, 9]
@@ -274,8 +274,8 @@ def test_tas_projection_is_orthogonal_and_touches_nothing_else(both):
 
 @needs_cpp
 def test_both_back_ends_agree_on_latents(monkeypatch):
-    x, before, draw = (latents(2, 4, 24, 40, seed=i) * 5 for i in range(3))
-    eps, mask = latents(4, 4, 24, 40, seed=5), (latents(2, 1, 24, 40, seed=6) > 0).astype(np.float32)
+    x, before, draw = (draw_latents(2, 4, 24, 40, seed=i) * 5 for i in range(3))
+    eps, mask = draw_latents(4, 4, 24, 40, seed=5), (draw_latents(2, 1, 24, 40, seed=6) > 0).astype(np.float32)
     results = []
     for implementation in (twins, _cpp):
         monkeypatch.setattr(kernels, "_impl", implementation)
@@ -288,7 +288,7 @@ def test_both_back_ends_agree_on_latents(monkeypatch):
             ]
         )
     for ours, theirs in zip(*results, strict=True):
-        assert relative(ours, theirs) < TOLERANCE
+        assert measure_error(ours, theirs) < TOLERANCE
 
 
 @needs_cpp
@@ -305,9 +305,9 @@ def test_results_do_not_depend_on_threads(monkeypatch):
     image = rng().integers(0, 256, (300, 280, 3), np.uint8)
     mask = np.zeros((300, 280), np.uint8)
     mask[20:290, 30:250] = 255
-    values, cascade = latents(1, 4, 64, 64), [(40, 1), (5, 2)]
+    values, cascade = draw_latents(1, 4, 64, 64), [(40, 1), (5, 2)]
 
-    def everything() -> list[np.ndarray]:
+    def run_everything() -> list[np.ndarray]:
         return [
             kernels.fill(image, mask, cascade),
             kernels.resize(image, 400, 410),
@@ -318,11 +318,11 @@ def test_results_do_not_depend_on_threads(monkeypatch):
 
     try:
         kernels.set_threads(1)
-        alone = everything()
+        alone = run_everything()
         kernels.set_threads(5)
-        assert all(np.array_equal(a, b) for a, b in zip(alone, everything(), strict=True))
+        assert all(np.array_equal(a, b) for a, b in zip(alone, run_everything(), strict=True))
         answers: list[list[np.ndarray]] = []
-        workers = [threading.Thread(target=lambda: answers.append(everything())) for _ in range(3)]
+        workers = [threading.Thread(target=lambda: answers.append(run_everything())) for _ in range(3)]
         for worker in workers:
             worker.start()
         for worker in workers:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dreammix_trt.engine import hardware, machine
-from dreammix_trt.engine.hardware import Driver, Gpu, ask_driver, disk_free, memory
+from dreammix_trt.engine.hardware import Driver, Gpu, ask_driver, disk_free, measure_memory
 from dreammix_trt.engine.machine import Machine, examine, explain_mismatch
 
 GIB = 1 << 30
@@ -22,24 +22,38 @@ ADA = Gpu("NVIDIA GeForce RTX 4090", "sm_89", 24 * GIB)
 HOPPER = Gpu("NVIDIA H200", "sm_90", 139 * GIB)
 NONE = Driver(problem="there is no NVIDIA driver here")
 BARE = Machine(
-    platform="Linux x86_64", system="Linux-6.1", cpu="a processor", cores=2, memory_total=24 * GIB,
-    memory_available=8 * GIB, store="store", disk_free=9 * GIB, driver=NONE,
+    platform="Linux x86_64",
+    system="Linux-6.1",
+    cpu="a processor",
+    cores=2,
+    memory_total=24 * GIB,
+    memory_available=8 * GIB,
+    store="store",
+    disk_free=9 * GIB,
+    driver=NONE,
     versions={
-        "onnxruntime": "1.31.1", "tensorrt-rtx": "1.7.1.116", "torch": "2.13.0", "diffusers": "0.42.1",
-        "onnx": "1.23.2", "onnxslim": "0.1.98", "cuda-python": "13.4.4",
-    }, extension=True, kernels={"toolkit": "13.0", "architectures": ["sm_75", "sm_86", "sm_90"], "ptx": "compute_120"},
-)  # fmt: skip
+        "onnxruntime": "1.31.1",
+        "tensorrt-rtx": "1.7.1.116",
+        "torch": "2.13.0",
+        "diffusers": "0.42.1",
+        "onnx": "1.23.2",
+        "onnxslim": "0.1.98",
+        "cuda-python": "13.4.4",
+    },
+    extension=True,
+    kernels={"toolkit": "13.0", "architectures": ["sm_75", "sm_86", "sm_90"], "ptx": "compute_120"},
+)
 
 
-def states(here: Machine) -> dict[str, tuple[bool, bool]]:
-    return {state.name: (state.can_build, state.can_run) for state in here.backends()}
+def list_states(here: Machine) -> dict[str, tuple[bool, bool]]:
+    return {state.name: (state.can_build, state.can_run) for state in here.list_backends()}
 
 
-def why(here: Machine, backend: str) -> str:
-    return next(state.why for state in here.backends() if state.name == backend)
+def find_reason(here: Machine, backend: str) -> str:
+    return next(state.why for state in here.list_backends() if state.name == backend)
 
 
-def with_gpu(gpu: Gpu, **versions: str) -> Machine:
+def add_gpu(gpu: Gpu, **versions: str) -> Machine:
     return replace(BARE, driver=Driver("13.0", (gpu,)), versions={**BARE.versions, **versions})
 
 
@@ -80,25 +94,25 @@ class FakeDriver:
 
 
 def test_a_machine_without_a_gpu_builds_for_one() -> None:
-    assert states(BARE) == {
+    assert list_states(BARE) == {
         "onnxruntime": (True, True),
         "onnxruntime (CUDA)": (True, False),
         "tensorrt-rtx": (True, False),
         "tensorrt": (False, False),
     }
-    assert "no NVIDIA driver" in why(BARE, "tensorrt-rtx")
-    assert "dreammix-trt[trt]" in why(BARE, "tensorrt")
-    assert "onnxruntime-gpu" in why(BARE, "onnxruntime (CUDA)")
+    assert "no NVIDIA driver" in find_reason(BARE, "tensorrt-rtx")
+    assert "dreammix-trt[trt]" in find_reason(BARE, "tensorrt")
+    assert "onnxruntime-gpu" in find_reason(BARE, "onnxruntime (CUDA)")
 
 
 def test_a_gpu_lets_every_back_end_run() -> None:
-    here = with_gpu(ADA, tensorrt="11.4.0.106")
+    here = add_gpu(ADA, tensorrt="11.4.0.106")
     for name in ("tensorrt-rtx", "tensorrt"):
-        assert states(here)[name] == (True, True)
-        assert why(here, name) == f"{name} {here.versions[name]}, on the NVIDIA GeForce RTX 4090"
-    assert states(here)["onnxruntime (CUDA)"] == (True, False)
+        assert list_states(here)[name] == (True, True)
+        assert find_reason(here, name) == f"{name} {here.versions[name]}, on the NVIDIA GeForce RTX 4090"
+    assert list_states(here)["onnxruntime (CUDA)"] == (True, False)
     cuda = replace(here, versions={"onnxruntime-gpu": "1.31.1", "cuda-python": "13.4.4"})
-    assert states(cuda) == {
+    assert list_states(cuda) == {
         "onnxruntime": (True, True),
         "onnxruntime (CUDA)": (True, True),
         "tensorrt-rtx": (False, False),
@@ -107,16 +121,16 @@ def test_a_gpu_lets_every_back_end_run() -> None:
 
 
 def test_a_gpu_that_tensorrt_rtx_does_not_know_can_only_build_with_it() -> None:
-    here = with_gpu(HOPPER, tensorrt="11.4.0.106")
-    assert states(here)["tensorrt-rtx"] == (True, False)
-    assert "sm_90" in why(here, "tensorrt-rtx") and "sm_89" in why(here, "tensorrt-rtx")
-    assert states(here)["tensorrt"] == (True, True)
+    here = add_gpu(HOPPER, tensorrt="11.4.0.106")
+    assert list_states(here)["tensorrt-rtx"] == (True, False)
+    assert "sm_90" in find_reason(here, "tensorrt-rtx") and "sm_89" in find_reason(here, "tensorrt-rtx")
+    assert list_states(here)["tensorrt"] == (True, True)
     both = replace(here, driver=Driver("13.0", (HOPPER, ADA)))
-    assert states(both)["tensorrt-rtx"] == (True, False) and states(both)["tensorrt"] == (True, True)
-    assert why(both, "tensorrt-rtx").endswith("(CUDA_VISIBLE_DEVICES=1 chooses the NVIDIA GeForce RTX 4090)")
-    assert why(both, "tensorrt").endswith("on the NVIDIA H200")
+    assert list_states(both)["tensorrt-rtx"] == (True, False) and list_states(both)["tensorrt"] == (True, True)
+    assert find_reason(both, "tensorrt-rtx").endswith("(CUDA_VISIBLE_DEVICES=1 chooses the NVIDIA GeForce RTX 4090)")
+    assert find_reason(both, "tensorrt").endswith("on the NVIDIA H200")
     turned = replace(here, driver=Driver("13.0", (ADA, HOPPER)))
-    assert why(turned, "tensorrt-rtx").endswith("on the NVIDIA GeForce RTX 4090")
+    assert find_reason(turned, "tensorrt-rtx").endswith("on the NVIDIA GeForce RTX 4090")
 
 
 @pytest.mark.parametrize(
@@ -130,34 +144,34 @@ def test_a_gpu_that_tensorrt_rtx_does_not_know_can_only_build_with_it() -> None:
     ],
 )
 def test_what_running_on_a_gpu_lacks_is_said_with_the_remedy(change: dict[str, Any], said: str) -> None:
-    here = replace(with_gpu(ADA, tensorrt="11.4.0.106"), **change)
-    assert states(here)["tensorrt"][1] is False and said in why(here, "tensorrt")
-    (lack,) = here.lacks_for_gpu()
+    here = replace(add_gpu(ADA, tensorrt="11.4.0.106"), **change)
+    assert list_states(here)["tensorrt"][1] is False and said in find_reason(here, "tensorrt")
+    (lack,) = here.list_gpu_lacks()
     assert said in lack
-    assert with_gpu(ADA).lacks_for_gpu() == []
+    assert add_gpu(ADA).list_gpu_lacks() == []
 
 
 def test_without_what_tracing_needs_only_the_embedded_model_is_built() -> None:
     lacks = {name: version for name, version in BARE.versions.items() if name not in ("torch", "onnxslim")}
-    here = replace(with_gpu(ADA), versions={**lacks, "tensorrt": "11.4.0.106"})
+    here = replace(add_gpu(ADA), versions={**lacks, "tensorrt": "11.4.0.106"})
     for name in ("tensorrt-rtx", "tensorrt"):
-        assert states(here)[name] == (False, True)
-        assert "building needs torch, onnxslim: `pip install 'dreammix-trt[export]'`" in why(here, name)
-    assert states(here)["onnxruntime"] == (True, True)
-    assert "builds the embedded model, another base needs torch, onnxslim" in why(here, "onnxruntime")
-    assert "another base" not in why(BARE, "onnxruntime")
+        assert list_states(here)[name] == (False, True)
+        assert "building needs torch, onnxslim: `pip install 'dreammix-trt[export]'`" in find_reason(here, name)
+    assert list_states(here)["onnxruntime"] == (True, True)
+    assert "builds the embedded model, another base needs torch, onnxslim" in find_reason(here, "onnxruntime")
+    assert "another base" not in find_reason(BARE, "onnxruntime")
 
 
 def test_faults_of_the_installation_come_with_a_remedy() -> None:
-    assert BARE.faults() == []
+    assert BARE.list_faults() == []
     both = replace(BARE, versions={"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.31.1"})
-    assert "overwrite" in both.faults()[0] and "pip uninstall" in both.faults()[0]
-    old = with_gpu(ADA, tensorrt="10.16.2")
-    assert "10.16.2" in old.faults()[0] and states(old)["tensorrt"] == (False, False)
+    assert "overwrite" in both.list_faults()[0] and "pip uninstall" in both.list_faults()[0]
+    old = add_gpu(ADA, tensorrt="10.16.2")
+    assert "10.16.2" in old.list_faults()[0] and list_states(old)["tensorrt"] == (False, False)
 
 
 def test_tables_and_json_say_the_same() -> None:
-    here = with_gpu(ADA)
+    here = add_gpu(ADA)
     tables = dict(here.describe())
     assert set(tables) == {"Machine", "NVIDIA", "Back ends", "Versions"}
     assert ("NVIDIA GeForce RTX 4090", "sm_89", "24.0 GiB") in tables["NVIDIA"]
@@ -190,7 +204,7 @@ def test_this_machine_is_examined_without_loading_what_it_is_about(tmp_path: Pat
 
 
 def test_the_kernels_of_the_extension_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    def importing(found: Any) -> Any:
+    def import_as(found: Any) -> Any:
         def load(name: str) -> Any:
             if isinstance(found, Exception):
                 raise found
@@ -206,7 +220,7 @@ def test_the_kernels_of_the_extension_are_read(monkeypatch: pytest.MonkeyPatch) 
         (SimpleNamespace(), None),
         (ImportError("of another Python"), None),
     ):
-        monkeypatch.setattr(machine.importlib, "import_module", importing(found))
+        monkeypatch.setattr(machine.importlib, "import_module", import_as(found))
         assert (examine().extension, examine().kernels) == (True, kernels)
     monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
     assert (examine().extension, examine().kernels) == (False, None)
@@ -227,7 +241,7 @@ def test_the_driver_is_asked_for_its_devices(
     driver = ask_driver(lambda name: library)
     gpus = Gpu("RTX 4090", "sm_89", 24 * GIB), Gpu("RTX 5090", "sm_120", 32 * GIB)
     assert driver == Driver("12.8", gpus, visible=visible)
-    assert driver.choosing(1) == f"CUDA_VISIBLE_DEVICES={second}"
+    assert driver.setting_for(1) == f"CUDA_VISIBLE_DEVICES={second}"
 
 
 @pytest.mark.parametrize("starts, said", [(100, "no device"), (999, "does not start"), (803, "library")])
@@ -245,7 +259,7 @@ def test_a_driver_without_devices_or_without_a_library_says_so() -> None:
     assert ask_driver(lambda name: object()) == NONE
 
 
-def system(root: Path, groups: str, **files: str) -> Path:
+def write_system(root: Path, groups: str, **files: str) -> Path:
     """A system's memory files: 16 GiB in all, 12 of them free."""
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/meminfo").write_text("MemTotal: 16777216 kB\nMemFree: 1 kB\nMemAvailable: 12582912 kB\n")
@@ -258,8 +272,8 @@ def system(root: Path, groups: str, **files: str) -> Path:
 
 
 def test_memory_without_groups_is_what_the_system_says(tmp_path: Path) -> None:
-    assert memory(system(tmp_path, "")) == (16 * GIB, 12 * GIB)
-    assert memory(tmp_path / "nothing") == (None, None)
+    assert measure_memory(write_system(tmp_path, "")) == (16 * GIB, 12 * GIB)
+    assert measure_memory(tmp_path / "nothing") == (None, None)
 
 
 class FakeKernel:
@@ -279,40 +293,52 @@ def test_memory_of_windows_and_macos(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware.platform, "system", lambda: "Windows")
     for works, told in ((True, (16 * GIB, 5 * GIB)), (False, (None, None))):
         monkeypatch.setattr(hardware.ctypes, "windll", FakeKernel(works), raising=False)
-        assert memory() == told
+        assert measure_memory() == told
     monkeypatch.delattr(hardware.ctypes, "windll")
-    assert memory() == (None, None)
+    assert measure_memory() == (None, None)
     monkeypatch.setattr(hardware.platform, "system", lambda: "Darwin")
     pages = {"SC_PHYS_PAGES": 1 << 20, "SC_PAGE_SIZE": 16384}
     monkeypatch.setattr(hardware.os, "sysconf", pages.__getitem__)
-    assert memory() == (16 * GIB, None)
+    assert measure_memory() == (16 * GIB, None)
 
     def unknown(name: str) -> int:
         raise ValueError("unrecognized configuration name")
 
     monkeypatch.setattr(hardware.os, "sysconf", unknown)
-    assert memory() == (None, None)
+    assert measure_memory() == (None, None)
 
 
 def test_memory_keeps_to_the_limit_of_a_group_and_counts_droppable_pages_as_free(tmp_path: Path) -> None:
-    version2 = system(
-        tmp_path / "2", "0::/app\n", app__memory_DOT_max=str(4 * GIB), app__memory_DOT_current=str(3 * GIB),
+    version2 = write_system(
+        tmp_path / "2",
+        "0::/app\n",
+        app__memory_DOT_max=str(4 * GIB),
+        app__memory_DOT_current=str(3 * GIB),
         app__memory_DOT_stat=f"anon 1\ninactive_file {GIB}\n",
-    )  # fmt: skip
-    assert memory(version2) == (4 * GIB, 2 * GIB)
-    version1 = system(
-        tmp_path / "1", "9:name=systemd:/\n4:cpu,memory:/host/path\n", memory__memory_DOT_limit_in_bytes=str(6 * GIB),
-        memory__memory_DOT_usage_in_bytes=str(5 * GIB), memory__memory_DOT_stat=f"total_inactive_file {2 * GIB}\n",
-    )  # fmt: skip
-    assert memory(version1) == (6 * GIB, 3 * GIB)
+    )
+    assert measure_memory(version2) == (4 * GIB, 2 * GIB)
+    version1 = write_system(
+        tmp_path / "1",
+        "9:name=systemd:/\n4:cpu,memory:/host/path\n",
+        memory__memory_DOT_limit_in_bytes=str(6 * GIB),
+        memory__memory_DOT_usage_in_bytes=str(5 * GIB),
+        memory__memory_DOT_stat=f"total_inactive_file {2 * GIB}\n",
+    )
+    assert measure_memory(version1) == (6 * GIB, 3 * GIB)
 
 
 def test_the_tightest_of_nested_groups_counts(tmp_path: Path) -> None:
-    root = system(
-        tmp_path, "0::/a/b\n", a__b__memory_DOT_max="max", a__b__memory_DOT_current="5", a__b__memory_DOT_stat="",
-        a__memory_DOT_max=str(GIB), a__memory_DOT_current=str(2 * GIB), a__memory_DOT_stat="",
-    )  # fmt: skip
-    assert memory(root) == (GIB, 0)
+    root = write_system(
+        tmp_path,
+        "0::/a/b\n",
+        a__b__memory_DOT_max="max",
+        a__b__memory_DOT_current="5",
+        a__b__memory_DOT_stat="",
+        a__memory_DOT_max=str(GIB),
+        a__memory_DOT_current=str(2 * GIB),
+        a__memory_DOT_stat="",
+    )
+    assert measure_memory(root) == (GIB, 0)
 
 
 def test_disk_is_measured_where_the_folder_will_be(tmp_path: Path) -> None:
@@ -339,13 +365,16 @@ assert watch.rss > watch.anonymous
 
 
 BUILT: dict[str, Any] = {
-    "backend": "tensorrt-rtx", "version": "1.7.1.116", "targets": ["sm_86", "sm_89"], "platform": "Linux x86_64",
+    "backend": "tensorrt-rtx",
+    "version": "1.7.1.116",
+    "targets": ["sm_86", "sm_89"],
+    "platform": "Linux x86_64",
     "command": "dreammix-trt build --target sm_89",
-}  # fmt: skip
+}
 
 
 def test_the_first_gpu_is_what_the_runtime_opens() -> None:
-    both = replace(with_gpu(HOPPER), driver=Driver("13.0", (HOPPER, ADA)))
+    both = replace(add_gpu(HOPPER), driver=Driver("13.0", (HOPPER, ADA)))
     chooses = "(CUDA_VISIBLE_DEVICES=1 chooses the NVIDIA GeForce RTX 4090)"
     text = explain_mismatch(BUILT, both)
     assert text and text.endswith(chooses), "nothing has to be built again"
@@ -359,8 +388,8 @@ def test_the_first_gpu_is_what_the_runtime_opens() -> None:
 
 
 def test_nothing_differs_where_nothing_does() -> None:
-    assert explain_mismatch(BUILT, with_gpu(ADA)) is None
-    assert explain_mismatch({"backend": "tensorrt-rtx"}, with_gpu(ADA)) is None
+    assert explain_mismatch(BUILT, add_gpu(ADA)) is None
+    assert explain_mismatch({"backend": "tensorrt-rtx"}, add_gpu(ADA)) is None
     assert explain_mismatch({"backend": "onnxruntime", "version": "0", "platform": "Windows AMD64"}, BARE) is None
 
 
@@ -371,26 +400,44 @@ UNBUILT = replace(BARE, versions={}, kernels=None)
 @pytest.mark.parametrize(
     "change, here, said, remedy",
     [
-        ({}, with_gpu(HOPPER), ["built for sm_86, sm_89", "NVIDIA H200 (sm_90)"],
-         "build it again here: `dreammix-trt build --backend tensorrt`"),
-        ({"targets": ["sm_86"], "command": "dreammix-trt build --target sm_86 --target sm_80 --out it"}, with_gpu(ADA),
-         ["built for sm_86, the first GPU here is NVIDIA GeForce RTX 4090"],
-         "build it again here: `dreammix-trt build --out it --target sm_89`"),
-        ({"version": "1.6.1.120"}, with_gpu(ADA), ["1.6.1.120", "1.7.1.116"], AGAIN),
-        ({"command": "dreammix-trt build --out it --backend tensorrt-rtx --precision float16 "
-          "--vae-image a.png --no-safe-vae --pictures 2 --slot-rank 4"}, BARE,
-         ["no NVIDIA driver"],
-         "(name another --out to keep this one): `dreammix-trt build --out it --slot-rank 4 --backend onnxruntime`"),
+        (
+            {},
+            add_gpu(HOPPER),
+            ["built for sm_86, sm_89", "NVIDIA H200 (sm_90)"],
+            "build it again here: `dreammix-trt build --backend tensorrt`",
+        ),
+        (
+            {"targets": ["sm_86"], "command": "dreammix-trt build --target sm_86 --target sm_80 --out it"},
+            add_gpu(ADA),
+            ["built for sm_86, the first GPU here is NVIDIA GeForce RTX 4090"],
+            "build it again here: `dreammix-trt build --out it --target sm_89`",
+        ),
+        ({"version": "1.6.1.120"}, add_gpu(ADA), ["1.6.1.120", "1.7.1.116"], AGAIN),
+        (
+            {
+                "command": "dreammix-trt build --out it --backend tensorrt-rtx --precision float16 "
+                "--vae-image a.png --no-safe-vae --pictures 2 --slot-rank 4"
+            },
+            BARE,
+            ["no NVIDIA driver"],
+            "(name another --out to keep this one): `dreammix-trt build --out it --slot-rank 4 --backend onnxruntime`",
+        ),
         ({"command": None}, BARE, ["no NVIDIA driver"], "(name another --out to keep this one)"),
-        ({}, replace(UNBUILT, driver=Driver("13.0", (ADA,))),
-         ["not installed", "dreammix-trt[rtx]", "dreammix-trt[cuda]"],
-         "`pip install . -C cmake.define.DREAMMIX_CUDA=ON`"),
-        ({}, replace(with_gpu(ADA), platform="Linux aarch64"), ["Linux x86_64", "Linux aarch64"], AGAIN),
-        ({"backend": "tensorrt", "version": "11.4", "command": "dreammix-trt build --backend tensorrt"},
-         replace(with_gpu(ADA, tensorrt="11.4"), platform="Windows AMD64"), ["Windows AMD64"],
-         "build it again here: `dreammix-trt build --backend tensorrt`"),
+        (
+            {},
+            replace(UNBUILT, driver=Driver("13.0", (ADA,))),
+            ["not installed", "dreammix-trt[rtx]", "dreammix-trt[cuda]"],
+            "`pip install . -C cmake.define.DREAMMIX_CUDA=ON`",
+        ),
+        ({}, replace(add_gpu(ADA), platform="Linux aarch64"), ["Linux x86_64", "Linux aarch64"], AGAIN),
+        (
+            {"backend": "tensorrt", "version": "11.4", "command": "dreammix-trt build --backend tensorrt"},
+            replace(add_gpu(ADA, tensorrt="11.4"), platform="Windows AMD64"),
+            ["Windows AMD64"],
+            "build it again here: `dreammix-trt build --backend tensorrt`",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_differs_is_said_with_what_to_do(
     change: dict[str, Any], here: Machine, said: list[str], remedy: str
 ) -> None:
@@ -401,7 +448,7 @@ def test_what_differs_is_said_with_what_to_do(
 
 
 def test_tensorrt_rtx_moves_between_linux_and_windows() -> None:
-    assert explain_mismatch(BUILT, replace(with_gpu(ADA), platform="Windows AMD64")) is None
+    assert explain_mismatch(BUILT, replace(add_gpu(ADA), platform="Windows AMD64")) is None
 
 
 def test_versions_are_read_from_the_installation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,5 +460,5 @@ def test_versions_are_read_from_the_installation(monkeypatch: pytest.MonkeyPatch
         return installed[name]
 
     monkeypatch.setattr(machine.metadata, "version", version)
-    assert machine.installed_versions() == {"onnxruntime": "1.31.1", "tensorrt": "11.4.0.106"}
-    assert hardware.processor()
+    assert machine.find_versions() == {"onnxruntime": "1.31.1", "tensorrt": "11.4.0.106"}
+    assert hardware.name_processor()

@@ -7,7 +7,9 @@ import numpy.typing as npt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dreammix_trt.engine import canvas, geometry, kernels
+from dreammix_trt.engine import kernels
+from dreammix_trt.engine.canvas import frames as canvas
+from dreammix_trt.engine.canvas import geometry
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -23,11 +25,11 @@ def masks(draw: st.DrawFn, most: int = 200) -> canvas.U8:
     return mask
 
 
-def vectors(seed: int, *shape: int) -> npt.NDArray[np.float32]:
+def draw_vectors(seed: int, *shape: int) -> npt.NDArray[np.float32]:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def distances(mask: canvas.U8) -> npt.NDArray[np.int64]:
+def measure_distances(mask: canvas.U8) -> npt.NDArray[np.int64]:
     """Chebyshev distance to a rectangular mask."""
     r0, r1, c0, c1 = geometry.mask_bounds(mask)
     rows, cols = np.arange(mask.shape[0])[:, None], np.arange(mask.shape[1])[None]
@@ -87,7 +89,7 @@ def test_reference_work_sizes_settle(short: int, aspect: float, tall: bool, base
 @SETTINGS
 @given(masks(), st.integers(1, 60))
 def test_feather_falls_with_distance(mask: canvas.U8, width: int) -> None:
-    weight, distance = kernels.feather(mask, width), distances(mask)
+    weight, distance = kernels.feather(mask, width), measure_distances(mask)
     assert (weight[distance == 0] == 255).all() and not weight[distance >= width].any()
     along = [int(weight[distance == d].max()) for d in range(int(distance.max()) + 1) if (distance == d).any()]
     assert along == sorted(along, reverse=True)
@@ -101,10 +103,10 @@ def test_far_pixels_stay_bit_for_bit(mask: canvas.U8, field: float, seed: int, s
     laid = canvas.Canvas.of(image, mask, native=128, divisor=32)
     local, whole = laid.local_frame(field, fill=False), laid.global_frame(1.0)
     pictures = [rng.integers(0, 256, (*frame.size, 3), np.uint8) for frame in (local, whole)]
-    far = distances(mask) >= laid.feather_width
+    far = measure_distances(mask) >= laid.feather_width
     handed = laid.hand_over(local, pictures[0], soft=soft)
     for kept in ((local, pictures[0]), None):
-        final = laid.final(whole, pictures[1], local=kept)
+        final = laid.compose(whole, pictures[1], local=kept)
         np.testing.assert_array_equal(final[far], image[far])
     np.testing.assert_array_equal(handed[far], image[far])
 
@@ -119,7 +121,7 @@ def test_the_seam_is_a_share(mask: canvas.U8, width: int) -> None:
 @SETTINGS
 @given(st.integers(0, 2**32), st.integers(2, 64), st.integers(1, 6))
 def test_nothing_of_the_direction_is_left(seed: int, width: int, rows: int) -> None:
-    tokens, remove = vectors(seed, rows, width), vectors(seed + 1, 1, width)
+    tokens, remove = draw_vectors(seed, rows, width), draw_vectors(seed + 1, 1, width)
     out = kernels.tas_project(tokens, remove, range(rows))
     lengths = np.linalg.norm(tokens, axis=1) * np.linalg.norm(remove)
     assert (np.abs(out.astype(np.float64) @ remove[0]) <= 1e-5 * lengths + 1e-6).all()
@@ -130,7 +132,7 @@ def test_nothing_of_the_direction_is_left(seed: int, width: int, rows: int) -> N
 @SETTINGS
 @given(st.integers(0, 2**32), st.floats(0, 15))
 def test_blend_takes_one_side_at_the_ends_of_the_mask(seed: int, sigma: float) -> None:
-    x, background, noise = (vectors(seed + n, 1, 4, 5, 6) for n in range(3))
+    x, background, noise = (draw_vectors(seed + n, 1, 4, 5, 6) for n in range(3))
     ones = np.ones((1, 1, 5, 6), np.float32)
     inside, scaled = kernels.blend_scale(x, background, ones, noise, sigma)
     np.testing.assert_array_equal(inside, x)

@@ -20,10 +20,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreammix_trt.core.errors import Cancelled, DreamMixError, EngineError, InputError, QueueFull, TimedOut
+from dreammix_trt.core.errors import (
+    Cancelled,
+    DeviceError,
+    DreamMixError,
+    EngineError,
+    InputError,
+    OutOfMemoryError,
+    QueueFull,
+    TimedOut,
+)
 from dreammix_trt.core.request import Request
-from dreammix_trt.engine import DreamMix, RequestQueue, StepEvent, Ticket, requests
-from dreammix_trt.engine.gpu.device import DeviceError, OutOfMemoryError
+from dreammix_trt.engine import DreamMix, RequestQueue, StepEvent, Ticket
+from dreammix_trt.engine.requests import keeper, line, tickets
+from dreammix_trt.engine.requests import queue as request_queue
 from dreammix_trt.engine.result import Result
 
 STEPS = 3
@@ -77,11 +87,11 @@ def put(queue: RequestQueue, prompt: str | Request = "a", **options: Any) -> Tic
     return queue.submit("image", "mask", prompt, **options)
 
 
-def begun(painter: Fake) -> str:
+def await_begun(painter: Fake) -> str:
     return painter.began.get(timeout=LONG)
 
 
-def until(true: Callable[[], object]) -> None:
+def wait_until(true: Callable[[], object]) -> None:
     """Wait for what another thread is about to do and tells nobody."""
     for _ in range(LONG * 1000):
         if true():
@@ -90,7 +100,7 @@ def until(true: Callable[[], object]) -> None:
     raise AssertionError("it never came")
 
 
-def raiser(error: BaseException) -> Callable[[object], None]:
+def make_raiser(error: BaseException) -> Callable[[object], None]:
     def act(_: object) -> None:
         raise error
 
@@ -106,17 +116,18 @@ class FakeTime:
     def monotonic(self) -> float:
         return self.now
 
-    def passes(self, queue: RequestQueue, seconds: float) -> None:
-        with queue._lock:
+    def pass_time(self, queue: RequestQueue, seconds: float) -> None:
+        with queue._line.lock:
             self.now += seconds
-            queue._times.notify_all()
-            queue._room.notify_all()
+            queue._keeper.wake()
+            queue._line._room.notify_all()
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
     fake = FakeTime()
-    monkeypatch.setattr(requests, "time", fake)
+    for module in (keeper, line, request_queue, tickets):
+        monkeypatch.setattr(module, "time", fake)
     return fake
 
 
@@ -141,10 +152,10 @@ def test_a_free_worker_takes_the_next_request() -> None:
     slow, fast = Fake(free=False), Fake()
     with RequestQueue([slow, fast]) as queue:
         first = put(queue, "first")
-        until(lambda: not queue._waiting)
+        wait_until(lambda: not queue._line._waiting)
         others = [put(queue, f"{k}") for k in range(4)]
         if slow.began.empty():  # the other worker took it: then block that one
-            assert begun(fast) == "first" and first.result(LONG)
+            assert await_begun(fast) == "first" and first.result(LONG)
             slow.step(5 * STEPS)
         else:
             for ticket in others:
@@ -158,18 +169,18 @@ def test_a_ticket_tells_how_far_it_is(clock: FakeTime) -> None:
     painter = Fake(free=False)
     with RequestQueue([painter]) as queue:
         first, second = put(queue), put(queue, num_images_per_prompt=2)
-        begun(painter)
+        await_begun(painter)
         assert (first.state, second.state, first.done()) == ("running", "waiting", False)
         assert (first.steps, second.steps) == ((0, STEPS), (0, 2 * STEPS))
-        clock.passes(queue, 2)
+        clock.pass_time(queue, 2)
         painter.step()
-        until(lambda: first.steps.done == 1)
+        wait_until(lambda: first.steps.done == 1)
         with pytest.raises(TimeoutError):
             first.result(0)
         painter.step(2)
         first.result(LONG)
-        begun(painter)
-        clock.passes(queue, 5)
+        await_begun(painter)
+        clock.pass_time(queue, 5)
         assert (first.waited, first.ran, second.waited, second.ran) == (0, 2, 2, 5)
         assert second.cancel() and second.state == "running"
         painter.step()
@@ -211,7 +222,7 @@ def test_submitting_waits_for_room_in_turn(wait: float | None) -> None:
         calls = []
         for k in range(3):
             calls.append(pool.submit(put, queue, f"{k}", wait=wait))
-            until(lambda count=k + 1: len(queue._doors) == count)  # type: ignore[misc]
+            wait_until(lambda count=k + 1: len(queue._line._doors) == count)  # type: ignore[misc]
         painter.step(4 * STEPS)
         assert [call.result(LONG).result(LONG).request.prompt for call in calls] == ["0", "1", "2"]
     assert painter.left == ["first", "0", "1", "2"]
@@ -222,9 +233,9 @@ def test_closing_sends_those_away_who_wait_for_room() -> None:
     with ThreadPoolExecutor(2) as pool:
         queue = RequestQueue([painter], waiting=0)
         first = put(queue)
-        begun(painter)
+        await_begun(painter)
         call = pool.submit(put, queue, wait=None)
-        until(lambda: queue._doors)
+        wait_until(lambda: queue._line._doors)
         closing = pool.submit(queue.close)
         with pytest.raises(EngineError, match="queue was closed"):
             call.result(LONG)
@@ -269,7 +280,7 @@ def test_a_waiting_request_that_is_cancelled_never_starts() -> None:
     painter = Fake(free=False)
     with RequestQueue([painter]) as queue:
         put(queue, "first")
-        begun(painter)
+        await_begun(painter)
         second = put(queue, "second")
         assert second.cancel() and second.cancel() and second.state == "cancelled" and second.ran == 0
         with pytest.raises(Cancelled, match="was cancelled"):
@@ -284,7 +295,7 @@ def test_a_running_request_stops_after_its_step() -> None:
     with RequestQueue([painter]) as queue:
         first, second = put(queue, "first", on_step=lambda event: seen.append(event.index)), put(queue, "second")
         painter.step()
-        until(lambda: seen)
+        wait_until(lambda: seen)
         assert first.cancel() and not first.done()
         painter.step()
         with pytest.raises(Cancelled):
@@ -306,7 +317,7 @@ def test_cancelling_holds_in_the_last_step_and_in_one_that_fails(fails: bool) ->
             assert ready.wait(LONG)
             if event.result:
                 assert mine[0].cancel()
-                raiser(ValueError("v"))(0) if fails else None
+                make_raiser(ValueError("v"))(0) if fails else None
 
         mine.append(put(queue, on_step=last))
         ready.set()
@@ -319,23 +330,23 @@ def test_a_deadline_counts_from_submit(clock: FakeTime) -> None:
     painter = Fake(free=False)
     with RequestQueue([painter], timeout=10) as queue:
         running, waiting, patient, own = put(queue), put(queue), put(queue, timeout=None), put(queue, timeout=11)
-        begun(painter)
-        clock.passes(queue, 9.9)
+        await_begun(painter)
+        clock.pass_time(queue, 9.9)
         assert not running.done() and not waiting.done()
-        clock.passes(queue, 0.1)
+        clock.pass_time(queue, 0.1)
         with pytest.raises(TimedOut, match=r"had 10 s, of which it waited 0.000 s, and took 0 of 3 steps"):
             running.result(LONG)
         with pytest.raises(TimedOut, match=r"of which it waited 10.000 s.*submit fewer"):
             waiting.result(LONG)
         assert (running.state, waiting.state, own.state, patient.state) == ("failed", "failed", "waiting", "waiting")
         assert queue.statistics().running == 1  # its worker is still in that step
-        clock.passes(queue, 1)
+        clock.pass_time(queue, 1)
         with pytest.raises(TimedOut):
             own.result(LONG)
         assert not running.cancel()
         painter.step()
-        assert begun(painter) == "a"
-        clock.passes(queue, 1e9)
+        assert await_begun(painter) == "a"
+        clock.pass_time(queue, 1e9)
         painter.step(STEPS)
         assert patient.result(LONG)
     assert len(painter.left) == 2
@@ -346,8 +357,8 @@ def test_a_deadline_passes_while_waiting_for_room(clock: FakeTime) -> None:
     with RequestQueue([painter], waiting=0) as queue, ThreadPoolExecutor(1) as pool:
         put(queue)
         call = pool.submit(put, queue, wait=None, timeout=5)
-        until(lambda: queue._doors)
-        clock.passes(queue, 5)
+        wait_until(lambda: queue._line._doors)
+        clock.pass_time(queue, 5)
         with pytest.raises(TimedOut):
             call.result(LONG)
         painter.step(STEPS)
@@ -357,7 +368,7 @@ def test_the_keeper_wakes_by_itself() -> None:
     painter = Fake(free=False)
     with RequestQueue([painter]) as queue:
         put(queue)
-        begun(painter)
+        await_begun(painter)
         late, soon = put(queue, timeout=1e300), put(queue, timeout=0.05)
         with pytest.raises(TimedOut):
             soon.result(LONG)
@@ -367,8 +378,13 @@ def test_the_keeper_wakes_by_itself() -> None:
 
 
 ERRORS: list[BaseException] = [
-    ValueError("v"), InputError("i"), OutOfMemoryError("o"), DeviceError("d"), StopIteration(), MemoryError(),
-]  # fmt: skip
+    ValueError("v"),
+    InputError("i"),
+    OutOfMemoryError("o"),
+    DeviceError("d"),
+    StopIteration(),
+    MemoryError(),
+]
 STOPS: list[BaseException] = [KeyboardInterrupt(), SystemExit(3), GeneratorExit(), asyncio.CancelledError()]
 
 
@@ -379,10 +395,10 @@ def test_a_failed_request_harms_no_other(error: Exception, where: str, monkeypat
     if where == "iterate":
         whole = painter.iterate
         monkeypatch.setattr(
-            painter, "iterate", lambda *a, **o: raiser(error)(0) if a[2].prompt == "bad" else whole(*a, **o)
+            painter, "iterate", lambda *a, **o: make_raiser(error)(0) if a[2].prompt == "bad" else whole(*a, **o)
         )
     with RequestQueue([painter]) as queue:
-        bad = put(queue, "bad", on_step=raiser(error) if where == "callback" else None)
+        bad = put(queue, "bad", on_step=make_raiser(error) if where == "callback" else None)
         good = put(queue, "good")
         assert good.result(LONG).request.prompt == "good"
         with pytest.raises(type(error)) as raised:
@@ -394,9 +410,9 @@ def test_a_failed_request_harms_no_other(error: Exception, where: str, monkeypat
 @pytest.mark.parametrize("error", STOPS, ids=repr)
 @pytest.mark.parametrize("where", ["step", "callback"])
 def test_what_would_end_a_thread_ends_the_request_alone(error: BaseException, where: str) -> None:
-    painter = Fake(acts={"bad": raiser(error)} if where == "step" else {})
+    painter = Fake(acts={"bad": make_raiser(error)} if where == "step" else {})
     with RequestQueue([painter]) as queue:
-        bad = put(queue, "bad", on_step=raiser(error) if where == "callback" else None)
+        bad = put(queue, "bad", on_step=make_raiser(error) if where == "callback" else None)
         assert put(queue, "good").result(LONG)
         with pytest.raises(Cancelled, match=type(error).__name__) as raised:
             bad.result(LONG)
@@ -404,12 +420,12 @@ def test_what_would_end_a_thread_ends_the_request_alone(error: BaseException, wh
 
 
 def test_an_error_in_a_step_leaves_the_iteration() -> None:
-    painter = Fake(acts={"bad": raiser(OutOfMemoryError("no room"))})
+    painter = Fake(acts={"bad": make_raiser(OutOfMemoryError("no room"))})
     with RequestQueue([painter]) as queue:
         with pytest.raises(OutOfMemoryError, match="no room"):
             put(queue, "bad").result(LONG)
         with pytest.raises(KeyError):
-            put(queue, "callback", on_step=raiser(KeyError("k"))).result(LONG)
+            put(queue, "callback", on_step=make_raiser(KeyError("k"))).result(LONG)
         assert painter.left == ["bad", "callback"]
 
 
@@ -420,20 +436,20 @@ def test_a_painter_that_gives_no_result_is_named() -> None:
         put(queue).result(LONG)
 
 
-def lost() -> DeviceError:
+def make_lost_error() -> DeviceError:
     error = DeviceError("the device fell off")
     error.lost = True
     return error
 
 
 def test_another_worker_takes_over_from_a_lost_device() -> None:
-    dead, alive = Fake(free=False, acts={"a": raiser(lost())}), Fake(free=False)
+    dead, alive = Fake(free=False, acts={"a": make_raiser(make_lost_error())}), Fake(free=False)
     with RequestQueue([dead, alive]) as queue:
         tickets = [put(queue) for _ in range(2)]
-        begun(dead), begun(alive)
+        await_begun(dead), await_begun(alive)
         tickets += [put(queue, f"{k}") for k in range(3)]
         dead.step()
-        until(lambda: queue._alive == 1)
+        wait_until(lambda: queue._line.workers == 1)
         alive.step(4 * STEPS)
         assert all(ticket.result(LONG) for ticket in tickets[2:])
         assert sorted(ticket.state for ticket in tickets[:2]) == ["done", "failed"]
@@ -444,12 +460,12 @@ def test_another_worker_takes_over_from_a_lost_device() -> None:
 
 
 def test_the_last_lost_device_fails_what_waits() -> None:
-    error = lost()
-    painter = Fake(free=False, acts={"a": raiser(error)})
+    error = make_lost_error()
+    painter = Fake(free=False, acts={"a": make_raiser(error)})
     with RequestQueue([painter], waiting=2) as queue, ThreadPoolExecutor(1) as pool:
         tickets = [put(queue) for _ in range(3)]
         outside = pool.submit(put, queue, wait=None)
-        until(lambda: queue._doors)
+        wait_until(lambda: queue._line._doors)
         painter.step()
         calls = [*(ticket.result for ticket in tickets), outside.result, lambda _: put(queue), lambda _: put(queue)]
         for call in calls:
@@ -466,7 +482,7 @@ def test_closing(finish: bool) -> None:
     painter = Fake(free=False)
     queue = RequestQueue([painter], owned=finish)
     tickets = [put(queue) for _ in range(3)]
-    begun(painter)
+    await_begun(painter)
     if finish:
         painter.step(3 * STEPS)
     with ThreadPoolExecutor(2) as pool:
@@ -489,18 +505,18 @@ def test_an_error_in_the_block_cancels_and_closing_again_stops_finishing() -> No
     painter = Fake(free=False)
     with pytest.raises(KeyError), RequestQueue([painter]) as queue:
         tickets = [put(queue) for _ in range(2)]
-        begun(painter)
+        await_begun(painter)
         painter.step()
-        until(lambda: tickets[0].steps.done)
+        wait_until(lambda: tickets[0].steps.done)
         painter.step()
         raise KeyError
     assert [ticket.state for ticket in tickets] == ["cancelled"] * 2
     queue = RequestQueue([painter := Fake(free=False)])
     first, second = put(queue), put(queue)
-    begun(painter)
+    await_begun(painter)
     with ThreadPoolExecutor(2) as pool:
         calls = [pool.submit(queue.close, finish=True)]
-        until(lambda: queue._closing)
+        wait_until(lambda: queue._line._closing)
         assert not second.done()
         calls.append(pool.submit(queue.close))
         with pytest.raises(Cancelled):
@@ -527,7 +543,7 @@ def test_callbacks_never_wait_for_their_own_worker() -> None:
         queue.close(finish=True)
 
     tickets: list[Ticket] = []
-    with queue._lock:  # neither begins before both are there
+    with queue._line.lock:  # neither begins before both are there
         tickets += [put(queue, seed=k, num_inference_steps=1, on_step=both_close) for k in range(2)]
     assert [ticket.result(LONG).seeds for ticket in tickets] == [(0,), (1,)]
     queue.close()
@@ -561,23 +577,23 @@ def test_closing_from_a_callback_cancels_its_own_request() -> None:
 
 
 def test_statistics(clock: FakeTime) -> None:
-    painter = Fake(free=False, acts={"bad": raiser(ValueError("b"))})
+    painter = Fake(free=False, acts={"bad": make_raiser(ValueError("b"))})
     tickets = []
     with RequestQueue([painter]) as queue:
         assert queue.statistics() == (0, 0, 0, 0, 0, None, None)
         for k in range(7):
             pair = [put(queue, num_inference_steps=1), put(queue, num_inference_steps=1)]
             for ticket in pair:
-                begun(painter)
-                clock.passes(queue, 1 + k * k % 5)
+                await_begun(painter)
+                clock.pass_time(queue, 1 + k * k % 5)
                 painter.step()
                 ticket.result(LONG)
             tickets += pair
         bad, late = put(queue, "bad"), put(queue, timeout=1)
-        begun(painter)
+        await_begun(painter)
         put(queue).cancel()
         put(queue)
-        clock.passes(queue, 1)
+        clock.pass_time(queue, 1)
         with pytest.raises(TimedOut):
             late.result(LONG)
         found = queue.statistics()
@@ -587,7 +603,7 @@ def test_statistics(clock: FakeTime) -> None:
             assert mine is not None and len(set(mine)) > 1
             np.testing.assert_allclose(mine, oracle)
         painter.step(1 + STEPS)
-        until(bad.done)
+        wait_until(bad.done)
     assert queue.statistics()[:5] == (0, 0, 15, 2, 1)
 
 
@@ -595,11 +611,11 @@ def test_the_history_is_bounded() -> None:
     with RequestQueue([Fake()], waiting=10**6) as queue:
         for _ in range(1100):
             put(queue, num_inference_steps=1)
-    assert queue.statistics().done == 1100 and len(queue._history) == 1024
+    assert queue.statistics().done == 1100 and len(queue._line._tally._history) == 1024
 
 
 def test_tickets_in_asyncio() -> None:
-    painter = Fake(free=False, acts={"bad": raiser(ValueError("bad"))})
+    painter = Fake(free=False, acts={"bad": make_raiser(ValueError("bad"))})
 
     async def app(queue: RequestQueue) -> None:
         first, bad, other = put(queue, "first"), put(queue, "bad"), put(queue, "other")
@@ -653,12 +669,12 @@ def test_an_ended_request_is_let_go(prompt: str) -> None:
             held = weakref.ref(picture)
             ticket = queue.submit(picture, "mask", prompt)
             del picture
-            until(ticket.done)
+            wait_until(ticket.done)
             if prompt == "good":  # else it is in the error's traceback
-                until(lambda: held() is None)
+                wait_until(lambda: held() is None)
             known = weakref.ref(ticket)
             del ticket
-            until(lambda: known() is None and held() is None)
+            wait_until(lambda: known() is None and held() is None)
         finally:
             gc.enable()
 
@@ -666,11 +682,11 @@ def test_an_ended_request_is_let_go(prompt: str) -> None:
 def test_a_worker_that_ends_against_its_nature_leaves_no_ticket(monkeypatch: pytest.MonkeyPatch) -> None:
     submitted = threading.Event()
 
-    def ends(self: RequestQueue) -> None:
+    def ends(self: line.Line) -> None:
         assert submitted.wait(LONG)
         raise SystemExit
 
-    monkeypatch.setattr(RequestQueue, "_next", ends)
+    monkeypatch.setattr(line.Line, "take", ends)
     monkeypatch.setattr(threading, "excepthook", lambda told: None)
     with RequestQueue([Fake()]) as queue:
         ticket = put(queue)
@@ -696,7 +712,11 @@ def test_threads_that_cannot_start_leave_nothing(monkeypatch: pytest.MonkeyPatch
 
 def test_hammering() -> None:
     """Five threads, 500 requests, three workers, chance at every turn: every ticket ends, in a way it was led to."""
-    acts = {"bad": raiser(ValueError("bad")), "memory": raiser(OutOfMemoryError("o")), "stop": raiser(SystemExit())}
+    acts = {
+        "bad": make_raiser(ValueError("bad")),
+        "memory": make_raiser(OutOfMemoryError("o")),
+        "stop": make_raiser(SystemExit()),
+    }
     painters = [Fake(acts=acts) for _ in range(3)]
     tickets: list[tuple[Ticket, set[str]]] = []
 
@@ -705,7 +725,7 @@ def test_hammering() -> None:
         for _ in range(100):
             prompt = chance.choice(["good"] * 5 + list(acts))
             timeout = chance.choice([None, None, LONG, 0.001, 0.0])
-            callback = raiser(KeyError("k")) if chance.random() < 0.1 else None
+            callback = make_raiser(KeyError("k")) if chance.random() < 0.1 else None
             may = {"good": "done", "stop": "cancelled"}.get(prompt, "failed")
             try:
                 ticket = put(queue, prompt, timeout=timeout, wait=None, on_step=callback, seed=seed)
@@ -722,14 +742,14 @@ def test_hammering() -> None:
         for call in [pool.submit(user, seed, queue) for seed in range(5)]:
             call.result(LONG)
         for ticket, ends in tickets:
-            until(ticket.done)
+            wait_until(ticket.done)
             assert ticket.state in ends
             if ticket.state == "done":
                 assert ticket.result().request is ticket.request
     counted = Counter(ticket.state for ticket, _ in tickets)
     assert queue.statistics()[:5] == (0, 0, counted["done"], counted["failed"], counted["cancelled"])
     assert counted["done"] > 50 and counted["cancelled"] > 50 and counted["failed"] > 50
-    assert not (queue._waiting or queue._running or queue._doors)
+    assert not (queue._line._waiting or queue._line._running or queue._line._doors)
 
 
 LEFT_OPEN = """

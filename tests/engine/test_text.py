@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dreammix_trt.core.errors import FileFormatError, InputError
-from dreammix_trt.engine.text import Tokenizer, apply_tas, encode_prompts, plan_tas
+from dreammix_trt.engine.text import Tokenizer, apply_tas, plan_tas
 
 STRINGS = [
     "",
@@ -32,7 +32,7 @@ _RANGES = ((32, 127), (0xA0, 0x250), (0x370, 0x400), (0x4E00, 0x4E20), (0x1F600,
 ALPHABET = [code for first, end in _RANGES for code in range(first, end)]
 
 
-def small_tokenizer(folder: Path, pad: str | None = None) -> Tokenizer:
+def write_tokenizer(folder: Path, pad: str | None = None) -> Tokenizer:
     """A CLIP tokenizer of bytes and a few words, in which every other word falls apart into bytes."""
     from tokenizers import pre_tokenizers
 
@@ -66,7 +66,7 @@ def test_equal_to_the_clip_tokenizer(golden: Path, folder: str) -> None:
 
 def test_padding(golden: Path) -> None:
     first, second = (Tokenizer.load(golden / "model" / name) for name in ("tokenizer", "tokenizer_2"))
-    ids, ids_2 = encode_prompts([first, second], ["a sks mug", ""])
+    ids, ids_2 = (np.stack([each.encode(prompt) for prompt in ("a sks mug", "")]) for each in (first, second))
     assert ids.shape == ids_2.shape == (2, 77) and ids.dtype == np.int64
     assert ids[1].tolist() == [49406] + [49407] * 76
     assert ids_2[1].tolist() == [49406, 49407] + [0] * 75
@@ -74,7 +74,7 @@ def test_padding(golden: Path) -> None:
 
 
 def test_a_long_prompt_is_refused_unless_truncation_is_allowed(tmp_path: Path) -> None:
-    tokenizer = small_tokenizer(tmp_path)
+    tokenizer = write_tokenizer(tmp_path)
     assert len(tokenizer.encode("red " * 75)) == 77
     with pytest.raises(InputError, match=r"78 tokens long.*77 fit.*by 1 tokens"):
         tokenizer.encode("red " * 76)
@@ -85,7 +85,7 @@ def test_a_long_prompt_is_refused_unless_truncation_is_allowed(tmp_path: Path) -
 def test_bad_folders(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match=r"vocab\.json"):
         Tokenizer.load(tmp_path)
-    small_tokenizer(tmp_path)
+    write_tokenizer(tmp_path)
     with pytest.raises(FileFormatError, match="<pad>"):
         Tokenizer.load(tmp_path, "<pad>")
     (tmp_path / "vocab.json").write_text("{broken")
@@ -94,13 +94,13 @@ def test_bad_folders(tmp_path: Path) -> None:
 
 
 def test_pad_comes_from_the_folder(tmp_path: Path) -> None:
-    small_tokenizer(tmp_path)
+    write_tokenizer(tmp_path)
     (tmp_path / "special_tokens_map.json").write_text('{"pad_token": {"content": "!"}}')
     assert Tokenizer.load(tmp_path).encode("")[-1] == 0
 
 
 def test_both_indexings_agree_where_words_are_tokens(tmp_path: Path) -> None:
-    tokenizer = small_tokenizer(tmp_path)
+    tokenizer = write_tokenizer(tmp_path)
     for words in (["blue"], ["blue", "red"]):
         plans = [plan_tas(tokenizer, "A  red sks mug", words, indexing=way) for way in ("bpe", "words")]
         assert plans[0] == plans[1]
@@ -109,7 +109,7 @@ def test_both_indexings_agree_where_words_are_tokens(tmp_path: Path) -> None:
 
 
 def test_bpe_follows_words_of_several_tokens(tmp_path: Path) -> None:
-    tokenizer = small_tokenizer(tmp_path)
+    tokenizer = write_tokenizer(tmp_path)
     plan = plan_tas(tokenizer, "red, sks mug", ["blue", "ox"])
     assert plan.removed == (6, 7, 8)  # blue, o, x
     assert plan.projected == (1, 2, 3, 4)  # red , sks mug
@@ -117,7 +117,7 @@ def test_bpe_follows_words_of_several_tokens(tmp_path: Path) -> None:
 
 
 def test_the_subject_must_be_named(tmp_path: Path) -> None:
-    tokenizer = small_tokenizer(tmp_path)
+    tokenizer = write_tokenizer(tmp_path)
     for way, prompt in (("bpe", "a red mug"), ("bpe", "a skstronaut"), ("words", "a sks, red")):
         with pytest.raises(InputError, match=r"needs 'sks' as a word of its own"):
             plan_tas(tokenizer, prompt, ["blue"], indexing=way)  # type: ignore[arg-type]
@@ -127,11 +127,11 @@ def test_the_subject_must_be_named(tmp_path: Path) -> None:
 
 def test_no_word_to_eliminate(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no word to eliminate"):
-        plan_tas(small_tokenizer(tmp_path), "a sks", [" "])
+        plan_tas(write_tokenizer(tmp_path), "a sks", [" "])
 
 
 def test_only_the_planned_rows_change(tmp_path: Path) -> None:
-    plan = plan_tas(small_tokenizer(tmp_path), "a red sks mug", ["blue"])
+    plan = plan_tas(write_tokenizer(tmp_path), "a red sks mug", ["blue"])
     rng = np.random.default_rng(2)
     tokens, removed = (rng.standard_normal((77, 24)).astype(np.float32) for _ in range(2))
     pooled, removed_pooled = (rng.standard_normal(10).astype(np.float32) for _ in range(2))

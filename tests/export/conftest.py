@@ -36,14 +36,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     base = BaseFiles.open(write_tiny_model(tmp_path_factory.mktemp("tiny") / "model").folder)
     folder, traces, traced = tmp_path_factory.mktemp("networks"), tmp_path_factory.mktemp("traces"), []
 
-    def kept(network: Any, out: Path) -> None:
+    def keep_graph(network: Any, out: Path) -> None:
         trace(network, out)
         traced.append(network.name)
         shutil.copytree(out, traces / network.graph)
 
     trace = onnx_export.write_graph
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_export, "write_graph", kept)
+        patch.setattr(onnx_export, "write_graph", keep_graph)
         table = onnx_export.export_base(base, folder)
     assert traced == [name for name in table if name != "unet_raw"], "both UNets share one graph"
     return Exported(base, folder, table, traces)

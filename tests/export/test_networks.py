@@ -10,8 +10,8 @@ diffusers = pytest.importorskip("diffusers")
 
 from dreammix_trt.core.checkpoint import BaseFiles  # noqa: E402
 from dreammix_trt.core.lora import read_lora  # noqa: E402
-from dreammix_trt.core.subject import pack  # noqa: E402
-from dreammix_trt.export.torch_set import TorchEngineSet  # noqa: E402
+from dreammix_trt.core.packing import pack  # noqa: E402
+from dreammix_trt.export.torch_backend.engine_set import TorchEngineSet  # noqa: E402
 from tests.export.conftest import Exported  # noqa: E402
 
 
@@ -31,7 +31,7 @@ def steps(golden: Path) -> list[tuple[str, int]]:
 
 
 def unet_inputs(recorded: TorchEngineSet, golden: Path, step: int) -> tuple[str, dict[str, np.ndarray], np.ndarray]:
-    """What case1's UNet received at a step, and what it gave."""
+    """What the UNet of case1 received at a step, and what it returned."""
     run = np.load(golden / "case1/golden.npz")
     stage, patched = ("lcg" if step < 7 else "gch"), bool(run["unet_is_fooocus"][step])
     masked = run[f"vae_latent_{stage}_masked"]
@@ -114,13 +114,15 @@ def test_the_recorded_prompt_gives_the_recorded_embeddings(recorded: TorchEngine
 @pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2"])
 def test_text_encoders_are_those_of_transformers(exported: Exported, name: str, eos: str) -> None:
     transformers = pytest.importorskip("transformers")
-    from dreammix_trt.export.networks import networks_of, torch_module, weights_of
+    from dreammix_trt.core.network_weights import weights_of
+    from dreammix_trt.core.networks import describe_networks
+    from dreammix_trt.export.torch_module import make_torch_module
 
     configs = {key: dict(value) for key, value in exported.base.configs.items()}
     vocabulary = configs[name]["vocab_size"]
     configs[name]["eos_token_id"] = 2 if eos == "legacy" else vocabulary - 1
     base = BaseFiles(exported.base.folder, exported.base.patch, exported.base.head_file, False, configs)
-    network = next(network for network in networks_of(base) if network.name == name)
+    network = next(network for network in describe_networks(base) if network.name == name)
     kind = transformers.CLIPTextModelWithProjection if name.endswith("2") else transformers.CLIPTextModel
     theirs = kind(transformers.CLIPTextConfig(**configs[name])).eval()
     weights = weights_of(base, name)
@@ -135,7 +137,7 @@ def test_text_encoders_are_those_of_transformers(exported: Exported, name: str, 
     lora = torch.zeros(1, sum(slot.size for slot in network.slots))
     with torch.inference_mode():
         truth = theirs(ids, output_hidden_states=True)
-        found = torch_module(network, weights)(ids, lora)
+        found = make_torch_module(network, weights)(ids, lora)
     hidden = found[0] if name.endswith("2") else found
     assert difference(hidden.numpy(), truth.hidden_states[-2].numpy()) <= 1e-5
     if name.endswith("2"):
@@ -149,7 +151,7 @@ def test_networks_are_those_of_diffusers(exported: Exported) -> None:
     unet.load_state_dict({name: torch.from_numpy(value) for name, value in base.state("unet").items()})
     vae = diffusers.AutoencoderKL.from_config(dict(base.configs["vae"])).eval()
     vae.load_state_dict({name: torch.from_numpy(value) for name, value in base.state("vae").items()})
-    inputs = ours._networks["unet"].example({"pictures": 1, "rows": 2, "h": 8, "w": 12})
+    inputs = ours._networks["unet"].draw_example({"pictures": 1, "rows": 2, "h": 8, "w": 12})
     inputs["lora"][:], inputs["inpaint_feature"][:] = 0, 0
     image = np.tanh(np.random.default_rng(0).standard_normal((1, 3, 64, 96))).astype(np.float32)
     sample, timestep, text, pooled, time_ids, _, _ = (torch.from_numpy(value) for value in inputs.values())

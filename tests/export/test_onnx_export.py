@@ -14,12 +14,15 @@ from safetensors.numpy import load_file, save_file
 
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import BuildError, FileFormatError
-from dreammix_trt.core.subject import pack, slots_of
+from dreammix_trt.core.network_weights import weights_of
+from dreammix_trt.core.networks import Network, describe_networks
+from dreammix_trt.core.packing import pack
+from dreammix_trt.core.slots import slots_of
 from dreammix_trt.core.tensors import Weights
 from dreammix_trt.export import onnx_export
-from dreammix_trt.export.networks import Network, networks_of, torch_module, weights_of
-from dreammix_trt.export.onnx_export import export_network, shipped_graph
-from dreammix_trt.export.parity import BOUNDS, OnnxNetwork, check_parity, check_sizes
+from dreammix_trt.export.onnx_export import export_network, find_shipped_graph
+from dreammix_trt.export.parity import BOUNDS, OnnxNetwork, check_parity, choose_sizes
+from dreammix_trt.export.torch_module import make_torch_module
 from tests.export.conftest import Exported
 from tests.support.tiny_model import random_factors, write_tiny_model
 
@@ -27,12 +30,12 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["text_encoder", "text_encoder_2", "unet", "unet_raw", "inpaint_head", "vae_encoder", "vae_decoder"]
 
 
-def opened(exported: Exported, name: str) -> OnnxNetwork:
+def open_network(exported: Exported, name: str) -> OnnxNetwork:
     return OnnxNetwork(exported.graph(name), threads=1)
 
 
 def network_of(exported: Exported, name: str) -> Network:
-    return next(network for network in networks_of(exported.base) if network.name == name)
+    return next(network for network in describe_networks(exported.base) if network.name == name)
 
 
 def test_the_set_is_complete(exported: Exported) -> None:
@@ -82,8 +85,8 @@ def test_weights_stand_outside_under_their_torch_names(exported: Exported, name:
 
 def test_zero_lora_is_no_lora_and_one_unet_differs_from_the_other(exported: Exported) -> None:
     network = network_of(exported, "unet")
-    patched, raw = opened(exported, "unet"), opened(exported, "unet_raw")
-    inputs = network.example({"pictures": 1, "rows": 2, "h": 8, "w": 8})
+    patched, raw = open_network(exported, "unet"), open_network(exported, "unet_raw")
+    inputs = network.draw_example({"pictures": 1, "rows": 2, "h": 8, "w": 8})
     inputs["lora"][:] = 0
     off = patched.run(**inputs)["eps"]
     assert np.abs(off - raw.run(**inputs)["eps"]).max() > 1e-3
@@ -96,7 +99,7 @@ def test_zero_lora_is_no_lora_and_one_unet_differs_from_the_other(exported: Expo
 
 
 def test_packed_factors_equal_merged_weights(exported: Exported) -> None:
-    """The engine's `x @ A @ B` is the W + (A B)^T that a merge would give, in every slot."""
+    """The engine's `x @ A @ B` equals the W + (A B)^T of a merge, in every slot."""
     import torch
 
     network = network_of(exported, "unet")
@@ -104,10 +107,10 @@ def test_packed_factors_equal_merged_weights(exported: Exported) -> None:
     weights = dict(weights_of(exported.base, "unet"))
     for module, (a, b) in factors.items():
         weights[f"{module}.weight"] = weights[f"{module}.weight"] + (a @ b).T
-    merged = torch_module(network, Weights.of(weights))
-    inputs = network.example({"pictures": 1, "rows": 2, "h": 8, "w": 12})
+    merged = make_torch_module(network, Weights.of(weights))
+    inputs = network.draw_example({"pictures": 1, "rows": 2, "h": 8, "w": 12})
     inputs["lora"] = pack(factors, network.slots)[None]
-    found = opened(exported, "unet").run(**inputs)["eps"]
+    found = open_network(exported, "unet").run(**inputs)["eps"]
     inputs["lora"][:] = 0
     with torch.inference_mode():
         truth = merged(*(torch.from_numpy(value) for value in inputs.values())).numpy()
@@ -117,8 +120,8 @@ def test_packed_factors_equal_merged_weights(exported: Exported) -> None:
 def test_a_batch_carries_two_subjects(exported: Exported) -> None:
     """Rows [neg0, pos0, neg1, pos1] with a LoRA row and a feature each: as if the pictures ran alone."""
     network = network_of(exported, "unet")
-    session = opened(exported, "unet")
-    both = network.example({"pictures": 2, "rows": 4, "h": 8, "w": 8})
+    session = open_network(exported, "unet")
+    both = network.draw_example({"pictures": 2, "rows": 4, "h": 8, "w": 8})
     together = session.run(**both)["eps"]
     for picture in range(2):
         rows, one = slice(2 * picture, 2 * picture + 2), slice(picture, picture + 1)
@@ -130,10 +133,10 @@ REUSE = """
 import sys
 from pathlib import Path
 from dreammix_trt.core.checkpoint import BaseFiles
-from dreammix_trt.export.networks import networks_of
+from dreammix_trt.core.networks import describe_networks
 from dreammix_trt.export.onnx_export import export_network
 base, graphs, out = BaseFiles.open(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
-for network in networks_of(base):
+for network in describe_networks(base):
     (out / network.name).mkdir(parents=True)
     export_network(base, network, graphs / network.graph, out / network.name, verify=False)
 sys.exit(bool({"torch", "diffusers", "transformers", "onnx"} & sys.modules.keys()))
@@ -146,13 +149,13 @@ def test_graphs_are_reused_without_torch(exported: Exported, graphs: Path, tmp_p
     command = [sys.executable, "-c", REUSE, str(other.folder), str(graphs), str(tmp_path / "out")]
     subprocess.run(command, check=True, cwd=ROOT)
     base = BaseFiles.open(other.folder)
-    for network in networks_of(base):
+    for network in describe_networks(base):
         part = tmp_path / "out" / network.name
         entry = json.loads((part / "network.json").read_text())
         assert entry["parity"]["checked"] == "not", "what was found for another checkpoint says nothing of this one"
         assert (part / entry["graph"]).read_bytes() == exported.graph(network.name).read_bytes()
-        module = torch_module(network, weights_of(base, network.name))
-        check_parity(network, part / entry["graph"], module, check_sizes(base.divisor)[:1])
+        module = make_torch_module(network, weights_of(base, network.name))
+        check_parity(network, part / entry["graph"], module, choose_sizes(base.divisor)[:1])
 
 
 def test_verify_compares_reused_graphs_anew(exported: Exported, graphs: Path, tmp_path: Path) -> None:
@@ -173,8 +176,8 @@ def test_large_networks_are_not_compared_unless_asked(
 
 def test_the_embedded_base_carries_the_figures_of_its_making(tmp_path: Path) -> None:
     base = BaseFiles.open()
-    network = next(network for network in networks_of(base) if network.name == "vae_encoder")
-    graph = shipped_graph(network)
+    network = next(network for network in describe_networks(base) if network.name == "vae_encoder")
+    graph = find_shipped_graph(network)
     assert graph is not None
     entry = export_network(base, network, graph, tmp_path, verify=False)
     recorded = json.loads((graph / "graph.json").read_text())["parity"]["vae_encoder"]
@@ -188,11 +191,11 @@ def graphs(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder.mkdir()
     (folder / "stale.onnx").write_bytes(b"")
 
-    def copied(network: Network, out: Path) -> None:  # tracing takes seconds and is done
+    def copy_graph(network: Network, out: Path) -> None:  # tracing takes seconds and is done
         shutil.copytree(exported.traces / network.graph, out, dirs_exist_ok=True)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_export, "write_graph", copied)
+        patch.setattr(onnx_export, "write_graph", copy_graph)
         onnx_export.make_shipped_graphs(exported.base, folder)
     return folder
 
@@ -209,26 +212,26 @@ def test_shipped_graphs_hold_no_weights(exported: Exported, graphs: Path) -> Non
 def test_a_shipped_graph_is_used_only_while_it_fits(
     exported: Exported, graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the configuration, whatever base has it; changed, it is not used."""
-    assert shipped_graph(network_of(exported, "vae_decoder")) is None
+    """It is found by its configuration, for any base. A changed file is not used."""
+    assert find_shipped_graph(network_of(exported, "vae_decoder")) is None
     shutil.copytree(graphs, tmp_path / "graphs")
     monkeypatch.setattr(onnx_export, "EMBEDDED", tmp_path)
     base = exported.base
-    assert shipped_graph(network_of(exported, "vae_decoder")) == tmp_path / "graphs/vae_decoder"
-    halves = {network.name: network for network in networks_of(base, precision="float16")}
-    assert shipped_graph(halves["vae_decoder"]) is None
-    assert shipped_graph(halves["vae_decoder_float32"]) == tmp_path / "graphs/vae_decoder"
-    unets = {rank: next(each for each in networks_of(base, rank) if each.name == "unet") for rank in (8, 16)}
-    assert shipped_graph(unets[8]) == tmp_path / "graphs/unet" and shipped_graph(unets[16]) is None
+    assert find_shipped_graph(network_of(exported, "vae_decoder")) == tmp_path / "graphs/vae_decoder"
+    halves = {network.name: network for network in describe_networks(base, precision="float16")}
+    assert find_shipped_graph(halves["vae_decoder"]) is None
+    assert find_shipped_graph(halves["vae_decoder_float32"]) == tmp_path / "graphs/vae_decoder"
+    unets = {rank: next(each for each in describe_networks(base, rank) if each.name == "unet") for rank in (8, 16)}
+    assert find_shipped_graph(unets[8]) == tmp_path / "graphs/unet" and find_shipped_graph(unets[16]) is None
     (tmp_path / "graphs/vae_decoder/graph.onnx").write_bytes(b"changed")
-    assert shipped_graph(network_of(exported, "vae_decoder")) is None
+    assert find_shipped_graph(network_of(exported, "vae_decoder")) is None
 
 
 def test_graphs_beside_a_users_checkpoint_are_not_taken(exported: Exported, graphs: Path, tmp_path: Path) -> None:
-    """They could compute anything, and the part's key would be that of an honest one."""
+    """They could compute anything, and the part would have the key of an honest one."""
     base = BaseFiles.open(shutil.copytree(exported.base.folder, tmp_path / "model"))
     shutil.copytree(graphs, base.folder / "graphs")
-    assert [shipped_graph(network) for network in networks_of(base)] == [None] * len(NAMES)
+    assert [find_shipped_graph(network) for network in describe_networks(base)] == [None] * len(NAMES)
 
 
 def test_a_graph_that_computes_something_else_is_refused(exported: Exported, tmp_path: Path) -> None:
@@ -236,9 +239,9 @@ def test_a_graph_that_computes_something_else_is_refused(exported: Exported, tmp
     part = Path(shutil.copytree(exported.folder / "vae_encoder", tmp_path / "part"))
     weights = dict(weights_of(exported.base, "vae_encoder"))
     weights["quant_conv.bias"] = weights["quant_conv.bias"] + np.float32(0.01)
-    module = torch_module(network, Weights.of(weights))
+    module = make_torch_module(network, Weights.of(weights))
     with pytest.raises(BuildError, match=r"vae_encoder.*differs from torch by .*'mean'"):
-        check_parity(network, part / "vae_encoder.onnx", module, check_sizes(32)[:1])
+        check_parity(network, part / "vae_encoder.onnx", module, choose_sizes(32)[:1])
 
 
 def test_weights_that_do_not_fit_their_config_are_listed(exported: Exported, graphs: Path, tmp_path: Path) -> None:
@@ -252,7 +255,7 @@ def test_weights_that_do_not_fit_their_config_are_listed(exported: Exported, gra
     network = network_of(exported, "text_encoder")
     listed = r"layers\.0\.mlp\.fc1\.bias is missing.*is \(70, 16\), expected \(77, 16\)"
     with pytest.raises(FileFormatError, match=r"final_layer_norm\.bias is missing"):
-        torch_module(network, weights_of(base, "text_encoder"))
+        make_torch_module(network, weights_of(base, "text_encoder"))
     with pytest.raises(FileFormatError, match=listed):
         export_network(base, network, graphs / "text_encoder", tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
@@ -262,5 +265,5 @@ def test_a_base_without_patch_has_one_unet(tmp_path: Path) -> None:
     tiny = write_tiny_model(tmp_path / "tiny")
     tiny.patch.unlink()
     tiny.head.unlink()
-    names = [network.name for network in networks_of(BaseFiles.open(tiny.folder))]
+    names = [network.name for network in describe_networks(BaseFiles.open(tiny.folder))]
     assert names == [name for name in NAMES if name not in ("unet_raw", "inpaint_head")]

@@ -1,4 +1,4 @@
-"""A network's part as a file others open, what decides its graph, and how little memory its making takes."""
+"""A network's part as a file for other tools, what decides its graph, and how little memory its export takes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ onnx = pytest.importorskip("onnx")
 
 from benchmarks import _sdxl_files as files  # noqa: E402
 from dreammix_trt.core.checkpoint import BaseFiles  # noqa: E402
-from dreammix_trt.core.tensors import tensor_places  # noqa: E402
-from dreammix_trt.export.networks import SAFE, Network, networks_of, torch_module, weights_of  # noqa: E402
-from dreammix_trt.export.onnx_export import export_network, graph_digest, shipped_graph, write_graph  # noqa: E402
-from dreammix_trt.export.onnx_graph import graph_of  # noqa: E402
+from dreammix_trt.core.network_weights import weights_of  # noqa: E402
+from dreammix_trt.core.networks import Network, describe_networks, is_twin  # noqa: E402
+from dreammix_trt.core.tensors import read_places  # noqa: E402
+from dreammix_trt.export.onnx_export import export_network, find_shipped_graph, graph_digest, write_graph  # noqa: E402
+from dreammix_trt.export.onnx_graph import trace_graph  # noqa: E402
 from dreammix_trt.export.parity import BOUNDS, OnnxNetwork  # noqa: E402
+from dreammix_trt.export.torch_module import make_torch_module  # noqa: E402
 from tests.export.conftest import Exported  # noqa: E402
 from tests.support.mini_sdxl import small_configs  # noqa: E402
 
@@ -37,8 +39,8 @@ NAMES = ["text_encoder", "text_encoder_2", "unet", "unet_raw", "inpaint_head", "
 @pytest.mark.parametrize("name", NAMES)
 def test_a_part_is_plain_onnx_wherever_it_lies(exported: Exported, tmp_path: Path, name: str) -> None:
     """onnx.checker accepts it with its data, onnx.load finds every weight, ONNX Runtime gives the same numbers."""
-    network = next(each for each in networks_of(exported.base) if each.name == name)
-    inputs = network.example({"pictures": 1, "rows": 2, "h": 8, "w": 12, "H": 64, "W": 96})
+    network = next(each for each in describe_networks(exported.base) if each.name == name)
+    inputs = network.draw_example({"pictures": 1, "rows": 2, "h": 8, "w": 12, "H": 64, "W": 96})
     before = OnnxNetwork(exported.graph(name), threads=1).run(**inputs)
     moved = Path(shutil.move(shutil.copytree(exported.folder / name, tmp_path / "copy"), tmp_path / "elsewhere"))
     file = moved / exported.graph(name).name
@@ -54,16 +56,15 @@ def test_a_part_is_plain_onnx_wherever_it_lies(exported: Exported, tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["unet", "vae_decoder"])
 def test_places_in_the_graph_are_those_of_the_weight_file(exported: Exported, name: str) -> None:
-    """And the file is a safetensors file like any other; tensors of 64 bytes and more stand where copying is fast."""
+    """The file is a normal safetensors file. Tensors of 64 bytes or more are aligned for fast copies."""
     model = onnx.load(exported.graph(name), load_external_data=False)
-    places = tensor_places(exported.weights(name))
+    places = read_places(exported.weights(name))
     for item in model.graph.initializer:
         if item.data_location == onnx.TensorProto.EXTERNAL:
             told = {entry.key: entry.value for entry in item.external_data}
             _, shape, offset, length = places[item.name]
-            assert (told["location"], int(told["offset"]), int(told["length"])) == (
-                exported.weights(name).name, offset, length,
-            )  # fmt: skip
+            assert told["location"] == exported.weights(name).name
+            assert (int(told["offset"]), int(told["length"])) == (offset, length)
             assert shape == tuple(item.dims)
             assert offset % 64 == 0 or length % 64
     with safe_open(exported.weights(name), "numpy") as opened:
@@ -74,11 +75,11 @@ def test_no_slots_is_the_same_as_slots_full_of_zeros(small: Any, tmp_path: Path)
     sizes = {"pictures": 1, "rows": 2, "h": 8, "w": 6}
     outputs = {}
     for rank in (0, 4):
-        network = next(each for each in networks_of(small, rank) if each.name == "unet")
+        network = next(each for each in describe_networks(small, rank) if each.name == "unet")
         (tmp_path / f"{rank}").mkdir()
         write_graph(network, tmp_path / f"{rank}")
         entry = export_network(small, network, tmp_path / f"{rank}", tmp_path / f"{rank}", verify=False)
-        inputs = network.example(sizes)
+        inputs = network.draw_example(sizes)
         assert ("lora" in inputs) == bool(entry["slots"]) == bool(rank)
         session = OnnxNetwork(tmp_path / f"{rank}" / entry["graph"], threads=1)
         outputs[rank] = session.run(**{**inputs, "lora": np.zeros_like(inputs.get("lora", np.zeros(1)))})["eps"]
@@ -93,7 +94,7 @@ def test_sdxl_at_a_fifth_of_its_width_agrees_with_torch(tmp_path: Path) -> None:
     base = BaseFiles.open(files.write_folder(tmp_path / "base", files.sdxl_configs(0.2, depth=1, side=64)))
     for name in ("unet", "vae_encoder", "vae_decoder"):
         (tmp_path / name).mkdir()
-        network = of(base, name)
+        network = describe(base, name)
         write_graph(network, tmp_path / name)
         parity = export_network(base, network, tmp_path / name, tmp_path / name, verify=True)["parity"]
         assert parity["max_rel"] < BOUNDS["float32"] / 4 and len(parity["sizes"]) == 3
@@ -102,65 +103,92 @@ def test_sdxl_at_a_fifth_of_its_width_agrees_with_torch(tmp_path: Path) -> None:
 # What decides a graph
 
 
-def of(base: Any, name: str, rank: int = 8, **options: Any) -> Network:
-    return next(network for network in networks_of(base, rank, **options) if network.name == name)
+def describe(base: Any, name: str, rank: int = 8, **options: Any) -> Network:
+    return next(network for network in describe_networks(base, rank, **options) if network.name == name)
 
 
-def changed(base: Any, component: str, **entries: Any) -> Any:
+def change_config(base: Any, component: str, **entries: Any) -> Any:
     return replace(base, configs={**base.configs, component: {**base.configs[component], **entries}})
 
 
 CHANGES_NOTHING: dict[str, tuple[str, dict[str, Any]]] = {
-    "text_encoder": ("text_encoder", {
-        "torch_dtype": "bfloat16", "dtype": "bfloat16", "transformers_version": "9", "_name_or_path": "elsewhere",
-        "initializer_range": 3.0, "initializer_factor": 9.0, "attention_dropout": 0.5, "bos_token_id": 5,
-        "pad_token_id": 6, "architectures": ["Other"],
-    }),
-    "vae_decoder": ("vae", {
-        "sample_size": 512, "scaling_factor": 0.2, "force_upcast": False, "_diffusers_version": "9",
-    }),
-}  # fmt: skip
+    "text_encoder": (
+        "text_encoder",
+        {
+            "torch_dtype": "bfloat16",
+            "dtype": "bfloat16",
+            "transformers_version": "9",
+            "_name_or_path": "elsewhere",
+            "initializer_range": 3.0,
+            "initializer_factor": 9.0,
+            "attention_dropout": 0.5,
+            "bos_token_id": 5,
+            "pad_token_id": 6,
+            "architectures": ["Other"],
+        },
+    ),
+    "vae_decoder": (
+        "vae",
+        {
+            "sample_size": 512,
+            "scaling_factor": 0.2,
+            "force_upcast": False,
+            "_diffusers_version": "9",
+        },
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CHANGES_NOTHING)
 def test_the_digest_ignores_what_does_not_change_the_graph(small: Any, name: str) -> None:
-    """And truly: the graph is the same to the byte."""
+    """The graph is indeed the same, byte for byte."""
     component, entries = CHANGES_NOTHING[name]
-    one, other = of(small, name), of(changed(small, component, **entries), name)
+    one, other = describe(small, name), describe(change_config(small, component, **entries), name)
     assert graph_digest(one) == graph_digest(other)
-    assert graph_of(one).proto.SerializeToString() == graph_of(other).proto.SerializeToString()
+    assert trace_graph(one).proto.SerializeToString() == trace_graph(other).proto.SerializeToString()
 
 
 def test_both_unets_and_every_checkpoint_of_a_shape_share_a_graph(small: Any, tmp_path: Path) -> None:
-    assert graph_digest(of(small, "unet")) == graph_digest(of(small, "unet_raw"))
+    assert graph_digest(describe(small, "unet")) == graph_digest(describe(small, "unet_raw"))
     other = files.write_single_file(tmp_path / "other.safetensors", small_configs(), seed=9)
     base = BaseFiles.open(other, tokenizer=small.tokenizer)
-    assert [graph_digest(of(base, name)) for name in NAMES if name not in ("unet_raw", "inpaint_head")] == [
-        graph_digest(of(small, name)) for name in NAMES if name not in ("unet_raw", "inpaint_head")
+    assert [graph_digest(describe(base, name)) for name in NAMES if name not in ("unet_raw", "inpaint_head")] == [
+        graph_digest(describe(small, name)) for name in NAMES if name not in ("unet_raw", "inpaint_head")
     ]
 
 
 def test_the_digest_tells_apart_what_the_graph_does(small: Any) -> None:
     unets = [
-        of(small, "unet"), of(small, "unet", 16), of(small, "unet", 0), of(small, "unet", precision="float16"),
-        of(small, "unet", fused=True), of(small, "unet", precision="float16", fused=True),
-        of(changed(small, "unet", norm_eps=1e-4), "unet"), of(changed(small, "unet", norm_num_groups=16), "unet"),
-    ]  # fmt: skip
-    heads = [of(small, "inpaint_head"), of(replace(small, nine_channels=True), "inpaint_head")]
-    vaes = [of(small, "vae_decoder", precision="float16"), of(small, "vae_encoder", precision="float16")]
+        describe(small, "unet"),
+        describe(small, "unet", 16),
+        describe(small, "unet", 0),
+        describe(small, "unet", precision="float16"),
+        describe(small, "unet", fused=True),
+        describe(small, "unet", precision="float16", fused=True),
+        describe(change_config(small, "unet", norm_eps=1e-4), "unet"),
+        describe(change_config(small, "unet", norm_num_groups=16), "unet"),
+    ]
+    heads = [describe(small, "inpaint_head"), describe(replace(small, nine_channels=True), "inpaint_head")]
+    vaes = [describe(small, "vae_decoder", precision="float16"), describe(small, "vae_encoder", precision="float16")]
     vaes.append(replace(vaes[0], wide=("mid.0",)))
-    texts = [of(small, "text_encoder"), of(changed(small, "text_encoder", hidden_act="gelu"), "text_encoder")]
-    texts += [of(changed(small, "text_encoder_2", eos_token_id=7), "text_encoder_2"), of(small, "text_encoder_2")]
+    texts = [
+        describe(small, "text_encoder"),
+        describe(change_config(small, "text_encoder", hidden_act="gelu"), "text_encoder"),
+    ]
+    texts += [
+        describe(change_config(small, "text_encoder_2", eos_token_id=7), "text_encoder_2"),
+        describe(small, "text_encoder_2"),
+    ]
     digests = [graph_digest(network) for network in (*unets, *heads, *vaes, *texts)]
     assert len(set(digests)) == len(digests)
 
 
 def test_a_float16_vae_s_twins_are_the_float32_vae(small: Any) -> None:
-    """The same graph and weights as a float32 base has, whatever the form of the float16 one; no other network."""
-    plain = {network.name: network for network in networks_of(small)}
-    assert [name for name in plain if name.endswith(SAFE)] == []
+    """They have graph and weights of a float32 base, whatever the form of the float16 one. Only a VAE has twins."""
+    plain = {network.name: network for network in describe_networks(small)}
+    assert [name for name in plain if is_twin(name)] == []
     for fused in (False, True):
-        half = {network.name: network for network in networks_of(small, precision="float16", fused=fused)}
+        half = {network.name: network for network in describe_networks(small, precision="float16", fused=fused)}
         assert half.keys() - plain.keys() == {"vae_encoder_float32", "vae_decoder_float32"}
         for name in ("vae_encoder", "vae_decoder"):
             twin = half[f"{name}_float32"]
@@ -172,7 +200,7 @@ def test_a_float16_vae_s_twins_are_the_float32_vae(small: Any) -> None:
 
 
 def test_an_exported_twin_agrees_with_torch_as_float32_does(small: Any, tmp_path: Path) -> None:
-    twin = of(small, "vae_decoder_float32", precision="float16", fused=True)
+    twin = describe(small, "vae_decoder_float32", precision="float16", fused=True)
     (tmp_path / "graph").mkdir()
     (tmp_path / "part").mkdir()
     write_graph(twin, tmp_path / "graph")
@@ -184,9 +212,9 @@ def test_an_exported_twin_agrees_with_torch_as_float32_does(small: Any, tmp_path
 def test_what_is_known_of_a_shipped_graph_holds_for_the_twin(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where torch is not there to compare: of the embedded model, the figures of the graph's making."""
-    base, twin = BaseFiles.open(), of(BaseFiles.open(), "vae_encoder_float32", precision="float16")
-    graph = shipped_graph(twin)
+    """Without torch for a comparison, the embedded model gets the figures from the making of its graph."""
+    base, twin = BaseFiles.open(), describe(BaseFiles.open(), "vae_encoder_float32", precision="float16")
+    graph = find_shipped_graph(twin)
     assert graph is not None
     recorded = json.loads((graph / "graph.json").read_text())["parity"]["vae_encoder"]
     parity = export_network(base, twin, graph, tmp_path, verify=False)["parity"]
@@ -203,12 +231,11 @@ def full_size() -> BaseFiles:
 
 @pytest.mark.parametrize("name", ["unet", "text_encoder_2", "vae_decoder"])
 def test_a_hollow_module_of_full_size_holds_next_to_nothing(name: str) -> None:
-    """Every parameter has its shape and one number; no two have the same, so that none can be merged."""
-    module = torch_module(of(full_size(), name))
+    """Every parameter has its shape and one number. No two numbers are equal, so none can be merged."""
+    module = make_torch_module(describe(full_size(), name))
     parameters = dict(module.network.named_parameters())
-    assert sum(value.numel() for value in parameters.values()) == {
-        "unet": 2_567_463_684, "text_encoder_2": 694_659_840, "vae_decoder": 49_490_199,
-    }[name]  # fmt: skip
+    sizes = {"unet": 2_567_463_684, "text_encoder_2": 694_659_840, "vae_decoder": 49_490_199}
+    assert sum(value.numel() for value in parameters.values()) == sizes[name]
     stored = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in parameters.values()}
     stored |= {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in module.buffers()}
     assert sum(stored.values()) < 1_000_000
@@ -222,7 +249,7 @@ from types import SimpleNamespace
 from dreammix_trt.core.lora import read_lora
 from dreammix_trt.core.tensors import open_tensors
 from dreammix_trt.engine.hardware import MemoryWatch
-from dreammix_trt.export.networks import BaseLora
+from dreammix_trt.core.network_weights import BaseLora
 from dreammix_trt.export.onnx_export import export_network
 folder = Path(sys.argv[1])
 base = SimpleNamespace(folder=folder, state=lambda name: open_tensors(folder / "model.safetensors"))
@@ -236,15 +263,17 @@ print(watch.anonymous - before, sorted({"torch", "onnx"} & sys.modules.keys()))
 
 
 def test_weights_stream_from_the_checkpoint_to_the_part(tmp_path: Path) -> None:
-    """62 MB of float16 (124 as float32) with a LoRA merged: a few of the largest tensor's size at any time."""
+    """62 MB of float16 (124 as float32) with a LoRA merged take a few times the largest tensor at any time."""
     module, count, side = "text_model.encoder.layers.{}.self_attn.q_proj", 31, 1024
     entries = {
-        f"{module.format(n)}.weight": files.Entry("float16", (side, side), lambda: np.ones((side, side), np.float16))
+        f"{module.format(n)}.weight": files.FileTensor(
+            "float16", (side, side), lambda: np.ones((side, side), np.float16)
+        )
         for n in range(count)
     }
     files.write_safetensors(tmp_path / "model.safetensors", entries, {})
     factors = {
-        f"text_encoder.{module.format(n)}.lora.{part}.weight": files.Entry(
+        f"text_encoder.{module.format(n)}.lora.{part}.weight": files.FileTensor(
             "float16", shape, lambda shape=shape: np.ones(shape, np.float16)
         )
         for n in range(count)

@@ -15,12 +15,15 @@ from safetensors.numpy import load_file
 
 onnx = pytest.importorskip("onnx")
 
+from dreammix_trt.core.axes import Tensor  # noqa: E402
 from dreammix_trt.core.errors import BuildError  # noqa: E402
+from dreammix_trt.core.network_weights import weights_of  # noqa: E402
+from dreammix_trt.core.networks import Network, describe_networks  # noqa: E402
 from dreammix_trt.core.tensors import Weights  # noqa: E402
-from dreammix_trt.export.networks import Network, TensorSpec, networks_of, torch_module, weights_of  # noqa: E402
 from dreammix_trt.export.onnx_export import export_network, write_graph  # noqa: E402
-from dreammix_trt.export.parity import BOUNDS, OnnxNetwork, check_sizes, compared, run_torch  # noqa: E402
-from dreammix_trt.export.precision import NARROW, WIDE, typed  # noqa: E402
+from dreammix_trt.export.parity import BOUNDS, OnnxNetwork, choose_sizes, compare_outputs, run_torch  # noqa: E402
+from dreammix_trt.export.precision import NARROW, WIDE, assign_types  # noqa: E402
+from dreammix_trt.export.torch_module import make_torch_module  # noqa: E402
 
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 NAMES = ["text_encoder", "text_encoder_2", "unet", "inpaint_head", "vae_encoder", "vae_decoder"]
@@ -34,7 +37,7 @@ class Half(NamedTuple):
     file: Path
 
 
-def exported(base: Any, network: Network, folder: Path, verify: bool = True) -> Half:
+def export_half(base: Any, network: Network, folder: Path, verify: bool = True) -> Half:
     part, graph = folder / f"{network.name}", folder / f"{network.name}-graph"
     part.mkdir(parents=True)
     graph.mkdir()
@@ -48,15 +51,15 @@ def exported(base: Any, network: Network, folder: Path, verify: bool = True) -> 
 def halves(request: pytest.FixtureRequest, small: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Half]:
     """Every network of the small base in float16, compared with torch as it is exported."""
     folder = tmp_path_factory.mktemp("half")
-    networks = networks_of(small, 8, "float16", FORMS[request.param])
-    return {network.name: exported(small, network, folder) for network in networks if network.name in NAMES}
+    networks = describe_networks(small, 8, "float16", FORMS[request.param])
+    return {network.name: export_half(small, network, folder) for network in networks if network.name in NAMES}
 
 
 COUNTS = {"ArgMax": onnx.TensorProto.INT64, "Shape": onnx.TensorProto.INT64, "Equal": onnx.TensorProto.BOOL}
 
 
 def types_of(model: Any) -> dict[str, int]:
-    """Value -> element type, and that no operator gets floats of two types: strongly typed, as TensorRT wants it."""
+    """Value -> element type. Checks that no operator gets floats of two types, since TensorRT is strongly typed."""
     found = {item.name: item.data_type for item in model.graph.initializer}
     found |= {item.name: item.type.tensor_type.elem_type for item in model.graph.input}
     for node in model.graph.node:
@@ -77,7 +80,7 @@ def types_of(model: Any) -> dict[str, int]:
 
 
 def wide_values(half: Half) -> set[str]:
-    """The float32 values of a graph that are no constants."""
+    """The float32 values of a graph that are not constants."""
     constants = {item.name for item in half.model.graph.initializer}
     return {name for name, kind in types_of(half.model).items() if kind == FLOAT and name not in constants}
 
@@ -103,15 +106,16 @@ def test_tensors_are_float16_but_for_times_sizes_and_tokens(halves: dict[str, Ha
     odd = {key: kind for key, kind in kinds.items() if kind != "float16"}
     assert odd == {
         "unet": {"timestep": "float32", "time_ids": "float32"},
-        "text_encoder": {"input_ids": "int64"}, "text_encoder_2": {"input_ids": "int64"},
-    }.get(name, {})  # fmt: skip
+        "text_encoder": {"input_ids": "int64"},
+        "text_encoder_2": {"input_ids": "int64"},
+    }.get(name, {})
     codes = {"float16": HALF, "float32": FLOAT, "int64": onnx.TensorProto.INT64}
     for item in (*half.model.graph.input, *half.model.graph.output):
         assert item.type.tensor_type.elem_type == codes[kinds[item.name]], item.name
 
 
 def test_only_times_and_sizes_are_computed_in_float32(halves: dict[str, Half]) -> None:
-    """In the UNet, what lies between timestep or time_ids and the two casts; elsewhere nothing at all."""
+    """In the UNet these are the values between timestep or time_ids and the two casts; other networks have none."""
     for name, half in halves.items():
         narrowed = [(source, to) for source, _, to in casts(half) if to in (HALF, FLOAT)]  # others count tokens
         if name != "unet":
@@ -151,25 +155,25 @@ def test_fused_graphs_hold_single_operators_and_plain_ones_none(halves: dict[str
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_text_encoder_without_slots_is_float16_too(small: Any, tmp_path: Path, fused: bool) -> None:
-    """Nothing but weights and token ids goes into it: no input says what type the rest has."""
-    network = networks_of(small, 0, "float16", fused)[0]
-    half = exported(small, network, tmp_path)
+    """Its inputs are only weights and token ids, so no input decides the type of the rest."""
+    network = describe_networks(small, 0, "float16", fused)[0]
+    half = export_half(small, network, tmp_path)
     assert list(casts(half)) == [] and wide_values(half) == set()
     assert half.entry["parity"]["max_rel"] < BOUNDS["float16"] / 2
 
 
 def test_factors_one_by_one_are_the_packed_row(small: Any, tmp_path: Path) -> None:
-    """The fused form takes a tensor a factor, the other one row: of the same numbers they give the same answer."""
-    from dreammix_trt.core.subject import unpacked
+    """The fused form takes one tensor per factor, the other form one row. The same numbers give the same result."""
+    from dreammix_trt.core.slots import unpack
 
     packed, single = (
-        next(network for network in networks_of(small, 4, "float32", fused) if network.name == "text_encoder_2")
+        next(network for network in describe_networks(small, 4, "float32", fused) if network.name == "text_encoder_2")
         for fused in (False, True)
     )
-    one, other = (exported(small, each, tmp_path / str(each.fused), verify=False) for each in (packed, single))
-    inputs = packed.example({"pictures": 2, "rows": 4})
+    one, other = (export_half(small, each, tmp_path / str(each.fused), verify=False) for each in (packed, single))
+    inputs = packed.draw_example({"pictures": 2, "rows": 4})
     expected = OnnxNetwork(one.file).run(**inputs)
-    factors = unpacked(inputs["lora"], packed.slots)
+    factors = unpack(inputs["lora"], packed.slots)
     assert {"input_ids", *factors} >= {item.name for item in other.model.graph.input}
     found = OnnxNetwork(other.file).run(input_ids=inputs["input_ids"], **factors)
     for name, value in expected.items():
@@ -188,15 +192,15 @@ def loud_vae(base: Any) -> Weights:
         return np.float32(5e4) * value
 
     weights = weights_of(base, "vae_decoder")
-    return weights.changed(dict.fromkeys(("decoder.conv_in.weight", "decoder.conv_in.bias"), louder))
+    return weights.change(dict.fromkeys(("decoder.conv_in.weight", "decoder.conv_in.bias"), louder))
 
 
 @pytest.fixture(scope="module")
 def marked(small: Any, tmp_path_factory: pytest.TempPathFactory) -> Half:
     """A float16 decoder whose middle is marked float32."""
-    (network,) = (each for each in networks_of(small, 0, "float16") if each.name == "vae_decoder")
+    (network,) = (each for each in describe_networks(small, 0, "float16") if each.name == "vae_decoder")
     network = replace(network, wide=("mid.0", "mid.2"))
-    return exported(small, network, tmp_path_factory.mktemp("marked"))
+    return export_half(small, network, tmp_path_factory.mktemp("marked"))
 
 
 def test_marks_become_casts(marked: Half) -> None:
@@ -213,22 +217,22 @@ def test_marks_become_casts(marked: Half) -> None:
 def test_marked_units_survive_what_float16_does_not(
     small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (plain,) = (each for each in networks_of(small, 0, "float16") if each.name == "vae_decoder")
+    (plain,) = (each for each in describe_networks(small, 0, "float16") if each.name == "vae_decoder")
     weights = loud_vae(small)
     monkeypatch.setattr("dreammix_trt.export.onnx_export.weights_of", lambda *_: weights)
-    inputs = plain.example(check_sizes(small.divisor)[0])
-    truth = run_torch(torch_module(plain, weights), plain, inputs)
+    inputs = plain.draw_example(choose_sizes(small.divisor)[0])
+    truth = run_torch(make_torch_module(plain, weights), plain, inputs)
     pictures = {}
     for name, network in {"plain": plain, "marked": replace(plain, wide=("conv_in", "conv_norm_out"))}.items():
-        made = exported(small, network, tmp_path / name, verify=False)
+        made = export_half(small, network, tmp_path / name, verify=False)
         pictures[name] = OnnxNetwork(made.file).run(**inputs)
     assert not np.isfinite(pictures["plain"]["image"]).all()
-    (_, relative, passed) = compared(truth, pictures["marked"], BOUNDS["float16"])["image"]
+    (_, relative, passed) = compare_outputs(truth, pictures["marked"], BOUNDS["float16"])["image"]
     assert passed and relative < BOUNDS["float16"] / 2
 
 
-def graph(nodes: list[tuple[str, list[str], str]], inputs: dict[str, str]) -> tuple[Any, Any]:
-    """A trace in float32 of nodes (operator, inputs, output) and the network it would be of."""
+def make_graph(nodes: list[tuple[str, list[str], str]], inputs: dict[str, str]) -> tuple[Any, Any]:
+    """Make a float32 trace of nodes (operator, inputs, output), and its network."""
     helper = onnx.helper
     made = [
         helper.make_node(kind, taken, [given], name=given, domain="dreammix" if kind in (NARROW, WIDE) else "")
@@ -236,41 +240,48 @@ def graph(nodes: list[tuple[str, list[str], str]], inputs: dict[str, str]) -> tu
     ]
     values = [helper.make_tensor_value_info(name, FLOAT, ["n"]) for name in inputs]
     out = [helper.make_tensor_value_info("y", FLOAT, ["n"])]
-    specs = tuple(TensorSpec(name, dtype, ("n",)) for name, dtype in inputs.items() if not name.endswith("weight"))
-    network = SimpleNamespace(inputs=specs, outputs=(TensorSpec("y", "float16", ("n",)),), precision="float16")
+    specs = tuple(Tensor(name, dtype, ("n",)) for name, dtype in inputs.items() if not name.endswith("weight"))
+    network = SimpleNamespace(inputs=specs, outputs=(Tensor("y", "float16", ("n",)),), precision="float16")
     return helper.make_graph(made, "g", values, out), network
 
 
 def test_types_that_meet_without_a_mark_are_refused() -> None:
     inputs = {"time": "float32", "x": "float16"}
-    bad, network = graph([("Add", ["time", "x"], "y")], inputs)
+    bad, network = make_graph([("Add", ["time", "x"], "y")], inputs)
     with pytest.raises(BuildError, match=r"y: float16 and float32 meet without a mark"):
-        typed(bad, network, {})
-    good, network = graph([(NARROW, ["time"], "narrow"), ("Add", ["narrow", "x"], "y")], inputs)
-    typed(good, network, {})
+        assign_types(bad, network, {})
+    good, network = make_graph([(NARROW, ["time"], "narrow"), ("Add", ["narrow", "x"], "y")], inputs)
+    assign_types(good, network, {})
     assert [node.op_type for node in good.node] == ["Cast", "Add"]
 
 
 def test_a_weight_takes_the_type_of_what_it_meets() -> None:
     inputs = {"time": "float32", "x": "float16", "a.weight": "", "b.weight": ""}
-    nodes = [("Mul", ["time", "a.weight"], "t"), (NARROW, ["t"], "n"), ("Mul", ["x", "b.weight"], "u"),
-             ("Add", ["n", "u"], "y")]  # fmt: skip
-    trace, network = graph(nodes, inputs)
-    assert typed(trace, network, {"a.weight": 0, "b.weight": 0}) == {"a.weight": "float32", "b.weight": "float16"}
+    nodes = [
+        ("Mul", ["time", "a.weight"], "t"),
+        (NARROW, ["t"], "n"),
+        ("Mul", ["x", "b.weight"], "u"),
+        ("Add", ["n", "u"], "y"),
+    ]
+    trace, network = make_graph(nodes, inputs)
+    assert assign_types(trace, network, {"a.weight": 0, "b.weight": 0}) == {
+        "a.weight": "float32",
+        "b.weight": "float16",
+    }
     twice = [*nodes[:3], ("Mul", ["u", "a.weight"], "v"), ("Add", ["n", "v"], "y")]
-    trace, network = graph(twice, inputs)
+    trace, network = make_graph(twice, inputs)
     with pytest.raises(BuildError, match=r"weight a\.weight meets float16 and float32"):
-        typed(trace, network, {"a.weight": 0, "b.weight": 0})
+        assign_types(trace, network, {"a.weight": 0, "b.weight": 0})
 
 
 def test_a_mark_that_changes_nothing_leaves_no_cast() -> None:
-    trace, network = graph([(NARROW, ["x"], "n"), ("Neg", ["n"], "y")], {"x": "float16"})
-    typed(trace, network, {})
+    trace, network = make_graph([(NARROW, ["x"], "n"), ("Neg", ["n"], "y")], {"x": "float16"})
+    assign_types(trace, network, {})
     assert [node.op_type for node in trace.node] == ["Identity", "Neg"]
 
 
 def test_a_float32_end_is_narrowed_to_the_output_that_was_promised() -> None:
-    trace, network = graph([(WIDE, ["x"], "w"), ("Neg", ["w"], "y")], {"x": "float16"})
-    typed(trace, network, {})
+    trace, network = make_graph([(WIDE, ["x"], "w"), ("Neg", ["w"], "y")], {"x": "float16"})
+    assign_types(trace, network, {})
     assert [node.op_type for node in trace.node] == ["Cast", "Neg", "Cast"]
     assert trace.node[-1].output[0] == "y" and trace.output[0].type.tensor_type.elem_type == HALF

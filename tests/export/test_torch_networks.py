@@ -17,17 +17,19 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 from benchmarks._sdxl_files import sdxl_configs, shapes_of  # noqa: E402
+from dreammix_trt.core.axes import Sides  # noqa: E402
 from dreammix_trt.core.checkpoint import BaseFiles  # noqa: E402
 from dreammix_trt.core.errors import EngineError, FileFormatError, InputError  # noqa: E402
 from dreammix_trt.core.lora import Lora  # noqa: E402
-from dreammix_trt.core.subject import unpacked  # noqa: E402
-from dreammix_trt.engine.gpu.device import Array  # noqa: E402
-from dreammix_trt.engine.gpu.networks import DeviceNetworks, Sides  # noqa: E402
-from dreammix_trt.export import torch_resident  # noqa: E402
-from dreammix_trt.export.networks import BaseLora, Network, networks_of, torch_module, weights_of  # noqa: E402
+from dreammix_trt.core.network_weights import BaseLora, weights_of  # noqa: E402
+from dreammix_trt.core.networks import Network, describe_networks  # noqa: E402
+from dreammix_trt.core.seam import Array, BaseFacts, DeviceNetworks  # noqa: E402
+from dreammix_trt.core.slots import unpack  # noqa: E402
 from dreammix_trt.export.parity import run_torch  # noqa: E402
-from dreammix_trt.export.torch_networks import Facts, TorchNetworks  # noqa: E402
-from dreammix_trt.export.torch_set import TorchEngineSet  # noqa: E402
+from dreammix_trt.export.torch_backend import resident as torch_resident  # noqa: E402
+from dreammix_trt.export.torch_backend.engine_set import TorchEngineSet  # noqa: E402
+from dreammix_trt.export.torch_backend.on_device import TorchNetworks  # noqa: E402
+from dreammix_trt.export.torch_module import make_torch_module  # noqa: E402
 from tests.support.mini_sdxl import small_configs  # noqa: E402
 from tests.support.tiny_model import write_tiny_model  # noqa: E402
 
@@ -83,7 +85,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseFiles:
 
 @pytest.fixture(scope="module")
 def plain(base: BaseFiles) -> dict[str, Network]:
-    return {network.name: network for network in networks_of(base)}
+    return {network.name: network for network in describe_networks(base)}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +116,7 @@ def truth(base: BaseFiles) -> TorchEngineSet:
 def test_every_network_computes_what_the_oracle_does(
     opened: Callable[[str], TorchNetworks], truth: TorchEngineSet, plain: dict[str, Network], name: str, dtype: str
 ) -> None:
-    inputs = plain[name].example(SIZES, seed=3)
+    inputs = plain[name].draw_example(SIZES, seed=3)
     wanted = truth.run(name, **inputs)
     found = Held(opened(dtype), name, SIDES, inputs).run()
     assert found.keys() == wanted.keys()
@@ -132,11 +134,11 @@ def test_every_network_computes_what_the_oracle_does(
 def test_times_and_sizes_stay_float32(
     opened: Callable[[str], TorchNetworks], plain: dict[str, Network], dtype: str
 ) -> None:
-    """Between 512 and 1024 float16 knows halves and bfloat16 multiples of four: these times would be one."""
+    """Between 512 and 1024 float16 has steps of a half and bfloat16 of four, so these times would be equal."""
     given = {spec.name: spec.dtype for spec in opened(dtype).inputs("unet")}
     other = "float16" if dtype == "float16" else "float32"
     assert given == {name: "float32" if name in ("timestep", "time_ids") else other for name in given}
-    held = Held(opened(dtype), "unet", SIDES, plain["unet"].example(SIZES))
+    held = Held(opened(dtype), "unet", SIDES, plain["unet"].draw_example(SIZES))
     for name, first, second in (("timestep", 700.0, 700.2), ("time_ids", 1000.0, 1000.2)):
         held.inputs[name][:] = first
         before = held.run()["eps"]
@@ -149,7 +151,7 @@ def test_times_and_sizes_stay_float32(
 def test_each_picture_has_factors_of_its_own(
     opened: Callable[[str], TorchNetworks], truth: TorchEngineSet, plain: dict[str, Network]
 ) -> None:
-    inputs = plain["unet"].example(SIZES, seed=1)
+    inputs = plain["unet"].draw_example(SIZES, seed=1)
     held = Held(opened("float32"), "unet", SIDES, inputs)
     both = held.run()["eps"]
     held.inputs["lora"][1] = 0
@@ -166,8 +168,8 @@ def test_factors_equal_merged_weights(
     """`x @ A @ B` is what W + (A B)^T gives, in every slot."""
     sides, sizes = Sides(2, 1, 8, 12), {**SIZES, "rows": 2, "pictures": 1}
     for name, part in (("unet", "unet"), ("text_encoder_2", "text_encoder_2")):
-        inputs = plain[name].example(sizes, seed=4)
-        pieces = unpacked(inputs["lora"], plain[name].slots)
+        inputs = plain[name].draw_example(sizes, seed=4)
+        pieces = unpack(inputs["lora"], plain[name].slots)
         factors = {
             s.module: (pieces[f"{s.module}.lora_A"][0], pieces[f"{s.module}.lora_B"][0]) for s in plain[name].slots
         }
@@ -179,25 +181,25 @@ def test_factors_equal_merged_weights(
 
 
 def test_factors_one_by_one_compute_the_same(base: BaseFiles, truth: TorchEngineSet, plain: dict[str, Network]) -> None:
-    """The module takes packed rows or a tensor a factor; TensorRT's graphs come of the latter."""
-    inputs = plain["unet"].example(SIZES, seed=2)
-    fused = next(network for network in networks_of(base, fused=True) if network.name == "unet")
-    factors = {**inputs, **unpacked(inputs["lora"], fused.slots)}
-    found = run_torch(torch_module(fused, weights_of(base, "unet")), fused, factors)["eps"]
+    """The module takes packed rows or one tensor per factor; TensorRT's graphs have the latter."""
+    inputs = plain["unet"].draw_example(SIZES, seed=2)
+    fused = next(network for network in describe_networks(base, fused=True) if network.name == "unet")
+    factors = {**inputs, **unpack(inputs["lora"], fused.slots)}
+    found = run_torch(make_torch_module(fused, weights_of(base, "unet")), fused, factors)["eps"]
     np.testing.assert_allclose(found, truth.run("unet", **inputs)["eps"], atol=1e-6)
 
 
 def test_a_pass_keeps_nothing_of_its_callers(opened: Callable[[str], TorchNetworks], plain: dict[str, Network]) -> None:
     networks = opened("float32")
-    Held(networks, "unet", SIDES, plain["unet"].example(SIZES)).run()
+    Held(networks, "unet", SIDES, plain["unet"].draw_example(SIZES)).run()
     module = networks._made["unet"].module
     assert module._feature is None and module.lora._factors == []
 
 
 def test_wide_units_of_a_float16_vae_compute_in_float32(base: BaseFiles, plain: dict[str, Network]) -> None:
-    """A stream beyond 65504 in the middle, as SDXL's own VAE has it: infinite in float16, fine where it is widened."""
+    """A stream beyond 65504 in the middle, as in SDXL's own VAE: infinite in float16, correct when widened."""
     wide = {"vae_decoder": ("mid.0", "mid.1", "mid.2")}
-    inputs = plain["vae_decoder"].example(SIZES)
+    inputs = plain["vae_decoder"].draw_example(SIZES)
     results = {}
     for label, units in (("narrow", {}), ("wide", wide)):
         with TorchNetworks.of(base, device="cpu", names=["vae_decoder"], wide=units) as networks:
@@ -231,7 +233,7 @@ def test_weights_beyond_float16_are_refused(base: BaseFiles) -> None:
 def test_bound_memory_is_read_and_written_in_place(
     opened: Callable[[str], TorchNetworks], truth: TorchEngineSet, plain: dict[str, Network]
 ) -> None:
-    first, second = (plain["vae_encoder"].example(SIZES, seed) for seed in (0, 1))
+    first, second = (plain["vae_encoder"].draw_example(SIZES, seed) for seed in (0, 1))
     held = Held(opened("float32"), "vae_encoder", SIDES, first)
     places = {name: value.ctypes.data for name, value in held.outputs.items()}
     held.run()
@@ -260,7 +262,7 @@ def test_arrays_that_do_not_fit_are_named(opened: Callable[[str], TorchNetworks]
 
 def test_what_is_closed_or_unloaded_does_not_run(base: BaseFiles, plain: dict[str, Network]) -> None:
     with TorchNetworks.of(base, device="cpu", dtype="float32", names=["inpaint_head"]) as networks:
-        held = Held(networks, "inpaint_head", SIDES, plain["inpaint_head"].example(SIZES))
+        held = Held(networks, "inpaint_head", SIDES, plain["inpaint_head"].draw_example(SIZES))
         before = held.run()["feature"]
         assert networks.loaded == ("inpaint_head",)
         networks.unload("inpaint_head")
@@ -274,7 +276,7 @@ def test_what_is_closed_or_unloaded_does_not_run(base: BaseFiles, plain: dict[st
         held.bound.close()
         with pytest.raises(EngineError, match="inpaint_head cannot run: it is closed, bind it anew"):
             held.run()
-        again = Held(networks, "inpaint_head", SIDES, plain["inpaint_head"].example(SIZES))
+        again = Held(networks, "inpaint_head", SIDES, plain["inpaint_head"].draw_example(SIZES))
     with pytest.raises(EngineError, match="inpaint_head cannot run"):
         again.run()
     assert "inpaint_head" not in networks
@@ -297,7 +299,7 @@ def test_compiled_networks_compute_the_same_at_more_shapes_than_torch_allows_one
     with TorchNetworks.of(base, device="cpu", dtype="float32", compile=True, names=["unet", "vae_decoder"]) as networks:
         cases = [("unet", 8)] + [("vae_decoder", width) for width in (4, 8, 12)]
         for name, width in cases:
-            inputs = plain[name].example({**SIZES, "w": width, "W": 8 * width})
+            inputs = plain[name].draw_example({**SIZES, "w": width, "W": 8 * width})
             found = Held(networks, name, Sides(4, 2, 8, width), inputs).run()
             for key, value in truth.run(name, **inputs).items():
                 assert difference(found[key], value) <= 1e-5
@@ -311,7 +313,7 @@ def test_it_answers_as_the_seam_wants(opened: Callable[[str], TorchNetworks], ba
     networks: DeviceNetworks = opened("float16")
     assert all(name in networks and f"{name}_float32" in networks for name in NAMES) and "asuka" not in networks
     assert "unet_float32" not in opened("float32")
-    assert networks.facts == Facts(64, 32, 0.13025, 32, {})
+    assert networks.facts == BaseFacts(64, 32, 0.13025, 32, {})
     assert networks.frames() is None and networks.most_pictures is None
     assert networks.workspace_bytes("unet", SIDES) == 0
     assert len(networks.slots("unet")) == 88 and networks.slots("vae_encoder") == networks.slots("none") == ()
@@ -323,9 +325,9 @@ def test_it_answers_as_the_seam_wants(opened: Callable[[str], TorchNetworks], ba
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_weights_come_when_they_are_asked_for(base: BaseFiles, plain: dict[str, Network], dtype: str) -> None:
-    """Until then their size is known all the same, and they can be bound."""
+    """Before that their size is known, and they can be bound."""
     wide = {"vae_decoder": ("mid.0",)}
-    inputs = plain["vae_decoder"].example(SIZES)
+    inputs = plain["vae_decoder"].draw_example(SIZES)
     with TorchNetworks.of(base, device="cpu", dtype=dtype, wide=wide, resident=()) as networks:
         sizes = {name: networks.weight_bytes(name) for name in networks._made}
         assert networks.loaded == () and len(sizes) == (7 if dtype == "float32" else 14)
@@ -376,7 +378,7 @@ def test_lack_of_memory_is_a_memory_error(base: BaseFiles, monkeypatch: pytest.M
 
 
 def test_a_load_that_finds_no_memory_leaves_nothing(base: BaseFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    placed, made = torch_resident._placed, []
+    placed, made = torch_resident._put_weight, []
 
     def short(*given: Any) -> Any:
         if len(made) == 3:
@@ -386,7 +388,7 @@ def test_a_load_that_finds_no_memory_leaves_nothing(base: BaseFiles, monkeypatch
         return value
 
     with TorchNetworks.of(base, device="cpu", names=["vae_decoder"], wide={}, resident=()) as networks:
-        monkeypatch.setattr(torch_resident, "_placed", short)
+        monkeypatch.setattr(torch_resident, "_put_weight", short)
         with pytest.raises(MemoryError, match="vae_decoder: CUDA error: out of memory") as caught:
             networks.load("vae_decoder")
         assert networks.loaded == () and [each() for each in made] == [None] * 3, "the error keeps them"
@@ -398,7 +400,7 @@ def test_a_load_that_finds_no_memory_leaves_nothing(base: BaseFiles, monkeypatch
 
 def test_other_errors_stay_what_they_are(base: BaseFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     with TorchNetworks.of(base, device="cpu", names=["vae_decoder"], wide={}, resident=()) as networks:
-        monkeypatch.setattr(torch_resident, "_placed", lambda *_: torch.zeros(2) @ torch.zeros(3))
+        monkeypatch.setattr(torch_resident, "_put_weight", lambda *_: torch.zeros(2) @ torch.zeros(3))
         with pytest.raises(RuntimeError, match="size"):
             networks.load("vae_decoder")
         assert networks.loaded == ()
@@ -407,7 +409,7 @@ def test_other_errors_stay_what_they_are(base: BaseFiles, monkeypatch: pytest.Mo
 def test_memory_is_given_back_between_passes(base: BaseFiles, plain: dict[str, Network]) -> None:
     """While one thread enqueues a pass, another may not close a pool."""
     with TorchNetworks.of(base, device="cpu", names=["inpaint_head"]) as networks:
-        held = Held(networks, "inpaint_head", SIDES, plain["inpaint_head"].example(SIZES))
+        held = Held(networks, "inpaint_head", SIDES, plain["inpaint_head"].draw_example(SIZES))
         closing = threading.Thread(target=held.bound.close)
         with torch_resident.turn:
             closing.start()
@@ -433,7 +435,7 @@ def test_random_networks_are_finite_and_repeatable(base: BaseFiles, plain: dict[
             for name in NAMES:
                 specs = (networks.inputs(name), networks.outputs(name))
                 made = Network(name, name, *specs, networks.slots(name), _config_of(name, configs))
-                results = Held(networks, name, SIDES, made.example(SIZES)).run()
+                results = Held(networks, name, SIDES, made.draw_example(SIZES)).run()
                 for key, value in results.items():
                     assert np.isfinite(value).all() and 0.01 < value.std() < 30, (name, key, value.std())
                     found[label, name, key] = value.astype(np.float32)
@@ -477,7 +479,7 @@ def test_a_full_size_sdxl_is_described_without_memory() -> None:
 def device(gpu: None) -> Iterator[Any]:
     if not torch.cuda.is_available():
         pytest.skip("torch has no CUDA here")
-    cuda = pytest.importorskip("dreammix_trt.engine.gpu.cuda")
+    cuda = pytest.importorskip("dreammix_trt.engine.drivers.cuda")
     device = cuda.CudaDevice()
     yield device
     device.close()
@@ -489,7 +491,7 @@ class OnDevice:
     def __init__(
         self, device: Any, networks: TorchNetworks, name: str, sides: Sides, inputs: dict[str, np.ndarray]
     ) -> None:
-        self.device, self.stream, self.outputs = device, device.stream(), networks.outputs(name)
+        self.device, self.stream, self.outputs = device, device.make_stream(), networks.outputs(name)
         specs = (*networks.inputs(name), *self.outputs)
         self.arrays, self.memory = {}, []
         for spec in specs:
@@ -518,7 +520,7 @@ class OnDevice:
 def test_a_captured_pass_follows_its_inputs_and_nobody_takes_its_memory(
     device: Any, base: BaseFiles, truth: TorchEngineSet, plain: dict[str, Network], name: str, compile: bool | str
 ) -> None:
-    first, second = (plain[name].example(SIZES, seed) for seed in (0, 1))
+    first, second = (plain[name].draw_example(SIZES, seed) for seed in (0, 1))
     (key,) = (spec.name for spec in plain[name].outputs)
     with TorchNetworks.of(base, names=[name], compile=compile) as networks:
         held = OnDevice(device, networks, name, SIDES, first)
@@ -529,9 +531,9 @@ def test_a_captured_pass_follows_its_inputs_and_nobody_takes_its_memory(
         plainly = held.taken()
         assert difference(plainly, truth.run(name, **first)[key]) < 2e-2
         graph = device.capture(held.stream, lambda: held.bound.enqueue(held.stream))
-        other = OnDevice(device, networks, name, Sides(2, 1, 8, 16), plain[name].example(
-            {"rows": 2, "pictures": 1, "h": 8, "w": 16, "H": 64, "W": 128}))  # fmt: skip
-        for _ in range(3):  # what runs in between must not reach the graph's memory, nor the graph theirs
+        sizes = {"rows": 2, "pictures": 1, "h": 8, "w": 16, "H": 64, "W": 128}
+        other = OnDevice(device, networks, name, Sides(2, 1, 8, 16), plain[name].draw_example(sizes))
+        for _ in range(3):  # other work must not touch the graph's memory, nor the graph the memory of others
             torch.randn(1 << 22, device="cuda").mul_(torch.inf)
             torch.cuda.empty_cache()
             other.bound.enqueue(other.stream)
@@ -549,7 +551,7 @@ def test_a_captured_pass_follows_its_inputs_and_nobody_takes_its_memory(
 
 def test_weights_leave_the_device_and_come_back(device: Any, base: BaseFiles, plain: dict[str, Network]) -> None:
     with TorchNetworks.of(base, names=["unet"]) as networks:
-        held = OnDevice(device, networks, "unet", SIDES, plain["unet"].example(SIZES))
+        held = OnDevice(device, networks, "unet", SIDES, plain["unet"].draw_example(SIZES))
         held.bound.enqueue(held.stream)
         before = held.taken()
         taken = torch.cuda.memory_allocated()
@@ -563,7 +565,7 @@ def test_weights_leave_the_device_and_come_back(device: Any, base: BaseFiles, pl
 
 def test_a_twin_comes_while_another_thread_captures(device: Any, base: BaseFiles, plain: dict[str, Network]) -> None:
     with TorchNetworks.of(base, names=["unet"]) as networks:
-        held = OnDevice(device, networks, "unet", SIDES, plain["unet"].example(SIZES))
+        held = OnDevice(device, networks, "unet", SIDES, plain["unet"].draw_example(SIZES))
         held.bound.enqueue(held.stream)
         before = held.taken()
 

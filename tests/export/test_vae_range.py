@@ -1,4 +1,4 @@
-"""VAEs whose stream leaves float16 on its way, as SDXL's own does: found, exported in two types, and built."""
+"""VAEs whose stream leaves float16, as SDXL's own does: they are found, exported in two types, and built."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from PIL import Image
 
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import FileFormatError, InputError
-from dreammix_trt.export.networks import Network, networks_of, torch_module, weights_of
+from dreammix_trt.core.network_weights import weights_of
+from dreammix_trt.core.networks import Network, describe_networks
 from dreammix_trt.export.onnx_export import export_network, write_graph
-from dreammix_trt.export.parity import BOUNDS, OnnxNetwork, check_sizes, run_torch
-from dreammix_trt.export.vae_range import LIMIT, Kind, _pictures, wide_units
+from dreammix_trt.export.parity import BOUNDS, OnnxNetwork, choose_sizes, run_torch
+from dreammix_trt.export.torch_module import make_torch_module
+from dreammix_trt.export.vae_range import LIMIT, Kind, _draw_pictures, find_wide_units
 from tests.support.tiny_model import write_tiny_model
 
 Floats = NDArray[np.float32]
@@ -42,7 +44,7 @@ def times(factor: float) -> Change:
     return lambda value: value * np.float32(factor)
 
 
-def tall() -> dict[str, Change]:
+def make_tall() -> dict[str, Change]:
     changes = {}
     for high, low in TALL.values():
         factors = {"norm2.weight": 300, "norm2.bias": 300, "conv2.weight": 300, "conv2.bias": 9e4}
@@ -64,10 +66,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tall_base(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> BaseFiles:
-    return with_vae(tiny, tmp_path_factory.mktemp("tall"), tall())
+    return write_base_with_vae(tiny, tmp_path_factory.mktemp("tall"), make_tall())
 
 
-def with_vae(base: Path, folder: Path, changes: Mapping[str, Change]) -> BaseFiles:
+def write_base_with_vae(base: Path, folder: Path, changes: Mapping[str, Change]) -> BaseFiles:
     """The base with some of its VAE's weights changed."""
     from safetensors.numpy import load_file, save_file
 
@@ -79,11 +81,11 @@ def with_vae(base: Path, folder: Path, changes: Mapping[str, Change]) -> BaseFil
 
 
 def network_of(base: BaseFiles, kind: str, wide: tuple[str, ...] = (), fused: bool = False) -> Network:
-    found = next(n for n in networks_of(base, precision="float16", fused=fused) if n.name == kind)
+    found = next(n for n in describe_networks(base, precision="float16", fused=fused) if n.name == kind)
     return replace(found, wide=wide)
 
 
-def exported(base: BaseFiles, network: Network, folder: Path) -> Path:
+def export_unchecked(base: BaseFiles, network: Network, folder: Path) -> Path:
     """The exported graph, unchecked."""
     for part in ("graph", "out"):
         (folder / part).mkdir(parents=True)
@@ -93,7 +95,7 @@ def exported(base: BaseFiles, network: Network, folder: Path) -> Path:
 
 
 def infinite_values(graph: Path, inputs: Mapping[str, NDArray[Any]]) -> list[str]:
-    """The values between nodes that ONNX Runtime finds to be infinite or no numbers."""
+    """The values between nodes that are infinite or NaN in ONNX Runtime."""
     import onnx
 
     model = onnx.load(graph, load_external_data=False)
@@ -108,11 +110,11 @@ def infinite_values(graph: Path, inputs: Mapping[str, NDArray[Any]]) -> list[str
 
 
 def difference(base: BaseFiles, network: Network, graph: Path) -> float:
-    """The largest between ONNX Runtime and float32 torch, as a share of the output's largest value."""
-    module, session = torch_module(network, weights_of(base, network.name)), OnnxNetwork(graph, threads=1)
+    """The largest difference between ONNX Runtime and float32 torch, as a share of the output's largest value."""
+    module, session = make_torch_module(network, weights_of(base, network.name)), OnnxNetwork(graph, threads=1)
     worst = 0.0
-    for seed, sizes in enumerate(check_sizes(base.divisor)):
-        inputs = network.example(sizes, seed)
+    for seed, sizes in enumerate(choose_sizes(base.divisor)):
+        inputs = network.draw_example(sizes, seed)
         found = session.run(**inputs)
         for name, truth in run_torch(module, network, inputs).items():
             worst = max(worst, float(np.abs(found[name] - truth).max() / np.abs(truth).max()))
@@ -121,13 +123,13 @@ def difference(base: BaseFiles, network: Network, graph: Path) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_units_that_float16_is_too_narrow_for_are_found(tall_base: BaseFiles, kind: Kind) -> None:
-    report = wide_units(tall_base, kind)
+    report = find_wide_units(tall_base, kind)
     assert report.units == UNITS[kind]
     assert min(report.peaks[name] for name in report.units) > 65504
     assert max(peak for name, peak in report.peaks.items() if name not in report.units) < 100
     latents = {"latents": 2} if kind == "vae_decoder" else {}
     assert report.samples == {"drawn": 4, "noise": 1, **latents} and report.limit == LIMIT
-    assert wide_units(tall_base, kind) == report
+    assert find_wide_units(tall_base, kind) == report
     plain = report.to_dict()
     assert json.loads(json.dumps(plain)) == plain and plain["units"] == list(UNITS[kind])
 
@@ -135,12 +137,12 @@ def test_the_units_that_float16_is_too_narrow_for_are_found(tall_base: BaseFiles
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_benign_vae_stays_float16(tiny: Path, kind: Kind) -> None:
     for base in (BaseFiles.open(tiny), BaseFiles.open()):
-        report = wide_units(base, kind)
+        report = find_wide_units(base, kind)
         assert report.units == () and 1 < max(report.peaks.values()) < 200
 
 
 def test_peaks_are_what_diffusers_sees(tiny: Path) -> None:
-    """All but the attention's scores against hooks of this test in diffusers' own encoder, on a user's picture."""
+    """Compare them, except attention scores, with hooks in diffusers' own encoder, on a user's picture."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -154,9 +156,9 @@ def test_peaks_are_what_diffusers_sees(tiny: Path) -> None:
         if not any(module.children()):
             module.register_forward_hook(look(name))
     with torch.no_grad():
-        for picture in (one for part in _pictures(64, []).values() for one in part):
+        for picture in (one for part in _draw_pictures(64, []).values() for one in part):
             vae.encode(torch.from_numpy(picture)[None])
-    found = wide_units(BaseFiles.open(tiny), "vae_encoder").peaks
+    found = find_wide_units(BaseFiles.open(tiny), "vae_encoder").peaks
     assert found["conv_in"] == pytest.approx(peaks["conv_in"], rel=1e-3)
     deepest = max(peak for name, peak in peaks.items() if name.startswith("mid_block.resnets.1"))
     assert found["mid.2"] >= deepest * (1 - 1e-3)
@@ -164,27 +166,27 @@ def test_peaks_are_what_diffusers_sees(tiny: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_float16_alone_the_picture_is_lost(tall_base: BaseFiles, kind: str, tmp_path: Path) -> None:
-    """Torch computing in float16 gives no numbers; ONNX Runtime, which widens on a CPU, shows where they get lost."""
+    """Torch in float16 gives NaN. ONNX Runtime, which widens on a CPU, shows where the values become infinite."""
     import torch
 
     network = network_of(tall_base, kind)
-    inputs = network.example(SIZES)
-    module = torch_module(network, weights_of(tall_base, kind))
+    inputs = network.draw_example(SIZES)
+    module = make_torch_module(network, weights_of(tall_base, kind))
     truth = run_torch(module, network, inputs)
     assert all(np.isfinite(value).all() and np.abs(value).max() < 100 for value in truth.values())
     with torch.inference_mode():
         half = module.half()(*(torch.from_numpy(value) for value in inputs.values()))
     assert not torch.isfinite(half[0] if isinstance(half, tuple) else half).any()
-    assert infinite_values(exported(tall_base, network, tmp_path), inputs)
+    assert infinite_values(export_unchecked(tall_base, network, tmp_path), inputs)
 
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_wide_units_it_agrees_with_torch(tall_base: BaseFiles, kind: str, fused: bool, tmp_path: Path) -> None:
     network = network_of(tall_base, kind, UNITS[kind], fused)
-    graph = exported(tall_base, network, tmp_path)
+    graph = export_unchecked(tall_base, network, tmp_path)
     assert 0 < difference(tall_base, network, graph) < 5e-3 < BOUNDS["float16"]
-    assert not infinite_values(graph, network.example(SIZES))
+    assert not infinite_values(graph, network.draw_example(SIZES))
     assert_types(graph, kind)
 
 
@@ -204,12 +206,12 @@ def assert_types(graph: Path, kind: str) -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_tensorrt_builds_it(tall_base: BaseFiles, fused: bool, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install dreammix-trt[rtx]")
-    from dreammix_trt.engine.profiles import profiles_for
-    from dreammix_trt.engine.tensorrt import build_engine
+    from dreammix_trt.engine.backends.tensorrt.builder import build_engine
+    from dreammix_trt.engine.backends.tensorrt.profiles import profiles_for
 
     network = network_of(tall_base, "vae_decoder", UNITS["vae_decoder"], fused)
-    graph, plan = exported(tall_base, network, tmp_path), tmp_path / "plan"
-    profiles = profiles_for(network.described()["inputs"], pictures=1, shapes="static", latent_side=8)
+    graph, plan = export_unchecked(tall_base, network, tmp_path), tmp_path / "plan"
+    profiles = profiles_for(network.describe()["inputs"], pictures=1, shapes="static", latent_side=8)
     report = build_engine(graph, plan, backend="tensorrt-rtx", profiles=profiles, targets=("sm_89",))
     assert report.engine_bytes == plan.stat().st_size > 0
     assert [tensor.dtype for tensor in (*report.inputs, *report.outputs)] == ["float16", "float16"]
@@ -239,18 +241,18 @@ def test_tensorrt_builds_it(tall_base: BaseFiles, fused: bool, tmp_path: Path) -
 def test_every_place_can_be_wide(
     tiny: Path, kind: Kind, changes: dict[str, float], units: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """The outermost convolutions, and an attention whose products alone are large: queries and keys are not."""
-    base = with_vae(tiny, tmp_path, {name: times(factor) for name, factor in changes.items()})
-    assert wide_units(base, kind).units == units
+    """The outermost convolutions, and an attention with large products of small queries and keys."""
+    base = write_base_with_vae(tiny, tmp_path, {name: times(factor) for name, factor in changes.items()})
+    assert find_wide_units(base, kind).units == units
     network = network_of(base, kind, units)
-    graph = exported(base, network, tmp_path / "net")
-    assert not infinite_values(graph, network.example(SIZES))
+    graph = export_unchecked(base, network, tmp_path / "net")
+    assert not infinite_values(graph, network.draw_example(SIZES))
     # sharp attention turns inputs that differ in float16's last digit into other choices
     assert difference(base, network, graph) < (0.2 if "mid.1" in units else BOUNDS["float16"])
 
 
 def test_wide_units_have_no_gaps(tall_base: BaseFiles) -> None:
-    report = wide_units(tall_base, "vae_decoder", limit=8.0)
+    report = find_wide_units(tall_base, "vae_decoder", limit=8.0)
     names, over = list(report.peaks), {name for name, peak in report.peaks.items() if peak > 8}
     start = names.index(report.units[0])
     assert report.units == tuple(names[start : start + len(report.units)])
@@ -270,10 +272,10 @@ def decoder_psnr(inside: str) -> float:
     from dreammix_trt.export.modules import vae_units
 
     base = BaseFiles.open()
-    networks = {network.name: network for network in networks_of(base)}
-    pictures = np.stack(_pictures(base.native_side, [])["drawn"])
-    encoder = torch_module(networks["vae_encoder"], weights_of(base, "vae_encoder"))
-    decoder = torch_module(networks["vae_decoder"], weights_of(base, "vae_decoder"))
+    networks = {network.name: network for network in describe_networks(base)}
+    pictures = np.stack(_draw_pictures(base.native_side, [])["drawn"])
+    encoder = make_torch_module(networks["vae_encoder"], weights_of(base, "vae_encoder"))
+    decoder = make_torch_module(networks["vae_decoder"], weights_of(base, "vae_decoder"))
     with torch.inference_mode():
         latents = encoder(torch.from_numpy(pictures))[0]
         truth = decoder(latents).clamp(-1, 1)
@@ -294,20 +296,22 @@ def test_a_users_pictures_are_looked_at_too(tall_base: BaseFiles, tmp_path: Path
     Image.new("L", (20, 300), 255).save(tmp_path / "white.jpg")
     files = [tmp_path / "tall.png", tmp_path / "white.jpg"]
     for kind in KINDS:
-        report = wide_units(tall_base, kind, files)
+        report = find_wide_units(tall_base, kind, files)
         assert report.units == UNITS[kind] and report.samples["images"] == 2
     (tmp_path / "none.png").write_bytes(b"no picture")
     for name in ("none.png", "absent.png"):
         with pytest.raises(InputError, match=name):
-            wide_units(tall_base, "vae_encoder", [tmp_path / name])
+            find_wide_units(tall_base, "vae_encoder", [tmp_path / name])
 
 
 def test_a_damaged_vae_is_named(tiny: Path, tmp_path: Path) -> None:
-    hot = with_vae(tiny, tmp_path / "hot", {"encoder.mid_block.resnets.0.conv2.weight": times(3e38)})
+    hot = write_base_with_vae(tiny, tmp_path / "hot", {"encoder.mid_block.resnets.0.conv2.weight": times(3e38)})
     for kind in KINDS:
         with pytest.raises(FileFormatError, match=r"hot/vae: .*encoder is damaged: mid\.0 .*another VAE"):
-            wide_units(hot, kind)
-    loud = with_vae(tiny, tmp_path / "loud", {"decoder.conv_out.bias": lambda value: value + np.float32(1e5)})
-    assert wide_units(loud, "vae_encoder").units == ()
+            find_wide_units(hot, kind)
+    loud = write_base_with_vae(
+        tiny, tmp_path / "loud", {"decoder.conv_out.bias": lambda value: value + np.float32(1e5)}
+    )
+    assert find_wide_units(loud, "vae_encoder").units == ()
     with pytest.raises(FileFormatError, match=r"loud/vae: the VAE's decoder gives values of 1e\+05, which no picture"):
-        wide_units(loud, "vae_decoder")
+        find_wide_units(loud, "vae_decoder")

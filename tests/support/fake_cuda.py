@@ -82,14 +82,14 @@ class Event:
         self.pending = 0
 
 
-def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
+def _check_call(method: Callable[..., Any]) -> Callable[..., Any]:
     """What holds for every call: a lost device stays lost, and a failed call is remembered as the last error."""
 
     @functools.wraps(method)
     def call(self: FakeCuda, *arguments: Any) -> Any:
         self.calls.append(method.__name__)
         if self.lost and method.__name__ not in ("cudaGetErrorString", "cudaGetLastError"):
-            return self._failed(E.cudaErrorIllegalAddress, method)
+            return self._fail(E.cudaErrorIllegalAddress, method)
         result = method(self, *arguments)
         if result[0] not in (E.cudaSuccess, E.cudaErrorNotReady):
             self.last = result[0]
@@ -98,20 +98,16 @@ def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-class FakeCuda:
-    """Both modules in one: `runtime` and `driver` of `Bindings`.
-
-    devices: (name, major, minor, bytes of memory). starts: what cuInit gives, or an exception that it raises.
-    """
-
-    cudaError_t, CUresult = cudaError_t, CUresult
-    cudaMemcpyKind, cudaStreamCaptureMode = cudaMemcpyKind, cudaStreamCaptureMode
-    cudaHostAllocPortable, cudaStreamNonBlocking, cudaEventDefault, cudaEventDisableTiming = 1, 1, 0, 2
+class FakeState:
+    """What a fake CUDA holds: devices, memory, streams with their work, events and graphs; and what tests ask of it."""
 
     def __init__(
-        self, *devices: tuple[str, int, int, int], served: int = 13020, runtime: int = 13040,
+        self,
+        *devices: tuple[str, int, int, int],
+        served: int = 13020,
+        runtime: int = 13040,
         starts: CUresult | Exception = CUresult.CUDA_SUCCESS,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.devices = devices or (("Fake RTX", 8, 9, 1 << 20),)
         self.served, self.version, self.starts = served, runtime, starts
         self.current, self.lost, self.last = threading.local(), False, E.cudaSuccess
@@ -125,194 +121,6 @@ class FakeCuda:
         self.uploaded: set[int] = set()
         self._numbers = iter(range(1000, 1 << 30))
 
-    # the driver
-
-    def cuInit(self, flags: int) -> tuple[CUresult]:
-        if isinstance(self.starts, Exception):
-            raise self.starts
-        return (self.starts,)
-
-    def cuDriverGetVersion(self) -> tuple[CUresult, int]:
-        return CUresult.CUDA_SUCCESS, self.served
-
-    # the device
-
-    @_checked
-    def cudaRuntimeGetVersion(self) -> Any:
-        return E.cudaSuccess, self.version
-
-    @_checked
-    def cudaGetDeviceCount(self) -> Any:
-        return E.cudaSuccess, len(self.devices)
-
-    @_checked
-    def cudaGetDeviceProperties(self, device: int) -> Any:
-        name, major, minor, _ = self.devices[device]
-        return E.cudaSuccess, SimpleNamespace(name=name.encode() + b"\0\0rest", major=major, minor=minor)
-
-    @_checked
-    def cudaSetDevice(self, device: int) -> Any:
-        if not 0 <= device < len(self.devices):
-            return (E.cudaErrorInvalidDevice,)
-        self.current.device = device
-        return (E.cudaSuccess,)
-
-    @_checked
-    def cudaMemGetInfo(self) -> Any:
-        total = self.devices[self.current.device][3]
-        return E.cudaSuccess, total - sum(len(memory) for memory in self.memory.values()), total
-
-    def cudaGetErrorString(self, error: cudaError_t) -> Any:
-        return E.cudaSuccess, f"the text of {error.name}".encode()
-
-    def cudaGetLastError(self) -> Any:
-        error, self.last = self.last, E.cudaSuccess
-        return (error,)
-
-    # memory
-
-    @_checked
-    def cudaMalloc(self, size: int) -> Any:
-        if self._spoils():
-            return E.cudaErrorStreamCaptureUnsupported, None
-        if size > self.cudaMemGetInfo()[1]:
-            return E.cudaErrorMemoryAllocation, None
-        return E.cudaSuccess, self._new(self.memory, size)
-
-    @_checked
-    def cudaFree(self, devPtr: int) -> Any:
-        return self._freed(self.memory, devPtr)
-
-    @_checked
-    def cudaHostAlloc(self, size: int, flags: int) -> Any:
-        return E.cudaSuccess, self._new(self.pinned, size)
-
-    @_checked
-    def cudaFreeHost(self, ptr: int) -> Any:
-        return self._freed(self.pinned, ptr)
-
-    @_checked
-    def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: cudaMemcpyKind, stream: int) -> Any:
-        ours = {
-            cudaMemcpyKind.cudaMemcpyHostToDevice: (dst,),
-            cudaMemcpyKind.cudaMemcpyDeviceToHost: (src,),
-            cudaMemcpyKind.cudaMemcpyDeviceToDevice: (dst, src),
-        }[kind]
-        if not all(self._inside(self.memory, pointer, count) for pointer in ours):
-            return (E.cudaErrorInvalidValue,)
-        if kind == cudaMemcpyKind.cudaMemcpyHostToDevice and not self._inside(self.pinned, src, count):
-            staged = ctypes.string_at(src, count)  # pageable memory is read before the call returns
-            return self._enqueue(stream, lambda: ctypes.memmove(dst, staged, count))
-        done = self._enqueue(stream, lambda: ctypes.memmove(dst, src, count))
-        if kind == cudaMemcpyKind.cudaMemcpyDeviceToHost and not self._inside(self.pinned, dst, count):
-            self._run(stream)  # pageable memory is written before the call returns
-        return done
-
-    @_checked
-    def cudaMemsetAsync(self, devPtr: int, value: int, count: int, stream: int) -> Any:
-        if not self._inside(self.memory, devPtr, count):
-            return (E.cudaErrorInvalidValue,)
-        return self._enqueue(stream, lambda: ctypes.memset(devPtr, value, count))
-
-    # streams
-
-    @_checked
-    def cudaStreamCreateWithFlags(self, flags: int) -> Any:
-        assert flags == self.cudaStreamNonBlocking
-        return E.cudaSuccess, self._handle(self.streams, Stream())
-
-    @_checked
-    def cudaStreamDestroy(self, stream: Any) -> Any:
-        if int(stream) not in self.streams:
-            return (E.cudaErrorInvalidResourceHandle,)
-        self._run(int(stream))
-        del self.streams[int(stream)]
-        return (E.cudaSuccess,)
-
-    @_checked
-    def cudaStreamSynchronize(self, stream: int) -> Any:
-        if self._spoils():
-            return (E.cudaErrorStreamCaptureUnsupported,)
-        if stream not in self.streams:
-            return (E.cudaErrorInvalidResourceHandle,)
-        self._run(stream)
-        return (E.cudaErrorIllegalAddress if self.lost else E.cudaSuccess,)
-
-    @_checked
-    def cudaStreamBeginCapture(self, stream: int, mode: cudaStreamCaptureMode) -> Any:
-        self.streams[stream].capture, self.streams[stream].spoiled = [], False
-        self.streams[stream].owner = threading.get_ident()
-        return (E.cudaSuccess,)
-
-    @_checked
-    def cudaStreamEndCapture(self, stream: int) -> Any:
-        held = self.streams[stream]
-        tasks, held.capture = held.capture, None
-        if tasks is None or held.spoiled:
-            return E.cudaErrorStreamCaptureInvalidated, None
-        return E.cudaSuccess, self._handle(self.templates, tasks)
-
-    # graphs
-
-    @_checked
-    def cudaGraphInstantiate(self, graph: Handle, flags: int) -> Any:
-        return E.cudaSuccess, self._handle(self.graphs, list(self.templates[int(graph)]))
-
-    @_checked
-    def cudaGraphUpload(self, graphExec: Handle, stream: int) -> Any:
-        self.uploaded.add(int(graphExec))
-        return (E.cudaSuccess,)
-
-    @_checked
-    def cudaGraphLaunch(self, graphExec: Handle, stream: int) -> Any:
-        for task in self.graphs[int(graphExec)]:
-            self._enqueue(stream, task)
-        return (E.cudaSuccess,)
-
-    @_checked
-    def cudaGraphDestroy(self, graph: Handle) -> Any:
-        del self.templates[int(graph)]
-        return (E.cudaSuccess,)
-
-    @_checked
-    def cudaGraphExecDestroy(self, graphExec: Handle) -> Any:
-        del self.graphs[int(graphExec)]
-        return (E.cudaSuccess,)
-
-    # events
-
-    @_checked
-    def cudaEventCreateWithFlags(self, flags: int) -> Any:
-        return E.cudaSuccess, self._handle(self.events, Event(flags == self.cudaEventDefault))
-
-    @_checked
-    def cudaEventRecord(self, event: Handle, stream: int) -> Any:
-        held = self.events[int(event)]
-        held.recorded, held.pending = True, held.pending + 1
-
-        def reached() -> None:
-            held.pending, held.time = held.pending - 1, time.perf_counter()
-
-        return self._enqueue(stream, reached)
-
-    @_checked
-    def cudaEventQuery(self, event: Handle) -> Any:
-        return (E.cudaErrorNotReady if self.events[int(event)].pending else E.cudaSuccess,)
-
-    @_checked
-    def cudaEventElapsedTime(self, start: Handle, end: Handle) -> Any:
-        first, last = self.events[int(start)], self.events[int(end)]
-        if not (first.timed and last.timed and first.recorded and last.recorded):
-            return E.cudaErrorInvalidResourceHandle, None
-        if first.pending or last.pending:
-            return E.cudaErrorNotReady, None
-        return E.cudaSuccess, 1000 * (last.time - first.time)
-
-    @_checked
-    def cudaEventDestroy(self, event: Handle) -> Any:
-        del self.events[int(event)]
-        return (E.cudaSuccess,)
-
     # for tests
 
     def enqueue(self, stream: int, task: Task) -> None:
@@ -323,7 +131,7 @@ class FakeCuda:
         """An illegal access: every further call fails."""
         self.lost = True
 
-    def left(self) -> dict[str, int]:
+    def list_left(self) -> dict[str, int]:
         """What was made and not given back."""
         held = ("memory", "pinned", "streams", "events", "templates", "graphs")
         return {name: len(getattr(self, name)) for name in held if getattr(self, name)}
@@ -348,30 +156,234 @@ class FakeCuda:
             held.spoiled = True
         return bool(mine)
 
-    def _new(self, place: dict[int, Any], size: int) -> int:
+    def _allocate(self, place: dict[int, Any], size: int) -> int:
         room = (ctypes.c_uint8 * (size + 256))()
         pointer = -(-ctypes.addressof(room) // 256) * 256
         place[pointer] = memoryview(room)[256:]  # keeps it, and knows the size
         return pointer
 
-    def _freed(self, place: dict[int, Any], pointer: int) -> Any:
+    def _free(self, place: dict[int, Any], pointer: int) -> Any:
         if self._spoils():
             return (E.cudaErrorStreamCaptureUnsupported,)
         return (E.cudaErrorInvalidValue if place.pop(pointer, None) is None else E.cudaSuccess,)
 
-    def _inside(self, place: dict[int, Any], pointer: int, count: int) -> bool:
+    def _is_inside(self, place: dict[int, Any], pointer: int, count: int) -> bool:
         return any(start <= pointer and pointer + count <= start + len(room) for start, room in place.items())
 
-    def _handle(self, place: dict[int, Any], value: Any) -> Handle:
+    def _make_handle(self, place: dict[int, Any], value: Any) -> Handle:
         handle = Handle(next(self._numbers))
         place[int(handle)] = value
         return handle
 
-    def _failed(self, error: cudaError_t, method: Callable[..., Any]) -> Any:
+    def _fail(self, error: cudaError_t, method: Callable[..., Any]) -> Any:
         """As many values as the real function returns."""
         gives = {
-            "cudaMemGetInfo": 2, "cudaMalloc": 1, "cudaHostAlloc": 1, "cudaStreamCreateWithFlags": 1,
-            "cudaStreamEndCapture": 1, "cudaGraphInstantiate": 1, "cudaEventCreateWithFlags": 1,
+            "cudaMemGetInfo": 2,
+            "cudaMalloc": 1,
+            "cudaHostAlloc": 1,
+            "cudaStreamCreateWithFlags": 1,
+            "cudaStreamEndCapture": 1,
+            "cudaGraphInstantiate": 1,
+            "cudaEventCreateWithFlags": 1,
             "cudaEventElapsedTime": 1,
-        }  # fmt: skip
+        }
         return error, *[None] * gives.get(method.__name__, 0)
+
+
+class FakeCuda(FakeState):
+    """Both modules in one: `runtime` and `driver` of `Bindings`.
+
+    devices: (name, major, minor, bytes of memory). starts: what cuInit gives, or an exception that it raises.
+    """
+
+    cudaError_t, CUresult = cudaError_t, CUresult
+    cudaMemcpyKind, cudaStreamCaptureMode = cudaMemcpyKind, cudaStreamCaptureMode
+    cudaHostAllocPortable, cudaStreamNonBlocking, cudaEventDefault, cudaEventDisableTiming = 1, 1, 0, 2
+
+    # the driver
+
+    def cuInit(self, flags: int) -> tuple[CUresult]:
+        if isinstance(self.starts, Exception):
+            raise self.starts
+        return (self.starts,)
+
+    def cuDriverGetVersion(self) -> tuple[CUresult, int]:
+        return CUresult.CUDA_SUCCESS, self.served
+
+    # the device
+
+    @_check_call
+    def cudaRuntimeGetVersion(self) -> Any:
+        return E.cudaSuccess, self.version
+
+    @_check_call
+    def cudaGetDeviceCount(self) -> Any:
+        return E.cudaSuccess, len(self.devices)
+
+    @_check_call
+    def cudaGetDeviceProperties(self, device: int) -> Any:
+        name, major, minor, _ = self.devices[device]
+        return E.cudaSuccess, SimpleNamespace(name=name.encode() + b"\0\0rest", major=major, minor=minor)
+
+    @_check_call
+    def cudaSetDevice(self, device: int) -> Any:
+        if not 0 <= device < len(self.devices):
+            return (E.cudaErrorInvalidDevice,)
+        self.current.device = device
+        return (E.cudaSuccess,)
+
+    @_check_call
+    def cudaMemGetInfo(self) -> Any:
+        total = self.devices[self.current.device][3]
+        return E.cudaSuccess, total - sum(len(memory) for memory in self.memory.values()), total
+
+    def cudaGetErrorString(self, error: cudaError_t) -> Any:
+        return E.cudaSuccess, f"the text of {error.name}".encode()
+
+    def cudaGetLastError(self) -> Any:
+        error, self.last = self.last, E.cudaSuccess
+        return (error,)
+
+    # memory
+
+    @_check_call
+    def cudaMalloc(self, size: int) -> Any:
+        if self._spoils():
+            return E.cudaErrorStreamCaptureUnsupported, None
+        if size > self.cudaMemGetInfo()[1]:
+            return E.cudaErrorMemoryAllocation, None
+        return E.cudaSuccess, self._allocate(self.memory, size)
+
+    @_check_call
+    def cudaFree(self, devPtr: int) -> Any:
+        return self._free(self.memory, devPtr)
+
+    @_check_call
+    def cudaHostAlloc(self, size: int, flags: int) -> Any:
+        return E.cudaSuccess, self._allocate(self.pinned, size)
+
+    @_check_call
+    def cudaFreeHost(self, ptr: int) -> Any:
+        return self._free(self.pinned, ptr)
+
+    @_check_call
+    def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: cudaMemcpyKind, stream: int) -> Any:
+        ours = {
+            cudaMemcpyKind.cudaMemcpyHostToDevice: (dst,),
+            cudaMemcpyKind.cudaMemcpyDeviceToHost: (src,),
+            cudaMemcpyKind.cudaMemcpyDeviceToDevice: (dst, src),
+        }[kind]
+        if not all(self._is_inside(self.memory, pointer, count) for pointer in ours):
+            return (E.cudaErrorInvalidValue,)
+        if kind == cudaMemcpyKind.cudaMemcpyHostToDevice and not self._is_inside(self.pinned, src, count):
+            staged = ctypes.string_at(src, count)  # pageable memory is read before the call returns
+            return self._enqueue(stream, lambda: ctypes.memmove(dst, staged, count))
+        done = self._enqueue(stream, lambda: ctypes.memmove(dst, src, count))
+        if kind == cudaMemcpyKind.cudaMemcpyDeviceToHost and not self._is_inside(self.pinned, dst, count):
+            self._run(stream)  # pageable memory is written before the call returns
+        return done
+
+    @_check_call
+    def cudaMemsetAsync(self, devPtr: int, value: int, count: int, stream: int) -> Any:
+        if not self._is_inside(self.memory, devPtr, count):
+            return (E.cudaErrorInvalidValue,)
+        return self._enqueue(stream, lambda: ctypes.memset(devPtr, value, count))
+
+    # streams
+
+    @_check_call
+    def cudaStreamCreateWithFlags(self, flags: int) -> Any:
+        assert flags == self.cudaStreamNonBlocking
+        return E.cudaSuccess, self._make_handle(self.streams, Stream())
+
+    @_check_call
+    def cudaStreamDestroy(self, stream: Any) -> Any:
+        if int(stream) not in self.streams:
+            return (E.cudaErrorInvalidResourceHandle,)
+        self._run(int(stream))
+        del self.streams[int(stream)]
+        return (E.cudaSuccess,)
+
+    @_check_call
+    def cudaStreamSynchronize(self, stream: int) -> Any:
+        if self._spoils():
+            return (E.cudaErrorStreamCaptureUnsupported,)
+        if stream not in self.streams:
+            return (E.cudaErrorInvalidResourceHandle,)
+        self._run(stream)
+        return (E.cudaErrorIllegalAddress if self.lost else E.cudaSuccess,)
+
+    @_check_call
+    def cudaStreamBeginCapture(self, stream: int, mode: cudaStreamCaptureMode) -> Any:
+        self.streams[stream].capture, self.streams[stream].spoiled = [], False
+        self.streams[stream].owner = threading.get_ident()
+        return (E.cudaSuccess,)
+
+    @_check_call
+    def cudaStreamEndCapture(self, stream: int) -> Any:
+        held = self.streams[stream]
+        tasks, held.capture = held.capture, None
+        if tasks is None or held.spoiled:
+            return E.cudaErrorStreamCaptureInvalidated, None
+        return E.cudaSuccess, self._make_handle(self.templates, tasks)
+
+    # graphs
+
+    @_check_call
+    def cudaGraphInstantiate(self, graph: Handle, flags: int) -> Any:
+        return E.cudaSuccess, self._make_handle(self.graphs, list(self.templates[int(graph)]))
+
+    @_check_call
+    def cudaGraphUpload(self, graphExec: Handle, stream: int) -> Any:
+        self.uploaded.add(int(graphExec))
+        return (E.cudaSuccess,)
+
+    @_check_call
+    def cudaGraphLaunch(self, graphExec: Handle, stream: int) -> Any:
+        for task in self.graphs[int(graphExec)]:
+            self._enqueue(stream, task)
+        return (E.cudaSuccess,)
+
+    @_check_call
+    def cudaGraphDestroy(self, graph: Handle) -> Any:
+        del self.templates[int(graph)]
+        return (E.cudaSuccess,)
+
+    @_check_call
+    def cudaGraphExecDestroy(self, graphExec: Handle) -> Any:
+        del self.graphs[int(graphExec)]
+        return (E.cudaSuccess,)
+
+    # events
+
+    @_check_call
+    def cudaEventCreateWithFlags(self, flags: int) -> Any:
+        return E.cudaSuccess, self._make_handle(self.events, Event(flags == self.cudaEventDefault))
+
+    @_check_call
+    def cudaEventRecord(self, event: Handle, stream: int) -> Any:
+        held = self.events[int(event)]
+        held.recorded, held.pending = True, held.pending + 1
+
+        def reached() -> None:
+            held.pending, held.time = held.pending - 1, time.perf_counter()
+
+        return self._enqueue(stream, reached)
+
+    @_check_call
+    def cudaEventQuery(self, event: Handle) -> Any:
+        return (E.cudaErrorNotReady if self.events[int(event)].pending else E.cudaSuccess,)
+
+    @_check_call
+    def cudaEventElapsedTime(self, start: Handle, end: Handle) -> Any:
+        first, last = self.events[int(start)], self.events[int(end)]
+        if not (first.timed and last.timed and first.recorded and last.recorded):
+            return E.cudaErrorInvalidResourceHandle, None
+        if first.pending or last.pending:
+            return E.cudaErrorNotReady, None
+        return E.cudaSuccess, 1000 * (last.time - first.time)
+
+    @_check_call
+    def cudaEventDestroy(self, event: Handle) -> Any:
+        del self.events[int(event)]
+        return (E.cudaSuccess,)

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from dreammix_trt.engine.gpu.device import Array
-from dreammix_trt.engine.tensorrt import DTYPES
-from dreammix_trt.engine.tensorrt_package import NAMES, NAMES_AHEAD
+from dreammix_trt.core.seam import Array
+from dreammix_trt.engine.backends.tensorrt.builder import DTYPES
+from dreammix_trt.engine.backends.tensorrt.package import NAMES, NAMES_AHEAD
 
 MAGIC = "a stand-in's plan"
 
@@ -49,13 +49,13 @@ class Gpu:
     def memory(self) -> tuple[int, int]:
         return self.total - sum(self.weights.values()), self.total
 
-    def array(self, shape: tuple[int, ...], dtype: str) -> Array:
+    def make_array(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Memory at an address of its own."""
         made = Array(self._at, shape, dtype)
         self._at += -(-max(made.nbytes, 1) // 256) * 256
         return made
 
-    def stream(self) -> SimpleNamespace:
+    def make_stream(self) -> SimpleNamespace:
         self._streams += 1
         return SimpleNamespace(handle=0x5000 + self._streams, close=lambda: self.log.append("close stream"))
 
@@ -65,7 +65,7 @@ class Gpu:
         if self.log[-1:] != ["synchronize"]:
             self.log.append("synchronize")
 
-    def work(self, label: str, stream: Any, run: Callable[[], None]) -> None:
+    def enqueue_work(self, label: str, stream: Any, run: Callable[[], None]) -> None:
         self.log.append(f"work {label}")
         run()
 
@@ -78,9 +78,15 @@ class Gpu:
 
 
 def write_plan(
-    path: Path, tensors: dict[str, tuple[str, str, list[int]]], profiles: list[dict[str, Any]], *,
-    named: dict[str, list[int | str]], weights: int = 1000, scratch: int = 100, **more: Any,
-) -> None:  # fmt: skip
+    path: Path,
+    tensors: dict[str, tuple[str, str, list[int]]],
+    profiles: list[dict[str, Any]],
+    *,
+    named: dict[str, list[int | str]],
+    weights: int = 1000,
+    scratch: int = 100,
+    **more: Any,
+) -> None:
     """A plan: name -> ("INPUT" or "OUTPUT", data type, shape with -1), profiles of the dynamic inputs, shapes with
     the names of their sides, bytes of weights and of scratch for each element of the first input. more: whatever a test
     wants to differ."""
@@ -89,7 +95,7 @@ def write_plan(
     path.write_text(json.dumps(record))
 
 
-def package(gpu: Gpu, backend: str = "tensorrt-rtx", version: str | None = None) -> Any:
+def make_package(gpu: Gpu, backend: str = "tensorrt-rtx", version: str | None = None) -> Any:
     """The module to stand in `sys.modules` for tensorrt_rtx or tensorrt."""
     jit = backend == "tensorrt-rtx"
     trt: Any = ModuleType("tensorrt_rtx" if jit else "tensorrt")
@@ -115,9 +121,16 @@ def package(gpu: Gpu, backend: str = "tensorrt-rtx", version: str | None = None)
         trt.EngineValidity = enum.Enum("EngineValidity", ["VALID", "SUBOPTIMAL", "INVALID"])
         trt.EngineInvalidityDiagnostics = enum.IntFlag(
             "EngineInvalidityDiagnostics",
-            ["VERSION_MISMATCH", "UNSUPPORTED_CC", "OLD_CUDA_DRIVER", "OLD_CUDA_RUNTIME", "INSUFFICIENT_GPU_MEMORY",
-             "MALFORMED_ENGINE", "CUDA_ERROR"],
-        )  # fmt: skip
+            [
+                "VERSION_MISMATCH",
+                "UNSUPPORTED_CC",
+                "OLD_CUDA_DRIVER",
+                "OLD_CUDA_RUNTIME",
+                "INSUFFICIENT_GPU_MEMORY",
+                "MALFORMED_ENGINE",
+                "CUDA_ERROR",
+            ],
+        )
         trt.IRuntimeConfig, trt.IRuntimeCache = IRuntimeConfig, IRuntimeCache
     return trt
 
@@ -150,7 +163,7 @@ class Runtime:
 
     def deserialize_cuda_engine(self, serialized_engine: Any) -> Any:
         assert not self._allowed and not self.gpu.capturing and self.gpu.current
-        plan = read(serialized_engine)
+        plan = read_plan(serialized_engine)
         self.gpu.log.append(f"deserialise {plan['name'] if plan else '?'}")
         if not self.gpu.driver:
             self.say("Error Code 1: Cuda Runtime (cudaError 35: CUDA driver version is insufficient for CUDA runtime)")
@@ -158,9 +171,9 @@ class Runtime:
         if plan is None:
             self.say("Error Code 1: Serialization (Serialization assertion header.magicTag == kEXPECTED failed)")
             return None
-        return self.made(plan)
+        return self.make_engine(plan)
 
-    def made(self, plan: dict[str, Any]) -> Any:
+    def make_engine(self, plan: dict[str, Any]) -> Any:
         if not self.gpu.fit(plan["name"], plan["weights"]):
             self.say(f"Error Code 2: OutOfMemory (Requested size was {plan['weights']} bytes.)")
             return None
@@ -173,7 +186,7 @@ class JitRuntime(Runtime):
     defer_weights_loading = False
 
     def get_engine_validity(self, buffer: Any) -> tuple[Any, int]:
-        trt, plan, bits = self.trt, read(buffer), 0
+        trt, plan, bits = self.trt, read_plan(buffer), 0
         if not self.gpu.driver:
             self.say("Error reading CUDA GPU properties (cudaError 35: CUDA driver version is insufficient)")
             return trt.EngineValidity.INVALID, 0
@@ -189,7 +202,7 @@ class JitRuntime(Runtime):
         assert plan is not None
         return (trt.EngineValidity.SUBOPTIMAL if plan.get("suboptimal") else trt.EngineValidity.VALID), 0
 
-    def made(self, plan: dict[str, Any]) -> Any:
+    def make_engine(self, plan: dict[str, Any]) -> Any:
         engine = JitEngine(self, plan)
         if not self.defer_weights_loading:
             raise AssertionError("weights that are not deferred cannot be unloaded")
@@ -234,9 +247,9 @@ class ICudaEngine:
 
     def create_execution_context(self, *, strategy: Any) -> Any:
         assert strategy == self.runtime.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        return self.context(IExecutionContext)
+        return self.make_context(IExecutionContext)
 
-    def context(self, kind: Any) -> Any:
+    def make_context(self, kind: Any) -> Any:
         assert not self.gpu.capturing
         if self.plan.get("no_context"):
             self.runtime.say(self.plan["no_context"])
@@ -247,7 +260,7 @@ class ICudaEngine:
 
 class JitEngine(ICudaEngine):
     def load_weights(self, blob: Any) -> bool:
-        if self.loaded or read(blob) != self.plan:
+        if self.loaded or read_plan(blob) != self.plan:
             return False
         if not self.gpu.fit(self.plan["name"], self.plan["weights"]):
             self.runtime.say("Error Code 1: Cuda Runtime (cudaError 2: out of memory)")
@@ -269,7 +282,7 @@ class JitEngine(ICudaEngine):
         assert runtime_config.cuda_graph_strategy == trt.CudaGraphStrategy.DISABLED
         kinds = trt.DynamicShapesKernelSpecializationStrategy
         assert runtime_config.dynamic_shapes_kernel_specialization_strategy == kinds.EAGER
-        context = self.context(JitContext)
+        context = self.make_context(JitContext)
         if context is not None:
             context.cache = runtime_config.cache
         return context
@@ -328,7 +341,7 @@ class IExecutionContext:
     def note(self, what: str) -> None:
         self.gpu.log.append(f"{self.plan['name']}: {what}")
 
-    def inputs(self) -> list[str]:
+    def list_inputs(self) -> list[str]:
         return [name for name, (mode, _, _) in self.plan["tensors"].items() if mode == "INPUT"]
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
@@ -348,8 +361,8 @@ class IExecutionContext:
         return True
 
     def update_device_memory_size_for_shapes(self) -> int:
-        assert self.shapes.keys() == set(self.inputs()), "every shape must be set before"
-        self.need = self.plan["scratch"] * int(np.prod(self.shapes[self.inputs()[0]]))
+        assert self.shapes.keys() == set(self.list_inputs()), "every shape must be set before"
+        self.need = self.plan["scratch"] * int(np.prod(self.shapes[self.list_inputs()[0]]))
         return self.need
 
     def set_device_memory(self, memory: int, size: int) -> None:
@@ -368,7 +381,7 @@ class IExecutionContext:
         return True
 
     def infer_shapes(self) -> list[str]:
-        return [name for name in self.inputs() if name not in self.shapes or self.plan.get("unknown") == name]
+        return [name for name in self.list_inputs() if name not in self.shapes or self.plan.get("unknown") == name]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         sides: dict[str, int] = {}
@@ -380,17 +393,17 @@ class IExecutionContext:
         return tuple(sides[side] + wrong if isinstance(side, str) else side for side in self.plan["named"][name])
 
     def execute_async_v3(self, stream_handle: int) -> bool:
-        why = self.fault()
+        why = self.find_fault()
         if why:
             self.engine.runtime.say(why)
             return False
         self.note(f"run {stream_handle:#x}{' captured' if self.gpu.capturing else ''}")
         self.ran = True
         if self.gpu.compute is not None:
-            self.gpu.compute(self.plan["name"], self.arrays())
+            self.gpu.compute(self.plan["name"], self.view_arrays())
         return True
 
-    def arrays(self) -> dict[str, Array]:
+    def view_arrays(self) -> dict[str, Array]:
         shapes = {name: self.shapes.get(name) or self.get_tensor_shape(name) for name in self.addresses}
         kinds = {name: self.engine.get_tensor_dtype(name).name for name in self.addresses}
         return {
@@ -398,7 +411,7 @@ class IExecutionContext:
             for name, at in self.addresses.items()
         }
 
-    def fault(self) -> str | None:
+    def find_fault(self) -> str | None:
         if self.plan.get("fails"):
             return str(self.plan["fails"])
         if self.addresses.keys() != self.plan["tensors"].keys():
@@ -416,7 +429,7 @@ class IExecutionContext:
 
 class JitContext(IExecutionContext):
     def execute_async_v3(self, stream_handle: int) -> bool:
-        kernel = f"{self.plan['name']}/{'x'.join(map(str, self.shapes[self.inputs()[0]]))}"
+        kernel = f"{self.plan['name']}/{'x'.join(map(str, self.shapes[self.list_inputs()[0]]))}"
         if self.cache is not None and kernel not in self.cache.kernels:
             self.gpu.compilations.append(kernel)
             self.cache.kernels.add(kernel)
@@ -427,7 +440,7 @@ class JitContext(IExecutionContext):
         return self.gpu.capturable and not self.plan.get("not_capturable", False)
 
 
-def read(buffer: Any) -> dict[str, Any] | None:
+def read_plan(buffer: Any) -> dict[str, Any] | None:
     """The plan in a buffer, or None."""
     try:
         plan = json.loads(bytes(buffer))

@@ -25,10 +25,12 @@ def small_configs() -> dict[str, Config]:
     """Two levels, 32 and 64 wide, attention in the second; a VAE of one layer a block."""
     configs = copy.deepcopy(mini_configs())
     configs["unet"] |= {
-        "block_out_channels": [32, 64], "attention_head_dim": [1, 1], "transformer_layers_per_block": [1, 1],
+        "block_out_channels": [32, 64],
+        "attention_head_dim": [1, 1],
+        "transformer_layers_per_block": [1, 1],
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    }  # fmt: skip
+    }
     configs["vae"] |= {"layers_per_block": 1, "block_out_channels": [32, 32, 32, 64]}
     return configs
 
@@ -64,10 +66,10 @@ def trace_once(monkeypatch: Any, traces: dict[str, Path], scratch: Path) -> None
     import json
     import shutil
 
-    from dreammix_trt import parts
+    from dreammix_trt.building import parts
 
     def copied(network: Any, folder: Path) -> None:
-        told = network.described()
+        told = network.describe()
         key = json.dumps([network.graph, told, {k: v.get("padding") for k, v in network.configs.items()}], default=str)
         if key not in traces:
             traces[key] = scratch / f"{len(traces)}"

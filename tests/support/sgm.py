@@ -38,22 +38,22 @@ def sgm_state(states: Mapping[str, Mapping[str, Any]], layers: int, join: Callab
     layers: the UNet's layers_per_block; join: concatenates along the first axis.
     """
     attentions = {name.split(".attentions")[0] for name in states["unet"] if ".attentions" in name}
-    out = {f"model.diffusion_model.{_unet(name, layers, attentions)}": v for name, v in states["unet"].items()}
+    out = {f"model.diffusion_model.{_rename_unet(name, layers, attentions)}": v for name, v in states["unet"].items()}
     out |= {f"conditioner.embedders.0.transformer.{name}": v for name, v in states["text_encoder"].items()}
     blocks = 1 + max(int(name.split(".")[2]) for name in states["vae"] if name.startswith("decoder.up_blocks"))
     for name, value in states["vae"].items():
         projection = re.search(r"attentions.*(to_q|to_k|to_v|to_out\.0)\.weight", name)
-        out[f"first_stage_model.{_vae(name, blocks)}"] = value[:, :, None, None] if projection else value
+        out[f"first_stage_model.{_rename_vae(name, blocks)}"] = value[:, :, None, None] if projection else value
     second, place = states["text_encoder_2"], "conditioner.embedders.1.model"
     for name, value in second.items():
         if ".q_proj." in name:
             three = [second[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
-            stacked = _words(name, _OPEN_CLIP).replace("q_proj.", "in_proj_")
+            stacked = _replace_words(name, _OPEN_CLIP).replace("q_proj.", "in_proj_")
             out[f"{place}.{stacked}"] = join(three)
         elif name == "text_projection.weight":
             out[f"{place}.text_projection"] = value.T
         elif ".k_proj." not in name and ".v_proj." not in name:
-            out[f"{place}.{_words(name, _OPEN_CLIP)}"] = value
+            out[f"{place}.{_replace_words(name, _OPEN_CLIP)}"] = value
     return out
 
 
@@ -73,30 +73,32 @@ def write_header(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str =
     return path
 
 
-def _unet(name: str, layers: int, attentions: set[str]) -> str:
+def _rename_unet(name: str, layers: int, attentions: set[str]) -> str:
     match = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.", name)
     if match is None:
-        name = _words(name, _UNET)
-        return _words(name, _RESNET) if name.startswith(("middle_block.0", "middle_block.2")) else name
+        name = _replace_words(name, _UNET)
+        return _replace_words(name, _RESNET) if name.startswith(("middle_block.0", "middle_block.2")) else name
     side, block, kind, layer = match[1], int(match[2]), match[3], int(match[4])
     rest = name[match.end() :]
     if kind == "downsamplers":
         return f"input_blocks.{(block + 1) * (layers + 1)}.0.op.{rest.removeprefix('conv.')}"
     if kind == "upsamplers":
         return f"output_blocks.{block * (layers + 1) + layers}.{2 if f'up_blocks.{block}' in attentions else 1}.{rest}"
-    place = f"input_blocks.{1 + block * (layers + 1) + layer}" if side == "down" else (
-        f"output_blocks.{block * (layers + 1) + layer}"
-    )  # fmt: skip
-    return f"{place}.0.{_words(rest, _RESNET)}" if kind == "resnets" else f"{place}.1.{rest}"
+    place = (
+        f"input_blocks.{1 + block * (layers + 1) + layer}"
+        if side == "down"
+        else f"output_blocks.{block * (layers + 1) + layer}"
+    )
+    return f"{place}.0.{_replace_words(rest, _RESNET)}" if kind == "resnets" else f"{place}.1.{rest}"
 
 
-def _vae(name: str, blocks: int) -> str:
+def _rename_vae(name: str, blocks: int) -> str:
     name = re.sub(r"down_blocks\.(\d+)\.", r"down.\1.", name)
     name = re.sub(r"up_blocks\.(\d+)\.", lambda match: f"up.{blocks - 1 - int(match[1])}.", name)
-    return _words(re.sub(r"(down|up)\.(\d+)\.resnets\.", r"\1.\2.block.", name), _VAE)
+    return _replace_words(re.sub(r"(down|up)\.(\d+)\.resnets\.", r"\1.\2.block.", name), _VAE)
 
 
-def _words(name: str, words: Names) -> str:
+def _replace_words(name: str, words: Names) -> str:
     for old, new in words.items():
         name = re.sub(rf"(?<![a-z_]){re.escape(old)}(?=\d?(\.|$))", new, name)
     return name

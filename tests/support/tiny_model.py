@@ -43,10 +43,10 @@ def write_tiny_model(folder: Path, *, half: bool = True, seed: int = 0, native: 
         "vae": {name: tuple(value.shape) for name, value in vae.state_dict().items()},
     }
     configs = {"unet": dict(unet.config), "vae": dict(vae.config)}
-    vocabulary, merges = tiny_vocabulary()
+    vocabulary, merges = make_tiny_vocabulary()
     for number, name in enumerate(("text_encoder", "text_encoder_2")):
         configs[name] = text_config(number, len(vocabulary))
-        shapes[name] = dict(text_shapes(configs[name]))
+        shapes[name] = dict(list_text_shapes(configs[name]))
     for name, config in configs.items():
         (folder / name).mkdir(parents=True)
         (folder / name / "config.json").write_text(json.dumps(config, default=list))
@@ -67,7 +67,7 @@ def write_tiny_model(folder: Path, *, half: bool = True, seed: int = 0, native: 
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"prediction_type": "epsilon"}))
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
     patch, head = folder / "tiny.fooocus.patch", folder / "inpaint_head.pth"
-    torch.save(tiny_patch(rng, shapes["unet"], configs["unet"], torch.from_numpy), patch)
+    torch.save(make_tiny_patch(rng, shapes["unet"], configs["unet"], torch.from_numpy), patch)
     wide = torch.from_numpy(rng.standard_normal((WIDTHS[0], 9, 3, 3)).astype(np.float16) * np.float16(0.1))
     torch.save(OrderedDict(head=wide[:, 4:]), head)
     return TinyModel(folder, patch, head)
@@ -75,36 +75,58 @@ def write_tiny_model(folder: Path, *, half: bool = True, seed: int = 0, native: 
 
 def unet_config(native: int) -> dict[str, Any]:
     return {
-        "sample_size": native // 8, "in_channels": 4, "out_channels": 4, "block_out_channels": WIDTHS,
+        "sample_size": native // 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": WIDTHS,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "layers_per_block": 1, "transformer_layers_per_block": (1, 1, 2), "attention_head_dim": (2, 2, 4),
-        "norm_num_groups": 8, "cross_attention_dim": sum(TEXT_WIDTHS), "use_linear_projection": True,
-        "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+        "layers_per_block": 1,
+        "transformer_layers_per_block": (1, 1, 2),
+        "attention_head_dim": (2, 2, 4),
+        "norm_num_groups": 8,
+        "cross_attention_dim": sum(TEXT_WIDTHS),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": POOLED + 6 * 8,
-    }  # fmt: skip
+    }
 
 
 def vae_config(native: int) -> dict[str, Any]:
     return {
-        "block_out_channels": (8, 8, 16, 16), "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4,
-        "scaling_factor": 0.13025, "sample_size": native,
-    }  # fmt: skip
+        "block_out_channels": (8, 8, 16, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "latent_channels": 4,
+        "scaling_factor": 0.13025,
+        "sample_size": native,
+    }
 
 
 def text_config(number: int, vocabulary: int) -> dict[str, Any]:
     """The first encoder is a CLIPTextModel, the second has a projection; both end a text at the last token id."""
     return {
-        "hidden_size": TEXT_WIDTHS[number], "intermediate_size": 2 * TEXT_WIDTHS[number],
-        "num_hidden_layers": (2, 3)[number], "num_attention_heads": (2, 4)[number], "max_position_embeddings": 77,
-        "vocab_size": vocabulary, "hidden_act": ("quick_gelu", "gelu")[number], "layer_norm_eps": 1e-5,
-        "projection_dim": POOLED, "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "pad_token_id": 0,
-        "architectures": [("CLIPTextModel", "CLIPTextModelWithProjection")[number]], "model_type": "clip_text_model",
-    }  # fmt: skip
+        "hidden_size": TEXT_WIDTHS[number],
+        "intermediate_size": 2 * TEXT_WIDTHS[number],
+        "num_hidden_layers": (2, 3)[number],
+        "num_attention_heads": (2, 4)[number],
+        "max_position_embeddings": 77,
+        "vocab_size": vocabulary,
+        "hidden_act": ("quick_gelu", "gelu")[number],
+        "layer_norm_eps": 1e-5,
+        "projection_dim": POOLED,
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+        "pad_token_id": 0,
+        "architectures": [("CLIPTextModel", "CLIPTextModelWithProjection")[number]],
+        "model_type": "clip_text_model",
+    }
 
 
-def text_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def list_text_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     width, wide = config["hidden_size"], config["intermediate_size"]
     yield "text_model.embeddings.token_embedding.weight", (config["vocab_size"], width)
     yield "text_model.embeddings.position_embedding.weight", (77, width)
@@ -133,7 +155,7 @@ def random_weight(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -
     return (centre + 0.1 * rng.standard_normal(shape)).astype(np.float32)
 
 
-def tiny_patch(
+def make_tiny_patch(
     rng: np.random.Generator,
     shapes: dict[str, tuple[int, ...]],
     config: dict[str, Any],
@@ -204,7 +226,7 @@ def unet_attention_modules(config: dict[str, Any]) -> dict[str, tuple[int, int]]
     return modules
 
 
-def tiny_vocabulary() -> tuple[dict[str, int], list[str]]:
+def make_tiny_vocabulary() -> tuple[dict[str, int], list[str]]:
     """A CLIP-style byte-level BPE in which every word of `WORDS` is one token; id 0 is "!"."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [256 + n for n in range(256 - len(printable))]

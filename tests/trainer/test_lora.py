@@ -61,7 +61,7 @@ def test_it_writes_a_lora_of_every_key_value_and_output(base: BaseFiles, photos:
     assert all(np.abs(b).max() > 0 for _, b in lora.factors["unet"].values())
     assert lora.metadata["token"] == "sks"
     assert lora.metadata["class_name"] == "mug"
-    assert json.loads(lora.metadata["base_hashes"]) == base.content_hashes()
+    assert json.loads(lora.metadata["base_hashes"]) == base.hash_contents()
     written = json.loads((tmp_path / "lora" / "train.json").read_text())
     assert written["steps"] == record.steps == 3
     assert written["prompt"] == "a photo of a sks mug"
@@ -125,7 +125,7 @@ def test_training_again_replaces_its_own_folder_but_no_other(base: BaseFiles, ph
         ({"loss": "l1"}, "loss is 'l1'"),
         ({"token": "two words"}, "one word"),
         ({"token": ""}, "one word"),
-        ({"prompt": "a photo of a mug"}, "does not hold the token 'sks'"),
+        ({"prompt": "a photo of a mug"}, "lacks the token 'sks'"),
         ({"prompt": "a sks mug " + "on the table " * 40}, "tokens; at most 77"),
         ({"seed": -1}, "seed is -1"),
         ({"threads": 0}, "threads is 0"),
@@ -152,7 +152,7 @@ def test_other_bad_input(base: BaseFiles, photos: Path, tmp_path: Path) -> None:
 def test_a_training_that_diverges_writes_nothing(
     base: BaseFiles, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dreammix_trt.trainer.lora.reweighted_loss", lambda eps, *_: eps.sum() * float("nan"))
+    monkeypatch.setattr("dreammix_trt.trainer.training.reweighted_loss", lambda eps, *_: eps.sum() * float("nan"))
     with pytest.raises(InputError, match=r"nan at step 1.*diverged.*smaller learning rate than 0.01"):
         train(photos, tmp_path / "lora", base)
     assert not any(tmp_path.iterdir())

@@ -8,7 +8,6 @@ torch = pytest.importorskip("torch", reason="the trainer needs torch")
 
 from dreammix_trt.core.errors import InputError  # noqa: E402
 from dreammix_trt.trainer.losses import (  # noqa: E402
-    combined_loss,
     loss_weights,
     regular_probability,
     reweighted_loss,
@@ -54,12 +53,12 @@ def test_an_unknown_loss_is_refused_with_the_choices() -> None:
 
 
 def test_eq_8_and_the_share_of_samples_that_replaces_its_sum() -> None:
-    subject, regular, beta = torch.tensor(2.0), torch.tensor(3.0), 0.4
-    assert float(combined_loss(subject, regular, beta)) == pytest.approx(3.2)
+    subject, regular, beta = 2.0, 3.0, 0.4
+    combined = subject + beta * regular  # eq. 8
     share = regular_probability(beta)
     assert share == pytest.approx(0.4 / 1.4)
-    drawn = (1 - share) * float(subject) + share * float(regular)  # expected loss of one sample
-    assert drawn * (1 + beta) == pytest.approx(3.2)
+    drawn = (1 - share) * subject + share * regular  # expected loss of one sample
+    assert drawn * (1 + beta) == pytest.approx(combined)
     assert regular_probability(0) == 0
     for bad in (-0.1, float("nan"), float("inf")):
         with pytest.raises(InputError, match="beta"):

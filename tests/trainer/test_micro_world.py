@@ -162,7 +162,7 @@ def test_blurred_scenes_keep_their_frame() -> None:
 
 
 def test_photographs_show_the_same_subject_in_other_rooms() -> None:
-    subject = world.Subject(MUG, Build())
+    subject = world.Thing(MUG, Build())
     photos = world.render_photos(subject, 5, seed=1, size=128)
     for image, mask in photos:
         assert image.shape == (128, 128, 3)

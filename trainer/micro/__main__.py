@@ -31,7 +31,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
         processes=args.processes,
     )
     if args.minutes_scale != 1.0:
-        settings = settings.scaled(args.minutes_scale)
+        settings = settings.scale(args.minutes_scale)
     return settings.smoke() if args.smoke else settings
 
 

@@ -61,9 +61,11 @@ def compose(
     words += [finish if finish == "glass" else "", noun or what.shape]
     decal = BLOT_WORD if what.decal == "blot" else what.decal
     named_parts = (
-        ("foot", what.foot, "foot"), ("band", what.band, "band"), ("top", what.top, TOPS[what.shape]),
+        ("foot", what.foot, "foot"),
+        ("band", what.band, "band"),
+        ("top", what.top, TOPS[what.shape]),
         ("decal", what.decal_colour, decal),
-    )  # fmt: skip
+    )
     parts = [
         with_article(f"{colour} {word}") for part, colour, word in named_parts if part in named and colour and word
     ]

@@ -262,7 +262,7 @@ def measure_likeness(judge: Judge, count: int = 64) -> dict[str, float]:
     """Mean cosine between renderings of the same subject in other rooms, of near twins, and of different subjects."""
     subjects = world.held_out_subjects(count, seed=9)
     rng = np.random.default_rng([78, count])
-    twins = [world.Subject(_vary(rng, subject.attributes), subject.build) for subject in subjects]
+    twins = [world.Thing(_vary(rng, subject.attributes), subject.build) for subject in subjects]
     sides = []
     for group, seed in ((subjects, 1), (subjects, 2), (twins, 3)):
         photos = [world.render_photos(subject, 1, seed=seed)[0] for subject in group]

@@ -26,7 +26,7 @@ from dreammix_trt.trainer.data import latent_mask
 from dreammix_trt.trainer.micro import world
 from dreammix_trt.trainer.micro.captions import describe
 from dreammix_trt.trainer.micro.judge import Judge, crop_of_mask, expected_reading
-from dreammix_trt.trainer.micro.networks import Denoiser, InpaintHead, TextEncoders, noise_table
+from dreammix_trt.trainer.micro.networks import NoiseNetwork, TextEncoders, TrainedHead, noise_table
 from dreammix_trt.trainer.micro.patch import apply_patch
 from dreammix_trt.trainer.micro.scoring import score
 from dreammix_trt.trainer.micro.ship import load_encoder, read_head, read_patch, sgm_names
@@ -45,9 +45,9 @@ class Model:
     tokens: PromptTokenizer
     text: TextEncoders
     vae: AutoencoderKL
-    raw: Denoiser
-    patched: Denoiser
-    head: InpaintHead
+    raw: NoiseNetwork
+    patched: NoiseNetwork
+    head: TrainedHead
 
     @classmethod
     def load(cls, folder: Path) -> Model:
@@ -61,7 +61,13 @@ class Model:
         patched.load_state_dict(apply_patch(raw.state_dict(), read_patch(folder), sgm_names(raw)))
         native = raw.config.sample_size * 8
         return cls(
-            native, tokens, text.eval(), vae.eval(), Denoiser(raw.eval()), Denoiser(patched.eval()), read_head(folder)
+            native,
+            tokens,
+            text.eval(),
+            vae.eval(),
+            NoiseNetwork(raw.eval()),
+            NoiseNetwork(patched.eval()),
+            read_head(folder),
         )
 
 
@@ -135,7 +141,7 @@ def sample(
 
 
 def crop_box(mask: Mask, field: float) -> world.Box:
-    """The reference's crop for a mask and a field of view (reference/dreammix.md, 1.2)."""
+    """The reference's crop for a mask and a field of view (docs/algorithm.md, 2)."""
     height, width = mask.shape
     if field >= 1:
         return (0, 0, width, height)
@@ -232,7 +238,7 @@ def _feather(mask: Mask, reach: int) -> NDArray[np.float32]:
     return value
 
 
-def _judged(
+def _judge_pictures(
     judge: Judge, pictures: Sequence[world.Picture], scenes: Sequence[tuple[world.Scene, Mask]]
 ) -> dict[str, float]:
     readings = judge.read([crop_of_mask(picture, mask) for picture, (_, mask) in zip(pictures, scenes, strict=True)])
@@ -256,10 +262,10 @@ def measure_row(name: str, folder: Path, count: int, steps: int = 20, guidance: 
     seed, shares, field = _ROWS[name]
     scenes = world.held_out_scenes(count, seed, model.native, shares)
     if field is None:
-        return _judged(judge, [s.image for s, _ in scenes], scenes)
+        return _judge_pictures(judge, [s.image for s, _ in scenes], scenes)
     prompts = [describe(s.attributes) for s, _ in scenes]
     images, masks = [s.background for s, _ in scenes], [m for _, m in scenes]
-    return _judged(judge, inpaint(model, images, masks, prompts, field, steps, guidance), scenes)
+    return _judge_pictures(judge, inpaint(model, images, masks, prompts, field, steps, guidance), scenes)
 
 
 def evaluate_model(folder: Path, count: int = 208, processes: int = 1) -> dict[str, dict[str, float]]:

@@ -81,7 +81,7 @@ class TextEncoders(torch.nn.Module):  # type: ignore[misc]
         return torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1), two.text_embeds
 
 
-class InpaintHead(torch.nn.Module):  # type: ignore[misc]
+class TrainedHead(torch.nn.Module):  # type: ignore[misc]
     """Fooocus' head: 3x3 convolution of [mask, masked latent], replicate padding, no bias, for conv_in's output."""
 
     def __init__(self, channels: int) -> None:
@@ -95,7 +95,7 @@ class InpaintHead(torch.nn.Module):  # type: ignore[misc]
 
 
 @dataclass
-class Denoiser:
+class NoiseNetwork:
     """A UNet that can take the head's feature: it is added to conv_in's output, before the first skip."""
 
     unet: UNet2DConditionModel

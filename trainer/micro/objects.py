@@ -197,9 +197,12 @@ def _ball(u: Array, v: Array, pitch: float) -> Surface:
     height = np.clip(ny * np.cos(tilt) - nz * np.sin(tilt), -1, 1)
     depth = np.maximum(nz * np.cos(tilt) + ny * np.sin(tilt), _F(1e-4))
     return Surface(
-        circle(u, v, 0, 0.02, float(radius)), radius * np.arctan2(nx, depth), (height + 1) / 2, height * radius,
+        circle(u, v, 0, 0.02, float(radius)),
+        radius * np.arctan2(nx, depth),
+        (height + 1) / 2,
+        height * radius,
         (nx, ny, nz),
-    )  # fmt: skip
+    )
 
 
 def _wall(distance: Array, across: Array, v: Array, top: float, bottom: float, normal: tuple[float, ...]) -> Surface:
@@ -444,8 +447,12 @@ def _paint_house(brush: _Brush, what: Attributes, build: Build, view: View, u: A
     front = _wall(gable, (u - _F(middle)) * _F(side), v, top, bottom, front_normal)
     _paint_body(brush, what, build, front, height, 0.0)
     roof = _tone(what.top) if what.top else _tone(what.colour) * _F(0.72 if what.colour != "black" else 1.6)
-    back = ((middle, apex - 0.05), (middle + depth, apex - 0.05 - rise), (right + depth + eave, top - rise + 0.05),
-            (right + eave, top + 0.05))  # fmt: skip
+    back = (
+        (middle, apex - 0.05),
+        (middle + depth, apex - 0.05 - rise),
+        (right + depth + eave, top - rise + 0.05),
+        (right + eave, top + 0.05),
+    )
     brush.lay(_wall(convex(u, v, back), u, v, top, bottom, (0.55 * side, -0.62, 0.55)), roof)
     for a, b in (
         ((middle, apex - 0.03), (left - eave, top + 0.04)),

@@ -18,7 +18,7 @@ from dreammix_trt.trainer.micro import data, world
 from dreammix_trt.trainer.micro import vae as vae_module
 from dreammix_trt.trainer.micro.judge import FACTS_FILE, WEIGHTS_FILE
 from dreammix_trt.trainer.micro.loop import Plan, save_atomic, train
-from dreammix_trt.trainer.micro.networks import Denoiser, TextEncoders, build_vae
+from dreammix_trt.trainer.micro.networks import NoiseNetwork, TextEncoders, build_vae
 from dreammix_trt.trainer.micro.parallel import Team, run_team
 from dreammix_trt.trainer.micro.ship import write_model
 from dreammix_trt.trainer.micro.tokenizer import PromptTokenizer, save_tokenizers
@@ -59,7 +59,7 @@ class Settings:
         """Of activations in training."""
         return choose_precision(self.device)
 
-    def scaled(self, minutes_scale: float) -> Settings:
+    def scale(self, minutes_scale: float) -> Settings:
         """The same recipe with every stage's steps and time limit multiplied."""
 
         def scale(plan: Plan) -> Plan:
@@ -263,10 +263,10 @@ def _train_raw(team: Team, settings: Settings) -> None:
     model = RawModel(words.size, words.bos, words.eos, settings.native).to(team.device)
     latents = data.Latents(settings.work, settings.work, settings.native, settings.seed, team.device)
     loss = NoiseLoss(latents, team.rank, settings.batch, outside=0.35, all_masked=0.0)
-    denoiser = Denoiser(model.unet)
+    denoiser = NoiseNetwork(model.unet)
 
     def keep(average: dict[str, torch.Tensor]) -> None:
-        save_atomic(_rounded(average), settings.work / "raw.pt")
+        save_atomic(_round_to_half(average), settings.work / "raw.pt")
         export(settings)
 
     def loss_of(step: int) -> torch.Tensor:
@@ -286,7 +286,7 @@ def _train_inpaint(team: Team, settings: Settings) -> None:
     text.to(team.device)
     latents = data.Latents(settings.work, settings.work, settings.native, settings.seed + 1, team.device)
     loss = NoiseLoss(latents, team.rank, settings.batch, outside=0.1, all_masked=0.06)
-    denoiser = Denoiser(model.unet)
+    denoiser = NoiseNetwork(model.unet)
 
     def keep(average: dict[str, torch.Tensor]) -> None:
         save_atomic({name: value.cpu() for name, value in average.items()}, settings.work / "inpaint.pt")
@@ -300,7 +300,7 @@ def _train_inpaint(team: Team, settings: Settings) -> None:
         keep(average)
 
 
-def _rounded(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _round_to_half(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Through fp16, so that what is fine-tuned is what is shipped."""
     return {name: v.cpu().half().float() if v.is_floating_point() else v.cpu() for name, v in state.items()}
 

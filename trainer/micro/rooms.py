@@ -29,7 +29,7 @@ _F = np.float32
 
 
 @dataclass(frozen=True)
-class Room:
+class Interior:
     """A painted room. canvas: float32 (H, W, 3) in 0..255; surface: one of SURFACES, what the thing stands on."""
 
     canvas: Array
@@ -78,7 +78,7 @@ class _Easel:
 
 def paint_room(
     rng: np.random.Generator, height: int, width: int, horizon: float, zoom: float, light: tuple[float, float, float]
-) -> Room:
+) -> Interior:
     """horizon: row where the surface begins; zoom: pixels of one unit, a thing's 60th; light: as in objects.View."""
     easel = _Easel(height, width, horizon, zoom)
     _paint_wall(rng, easel, light)
@@ -86,7 +86,7 @@ def paint_room(
     _paint_surface(rng, easel, surface)
     _paint_clutter(rng, easel)
     bright = 1 + 0.07 * light[0] * (easel.x / width - 0.5) * 2 + 0.05 * light[1] * (easel.y / height - 0.5) * 2
-    return Room(np.asarray(easel.canvas * bright[..., None], np.float32), surface)
+    return Interior(np.asarray(easel.canvas * bright[..., None], np.float32), surface)
 
 
 def _paint_wall(rng: np.random.Generator, easel: _Easel, light: tuple[float, float, float]) -> None:

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionMode
 from safetensors.torch import load_file, save_file
 
 from dreammix_trt.core.keymap import sgm_to_diffusers
-from dreammix_trt.trainer.micro.networks import InpaintHead, TextEncoders, build_unet
+from dreammix_trt.trainer.micro.networks import TextEncoders, TrainedHead, build_unet
 from dreammix_trt.trainer.micro.patch import Entry, load_patch, make_patch, save_patch
 
 PATCH_FILE, HEAD_FILE, RECORD_FILE = "micro.fooocus.patch", "inpaint_head.pth", "training.json"
@@ -127,10 +127,10 @@ def _half_copy(source: torch.nn.Module, target: Any) -> Any:
     return target.half()
 
 
-def read_head(model_dir: Path) -> InpaintHead:
+def read_head(model_dir: Path) -> TrainedHead:
     """The head in fp32."""
     weight = torch.load(model_dir / HEAD_FILE, weights_only=True)["head"].float()
-    head = InpaintHead(weight.shape[0])
+    head = TrainedHead(weight.shape[0])
     head.load_state_dict({"head": weight})
     return head
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dreammix_trt.trainer.micro.data import Batch, Latents
-from dreammix_trt.trainer.micro.networks import Denoiser, InpaintHead, TextEncoders, build_unet, noise_table
+from dreammix_trt.trainer.micro.networks import NoiseNetwork, TextEncoders, TrainedHead, build_unet, noise_table
 from dreammix_trt.trainer.networks import write_out_attention
 
 _MOST = 10.0
@@ -31,7 +31,7 @@ class InpaintModel(torch.nn.Module):  # type: ignore[misc]
         super().__init__()
         self.unet = build_unet(native)
         write_out_attention(self.unet)
-        self.head = InpaintHead(self.unet.config.block_out_channels[0])
+        self.head = TrainedHead(self.unet.config.block_out_channels[0])
         for name, parameter in self.unet.named_parameters():
             parameter.requires_grad_(is_patched(name))
 
@@ -70,14 +70,14 @@ class NoiseLoss:
         return (error.float().square() * weight * balance).mean() / weight.mean().sqrt()
 
 
-def raw_loss(model: RawModel, loss: NoiseLoss, denoiser: Denoiser, step: int) -> torch.Tensor:
+def raw_loss(model: RawModel, loss: NoiseLoss, denoiser: NoiseNetwork, step: int) -> torch.Tensor:
     batch, noisy, steps, noise = loss.prepare(step)
     states, pooled = model.text(batch.ids_one, batch.ids_two)
     return loss.weigh(denoiser(noisy, steps, states, pooled, batch.time_ids) - noise, batch.mask, steps)
 
 
 def inpaint_loss(
-    model: InpaintModel, text: TextEncoders, loss: NoiseLoss, denoiser: Denoiser, step: int
+    model: InpaintModel, text: TextEncoders, loss: NoiseLoss, denoiser: NoiseNetwork, step: int
 ) -> torch.Tensor:
     batch, noisy, steps, noise = loss.prepare(step)
     with torch.no_grad():

@@ -39,7 +39,7 @@ from dreammix_trt.trainer.micro.rooms import cast_shadow, paint_room
 
 __all__ = [
     "COLOURS", "DECALS", "FINISHES", "PATTERNS", "SHAPES", "UNNAMED_DECALS", "Attributes", "Box", "Build", "Picture",
-    "Scene", "Subject", "draw_mask", "draw_object_size", "held_out_scenes", "held_out_subjects", "is_held_out",
+    "Scene", "Thing", "draw_mask", "draw_object_size", "held_out_scenes", "held_out_subjects", "is_held_out",
     "look_alike", "random_attributes", "random_box", "random_build", "random_view", "render_photos", "render_scene",
     "resize",
 ]  # fmt: skip
@@ -70,7 +70,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Thing:
     """One particular thing: what it is and the traits that no word names."""
 
     attributes: Attributes
@@ -270,13 +270,13 @@ def held_out_scenes(
     return scenes
 
 
-def held_out_subjects(count: int, seed: int = 0) -> list[Subject]:
+def held_out_subjects(count: int, seed: int = 0) -> list[Thing]:
     """Subjects the base has never seen: plain bodies with a foot, a coloured top and a decal; shapes take turns.
 
     Every fourth has a decal that the captions have no word for.
     """
     rng = np.random.default_rng([4242, seed])
-    subjects: list[Subject] = []
+    subjects: list[Thing] = []
     while len(subjects) < count:
         what = random_attributes(rng, held_out=True, shape=SHAPES[len(subjects) % len(SHAPES)])
         if what.pattern != "plain" or not (what.foot and what.top and what.decal in DECALS) or what.band:
@@ -285,11 +285,11 @@ def held_out_subjects(count: int, seed: int = 0) -> list[Subject]:
             continue
         if len(subjects) % 4 == 3:
             what = replace(what, decal=UNNAMED_DECALS[(len(subjects) // 4) % len(UNNAMED_DECALS)])
-        subjects.append(Subject(what, random_build(rng)))
+        subjects.append(Thing(what, random_build(rng)))
     return subjects
 
 
-def render_photos(subject: Subject, count: int = 5, seed: int = 0, size: int = 256) -> list[tuple[Picture, Picture]]:
+def render_photos(subject: Thing, count: int = 5, seed: int = 0, size: int = 256) -> list[tuple[Picture, Picture]]:
     """Photographs of a subject in `count` different rooms.
 
     Returns [(image uint8 (size, size, 3), mask uint8 (size, size) 0 or 255)], the mask being the thing's silhouette.

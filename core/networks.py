@@ -1,0 +1,377 @@
+"""The one list of networks: the networks of a base in the order in which a request runs them.
+
+An entry (`NetworkKind`) has everything that differs between networks; all other code asks the list. A new network takes
+one entry here, one torch module, and a phase of the painters that uses it (docs/architecture.md, "A new network").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dreammix_trt.core.axes import Tensor
+from dreammix_trt.core.checkpoint import BaseFiles
+from dreammix_trt.core.config_fields import TOKENS
+from dreammix_trt.core.keymap import sgm_to_diffusers
+from dreammix_trt.core.slots import LORA_SIDES, Slot, packed_size
+from dreammix_trt.core.tensors import Weights
+
+Precision = Literal["float32", "float16"]
+Phase = Literal["text", "picture", "unet", "unet_raw"]
+Call = Literal["prompt", "frame", "vae", "step"]
+
+SLOT_RANK: Final = 8
+LORA: Final = "lora"  # the packed input of LoRA factors
+_TWIN: Final = "_float32"
+_ATTENTION_LINEARS: Final = (".to_q", ".to_k", ".to_v", ".to_out.0")
+
+
+# -- one network of one base ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Network:
+    """The description of one network of one base.
+
+    name: of the network, or of its twin.
+    graph: the name of its graph (`unet_raw` shares `unet`'s).
+    module: its torch module, "package.module:Class"; export makes it with `Class.of(network)`.
+    inputs, outputs: in call order.
+    slots: its LoRA slots in packed order.
+    configs: the component configs that its graph is made from.
+    precision: of its arithmetic.
+    fused: whether attention and group norm are single operators and each LoRA factor is an input, as TensorRT wants.
+        Otherwise they are written out and the factors are one packed input, which suits ONNX Runtime best.
+    wide: the units of a float16 VAE that stay float32.
+    """
+
+    name: str
+    graph: str
+    module: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    slots: tuple[Slot, ...]
+    configs: Mapping[str, Mapping[str, Any]]
+    precision: Precision = "float32"
+    fused: bool = False
+    wide: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> NetworkKind:
+        """Its entry in the list."""
+        return kind_of(self.name)
+
+    def describe(self) -> dict[str, Any]:
+        """The part of `network.json` that depends on the graph."""
+        return {
+            "precision": self.precision,
+            "fused": self.fused,
+            "wide": list(self.wide),
+            "inputs": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.inputs],
+            "outputs": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.outputs],
+            "slots": [{"module": s.module, "in": s.inputs, "out": s.outputs, "rank": s.rank} for s in self.slots],
+        }
+
+    def at(self, precision: Precision, fused: bool) -> Network:
+        """The same network in another precision and form."""
+        inputs = self.inputs
+        if fused and self.slots:  # A and B of every slot, in the order of a packed row
+            factors = (Tensor(name, "float32", ("pictures", *shape)) for s in self.slots for name, shape in s.factors)
+            inputs = (*(tensor for tensor in inputs if tensor.name != LORA), *factors)
+        inputs, outputs = (
+            tuple(
+                replace(tensor, dtype=precision) if tensor.dtype == "float32" and not tensor.stays_float32 else tensor
+                for tensor in tensors
+            )
+            for tensors in (inputs, self.outputs)
+        )
+        return replace(self, inputs=inputs, outputs=outputs, precision=precision, fused=fused)
+
+    def draw_example(self, sizes: Mapping[str, int], seed: int = 0) -> dict[str, NDArray[Any]]:
+        """Draw random inputs; LoRA factors are not zero.
+
+        sizes: of the named axes, for example {"pictures": 1, "rows": 2, "h": 16, "w": 24}; "context" is 77 by default.
+
+        Returns input name -> array.
+        """
+        rng, known = np.random.default_rng(seed), {"context": TOKENS, **sizes}
+        shapes = {t: tuple(known[side] if isinstance(side, str) else side for side in t.shape) for t in self.inputs}
+        return {t.name: self._draw_input(rng, t, shape).astype(t.dtype) for t, shape in shapes.items()}
+
+    def _draw_input(self, rng: np.random.Generator, tensor: Tensor, shape: tuple[int, ...]) -> NDArray[Any]:
+        if tensor.dtype == "int64":
+            config = next(iter(self.configs.values()))
+            ids = rng.integers(1, config["vocab_size"] - 2, shape)
+            ids[:, 9:] = config["vocab_size"] - 1
+            return ids
+        if tensor.name == "timestep":
+            return rng.uniform(0, 999, shape).astype(np.float32)
+        values: NDArray[Any] = rng.standard_normal(shape)
+        if tensor.name == "time_ids":
+            values = 128 * np.abs(values)
+        elif tensor.name == LORA or tensor.name.endswith(LORA_SIDES):
+            values = (
+                0.03 * values
+            )  # several times a trained LoRA's; still larger factors make rounding errors grow a hundredfold
+        elif tensor.name == "mask":
+            values = values > 0
+        elif tensor.name == "image":
+            values = np.tanh(values)
+        return values.astype(np.float32)
+
+
+# -- the list ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NetworkKind:
+    """One entry of the list.
+
+    name: of the network.
+    phase: networks of one phase are needed together, so their weights are loaded together.
+    call: how it is called: for one "prompt", one "frame", one frame or tile of the "vae", or one "step" of a batch.
+    describe: (base, rank of the LoRA slots, 0 for none) -> the network; None when the base does not have it.
+    weights: base -> the network's own weights by torch name.
+    component: the part of a base that decides its weights (`BaseFiles.hash_contents`).
+    factors: the part of a LoRA that it takes ("unet" for both UNets); None when it takes none.
+    twin: whether a float16 build also makes it in float32, for pictures that overflow.
+    required: whether the runtime needs it.
+    """
+
+    name: str
+    phase: Phase
+    call: Call
+    describe: Callable[[BaseFiles, int], Network | None]
+    weights: Callable[[BaseFiles], Weights]
+    component: str
+    factors: str | None = None
+    twin: bool = False
+    required: bool = True
+
+
+def kind_of(name: str) -> NetworkKind:
+    """The entry of a network or its twin. Raises KeyError for a name that is not in the list."""
+    plain = plain_name(name)
+    for kind in KINDS:
+        if kind.name == plain:
+            return kind
+    raise KeyError(name)
+
+
+def names_of_phase(phase: Phase) -> tuple[str, ...]:
+    """The networks of a phase, in running order."""
+    return tuple(kind.name for kind in KINDS if kind.phase == phase)
+
+
+def names_of_factors(part: str) -> tuple[str, ...]:
+    """The networks that take a part of a LoRA: both UNets for "unet", the text encoder for "text_encoder"."""
+    return tuple(kind.name for kind in KINDS if kind.factors == part)
+
+
+def unets_of(target: str) -> tuple[str, ...]:
+    """The UNets that a LoRA's target names: "patched", "raw" or "both"."""
+    unets = names_of_factors("unet")
+    return {"patched": unets[:1], "raw": unets[1:], "both": unets}[target]
+
+
+def all_phases() -> tuple[Phase, ...]:
+    """Every phase once, in running order."""
+    return tuple(dict.fromkeys(kind.phase for kind in KINDS))
+
+
+def flag_of(name: str) -> int:
+    """The bit that the device sets when this network gives values that are not finite."""
+    return 1 << KINDS.index(kind_of(name))
+
+
+def twin_name(name: str) -> str:
+    """The name of a network's float32 twin."""
+    return name + _TWIN
+
+
+def plain_name(name: str) -> str:
+    """The name of the network itself, given its own name or its twin's."""
+    return name.removesuffix(_TWIN)
+
+
+def is_twin(name: str) -> bool:
+    """Whether this is the name of a float32 twin."""
+    return name.endswith(_TWIN)
+
+
+def describe_networks(
+    base: BaseFiles, slot_rank: int = SLOT_RANK, precision: Precision = "float32", fused: bool = False
+) -> tuple[Network, ...]:
+    """Describe every network of a base.
+
+    slot_rank: of the LoRA slots; 0: no slots.
+    precision, fused: see `Network`.
+
+    Returns the networks in running order. With float16 the float32 twins follow; their graphs are those of a float32
+    base.
+    """
+    plain = [network for kind in KINDS if (network := kind.describe(base, slot_rank)) is not None]
+    found = [network.at(precision, fused) for network in plain]
+    if precision == "float16":
+        found += [replace(network, name=twin_name(network.name)) for network in plain if network.kind.twin]
+    return tuple(found)
+
+
+# -- the entries ------------------------------------------------------------------------------------------------------
+
+_MODULES: Final = "dreammix_trt.export.modules"
+
+
+def _describe_text_encoder(base: BaseFiles, name: str, rank: int) -> Network:
+    config = base.configs[name]
+    width, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
+    slots = tuple(
+        Slot(f"text_model.encoder.layers.{layer}.self_attn.{part}_proj", width, width, rank)
+        for layer in range(layers)
+        for part in ("q", "k", "v", "out")
+        if rank
+    )
+    inputs = (Tensor("input_ids", "int64", ("rows", TOKENS)), *_describe_packed_input(slots))
+    outputs = [Tensor("hidden", "float32", ("rows", TOKENS, width))]
+    if name == "text_encoder_2":
+        outputs.append(Tensor("pooled", "float32", ("rows", int(config["projection_dim"]))))
+    return Network(name, name, f"{_MODULES}:TextEncoder", inputs, tuple(outputs), slots, {name: config})
+
+
+def _describe_unet(base: BaseFiles, name: str, rank: int) -> Network:
+    config, latent = base.configs["unet"], base.latent_channels
+    slots = tuple(_list_unet_slots(config, rank)) if rank else ()
+    pooled = int(base.configs["text_encoder_2"]["projection_dim"])
+    inputs = (
+        Tensor("sample", "float32", ("rows", latent, "h", "w")),
+        Tensor("timestep", "float32", ("rows",)),
+        Tensor("encoder_hidden_states", "float32", ("rows", "context", int(config["cross_attention_dim"]))),
+        Tensor("text_embeds", "float32", ("rows", pooled)),
+        Tensor("time_ids", "float32", ("rows", 6)),
+        Tensor("inpaint_feature", "float32", ("pictures", base.feature_channels, "h", "w")),
+        *_describe_packed_input(slots),
+    )
+    outputs = (Tensor("eps", "float32", ("rows", latent, "h", "w")),)
+    return Network(name, "unet", f"{_MODULES}:UNet", inputs, outputs, slots, {"unet": config})
+
+
+def _list_unet_slots(config: Mapping[str, Any], rank: int) -> Iterator[Slot]:
+    """List the attention projections in the order of the sgm names: down, middle, up."""
+    channels, context = list(config["block_out_channels"]), int(config["cross_attention_dim"])
+    for name in sgm_to_diffusers(config).values():
+        module = name.removesuffix(".weight")
+        if not module.endswith(_ATTENTION_LINEARS):
+            continue
+        place = module.split(".")
+        by_block = {"down_blocks": channels, "up_blocks": channels[::-1]}.get(place[0])
+        width = by_block[int(place[1])] if by_block else channels[-1]
+        from_text = place[-2] == "attn2" and place[-1] in ("to_k", "to_v")
+        yield Slot(module, context if from_text else width, width, rank)
+
+
+def _describe_packed_input(slots: Sequence[Slot]) -> tuple[Tensor, ...]:
+    return (Tensor(LORA, "float32", ("pictures", packed_size(slots))),) if slots else ()
+
+
+def _describe_inpaint_head(base: BaseFiles, _rank: int) -> Network | None:
+    if not base.has_head:
+        return None
+    channels, latent = base.feature_channels, base.latent_channels
+    inputs = (
+        Tensor("mask", "float32", ("pictures", 1, "h", "w")),
+        Tensor("masked_latent", "float32", ("pictures", latent, "h", "w")),
+    )
+    feature = (Tensor("feature", "float32", ("pictures", channels, "h", "w")),)
+    configs = {"inpaint_head": {"channels": channels, "latent_channels": latent, "padding": base.head_padding}}
+    return Network("inpaint_head", "inpaint_head", f"{_MODULES}:InpaintHead", inputs, feature, (), configs)
+
+
+def _describe_vae_encoder(base: BaseFiles, _rank: int) -> Network:
+    image = Tensor("image", "float32", ("pictures", 3, "H", "W"))
+    moments = tuple(Tensor(name, "float32", ("pictures", base.latent_channels, "h", "w")) for name in ("mean", "std"))
+    configs = {"vae": base.configs["vae"]}
+    return Network("vae_encoder", "vae_encoder", f"{_MODULES}:VaeEncoder", (image,), moments, (), configs)
+
+
+def _describe_vae_decoder(base: BaseFiles, _rank: int) -> Network:
+    latent = Tensor("latent", "float32", ("pictures", base.latent_channels, "h", "w"))
+    image = Tensor("image", "float32", ("pictures", 3, "H", "W"))
+    configs = {"vae": base.configs["vae"]}
+    return Network("vae_decoder", "vae_decoder", f"{_MODULES}:VaeDecoder", (latent,), (image,), (), configs)
+
+
+def _half_of_vae(*prefixes: str) -> Callable[[BaseFiles], Weights]:
+    return lambda base: base.state("vae").rename(lambda name: name if name.startswith(prefixes) else None)
+
+
+#: in running order; all code that needs networks asks this list, so a new entry reaches all of it
+KINDS: Final[list[NetworkKind]] = [
+    NetworkKind(
+        "text_encoder",
+        "text",
+        "prompt",
+        lambda base, rank: _describe_text_encoder(base, "text_encoder", rank),
+        lambda base: base.state("text_encoder"),
+        component="text_encoder",
+        factors="text_encoder",
+    ),
+    NetworkKind(
+        "text_encoder_2",
+        "text",
+        "prompt",
+        lambda base, rank: _describe_text_encoder(base, "text_encoder_2", rank),
+        lambda base: base.state("text_encoder_2"),
+        component="text_encoder_2",
+        factors="text_encoder_2",
+    ),
+    NetworkKind(
+        "vae_encoder",
+        "picture",
+        "vae",
+        _describe_vae_encoder,
+        _half_of_vae("encoder.", "quant_conv."),
+        component="vae",
+        twin=True,
+    ),
+    NetworkKind(
+        "inpaint_head",
+        "picture",
+        "frame",
+        _describe_inpaint_head,
+        lambda base: Weights.of({"head.weight": base.head()}),
+        component="inpaint_head",
+        required=False,
+    ),
+    NetworkKind(
+        "unet",
+        "unet",
+        "step",
+        lambda base, rank: _describe_unet(base, "unet", rank),
+        lambda base: base.unet_patched_state(),
+        component="unet",
+        factors="unet",
+    ),
+    NetworkKind(
+        "unet_raw",
+        "unet_raw",
+        "step",
+        lambda base, rank: _describe_unet(base, "unet_raw", rank) if base.patch else None,
+        lambda base: base.state("unet"),
+        component="unet_raw",
+        factors="unet",
+        required=False,
+    ),
+    NetworkKind(
+        "vae_decoder",
+        "picture",
+        "vae",
+        _describe_vae_decoder,
+        _half_of_vae("decoder.", "post_quant_conv."),
+        component="vae",
+        twin=True,
+    ),
+]

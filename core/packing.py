@@ -1,0 +1,102 @@
+"""LoRA factors laid out as the packed row for the slots of one network (see slots.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dreammix_trt.core.errors import FileFormatError
+from dreammix_trt.core.lora import describe_other_base
+from dreammix_trt.core.slots import Floats, Slot, packed_size
+
+
+class Placed(NamedTuple):
+    """One factor and its place in the packed row: `values * scale` in the upper left corner, zeros elsewhere.
+
+    values: float32 (rows, columns).
+    at: the number in the row at which the slot's factor begins.
+    shape: (rows, columns) of the slot's factor.
+    scale: factor of the values.
+    """
+
+    values: Floats
+    at: int
+    shape: tuple[int, int]
+    scale: float
+
+
+def place_factors(
+    factors: Mapping[str, tuple[Floats, Floats]], slots: Sequence[Slot], scale: float = 1.0
+) -> Iterator[Placed]:
+    """Give the factors of one network their places, in the order of the packed row.
+
+    factors: module -> (A float32 (in, r), B float32 (r, out)).
+    slots: of the network, in packed order.
+    scale: multiplies B.
+
+    Raises `FileFormatError` listing the modules that have another shape (a LoRA for another base) or a kind without
+    slots (feed-forward, convolution), and when the rank exceeds that of the slots.
+    """
+    _check_modules(factors, slots)
+    by_module = {slot.module: slot for slot in slots}
+    rank = max((a.shape[1] for a, _ in factors.values()), default=0)
+    room = min((by_module[module].rank for module in factors), default=rank)
+    if rank > room:
+        raise FileFormatError(
+            f"this LoRA has rank {rank}, the engine's slots take {room} (ranks of several LoRAs on one layer add up); "
+            f"rebuild with `dreammix-trt build --slot-rank {rank}`"
+        )
+    return _place(factors, slots, scale)
+
+
+def pack(factors: Mapping[str, tuple[Floats, Floats]], slots: Sequence[Slot], scale: float = 1.0) -> Floats:
+    """Make the packed `lora` row of one picture, float32 (P,): per slot A (in, rank), then B (rank, out), zero-padded.
+
+    factors, slots, scale: as for `place_factors`, which also names the errors.
+    """
+    row = np.zeros(packed_size(slots), np.float32)
+    for values, at, shape, times in place_factors(factors, slots, scale):
+        rows, columns = values.shape
+        row[at : at + shape[0] * shape[1]].reshape(shape)[:rows, :columns] = values * np.float32(times)
+    return row
+
+
+def _place(factors: Mapping[str, tuple[Floats, Floats]], slots: Sequence[Slot], scale: float) -> Iterator[Placed]:
+    at = 0
+    for slot in slots:
+        if slot.module in factors:
+            a, b = factors[slot.module]
+            yield Placed(a, at, (slot.inputs, slot.rank), 1.0)
+            yield Placed(b, at + slot.inputs * slot.rank, (slot.rank, slot.outputs), scale)
+        at += slot.size
+
+
+def _check_modules(factors: Mapping[str, tuple[Floats, Floats]], slots: Sequence[Slot]) -> None:
+    by_module = {slot.module: slot for slot in slots}
+    kinds = {_kind(slot.module) for slot in slots}
+    wrong, without = [], []
+    for module, (a, b) in sorted(factors.items()):
+        here, shape = by_module.get(module), (a.shape[0], b.shape[1])
+        if here is None:
+            wrong.append(f"{module} ({shape[0]} -> {shape[1]}, no such slot)")
+            without.append(_kind(module) not in kinds)
+        elif shape != here[1:3]:
+            wrong.append(f"{module} ({shape[0]} -> {shape[1]}, here {here.inputs} -> {here.outputs})")
+            without.append(False)
+    if not wrong:
+        return
+    listed = ", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+    if all(without):
+        raise FileFormatError(
+            f"{len(wrong)} modules of this LoRA have no slots in the engine, which takes attention layers: {listed}; "
+            "merge the LoRA into the base with `dreammix-trt build --base-lora FILE`"
+        )
+    base = describe_other_base(factors, {slot.module: slot.inputs for slot in slots})
+    raise FileFormatError(f"this LoRA is for {base}; {len(wrong)} modules do not fit: {listed}")
+
+
+def _kind(module: str) -> tuple[str, ...]:
+    """The kind of a layer: the last two words of its name without numbers ("attn1", "to_out")."""
+    return tuple([word for word in module.split(".") if not word.isdigit()][-2:])

@@ -1,0 +1,140 @@
+"""`dreammix-trt build`: a base and a subject's LoRA become an engine directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dreammix_trt.core.errors import InputError
+from dreammix_trt.terminal import Base, Store, say, show_progress
+
+Out = Annotated[Path, typer.Option(help="The engine directory to make.")]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="LoRA of the subject, FILE[:scale[:target]]; target: patched, raw or both UNets. None: a base alone; "
+        "several: they work together."
+    ),
+]
+Name = Annotated[str | None, typer.Option(help="The subject's name; default: the LoRA folder's.")]
+Patch = Annotated[Path | None, typer.Option(help="*.fooocus.patch; default: the one in the base's folder.")]
+Head = Annotated[Path | None, typer.Option(help="inpaint_head.pth; default: the one in the base's folder.")]
+Vae = Annotated[Path | None, typer.Option(help="Another VAE: folder or file.")]
+Tokenizer = Annotated[Path | None, typer.Option(help="Another tokenizer's folder; default: the base's, or CLIP's.")]
+BaseLoras = Annotated[
+    list[str] | None, typer.Option(help="A few-step or style LoRA for the base's weights, FILE[:scale[:target]].")
+]
+Sampler = Annotated[
+    str | None, typer.Option(help="What requests use by default: dpmpp_2m_sde, euler (trailing) or lcm.")
+]
+Steps = Annotated[int | None, typer.Option(min=1, help="Steps that requests use by default.")]
+GuidanceScale = Annotated[float | None, typer.Option(help="Guidance that requests use by default.")]
+Backend = Annotated[
+    str | None, typer.Option(help="onnxruntime, tensorrt-rtx or tensorrt; default: tensorrt-rtx with --target.")
+]
+Targets = Annotated[
+    list[str] | None, typer.Option(help="GPU to build for, e.g. sm_89 (RTX 4090); several allowed; no GPU needed.")
+]
+Precision = Annotated[str | None, typer.Option(help="float32 or float16; default: float16 for TensorRT.")]
+Shapes = Annotated[str, typer.Option(help="static: the base's native square; dynamic: other aspects of its area, too.")]
+Pictures = Annotated[int, typer.Option(min=1, help="Most pictures in a batch.")]
+Context = Annotated[
+    str, typer.Option(help="Lengths of the text condition that engines take, e.g. 77,101; 77 is the text alone.")
+]
+Workspace = Annotated[
+    int | None, typer.Option(min=1, help="Most MiB of scratch memory the engines may take on the GPU.")
+]
+VaeImages = Annotated[
+    list[Path] | None, typer.Option(help="A picture on which a float16 VAE is looked at for overflow, too.")
+]
+NoSafeVae = Annotated[
+    bool,
+    typer.Option(
+        "--no-safe-vae",
+        help="Leave out the float32 VAE that goes with a float16 one, for pictures that are too much for that; "
+        "saves 334 MB of weights for SDXL.",
+    ),
+]
+Verify = Annotated[
+    bool | None,
+    typer.Option(
+        "--verify/--no-verify",
+        help="Compare every network that is exported with torch, or none; default: the small ones.",
+    ),
+]
+Merge = Annotated[bool, typer.Option("--merge", help="Bake the subject into weights of its own.")]
+SlotRank = Annotated[int, typer.Option(min=0, max=256, help="Largest LoRA rank the base takes; 0: no slots.")]
+PatchBiases = Annotated[bool, typer.Option("--patch-biases", help="Apply the patch's biases too (Fooocus).")]
+SelfContained = Annotated[bool, typer.Option("--self-contained", help="Copy the base's parts into OUT.")]
+
+
+def build(
+    out: Out,
+    lora: Loras = None,
+    name: Name = None,
+    base: Base = None,
+    patch: Patch = None,
+    head: Head = None,
+    vae: Vae = None,
+    tokenizer: Tokenizer = None,
+    base_lora: BaseLoras = None,
+    sampler: Sampler = None,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    backend: Backend = None,
+    target: Targets = None,
+    precision: Precision = None,
+    shapes: Shapes = "static",
+    pictures: Pictures = 1,
+    context: Context = "77",
+    workspace: Workspace = None,
+    vae_image: VaeImages = None,
+    no_safe_vae: NoSafeVae = False,
+    verify: Verify = None,
+    merge: Merge = False,
+    slot_rank: SlotRank = 8,
+    patch_biases: PatchBiases = False,
+    self_contained: SelfContained = False,
+    store: Store = None,
+) -> None:
+    """Turn a base and a subject's LoRA into an engine directory."""
+    from dreammix_trt.building import BaseSources, BuildOrder, Defaults, EngineOptions, carry_out
+
+    engine = EngineOptions(
+        backend=backend or "",
+        precision=precision or "",
+        targets=tuple(target or ()),
+        shapes=shapes,
+        pictures=pictures,
+        workspace=workspace * (1 << 20) if workspace else None,
+        context=_parse_lengths(context),
+        vae_images=tuple(vae_image or ()),
+        safe_vae=not no_safe_vae,
+    )
+    order = BuildOrder(
+        out,
+        BaseSources(base, patch, head, vae, tokenizer, patch_biases),
+        lora,
+        base_lora or (),
+        name=name,
+        merge=merge,
+        slot_rank=slot_rank,
+        defaults=Defaults(sampler, steps, guidance_scale),
+        engine=engine,
+        verify=verify,
+        store=store,
+        self_contained=self_contained,
+    )
+    with show_progress("building") as update:
+        passport = carry_out(order, update, say)
+    say(f"{out}: {', '.join(subject.name for subject in passport.subjects) or 'no subject'}")
+
+
+def _parse_lengths(text: str) -> tuple[int, ...]:
+    """Whole numbers separated by commas."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--context is {text!r}; give whole numbers separated by commas, such as 77,101") from None

@@ -1,0 +1,178 @@
+"""One build: an order carried out, from the files that it names to the engine directory."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dreammix_trt import __version__
+from dreammix_trt.building.defaults import Defaults, fill_in
+from dreammix_trt.building.engine_options import EngineOptions
+from dreammix_trt.building.ingredients import Ingredients
+from dreammix_trt.building.order import BaseSources, BuildOrder, LoraOption, describe_lora
+from dreammix_trt.building.part_store import PartStore
+from dreammix_trt.building.parts import Parts
+from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.files import folder_bytes, sha256_of
+from dreammix_trt.core.lora import Lora, LoraSpec, read_lora
+from dreammix_trt.core.network_weights import BaseLora
+from dreammix_trt.core.passport import Passport
+from dreammix_trt.core.store import Store
+from dreammix_trt.core.subject import Subject, subject_from_loras
+from dreammix_trt.engine.backends.tensorrt.builder import Estimate, check_room
+from dreammix_trt.engine.directory import write_engine
+
+Update = Callable[[str, float, str], None]
+
+
+def build(
+    lora: LoraOption | Sequence[LoraOption] | None = None,
+    *,
+    out: str | Path,
+    base: str | Path | None = None,
+    patch: str | Path | None = None,
+    head: str | Path | None = None,
+    vae: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    name: str | None = None,
+    merge: bool = False,
+    slot_rank: int = 8,
+    patch_biases: bool = False,
+    base_loras: Sequence[LoraOption] = (),
+    defaults: Defaults | None = None,
+    engine: EngineOptions | None = None,
+    verify: bool | None = None,
+    store: str | Path | None = None,
+    self_contained: bool = False,
+    progress: Update | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> Passport:
+    """Make the engine directory `out` and return its passport.
+
+    lora: file or folder of the subject, or several, each as "FILE[:scale[:target]]" (target: "patched", "raw" or "both"
+        UNets); None: a base alone.
+    base: diffusers folder or single file; None: the embedded model.
+    patch, head: None: those beside the base.
+    vae, tokenizer: instead of the base's.
+    name: the subject's; None: from the LoRA's folder.
+    merge: bake the subject into weights of its own.
+    slot_rank: largest LoRA rank that subjects of this base may have (0: no slots).
+    patch_biases: apply the patch's biases, too.
+    base_loras: merged into the base (few-step, style), given as `lora` is, target "both" by default.
+    defaults: of requests to this base; filled in for LCM, Lightning and Hyper-SD LoRAs.
+    engine: back end, precision, GPUs, shapes.
+    verify: compare every network with torch, or none; None: those that are small enough.
+    store: where parts are kept; None: in DREAMMIX_HOME.
+    self_contained: copy the base's parts into `out`.
+    progress: called with (part, fraction, message).
+    notice: called with what a person should know.
+
+    Raises FileFormatError, InputError, BuildError; `out` is then as it was.
+    """
+    order = BuildOrder(
+        out,
+        BaseSources(base, patch, head, vae, tokenizer, patch_biases),
+        lora,
+        base_loras,
+        name=name,
+        merge=merge,
+        slot_rank=slot_rank,
+        defaults=defaults or Defaults(),
+        engine=engine or EngineOptions(),
+        verify=verify,
+        store=store,
+        self_contained=self_contained,
+    )
+    return carry_out(order, progress or (lambda *_: None), notice or (lambda _: None))
+
+
+def carry_out(order: BuildOrder, update: Update, tell: Callable[[str], None]) -> Passport:
+    """Build what is ordered; see `build`."""
+    order.check()
+    shelf = Store(Path(order.store) if order.store else None)
+    files = order.base.open()
+    order.check_outside(files)
+    config = files.configs["unet"]
+    given = [(read_lora(spec.file, config), spec) for spec in order.subject_specs]
+    merged = [(read_lora(spec.file, config), spec) for spec in order.base_specs]
+    defaults = fill_in(order.defaults, order.base_specs, tell)
+    subject = _make_subject(given, order.name) if given else None
+    baked = [*merged, *given] if order.merge else merged
+    loras = [(BaseLora(lora, spec.scale, spec.target), sha256_of(lora.source_path)) for lora, spec in baked]
+    ingredients = Ingredients(files, order.slot_rank, order.engine, loras, defaults.to_dict())
+    store = PartStore(shelf, order.place, update)
+    parts = Parts(ingredients, store, order.verify, tell)
+    if subject is not None and not order.merge:
+        parts.check_fit(subject)
+    folders = parts.make()
+    if order.self_contained:
+        check_room(Estimate(0, sum(folder_bytes(folder) for folder in folders.values())), order.place.parent)
+    passport = _write(order, ingredients, store, folders, subject)
+    shelf.register(order.place, () if order.self_contained else set(store.keys.values()))
+    return passport
+
+
+def _write(
+    order: BuildOrder, ingredients: Ingredients, store: PartStore, folders: Mapping[str, Path], subject: Subject | None
+) -> Passport:
+    """Write the engine directory from the parts' folders."""
+    files, engine, defaults = ingredients.base, ingredients.engine, ingredients.defaults
+    kept: list[tuple[Subject, str]] = []
+    if subject is not None and not order.merge:
+        sources = ", ".join(str(spec.file) for spec in order.subject_specs)
+        kept = [(replace(subject, base_key=ingredients.base_key), sources)]
+    baked = [*order.base_specs, *order.subject_specs] if order.merge else order.base_specs
+    facts = {
+        "name": files.folder.name,
+        "native_side": files.native_side,
+        "slot_rank": order.slot_rank,
+        "files": files.hash_contents(),
+        "head": files.head_padding if files.has_head else None,
+        "loras": [describe_lora(spec, "both") for spec in baked],
+        "merged": subject.name if order.merge and subject else None,
+        "defaults": defaults,
+    }
+    return write_engine(
+        Path(order.out),
+        parts=folders,
+        keys=store.keys,
+        files=store.files(),
+        subjects=kept,
+        self_contained=order.self_contained,
+        created_by=f"dreammix-trt {__version__}",
+        base_key=ingredients.base_key,
+        base=facts,
+        backend=engine.backend,
+        backend_version=engine.version,
+        targets=list(engine.gpus),
+        precision=engine.precision,
+        command=order.command(defaults),
+    )
+
+
+def _make_subject(loras: Sequence[tuple[Lora, LoraSpec]], name: str | None) -> Subject:
+    first, spec = loras[0]
+    chosen = name or _name_after(spec.file)
+    if not re.fullmatch(r"[\w.-]+", chosen) or chosen.startswith("."):
+        raise InputError(
+            f"--name {chosen!r}: a subject's name has letters, digits, '_', '-' and '.' only, as it names a file"
+        )
+    hashes = [sha256_of(lora.source_path, verify=True) for lora, _ in loras]
+    return subject_from_loras(
+        [(lora, each.scale, each.target) for lora, each in loras],
+        chosen,
+        first.metadata.get("token", "sks"),
+        first.metadata.get("class_name", ""),
+        source_sha256=hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
+    )
+
+
+def _name_after(path: Path) -> str:
+    """A subject's name from its LoRA's place: the folder that says most."""
+    parts = [part for part in (path.absolute().parts if path.is_dir() else path.absolute().with_suffix("").parts)]
+    dull = {"lora", "out", "output", "pytorch_lora_weights"}
+    told = [part for part in reversed(parts) if part.lower() not in dull and not part.startswith("checkpoint-")]
+    return re.sub(r"[^\w.-]+", "-", told[0]).strip("-.") or "subject" if told else "subject"

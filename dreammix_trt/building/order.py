@@ -1,0 +1,145 @@
+"""What a build is asked for, and the command line that asks for the same."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dreammix_trt.building.defaults import Defaults
+from dreammix_trt.building.engine_options import EngineOptions
+from dreammix_trt.core.checkpoint import BaseFiles
+from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.files import check_place
+from dreammix_trt.core.lora import LoraSpec, parse_lora
+from dreammix_trt.core.passport import FILE_NAME as PASSPORT
+
+LoraOption = str | Path | LoraSpec
+
+
+@dataclass(frozen=True)
+class BaseSources:
+    """Where a base comes from; None: the embedded one, and what lies beside the base or in it."""
+
+    base: str | Path | None = None
+    patch: str | Path | None = None
+    head: str | Path | None = None
+    vae: str | Path | None = None
+    tokenizer: str | Path | None = None
+    patch_biases: bool = False
+
+    def open(self) -> BaseFiles:
+        """Raises FileFormatError for what is no base, InputError for biases of no patch."""
+        files = BaseFiles.open(
+            self.base, self.patch, self.head, self.patch_biases, vae=self.vae, tokenizer=self.tokenizer
+        )
+        if self.patch_biases and files.patch is None:
+            raise InputError("patch_biases is given, but this base has no patch: give --patch, or leave it")
+        return files
+
+
+@dataclass(frozen=True)
+class BuildOrder:
+    """All that `build` is asked for, as it was said; see there."""
+
+    out: str | Path
+    base: BaseSources = field(default_factory=BaseSources)
+    lora: LoraOption | Sequence[LoraOption] | None = None
+    base_loras: Sequence[LoraOption] = ()
+    name: str | None = None
+    merge: bool = False
+    slot_rank: int = 8
+    defaults: Defaults = field(default_factory=Defaults)
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    verify: bool | None = None
+    store: str | Path | None = None
+    self_contained: bool = False
+
+    @property
+    def place(self) -> Path:
+        """The engine directory to be."""
+        return Path(self.out).resolve()
+
+    @cached_property
+    def subject_specs(self) -> list[LoraSpec]:
+        """The subject's LoRAs. Raises InputError for what is none."""
+        given = [] if self.lora is None else [self.lora] if isinstance(self.lora, LoraOption) else self.lora
+        return _parse_loras(given, "patched")
+
+    @cached_property
+    def base_specs(self) -> list[LoraSpec]:
+        """The base's LoRAs. Raises InputError for what is none."""
+        return _parse_loras(self.base_loras, "both")
+
+    def check(self) -> None:
+        """Raise InputError for what cannot be built, before anything is read."""
+        if not 0 <= self.slot_rank <= 256:
+            raise InputError(f"slot_rank is {self.slot_rank}; allowed: 0 (no slots) to 256")
+        check_place(self.out, PASSPORT)
+        self.engine.check()
+        if self.name is not None and self.lora is None:
+            raise InputError(f"name is {self.name!r}, but there is no LoRA to make a subject of: give --lora")
+        subject_specs, _ = self.subject_specs, self.base_specs  # refuses what is none
+        if self.merge and not subject_specs:
+            raise InputError("merge needs a LoRA to bake in: give --lora, or leave --merge")
+
+    def check_outside(self, files: BaseFiles) -> None:
+        """Raise InputError for a source inside the directory that is about to be replaced."""
+        loras = (spec.file for spec in (*self.subject_specs, *self.base_specs))
+        for source in (files.folder, files.patch, files.head_file, files.vae, files.tokenizer, *loras):
+            if source is not None and source.resolve().is_relative_to(self.place):
+                raise InputError(
+                    f"{source} lies in {Path(self.out)}, which this build replaces; move it, or choose another --out"
+                )
+
+    def command(self, defaults: Mapping[str, Any]) -> str:
+        """The command line that makes this engine again; defaults: of requests, as they were filled in."""
+        options = {
+            "lora": [describe_lora(spec, "patched") for spec in self.subject_specs],
+            "out": self.out,
+            "base": self.base.base,
+            "patch": self.base.patch,
+            "head": self.base.head,
+            "vae": self.base.vae,
+            "tokenizer": self.base.tokenizer,
+            "name": self.name,
+            "merge": self.merge,
+            "slot_rank": self.slot_rank if self.slot_rank != BuildOrder.slot_rank else None,
+            "patch_biases": self.base.patch_biases,
+            "base_lora": [describe_lora(spec, "both") for spec in self.base_specs],
+            "self_contained": self.self_contained,
+            "store": self.store,
+            "verify": self.verify,
+            "no_verify": self.verify is False,
+            **self.engine.words(),
+            "sampler": defaults.get("sampler"),
+            "steps": defaults.get("num_inference_steps"),
+            "guidance_scale": defaults.get("guidance_scale"),
+        }
+        words = (word for option, value in options.items() for word in _list_words(option, value))
+        return shlex.join(("dreammix-trt", "build", *words))
+
+
+def describe_lora(spec: LoraSpec, usual: str) -> str:
+    """The option that means this LoRA; usual: the target where none is given."""
+    target = f":{spec.target}" if spec.target != usual else ""
+    plain = f"{spec.scale:g}" if float(f"{spec.scale:g}") == spec.scale else repr(spec.scale)
+    scale = f":{plain}" if spec.scale != 1 or target or ":" in spec.file.name else ""
+    return f"{spec.file}{scale}{target}"
+
+
+def _parse_loras(given: Sequence[LoraOption], target: Any) -> list[LoraSpec]:
+    return [each if isinstance(each, LoraSpec) else parse_lora(str(each), target) for each in given]
+
+
+def _list_words(option: str, value: Any) -> Iterator[str]:
+    """An option of the command line once for each of its values; None, False: not at all."""
+    for each in value if isinstance(value, list | tuple) else [value]:
+        if each is None or each is False:
+            continue
+        yield f"--{option.replace('_', '-')}"
+        if each is not True:
+            yield str(each)

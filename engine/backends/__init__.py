@@ -1,0 +1,1 @@
+"""The back ends that run networks: ONNX Runtime and TensorRT."""

@@ -1,0 +1,1 @@
+"""TensorRT-RTX and TensorRT: building plans ahead of time, and running them."""

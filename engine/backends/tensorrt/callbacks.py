@@ -1,0 +1,139 @@
+"""What TensorRT calls back while it builds and runs: logger, progress monitor, writer.
+
+The packages ignore exceptions of a callback, Ctrl-C and a full disk included, and report success nevertheless. So
+nothing here raises: errors are kept for the caller, who asks for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+LOGGER = logging.getLogger(__name__)
+NOTICEABLE = 0.002
+Events = queue.SimpleQueue[tuple[float, str] | None]
+
+
+class Heard(threading.local):
+    """The package's messages in this thread, (severity, text); None: nobody collects them."""
+
+    messages: list[tuple[str, str]] | None = None
+
+
+HEARD = Heard()
+
+
+@contextlib.contextmanager
+def collect_messages() -> Iterator[list[tuple[str, str]]]:
+    """Collect the package's messages of this thread within the block: (severity, text), warnings and errors."""
+    before, HEARD.messages = HEARD.messages, []
+    try:
+        yield HEARD.messages
+    finally:
+        HEARD.messages = before
+
+
+@functools.cache
+def get_logger(trt: Any) -> Any:
+    """The one logger that a package accepts in a process.
+
+    A message goes to the collector of the thread in which it arises.
+    """
+
+    class Listener(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity.name in ("INFO", "VERBOSE"):
+                return
+            LOGGER.debug("%s: %s", severity.name, message)
+            if HEARD.messages is not None:
+                HEARD.messages.append((severity.name, message))
+
+    return Listener()
+
+
+def make_monitor(trt: Any, events: Events, cancelled: threading.Event) -> Any:
+    """Make a monitor that puts the builder's progress on a queue.
+
+    cancelled: once it is set, the monitor stops the build at the next step.
+    """
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps, self.reported = BuildSteps(), -1.0
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.report(self.steps.start(phase_name, parent_phase, num_steps), phase_name)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            self.report(self.steps.complete(phase_name, step), phase_name)
+            return not cancelled.is_set()
+
+        def report(self, fraction: float, phase: str) -> None:
+            if fraction >= self.reported + NOTICEABLE:  # a large network has a hundred thousand steps
+                self.reported = fraction
+                events.put((fraction, phase))
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.steps.finish(phase_name)
+
+    return Monitor()
+
+
+class BuildSteps:
+    """Turns nested phases of a number of steps each into one fraction in 0..1 that never falls."""
+
+    def __init__(self) -> None:
+        self._phases: dict[str, list[Any]] = {}  # name -> [parent, steps, done]
+        self._reached, self._lock = 0.0, threading.Lock()
+
+    def start(self, name: str, parent: str | None, steps: int) -> float:
+        with self._lock:
+            self._phases[name] = [parent, max(1, steps), 0]
+            return self._find_fraction(name)
+
+    def complete(self, name: str, step: int) -> float:
+        with self._lock:
+            if name in self._phases:
+                self._phases[name][2] = step + 1
+            return self._find_fraction(name)
+
+    def finish(self, name: str) -> None:
+        with self._lock:
+            self._phases.pop(name, None)
+
+    def _find_fraction(self, name: str | None) -> float:
+        fraction = 0.0
+        while name is not None and name in self._phases:
+            name, steps, done = self._phases[name]
+            fraction = min(1.0, (done + fraction) / steps)
+        self._reached = max(self._reached, fraction)
+        return self._reached
+
+
+def make_writer(trt: Any, stream: BinaryIO) -> Any:
+    """Make a writer that takes the plan in pieces. It keeps the first error, as the builder ignores exceptions."""
+
+    class Writer(trt.IStreamWriter):
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.error: BaseException | None = None
+
+        def write(self, data: bytes) -> int:
+            if self.error is None:
+                try:
+                    stream.write(data)
+                    return len(data)
+                except BaseException as error:
+                    self.error = error
+            return 0
+
+    return Writer()

@@ -1,0 +1,1 @@
+"""Requests on a device, from upload to finished pictures."""

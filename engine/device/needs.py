@@ -1,0 +1,146 @@
+"""What a runtime needs from a device before its first request: the arena's regions, scratch, and the memory plan."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+
+from dreammix_trt.core.config_fields import TOKENS
+from dreammix_trt.core.errors import EngineError, InputError
+from dreammix_trt.core.networks import KINDS, twin_name
+from dreammix_trt.core.seam import BaseFacts, DeviceNetworks
+from dreammix_trt.engine.canvas.geometry import Size
+from dreammix_trt.engine.device import blocks, phases, room, texts
+from dreammix_trt.engine.device.arena import Regions, measure_regions
+from dreammix_trt.engine.device.blocks import Picture
+from dreammix_trt.engine.device.memory_plan import MemoryPlan, Options, plan_memory
+from dreammix_trt.engine.device.room import RoomShape
+from dreammix_trt.engine.device.subjects import Layout
+from dreammix_trt.engine.device.tools import CHANNELS
+from dreammix_trt.engine.drivers.device import Device
+
+
+class Needs:
+    """What networks need with options.
+
+    Raises InputError for options that the engines were not built for, EngineError for a base that lacks a network.
+    """
+
+    def __init__(self, networks: DeviceNetworks, options: Options) -> None:
+        self._networks, self._options = networks, options
+        self._facts: BaseFacts = networks.facts
+        most = networks.most_pictures
+        if most is not None and options.pictures > most:
+            raise InputError(
+                f"pictures is {options.pictures}, these engines take {most} in a batch; "
+                f"build them again with `--pictures {options.pictures}`"
+            )
+        for kind in KINDS:
+            if kind.required and kind.name not in networks:
+                raise EngineError(f"the base has no network {kind.name!r}; build it again with `dreammix-trt build`")
+        self.layout = Layout(networks, options.pictures)
+
+    @cached_property
+    def largest(self) -> RoomShape:
+        """The largest shape that a room can have."""
+        side = self._facts.native_side
+        frames: Sequence[Size] = self._networks.frames() or ((side, side),)
+        work = max(frames, key=lambda size: size[0] * size[1])
+        return RoomShape(work, self._options.pictures, 2, self.most_context)
+
+    @property
+    def most_context(self) -> int:
+        """The longest condition for which memory is set aside."""
+        lengths = self._networks.contexts()
+        return max(lengths) if lengths else max(self._options.context, TOKENS)
+
+    def check_context(self, extra: int) -> int:
+        """Rows of a condition with `extra` rows appended. Raises InputError for a number of rows that does not fit."""
+        length, lengths = TOKENS + extra, self._networks.contexts()
+        if lengths is not None and length not in lengths:
+            built = ", ".join(map(str, lengths))
+            raise InputError(
+                f"the condition has {length} rows, and these engines take {built}; build them with `--context "
+                f"{','.join(map(str, sorted({*lengths, length})))}`"
+            )
+        if lengths is None and length > self.most_context:
+            raise InputError(
+                f"the condition has {length} rows, and this runtime was loaded for {self.most_context}: load it with "
+                f"context={length}"
+            )
+        return length
+
+    def check_picture(self, picture: Picture) -> None:
+        """Raise InputError for a picture that exceeds the memory set aside, or that the networks do not take."""
+        work = picture.work
+        blocks.check_size(work.canvas, self._options.largest_picture)
+        blocks.check_tables(picture)
+        self.check_context(work.prompts.extra)
+        largest = self.largest.work
+        for framing in picture.framings:
+            if any(side % self._facts.divisor for side in framing.size):
+                raise InputError(
+                    f"reference mode needs a frame of {framing.size[0]}x{framing.size[1]} pixels here, and this base's "
+                    f"networks take multiples of {self._facts.divisor}; use native mode, or another reference_resize"
+                )
+            if framing.work[0] * framing.work[1] > largest[0] * largest[1]:
+                raise InputError(
+                    f"the frame of {framing.work[1]}x{framing.work[0]} is larger than the base's "
+                    f"{largest[1]}x{largest[0]}; crop the picture to a plainer aspect"
+                )
+
+    @cached_property
+    def blocks(self) -> Regions:
+        """The regions that a batch's records fill."""
+        width, _ = texts.find_widths(self._networks)
+        return blocks.list_regions(self._options.pictures, self.most_context - TOKENS, width)
+
+    @cached_property
+    def regions(self) -> Regions:
+        """All regions of the arena."""
+        options, networks = self._options, self._networks
+        return {
+            **phases.list_regions(measure_scratch, self.largest, options.largest_picture),
+            **self.blocks,
+            **room.list_regions(networks, self.largest),
+            **texts.list_regions(networks, options.pictures, 2, options.texts, self.most_context),
+            **self.layout.list_regions(options.subjects),
+            "workspace": ((self._measure_workspace(),), "uint8"),
+        }
+
+    def plan(self, device: Device, *, beside: bool) -> MemoryPlan:
+        """Make the memory plan on a device.
+
+        beside: another runtime uses the same networks.
+        """
+        free, total = device.memory()
+        taken = measure_regions(self.regions)
+        workspace = taken.pop("workspace")
+        loaded = [name for name in self._networks.loaded if name in self._networks]
+        plan = plan_memory(self._networks, free, total, self._options, taken, workspace, loaded=loaded, beside=beside)
+        logging.getLogger(__name__).info("%s", plan)
+        return plan
+
+    def _measure_workspace(self) -> int:
+        """Scratch for the network that needs most: they never run at once."""
+        needs = [256]
+        for kind in KINDS:
+            for name in (kind.name, twin_name(kind.name)):
+                if name in self._networks:
+                    needs.append(self._networks.workspace_bytes(name, self.largest.sides_of(kind.call)))
+        return max(needs)
+
+
+def measure_scratch(kernel: str, pictures: int, height: int, width: int) -> int:
+    """Bytes of scratch that a kernel needs.
+
+    kernel: "fill" (pictures, height, width), "distance" (1, pixels, 1) or "step" (pictures, height, width in cells).
+    """
+    gpu = importlib.import_module("dreammix_trt._cpp").gpu
+    if kernel == "fill":
+        return int(gpu.fill_scratch(height=height, width=width))
+    if kernel == "distance":
+        return int(gpu.distance_scratch(height * width))
+    return int(gpu.step_scratch(pictures=pictures, channels=CHANNELS, height=height, width=width))

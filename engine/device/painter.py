@@ -1,0 +1,201 @@
+"""The phases of one batch on a device: in which room they run, which weights they need, in what order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from dreammix_trt.core.errors import EngineError, NotFiniteError
+from dreammix_trt.core.networks import KINDS, flag_of, names_of_phase
+from dreammix_trt.core.schedule import Step
+from dreammix_trt.core.seam import Array
+from dreammix_trt.engine.device import phases
+from dreammix_trt.engine.device.blocks import Picture
+from dreammix_trt.engine.device.phases import Phases
+from dreammix_trt.engine.device.room import Room, RoomShape
+from dreammix_trt.engine.drivers.device import Mark
+
+if TYPE_CHECKING:
+    from dreammix_trt.engine.device.studio import Studio
+
+U8 = npt.NDArray[np.uint8]
+
+
+Marks = list[tuple[str, Mark]]
+
+
+def add_up_marks(marks: Marks) -> dict[str, float]:
+    """Device seconds of each phase.
+
+    marks: the first one starts the clock; marks without a name end no phase.
+    """
+    seconds: dict[str, float] = {}
+    for (_, earlier), (name, mark) in pairwise(marks):
+        if name:
+            seconds[name] = seconds.get(name, 0.0) + mark.seconds_since(earlier)
+    return seconds
+
+
+class DevicePainter:
+    """See `engine.painting.Painter`.
+
+    studio: paints in this studio's memory.
+    safe: use the available float32 twins.
+    marks: points in the stream with the phase that ended there; the first starts the clock.
+    """
+
+    def __init__(self, studio: Studio, batch: Sequence[Picture], *, safe: bool, marks: Marks) -> None:
+        self._studio, self._batch, self._safe, self.marks = studio, batch, safe, marks
+        self.schedule = batch[0].work.schedule
+        self.keeps_local = batch[0].keeps_local
+        self._turn = studio.turn
+        self._step_done = -1
+        self._rooms: list[tuple[Room, bool]] = []
+        self._now = 0  # the stage under way
+
+    # -- the phases ---------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Enter the rooms, upload, encode the texts, start every picture."""
+        studio, first = self._studio, self._batch[0]
+        studio.pace.wait()
+        studio.rooms.leave()  # the rooms of a batch that was not finished
+        rows = 2 if first.work.request.guided else 1
+        context = studio.needs.check_context(first.work.prompts.extra)
+        for framing in first.framings:
+            shape = RoomShape(framing.work, len(self._batch), rows, context, self._safe)
+            same = next((entered for entered in self._rooms if entered[0].shape == shape), None)
+            self._rooms.append(same or studio.rooms.enter(shape))
+        if not self.marks:
+            self._mark("")
+        studio.transfers.upload(self._batch, studio.facts, studio.stream)
+        self._mark("upload")
+        self._prepare_texts()
+        studio.residency.need("vae_encoder", "inpaint_head", safe=self._safe)
+        if "inpaint_head" in studio.networks:  # the raw UNet never gets the head's feature
+            studio.device.clear(studio.arena["no feature"], studio.stream)
+        for k, picture in enumerate(self._batch):
+            schedule = picture.work.schedule
+            self._play(phases.Start(k, schedule[0].stage, schedule.fills, bool(picture.dilate)))
+        self._count_from(0)
+        studio.pace.begin()
+        self._mark("start")
+
+    def step(self, step: Step) -> None:
+        """Carry out one row of the schedule. The host stays a few steps ahead."""
+        self._check_turn()
+        self._studio.residency.need(step.network, safe=self._safe)
+        self._play(phases.TakeStep(step.network))
+        self._step_done = step.index
+        self._studio.pace.count_step()
+
+    def hand_over(self, step: Step) -> None:
+        """Decode the first stage's pictures, start the second stage."""
+        self._check_turn()
+        self._mark("loop")
+        self._studio.residency.need(*names_of_phase("picture"), safe=self._safe)
+        for k, picture in enumerate(self._batch):
+            self._now = 0
+            self._play(phases.DecodeLocal(k, "x" if self.keeps_local else "x0"))
+            self._now = 1
+            self._play(phases.HandOver(k, picture.work.request.gch_background == "original"))
+        self._count_from(step.index)
+        self._studio.pace.begin()
+        self._mark("hand over")
+
+    def finish(self) -> list[U8]:
+        """Decode and paste, then download pictures and flags and wait for them."""
+        self._check_turn()
+        self._mark("loop")
+        studio = self._studio
+        studio.residency.need("vae_decoder", safe=self._safe)
+        for k, picture in enumerate(self._batch):
+            self._play(phases.Finish(k, picture.second is not None, picture.keeps_local))
+        self._mark("finish")
+        collect = studio.transfers.download([picture.work.canvas.size for picture in self._batch], studio.stream)
+        self._mark("download")
+        studio.pace.wait_for(self.marks[-1][1])
+        studio.device.synchronize(studio.stream)
+        flags, images = collect()
+        seen = int(np.bitwise_or.reduce(flags))
+        for kind in KINDS:  # in running order: later networks may only have passed on the first one's values
+            if seen & flag_of(kind.name):
+                raise NotFiniteError(f"{kind.name} gave values that are not numbers", kind.name)
+        return images
+
+    def open_preview(self) -> Callable[[int], U8]:
+        """A function that shows picture k's present prediction and waits for it.
+
+        It raises EngineError once the next step is enqueued.
+        """
+        index = self._step_done
+
+        def preview(k: int) -> U8:
+            if self._studio.turn is not self._turn or self._step_done != index:
+                raise EngineError(f"the preview of step {index} is gone: ask for it before the next step")
+            return self._show_latent(k, "x0")
+
+        return preview
+
+    def show_stages(self, k: int) -> dict[str, U8]:
+        """After `finish`: what picture k's stages decoded, uint8 (h, w, 3), by name."""
+        found = {}
+        if self._batch[k].second is not None:
+            decoded = self._studio.arena["decoded"][k].reshape((*self._batch[k].first.size, 3))
+            found["local result"] = self._studio.bring(decoded)
+        return found | {"last result": self._show_latent(k, "x")}
+
+    # -- parts of them ------------------------------------------------------------------------------------------------
+
+    @property
+    def _room(self) -> Room:
+        return self._rooms[self._now][0]
+
+    def _prepare_texts(self) -> None:
+        """Enter the subjects and write the texts of every picture."""
+        studio = self._studio
+        studio.device.clear(studio.arena["flags"], studio.stream)
+        studio.subjects.enter([picture.work.subject for picture in self._batch])
+        plans = [picture.work.prompts for picture in self._batch]
+        if any(studio.texts.lacks(plan) for plan in plans):
+            studio.residency.need(*names_of_phase("text"), safe=self._safe)
+        dtype = self._room.arrays["unet"]["encoder_hidden_states"].dtype
+        for k, plan in enumerate(plans):
+            context, capture = self._room.shape.context, studio.residency.captures
+            studio.texts.compose(k, context, dtype, plan, safe=self._safe, capture=capture)
+        self._mark("text")
+
+    def _play(self, phase: phases.Phase) -> None:
+        room, keep = self._rooms[self._now]
+        capture = keep and self._studio.residency.captures
+        room.play(phase, self._open_phases().record, self._studio.stream, capture=capture)
+
+    def _open_phases(self) -> Phases:
+        studio = self._studio
+        return Phases(studio.device, studio.stream, studio.arena, self._room, studio.texts, studio.facts)
+
+    def _show_latent(self, k: int, source: phases.Latent) -> U8:
+        studio = self._studio
+        with studio.explain_memory():
+            studio.residency.need("vae_decoder", safe=self._safe)
+            shown: Array = self._open_phases().preview(k, source)
+            return studio.bring(shown)
+
+    def _count_from(self, index: int) -> None:
+        """Set the step counter, by a copy within the device."""
+        studio = self._studio
+        studio.device.copy(studio.arena["counter"], studio.arena["numbers"].part(index, 1), studio.stream)
+
+    def _mark(self, phase: str) -> None:
+        self.marks.append((phase, self._studio.device.mark(self._studio.stream, timed=True)))
+
+    def _check_turn(self) -> None:
+        if self._studio.turn is not self._turn:
+            raise EngineError(
+                "this runtime was closed, or has begun another request, before this one was done: take one "
+                "request at a time, or use `another()`"
+            )

@@ -1,0 +1,314 @@
+"""One frame size on the device: the networks bound to the arena at that size, and the graphs captured there.
+
+A room is everything that depends on a shape. Its graphs hold whole phases. Pictures, schedules, texts and subjects are
+data, so the graphs are replayed for any request of the shape.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dreammix_trt.core.axes import FACTOR, Sides, Tensor
+from dreammix_trt.core.config_fields import TOKENS
+from dreammix_trt.core.errors import OutOfMemoryError
+from dreammix_trt.core.networks import KINDS, Call, NetworkKind, twin_name
+from dreammix_trt.core.seam import Array, Bound, DeviceNetworks, Stream
+from dreammix_trt.engine.canvas.geometry import Size, floor_to_cells
+from dreammix_trt.engine.canvas.tiles import Tiling, needs_tiles, tiles_of
+from dreammix_trt.engine.device.arena import Arena, Regions
+from dreammix_trt.engine.device.subjects import Layout
+from dreammix_trt.engine.drivers.device import CapturedGraph, Device, Memory
+
+Ramps = list[tuple[Array, Array]]
+
+UNET_INPUTS = {
+    "sample": "sample",
+    "timestep": "timestep",
+    "encoder_hidden_states": "text",
+    "text_embeds": "pooled text",
+    "time_ids": "time ids",
+    "inpaint_feature": "feature",
+}
+
+
+@dataclass(frozen=True)
+class RoomShape:
+    """What decides a room.
+
+    work: the frame's work size (height, width) in pixels.
+    pictures: of a batch.
+    rows_per_picture: of the UNet's batch.
+    context: rows of the text condition.
+    safe: whether networks are replaced by their float32 twins.
+    """
+
+    work: Size
+    pictures: int
+    rows_per_picture: int
+    context: int = TOKENS
+    safe: bool = False
+
+    @property
+    def size(self) -> Size:
+        """(height, width) in pixels that the networks see."""
+        return floor_to_cells(self.work)
+
+    @property
+    def latent(self) -> Size:
+        return self.size[0] // FACTOR, self.size[1] // FACTOR
+
+    @property
+    def batch(self) -> Sides:
+        """The sides of a UNet call."""
+        return Sides(self.pictures * self.rows_per_picture, self.pictures, *self.latent, self.context)
+
+    @property
+    def one(self) -> Sides:
+        """The sides of one picture."""
+        return Sides(1, 1, *self.latent)
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """How the VAE runs in tiles; None: whole."""
+        return tiles_of(*self.latent) if needs_tiles(*self.size) else None
+
+    @property
+    def vae(self) -> Sides:
+        """The sides of a VAE call."""
+        tiling = self.tiling
+        return Sides(1, 1, tiling.height, tiling.width) if tiling else self.one
+
+    def sides_of(self, call: Call) -> Sides:
+        """The sides of a network by the way it is called (core/networks.py)."""
+        return {"prompt": self.one, "frame": self.one, "vae": self.vae, "step": self.batch}[call]
+
+
+def choose_twin(networks: DeviceNetworks, name: str, safe: bool) -> str:
+    """A network's name, or with `safe` its float32 twin's where it exists."""
+    twin = twin_name(name)
+    return twin if safe and twin in networks else name
+
+
+def list_regions(networks: DeviceNetworks, largest: RoomShape) -> Regions:
+    """Memory to which the networks are bound.
+
+    largest: the largest room.
+
+    The UNets share theirs. Every other network has its own, large enough for float32, which twins use.
+    """
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    batch = largest.batch
+    inputs = {tensor.name: tensor for tensor in networks.inputs("unet")}
+    for name, region in UNET_INPUTS.items():
+        found[region] = (batch.shape(inputs[name]), _choose_dtype(networks, "unet", inputs[name]))
+    found["no feature"] = found["feature"]
+    eps = networks.outputs("unet")[0]
+    found["eps"] = (batch.shape(eps), _choose_dtype(networks, "unet", eps))
+    for kind in _list_kinds(networks):
+        if kind.call != "step":
+            sides = largest.sides_of(kind.call)
+            for tensor in (*networks.inputs(kind.name), *networks.outputs(kind.name)):
+                found[f"{kind.name} {tensor.name}"] = (sides.shape(tensor), "float32")
+    return found
+
+
+def _list_kinds(networks: DeviceNetworks) -> Iterator[NetworkKind]:
+    """The networks that rooms bind: all but those of prompts, whose sizes do not depend on the frame."""
+    return (kind for kind in KINDS if kind.call != "prompt" and kind.name in networks)
+
+
+def _choose_dtype(networks: DeviceNetworks, name: str, tensor: Tensor) -> str:
+    """The larger type where a float32 twin shares the memory."""
+    return "float32" if twin_name(name) in networks and tensor.dtype == "float16" else tensor.dtype
+
+
+class Room:
+    """The bound networks of a shape.
+
+    arrays: by network and tensor name.
+    """
+
+    def __init__(
+        self,
+        shape: RoomShape,
+        device: Device,
+        networks: DeviceNetworks,
+        arena: Arena,
+        layout: Layout,
+        workspace: Array,
+        upload: Callable[[Array, np.ndarray], None],
+    ) -> None:
+        """Bind the networks of a shape.
+
+        workspace: scratch that the networks share.
+        upload: copies values to the device, and waits.
+        """
+        self.shape = shape
+        self.arrays: dict[str, dict[str, Array]] = {}
+        self._device, self._networks, self._workspace, self._upload = device, networks, workspace, upload
+        self._bound: dict[str, Bound] = {}
+        self._graphs: dict[Hashable, CapturedGraph] = {}
+        self._used: set[str] = set()  # networks of the present phase
+        self._plain: set[Hashable] = set()  # phases that cannot be captured
+        self._arena = arena
+        self._memory: list[Memory] = []
+        self._ramps: dict[int, Ramps] = {}
+        try:
+            if shape.tiling:
+                self._ramps = {factor: self._upload_ramps(shape.tiling, factor) for factor in (1, FACTOR)}
+            for kind in _list_kinds(networks):
+                self._bind(kind, layout)
+        except BaseException:
+            self.close()
+            raise
+
+    def enqueue(self, name: str, stream: Stream) -> None:
+        """Run a network of the room."""
+        self._used.add(name)
+        self._bound[name].enqueue(stream)
+
+    def play(self, phase: Hashable, record: Callable[[Any], None], stream: Stream, *, capture: bool) -> None:
+        """Do what `record(phase)` enqueues: replay its graph, or run it plainly and capture it for the next time.
+
+        phase: a value that decides everything that is recorded.
+        capture: whether it may be captured.
+        """
+        graph = self._graphs.get(phase)
+        if graph is not None:
+            graph.launch(stream)
+            return
+        self._used.clear()
+        record(phase)
+        ready = all(self._bound[name].capturable for name in self._used)  # the others may never have run
+        if capture and ready and phase not in self._plain:
+            graph = try_capture(self._device, stream, lambda: record(phase))
+            if graph is None:
+                self._plain.add(phase)
+            else:
+                self._graphs[phase] = graph
+
+    def close(self) -> None:
+        """Free graphs and bindings. The device must be idle."""
+        for graph in self._graphs.values():
+            graph.close()
+        for bound in self._bound.values():
+            bound.close()
+        for memory in self._memory:
+            memory.free()
+        self._graphs, self._bound, self._memory = {}, {}, []
+
+    def ramps(self, factor: int) -> Ramps:
+        """Each tile's weights along rows and columns, float32.
+
+        factor: 1: in latent cells; `FACTOR`: in pixels.
+        """
+        return self._ramps[factor]
+
+    def _upload_ramps(self, tiling: Tiling, factor: int) -> Ramps:
+        tiles = tiling.tiles(factor)
+        values = np.concatenate([ramp for tile in tiles for ramp in (tile.ramp_rows, tile.ramp_cols)])
+        memory = self._device.allocate(values.nbytes)
+        self._memory.append(memory)
+        whole = Array(memory.pointer, values.shape, "float32")
+        self._upload(whole, values)
+        height, width = factor * tiling.height, factor * tiling.width
+        starts = [index * (height + width) for index in range(len(tiles))]
+        return [(whole.part(at, height), whole.part(at + height, width)) for at in starts]
+
+    def _bind(self, kind: NetworkKind, layout: Layout) -> None:
+        name, sides = kind.name, self.shape.sides_of(kind.call)
+        actual = choose_twin(self._networks, name, self.shape.safe)
+        arrays = {}
+        for tensor in (*self._networks.inputs(actual), *self._networks.outputs(actual)):
+            region = _region_of(kind, tensor)
+            if region is not None:
+                arrays[tensor.name] = self._arena[region].reshape(sides.shape(tensor), tensor.dtype)
+        arrays |= layout.cut_arrays(name, self._arena["bound factors"], sides.pictures)
+        self.arrays[name] = arrays
+        need = self._networks.workspace_bytes(actual, sides)
+        if need > self._workspace.nbytes:  # a smaller frame may use kernels that need more than the largest frame's
+            self._memory.append(self._device.allocate(need))
+            self._workspace = Array(self._memory[-1].pointer, (need,), "uint8")
+        self._bound[name] = self._networks.bind(actual, sides, arrays, self._workspace)
+
+
+def try_capture(device: Device, stream: Stream, record: Callable[[], None]) -> CapturedGraph | None:
+    """Capture what just ran plainly as a graph. None, with a log entry, where it cannot be captured."""
+    try:
+        return device.capture(stream, record)
+    except (OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # back ends report it in errors of their own
+        if getattr(error, "lost", False):
+            raise
+        logging.getLogger(__name__).warning("a phase cannot be captured and goes on running plainly: %s", error)
+        return None
+
+
+def _region_of(kind: NetworkKind, tensor: Tensor) -> str | None:
+    """The region of a tensor of a network; None: it is among the factors (`Layout`)."""
+    if kind.call != "step":
+        return f"{kind.name} {tensor.name}"
+    raw = {"inpaint_feature": "no feature"} if kind.name == "unet_raw" else {}
+    return {**UNET_INPUTS, **raw, "eps": "eps"}.get(tensor.name)
+
+
+class Rooms:
+    """The rooms of a runtime. At most `most` of them are kept.
+
+    A shape gets a room that stays when there is space for one, or when the shape comes a second time while another room
+    was not used for longer. Else it gets a guest's room, whose phases run uncaptured and which is closed after the
+    request. A room that the same request has entered is never closed.
+    """
+
+    def __init__(self, make: Callable[[RoomShape], Room], most: int = 4) -> None:
+        self._make, self._most = make, most
+        self._kept: OrderedDict[RoomShape, Room] = OrderedDict()
+        self._seen: OrderedDict[RoomShape, None] = OrderedDict()
+        self._guests: list[Room] = []
+        self._entered: set[RoomShape] = set()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def enter(self, shape: RoomShape) -> tuple[Room, bool]:
+        """The room of a shape, and whether its phases may be captured. The device must be idle."""
+        self._entered.add(shape)
+        if shape in self._kept:
+            self._kept.move_to_end(shape)
+            return self._kept[shape], True
+        full = len(self._kept) >= self._most
+        oldest = next((each for each in self._kept if each not in self._entered), None)
+        if full and (oldest is None or shape not in self._seen):
+            self._seen[shape] = None
+            if len(self._seen) > 4 * self._most:
+                self._seen.popitem(last=False)
+            logging.getLogger(__name__).debug("%s runs uncaptured: %d shapes are kept", shape, self._most)
+            room = self._make(shape)
+            self._guests.append(room)
+            return room, False
+        if full and oldest is not None:
+            self._kept.pop(oldest).close()
+        self._seen.pop(shape, None)
+        room = self._kept[shape] = self._make(shape)
+        return room, True
+
+    def leave(self) -> None:
+        """End a request: close the guests' rooms. The device must be idle."""
+        for room in self._guests:
+            room.close()
+        self._guests.clear()
+        self._entered.clear()
+
+    def close(self) -> None:
+        """Close every room. The device must be idle."""
+        self.leave()
+        for room in self._kept.values():
+            room.close()
+        self._kept.clear()

@@ -1,0 +1,192 @@
+"""The phases of one picture on the host (docs/algorithm.md, 3 to 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from dreammix_trt.core.networks import kind_of
+from dreammix_trt.core.noise import NoiseProvider
+from dreammix_trt.core.request import Request
+from dreammix_trt.core.schedule import Schedule, Step
+from dreammix_trt.core.schedule import Stage as StageName
+from dreammix_trt.core.seam import BaseFacts, Networks
+from dreammix_trt.engine.canvas.frames import Canvas, Frame, from_decoded
+from dreammix_trt.engine.canvas.tiles import needs_tiles, run_tiled, tiles_of
+from dreammix_trt.engine.host.clock import PhaseClock
+from dreammix_trt.engine.host.denoiser import Conditioning, Denoiser
+from dreammix_trt.engine.host.sampling import Stage, Taken, take_step
+from dreammix_trt.engine.host.texts import Text
+
+F32 = npt.NDArray[np.float32]
+U8 = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class Sitting:
+    """One picture to paint, and everything that it is painted with.
+
+    texts: of the stages "lcg" and "gch".
+    factors: network -> (P,), the subject's packed row.
+    noise: its random numbers.
+    """
+
+    canvas: Canvas
+    request: Request
+    schedule: Schedule
+    texts: Mapping[str, Text]
+    factors: Mapping[str, F32]
+    noise: NoiseProvider
+
+
+class HostPainter:
+    """See `engine.painting.Painter`.
+
+    shown: collects pictures of what each stage did; None: they are not wanted.
+    taken: the last step.
+    """
+
+    def __init__(
+        self,
+        sitting: Sitting,
+        networks: Networks,
+        facts: BaseFacts,
+        denoiser: Denoiser,
+        *,
+        clock: PhaseClock | None = None,
+        shown: dict[str, U8] | None = None,
+    ) -> None:
+        self.schedule = sitting.schedule
+        self.shown = shown
+        self.taken: Taken | None = None
+        self.stage: Stage
+        self.frame: Frame
+        self._sitting, self._canvas, self._request = sitting, sitting.canvas, sitting.request
+        self._networks, self._facts, self._denoiser, self._clock = networks, facts, denoiser, clock or PhaseClock()
+        self._first_size = (0, 0)
+        self._local: tuple[Frame, U8] | None = None
+        self._before: Taken | None = None
+
+    # -- the phases ---------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Frame, fill, encodings, head; then noise on the filled background."""
+        stage = self.schedule[0].stage
+        with self._clock("canvas"):
+            if stage == "lcg":
+                field, dilate = self._request.lcg_field, self._request.lcg_mask_dilate
+                self.frame = self._canvas.local_frame(field, fill=self.schedule.fills, dilate=dilate)
+            else:
+                self.frame = self._canvas.local_frame(self._request.gch_field, fill=self.schedule.fills)
+        self._first_size = self.frame.size
+        self._show("crop", self.frame.image)
+        self._show("fill", self.frame.fill)
+        label = "vae_noise_lcg_fill" if stage == "lcg" else "vae_noise_gch_background"
+        background = self._encode(self.frame.background, label)
+        noise = self._sitting.noise.draw("init_noise", background.shape, 0)
+        self._enter(stage, background + noise * np.float32(self.schedule.start_scale), background)
+
+    def step(self, step: Step) -> None:
+        """Carry out one row of the schedule."""
+        with self._clock("loop"):
+            keeps, noises = self.schedule.blends_output, [self._sitting.noise]
+            self.taken = self._before = take_step(step, self.stage, self._before, self._denoiser, noises, keeps)
+
+    def hand_over(self, step: Step) -> None:
+        """Decode, paste, encode, add noise at the step's level."""
+        assert self.taken is not None
+        local, decoded = self.frame, self._decode(self.taken.x if self.keeps_local else self.taken.x0)
+        self._local = (local, decoded)
+        with self._clock("canvas"):
+            pasted = self._canvas.hand_over(local, decoded, soft=self._request.soft_blending)
+            self.frame = self._global_frame
+            picture = self.frame.network_input(self._canvas.crop(pasted, self.frame))
+        self._show("local result", decoded)
+        self._show("handed over", pasted)
+        start = self._encode(picture, "vae_noise_switch_zG")
+        background = start
+        if self._request.gch_background == "original":
+            background = self._encode(self.frame.background, "vae_noise_gch_background")
+        noise = self._sitting.noise.draw("renoise_switch", start.shape, 0)
+        self._enter("gch", start + np.float32(step.sigma) * noise, background)
+
+    def finish(self) -> list[U8]:
+        """The finished picture, uint8 (H, W, 3) of the canvas' size, from the last latent."""
+        assert self.taken is not None
+        decoded = self._decode(self.taken.x)
+        self._show("last result", decoded)
+        with self._clock("canvas"):
+            return [self._canvas.compose(self.frame, decoded, local=self._local)]
+
+    def open_preview(self) -> Callable[[int], U8]:
+        """A function that shows the last prediction; after the next step it still shows the same one."""
+        assert self.taken is not None
+        taken, frame = self.taken, self.frame
+        return lambda _k: self._decode(taken.x0, frame)
+
+    @cached_property
+    def keeps_local(self) -> bool:
+        """Whether the local stage's picture is kept inside the mask."""
+        return self._canvas.keeps_local(self._global_frame, self.frame)
+
+    # -- parts of them ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _global_frame(self) -> Frame:
+        with self._clock("canvas"):
+            return self._canvas.global_frame(self._request.gch_field)
+
+    def _enter(self, name: StageName, latent: F32, background: F32) -> None:
+        """Begin a stage: collect what the UNet gets in it."""
+        text = self._sitting.texts[name]
+        conditioning = Conditioning(
+            text=text.tokens,
+            pooled=text.pooled,
+            sizes=(self._first_size,),
+            target=self._facts.native_side,
+            feature=self._make_feature(f"vae_noise_{name}_masked"),
+            factors={network: row[None] for network, row in self._sitting.factors.items()},
+        )
+        self.stage = Stage(latent, background, self.frame.latent_mask, conditioning)
+        self._before = None
+
+    def _make_feature(self, label: str) -> F32:
+        """The inpaint head's addition to the UNet, (1, C, h, w); zeros for a base without a head."""
+        if "inpaint_head" not in self._networks:
+            return np.zeros((1, self._facts.feature_channels, *self.frame.latent_size), np.float32)
+        masked = self._encode(self.frame.masked, label)
+        return self._networks.run("inpaint_head", mask=self.frame.latent_mask, masked_latent=masked)["feature"]
+
+    def _encode(self, image: F32, label: str) -> F32:
+        """The scaled latent of (1, 3, H, W): the posterior's mean, or a sample of it where the request asks for one."""
+        output = self._run_vae("vae_encoder", self.frame, image=image)
+        latent = output["mean"]
+        if self._request.samples_vae:
+            latent = latent + output["std"] * self._sitting.noise.draw(label, latent.shape, 0)
+        return np.float32(self._facts.scaling_factor) * latent
+
+    def _decode(self, latent: F32, frame: Frame | None = None) -> U8:
+        """A latent (1, 4, h, w) as a picture of a frame, uint8 (8h, 8w, 3).
+
+        frame: None: the present one.
+        """
+        unscaled = latent / np.float32(self._facts.scaling_factor)
+        output = self._run_vae("vae_decoder", frame or self.frame, latent=unscaled)
+        with self._clock("canvas"):
+            return from_decoded(output["image"])
+
+    def _run_vae(self, name: str, frame: Frame, **arrays: F32) -> dict[str, F32]:
+        """Run a half of the VAE, in tiles where the frame is large."""
+        assert kind_of(name).call == "vae"
+        if not needs_tiles(*frame.size):
+            return self._networks.run(name, **arrays)
+        tiling = tiles_of(*frame.latent_size)
+        return run_tiled(lambda tiles: self._networks.run(name, **tiles), arrays, tiling)
+
+    def _show(self, name: str, picture: U8 | None) -> None:
+        if self.shown is not None and picture is not None:
+            self.shown[name] = picture

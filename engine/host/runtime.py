@@ -1,0 +1,131 @@
+"""Requests on the host: numpy, the C++ kernels, and networks that take and return arrays.
+
+It paints one picture at a time, so each picture is the same to the bit however many are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dreammix_trt.core.errors import EngineError, NotFiniteError
+from dreammix_trt.core.networks import KINDS, twin_name
+from dreammix_trt.core.noise import SeededNoise
+from dreammix_trt.core.packing import pack
+from dreammix_trt.core.seam import BaseFacts, Networks
+from dreammix_trt.core.slots import packed_size
+from dreammix_trt.core.subject import Subject
+from dreammix_trt.engine import kernels
+from dreammix_trt.engine.canvas.geometry import Size
+from dreammix_trt.engine.host.clock import PhaseClock
+from dreammix_trt.engine.host.denoiser import Denoiser, EngineDenoiser
+from dreammix_trt.engine.host.painter import HostPainter, Sitting
+from dreammix_trt.engine.host.texts import HostTexts
+from dreammix_trt.engine.painting import paint_safely
+from dreammix_trt.engine.runtime import Painted, Painting, Work
+
+F32 = npt.NDArray[np.float32]
+U8 = npt.NDArray[np.uint8]
+
+
+class HostRuntime:
+    """See `engine.runtime.Runtime`.
+
+    networks: those of a base.
+    denoiser: in place of the base's UNets.
+    """
+
+    most_pictures = 1
+    frames: Sequence[Size] | None = None
+    lost_raw_unet = False
+
+    def __init__(self, networks: Networks, facts: BaseFacts, denoiser: Denoiser | None = None) -> None:
+        self.networks, self.facts = networks, facts
+        self.timings: Mapping[str, float] = {}
+        self._denoiser, self._closed, self._texts = denoiser, False, HostTexts()
+        self._names = [kind.name for kind in KINDS if kind.factors and kind.name in networks]
+        self._factors: dict[str, dict[str, F32]] = {
+            "": {name: np.zeros(packed_size(networks.slots(name)), np.float32) for name in self._names}
+        }
+
+    @property
+    def has_raw_unet(self) -> bool:
+        """Whether steps run on the unpatched UNet."""
+        return "unet_raw" in self.networks
+
+    def add_subject(self, name: str, subject: Subject) -> None:
+        """Pack a subject's factors for every network that takes factors."""
+        self._factors[name] = self.pack_factors(subject)
+        self._texts.forget(name)
+
+    def pack_factors(self, subject: Subject) -> dict[str, F32]:
+        """A subject's packed rows: network -> float32 (P,)."""
+        return {name: pack(subject.factors_for(name), self.networks.slots(name), subject.scale) for name in self._names}
+
+    def check(self, work: Work) -> Hashable:
+        """A value that no other picture has: no picture shares a batch with another."""
+        if work.canvas.sizes is not None:
+            for stage in {step.stage for step in work.schedule}:  # refuse a frame now, not after the first stage
+                field = work.request.lcg_field if stage == "lcg" else work.request.gch_field
+                work.canvas.work_size(work.canvas.box(field))
+        return id(work)
+
+    def paint(self, batch: Sequence[Work], keep: Collection[int] = ()) -> Painting:
+        """Paint one picture; see `engine.runtime.Runtime.paint`."""
+        (work,) = batch
+        clock, shown = PhaseClock(), dict[str, U8]()
+
+        def open_painter(safe: bool) -> HostPainter:
+            networks = _Watched(self.networks, clock, safe, self._check_open)
+            factors = self._factors[work.subject]
+            with clock("text"):
+                texts = self._texts.compose(work.prompts, networks, factors, safe)
+            noise = work.noise or SeededNoise(work.seed, kernels.normals)
+            sitting = Sitting(work.canvas, work.request, work.schedule, texts, factors, noise)
+            denoiser = self._denoiser or EngineDenoiser(networks)
+            return HostPainter(sitting, networks, self.facts, denoiser, clock=clock, shown=shown if 0 in keep else None)
+
+        (pixels,) = yield from paint_safely(open_painter, self.networks.__contains__)
+        self.timings = dict(clock.seconds)
+        yield [Painted(pixels, shown)]
+
+    def another(self) -> HostRuntime:
+        """Always raises EngineError: networks on the CPU share the cores."""
+        raise EngineError("another() shares a GPU; on the CPU load the engine a second time")
+
+    def close(self) -> None:
+        """Refuse further work. The networks belong to the caller."""
+        self._closed = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError("this engine was closed: load it again with DreamMix.load, or use it before close()")
+
+
+class _Watched:
+    """Networks whose calls are charged to "network:NAME" on a clock, and whose values must be finite.
+
+    safe: use float32 twins where they exist.
+    ready: raises when the networks may no longer be used.
+    """
+
+    def __init__(self, networks: Networks, clock: PhaseClock, safe: bool, ready: Callable[[], None]) -> None:
+        self._networks, self._clock, self._safe, self._ready = networks, clock, safe, ready
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._networks
+
+    def slots(self, name: str) -> tuple[Any, ...]:
+        return self._networks.slots(name)
+
+    def run(self, name: str, **arrays: Any) -> dict[str, npt.NDArray[Any]]:
+        self._ready()
+        actual = twin_name(name) if self._safe and twin_name(name) in self._networks else name
+        with self._clock(f"network:{name}"):
+            outputs = self._networks.run(actual, **arrays)
+        if not all(np.isfinite(values).all() for values in outputs.values()):
+            raise NotFiniteError(f"{name} gave values that are not numbers", name)
+        return outputs

@@ -1,0 +1,81 @@
+"""Prompts on the host: both text encoders, attribute removal, and the condition of each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dreammix_trt.core.networks import names_of_phase
+from dreammix_trt.core.seam import Networks
+from dreammix_trt.engine.prompts import Prompt, PromptPlan, Source
+from dreammix_trt.engine.text import apply_tas
+
+F32 = npt.NDArray[np.float32]
+Encoded = tuple[F32, F32]  # token rows (77, D), pooled vector (Dp,)
+_MOST_KEPT = 256
+
+
+@dataclass(frozen=True)
+class Text:
+    """A stage's condition for one picture: rows [negative, positive], or positive alone.
+
+    tokens: (R, L, D).
+    pooled: (R, Dp).
+    """
+
+    tokens: F32
+    pooled: F32
+
+
+class HostTexts:
+    """Encodes prompts, and remembers the results."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[object, ...], Encoded] = {}
+
+    def forget(self, subject: str | None = None) -> None:
+        """Drop what was encoded.
+
+        subject: only what was encoded with this subject's factors; None: all.
+        """
+        self._kept = {key: value for key, value in self._kept.items() if subject is not None and key[1] != subject}
+
+    def compose(self, plan: PromptPlan, networks: Networks, factors: Mapping[str, F32], safe: bool) -> dict[str, Text]:
+        """Make the condition of each stage.
+
+        factors: network -> the subject's packed row (P,).
+        safe: encode with the twins.
+
+        Returns stage -> its condition.
+        """
+        encoded: dict[Source, Encoded] = {"prompt": self._encode(plan.prompt, networks, factors, safe)}
+        tokens, pooled = encoded["prompt"]
+        encoded["zeros"] = np.zeros_like(tokens), np.zeros_like(pooled)
+        if plan.tas is not None and plan.eliminated is not None:
+            eliminated = self._encode(plan.eliminated, networks, factors, safe)
+            encoded["decomposed"] = apply_tas(plan.tas, tokens, pooled, *eliminated)
+        if plan.negative is not None:
+            encoded["negative"] = self._encode(plan.negative, networks, factors, safe)
+        texts: dict[str, Text] = {}
+        for stage, rows in plan.stages.items():
+            stacked = np.stack([encoded[row.tokens][0] for row in rows])
+            if plan.appended is not None:
+                stacked = np.concatenate([stacked, plan.appended], axis=1)
+            texts[stage] = Text(stacked, np.stack([encoded[row.pooled][1] for row in rows]))
+        return texts
+
+    def _encode(self, prompt: Prompt, networks: Networks, factors: Mapping[str, F32], safe: bool) -> Encoded:
+        key = (safe, prompt.subject, *prompt.key)
+        if key not in self._kept:
+            outputs = [
+                networks.run(name, input_ids=ids[None], lora=factors[name][None])
+                for name, ids in zip(names_of_phase("text"), prompt.ids, strict=True)
+            ]
+            if len(self._kept) >= _MOST_KEPT:
+                self._kept.clear()
+            hidden = np.concatenate([output["hidden"][0] for output in outputs], axis=-1)
+            self._kept[key] = (hidden, outputs[-1]["pooled"][0])
+        return self._kept[key]

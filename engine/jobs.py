@@ -1,0 +1,192 @@
+"""A job on its way to a result: check it, frame its pictures, paint them in batches, report each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.noise import NoiseProvider
+from dreammix_trt.core.request import Request
+from dreammix_trt.core.schedule import Schedule, make_schedule
+from dreammix_trt.core.seam import BaseFacts
+from dreammix_trt.engine import kernels
+from dreammix_trt.engine.canvas.frames import Canvas
+from dreammix_trt.engine.canvas.geometry import Size
+from dreammix_trt.engine.canvas.pictures import PictureIn, Source, read_image, read_mask
+from dreammix_trt.engine.host.clock import PhaseClock
+from dreammix_trt.engine.painting import batch_by_shape
+from dreammix_trt.engine.prompts import plan_prompts
+from dreammix_trt.engine.result import Result, StepEvent
+from dreammix_trt.engine.runtime import Painted, Runtime, Work
+from dreammix_trt.engine.text import Tokenizer
+
+U8 = npt.NDArray[np.uint8]
+
+
+class Job(NamedTuple):
+    """One request with its pictures.
+
+    noise: providers, one a picture; None: the seed.
+    """
+
+    image: Source
+    mask_image: Source
+    request: Request
+    noise: NoiseProvider | Sequence[NoiseProvider] | None = None
+
+
+@dataclass
+class LaidOut:
+    """A job that is checked and ready. None of it has run yet.
+
+    source: the user's picture.
+    shapes: for each picture, what the pictures of its batch must share.
+    images: finished so far.
+    stages: named pictures of what each stage did, where they were asked for.
+    finished: the result, after the last picture.
+    """
+
+    source: PictureIn
+    request: Request
+    schedule: Schedule
+    seeds: tuple[int, ...]
+    works: list[Work]
+    shapes: list[Any]
+    clock: PhaseClock
+    images: list[Image.Image] = field(default_factory=list)
+    stages: dict[str, Image.Image] = field(default_factory=dict)
+    finished: Result | None = None
+
+    def take(self, picture: Painted, timings: Mapping[str, float], count: int) -> None:
+        """Add the next finished picture. The last picture makes the result.
+
+        timings: seconds of its batch by phase.
+        count: pictures in that batch; each gets an equal share of the seconds.
+        """
+        with self.clock("write"):
+            self.images.append(_write(self.source, picture.pixels))
+        self.stages |= {name: _to_image(pixels) for name, pixels in picture.stages.items()}
+        for phase, seconds in timings.items():
+            self.clock.seconds[phase] = self.clock.seconds.get(phase, 0.0) + seconds / count
+        if len(self.images) == len(self.works):
+            spent = dict(self.clock.seconds)
+            self.finished = Result(self.images, self.request, self.seeds, self.schedule, spent, self.stages)
+
+
+def _write(source: PictureIn, pixels: U8) -> Image.Image:
+    """A finished picture as an image of the user's own kind."""
+    return source.with_pixels(pixels) if pixels.shape[:2] == source.size else _to_image(pixels)
+
+
+def _to_image(pixels: U8) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def lay_out(
+    job: Job, runtime: Runtime, tokenizers: Sequence[Tokenizer], choose_subject: Callable[[Request], tuple[str, str]]
+) -> LaidOut:
+    """Check a whole job and prepare its pictures. Runs no network.
+
+    choose_subject: request -> (name, word in prompts) of its subject.
+
+    Raises InputError that names the value at fault.
+    """
+    clock, request = PhaseClock(), job.request
+    if not isinstance(request, Request):
+        raise InputError(f"a job's request is a {type(request).__name__}: give dm.request(prompt, ...)")
+    with clock("read"):
+        source = read_image(job.image)
+        mask = read_mask(job.mask_image, source.size)
+    name, token = choose_subject(request)
+    if runtime.lost_raw_unet:  # the request of the result says what was painted
+        request = request.replace(patched_fraction=1.0)
+    with clock("canvas"):
+        canvas = lay_canvas(source.rgb, mask, request, runtime.facts, runtime.frames)
+    schedule = make_schedule(request, raw_unet=runtime.has_raw_unet)
+    seeds = tuple(request.seed + k for k in range(request.num_images_per_prompt))
+    noises = _check_noise(job.noise, seeds)
+    prompts = plan_prompts(tokenizers, request, name, token)
+    works = [
+        Work(canvas, request, schedule, seed, name, prompts, noise) for seed, noise in zip(seeds, noises, strict=True)
+    ]
+    return LaidOut(source, request, schedule, seeds, works, [runtime.check(work) for work in works], clock)
+
+
+def lay_canvas(image: U8, mask: U8, request: Request, facts: BaseFacts, sizes: Sequence[Size] | None = None) -> Canvas:
+    """Make the canvas of a request. Reference mode stretches it to reference_resize, or to the base's native square.
+
+    image: uint8 (H, W, 3).
+    mask: uint8 (H, W).
+    sizes: the only frame sizes that the engines take; None: all (`Canvas.of`).
+    """
+    native, divisor = facts.native_side, facts.divisor
+    if request.reference_resize is None or request.reference_resize == (native, native):
+        return Canvas.of(image, mask, mode=request.mode, native=native, divisor=divisor, sizes=sizes)
+    height, width = request.reference_resize
+    image, mask = (kernels.resize(array, height, width, "bicubic") for array in (image, mask))
+    checked = Canvas.of(image, mask, native=native, divisor=divisor, sizes=sizes)
+    return replace(checked, mode=request.mode)
+
+
+def paint_jobs(
+    runtime: Runtime, jobs: Sequence[LaidOut], keep_stages: bool, check_open: Callable[[], None]
+) -> Iterator[StepEvent]:
+    """Paint the pictures of all jobs in batches of equal shape.
+
+    keep_stages: whether results have pictures of what each stage did.
+    check_open: raises when the runtime may no longer be used.
+
+    Yields an event after each step. A job's result comes with the last step of its last picture.
+    """
+    pictures = [(job, k) for job in jobs for k in range(len(job.works))]
+    shapes = [job.shapes[k] for job, k in pictures]
+    total, index = sum(len(job.schedule) for job, _ in pictures), 0
+    for numbers in batch_by_shape(shapes, runtime.most_pictures):
+        check_open()
+        batch = [pictures[number] for number in numbers]
+        (job, first), count = batch[0], len(batch)
+        keep = [place for place, (_, k) in enumerate(batch) if keep_stages and k == 0]
+        with closing(runtime.paint([each.works[k] for each, k in batch], keep)) as painting:
+            event: StepEvent | None = None
+            for progress in painting:
+                if isinstance(progress, list):
+                    assert event is not None
+                    yield from _take_in(batch, progress, runtime.timings, event)
+                    break
+                done = count * (progress.step.index + 1)
+                event = StepEvent.of(progress, index + done - 1, total, first)
+                if progress.step.index + 1 < len(job.schedule):
+                    yield event
+                    check_open()
+        index += len(job.schedule) * count
+
+
+def _take_in(
+    batch: Sequence[tuple[LaidOut, int]], painted: Sequence[Painted], timings: Mapping[str, float], last: StepEvent
+) -> Iterator[StepEvent]:
+    """Give finished pictures to their jobs. Yields the event of the last step once for each job that is done."""
+    for place, ((job, k), picture) in enumerate(zip(batch, painted, strict=True)):
+        job.take(picture, timings, len(batch))
+        if job.finished is not None:
+            yield replace(last, picture=k, result=job.finished)
+        elif place + 1 == len(batch):
+            yield last
+
+
+def _check_noise(
+    given: NoiseProvider | Sequence[NoiseProvider] | None, seeds: Sequence[int]
+) -> Sequence[NoiseProvider | None]:
+    """One provider a picture, or None for each where the caller gives none."""
+    if given is None:
+        return [None] * len(seeds)
+    providers = given if isinstance(given, Sequence) else [given]
+    if len(providers) != len(seeds):
+        raise InputError(f"noise: {len(providers)} providers for {len(seeds)} pictures; give one for each")
+    return providers

@@ -1,0 +1,74 @@
+"""A worker: it paints the requests of a line one after the other, with its own painter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol, Unpack
+
+from dreammix_trt.core.errors import DeviceError
+from dreammix_trt.core.request import Request, RequestFields
+from dreammix_trt.engine.canvas.pictures import Source
+from dreammix_trt.engine.requests.line import Line
+from dreammix_trt.engine.requests.tickets import Noise, StepCount, Ticket
+from dreammix_trt.engine.result import Result, StepEvent
+
+
+class Paints(Protocol):
+    """What a queue needs of a painter: see `DreamMix`."""
+
+    def request(self, prompt: str, **fields: Unpack[RequestFields]) -> Request: ...
+    def iterate(
+        self, image: Source, mask_image: Source, prompt: Request, /, *, noise: Noise, keep_stages: bool
+    ) -> Iterator[StepEvent]: ...
+    def close(self) -> None: ...
+
+
+def work(line: Line, painter: Paints) -> DeviceError | None:
+    """Serve until the line is closed and empty, or the device is lost.
+
+    Returns the error that reports the loss, else None.
+    """
+    lost: DeviceError | None = None
+    while lost is None and (ticket := line.take()) is not None:
+        lost = _serve(line, painter, ticket)
+        del ticket  # nothing of a request is kept while waiting for the next
+    return lost
+
+
+def _serve(line: Line, painter: Paints, ticket: Ticket) -> DeviceError | None:
+    """Serve one request; its result or error goes to its ticket. Returns the error when the device is lost."""
+    result: Result | None = None
+    error: BaseException | None = None
+    try:
+        result = _paint(painter, ticket)
+    except BaseException as caught:
+        error = caught
+    line.finish(ticket, result, error)
+    try:
+        return error if isinstance(error, DeviceError) and error.lost else None
+    finally:
+        del error, ticket  # or its traceback keeps both
+
+
+def _paint(painter: Paints, ticket: Ticket) -> Result | None:
+    """Take the steps of a request. None when it stopped before the last one."""
+    order, result = ticket._order, None
+    try:
+        if order is None:  # its deadline has just passed
+            return None
+        events = painter.iterate(
+            order.image, order.mask_image, order.request, noise=order.noise, keep_stages=order.keep_stages
+        )
+        try:
+            for event in events:
+                ticket._steps = StepCount(event.index + 1, event.total)
+                if order.on_step is not None and not ticket._must_stop():
+                    order.on_step(event)
+                result = event.result or result
+                if ticket._must_stop():
+                    break
+        finally:
+            getattr(events, "close", lambda: None)()  # a generator; leaving it stops the work
+        return result
+    finally:
+        del ticket  # as in Ticket.result

@@ -1,0 +1,123 @@
+"""What `DreamMix` needs from the runtime that carries requests out, on the host or on a device. Chosen at loading."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dreammix_trt.core.noise import NoiseProvider
+from dreammix_trt.core.request import Request
+from dreammix_trt.core.schedule import Schedule
+from dreammix_trt.core.seam import BaseFacts
+from dreammix_trt.core.subject import Subject
+from dreammix_trt.engine.canvas.frames import Canvas
+from dreammix_trt.engine.canvas.geometry import Size
+from dreammix_trt.engine.painting import Progress
+from dreammix_trt.engine.prompts import PromptPlan
+
+U8 = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """One picture to paint, checked and prepared. None of it has run yet.
+
+    subject: name of the subject whose factors are used, "" for none.
+    noise: where its random numbers come from; None: the seed.
+    """
+
+    canvas: Canvas
+    request: Request
+    schedule: Schedule
+    seed: int
+    subject: str
+    prompts: PromptPlan
+    noise: NoiseProvider | None = None
+
+
+@dataclass(frozen=True)
+class Painted:
+    """A finished picture.
+
+    pixels: uint8 (H, W, 3).
+    stages: named pictures of what each stage did, where they were asked for.
+    """
+
+    pixels: U8
+    stages: Mapping[str, U8] = field(default_factory=dict)
+
+
+Painting = Generator[Progress | list[Painted], None, None]
+
+
+class Runtime(Protocol):
+    """Carries requests out, one batch at a time."""
+
+    @property
+    def facts(self) -> BaseFacts: ...
+
+    @property
+    def networks(self) -> Any:
+        """The base's networks: `core.seam.Networks` on the host, `DeviceNetworks` on a device."""
+        ...
+
+    @property
+    def most_pictures(self) -> int:
+        """The largest batch."""
+        ...
+
+    @property
+    def frames(self) -> Sequence[Size] | None:
+        """The frame sizes (height, width) in pixels that it takes; None: any."""
+        ...
+
+    @property
+    def has_raw_unet(self) -> bool:
+        """Whether steps run on the unpatched UNet."""
+        ...
+
+    @property
+    def lost_raw_unet(self) -> bool:
+        """Whether the base has an unpatched UNet that the memory plan omits."""
+        ...
+
+    def add_subject(self, name: str, subject: Subject) -> None:
+        """Make a subject known. It replaces one of the same name.
+
+        Raises FileFormatError when it does not fit the base; then nothing changes.
+        """
+        ...
+
+    def check(self, work: Work) -> Hashable:
+        """What pictures of one batch must share. Raises InputError for a picture that cannot be painted here."""
+        ...
+
+    def paint(self, batch: Sequence[Work], keep: Collection[int] = ()) -> Painting:
+        """Paint pictures of equal `check`: a Progress after each step, last the finished pictures.
+
+        keep: numbers of the pictures whose stages are wanted as well.
+
+        Leaving the generator stops the work. Until then the last progress can be asked for previews. Raises
+        NotFiniteError; on a device also OutOfMemoryError and DeviceError.
+        """
+        ...
+
+    @property
+    def timings(self) -> Mapping[str, float]:
+        """Seconds of the last finished batch by phase."""
+        ...
+
+    def another(self) -> Runtime:
+        """Make a second runtime over the same networks, with its own memory.
+
+        Raises EngineError where that is not possible.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release what it holds. Calling it again does nothing."""
+        ...

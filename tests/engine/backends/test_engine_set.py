@@ -1,0 +1,200 @@
+"""The engine set: parts in the store or in one folder, sessions on demand, and what is wrong with a part."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dreammix_trt.core.errors import DreamMixError, EngineError, InputError
+from dreammix_trt.core.networks import twin_name
+from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet, list_parts
+from dreammix_trt.engine.directory import open_engine
+
+
+@pytest.fixture(scope="module")
+def parts(mug_engine: Path) -> dict[str, Path]:
+    """The embedded base's parts, each in its place in the store."""
+    return open_engine(mug_engine).parts
+
+
+@pytest.fixture(scope="module")
+def networks(parts: dict[str, Path]) -> Iterator[EngineSet]:
+    with EngineSet.load(parts, threads=1) as opened:
+        yield opened
+
+
+def draw_unet_inputs(networks: EngineSet, pictures: int = 1) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(5)
+    sides = {"pictures": pictures, "rows": 2 * pictures, "context": 77, "h": 8, "w": 12}
+    arrays = {}
+    for spec in networks.entries["unet"]["inputs"]:
+        shape = [sides.get(side, side) for side in spec["shape"]]
+        arrays[spec["name"]] = (0.1 * rng.standard_normal(shape)).astype(np.float32)
+    return arrays
+
+
+def test_parts_below_one_folder_are_those_of_the_mapping(
+    parts: dict[str, Path], networks: EngineSet, tmp_path: Path
+) -> None:
+    for name, folder in parts.items():
+        shutil.copytree(folder, tmp_path / name)
+    assert list_parts(tmp_path) == {name: tmp_path / name for name in sorted(parts)}
+    inputs = {"mask": np.ones((1, 1, 8, 8), np.float32), "masked_latent": np.ones((1, 4, 8, 8), np.float32)}
+    with EngineSet.load(tmp_path, threads=1) as moved:
+        assert moved.facts == networks.facts
+        found = moved.run("inpaint_head", **inputs)["feature"]
+    np.testing.assert_array_equal(found, networks.run("inpaint_head", **inputs)["feature"])
+
+
+def test_a_folder_without_a_base_is_no_set_of_parts(parts: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(parts["unet"], tmp_path / "unet")
+    for folder in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(EngineError, match=r"no folder `base`.*dreammix-trt build"):
+            EngineSet.load(folder)
+
+
+def test_both_unets_run_one_graph_with_two_weight_sets(parts: dict[str, Path], networks: EngineSet) -> None:
+    graphs = [(parts[name] / networks.entries[name]["graph"]).read_bytes() for name in ("unet", "unet_raw")]
+    assert graphs[0] == graphs[1]
+    inputs = draw_unet_inputs(networks)
+    patched, raw = (networks.run(name, **inputs)["eps"] for name in ("unet", "unet_raw"))
+    assert patched.shape == inputs["sample"].shape and patched.dtype == np.float32
+    assert np.abs(patched - raw).max() > 1e-3
+
+
+def test_the_same_call_gives_the_same_bits_in_any_batch(networks: EngineSet) -> None:
+    inputs = draw_unet_inputs(networks, pictures=2)
+    both = networks.run("unet", **inputs)["eps"]
+    np.testing.assert_array_equal(networks.run("unet", **inputs)["eps"], both)
+    alone = {name: array[len(array) // 2 :] for name, array in inputs.items()}
+    np.testing.assert_allclose(networks.run("unet", **alone)["eps"], both[2:], atol=1e-5)
+
+
+def test_lora_factors_change_the_answer_and_zeros_do_not(networks: EngineSet) -> None:
+    inputs = draw_unet_inputs(networks)
+    off = networks.run("unet", **{**inputs, "lora": np.zeros_like(inputs["lora"])})["eps"]
+    assert np.abs(networks.run("unet", **inputs)["eps"] - off).max() > 1e-4
+    assert sum(slot.size for slot in networks.slots("unet")) == inputs["lora"].shape[1]
+    assert networks.slots("vae_decoder") == ()
+
+
+def test_an_unknown_network_is_named(networks: EngineSet) -> None:
+    assert "unet" in networks and "asuka" not in networks
+    with pytest.raises(EngineError, match="asuka"):
+        networks.run("asuka")
+
+
+def write_half_part(folder: Path) -> dict[str, Path]:
+    """A base whose head is a float16 network of one node without slots: feature = masked_latent * mask."""
+    from onnx import TensorProto, helper
+
+    half, sides = TensorProto.FLOAT16, ["pictures", 4, "h", "w"]
+    graph = helper.make_graph(
+        [helper.make_node("Mul", ["masked_latent", "mask"], ["feature"])],
+        "half",
+        [helper.make_tensor_value_info(name, half, sides) for name in ("mask", "masked_latent")],
+        [helper.make_tensor_value_info("feature", half, sides)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    (folder / "inpaint_head").mkdir()
+    (folder / "inpaint_head/inpaint_head.onnx").write_bytes(model.SerializeToString())
+    entry = {
+        "schema": 2,
+        "graph": "inpaint_head.onnx",
+        "inputs": [{"name": name, "dtype": "float16", "shape": sides} for name in ("mask", "masked_latent")],
+        "outputs": [{"name": "feature", "dtype": "float16", "shape": sides}],
+        "slots": [],
+    }
+    (folder / "inpaint_head/network.json").write_text(json.dumps(entry))
+    facts = {"native_side": 64, "divisor": 32, "scaling_factor": 0.13, "feature_channels": 4}
+    (folder / "base").mkdir()
+    (folder / "base/base.json").write_text(json.dumps(facts))
+    return list_parts(folder)
+
+
+def test_float16_networks_take_and_give_float32(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    rng = np.random.default_rng(0)
+    mask, latent = (rng.standard_normal((1, 4, 3, 5), np.float32) for _ in range(2))
+    with EngineSet.load(write_half_part(tmp_path), threads=1) as networks:
+        found = networks.run("inpaint_head", mask=mask, masked_latent=latent)["feature"]
+        assert networks.facts.defaults == {}
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, (mask.astype(np.float16) * latent.astype(np.float16)).astype(np.float32))
+
+
+def test_inputs_a_network_does_not_have_are_left_out(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    ones = np.ones((1, 4, 2, 2), np.float32)
+    with EngineSet.load(write_half_part(tmp_path), threads=1) as networks:
+        given: dict[str, Any] = {"mask": ones, "masked_latent": ones, "lora": np.zeros((1, 0), np.float32)}
+        assert networks.run("inpaint_head", **given)["feature"].shape == ones.shape
+
+
+def test_a_part_with_a_plan_needs_no_onnx_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet/network.json").write_text(json.dumps({"schema": 2, "engine": "unet.engine", "inputs": []}))
+    (tmp_path / "base").mkdir()
+    facts = {"native_side": 64, "divisor": 32, "scaling_factor": 0.13, "feature_channels": 4}
+    (tmp_path / "base/base.json").write_text(json.dumps({**facts, "defaults": {"sampler": "lcm"}}))
+    with EngineSet.load(tmp_path) as networks:
+        assert networks.slots("unet") == () and networks.facts.defaults == {"sampler": "lcm"}
+
+
+def test_threads_below_one_are_refused(parts: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match="threads is 0"):
+        EngineSet.load(parts, threads=0)
+
+
+def test_twins_are_opened_when_asked_for_and_not_before(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    twin = twin_name("inpaint_head")
+    write_half_part(tmp_path)
+    shutil.copytree(tmp_path / "inpaint_head", tmp_path / twin)
+    (tmp_path / twin / "inpaint_head.onnx").write_bytes(b"no graph")
+    with EngineSet.load(tmp_path, threads=1) as networks:
+        networks.prepare()
+        assert twin in networks and networks._sessions.keys() == {"inpaint_head"}
+        with pytest.raises(EngineError, match="inpaint_head_float32 cannot be loaded"):
+            networks.prepare([twin])
+
+
+def _write_newer(folder: Path) -> None:
+    table = json.loads((folder / "unet/network.json").read_text())
+    (folder / "unet/network.json").write_text(json.dumps({**table, "schema": 99}))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no entry": (lambda folder: (folder / "unet/network.json").unlink(), "network.json"),
+    "broken entry": (lambda folder: (folder / "unet/network.json").write_text("{"), "network.json"),
+    "a list for an entry": (lambda folder: (folder / "unet/network.json").write_text("[]"), "network.json"),
+    "newer entry": (_write_newer, "schema 99"),
+    "no facts": (lambda folder: (folder / "base/base.json").write_text("{}"), "native_side"),
+    "no weights": (lambda folder: (folder / "vae_encoder/vae_encoder.safetensors").unlink(), "vae_encoder.safetensors"),
+    "no graph": (lambda folder: (folder / "unet/unet.onnx").unlink(), "unet.onnx"),
+    "broken graph": (lambda folder: (folder / "vae_encoder/vae_encoder.onnx").write_bytes(b"x"), "vae_encoder.onnx"),
+    "cut weights": (lambda folder: _cut(folder / "vae_encoder/vae_encoder.safetensors"), "vae_encoder"),
+    "empty weights": (lambda folder: _cut(folder / "vae_encoder/vae_encoder.safetensors", 0), "vae_encoder"),
+}
+
+
+def _cut(file: Path, share: float = 0.5) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_refused_with_the_remedy(parts: dict[str, Path], tmp_path: Path, damage: str) -> None:
+    for name, folder in parts.items():
+        shutil.copytree(folder, tmp_path / name)
+    act, named = DAMAGES[damage]
+    act(tmp_path)
+    with pytest.raises(DreamMixError, match=named) as caught, EngineSet.load(tmp_path, threads=1) as networks:
+        networks.prepare(["vae_encoder"])
+    assert "dreammix-trt build" in str(caught.value)
