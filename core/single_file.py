@@ -20,7 +20,8 @@ from dreammix_trt.core.tensors import Weights, open_tensors
 log = logging.getLogger(__name__)
 
 Config = dict[str, Any]
-HEAD_SIZE = 64
+HEAD_SIZE = 64  # of the UNet
+TEXT_HEAD_SIZE = 64
 GROUPS = 32
 SDXL_SCALING = 0.13025
 
@@ -230,14 +231,14 @@ def _read_second_text_encoder(weights: Weights) -> tuple[Config, Weights]:
 
 def _derive_text_config(weights: Weights, layers: int, activation: str) -> Config:
     vocabulary, width = weights.shape("text_model.embeddings.token_embedding.weight")
-    if width % HEAD_SIZE:
-        raise FileFormatError(f"a text encoder is {width} wide, not a multiple of CLIP's head size {HEAD_SIZE}")
+    if width % TEXT_HEAD_SIZE:
+        raise FileFormatError(f"a text encoder is {width} wide, not a multiple of CLIP's head size {TEXT_HEAD_SIZE}")
     return {
         "model_type": "clip_text_model",
         "vocab_size": vocabulary,
         "hidden_size": width,
         "num_hidden_layers": layers,
-        "num_attention_heads": width // HEAD_SIZE,
+        "num_attention_heads": width // TEXT_HEAD_SIZE,
         "hidden_act": activation,
         "layer_norm_eps": 1e-5,
         "intermediate_size": weights.shape("text_model.encoder.layers.0.mlp.fc1.weight")[0],

@@ -36,6 +36,8 @@ HEADS: Final[dict[str, tuple[str, ...]]] = {
     "finish": FINISHES,
 }
 Reading = dict[str, str]
+_BEFORE_DECAL = sum(len(words) for words in list(HEADS.values())[: list(HEADS).index("decal")])
+_DECAL = slice(_BEFORE_DECAL, _BEFORE_DECAL + len(HEADS["decal"]))
 
 
 def expected_reading(what: Attributes) -> Reading:
@@ -85,12 +87,18 @@ class Judge:
     def _run(self, crops: Sequence[world.Picture]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         small = [world.resize(np.ascontiguousarray(crop), SIDE, SIDE) for crop in crops]
         x, w = np.moveaxis(np.stack(small).astype(np.float32) / np.float32(127.5) - 1, -1, 1), self.weights
+        seen = x
         for layer in range(LAYERS):
-            x = _pool(np.maximum(_convolve(x, w[f"conv{layer}.weight"], w[f"conv{layer}.bias"]), 0))
+            seen = np.maximum(_convolve(x, w[f"conv{layer}.weight"], w[f"conv{layer}.bias"]), 0)
+            x = _pool(seen)
+        near = np.maximum(np.moveaxis(seen, 1, -1) @ w["near.weight"].T + w["near.bias"], 0)
+        spots = (near @ w["spot.weight"].T + w["spot.bias"]).max((1, 2))
         x = np.maximum(x.reshape(len(x), -1) @ w["hidden.weight"].T + w["hidden.bias"], 0)
         same = x @ w["same.weight"].T + w["same.bias"]
         same = same / (np.linalg.norm(same, axis=1, keepdims=True) + 1e-6)
-        return np.asarray(x @ w["out.weight"].T + w["out.bias"], np.float32), np.asarray(same, np.float32)
+        logits = np.asarray(x @ w["out.weight"].T + w["out.bias"], np.float32)
+        logits[:, _DECAL] += spots
+        return logits, np.asarray(same, np.float32)
 
     def read(self, crops: Sequence[world.Picture]) -> list[Reading]:
         """The word of every head for each crop."""
