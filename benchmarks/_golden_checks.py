@@ -62,7 +62,7 @@ class _Checks:
         self.canvas: Canvas = lay_canvas(*pictures(case), self.request, self.base)
         self.names: tuple[StageName, ...] = ("lcg", "gch") if "gch_z_bg" in case else ("lcg",)
         self.of_stage: dict[StageName, Frame] = {
-            "lcg": self.canvas.local_frame(self.request.lcg_field, fill=self.schedule.fills),
+            "lcg": self.canvas.first_frame(self.request.lcg_field, fill=self.schedule.fills),
             "gch": self.canvas.global_frame(self.request.gch_field),
         }
         self._features: dict[str, Array] = {}
@@ -260,7 +260,7 @@ class _Checks:
             decoded, repasted = case.picture("switch_decoded_rgb"), case.picture("switch_repasted_rgb")
             if decoded is not None and repasted is not None:
                 yield _levels("switch_decoded_rgb", self._decode(case[f"x0_step{switch - 1:02d}"]), decoded)
-                pasted = self.canvas.hand_over(self.of_stage["lcg"], decoded, soft=self.request.soft_blending)
+                pasted = self.canvas.paste(self.of_stage["lcg"], decoded, soft=self.request.soft_blending)
                 yield row_of("switch_repasted_rgb", pasted, repasted, 0)
                 yield from self._picture("switch_crop_rgb", self.canvas.crop(repasted, self.of_stage["gch"]))
         decoded, final = case.picture("final_decoded_rgb"), case.picture("final_image")

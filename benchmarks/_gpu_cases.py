@@ -91,7 +91,7 @@ class Workbench:
         self.block = dict(fill_block([self.picture], facts))
         self.records = self.block["records"].view(PICTURE).reshape(-1)[0]
         self.tables = self.block["tables"].view(np.int32)
-        self.frame = self.canvas.local_frame(request.lcg_field, fill=False, dilate=request.lcg_mask_dilate)
+        self.frame = self.canvas.first_frame(request.lcg_field, fill=False, dilate=request.lcg_mask_dilate)
 
     def record(self, name: str) -> U8:
         """A record's bytes."""

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from _common import Benchmark, median_seconds
 
-from dreammix_trt.engine import kernels, twins
+from dreammix_trt.engine import kernels, numpy_kernels
 
 SIDE = 1024
 
@@ -44,8 +44,8 @@ def main() -> int:
     bench, image = Benchmark("fill", threads=given.threads), picture()
     bench.add("kernels", kernels.BACKEND)
     for name, mask in masks().items():
-        equal = np.array_equal(kernels.fill(image, mask), twins.fill(image, mask))
-        works = {"ours": partial(kernels.fill, image, mask), "pillow": partial(twins.fill, image, mask)}
+        equal = np.array_equal(kernels.fill(image, mask), numpy_kernels.fill(image, mask))
+        works = {"ours": partial(kernels.fill, image, mask), "pillow": partial(numpy_kernels.fill, image, mask)}
         seconds = median_seconds(works, repeats=given.repeats)
         bench.add(f"{name}: Pillow [ms]", 1000 * seconds["pillow"])
         bench.add(f"{name}: ours [ms]", 1000 * seconds["ours"])

@@ -1,6 +1,6 @@
 """How good is the embedded model? Held-out combinations through the real runtime, judged by the shipped judge.
 
-Part "base": large masks with the default two stages, and small things of two sizes in three ways (all steps local and
+Part "base": large masks with the default two stages, and small things in three ways (all steps local and
 pasted in pixels, whole frame only, the default), share by share; the VAE's PSNR; the judge's own accuracy on real
 renderings, which bounds everything else. Part "subjects": held-out subjects, a LoRA each, in held-out rooms: identity
 and edits, share of parts kept, edited part right, both; trained with and without attribute captions and regular
@@ -26,15 +26,15 @@ from PIL import Image
 
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.engine import DreamMix
-from dreammix_trt.trainer.lora import SMALL
 from dreammix_trt.trainer.micro.captions import describe
 from dreammix_trt.trainer.micro.judge import Judge, crop_of_mask, expected_reading
 from dreammix_trt.trainer.micro.scoring import score
 from dreammix_trt.trainer.micro.world import Scene, held_out_scenes, held_out_subjects
+from dreammix_trt.trainer.recipes import SMALL
 
 Scenes = list[tuple[Scene, np.ndarray[Any, Any]]]
 LARGE = (0.5, 0.75)  # of the frame's side
-SMALL_THINGS = {"small, side a fifth": (0.18, 0.22), "small, side a tenth": (0.09, 0.12)}
+SMALL_THINGS = {"small, side a fifth": (0.18, 0.22)}
 WAYS: dict[str, dict[str, Any]] = {
     "local, all steps": {"lcg_fraction": 1.0},
     "whole frame": {"lcg_fraction": 0.0},

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def picture_rows(bench: Benchmark, *, steps: int, threads: int, repeats: int) ->
 
 def kernel_rows(bench: Benchmark, *, repeats: int) -> None:
     """Each canvas function in C++ and as its twin, 1024x1024."""
-    from dreammix_trt.engine import kernels, twins
+    from dreammix_trt.engine import kernels, numpy_kernels
 
     image, mask = (np.asarray(picture) for picture in sample_place(1024))
     mask = np.ascontiguousarray(mask)
@@ -73,9 +74,10 @@ def kernel_rows(bench: Benchmark, *, repeats: int) -> None:
         "normals": lambda k: k.normals(7, 0, 0, shape),
     }
     for name, call in calls.items():
-        seconds = median_seconds({"cpp": lambda c=call: c(kernels), "twin": lambda c=call: c(twins)}, repeats=repeats)  # type: ignore[misc]
-        bench.add(f"kernel {name} [ms]", 1000 * seconds["cpp"])
-        bench.add(f"kernel {name}: twin / C++", seconds["twin"] / seconds["cpp"])
+        both: dict[str, Callable[[], Any]] = {"C++": partial(call, kernels), "numpy": partial(call, numpy_kernels)}
+        seconds = median_seconds(both, repeats=repeats)
+        bench.add(f"kernel {name} [ms]", 1000 * seconds["C++"])
+        bench.add(f"kernel {name}: numpy / C++", seconds["numpy"] / seconds["C++"])
 
 
 def import_rows(bench: Benchmark, *, repeats: int, threads: int) -> None:

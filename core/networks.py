@@ -21,7 +21,7 @@ from dreammix_trt.core.slots import LORA_SIDES, Slot, packed_size
 from dreammix_trt.core.tensors import Weights
 
 Precision = Literal["float32", "float16"]
-Phase = Literal["text", "picture", "unet", "unet_raw"]
+Group = Literal["text", "picture", "unet", "unet_raw"]
 Call = Literal["prompt", "frame", "vae", "step"]
 
 SLOT_RANK: Final = 8
@@ -143,7 +143,7 @@ class NetworkKind:
     """
 
     name: str
-    phase: Phase
+    group: Group
     call: Call
     describe: Callable[[BaseFiles, int], Network | None]
     weights: Callable[[BaseFiles], Weights]
@@ -162,9 +162,9 @@ def kind_of(name: str) -> NetworkKind:
     raise KeyError(name)
 
 
-def names_of_phase(phase: Phase) -> tuple[str, ...]:
+def names_of_group(group: Group) -> tuple[str, ...]:
     """The networks of a phase, in running order."""
-    return tuple(kind.name for kind in KINDS if kind.phase == phase)
+    return tuple(kind.name for kind in KINDS if kind.group == group)
 
 
 def names_of_factors(part: str) -> tuple[str, ...]:
@@ -178,9 +178,9 @@ def unets_of(target: str) -> tuple[str, ...]:
     return {"patched": unets[:1], "raw": unets[1:], "both": unets}[target]
 
 
-def all_phases() -> tuple[Phase, ...]:
+def list_groups() -> tuple[Group, ...]:
     """Every phase once, in running order."""
-    return tuple(dict.fromkeys(kind.phase for kind in KINDS))
+    return tuple(dict.fromkeys(kind.group for kind in KINDS))
 
 
 def flag_of(name: str) -> int:

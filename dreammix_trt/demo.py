@@ -35,7 +35,7 @@ _EDITS = {  # prompt: the subject's words that it replaces (TAS)
     "a sks mug with a yellow star": ("green", "heart"),
     "a striped sks mug": (),
 }
-_PICTURES = 22
+_PICTURES = 19
 
 
 @dataclass(frozen=True)

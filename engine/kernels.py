@@ -1,9 +1,8 @@
 """The arithmetic between the networks: canvas work on 8-bit pictures, one sampling step on float32 latents.
 
 Each function runs in C++ (`dreammix_trt._cpp`, vectorised, threaded, without the GIL). Where the extension is not
-installed, it runs in numpy (`dreammix_trt.engine.twins`) with the same result: 8-bit results and masks are equal bit
-for bit, float32 results agree within 2e-6 of the array's maximum. DREAMMIX_KERNELS=numpy in the environment forces
-numpy.
+installed, it runs in numpy (`engine/numpy_kernels.py`) with the same result: 8-bit results and masks are equal bit for
+bit, float32 results agree within 2e-6 of the array's maximum. DREAMMIX_KERNELS=numpy in the environment forces numpy.
 
 Pictures are uint8 arrays (H, W) or (H, W, C), latents float32 (N, C, h, w), boxes (row0, row1, col0, col1) with ends
 exclusive. Arrays of another layout in memory are copied first. Another dtype or shape raises ValueError.
@@ -20,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dreammix_trt.engine import twins
-from dreammix_trt.engine.twins import CASCADE
+from dreammix_trt.engine import numpy_kernels
+from dreammix_trt.engine.numpy_kernels import CASCADE
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
@@ -41,16 +40,16 @@ def _choose() -> Any:
                 "or a C++ compiler before installing from source",
                 error,
             )
-    return twins
+    return numpy_kernels
 
 
 if TYPE_CHECKING:
-    _impl = twins  # the extension has the same functions
+    _impl = numpy_kernels  # the extension has the same functions
 else:
     _impl = _choose()
 
 #: "cpp" or "numpy": what the functions of this module run on.
-BACKEND = "numpy" if _impl is twins else "cpp"
+BACKEND = "numpy" if _impl is numpy_kernels else "cpp"
 
 
 def set_threads(count: int) -> None:

@@ -20,7 +20,7 @@ from dreammix_trt.engine.text import TasPlan, Tokenizer, plan_tas
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
-Source = Literal["prompt", "decomposed", "negative", "zeros"]
+RowSource = Literal["prompt", "decomposed", "negative", "zeros"]
 MOST_PROMPTS = 3  # of one picture: its own, the one with the attributes that TAS removes, the negative one
 
 
@@ -50,8 +50,8 @@ class ConditionRow:
     pooled: where its pooled vector comes from.
     """
 
-    tokens: Source
-    pooled: Source
+    tokens: RowSource
+    pooled: RowSource
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +108,7 @@ def plan_prompts(
         eliminated = tokenize(tas.text)
     if request.guided and request.negative_prompt is not None:
         negative = tokenize(request.negative_prompt)
-    against: Source = "zeros" if negative is None else "negative"
+    against: RowSource = "zeros" if negative is None else "negative"
     stages: dict[Stage, tuple[ConditionRow, ...]] = {}
     for stage in STAGES:
         tokens, pooled = (_choose_source(request, tas, f"{part}_{stage}") for part in ("tokens", "pooled"))
@@ -119,7 +119,7 @@ def plan_prompts(
     return PromptPlan(prompt, eliminated, negative, tas, stages, appended)
 
 
-def _choose_source(request: Request, tas: TasPlan | None, part: str) -> Source:
+def _choose_source(request: Request, tas: TasPlan | None, part: str) -> RowSource:
     """Where a part of the positive row comes from.
 
     part: as `Request.tas_stages` names it.

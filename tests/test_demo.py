@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dreammix_trt.demo import run_demo
-from dreammix_trt.report import Figure, Row, contact_sheet, mark_region
+from dreammix_trt.report import Figure, Row, contact_sheet, enlarge_region, mark_region
 
 
 @pytest.mark.slow
@@ -38,3 +38,19 @@ def test_a_marked_region_is_veiled_and_the_rest_is_not() -> None:
     picture = mark_region(Image.new("RGB", (32, 32), (100, 100, 100)), mask)
     assert picture.getpixel((0, 0)) == (100, 100, 100)
     assert picture.getpixel((12, 12)) != (100, 100, 100)
+
+
+def test_a_row_s_note_is_written_below_it() -> None:
+    tiles = [Figure(Image.new("RGB", (64, 64), "red"))]
+    plain, noted = (contact_sheet([Row("one", tiles, note)], tile=200) for note in ("", "what to look for"))
+    assert noted.height > plain.height
+
+
+def test_a_region_is_enlarged_with_a_margin_around_it() -> None:
+    picture, mask = Image.new("RGB", (100, 100), "red"), Image.new("L", (100, 100), 0)
+    picture.paste((0, 0, 255), (40, 50, 60, 70))
+    mask.paste(255, (40, 50, 60, 70))
+    region = enlarge_region(picture, mask)
+    assert region.size == (34, 34)  # 20 pixels, 0.35 of them more on each side
+    assert region.getpixel((17, 17)) == (0, 0, 255)
+    assert region.getpixel((2, 2)) == (255, 0, 0)

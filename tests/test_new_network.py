@@ -1,7 +1,7 @@
 """A network is added by one entry in the list, one torch module, and a phase that uses it: nothing else changes.
 
 The toy network is not part of the package. Building exports and checks it, the CPU runs it, a device plans its memory,
-loads its weights and binds it in every room, and reports values of it that are not finite.
+loads its weights, binds it in every room and has a flag for it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("torch")
 
 from dreammix_trt.building import build
-from dreammix_trt.core.networks import KINDS, flag_of, names_of_phase
+from dreammix_trt.core.networks import KINDS, flag_of, names_of_group
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.device.memory_plan import Options
 from dreammix_trt.engine.device.room import RoomShape
@@ -54,7 +54,7 @@ def test_it_is_built_and_checked(engine: Path) -> None:
         entry = json.loads((dm.networks.parts["toy"] / "network.json").read_text())
     assert [tensor["name"] for tensor in entry["inputs"]] == ["latent"]
     assert entry["parity"]["max_rel"] <= 1e-6 and entry["parity"]["sizes"]
-    assert names_of_phase("picture")[-1] == "toy"
+    assert names_of_group("picture")[-1] == "toy"
 
 
 def test_a_phase_on_the_host_uses_it(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

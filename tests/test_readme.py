@@ -35,3 +35,10 @@ def test_every_python_snippet_passes_the_type_checker(tmp_path: Path) -> None:
     command += ["--follow-imports", "silent", "--cache-dir", str(tmp_path / "cache"), *map(str, files)]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/model-card.md", "CHANGELOG.md"])
+def test_every_link_to_a_file_leads_to_one(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    targets = [target for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in target]
+    assert [target for target in targets if not (ROOT / page).parent.joinpath(target).exists()] == []

@@ -88,7 +88,7 @@ class Parts:
 
     def _mark_wide(self, network: Network) -> Network:
         """A float16 VAE with the units marked that overflow in it."""
-        if not network.kind.twin or network.precision != "float16":
+        if network.kind.call != "vae" or network.precision != "float16":
             return network
         from dreammix_trt.export.vae_range import Kind, find_wide_units
 

@@ -245,7 +245,7 @@ class Canvas:
     def _choices(self) -> Sequence[Size]:
         return profile_sizes(self.native, self.snap) if self.sizes is None else self.sizes
 
-    def local_frame(self, field: float, *, fill: bool = True, dilate: int = 0) -> Frame:
+    def first_frame(self, field: float, *, fill: bool = True, dilate: int = 0) -> Frame:
         """The local stage's frame (docs/algorithm.md, 2 and 3).
 
         field: share of the canvas that the frame spans, 0..1.
@@ -269,7 +269,7 @@ class Canvas:
         h, w = frame.image.shape[:2]
         return _resize(picture, (h, w), frame.box)
 
-    def hand_over(self, frame: Frame, decoded: U8, *, soft: bool = False) -> U8:
+    def paste(self, frame: Frame, decoded: U8, *, soft: bool = False) -> U8:
         """Paste a stage's picture into its box, its rim blended (docs/algorithm.md, 9.2).
 
         decoded: uint8 (h, w, 3) of `frame.size`.
@@ -303,7 +303,7 @@ class Canvas:
         Returns uint8 (H, W, 3).
         """
         if local is None or not self.keeps_local(frame, local[0]):
-            return self.hand_over(frame, decoded)
+            return self.paste(frame, decoded)
         around = np.ascontiguousarray(self.image[self._near])
         inside, seam = (self._place(*stage) for stage in (local, (frame, decoded)))
         part = (0, around.shape[0], 0, around.shape[1])

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from dreammix_trt.core.axes import FACTOR
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.engine.kernels import Box
-from dreammix_trt.engine.twins import CASCADE
+from dreammix_trt.engine.numpy_kernels import CASCADE
 
 U8 = npt.NDArray[np.uint8]
 Size = tuple[int, int]

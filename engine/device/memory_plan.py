@@ -13,7 +13,7 @@ from typing import Any, Final
 from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import InputError, OutOfMemoryError
 from dreammix_trt.core.files import size_text
-from dreammix_trt.core.networks import all_phases, is_twin, names_of_phase, twin_name
+from dreammix_trt.core.networks import is_twin, list_groups, names_of_group, twin_name
 from dreammix_trt.core.seam import DeviceNetworks
 
 MIB: Final = 1 << 20
@@ -191,7 +191,7 @@ def _list_weights(strategy: str, weights: Mapping[str, int]) -> tuple[MemoryRow,
 
 def _list_turns(weights: Mapping[str, int]) -> Iterator[tuple[str, int]]:
     """What is on the device at once under "swap", and its bytes: each phase, and each phase with its twins."""
-    for phase in map(names_of_phase, all_phases()):
+    for phase in map(names_of_group, list_groups()):
         plain = [name for name in phase if name in weights]
         wide = [twin_name(name) if twin_name(name) in weights else name for name in plain]
         for turn in (plain, wide):
@@ -262,5 +262,5 @@ def _explain_shortage(plan: MemoryPlan, options: Options, taken: int, beside: bo
 
 
 def _list_present(networks: DeviceNetworks) -> list[str]:
-    names = [name for phase in all_phases() for name in names_of_phase(phase)]
+    names = [name for phase in list_groups() for name in names_of_group(phase)]
     return [each for name in names for each in (name, twin_name(name)) if each in networks]

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dreammix_trt.core.errors import EngineError, NotFiniteError
-from dreammix_trt.core.networks import KINDS, flag_of, names_of_phase
+from dreammix_trt.core.networks import KINDS, flag_of, names_of_group
 from dreammix_trt.core.schedule import Step
 from dreammix_trt.core.seam import Array
 from dreammix_trt.engine.device import phases
@@ -97,7 +97,7 @@ class DevicePainter:
         """Decode the first stage's pictures, start the second stage."""
         self._check_turn()
         self._mark("loop")
-        self._studio.residency.need(*names_of_phase("picture"), safe=self._safe)
+        self._studio.residency.need(*names_of_group("picture"), safe=self._safe)
         for k, picture in enumerate(self._batch):
             self._now = 0
             self._play(phases.DecodeLocal(k, "x" if self.keeps_local else "x0"))
@@ -162,7 +162,7 @@ class DevicePainter:
         studio.subjects.enter([picture.work.subject for picture in self._batch])
         plans = [picture.work.prompts for picture in self._batch]
         if any(studio.texts.lacks(plan) for plan in plans):
-            studio.residency.need(*names_of_phase("text"), safe=self._safe)
+            studio.residency.need(*names_of_group("text"), safe=self._safe)
         dtype = self._room.arrays["unet"]["encoder_hidden_states"].dtype
         for k, plan in enumerate(plans):
             context, capture = self._room.shape.context, studio.residency.captures

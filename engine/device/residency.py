@@ -76,7 +76,7 @@ class Residency:
             if name in networks and not swap and name not in here:
                 networks.load(name)
 
-    def make_room(self) -> None:
+    def free_weights(self) -> None:
         """Unload all weights under "swap", before networks are bound: TensorRT 11 briefly loads those that it binds.
 
         The device must be idle.

@@ -107,7 +107,7 @@ class Studio:
         made.callback(self.rooms.close)
 
     def _make_room(self, shape: RoomShape) -> Room:
-        self.residency.make_room()
+        self.residency.free_weights()
         workspace = self.arena["workspace"]
         return Room(shape, self.device, self.networks, self.arena, self.needs.layout, workspace, self._put)
 

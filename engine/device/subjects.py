@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dreammix_trt.core.errors import EngineError
-from dreammix_trt.core.networks import names_of_phase, unets_of
+from dreammix_trt.core.networks import names_of_group, unets_of
 from dreammix_trt.core.packing import place_factors
 from dreammix_trt.core.seam import Array, DeviceNetworks, Stream
 from dreammix_trt.core.slots import Slot, packed_size
@@ -61,7 +61,7 @@ class Layout:
 
     def __init__(self, networks: DeviceNetworks, pictures: int) -> None:
         self.pictures = pictures
-        names = [name for name in (*unets_of("both"), *names_of_phase("text")) if name in networks]
+        names = [name for name in (*unets_of("both"), *names_of_group("text")) if name in networks]
         self.slots: dict[str, tuple[Slot, ...]] = {name: networks.slots(name) for name in names}
         dtypes = {name: {tensor.name: tensor.dtype for tensor in networks.inputs(name)} for name in names}
         found = {

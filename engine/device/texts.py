@@ -12,14 +12,14 @@ import numpy as np
 
 from dreammix_trt.core.axes import Sides
 from dreammix_trt.core.config_fields import TOKENS
-from dreammix_trt.core.networks import flag_of, names_of_phase, twin_name
+from dreammix_trt.core.networks import flag_of, names_of_group, twin_name
 from dreammix_trt.core.schedule import STAGES
 from dreammix_trt.core.seam import Array, Bound, DeviceNetworks, Stream
 from dreammix_trt.engine.device.arena import Arena, Regions
 from dreammix_trt.engine.device.room import choose_twin, try_capture
 from dreammix_trt.engine.device.subjects import Layout, Subjects
 from dreammix_trt.engine.drivers.device import CapturedGraph, Device
-from dreammix_trt.engine.prompts import MOST_PROMPTS, Prompt, PromptPlan, Source
+from dreammix_trt.engine.prompts import MOST_PROMPTS, Prompt, PromptPlan, RowSource
 
 _SIDES = Sides(1, 1, 1, 1)
 _TAS = 2 + 2 * TOKENS  # numbers of a TAS plan
@@ -48,7 +48,7 @@ def list_regions(networks: DeviceNetworks, pictures: int, rows: int, kept: int, 
         "joined": ((TOKENS, width), "float32"),
         "joined pooled": ((pooled,), "float32"),
     }
-    for name in names_of_phase("text"):
+    for name in names_of_group("text"):
         for tensor in (*networks.inputs(name), *networks.outputs(name)):
             if "lora" not in tensor.name:
                 dtype = "float32" if tensor.dtype == "float16" else tensor.dtype
@@ -151,7 +151,7 @@ class DeviceTexts:
         encoders = self._encoders.get(safe)
         if encoders is None:
             encoders = self._encoders[safe] = _Encoders(self._device, self._networks, self._arena, self._layout, safe)
-        for k, name in enumerate(names_of_phase("text")):
+        for k, name in enumerate(names_of_group("text")):
             self._device.copy(encoders.arrays[name]["input_ids"], ids[k], self._stream)
         encoders.play(self._stream, capture)
         self._device.copy(self._arena["kept tokens"][slot], self._arena["joined"], self._stream)
@@ -170,7 +170,7 @@ class DeviceTexts:
         )
 
     def _write_stages(self, picture: int, context: int, dtype: str, plan: PromptPlan) -> None:
-        sources: dict[Source, tuple[Array, Array] | None] = {"prompt": self._find_kept(plan.prompt), "zeros": None}
+        sources: dict[RowSource, tuple[Array, Array] | None] = {"prompt": self._find_kept(plan.prompt), "zeros": None}
         if plan.negative is not None:
             sources["negative"] = self._find_kept(plan.negative)
         if plan.eliminated is not None:
@@ -246,7 +246,7 @@ class _Encoders:
         self._graph: CapturedGraph | None = None
         self._plain = False  # cannot be captured
         try:
-            for name in names_of_phase("text"):
+            for name in names_of_group("text"):
                 actual = choose_twin(networks, name, safe)
                 tensors = [t for t in (*networks.inputs(actual), *networks.outputs(actual)) if "lora" not in t.name]
                 own = {t.name: arena[f"{name} {t.name}"].reshape(_SIDES.shape(t), t.dtype) for t in tensors}
@@ -275,7 +275,7 @@ class _Encoders:
     def _record(self, stream: Stream) -> None:
         for bound in self._bound.values():
             bound.enqueue(stream)
-        first, second = (self.arrays[name]["hidden"] for name in names_of_phase("text"))
+        first, second = (self.arrays[name]["hidden"] for name in names_of_group("text"))
         pooled = self.arrays["text_encoder_2"]["pooled"]
         self._device.launch_kernel(
             "join_text",

@@ -12,14 +12,13 @@ import numpy.typing as npt
 from dreammix_trt.core.networks import kind_of
 from dreammix_trt.core.noise import NoiseProvider
 from dreammix_trt.core.request import Request
-from dreammix_trt.core.schedule import Schedule, Step
-from dreammix_trt.core.schedule import Stage as StageName
+from dreammix_trt.core.schedule import Schedule, Stage, Step
 from dreammix_trt.core.seam import BaseFacts, Networks
 from dreammix_trt.engine.canvas.frames import Canvas, Frame, from_decoded
 from dreammix_trt.engine.canvas.tiles import needs_tiles, run_tiled, tiles_of
 from dreammix_trt.engine.host.clock import PhaseClock
 from dreammix_trt.engine.host.denoiser import Conditioning, Denoiser
-from dreammix_trt.engine.host.sampling import Stage, Taken, take_step
+from dreammix_trt.engine.host.sampling import StageInputs, Taken, take_step
 from dreammix_trt.engine.host.texts import Text
 
 F32 = npt.NDArray[np.float32]
@@ -63,7 +62,7 @@ class HostPainter:
         self.schedule = sitting.schedule
         self.shown = shown
         self.taken: Taken | None = None
-        self.stage: Stage
+        self.stage: StageInputs
         self.frame: Frame
         self._sitting, self._canvas, self._request = sitting, sitting.canvas, sitting.request
         self._networks, self._facts, self._denoiser, self._clock = networks, facts, denoiser, clock or PhaseClock()
@@ -79,9 +78,9 @@ class HostPainter:
         with self._clock("canvas"):
             if stage == "lcg":
                 field, dilate = self._request.lcg_field, self._request.lcg_mask_dilate
-                self.frame = self._canvas.local_frame(field, fill=self.schedule.fills, dilate=dilate)
+                self.frame = self._canvas.first_frame(field, fill=self.schedule.fills, dilate=dilate)
             else:
-                self.frame = self._canvas.local_frame(self._request.gch_field, fill=self.schedule.fills)
+                self.frame = self._canvas.first_frame(self._request.gch_field, fill=self.schedule.fills)
         self._first_size = self.frame.size
         self._show("crop", self.frame.image)
         self._show("fill", self.frame.fill)
@@ -102,7 +101,7 @@ class HostPainter:
         local, decoded = self.frame, self._decode(self.taken.x if self.keeps_local else self.taken.x0)
         self._local = (local, decoded)
         with self._clock("canvas"):
-            pasted = self._canvas.hand_over(local, decoded, soft=self._request.soft_blending)
+            pasted = self._canvas.paste(local, decoded, soft=self._request.soft_blending)
             self.frame = self._global_frame
             picture = self.frame.network_input(self._canvas.crop(pasted, self.frame))
         self._show("local result", decoded)
@@ -140,7 +139,7 @@ class HostPainter:
         with self._clock("canvas"):
             return self._canvas.global_frame(self._request.gch_field)
 
-    def _enter(self, name: StageName, latent: F32, background: F32) -> None:
+    def _enter(self, name: Stage, latent: F32, background: F32) -> None:
         """Begin a stage: collect what the UNet gets in it."""
         text = self._sitting.texts[name]
         conditioning = Conditioning(
@@ -151,7 +150,7 @@ class HostPainter:
             feature=self._make_feature(f"vae_noise_{name}_masked"),
             factors={network: row[None] for network, row in self._sitting.factors.items()},
         )
-        self.stage = Stage(latent, background, self.frame.latent_mask, conditioning)
+        self.stage = StageInputs(latent, background, self.frame.latent_mask, conditioning)
         self._before = None
 
     def _make_feature(self, label: str) -> F32:

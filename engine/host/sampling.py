@@ -1,7 +1,7 @@
 """One row of the schedule on the host (docs/algorithm.md, 7).
 
-A row holds everything that depends on the step, a `Stage` everything that depends on the stage. The step itself decides
-nothing.
+A row holds everything that depends on the step, `StageInputs` everything that depends on the stage. The step itself
+decides nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ F32 = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageInputs:
     """What a stage works with: N pictures of one latent size.
 
     latent: (N, 4, h, w) that the stage starts from.
@@ -50,11 +50,16 @@ class Taken:
     x_in: F32
     x0: F32
     x: F32
-    stage: Stage
+    stage: StageInputs
 
 
 def take_step(
-    step: Step, stage: Stage, before: Taken | None, denoiser: Denoiser, noises: Sequence[NoiseProvider], keeps: bool
+    step: Step,
+    stage: StageInputs,
+    before: Taken | None,
+    denoiser: Denoiser,
+    noises: Sequence[NoiseProvider],
+    keeps: bool,
 ) -> Taken:
     """Blend, predict, guide, solve.
 
@@ -101,7 +106,7 @@ def draw_all(noises: Sequence[NoiseProvider], draw: Draw | None, shape: Sequence
     return drawn[0] if len(drawn) == 1 else np.concatenate(drawn)
 
 
-def _keep_background(step: Step, stage: Stage, x: F32, x0: F32) -> tuple[F32, F32]:
+def _keep_background(step: Step, stage: StageInputs, x: F32, x0: F32) -> tuple[F32, F32]:
     """Fooocus' blend of the prediction. The step is linear in x0, so the change of x0 is applied to x as well."""
     change: F32 = (stage.background - x0) * (np.float32(1) - stage.mask)
     carried: F32 = np.float32(step.c_x0 + step.c_dx0) * change

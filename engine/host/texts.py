@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dreammix_trt.core.networks import names_of_phase
+from dreammix_trt.core.networks import names_of_group
 from dreammix_trt.core.seam import Networks
-from dreammix_trt.engine.prompts import Prompt, PromptPlan, Source
+from dreammix_trt.engine.prompts import Prompt, PromptPlan, RowSource
 from dreammix_trt.engine.text import apply_tas
 
 F32 = npt.NDArray[np.float32]
@@ -51,7 +51,7 @@ class HostTexts:
 
         Returns stage -> its condition.
         """
-        encoded: dict[Source, Encoded] = {"prompt": self._encode(plan.prompt, networks, factors, safe)}
+        encoded: dict[RowSource, Encoded] = {"prompt": self._encode(plan.prompt, networks, factors, safe)}
         tokens, pooled = encoded["prompt"]
         encoded["zeros"] = np.zeros_like(tokens), np.zeros_like(pooled)
         if plan.tas is not None and plan.eliminated is not None:
@@ -72,7 +72,7 @@ class HostTexts:
         if key not in self._kept:
             outputs = [
                 networks.run(name, input_ids=ids[None], lora=factors[name][None])
-                for name, ids in zip(names_of_phase("text"), prompt.ids, strict=True)
+                for name, ids in zip(names_of_group("text"), prompt.ids, strict=True)
             ]
             if len(self._kept) >= _MOST_KEPT:
                 self._kept.clear()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, __version__
 
 from dreammix_trt.core import noise
-from dreammix_trt.engine import kernels, twins
+from dreammix_trt.engine import kernels, numpy_kernels
 
 TOLERANCE = 2e-6
 
@@ -34,7 +34,7 @@ def both(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Mod
     """`kernels` on each back end in turn."""
     if request.param == "cpp" and _cpp is None:
         pytest.skip("the C++ extension is not built here")
-    monkeypatch.setattr(kernels, "_impl", twins if request.param == "numpy" else _cpp)
+    monkeypatch.setattr(kernels, "_impl", numpy_kernels if request.param == "numpy" else _cpp)
     return kernels
 
 
@@ -143,7 +143,7 @@ def test_resize_equals_pillow(data):
     box = (r0, data.draw(st.integers(r0 + 1, height)), c0, data.draw(st.integers(c0 + 1, width)))
     image = rng(height * width).integers(0, 256, (height, width, channels) if channels else (height, width), np.uint8)
     got = kernels.resize(image, out_h, out_w, name, box)
-    assert np.array_equal(got, twins.resize(image, out_h, out_w, name, box))
+    assert np.array_equal(got, numpy_kernels.resize(image, out_h, out_w, name, box))
 
 
 @pytest.mark.skipif(int(__version__.split(".")[0]) < 13, reason="the order of passes is that of Pillow 13")
@@ -173,7 +173,7 @@ def test_fill_equals_pillows_box_blurs(height, width, cascade, share):
     image = random.integers(0, 256, (height, width, 3), np.uint8)
     mask = np.where(random.random((height, width)) < share, random.integers(126, 256), 0).astype(np.uint8)
     filled = kernels.fill(image, mask, cascade)
-    assert np.array_equal(filled, twins.fill(image, mask, cascade))
+    assert np.array_equal(filled, numpy_kernels.fill(image, mask, cascade))
     assert np.array_equal(filled[mask < 127], image[mask < 127])
 
 
@@ -188,7 +188,7 @@ def test_feather_is_the_chebyshev_distance(height, width, reach, points):
     for r, c in np.argwhere(mask):
         distance = np.minimum(distance, np.maximum(abs(rows - r), abs(columns - c)))
     expected = np.clip(256 * (reach - distance) // reach, 0, 255)
-    for got in (kernels.feather(mask, reach), twins.feather(mask, reach)):
+    for got in (kernels.feather(mask, reach), numpy_kernels.feather(mask, reach)):
         assert np.array_equal(got, expected)
 
 
@@ -211,7 +211,7 @@ def test_paste_leaves_pixels_without_weight_alone(seed):
     inside = np.zeros_like(weight, bool)
     inside[4:15, 6:18] = True
     assert np.array_equal(pasted[inside & (weight == 255)], content[(weight == 255)[4:15, 6:18]])
-    assert np.array_equal(pasted, twins.paste(original, content, (4, 15, 6, 18), weight))
+    assert np.array_equal(pasted, numpy_kernels.paste(original, content, (4, 15, 6, 18), weight))
 
 
 def step(**changes: float) -> dict[str, float]:
@@ -260,7 +260,7 @@ def test_bilateral_keeps_constants_and_small_planes(both):
     assert np.allclose(both.bilateral(constant, draw_latents(1, 4, 9, 7)), 3.0, rtol=1e-6)
     for shape in ((1, 4, 1, 1), (1, 4, 2, 5), (2, 3, 6, 1)):
         e, guide = draw_latents(*shape), draw_latents(*shape, seed=1)
-        assert measure_error(both.bilateral(e, guide), twins.bilateral(e, guide)) < TOLERANCE
+        assert measure_error(both.bilateral(e, guide), numpy_kernels.bilateral(e, guide)) < TOLERANCE
 
 
 def test_tas_projection_is_orthogonal_and_touches_nothing_else(both):
@@ -277,7 +277,7 @@ def test_both_back_ends_agree_on_latents(monkeypatch):
     x, before, draw = (draw_latents(2, 4, 24, 40, seed=i) * 5 for i in range(3))
     eps, mask = draw_latents(4, 4, 24, 40, seed=5), (draw_latents(2, 1, 24, 40, seed=6) > 0).astype(np.float32)
     results = []
-    for implementation in (twins, _cpp):
+    for implementation in (numpy_kernels, _cpp):
         monkeypatch.setattr(kernels, "_impl", implementation)
         results.append(
             [
@@ -393,7 +393,7 @@ def test_a_missing_extension_is_said_once(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "dreammix_trt._cpp", None)
     monkeypatch.delenv("DREAMMIX_KERNELS", raising=False)
     with caplog.at_level(logging.WARNING):
-        assert kernels._choose() is twins
+        assert kernels._choose() is numpy_kernels
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "C++ extension is missing" in caplog.text
 
@@ -401,5 +401,5 @@ def test_a_missing_extension_is_said_once(monkeypatch, caplog):
 def test_numpy_can_be_forced(monkeypatch, caplog):
     monkeypatch.setenv("DREAMMIX_KERNELS", "numpy")
     with caplog.at_level(logging.WARNING):
-        assert kernels._choose() is twins
+        assert kernels._choose() is numpy_kernels
     assert not caplog.records

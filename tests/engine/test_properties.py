@@ -68,7 +68,7 @@ def test_frames_for_one_square_are_that_square_and_contain_the_mask(mask: canvas
     assert 0 <= c0 <= left and right <= c1 <= mask.shape[1]
     if max(bottom - top, right - left) <= min(mask.shape):
         assert r1 - r0 == c1 - c0
-    for frame in (laid.local_frame(field, fill=False), laid.global_frame(field)):
+    for frame in (laid.first_frame(field, fill=False), laid.global_frame(field)):
         assert frame.size == (64, 64) == frame.image.shape[:2] and frame.box == (r0, r1, c0, c1)
 
 
@@ -101,10 +101,10 @@ def test_far_pixels_stay_bit_for_bit(mask: canvas.U8, field: float, seed: int, s
     rng = np.random.default_rng(seed)
     image = rng.integers(0, 256, (*mask.shape, 3), np.uint8)
     laid = canvas.Canvas.of(image, mask, native=128, divisor=32)
-    local, whole = laid.local_frame(field, fill=False), laid.global_frame(1.0)
+    local, whole = laid.first_frame(field, fill=False), laid.global_frame(1.0)
     pictures = [rng.integers(0, 256, (*frame.size, 3), np.uint8) for frame in (local, whole)]
     far = measure_distances(mask) >= laid.feather_width
-    handed = laid.hand_over(local, pictures[0], soft=soft)
+    handed = laid.paste(local, pictures[0], soft=soft)
     for kept in ((local, pictures[0]), None):
         final = laid.compose(whole, pictures[1], local=kept)
         np.testing.assert_array_equal(final[far], image[far])

@@ -37,37 +37,49 @@ _CHANNELS = (3, 24, 48, 64, 96)
 _FRAME = 144  # side of the rendered views
 _VIEWS = 3  # of each thing
 _SIZES = [len(words) for words in HEADS.values()]
-_AROUND_DECAL = [sum(_SIZES[: list(HEADS).index("decal")]), len(HEADS["decal"])]
-_AROUND_DECAL.append(sum(_SIZES) - sum(_AROUND_DECAL))
+_DECAL = list(HEADS).index("decal")
+_BEFORE_DECAL = sum(_SIZES[:_DECAL])
 
 
-class Classifier(torch.nn.Module):  # type: ignore[misc]
-    """Four 3x3 convolutions with pooling, one hidden layer, the heads in one and the embedding: 0.75 M parameters.
-
-    A decal's form is read where it is, too: `near` and `spot` look at each place of the last convolution alone (38
-    pixels wide), and each word's strongest place is added to its logit.
-    """
+class _Trunk(torch.nn.Module):  # type: ignore[misc]
+    """Four 3x3 convolutions with pooling and one hidden layer: pictures (N, 3, 96, 96) -> (N, 160)."""
 
     def __init__(self) -> None:
         super().__init__()
         for layer in range(LAYERS):
             self.add_module(f"conv{layer}", torch.nn.Conv2d(_CHANNELS[layer], _CHANNELS[layer + 1], 3, padding=1))
         self.hidden = torch.nn.Linear(_CHANNELS[-1] * (SIDE // 16) ** 2, 160)
-        self.out = torch.nn.Linear(160, sum(_SIZES))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in range(LAYERS):
+            x = functional.max_pool2d(functional.relu(self.get_submodule(f"conv{layer}")(x)), 2)
+        return functional.relu(self.hidden(functional.dropout(x.flatten(1), 0.1, self.training)))
+
+
+class Classifier(torch.nn.Module):  # type: ignore[misc]
+    """Two trunks, the heads and the embedding: 1.4 M parameters.
+
+    A decal's form has a trunk of its own, which learns from pictures whose colours are shuffled: colours tell which
+    thing it is, and so, for a thing seen in training, what its decal was.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole, self.form = _Trunk(), _Trunk()
+        self.out = torch.nn.Linear(160, sum(_SIZES) - len(HEADS["decal"]))
         self.same = torch.nn.Linear(160, 64)
-        self.near = torch.nn.Linear(_CHANNELS[-1], 64)
-        self.spot = torch.nn.Linear(64, len(HEADS["decal"]))
+        self.decal = torch.nn.Linear(160, len(HEADS["decal"]))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        seen = x
-        for layer in range(LAYERS):
-            seen = functional.relu(self.get_submodule(f"conv{layer}")(x))
-            x = functional.max_pool2d(seen, 2)
-        hidden = functional.relu(self.hidden(functional.dropout(x.flatten(1), 0.1, self.training)))
-        spots = self.spot(functional.relu(self.near(seen.permute(0, 2, 3, 1)))).flatten(1, 2).amax(1)
-        before, decal, after = self.out(hidden).split(_AROUND_DECAL, 1)
-        logits = torch.cat([before, decal + spots, after], 1)
+        hidden = self.whole(x)
+        out = self.out(hidden)
+        logits = torch.cat([out[:, :_BEFORE_DECAL], self.read_decal(x), out[:, _BEFORE_DECAL:]], 1)
         return logits, functional.normalize(self.same(hidden).float(), dim=1)
+
+    def read_decal(self, x: torch.Tensor) -> torch.Tensor:
+        """The logits of the decal's form alone."""
+        found: torch.Tensor = self.decal(self.form(x))
+        return found
 
 
 # -- pictures to learn from -------------------------------------------------------------------------------------------
@@ -220,6 +232,13 @@ def _likeness_loss(same: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     return contrast / 2 + 2 * (1 - (one * two).sum(1)).mean()
 
 
+def _shuffle_colours(pictures: torch.Tensor) -> torch.Tensor:
+    """The pictures with each one's channels exchanged and some of them inverted: forms stay, colours mean nothing."""
+    order = torch.rand(len(pictures), 3).argsort(1)[:, :, None, None].expand_as(pictures)
+    signs = torch.where(torch.rand(len(pictures), 3, 1, 1) < 0.5, -1.0, 1.0)
+    return pictures.gather(1, order) * signs
+
+
 def _draw_ahead(school: _School, steps: int) -> Iterator[_Lesson]:
     """The lessons of all steps, each drawn while the one before it is learnt."""
     with ThreadPoolExecutor(1) as pool:
@@ -241,7 +260,9 @@ def train_judge(work: Path, steps: int, seed: int) -> None:
     for step, lesson in enumerate(_draw_ahead(school, steps)):
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
             logits, same = model(lesson.pictures)
-        parts = logits.float().split(_SIZES, 1)
+            decal = model.read_decal(_shuffle_colours(lesson.pictures))
+        parts = [*logits.float().split(_SIZES, 1)]
+        parts[_DECAL] = decal.float()
         asked = [functional.cross_entropy(part, lesson.truth[:, n], ignore_index=-100) for n, part in enumerate(parts)]
         loss = torch.stack(asked).nansum() + 0.5 * _likeness_loss(same, lesson.truth[:, 1] >= 0)
         optimiser.zero_grad(set_to_none=True)

@@ -37,7 +37,6 @@ HEADS: Final[dict[str, tuple[str, ...]]] = {
 }
 Reading = dict[str, str]
 _BEFORE_DECAL = sum(len(words) for words in list(HEADS.values())[: list(HEADS).index("decal")])
-_DECAL = slice(_BEFORE_DECAL, _BEFORE_DECAL + len(HEADS["decal"]))
 
 
 def expected_reading(what: Attributes) -> Reading:
@@ -86,19 +85,23 @@ class Judge:
 
     def _run(self, crops: Sequence[world.Picture]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         small = [world.resize(np.ascontiguousarray(crop), SIDE, SIDE) for crop in crops]
-        x, w = np.moveaxis(np.stack(small).astype(np.float32) / np.float32(127.5) - 1, -1, 1), self.weights
-        seen = x
-        for layer in range(LAYERS):
-            seen = np.maximum(_convolve(x, w[f"conv{layer}.weight"], w[f"conv{layer}.bias"]), 0)
-            x = _pool(seen)
-        near = np.maximum(np.moveaxis(seen, 1, -1) @ w["near.weight"].T + w["near.bias"], 0)
-        spots = (near @ w["spot.weight"].T + w["spot.bias"]).max((1, 2))
-        x = np.maximum(x.reshape(len(x), -1) @ w["hidden.weight"].T + w["hidden.bias"], 0)
-        same = x @ w["same.weight"].T + w["same.bias"]
+        x = np.moveaxis(np.stack(small).astype(np.float32) / np.float32(127.5) - 1, -1, 1)
+        hidden = self._see(x, "whole")
+        same = self._map(hidden, "same")
         same = same / (np.linalg.norm(same, axis=1, keepdims=True) + 1e-6)
-        logits = np.asarray(x @ w["out.weight"].T + w["out.bias"], np.float32)
-        logits[:, _DECAL] += spots
+        out, decal = self._map(hidden, "out"), self._map(self._see(x, "form"), "decal")
+        logits = np.concatenate([out[:, :_BEFORE_DECAL], decal, out[:, _BEFORE_DECAL:]], 1)
         return logits, np.asarray(same, np.float32)
+
+    def _see(self, x: NDArray[np.float32], trunk: str) -> NDArray[np.float32]:
+        w = self.weights
+        for layer in range(LAYERS):
+            name = f"{trunk}.conv{layer}"
+            x = _pool(np.maximum(_convolve(x, w[f"{name}.weight"], w[f"{name}.bias"]), 0))
+        return np.maximum(self._map(x.reshape(len(x), -1), f"{trunk}.hidden"), 0)
+
+    def _map(self, x: NDArray[np.float32], name: str) -> NDArray[np.float32]:
+        return np.asarray(x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"], np.float32)
 
     def read(self, crops: Sequence[world.Picture]) -> list[Reading]:
         """The word of every head for each crop."""

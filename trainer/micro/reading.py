@@ -81,7 +81,7 @@ def draw_reading(
     rng: np.random.Generator, words: PromptTokenizer, count: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(ids of the first encoder, of the second, places, answers): int64 (N, 77) twice, (N, questions) twice."""
-    texts, asked = [], []
+    texts, asked = list[str](), list[dict[str, tuple[str, str]]]()
     while len(texts) < count:
         what = world.random_attributes(rng)
         text = caption(rng, what, SURFACES[rng.integers(len(SURFACES))])

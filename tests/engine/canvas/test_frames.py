@@ -39,7 +39,7 @@ def lay_case(folder: Path) -> tuple[Canvas, Frame, Frame, dict[str, object]]:
     picture = read_image(folder / "input.png")
     mask = read_mask(folder / "mask.png", picture.size)
     laid = Canvas.of(picture.rgb, mask, mode="reference", native=1024)
-    local, whole = laid.local_frame(config["inpaint_respective_field"]), laid.global_frame(config["isf_global_ia"])
+    local, whole = laid.first_frame(config["inpaint_respective_field"]), laid.global_frame(config["isf_global_ia"])
     return laid, local, whole, config
 
 
@@ -69,7 +69,7 @@ def test_reference_pastes_equal_the_recorded_ones(golden: Path, case: str) -> No
     def read_recorded(name: str) -> canvas.U8:
         return np.asarray(Image.open(folder / f"{name}.png"))
 
-    handed = laid.hand_over(local, read_recorded("switch_decoded_rgb"), soft=bool(config["soft_blending"]))
+    handed = laid.paste(local, read_recorded("switch_decoded_rgb"), soft=bool(config["soft_blending"]))
     np.testing.assert_array_equal(handed, read_recorded("switch_repasted_rgb"))
     arrays = np.load(folder / "golden.npz")
     if "switch_crop_rgb_sha256" in arrays:
@@ -80,7 +80,7 @@ def test_reference_pastes_equal_the_recorded_ones(golden: Path, case: str) -> No
 
 def test_the_masked_input_is_grey_in_the_hole_and_background_is_filled() -> None:
     image, mask = make_scene(256, 256, (96, 160, 96, 160))
-    frame = Canvas.of(image, mask, native=256).local_frame(1.0)
+    frame = Canvas.of(image, mask, native=256).first_frame(1.0)
     hole = frame.network_mask[None, None] > 127
     assert frame.masked.shape == (1, 3, 256, 256) and frame.masked.dtype == np.float32
     assert not frame.masked[np.broadcast_to(hole, frame.masked.shape)].any()
@@ -133,14 +133,14 @@ def test_a_long_picture_is_cut_around_the_mask() -> None:
 
 def test_a_mask_longer_than_any_profile_stays_whole() -> None:
     image, mask = make_scene(100, 1000, (40, 60, 0, 1000))
-    frame = Canvas.of(image, mask, native=128).local_frame(0.5)
+    frame = Canvas.of(image, mask, native=128).first_frame(0.5)
     assert frame.box == (0, 100, 0, 1000)
     assert frame.size in geometry.profile_sizes(128, 32)
 
 
 def test_one_pixel_works() -> None:
     laid = Canvas.of(np.full((1, 1, 3), 9, np.uint8), np.full((1, 1), 255, np.uint8), native=128)
-    frame = laid.local_frame(0.5)
+    frame = laid.first_frame(0.5)
     assert frame.size == (128, 128) and frame.latent_mask.all()
     assert laid.compose(frame, np.full((128, 128, 3), 77, np.uint8)).tolist() == [[[77, 77, 77]]]
 
@@ -191,7 +191,7 @@ def test_seam_takes_the_edge_from_the_global_stage_and_the_core_from_the_local_o
 def test_a_coarse_global_stage_keeps_the_local_inside() -> None:
     image, mask = make_scene(512, 512, (200, 300, 200, 300))
     laid = Canvas.of(image, mask, native=128)
-    local, whole = laid.local_frame(0.3), laid.global_frame(1.0)
+    local, whole = laid.first_frame(0.3), laid.global_frame(1.0)
     red, blue = np.zeros((128, 128, 3), np.uint8), np.zeros((128, 128, 3), np.uint8)
     red[..., 0], blue[..., 2] = 200, 200
     assert whole.scale > local.scale > 1
@@ -209,7 +209,7 @@ def mark_far(mask: canvas.U8, distance: int) -> np.ndarray:
 def test_a_fine_global_stage_is_taken_whole() -> None:
     image, mask = make_scene(128, 128, (40, 80, 40, 80))
     laid = Canvas.of(image, mask, native=128)
-    local, whole = laid.local_frame(0.5), laid.global_frame(1.0)
+    local, whole = laid.first_frame(0.5), laid.global_frame(1.0)
     blue = np.zeros((128, 128, 3), np.uint8)
     assert laid.compose(whole, blue, local=(local, blue + 200))[60, 60].tolist() == [0, 0, 0]
 
@@ -220,7 +220,7 @@ def test_a_fine_global_stage_is_taken_whole() -> None:
 def test_a_square_engine_gets_the_square_around_the_mask() -> None:
     image, mask = make_scene(200, 1000, (90, 110, 800, 840))
     laid = Canvas.of(image, mask, native=128, sizes=[(128, 128)])
-    for frame in (laid.local_frame(0.3), laid.global_frame(1.0)):
+    for frame in (laid.first_frame(0.3), laid.global_frame(1.0)):
         r0, r1, c0, c1 = frame.box
         assert frame.size == (128, 128) and r1 - r0 == c1 - c0
         assert r0 <= 90 and r1 >= 110 and c0 <= 800 and c1 >= 840
@@ -229,7 +229,7 @@ def test_a_square_engine_gets_the_square_around_the_mask() -> None:
 
 def test_a_mask_longer_than_the_only_frame_is_squeezed() -> None:
     image, mask = make_scene(100, 1000, (40, 60, 100, 700))
-    frame = Canvas.of(image, mask, native=128, sizes=[(128, 128)]).local_frame(0.5)
+    frame = Canvas.of(image, mask, native=128, sizes=[(128, 128)]).first_frame(0.5)
     assert frame.box == (0, 100, 100, 700) and frame.size == (128, 128)
     assert frame.mask[:, [0, -1]].any(axis=0).all()
 
@@ -267,13 +267,13 @@ def test_reference_mode_refuses_frames_that_the_engines_do_not_take() -> None:
     laid = Canvas.of(image, wide, mode="reference", native=128, sizes=[(128, 128)])
     told = r"frame of \d+x\d+ pixels.*larger than any profile.*take 128x128;.*--shapes dynamic"
     with pytest.raises(InputError, match=told):
-        laid.local_frame(0.2)
-    size = Canvas.of(image, wide, mode="reference", native=128).local_frame(0.2).size
+        laid.first_frame(0.2)
+    size = Canvas.of(image, wide, mode="reference", native=128).first_frame(0.2).size
     others = [each for each in geometry.profile_sizes(128, 32) if each != size]
     many = Canvas.of(image, wide, mode="reference", native=128, sizes=[*others, size])
-    assert many.local_frame(0.2).size == size
+    assert many.first_frame(0.2).size == size
     with pytest.raises(InputError, match="engines take 96x96, 96x128,"):
-        replace(many, sizes=tuple(others)).local_frame(0.2)
+        replace(many, sizes=tuple(others)).first_frame(0.2)
 
 
 def test_many_sizes_are_told_by_their_ends() -> None:
@@ -281,12 +281,12 @@ def test_many_sizes_are_told_by_their_ends() -> None:
     sizes = geometry.profile_sizes(1024, 64)
     laid = Canvas.of(image, mask, mode="reference", native=128, sizes=sizes)
     with pytest.raises(InputError, match=rf"take 704x704 to 1344x768 \({len(sizes)} sizes\)"):
-        laid.local_frame(0.2)
+        laid.first_frame(0.2)
 
 
 def test_keeping_the_local_result_is_decided_by_boxes_and_sizes() -> None:
     image, mask = make_scene(512, 512, (200, 300, 200, 300))
     laid = Canvas.of(image, mask, native=128)
-    local, whole = laid.local_frame(0.3), laid.global_frame(1.0)
+    local, whole = laid.first_frame(0.3), laid.global_frame(1.0)
     assert laid.keeps_scale(whole.box, whole.size, local.box, local.size) and laid.keeps_local(whole, local)
     assert not laid.keeps_scale(local.box, local.size, whole.box, whole.size)

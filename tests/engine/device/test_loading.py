@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dreammix_trt.core.networks import all_phases, names_of_phase
+from dreammix_trt.core.networks import list_groups, names_of_group
 from dreammix_trt.core.seam import Array
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.backends.onnxruntime.on_device import OnnxNetworks
@@ -153,7 +153,7 @@ def test_networks_that_take_turns_are_there_with_their_phase_alone(loaded: Any, 
     paint(dm, 128, 128)
     together = [set(map(plain_name, held)) for held in gpu.held]
     assert {"unet"} in together and all(
-        any(held <= set(phase) for phase in map(names_of_phase, all_phases())) for held in together
+        any(held <= set(phase) for phase in map(names_of_group, list_groups())) for held in together
     )
 
 
@@ -178,7 +178,7 @@ def test_onnx_runtimes_sessions_take_turns_and_are_gone_after_theirs(
             for size in ((128, 128), (128, 160), (128, 128)):
                 assert np.abs(paint(dm, *size) - paint(host, *size)).max() <= 1
     assert {"unet"} in held and all(
-        any(each <= set(phase) for phase in map(names_of_phase, all_phases())) for each in held
+        any(each <= set(phase) for phase in map(names_of_group, list_groups())) for each in held
     )
 
 

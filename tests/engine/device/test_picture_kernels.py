@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dreammix_trt.engine import kernels, twins
+from dreammix_trt.engine import kernels, numpy_kernels
 from dreammix_trt.engine.canvas import frames as canvas
 from dreammix_trt.engine.canvas.frames import Canvas
 from dreammix_trt.engine.canvas.geometry import mask_bounds
@@ -256,7 +256,7 @@ def test_fill_is_the_hosts(height: int, width: int, place: dict[str, int]) -> No
     picture = draw_noise(height, width, 3)
     for seed in range(2):
         mask, cascade = draw_blot(height, width, seed), [(70, 2), (16, 2), (5, 1), (1, 1), (0, 1)]
-        np.testing.assert_array_equal(fill(picture, mask, cascade, place), twins.fill(picture, mask, cascade))
+        np.testing.assert_array_equal(fill(picture, mask, cascade, place), numpy_kernels.fill(picture, mask, cascade))
 
 
 @pytest.mark.parametrize("value", [0, 126, 127, 255])
@@ -302,7 +302,11 @@ def test_fill_of_any_size_and_radius_is_the_hosts(data: st.DataObject) -> None:
 
 def test_fill_of_a_larger_picture() -> None:
     """Several strips, parts of several pixels, and windows wider than the picture."""
-    picture, mask, cascade = draw_noise(200, 330, 3), draw_blot(200, 330), [(radius, 1) for radius, _ in twins.CASCADE]
+    picture, mask, cascade = (
+        draw_noise(200, 330, 3),
+        draw_blot(200, 330),
+        [(radius, 1) for radius, _ in numpy_kernels.CASCADE],
+    )
     np.testing.assert_array_equal(fill(picture, mask, cascade, MANY), kernels.fill(picture, mask, cascade))
 
 
@@ -467,7 +471,7 @@ def name_sides(box: Box, prefix: str = "") -> dict[str, int]:
 @pytest.mark.parametrize("size", [(96, 120), (61, 75)])
 def test_paste_is_the_canvas_hand_over(soft: bool, size: tuple[int, int], place: dict[str, int]) -> None:
     whole = Canvas.of(draw_noise(*size, 3), draw_blot(*size), native=64)
-    frame = whole.local_frame(0.4, fill=False)
+    frame = whole.first_frame(0.4, fill=False)
     picture = draw_noise(*frame.size, 3, seed=5)
     content = canvas._to_box(picture, frame.box)
     result = paste(whole, content, {**name_sides(frame.box), "soft": soft}, place)
@@ -482,7 +486,7 @@ def test_paste_is_the_canvas_final_where_local_is_kept(place: dict[str, int]) ->
     image, mask = draw_noise(180, 200, 3), np.zeros((180, 200), np.uint8)
     mask[60:120, 70:130] = draw_blot(60, 60)
     whole = Canvas.of(image, mask, native=64)
-    local, frame = whole.local_frame(0.2, fill=False), whole.global_frame()
+    local, frame = whole.first_frame(0.2, fill=False), whole.global_frame()
     assert whole.keeps_local(frame, local)
     pictures = [draw_noise(*stage.size, 3, seed=seed) for seed, stage in enumerate((local, frame))]
     inside, around = canvas._to_box(pictures[0], local.box), canvas._to_box(pictures[1], frame.box)

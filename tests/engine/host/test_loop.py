@@ -292,11 +292,11 @@ def test_a_picture_through_both_stages() -> None:
     def encode(picture: F32) -> Any:
         return 0.5 * networks.run("vae_encoder", image=picture)["mean"].astype(np.float64)
 
-    local, whole = canvas.local_frame(request.lcg_field), canvas.global_frame(request.gch_field)
+    local, whole = canvas.first_frame(request.lcg_field), canvas.global_frame(request.gch_field)
 
     def hand_over(x0: Any) -> Any:
         decoded = from_decoded(networks.run("vae_decoder", latent=x0.astype(np.float32) / 0.5)["image"])
-        pasted = canvas.hand_over(local, decoded, soft=True)
+        pasted = canvas.paste(local, decoded, soft=True)
         return encode(whole.network_input(canvas.crop(pasted, whole)))
 
     def draw(label: str, step: int) -> Any:
