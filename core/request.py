@@ -117,6 +117,14 @@ class Request:
         if self.reference_resize and self.mode != "reference":
             raise InputError("reference_resize is given, but only mode 'reference' stretches the picture")
 
+    def field_of(self, stage: Literal["lcg", "gch"]) -> float:
+        """The least share of the picture's sides in a stage's crop."""
+        return self.lcg_field if stage == "lcg" else self.gch_field
+
+    def dilate_of(self, stage: Literal["lcg", "gch"]) -> int:
+        """Pixels by which a stage repaints more than the mask."""
+        return self.lcg_mask_dilate if stage == "lcg" else 0
+
     @property
     def steps(self) -> int:
         """How many steps run: int(num_inference_steps * strength)."""

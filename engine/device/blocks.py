@@ -82,9 +82,9 @@ class Picture:
     def of(cls, work: Work) -> Picture:
         """Frame the stages. Raises InputError for frames that the engines do not take."""
         request, schedule = work.request, work.schedule
-        first = _frame_stage(work.canvas, request.lcg_field if schedule[0].stage == "lcg" else request.gch_field)
+        first = _frame_stage(work.canvas, request.field_of(schedule[0].stage))
         two = schedule.hand_over_index is not None
-        return cls(work, first, _frame_stage(work.canvas, request.gch_field) if two else None)
+        return cls(work, first, _frame_stage(work.canvas, request.field_of("gch")) if two else None)
 
     @property
     def framings(self) -> tuple[Framing, ...]:
@@ -94,7 +94,7 @@ class Picture:
     @property
     def dilate(self) -> int:
         """Pixels by which the first stage repaints more than the mask."""
-        return self.work.request.lcg_mask_dilate if self.work.schedule[0].stage == "lcg" else 0
+        return self.work.request.dilate_of(self.work.schedule[0].stage)
 
     @property
     def keeps_local(self) -> bool:

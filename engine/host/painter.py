@@ -76,11 +76,8 @@ class HostPainter:
         """Frame, fill, encodings, head; then noise on the filled background."""
         stage = self.schedule[0].stage
         with self._clock("canvas"):
-            if stage == "lcg":
-                field, dilate = self._request.lcg_field, self._request.lcg_mask_dilate
-                self.frame = self._canvas.first_frame(field, fill=self.schedule.fills, dilate=dilate)
-            else:
-                self.frame = self._canvas.first_frame(self._request.gch_field, fill=self.schedule.fills)
+            field, dilate = self._request.field_of(stage), self._request.dilate_of(stage)
+            self.frame = self._canvas.first_frame(field, fill=self.schedule.fills, dilate=dilate)
         self._first_size = self.frame.size
         self._show("crop", self.frame.image)
         self._show("fill", self.frame.fill)
@@ -137,7 +134,7 @@ class HostPainter:
     @cached_property
     def _global_frame(self) -> Frame:
         with self._clock("canvas"):
-            return self._canvas.global_frame(self._request.gch_field)
+            return self._canvas.global_frame(self._request.field_of("gch"))
 
     def _enter(self, name: Stage, latent: F32, background: F32) -> None:
         """Begin a stage: collect what the UNet gets in it."""

@@ -69,8 +69,7 @@ class HostRuntime:
         """A value that no other picture has: no picture shares a batch with another."""
         if work.canvas.sizes is not None:
             for stage in {step.stage for step in work.schedule}:  # refuse a frame now, not after the first stage
-                field = work.request.lcg_field if stage == "lcg" else work.request.gch_field
-                work.canvas.work_size(work.canvas.box(field))
+                work.canvas.work_size(work.canvas.box(work.request.field_of(stage)))
         return id(work)
 
     def paint(self, batch: Sequence[Work], keep: Collection[int] = ()) -> Painting:
