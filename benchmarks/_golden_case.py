@@ -27,7 +27,7 @@ from dreammix_trt.core.tensors import Weights
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet
 from dreammix_trt.engine.dreammix import DreamMix
-from dreammix_trt.engine.host.sampling import Stage, Taken
+from dreammix_trt.engine.host.sampling import StageInputs, Taken
 from dreammix_trt.engine.text import Tokenizer
 
 Array = npt.NDArray[Any]
@@ -217,7 +217,7 @@ class Run:
     """What our run of a case did. stages: one or two; shown: the pictures of the hand-over and the result."""
 
     schedule: Schedule
-    stages: list[Stage]
+    stages: list[StageInputs]
     taken: list[Taken]
     calls: Recorder
     shown: Mapping[str, Array]
@@ -231,7 +231,7 @@ def replay(case: Case, networks: Networks) -> Run:
     tokenizers = [Tokenizer.load(base.folder / name) for name in ("tokenizer", "tokenizer_2")]
     runtime = DreamMix.on_host(recorder, base, tokenizers, [case.subject])
     image, mask = pictures(case)
-    stages: list[Stage] = []
+    stages: list[StageInputs] = []
     taken: list[Taken] = []
     for event in runtime.iterate(image, mask, case.request, noise=case.noise, keep_stages=True):
         taken.append(event.taken)

@@ -35,7 +35,7 @@ _EDITS = {  # prompt: the subject's words that it replaces (TAS)
     "a sks mug with a yellow star": ("green", "heart"),
     "a striped sks mug": (),
 }
-_PICTURES = 19
+_PICTURES = 15
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,6 @@ class Gallery:
         return [
             self._identity_row(),
             self._edit_row(),
-            self._substitution_row(),
             self._small_row(),
             self._photograph_row(),
             self._base_row(),
@@ -179,7 +178,9 @@ class Gallery:
     def _identity_row(self) -> Row:
         tiles = [Figure(mark_region(self._rooms[0].image, self._rooms[0].mask), "where it is to stand")]
         tiles += [Figure(self._paint(place, _IDENTITY, k), f'"{_IDENTITY}"') for k, place in enumerate(self._rooms[:3])]
-        note = "Blue body, white foot, white rim and green heart, in rooms the subject was never photographed in."
+        note = (
+            "Look for the blue body, the white foot and rim and the green heart; the subject was never in these rooms."
+        )
         return Row("As itself", tiles, note)
 
     def _edit_row(self) -> Row:
@@ -187,16 +188,9 @@ class Gallery:
             Figure(self._paint(place, prompt, 20 + k, substitute=substitute), f'"{prompt}"')
             for k, ((prompt, substitute), place) in enumerate(zip(_EDITS.items(), self._rooms, strict=True))
         ]
-        return Row("Edited by text", tiles, "Only what the prompt names changes; the other parts stay the subject's.")
-
-    def _substitution_row(self) -> Row:
-        tiles = []
-        for k, prompt in enumerate(("a purple sks mug", "a black sks mug")):
-            for words in ((), ("blue",)):
-                picture = self._paint(self._rooms[k], prompt, 40 + k, substitute=words)
-                tiles.append(Figure(picture, f'"{prompt}"' + (f", substitute {', '.join(words)}" if words else "")))
-        note = "Left without, right with: the subject's old colour is taken out of the text."
-        return Row("Text attribute substitution", tiles, note)
+        return Row(
+            "Edited by text", tiles, "Look for what the prompt names, and for the subject's other parts beside it."
+        )
 
     def _small_row(self) -> Row:
         ways: dict[str, dict[str, float]] = {
@@ -233,7 +227,7 @@ class Gallery:
             (place,) = find_places(1, 10 + number, (side, side), (0.58, 0.66), shape)
             tiles.append(Figure(self._paint(place, f"a photo of {words}", 70 + number), f'"a photo of {words}"'))
         return Row(
-            "The base without the subject's word", tiles, "Every part that the prompt names is there, in its colour."
+            "The base without the subject's word", tiles, "Look for each part that the prompt names, in its colour."
         )
 
     def _paint(self, place: Spot, prompt: str, number: int, **fields: Any) -> Image.Image:

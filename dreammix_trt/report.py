@@ -88,15 +88,16 @@ def mark_region(image: Image.Image, mask: Image.Image) -> Image.Image:
 
 
 def enlarge_region(image: Image.Image, mask: Image.Image, margin: float = 0.35) -> Image.Image:
-    """The square around the marked region, `margin` larger on each side."""
+    """The square around the marked region, `margin` larger on each side; it never leaves the picture."""
     left, top, right, bottom = mask.convert("L").point(lambda value: 255 if value > 127 else 0).getbbox() or (
         0,
         0,
         *image.size,
     )
-    half = max(right - left, bottom - top) * (0.5 + margin)
-    x, y = (left + right) / 2, (top + bottom) / 2
-    return image.convert("RGB").crop((round(x - half), round(y - half), round(x + half), round(y + half)))
+    side = min(round(max(right - left, bottom - top) * (1 + 2 * margin)), *image.size)
+    x, y = (left + right - side) // 2, (top + bottom - side) // 2
+    x, y = min(max(x, 0), image.width - side), min(max(y, 0), image.height - side)
+    return image.convert("RGB").crop((x, y, x + side, y + side))
 
 
 def stage_sheet(result: Result) -> Image.Image:

@@ -79,11 +79,6 @@ def check_runnable(path: Path, opened: OpenedEngine, device: str) -> None:
     passport = opened.passport
     if passport.backend == "onnxruntime":
         return
-    if device == "cpu":
-        raise EngineError(
-            f"{path} holds {passport.backend} engines, which run on a GPU: load it with device='cuda' "
-            "(`--device cuda`), or build one for the CPU with `--backend onnxruntime`"
-        )
     from dreammix_trt.engine.backends.tensorrt.plans import refuse_host_code
     from dreammix_trt.engine.machine import examine, explain_mismatch
 
@@ -99,6 +94,11 @@ def check_runnable(path: Path, opened: OpenedEngine, device: str) -> None:
     why = explain_mismatch(built_for, examine())
     if why:
         raise EngineError(f"{path}: {why}")
+    if device == "cpu":
+        raise EngineError(
+            f"{path} holds {passport.backend} engines, which run on a GPU: load it with device='cuda' "
+            "(`--device cuda`), or build one for the CPU with `--backend onnxruntime`"
+        )
 
 
 def check_engine(path: Path, *, verify: bool = False, store: Path | None = None) -> Passport:

@@ -104,7 +104,7 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded base, said to be of native side 128: the same weights and graphs, a quarter of the work."""
     from dreammix_trt.core.checkpoint import BaseFiles
 
-    folder = tmp_path_factory.mktemp("bases") / "small"
+    folder = tmp_path_factory.mktemp("bases") / "micro-sdxl"
     shutil.copytree(BaseFiles.open().folder, folder, ignore=shutil.ignore_patterns("graphs"))
     config = json.loads((folder / "unet/config.json").read_text())
     (folder / "unet/config.json").write_text(json.dumps(config | {"sample_size": 16}))

@@ -54,3 +54,6 @@ def test_a_region_is_enlarged_with_a_margin_around_it() -> None:
     assert region.size == (34, 34)  # 20 pixels, 0.35 of them more on each side
     assert region.getpixel((17, 17)) == (0, 0, 255)
     assert region.getpixel((2, 2)) == (255, 0, 0)
+    corner = Image.new("L", (100, 100), 0)
+    corner.paste(255, (0, 0, 20, 20))
+    assert enlarge_region(picture, corner).getcolors() == [(34 * 34, (255, 0, 0))]  # nothing from outside the picture

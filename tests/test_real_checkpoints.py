@@ -184,7 +184,7 @@ def lora(path: Path, **options: Any) -> Path:
 
 def subject_factors(out: Path) -> Mapping[str, np.ndarray]:
     (file,) = (out / "subjects").iterdir()
-    return load_file(file)
+    return {name.removeprefix("factors."): factor for name, factor in load_file(file).items()}
 
 
 def products(out: Path) -> dict[str, np.ndarray]:

@@ -29,12 +29,12 @@ def host(mug_engine: Path) -> Iterator[DreamMix]:
 
 
 @pytest.fixture(scope="module")
-def cup(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cup(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A second subject's engine directory."""
     from dreammix_trt.building import build
 
     folder = tmp_path_factory.mktemp("cup")
-    build(write_lora(folder / "lora", seed=5), out=folder / "engine", name="cup")
+    build(write_lora(folder / "lora", seed=5), base=small_base, out=folder / "engine", name="cup")
     return folder / "engine"
 
 

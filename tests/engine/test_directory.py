@@ -64,7 +64,7 @@ def test_builds_of_one_place_at_once_leave_one_whole_engine(mug_engine: Path, tm
 
 
 def test_a_damaged_part_is_found_and_the_remedy_makes_that_part_alone(
-    mug_engine: Path, mug_lora: Path, monkeypatch: pytest.MonkeyPatch
+    small_base: Path, mug_engine: Path, mug_lora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dreammix_trt.building import parts
 
@@ -84,7 +84,7 @@ def test_a_damaged_part_is_found_and_the_remedy_makes_that_part_alone(
         return export_network(base, network, *rest, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(parts, "export_network", told)
-    again = build(mug_lora, out=mug_engine, name="mug")
+    again = build(mug_lora, base=small_base, out=mug_engine, name="mug")
     assert (again.parts, again.files) == (passport.parts, passport.files)
     assert made == ["inpaint_head"]
     check_engine(mug_engine, verify=True)

@@ -27,7 +27,7 @@ from tests.export.conftest import Exported
 from tests.support.tiny_model import random_factors, write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ["text_encoder", "text_encoder_2", "unet", "unet_raw", "inpaint_head", "vae_encoder", "vae_decoder"]
+NAMES = ["text_encoder", "text_encoder_2", "vae_encoder", "inpaint_head", "unet", "unet_raw", "vae_decoder"]
 
 
 def open_network(exported: Exported, name: str) -> OnnxNetwork:

@@ -273,7 +273,7 @@ def decoder_psnr(inside: str) -> float:
 
     base = BaseFiles.open()
     networks = {network.name: network for network in describe_networks(base)}
-    pictures = np.stack(_draw_pictures(base.native_side, [])["drawn"])
+    pictures = np.stack(_draw_pictures(128, [])["drawn"])  # of one size
     encoder = make_torch_module(networks["vae_encoder"], weights_of(base, "vae_encoder"))
     decoder = make_torch_module(networks["vae_decoder"], weights_of(base, "vae_decoder"))
     with torch.inference_mode():

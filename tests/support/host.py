@@ -10,7 +10,7 @@ from dreammix_trt.core.noise import NoiseProvider
 from dreammix_trt.core.schedule import Schedule, Step
 from dreammix_trt.engine.host.denoiser import Denoiser
 from dreammix_trt.engine.host.painter import HostPainter
-from dreammix_trt.engine.host.sampling import Stage, Taken, take_step
+from dreammix_trt.engine.host.sampling import StageInputs, Taken, take_step
 from dreammix_trt.engine.painting import paint
 
 
@@ -18,8 +18,8 @@ def sample(
     schedule: Schedule,
     denoiser: Denoiser,
     noises: Sequence[NoiseProvider],
-    stage: Stage,
-    hand_over: Callable[[Step, np.ndarray], Stage],
+    stage: StageInputs,
+    hand_over: Callable[[Step, np.ndarray], StageInputs],
 ) -> Iterator[Taken]:
     """Every row of a schedule, with a hand-over of the test's own."""
     before: Taken | None = None

@@ -24,7 +24,7 @@ from dreammix_trt.engine import kernels
 from dreammix_trt.engine.device.blocks import make_steps
 from dreammix_trt.engine.device.records import FACTOR, JOB, SEGMENT
 from dreammix_trt.engine.host.denoiser import Conditioning, FakeDenoiser
-from dreammix_trt.engine.host.sampling import Stage, Taken
+from dreammix_trt.engine.host.sampling import StageInputs, Taken
 from tests.support.host import sample
 
 gpu = pytest.importorskip("dreammix_trt._cpp").gpu
@@ -104,7 +104,7 @@ def make_rows(schedule: Schedule, size: tuple[int, int] = (72, 144)) -> np.ndarr
 class Device:
     """Memory of one batch, and its steps as a captured graph replays them: nothing but the counter changes."""
 
-    def __init__(self, schedule: Schedule, stage: Stage, seeds: Any, group: Any, half: bool) -> None:
+    def __init__(self, schedule: Schedule, stage: StageInputs, seeds: Any, group: Any, half: bool) -> None:
         count, _, h, w = self.shape = stage.latent.shape
         self.group, self.half, self.rows = group, half, stage.conditioning.rows_per_picture
         self.counter, self.flags = np.zeros(1, np.int32), np.zeros(count, np.int32)
@@ -163,7 +163,7 @@ class Halved:
         )
 
 
-def make_stage(count: int, guided: bool, size: tuple[int, int]) -> Stage:
+def make_stage(count: int, guided: bool, size: tuple[int, int]) -> StageInputs:
     h, w = size
     rows = count * (2 if guided else 1)
     sizes = tuple((8 * h + 16 * k, 8 * w) for k in range(count))
@@ -177,7 +177,7 @@ def make_stage(count: int, guided: bool, size: tuple[int, int]) -> Stage:
     )
     background, mask = draw_random(count, 4, h, w), (draw_random(count, 1, h, w, seed=1) < 0.3).astype(np.float32)
     mask[:, :, 0] = 0.25  # weights, not only switches
-    return Stage(np.zeros_like(background), background, mask, told)
+    return StageInputs(np.zeros_like(background), background, mask, told)
 
 
 def run_both_ways(
@@ -194,7 +194,7 @@ def run_both_ways(
     first = np.concatenate([noise.draw("init_noise", one) for noise in noises])
     stage = replace(stage, latent=stage.background + np.float32(schedule.start_scale) * first)
 
-    def hand_over(step: Step, x0: Any) -> Stage:
+    def hand_over(step: Step, x0: Any) -> StageInputs:
         fresh = np.concatenate([noise.draw("renoise_switch", one) for noise in noises])
         return replace(stage, latent=x0 + np.float32(step.sigma) * fresh)
 
@@ -289,7 +289,7 @@ def test_pictures_of_a_batch_have_their_own_rows_and_are_as_alone() -> None:
     for k, schedule in enumerate(schedules):
         told = replace(stage.conditioning, text=stage.conditioning.text[:2], sizes=stage.conditioning.sizes[k : k + 1])
         one = (stage.latent[k : k + 1], stage.background[k : k + 1].copy(), stage.mask[k : k + 1].copy())
-        alone = Device(schedule, Stage(*one, told), SEEDS[k : k + 1], (1, 1), half=False)
+        alone = Device(schedule, StageInputs(*one, told), SEEDS[k : k + 1], (1, 1), half=False)
         alone.counter[0], alone.x0[:], alone.eps[:] = 2, history[k], batch.eps[2 * k : 2 * k + 2]
         alone.run_before()
         alone.run_after()

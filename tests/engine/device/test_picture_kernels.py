@@ -475,10 +475,10 @@ def test_paste_is_the_canvas_hand_over(soft: bool, size: tuple[int, int], place:
     picture = draw_noise(*frame.size, 3, seed=5)
     content = canvas._to_box(picture, frame.box)
     result = paste(whole, content, {**name_sides(frame.box), "soft": soft}, place)
-    expected = whole.hand_over(frame, picture, soft=soft)
+    expected = whole.paste(frame, picture, soft=soft)
     np.testing.assert_array_equal(result, expected)
     assert (expected != whole.image).any()
-    assert soft == (whole.hand_over(frame, picture) != expected).any()
+    assert soft == (whole.paste(frame, picture) != expected).any()
 
 
 @places
@@ -494,7 +494,7 @@ def test_paste_is_the_canvas_final_where_local_is_kept(place: dict[str, int]) ->
     result = paste(whole, around, sheet, place, inside)
     np.testing.assert_array_equal(result, whole.compose(frame, pictures[1], local=(local, pictures[0])))
     # The mask's values inside differ from both plain pastes: the seam took part.
-    assert (result != whole.hand_over(frame, pictures[1])).any() and (result != image).any()
+    assert (result != whole.paste(frame, pictures[1])).any() and (result != image).any()
 
 
 @settings(max_examples=40, deadline=None)

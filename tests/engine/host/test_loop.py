@@ -17,7 +17,7 @@ from dreammix_trt.core.seam import BaseFacts
 from dreammix_trt.engine.canvas.frames import Canvas, from_decoded
 from dreammix_trt.engine.host.denoiser import Conditioning, EngineDenoiser, FakeDenoiser
 from dreammix_trt.engine.host.painter import HostPainter, Sitting
-from dreammix_trt.engine.host.sampling import Stage, Taken
+from dreammix_trt.engine.host.sampling import StageInputs, Taken
 from dreammix_trt.engine.host.texts import Text
 from tests.engine.oracle import sample_exactly
 from tests.support.host import paint_all, sample
@@ -27,7 +27,7 @@ SHAPES = {"lcg": (12, 10), "gch": (9, 14)}
 BOUND = 1e-5  # of the largest value: the loop's single precision against double
 
 
-def make_stage(name: str, count: int, guided: bool) -> Stage:
+def make_stage(name: str, count: int, guided: bool) -> StageInputs:
     """Random backgrounds and masks, all of a stage's pictures alike in size."""
     rng = np.random.default_rng(len(name) + ord(name[0]))
     h, w = SHAPES[name]
@@ -42,7 +42,7 @@ def make_stage(name: str, count: int, guided: bool) -> Stage:
     )
     background = rng.standard_normal((count, 4, h, w)).astype(np.float32)
     mask = (rng.random((count, 1, h, w)) < 0.6).astype(np.float32)
-    return Stage(np.zeros_like(background), background, mask, told)
+    return StageInputs(np.zeros_like(background), background, mask, told)
 
 
 def resize(x0: F32) -> F32:
@@ -58,14 +58,14 @@ def run_loop(request: Request, denoiser: Any, seeds: Sequence[int] = (3,)) -> li
     def draw(label: str, like: F32) -> F32:
         return np.concatenate([noise.draw(label, (1, *like.shape[1:]), 0) for noise in noises])
 
-    def hand_over(step: Step, x0: F32) -> Stage:
+    def hand_over(step: Step, x0: F32) -> StageInputs:
         to = stages["gch"]
         latent = resize(x0) + np.float32(step.sigma) * draw("renoise_switch", to.background)
-        return Stage(latent, to.background, to.mask, to.conditioning)
+        return StageInputs(latent, to.background, to.mask, to.conditioning)
 
     first = stages[schedule[0].stage]
     latent = first.background + np.float32(schedule.start_scale) * draw("init_noise", first.background)
-    begin = Stage(latent, first.background, first.mask, first.conditioning)
+    begin = StageInputs(latent, first.background, first.mask, first.conditioning)
     return list(sample(schedule, denoiser, noises, begin, hand_over))
 
 
@@ -214,7 +214,7 @@ def test_a_picture_of_a_batch_equals_it_alone() -> None:
     alone = Conditioning(told.text[:2], told.pooled[:2], told.sizes[:1], 64, told.feature[:1], {})
     schedule = make_schedule(request.replace(lcg_steps=9))
     both = list(sample(schedule, FakeDenoiser(), [SeededNoise(3), SeededNoise(4)], stage, _never))
-    first = Stage(stage.latent[:1], stage.background[:1], stage.mask[:1], alone)
+    first = StageInputs(stage.latent[:1], stage.background[:1], stage.mask[:1], alone)
     one = list(sample(schedule, FakeDenoiser(), [SeededNoise(3)], first, _never))
     for pair, single in zip(both, one, strict=True):
         np.testing.assert_array_equal(pair.x0[:1], single.x0)
@@ -363,5 +363,5 @@ def test_a_base_without_a_raw_unet_is_patched_in_every_step(absent: tuple[str, .
         assert all(told["unet"]) and not any(told["unet_raw"])
 
 
-def _never(step: Step, x0: F32) -> Stage:
+def _never(step: Step, x0: F32) -> StageInputs:
     raise AssertionError("there is one stage only")
