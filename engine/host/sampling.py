@@ -74,7 +74,8 @@ def take_step(
     rows = stage.conditioning.rows_per_picture
     noise = draw_all(noises, step.blend_draw, x.shape)
     x_in, doubled = kernels.blend_scale(x, stage.background, stage.mask, noise, step.sigma)
-    eps = denoiser(np.ascontiguousarray(doubled[2 - rows :: 3 - rows]), step, stage.conditioning)
+    chosen = doubled[2 - rows :: 3 - rows]  # all rows, or without guidance the positive ones alone
+    eps = denoiser(np.ascontiguousarray(chosen), step, stage.conditioning)
     x, x0 = kernels.guided_step(
         x_in,
         eps,
