@@ -129,7 +129,7 @@ def read_subject(path: str | Path) -> Subject:
         raise FileFormatError(
             f"{path}: subject schema {facts['schema']}, this version reads {SCHEMA}; update dreammix-trt"
         )
-    if not all(isinstance(facts.get(name), str) for name in ("name", "token", "class_name")):
+    if not all(isinstance(facts.get(name), str) for name in ("name", "token", "class_name")) or not facts["name"]:
         raise FileFormatError(f"{path}: damaged, it says no name, token and class; build the subject again")
     return Subject(
         factors=_read_factors(path, facts, tensors), **{name: facts[name] for name in _FACTS if name in facts}
@@ -138,11 +138,13 @@ def read_subject(path: str | Path) -> Subject:
 
 def _read_factors(path: Path, facts: Mapping[str, Any], tensors: dict[str, Floats]) -> Factors:
     if facts["schema"] > 2:
-        unknown = sorted({*facts.get("parts", ())} - {_FACTORS})
+        parts = facts.get("parts", [])
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+            raise FileFormatError(f"{path}: damaged, its list of parts is {parts!r}; build the subject again")
+        unknown = sorted({*parts} - {_FACTORS})
         if unknown:
             raise FileFormatError(
-                f"{path}: has parts that this version does not know ({', '.join(map(str, unknown))}); "
-                "update dreammix-trt"
+                f"{path}: has parts that this version does not know ({', '.join(unknown)}); update dreammix-trt"
             )
         tensors = {name.removeprefix(f"{_FACTORS}."): values for name, values in tensors.items()}
     places = _places(path, facts)

@@ -111,8 +111,8 @@ def paint_safely(open_painter: Callable[[bool], Painter], has_network: Callable[
     open_painter: makes a painter of the batch; with True, one that uses the twins.
     has_network: whether there is a network of a name.
 
-    The second attempt yields no progress. Raises NotFiniteError where the network has no twin, or the values are again
-    not finite.
+    The second attempt yields its last progress alone, so that whoever counts comes to the end. Raises NotFiniteError
+    where the network has no twin, or the values are again not finite.
     """
     try:
         return (yield from paint(open_painter(False)))
@@ -124,20 +124,24 @@ def paint_safely(open_painter: Callable[[bool], Painter], has_network: Callable[
             ) from error
         logging.getLogger(__name__).warning("%s; painting again in float32", describe_overflow(name, "in float16"))
     try:
-        return exhaust(paint(open_painter(True)))
+        pictures, last = _run_to_end(paint(open_painter(True)))
     except NotFiniteError as error:
         text = describe_overflow(error.network, "again, with the twins there are in float32")
         raise NotFiniteError(text, error.network) from error
+    if last is not None:
+        yield last
+    return pictures
 
 
-def exhaust(steps: Steps) -> list[U8]:
-    """Run the steps to their end and return the pictures."""
+def _run_to_end(steps: Steps) -> tuple[list[U8], Progress | None]:
+    """Run the steps; returns the pictures and the progress after the last step."""
+    last: Progress | None = None
     while True:
         try:
-            next(steps)
+            last = next(steps)
         except StopIteration as end:
             pictures: list[U8] = end.value
-            return pictures
+            return pictures, last
 
 
 def describe_overflow(network: str, how: str) -> str:

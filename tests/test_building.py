@@ -68,23 +68,24 @@ SECOND = """
 import sys, time
 start = time.perf_counter()
 from dreammix_trt.building import build
-build(sys.argv[1], out=sys.argv[2], name="second")
+build(sys.argv[1], out=sys.argv[2], base=sys.argv[3], name="second")
 heavy = [name for name in ("torch", "diffusers", "transformers", "onnx") if name in sys.modules]
 print(time.perf_counter() - start, heavy)
 """
 
 
-def test_a_second_subject_needs_no_torch_and_little_room(mug_engine: Path, tmp_path: Path) -> None:
+def test_a_second_subject_needs_no_torch_and_little_room(small_base: Path, mug_engine: Path, tmp_path: Path) -> None:
     lora = write_lora(tmp_path / "second", seed=2)
     out = tmp_path / "engine"
-    done = subprocess.run([sys.executable, "-c", SECOND, lora, out], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", SECOND, lora, out, small_base]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.split(" ", 1)[1].strip() == "[]"
     assert folder_bytes(out) <= 1_000_000
 
 
-def test_subjects_swap_and_swap_back_to_the_bit(mug_engine: Path, tmp_path: Path) -> None:
+def test_subjects_swap_and_swap_back_to_the_bit(small_base: Path, mug_engine: Path, tmp_path: Path) -> None:
     other = write_lora(tmp_path / "other", seed=5, scale=0.3)
-    build(other, out=tmp_path / "other-engine", name="other")
+    build(other, base=small_base, out=tmp_path / "other-engine", name="other")
     fields = {"num_inference_steps": 4, "seed": 3}
     with DreamMix.load(mug_engine, threads=1) as dm:
         assert dm.add_subject(tmp_path / "other-engine") == "other"
@@ -99,9 +100,9 @@ def test_subjects_swap_and_swap_back_to_the_bit(mug_engine: Path, tmp_path: Path
 
 
 def test_a_self_contained_engine_moves_and_needs_no_store(
-    mug_lora: Path, mug_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_base: Path, mug_lora: Path, mug_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build(mug_lora, out=tmp_path / "here", name="mug", self_contained=True)
+    build(mug_lora, base=small_base, out=tmp_path / "here", name="mug", self_contained=True)
     shutil.move(tmp_path / "here", tmp_path / "there")
     monkeypatch.setenv("DREAMMIX_HOME", str(tmp_path / "empty"))
     moved = picture(tmp_path / "there")
@@ -201,9 +202,9 @@ def test_a_passport_whose_part_is_nowhere_names_it(spoiled: Path) -> None:
         DreamMix.load(spoiled)
 
 
-def test_building_again_gives_the_same_passport(mug_engine: Path, mug_lora: Path) -> None:
+def test_building_again_gives_the_same_passport(small_base: Path, mug_engine: Path, mug_lora: Path) -> None:
     before = Passport.read(mug_engine)
-    assert build(mug_lora, out=mug_engine, name="mug") == before
+    assert build(mug_lora, base=small_base, out=mug_engine, name="mug") == before
 
 
 # LoRAs that are part of the base
@@ -235,12 +236,12 @@ def change_of(file: Path, network: str, name: str) -> np.ndarray | float:  # typ
 @pytest.mark.parametrize(("target", "changed"), [("both", ("unet", "unet_raw")), ("raw", ("unet_raw",)),
                                                  ("patched", ("unet",))])  # fmt: skip
 def test_a_base_lora_is_added_to_the_weights_it_is_meant_for(
-    target: str, changed: tuple[str, ...], style: Path, mug_engine: Path, tmp_path: Path
+    target: str, changed: tuple[str, ...], style: Path, small_base: Path, mug_engine: Path, tmp_path: Path
 ) -> None:
     """W + s B A in every linear layer and convolution, held against the file by plain arithmetic."""
     plain = Passport.read(mug_engine)
     option = f"{style}:0.5" + (f":{target}" if target != "both" else "")
-    passport = build(out=tmp_path / "out", base_loras=[option], verify=False)
+    passport = build(base=small_base, out=tmp_path / "out", base_loras=[option], verify=False)
     assert f"--base-lora {option}" in passport.command and passport.base["loras"] == [option]
     differing = {name for name, key in passport.parts.items() if plain.parts[name] != key}
     assert differing == {*changed, "text_encoder", "text_encoder_2"}

@@ -58,6 +58,7 @@ class HostPainter:
         *,
         clock: PhaseClock | None = None,
         shown: dict[str, U8] | None = None,
+        looking: Networks | None = None,
     ) -> None:
         self.schedule = sitting.schedule
         self.shown = shown
@@ -66,6 +67,7 @@ class HostPainter:
         self.frame: Frame
         self._sitting, self._canvas, self._request = sitting, sitting.canvas, sitting.request
         self._networks, self._facts, self._denoiser, self._clock = networks, facts, denoiser, clock or PhaseClock()
+        self._looking = looking or networks
         self._first_size = (0, 0)
         self._local: tuple[Frame, U8] | None = None
         self._before: Taken | None = None
@@ -122,7 +124,7 @@ class HostPainter:
         """A function that shows the last prediction; after the next step it still shows the same one."""
         assert self.taken is not None
         taken, frame = self.taken, self.frame
-        return lambda _k: self._decode(taken.x0, frame)
+        return lambda _k: self._decode(taken.x0, frame, self._looking)
 
     @cached_property
     def keeps_local(self) -> bool:
@@ -159,29 +161,30 @@ class HostPainter:
 
     def _encode(self, image: F32, label: str) -> F32:
         """The scaled latent of (1, 3, H, W): the posterior's mean, or a sample of it where the request asks for one."""
-        output = self._run_vae("vae_encoder", self.frame, image=image)
+        output = self._run_vae("vae_encoder", self.frame, self._networks, image=image)
         latent = output["mean"]
         if self._request.samples_vae:
             latent = latent + output["std"] * self._sitting.noise.draw(label, latent.shape, 0)
         return np.float32(self._facts.scaling_factor) * latent
 
-    def _decode(self, latent: F32, frame: Frame | None = None) -> U8:
+    def _decode(self, latent: F32, frame: Frame | None = None, networks: Networks | None = None) -> U8:
         """A latent (1, 4, h, w) as a picture of a frame, uint8 (8h, 8w, 3).
 
         frame: None: the present one.
+        networks: None: those that painting uses.
         """
         unscaled = latent / np.float32(self._facts.scaling_factor)
-        output = self._run_vae("vae_decoder", frame or self.frame, latent=unscaled)
+        output = self._run_vae("vae_decoder", frame or self.frame, networks or self._networks, latent=unscaled)
         with self._clock("canvas"):
             return from_decoded(output["image"])
 
-    def _run_vae(self, name: str, frame: Frame, **arrays: F32) -> dict[str, F32]:
+    def _run_vae(self, name: str, frame: Frame, networks: Networks, **arrays: F32) -> dict[str, F32]:
         """Run a half of the VAE, in tiles where the frame is large."""
         assert kind_of(name).call == "vae"
         if not needs_tiles(*frame.size):
-            return self._networks.run(name, **arrays)
+            return networks.run(name, **arrays)
         tiling = tiles_of(*frame.latent_size)
-        return run_tiled(lambda tiles: self._networks.run(name, **tiles), arrays, tiling)
+        return run_tiled(lambda tiles: networks.run(name, **tiles), arrays, tiling)
 
     def _show(self, name: str, picture: U8 | None) -> None:
         if self.shown is not None and picture is not None:

@@ -85,7 +85,10 @@ class HostRuntime:
             noise = work.noise or SeededNoise(work.seed, kernels.normals)
             sitting = Sitting(work.canvas, work.request, work.schedule, texts, factors, noise)
             denoiser = self._denoiser or EngineDenoiser(networks)
-            return HostPainter(sitting, networks, self.facts, denoiser, clock=clock, shown=shown if 0 in keep else None)
+            kept = shown if 0 in keep else None
+            return HostPainter(
+                sitting, networks, self.facts, denoiser, clock=clock, shown=kept, looking=networks.without_check()
+            )
 
         (pixels,) = yield from paint_safely(open_painter, self.networks.__contains__)
         self.timings = dict(clock.seconds)
@@ -109,10 +112,17 @@ class _Watched:
 
     safe: use float32 twins where they exist.
     ready: raises when the networks may no longer be used.
+    checks: whether values must be finite.
     """
 
-    def __init__(self, networks: Networks, clock: PhaseClock, safe: bool, ready: Callable[[], None]) -> None:
-        self._networks, self._clock, self._safe, self._ready = networks, clock, safe, ready
+    def __init__(
+        self, networks: Networks, clock: PhaseClock, safe: bool, ready: Callable[[], None], checks: bool = True
+    ) -> None:
+        self._networks, self._clock, self._safe, self._ready, self._checks = networks, clock, safe, ready, checks
+
+    def without_check(self) -> _Watched:
+        """The same networks for previews: looking must not change the result of a request."""
+        return _Watched(self._networks, self._clock, self._safe, self._ready, checks=False)
 
     def __contains__(self, name: str) -> bool:
         return name in self._networks
@@ -125,6 +135,6 @@ class _Watched:
         actual = twin_name(name) if self._safe and twin_name(name) in self._networks else name
         with self._clock(f"network:{name}"):
             outputs = self._networks.run(actual, **arrays)
-        if not all(np.isfinite(values).all() for values in outputs.values()):
+        if self._checks and not all(np.isfinite(values).all() for values in outputs.values()):
             raise NotFiniteError(f"{name} gave values that are not numbers", name)
         return outputs

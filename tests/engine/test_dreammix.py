@@ -324,6 +324,51 @@ def test_a_base_of_one_unet_runs_every_step_on_it(dm: DreamMix) -> None:
     assert {step.network for step in both.schedule} == {"unet", "unet_raw"}
 
 
+class Overflowing(Noted):
+    """Networks of which one gives values that are not numbers, from its n-th call on; its twin does not."""
+
+    def __init__(self, networks: Any, bad: str, first: int) -> None:
+        super().__init__(networks)
+        self.bad, self.first = bad, first
+
+    def __contains__(self, name: str) -> bool:
+        return name == f"{self.bad}_float32" or super().__contains__(name)
+
+    def run(self, name: str, **arrays: Any) -> dict[str, Any]:
+        outputs = super().run(name, **arrays) if name in self.networks else {}
+        if name == f"{self.bad}_float32":
+            return dict(self.networks.run(self.bad, **arrays))
+        if name == self.bad and len(self.list_calls(name)) > self.first:
+            return {key: np.full_like(value, np.nan) for key, value in outputs.items()}
+        return outputs
+
+
+@pytest.mark.parametrize(("bad", "first"), [("vae_encoder", 0), ("vae_decoder", 0), ("vae_decoder", 1)])
+def test_a_twin_rescues_a_picture_wherever_it_was_lost(dm: DreamMix, bad: str, first: int) -> None:
+    """Before the first step, at the hand-over, at the end: the events come to their end, the picture is the same."""
+    rescued = DreamMix.on_host(Overflowing(dm.networks, bad, first), dm.facts, dm.tokenizers)
+    events = list(rescued.iterate(IMAGE, MASK, "a red sks mug", num_inference_steps=6, seed=7, subject=""))
+    plain = list(dm.iterate(IMAGE, MASK, "a red sks mug", num_inference_steps=6, seed=7, subject=""))
+    assert events[-1].index == events[-1].total - 1 == plain[-1].index
+    assert events[-1].result is not None and plain[-1].result is not None
+    assert np.array_equal(np.asarray(events[-1].result.images[0]), np.asarray(plain[-1].result.images[0]))
+
+
+def test_looking_does_not_lose_a_picture(dm: DreamMix) -> None:
+    """A preview that overflows shows what it shows; the request goes on."""
+    networks = Overflowing(dm.networks, "vae_decoder", 10**9)
+    fresh = DreamMix.on_host(networks, dm.facts, dm.tokenizers)
+    done = None
+    for event in fresh.iterate(IMAGE, MASK, "a mug", num_inference_steps=3, lcg_fraction=1.0):
+        if event.index == 0:
+            networks.first = 0
+            with np.errstate(invalid="ignore"):
+                event.preview()
+            networks.first = 10**9
+        done = event.result
+    assert done is not None
+
+
 def test_a_closed_engine_is_not_used_again(mug_engine: Path, cup: Path) -> None:
     dm = DreamMix.load(mug_engine, threads=1)
     begun = dm.iterate(IMAGE, MASK, "a mug", num_inference_steps=STEPS)
