@@ -28,14 +28,14 @@ from tests.engine.conftest import make_scene
 BASE = ("text_encoder", "text_encoder_2", "unet", "unet_raw", "inpaint_head", "vae_encoder", "vae_decoder")
 
 
-def test_torch_paints_what_the_engine_paints(mug_engine: Path) -> None:
+def test_torch_paints_what_the_engine_paints(small_base: Path, mug_engine: Path) -> None:
     image, mask = make_scene()
     subjects = [read_subject(file) for file in open_engine(mug_engine).subjects]
     options = Options(largest_picture=128 * 128, subjects=1)
     with (
         SimulatedDevice() as device,
         load_torch(
-            BaseFiles.open(), subjects, dtype="float32", device=device, torch_device="cpu", options=options
+            BaseFiles.open(small_base), subjects, dtype="float32", device=device, torch_device="cpu", options=options
         ) as torch_dm,
         DreamMix.load(mug_engine, threads=1) as host,
     ):
