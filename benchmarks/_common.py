@@ -85,10 +85,10 @@ def median_seconds(works: Mapping[str, Callable[[], object]], repeats: int = 5) 
 
 def sample_place(side: int) -> tuple[Image.Image, Image.Image]:
     """A room of side x side pixels and a mask (L, 0/255) with place for one object of about half the side."""
-    from dreammix_trt.trainer.micro.world import held_out_scenes
+    from dreammix_trt.trainer.micro.world import held_out_scenes, show_mask
 
     [(scene, mask)] = held_out_scenes(1, seed=90_500, size=side, object_share=(0.5, 0.55))
-    return Image.fromarray(scene.background), Image.fromarray(np.where(mask, np.uint8(255), np.uint8(0)))
+    return Image.fromarray(scene.background), show_mask(mask)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dreammix_trt.building import build
+from dreammix_trt.demo import write_photos
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.trainer.lora import train_lora
 from dreammix_trt.trainer.micro import world
@@ -75,11 +76,7 @@ def draw_edits(subject: world.Thing, rng: np.random.Generator) -> list[Edit]:
 
 def train_subject(subject: world.Thing, folder: Path, *, captioned: bool = True, **fields: Any) -> Path:
     """Photographs, LoRA and engine of one subject; returns the engine. captioned: with captions naming attributes."""
-    for kind in ("image", "mask"):
-        (folder / "photos" / kind).mkdir(parents=True, exist_ok=True)
-    for index, (image, mask) in enumerate(world.render_photos(subject, 5)):
-        Image.fromarray(image).save(folder / "photos" / "image" / f"{index:02d}.png")
-        Image.fromarray(mask).save(folder / "photos" / "mask" / f"{index:02d}.png")
+    write_photos(folder / "photos", subject)
     captions = subject_captions(subject.attributes) if captioned else ()
     train_lora(folder / "photos", subject.attributes.shape, folder / "lora", captions=captions, **fields)
     build(folder / "lora", out=folder / "engine", name="subject")
@@ -95,7 +92,6 @@ def judge_subject(
     steps: int,
     *,
     tas: bool,
-    **fields: Any,
 ) -> list[Verdict]:
     """Every edit in `scenes` rooms, painted and judged."""
     photographs = judge.embed([crop_of_mask(image, mask > 0) for image, mask in world.render_photos(subject, 5)])
@@ -105,7 +101,11 @@ def judge_subject(
         room = world.render_scene(rng, subject.attributes, side, float(rng.uniform(0.55, 0.72)) * side)
         mask = world.draw_mask(rng, room.box, *room.image.shape[:2])
         edits = draw_edits(subject, rng)
-        pictures = [_paint(dm, room, mask, edit, 100 * number + index, steps, tas, fields) for edit in edits]
+        fields: dict[str, Any] = {"seed": 100 * number + index, "num_inference_steps": steps}
+        pictures = [
+            paint_scene(dm, room, mask, edit.prompt, substitute=[edit.gone] if tas and edit.gone else [], **fields)
+            for edit in edits
+        ]
         crops = [crop_of_mask(picture, mask) for picture in pictures]
         cosines = judge.embed(crops) @ photographs.T
         for edit, reading, likeness in zip(edits, judge.read(crops), cosines, strict=True):
@@ -119,20 +119,9 @@ def judge_subject(
     return verdicts
 
 
-def _paint(
-    dm: DreamMix, room: world.Scene, mask: NDArray[np.bool_], edit: Edit, seed: int, steps: int, tas: bool, fields: Any
-) -> world.Picture:
-    substitute = [edit.gone] if tas and edit.gone else []
-    hole = Image.fromarray(np.where(mask, 255, 0).astype(np.uint8))
-    result = dm.inpaint(
-        Image.fromarray(room.background),
-        hole,
-        edit.prompt,
-        seed=seed,
-        num_inference_steps=steps,
-        substitute=substitute,
-        **fields,
-    )
+def paint_scene(dm: DreamMix, scene: world.Scene, mask: NDArray[np.bool_], prompt: str, **fields: Any) -> world.Picture:
+    """A prompt painted into a scene's background; uint8 (h, w, 3)."""
+    result = dm.inpaint(Image.fromarray(scene.background), world.show_mask(mask), prompt, **fields)
     return np.asarray(result.images[0])
 
 

@@ -21,8 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 from _common import Benchmark, embedded_engine
-from _micro_subjects import Verdict, bootstrap_share, judge_subject, train_subject
-from PIL import Image
+from _micro_subjects import Verdict, bootstrap_share, judge_subject, paint_scene, train_subject
 
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.engine import DreamMix
@@ -58,16 +57,8 @@ def judged(judge: Judge, pictures: Iterable[np.ndarray[Any, Any]], scenes: Scene
 def paint(dm: DreamMix, scenes: Scenes, steps: int, **fields: Any) -> Iterable[np.ndarray[Any, Any]]:
     """Every scene's thing painted into its background."""
     for index, (scene, mask) in enumerate(scenes):
-        hole = Image.fromarray(np.where(mask, 255, 0).astype(np.uint8))
-        result = dm.inpaint(
-            Image.fromarray(scene.background),
-            hole,
-            describe(scene.attributes),
-            seed=index,
-            num_inference_steps=steps,
-            **fields,
-        )
-        yield np.asarray(result.images[0])
+        prompt = describe(scene.attributes)
+        yield paint_scene(dm, scene, mask, prompt, seed=index, num_inference_steps=steps, **fields)
 
 
 def vae_psnr(dm: DreamMix, scenes: Scenes) -> tuple[float, float]:

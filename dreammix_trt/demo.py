@@ -147,8 +147,7 @@ def find_places(
         what = world.random_attributes(rng, held_out=True, shape=shape)
         scene = world.render_scene(rng, what, size, object_size=float(rng.uniform(*share)) * min(size))
         mask = world.draw_mask(rng, scene.box, *size)
-        hole = Image.fromarray(np.where(mask, 255, 0).astype(np.uint8))
-        places.append(Spot(Image.fromarray(scene.background), hole))
+        places.append(Spot(Image.fromarray(scene.background), world.show_mask(mask)))
     return places
 
 

@@ -47,6 +47,18 @@ def with_article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
+def name_parts(what: Attributes) -> dict[str, tuple[str, str]]:
+    """part: (its colour, the word for it), of the coloured parts that a thing has, in natural order."""
+    decal = BLOT_WORD if what.decal == "blot" else what.decal
+    parts = {
+        "foot": (what.foot, "foot"),
+        "band": (what.band, "band"),
+        "top": (what.top, TOPS[what.shape]),
+        "decal": (what.decal_colour, decal),
+    }
+    return {part: (colour, word) for part, (colour, word) in parts.items() if colour and word}
+
+
 def compose(
     what: Attributes, named: Collection[str] = NAMEABLE, surface: str | None = None, noun: str | None = None
 ) -> str:
@@ -59,16 +71,7 @@ def compose(
     words = [finish if finish != "glass" else ""]
     words += [what.colour if "colour" in named else "", what.pattern if "pattern" in named else ""]
     words += [finish if finish == "glass" else "", noun or what.shape]
-    decal = BLOT_WORD if what.decal == "blot" else what.decal
-    named_parts = (
-        ("foot", what.foot, "foot"),
-        ("band", what.band, "band"),
-        ("top", what.top, TOPS[what.shape]),
-        ("decal", what.decal_colour, decal),
-    )
-    parts = [
-        with_article(f"{colour} {word}") for part, colour, word in named_parts if part in named and colour and word
-    ]
+    parts = [with_article(f"{colour} {word}") for part, (colour, word) in name_parts(what).items() if part in named]
     phrase = " ".join(word for word in words if word)
     if parts:
         listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

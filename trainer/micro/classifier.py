@@ -37,8 +37,6 @@ _CHANNELS = (3, 24, 48, 64, 96)
 _FRAME = 144  # side of the rendered views
 _VIEWS = 3  # of each thing
 _SIZES = [len(words) for words in HEADS.values()]
-_DECAL = list(HEADS).index("decal")
-_BEFORE_DECAL = sum(_SIZES[:_DECAL])
 
 
 class _Trunk(torch.nn.Module):  # type: ignore[misc]
@@ -66,20 +64,18 @@ class Classifier(torch.nn.Module):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.whole, self.form = _Trunk(), _Trunk()
-        self.out = torch.nn.Linear(160, sum(_SIZES) - len(HEADS["decal"]))
+        self.out = torch.nn.Linear(160, sum(_SIZES[:-1]))
         self.same = torch.nn.Linear(160, 64)
-        self.decal = torch.nn.Linear(160, len(HEADS["decal"]))
+        self.decal = torch.nn.Linear(160, _SIZES[-1])
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, forms: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of every head and embeddings (N, 64) of unit length.
+
+        forms: the pictures in which a decal's form is read; None: x.
+        """
         hidden = self.whole(x)
-        out = self.out(hidden)
-        logits = torch.cat([out[:, :_BEFORE_DECAL], self.read_decal(x), out[:, _BEFORE_DECAL:]], 1)
+        logits = torch.cat([self.out(hidden), self.decal(self.form(x if forms is None else forms))], 1)
         return logits, functional.normalize(self.same(hidden).float(), dim=1)
-
-    def read_decal(self, x: torch.Tensor) -> torch.Tensor:
-        """The logits of the decal's form alone."""
-        found: torch.Tensor = self.decal(self.form(x))
-        return found
 
 
 # -- pictures to learn from -------------------------------------------------------------------------------------------
@@ -259,10 +255,8 @@ def train_judge(work: Path, steps: int, seed: int) -> None:
     precision = choose_precision("cpu")
     for step, lesson in enumerate(_draw_ahead(school, steps)):
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-            logits, same = model(lesson.pictures)
-            decal = model.read_decal(_shuffle_colours(lesson.pictures))
-        parts = [*logits.float().split(_SIZES, 1)]
-        parts[_DECAL] = decal.float()
+            logits, same = model(lesson.pictures, _shuffle_colours(lesson.pictures))
+        parts = logits.float().split(_SIZES, 1)
         asked = [functional.cross_entropy(part, lesson.truth[:, n], ignore_index=-100) for n, part in enumerate(parts)]
         loss = torch.stack(asked).nansum() + 0.5 * _likeness_loss(same, lesson.truth[:, 1] >= 0)
         optimiser.zero_grad(set_to_none=True)

@@ -2,7 +2,7 @@
 
 The sampler is the reference's: DPM-Solver++(2M) SDE, midpoint, on Karras sigmas 14.6146..0.0292 (rho 7),
 classifier-free guidance, fresh noise on the background at every step's input, the patched UNet with head for the first
-80 % of the steps and the raw UNet for the rest, size conditioning x1.5 / x0.8 during the first 30 %. It leaves out blur
+80 % of the steps and the raw UNet for the rest, size conditioning x1.5 / x0.8 during the first 30 %. It omits blur
 guidance (which weighs less than 0.1 %). The product's own loop stands in ``engine``; this one only serves the recipe.
 """
 

@@ -31,12 +31,11 @@ HEADS: Final[dict[str, tuple[str, ...]]] = {
     "foot": ("none", *COLOURS),
     "band": ("none", *COLOURS),
     "top": ("none", *COLOURS),
-    "decal": ("none", *DECALS, "other"),
     "decal_colour": ("none", *COLOURS),
     "finish": FINISHES,
+    "decal": ("none", *DECALS, "other"),  # last: it has a trunk of its own
 }
 Reading = dict[str, str]
-_BEFORE_DECAL = sum(len(words) for words in list(HEADS.values())[: list(HEADS).index("decal")])
 
 
 def expected_reading(what: Attributes) -> Reading:
@@ -89,8 +88,7 @@ class Judge:
         hidden = self._see(x, "whole")
         same = self._map(hidden, "same")
         same = same / (np.linalg.norm(same, axis=1, keepdims=True) + 1e-6)
-        out, decal = self._map(hidden, "out"), self._map(self._see(x, "form"), "decal")
-        logits = np.concatenate([out[:, :_BEFORE_DECAL], decal, out[:, _BEFORE_DECAL:]], 1)
+        logits = np.concatenate([self._map(hidden, "out"), self._map(self._see(x, "form"), "decal")], 1)
         return logits, np.asarray(same, np.float32)
 
     def _see(self, x: NDArray[np.float32], trunk: str) -> NDArray[np.float32]:

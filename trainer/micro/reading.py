@@ -9,7 +9,6 @@ learn to read first, on captions alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
@@ -17,9 +16,9 @@ import torch
 from torch.nn import functional
 
 from dreammix_trt.trainer.micro import world
-from dreammix_trt.trainer.micro.captions import BLOT_WORD, caption
+from dreammix_trt.trainer.micro.captions import caption, name_parts
 from dreammix_trt.trainer.micro.networks import POOLED, TEXT_WIDTHS, TextEncoders
-from dreammix_trt.trainer.micro.objects import COLOURS, FINISHES, PATTERNS, SHAPES, TOPS, Attributes
+from dreammix_trt.trainer.micro.objects import COLOURS, FINISHES, PATTERNS, SHAPES, Attributes
 from dreammix_trt.trainer.micro.rooms import SURFACES
 from dreammix_trt.trainer.micro.tokenizer import PromptTokenizer
 
@@ -69,18 +68,14 @@ def list_answers(what: Attributes, text: str) -> dict[str, tuple[str, str]]:
     for name in ("colour", "pattern", "finish"):
         if f"{getattr(what, name)} " in text.split(" with ")[0]:
             found[name] = (noun, getattr(what, name))
-    decal = BLOT_WORD if what.decal == "blot" else what.decal
-    named = (("foot", what.foot, "foot"), ("band", what.band, "band"), ("top", what.top, TOPS[what.shape]))
-    for name, colour, word in (*named, ("decal", what.decal_colour, decal)):
-        if colour and word and f" {colour} {word}" in text:
-            found[name] = (word, colour)
-    return found
+    named = {part: (word, colour) for part, (colour, word) in name_parts(what).items() if f" {colour} {word}" in text}
+    return found | named
 
 
 def draw_reading(
     rng: np.random.Generator, words: PromptTokenizer, count: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(ids of the first encoder, of the second, places, answers): int64 (N, 77) twice, (N, questions) twice."""
+    """(ids of the first encoder, of the second, places, answers): int64 (N, 40) twice, (N, questions) twice."""
     texts, asked = list[str](), list[dict[str, tuple[str, str]]]()
     while len(texts) < count:
         what = world.random_attributes(rng)
@@ -91,12 +86,11 @@ def draw_reading(
     ids_one, ids_two = (ids[:, :_LONGEST] for ids in words(texts))  # causal: later tokens change nothing before them
     places = torch.zeros(count, len(QUESTIONS), dtype=torch.long)
     answers = torch.full_like(places, _UNASKED)
-    tokens = {word: int(words([word])[0][0, 1]) for found in asked for word, _ in found.values()}
     for row, found in enumerate(asked):
         for n, (name, options) in enumerate(QUESTIONS.items()):
             if name in found:
                 word, answer = found[name]
-                places[row, n] = int((ids_one[row] == tokens[word]).nonzero()[0, 0])
+                places[row, n] = int((ids_one[row] == words.ids(word)[0]).nonzero()[0, 0])
                 answers[row, n] = options.index(answer)
     return ids_one, ids_two, places, answers
 
@@ -110,7 +104,8 @@ def teach_reading(text: TextEncoders, words: PromptTokenizer, steps: int, seed: 
     optimiser = torch.optim.AdamW([*text.parameters(), *readers.parameters()], lr=1.5e-3, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1.5e-3, total_steps=max(steps, 4), pct_start=0.1)
     shares = []
-    for step, (ids_one, ids_two, places, answers) in enumerate(_draw_all(words, steps, seed, batch)):
+    for step in range(steps):
+        ids_one, ids_two, places, answers = draw_reading(np.random.default_rng([seed, 60, step]), words, batch)
         logits = readers(*text(ids_one, ids_two), places)
         losses = [
             functional.cross_entropy(given, answers[:, n], ignore_index=_UNASKED)
@@ -127,13 +122,6 @@ def teach_reading(text: TextEncoders, words: PromptTokenizer, steps: int, seed: 
         if step % 200 == 199:
             log.info("reading: step %d, loss %.4f, right %s", step + 1, loss.item(), _share_right(logits, answers))
     return float(np.nanmean(shares, 0).min())
-
-
-def _draw_all(
-    words: PromptTokenizer, steps: int, seed: int, batch: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    for step in range(steps):
-        yield draw_reading(np.random.default_rng([seed, 60, step]), words, batch)
 
 
 def _share_right(logits: list[list[torch.Tensor]], answers: torch.Tensor) -> list[float]:

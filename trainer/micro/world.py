@@ -41,7 +41,7 @@ __all__ = [
     "COLOURS", "DECALS", "FINISHES", "PATTERNS", "SHAPES", "UNNAMED_DECALS", "Attributes", "Box", "Build", "Picture",
     "Scene", "Thing", "draw_mask", "draw_object_size", "held_out_scenes", "held_out_subjects", "is_held_out",
     "look_alike", "random_attributes", "random_box", "random_build", "random_view", "render_photos", "render_scene",
-    "resize",
+    "resize", "show_mask",
 ]  # fmt: skip
 
 Picture = NDArray[np.uint8]
@@ -240,6 +240,11 @@ def draw_mask(rng: np.random.Generator, box: Box, height: int, width: int) -> ND
     power = rng.uniform(2.6, 5.0)
     room = 2 ** (1 / power)  # so that the box's corners stay inside
     return np.asarray((x[None, :] / room) ** power + (y[:, None] / room) ** power <= 1)
+
+
+def show_mask(mask: NDArray[np.bool_]) -> Image.Image:
+    """A mask as people hand it over: an L picture, white where it is repainted."""
+    return Image.fromarray(np.where(mask, np.uint8(255), np.uint8(0)))
 
 
 def random_box(rng: np.random.Generator, height: int, width: int) -> Box:
