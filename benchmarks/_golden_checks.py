@@ -278,10 +278,20 @@ def _take_step(
     step: Step, x_in: Array, eps: Array, previous: Array | None, noise: Array, *, rows: int, blur: float
 ) -> tuple[Array, Array]:
     return kernels.guided_step(
-        x_in, eps, previous, noise, sigma=step.sigma, guidance_scale=step.guidance_scale, blur_alpha=blur, c_x=step.c_x,
-        c_x0=step.c_x0, c_dx0=step.c_dx0, c_noise=step.c_noise, guidance_rescale=step.guidance_rescale,
+        x_in,
+        eps,
+        previous,
+        noise,
+        sigma=step.sigma,
+        guidance_scale=step.guidance_scale,
+        blur_alpha=blur,
+        c_x=step.c_x,
+        c_x0=step.c_x0,
+        c_dx0=step.c_dx0,
+        c_noise=step.c_noise,
+        guidance_rescale=step.guidance_rescale,
         rows_per_picture=rows,
-    )  # fmt: skip
+    )
 
 
 def _levels(name: str, got: Array, wanted: Array) -> Check:

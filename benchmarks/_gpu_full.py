@@ -51,9 +51,15 @@ def _measure(part: Part, setting: Setting, kind: str, *, compiled: bool) -> None
 
 
 def time_networks(
-    part: Part, setting: Setting, device: Any, networks: Any, kind: str, rate: float, tokenizers: Sequence[Any],
+    part: Part,
+    setting: Setting,
+    device: Any,
+    networks: Any,
+    kind: str,
+    rate: float,
+    tokenizers: Sequence[Any],
     stream: Any = None,
-) -> None:  # fmt: skip
+) -> None:
     """The rows of `full` for one back end; kind: what it is called; stream: where its networks must run."""
     side = setting.side // 8
     for name in ("unet", "vae_encoder", "vae_decoder"):
@@ -68,8 +74,13 @@ def time_networks(
         told = "with guidance" if rows == 2 else "without guidance"
         part.add(f"{kind}: UNet call {told} [ms]", 1e3 * unet[rows])
         part.add(f"{kind}: bound, run the first time and measured {told} [s]", time.perf_counter() - started)
-        _share(part, f"{kind}: UNet {told}, share of the matrix product", step_tflop(side, side, rows, setting.width),
-               unet[rows], rate)  # fmt: skip
+        _share(
+            part,
+            f"{kind}: UNet {told}, share of the matrix product",
+            step_tflop(side, side, rows, setting.width),
+            unet[rows],
+            rate,
+        )
         part.add(f"{kind}: a whole step {told} [ms]", 1e3 * whole)
         part.add(f"{kind}: a step outside the UNet {told} [ms]", 1e3 * around)
         part.add_share(f"{kind}: a step outside the UNet, of it", around, unet[rows], goal=AROUND_GOAL)
@@ -149,9 +160,16 @@ def paint_often(
 
 
 def job_rows(
-    part: Part, setting: Setting, name: str, fields: Mapping[str, Any], walls: list[float],
-    timings: list[dict[str, float]], unet: float, vae: Mapping[str, float], rate: float,
-) -> None:  # fmt: skip
+    part: Part,
+    setting: Setting,
+    name: str,
+    fields: Mapping[str, Any],
+    walls: list[float],
+    timings: list[dict[str, float]],
+    unet: float,
+    vae: Mapping[str, float],
+    rate: float,
+) -> None:
     """A whole picture: its time, its share of the ceiling, and what the networks do not account for."""
     wall = statistics.median(walls)
     steps, rows = fields["num_inference_steps"], 2 if fields["guidance_scale"] > 1 else 1
@@ -180,8 +198,11 @@ def traffic_rows(part: Part, setting: Setting, device: Any, front: Front, name: 
         seen.append(dict(device.transferred))
     before, first, last, after = seen[0], seen[1], seen[-2], seen[-1]
     part.add(f"{name}: uploaded before the first step [bytes]", first["uploaded"] - before["uploaded"])
-    part.add(f"{name}: downloaded before the last step is enqueued [bytes]", last["downloaded"] - before["downloaded"],
-             goal="<= 0")  # fmt: skip
+    part.add(
+        f"{name}: downloaded before the last step is enqueued [bytes]",
+        last["downloaded"] - before["downloaded"],
+        goal="<= 0",
+    )
     part.add(f"{name}: uploaded from the first step on [bytes]", after["uploaded"] - first["uploaded"], goal="<= 0")
     flags = 4 * (front.studio.options.pictures + 1)  # one of the texts'
     beyond = after["downloaded"] - last["downloaded"] - image.nbytes - flags

@@ -48,8 +48,11 @@ def measure(part: Part, device: Device, *, side: int) -> None:
     untried = kernels_of(_cpp.gpu) - {case.kernel for case in cases}
     part.add("kernels that are not right", wrong, goal="== 0")
     part.add("kernels not tried", ", ".join(sorted(untried)) or "none")
-    part.add("before, between and after the steps, all kernels of a picture [ms]", 1e3 * around,
-             goal=f"<= {PRE_AND_POST_MS:g}")  # fmt: skip
+    part.add(
+        "before, between and after the steps, all kernels of a picture [ms]",
+        1e3 * around,
+        goal=f"<= {PRE_AND_POST_MS:g}",
+    )
     part.note(
         "share: the fewest bytes a kernel must move, over its time, over the copy bandwidth; kernels on small arrays "
         f"are bound by their launch, and cached where {MOST_COPIES} copies of their arrays fit the caches"

@@ -234,9 +234,13 @@ class Front:
 
 @contextmanager
 def studio_for(
-    device: Device, networks: Any, tokenizers: Sequence[Any], subjects: Sequence[Subject] = (),
-    stream: Stream | None = None, **options: Any,
-) -> Iterator[Front]:  # fmt: skip
+    device: Device,
+    networks: Any,
+    tokenizers: Sequence[Any],
+    subjects: Sequence[Subject] = (),
+    stream: Stream | None = None,
+    **options: Any,
+) -> Iterator[Front]:
     """The device runtime over these networks; stream: where they must run; options: of `engine.Options`."""
     from dreammix_trt.engine.device.memory_plan import Options
     from dreammix_trt.engine.device.studio import Studio
@@ -257,9 +261,16 @@ class StepRig:
     """
 
     def __init__(
-        self, device: Device, networks: DeviceNetworks, latent: tuple[int, int], *, pictures: int = 1, rows: int = 2,
-        subjects: Sequence[Subject] = (), stream: Stream | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        device: Device,
+        networks: DeviceNetworks,
+        latent: tuple[int, int],
+        *,
+        pictures: int = 1,
+        rows: int = 2,
+        subjects: Sequence[Subject] = (),
+        stream: Stream | None = None,
+    ) -> None:
         """latent: height and width; rows: a picture, 2 with guidance; stream: where the networks must run."""
         from dreammix_trt.core.axes import Sides
         from dreammix_trt.engine.device.arena import Arena
@@ -338,8 +349,9 @@ class StepRig:
     def _arrays(self, networks: DeviceNetworks, factors: Array) -> dict[str, Array]:
         own = {
             tensor.name: array(self.device, self._owned, self.sides.shape(tensor), tensor.dtype)
-            for tensor in (*networks.inputs("unet"), *networks.outputs("unet")) if "lora" not in tensor.name
-        }  # fmt: skip
+            for tensor in (*networks.inputs("unet"), *networks.outputs("unet"))
+            if "lora" not in tensor.name
+        }
         return own | self.layout.cut_arrays("unet", factors, self.pictures)
 
     def _states(self) -> dict[str, Array]:
@@ -383,9 +395,14 @@ class StepRig:
 
         shared = _same(self._state, "counter", "table", "jobs", "x", "background", "mask", "x_in")
         return shared | {
-            "most_steps": MOST_STEPS, "pictures": self.pictures, "channels": CHANNELS, "height": self.latent[0],
-            "width": self.latent[1], "rows_per_picture": self.rows, "half": self.arrays["sample"].half,
-        }  # fmt: skip
+            "most_steps": MOST_STEPS,
+            "pictures": self.pictures,
+            "channels": CHANNELS,
+            "height": self.latent[0],
+            "width": self.latent[1],
+            "rows_per_picture": self.rows,
+            "half": self.arrays["sample"].half,
+        }
 
     def _kernel(self, name: str, **arguments: Any) -> None:
         self.device.launch_kernel(name, self.stream, **arguments)

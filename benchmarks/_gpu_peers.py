@@ -166,19 +166,29 @@ def pipeline_of(setting: Setting, networks: Any, compiled: bool, upcast: bool) -
         tokenizers = {name: CLIPTokenizer.from_pretrained(Path(folder) / name) for name in ("tokenizer", "tokenizer_2")}
     scheduler = EulerDiscreteScheduler.from_config(configs_of(setting)["scheduler"])
     pipeline = StableDiffusionXLInpaintPipeline(
-        vae=vae_of(setting, networks, upcast), unet=unet_of(setting, networks, compiled), **tokenizers,
-        **text_encoders_of(setting, networks), scheduler=scheduler, add_watermarker=False,
-    )  # fmt: skip
+        vae=vae_of(setting, networks, upcast),
+        unet=unet_of(setting, networks, compiled),
+        **tokenizers,
+        **text_encoders_of(setting, networks),
+        scheduler=scheduler,
+        add_watermarker=False,
+    )
     pipeline.set_progress_bar_config(disable=True)
     image, mask = (Image.fromarray(picture) for picture in sample_picture(setting.side))
 
     def paint(fields: Mapping[str, Any]) -> object:
         generator = torch.Generator(setting.torch_device).manual_seed(0)
         done = pipeline(
-            prompt=PROMPT, image=image, mask_image=mask, height=setting.side, width=setting.side, strength=1.0,
-            num_inference_steps=fields["num_inference_steps"], guidance_scale=fields["guidance_scale"],
+            prompt=PROMPT,
+            image=image,
+            mask_image=mask,
+            height=setting.side,
+            width=setting.side,
+            strength=1.0,
+            num_inference_steps=fields["num_inference_steps"],
+            guidance_scale=fields["guidance_scale"],
             generator=generator,
-        )  # fmt: skip
+        )
         check_calls(pipeline.num_timesteps, fields)
         return done
 

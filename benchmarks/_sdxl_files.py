@@ -411,7 +411,7 @@ def _tokenizer(size: int) -> tuple[dict[str, int], list[str]]:
 
 
 def patch_keys(unet_config: Mapping[str, Any], keys: str = "v26") -> dict[str, str]:
-    """sgm -> diffusers names of a patch's tensors: "all", or "v26", which leaves out 36 of SDXL's 60 deepest blocks.
+    """sgm -> diffusers names of a patch's tensors: "all", or "v26", which omits 36 of SDXL's 60 deepest blocks.
 
     Which 36 is not known; here they are all but the first four of every ten (docs/algorithm.md, 11.1).
     """
@@ -571,7 +571,7 @@ def write_safetensors(path: Path, entries: Mapping[str, FileTensor], metadata: M
 
 
 def _torch_save(path: Path, tree: Mapping[str, tuple[FileTensor, ...]]) -> None:
-    """`torch.save` of name -> tensor, or tuple of tensors; the tensors lie in a mapped scratch file, not in memory."""
+    """`torch.save` of name -> tensor, or tuple of tensors; the tensors are in a mapped scratch file, not in memory."""
     import torch
 
     path.parent.mkdir(parents=True, exist_ok=True)

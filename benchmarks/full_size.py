@@ -150,9 +150,13 @@ def unet_call(bench: Benchmark, folder: Path, files: dict[str, Path]) -> None:
     for kind, source in (("make inputs", ""), ("torch", ""), ("onnxruntime", str(onnx))):
         code = f"import full_size; full_size.child({kind!r}, {str(inputs)!r}, {source!r}, {paths!r})"
         done = subprocess.run(
-            [sys.executable, "-c", code], check=True, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-c", code],
+            check=True,
+            cwd=Path(__file__).parent,
+            stdout=subprocess.PIPE,
+            text=True,
             env={**os.environ, "DREAMMIX_HOME": str(folder / "home")},
-        )  # fmt: skip
+        )
         if kind != "make inputs":
             figures = json.loads(done.stdout.splitlines()[-1])
             bench.add(f"UNet call at {LATENT}x{LATENT}, {kind} [s]", figures["seconds"])

@@ -80,10 +80,14 @@ def _encodings(case: Case, networks: Networks) -> list[Check]:
 
 def _add(bench: Benchmark, name: str, rows: list[Check]) -> None:
     for row in rows:
-        bench.rows.append({
-            "metric": f"{name}: {row.array}", "value": float(f"{row.error:.3g}"),
-            "bound": f"<= {row.bound:g}", "pass": row.passed,
-        })  # fmt: skip
+        bench.rows.append(
+            {
+                "metric": f"{name}: {row.array}",
+                "value": float(f"{row.error:.3g}"),
+                "bound": f"<= {row.bound:g}",
+                "pass": row.passed,
+            }
+        )
 
 
 if __name__ == "__main__":

@@ -60,10 +60,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.simulate and (given.out is None or out.resolve().is_relative_to(RESULTS.resolve())):
         parser.error(f"simulated results are no results: give --out, outside {RESULTS}")
     setting = Setting(
-        width=given.width, side=given.side, steps=given.steps, repeats=given.repeats, requests=given.requests,
-        swaps=given.swaps, compiled=not given.eager, compile_mode=given.compile_mode, simulate=given.simulate,
+        width=given.width,
+        side=given.side,
+        steps=given.steps,
+        repeats=given.repeats,
+        requests=given.requests,
+        swaps=given.swaps,
+        compiled=not given.eager,
+        compile_mode=given.compile_mode,
+        simulate=given.simulate,
         engine=given.engine,
-    )  # fmt: skip
+    )
     if given.child:
         return child(names[0], setting, out)
     capability = gpu_capability()

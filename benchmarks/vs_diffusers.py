@@ -60,9 +60,15 @@ def main() -> int:
 
     def theirs() -> None:
         pipeline(
-            prompt=prompt, image=image, mask_image=mask, height=given.size, width=given.size, strength=0.9999,
-            num_inference_steps=given.steps, guidance_scale=4.0,
-        )  # fmt: skip
+            prompt=prompt,
+            image=image,
+            mask_image=mask,
+            height=given.size,
+            width=given.size,
+            strength=0.9999,
+            num_inference_steps=given.steps,
+            guidance_scale=4.0,
+        )
 
     with embedded_engine(given.threads) as dm:
 

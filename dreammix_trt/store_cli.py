@@ -1,4 +1,4 @@
-"""`dreammix-trt store`: what lies in the store, whether it is sound, and removing what no engine needs."""
+"""`dreammix-trt store`: what is in the store, whether it is sound, and removing what no engine needs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from dreammix_trt.core.store_prune import Pruning
 
 store_app = typer.Typer(
-    help="See, check and tidy the store of what bases are built into.", no_args_is_help=True,
+    help="See, check and tidy the store of what bases are built into.",
+    no_args_is_help=True,
     pretty_exceptions_enable=False,
-)  # fmt: skip
+)
 _out = Console()
 _err = Console(stderr=True)
 
@@ -64,7 +65,7 @@ def list_parts(store: StorePath = None, as_json: AsJson = False) -> None:
 
 @store_app.command()
 def size(store: StorePath = None, as_json: AsJson = False) -> None:
-    """Say how much lies in the store, by kind, and how much its disk has left."""
+    """Say how much is in the store, by kind, and how much its disk has left."""
     from rich.table import Table
 
     shelf = Store(store)

@@ -247,7 +247,7 @@ class DreamMix:
 
         image, mask_image: path, PIL image or uint8 array, of equal size.
         prompt: text, which makes a request as `request` does, or a whole Request, used as it is.
-        noise: where the random numbers come from, one provider a picture; default: the seed. Not on a GPU.
+        noise: where the random numbers come from, one provider for each picture; default: the seed. Not on a GPU.
         keep_stages: whether the result has pictures of what each stage did.
         fields: any field of `Request` (seed, substitute, num_inference_steps, ...).
 

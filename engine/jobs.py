@@ -33,7 +33,7 @@ U8 = npt.NDArray[np.uint8]
 class Job(NamedTuple):
     """One request with its pictures.
 
-    noise: providers, one a picture; None: the seed.
+    noise: a provider for each picture; None: the seed.
     """
 
     image: Source

@@ -158,7 +158,7 @@ def describe_overflow(network: str, how: str) -> str:
 def batch_by_shape(shapes: Sequence[object], most: int) -> Iterator[list[int]]:
     """Group pictures into batches: at most `most` of equal shape, in order of the first of each.
 
-    shapes: one a picture; pictures of equal shape can share a batch.
+    shapes: of each picture; pictures of equal shape can share a batch.
 
     Yields the numbers of a batch's pictures.
     """

@@ -28,10 +28,10 @@ _LONGEST = {"PNG": 2**31 - 1, "JPEG": 65500, "WEBP": 16383}  # pixels a side
 class Result:
     """The result of a request.
 
-    images: PIL images of the input's size and kind (RGB, RGBA, L), one a picture; in reference mode RGB at the size it
+    images: PIL images of the input's size and kind (RGB, RGBA, L), in their order; in reference mode RGB at the size it
         worked on.
     request: as it was painted.
-    seeds: one a picture.
+    seeds: of each picture.
     timings: seconds per phase, summed over the pictures, disjoint. "network:..." are the networks. On a GPU the
         device's seconds are in "upload", "text", "start", "loop", "hand over", "finish" and "download", networks
         included, and the host's in "read", "canvas", "write" and "weights" (loaded for this request).

@@ -218,9 +218,14 @@ def style(tmp_path: Path) -> Path:
 
     configs = dict(BaseFiles.open().configs)
     return write(
-        tmp_path / "style.safetensors", configs, convs=True, feed_forward=True, text_encoders=True, dtype="float32",
+        tmp_path / "style.safetensors",
+        configs,
+        convs=True,
+        feed_forward=True,
+        text_encoders=True,
+        dtype="float32",
         modules=("to_q", "to_k", "to_v", "to_out.0"),
-    )  # fmt: skip
+    )
 
 
 def change_of(file: Path, network: str, name: str) -> np.ndarray | float:  # type: ignore[type-arg]
@@ -509,11 +514,14 @@ def test_a_float16_vae_has_float32_twins_of_the_same_weights(held: Held, tmp_pat
 def test_the_command_says_that_there_are_no_twins(held: Held, tmp_path: Path) -> None:
     told = {
         given: build(
-            out=tmp_path / f"{given}", base=held.folder, store=tmp_path / "store", verify=False,
+            out=tmp_path / f"{given}",
+            base=held.folder,
+            store=tmp_path / "store",
+            verify=False,
             engine=EngineOptions(precision="float16", safe_vae=given),
         ).command
         for given in (True, False)
-    }  # fmt: skip
+    }
     assert "--no-safe-vae" not in told[True] and told[False].split().count("--no-safe-vae") == 1
     with pytest.raises(InputError, match=r"safe_vae is off, but only a float16 VAE.*leave --no-safe-vae"):
         build(out=tmp_path / "out", engine=EngineOptions(safe_vae=False))

@@ -49,9 +49,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def inpaint(engine: Path, place: Path, *more: str | Path, out: str = "out.png") -> subprocess.CompletedProcess[str]:
     return run(
-        "inpaint", engine, "--image", place / "image.png", "--mask", place / "mask.png", "--out", place / out,
-        "--prompt", "a red sks mug", "--steps", "3", *more,
-    )  # fmt: skip
+        "inpaint",
+        engine,
+        "--image",
+        place / "image.png",
+        "--mask",
+        place / "mask.png",
+        "--out",
+        place / out,
+        "--prompt",
+        "a red sks mug",
+        "--steps",
+        "3",
+        *more,
+    )
 
 
 def test_a_picture_is_made_and_made_again_from_its_own_metadata(mug_engine: Path, place: Path) -> None:
@@ -61,9 +72,17 @@ def test_a_picture_is_made_and_made_again_from_its_own_metadata(mug_engine: Path
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     again = run(
-        "inpaint", mug_engine, "--image", place / "image.png", "--mask", place / "mask.png",
-        "--from", place / "out-2.png", "--out", place / "again.png",
-    )  # fmt: skip
+        "inpaint",
+        mug_engine,
+        "--image",
+        place / "image.png",
+        "--mask",
+        place / "mask.png",
+        "--from",
+        place / "out-2.png",
+        "--out",
+        place / "again.png",
+    )
     assert again.returncode == 0, again.stderr
     assert (place / "again.png").read_bytes() == (place / "out-2.png").read_bytes()
     with Image.open(place / "out-1.png") as picture, Image.open(place / "stages.png") as stages:
@@ -141,9 +160,13 @@ def test_every_field_can_be_set(mug_engine: Path, place: Path) -> None:
     ids=["larger than any default", "stretched", "stretched to a size"],
 )
 def test_a_gpu_is_given_room_for_this_request_alone(
-    size: tuple[int, int], fields: list[str], painted: tuple[int, int], mug_engine: Path, tmp_path: Path,
+    size: tuple[int, int],
+    fields: list[str],
+    painted: tuple[int, int],
+    mug_engine: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """On the simulated device, which refuses what there is no room for."""
     pytest.importorskip("dreammix_trt._cpp", reason="the simulated device needs the C++ extension: pip install .")
     width, height = size

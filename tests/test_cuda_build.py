@@ -42,10 +42,14 @@ def compiled(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> str:
         "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v", "--generate-code=arch=compute_89,code=[sm_89,compute_89]", "-c",
     ]  # fmt: skip
     running = [
-        subprocess.Popen([*command, str(source), "-o", str(folder / f"{source.stem}.o")], stdout=subprocess.PIPE,
-                         stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            [*command, str(source), "-o", str(folder / f"{source.stem}.o")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         for source in sorted(SOURCES.glob("*.cpp"))
-    ]  # fmt: skip
+    ]
     said = [each.communicate(timeout=300)[0] for each in running]
     assert len(running) == 2
     for each, text in zip(running, said, strict=True):
@@ -115,9 +119,20 @@ def test_a_broken_nvcc_breaks_only_builds_that_ask_for_it(mode: str, fits: bool,
     broken.chmod(0o755)
     nanobind = subprocess.check_output([sys.executable, "-m", "nanobind", "--cmake_dir"], text=True).strip()
     ran = subprocess.run(
-        ["cmake", "-S", ROOT, "-B", tmp_path / "build", f"-DDREAMMIX_CUDA={mode}", f"-Dnanobind_DIR={nanobind}",
-         f"-DPython_EXECUTABLE={sys.executable}"],
-        env={**os.environ, "CUDACXX": str(broken)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            "cmake",
+            "-S",
+            ROOT,
+            "-B",
+            tmp_path / "build",
+            f"-DDREAMMIX_CUDA={mode}",
+            f"-Dnanobind_DIR={nanobind}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+        ],
+        env={**os.environ, "CUDACXX": str(broken)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (ran.returncode == 0) == fits
     assert "no working nvcc was found" in ran.stdout + ran.stderr

@@ -21,11 +21,19 @@ from tests.core.test_store import add
 GIB = 1 << 30
 NONE = Driver(problem="there is no NVIDIA driver here")
 BARE = Machine(
-    platform="Linux x86_64", system="Linux-6.1", cpu="a processor", cores=2, memory_total=64 * GIB,
-    memory_available=64 * GIB, store="store", disk_free=90 * GIB, driver=NONE,
-    versions={"onnxruntime": "1.31.1"}, extension=True,
+    platform="Linux x86_64",
+    system="Linux-6.1",
+    cpu="a processor",
+    cores=2,
+    memory_total=64 * GIB,
+    memory_available=64 * GIB,
+    store="store",
+    disk_free=90 * GIB,
+    driver=NONE,
+    versions={"onnxruntime": "1.31.1"},
+    extension=True,
     kernels={"toolkit": "13.0", "architectures": ["sm_75", "sm_86", "sm_90"], "ptx": "compute_120"},
-)  # fmt: skip
+)
 ADA = Gpu("RTX 4090", "sm_89", 24 * GIB)
 BLACKWELL = Gpu("RTX 5090", "sm_120", 32 * GIB)
 HOPPER = Gpu("H200", "sm_90", 139 * GIB)

@@ -77,9 +77,14 @@ def engine(held: Checkpoint, loras: dict[str, Path], shelf: Path) -> Path:
                "lora": loras["reference"], "out": out, "store": shelf}  # fmt: skip
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     done = subprocess.run(
-        [sys.executable, "-m", "dreammix_trt", "build", *words], capture_output=True, text=True, check=False,
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}, timeout=600,
-    )  # fmt: skip
+        [sys.executable, "-m", "dreammix_trt", "build", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"},
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and "mug" in done.stderr
     return out

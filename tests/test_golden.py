@@ -140,8 +140,11 @@ def test_any_folder_of_the_format_can_be_checked(name: str, tiny: Path) -> None:
     networks = networks_for(case, "torch", case.rank)
     run = replay(case, networks)
     np.savez(folder / "golden.npz", **_recorded(run, noise, bool(case.request.substitute)))
-    for file, shown in (("switch_decoded_rgb", "local result"), ("switch_repasted_rgb", "handed over"),
-                        ("final_decoded_rgb", "last result")):  # fmt: skip
+    for file, shown in (
+        ("switch_decoded_rgb", "local result"),
+        ("switch_repasted_rgb", "handed over"),
+        ("final_decoded_rgb", "last result"),
+    ):
         if shown in run.shown:
             Image.fromarray(run.shown[shown]).save(folder / f"{file}.png")
     Image.fromarray(run.final).save(folder / "final_image.png")

@@ -57,8 +57,11 @@ def test_size_adds_up(shelf: Shelf) -> None:
     truth = sum(file.stat().st_size for key in shelf.present() for file in (shelf.store.root / key).iterdir())
     assert record["bytes"] == truth == sum(kind["bytes"] for kind in record["kinds"].values())
     assert {kind: each["parts"] for kind, each in record["kinds"].items()} == {
-        "base": 1, "graph": 1, "onnx": 2, "engine": 2,
-    }  # fmt: skip
+        "base": 1,
+        "graph": 1,
+        "onnx": 2,
+        "engine": 2,
+    }
     assert "all     6 parts" in run(shelf, "size").stdout
     assert record["free"] > 0
 
@@ -154,9 +157,14 @@ def test_prune_asks_a_person(shelf: Shelf, answer: str, stays: bool) -> None:
     command = [sys.executable, "-c", "from dreammix_trt.store_cli import store_app; store_app()", "prune", "--store"]
     os.write(master, f"{answer}\n".encode())
     done = subprocess.run(
-        [*command, str(shelf.store.root)], stdin=slave, capture_output=True, text=True, timeout=60, check=False,
+        [*command, str(shelf.store.root)],
+        stdin=slave,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     os.close(master)
     os.close(slave)
     assert done.returncode == 0, done.stderr

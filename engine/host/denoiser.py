@@ -21,7 +21,7 @@ class Conditioning:
 
     text: (R, L, D), L rows of the condition.
     pooled: (R, Dp).
-    sizes: (height, width) in pixels given as the original size, one pair a picture.
+    sizes: (height, width) in pixels given as the original size, one pair for each picture.
     target: side in pixels given as the target size.
     feature: (N, C, h, w), of the inpaint head.
     factors: network -> (N, P), packed LoRA factors.

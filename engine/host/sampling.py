@@ -65,7 +65,7 @@ def take_step(
 
     before: the previous step of this stage; None for the first, which starts from the stage's latent and has no
         history.
-    noises: one provider a picture.
+    noises: one provider for each picture.
     keeps: whether the background is also blended into the prediction (`Schedule.blends_output`).
 
     Raises NotFiniteError where the prediction is not finite.

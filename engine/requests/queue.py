@@ -26,7 +26,7 @@ class RequestQueue:
     """Serves requests from any number of threads, first come first served, with one worker per painter.
 
     painters: `DreamMix` objects of the same engine (several on one device, or on the CPU, where they share the cores:
-        give each its `threads`). They stay their owner's, who must not use them meanwhile, unless `owned`.
+        give each its `threads`). They belong to the caller, who must not use them meanwhile, unless `owned`.
     waiting: how many requests may wait beside those that run.
     timeout: seconds each request has from `submit` to its end, unless the request sets its own; None: no limit.
     owned: the last worker closes the painters, in reverse order, as `DreamMix.another` requires.

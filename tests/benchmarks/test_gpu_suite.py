@@ -250,10 +250,15 @@ def test_an_extension_elsewhere_is_taken_and_the_installed_one_stays(tmp_path: P
 def test_what_nvidia_smi_says_is_read() -> None:
     line = "NVIDIA H200, 9.0, 143771, 580.159.03, 345, 3201, 1980, 3201, [N/A]\n"
     assert setup.parse_state(line) == {
-        "gpu": "NVIDIA H200", "capability": "sm_90", "memory [MiB]": 143771, "driver": "580.159.03",
-        "SM clock [MHz]": 345, "memory clock [MHz]": 3201, "SM clock, most [MHz]": 1980,
+        "gpu": "NVIDIA H200",
+        "capability": "sm_90",
+        "memory [MiB]": 143771,
+        "driver": "580.159.03",
+        "SM clock [MHz]": 345,
+        "memory clock [MHz]": 3201,
+        "SM clock, most [MHz]": 1980,
         "memory clock, most [MHz]": 3201,
-    }  # fmt: skip
+    }
     assert setup.parse_state("") == {} == setup.parse_state("No devices were found")
 
 
@@ -511,8 +516,10 @@ def test_subjects_swap_and_come_back(networks: Any, monkeypatch: pytest.MonkeyPa
 def test_memory_tells_three_plans(networks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = run("memory", networks, monkeypatch)["notes"]
     assert [plan.splitlines()[0] for plan in plans] == [
-        "plan for this device:", "plan as if the device had 24 GiB:", "plan as if the device had 12 GiB:",
-    ]  # fmt: skip
+        "plan for this device:",
+        "plan as if the device had 24 GiB:",
+        "plan as if the device had 12 GiB:",
+    ]
     assert "of 12.0 GiB that can be used" in plans[2]
 
 
