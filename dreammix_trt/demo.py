@@ -201,7 +201,9 @@ class Gallery:
         for way, fields in ways.items():
             picture = self._paint(self._small, _IDENTITY, 50, **fields)
             tiles.append(Figure(enlarge_region(picture, self._small.mask), f"{way} (enlarged)"))
-        return Row("A small object", tiles, "Painted in the whole frame it blurs; painted locally it keeps its parts.")
+        return Row(
+            "A small object", tiles, "Painted in the whole frame it blurs; painted locally it keeps more of its parts."
+        )
 
     def _photograph_row(self) -> Row:
         place = self._photograph
@@ -211,7 +213,7 @@ class Gallery:
             Figure(mark_region(place.image, place.mask), size),
             Figure(picture, "the same size, the rest untouched"),
         ]
-        return Row("In a large picture, at its own resolution", tiles, "The region's edge cannot be seen.")
+        return Row("In a large picture, at its own resolution", tiles, "Look for the region's edge.")
 
     def _base_row(self) -> Row:
         wanted = {
