@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +16,7 @@ from dreammix_trt.core.errors import DreamMixError
 from dreammix_trt.core.files import size_text
 from dreammix_trt.core.store import Store
 from dreammix_trt.engine.machine import GIB, PLANS, RTX_TARGETS, Machine, examine
+from dreammix_trt.terminal import say
 
 NOT_READY = 1
 # What a full-size SDXL takes: the exporter's peak (benchmarks/full_size.py), and ONNX and plans of all its networks.
@@ -29,8 +33,11 @@ _out = Console()
 def doctor(
     store: Annotated[Path | None, typer.Option("--store", help="Which store (default: that of DREAMMIX_HOME).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
+    mend: Annotated[bool, typer.Option("--mend", help="Put ONNX Runtime right with pip where it is broken.")] = False,
 ) -> None:
     """Check this computer; exit code 1 when nothing both builds and runs here, or the store cannot be written."""
+    if mend:
+        mend_onnxruntime(examine())
     shelf = Store(store)
     machine = examine(shelf.root)
     (parts, size), fault = _store_state(shelf)
@@ -43,6 +50,16 @@ def doctor(
         _print(machine, fault or f"can be written; {parts} {'part' if parts == 1 else 'parts'}, {size_text(size)}")
     if not ready:
         raise typer.Exit(NOT_READY)
+
+
+def mend_onnxruntime(machine: Machine) -> None:
+    """Have pip do what mends ONNX Runtime. Raises DreamMixError when pip fails."""
+    for words in machine.mend_onnxruntime():
+        command = [sys.executable, "-m", "pip", *words]
+        say(f"pip {' '.join(words)}")
+        if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
+            raise DreamMixError(f"`{' '.join(command)}` failed (its own words are above); run it by hand")
+    importlib.invalidate_caches()
 
 
 def advice(machine: Machine) -> str:
