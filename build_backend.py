@@ -34,6 +34,8 @@ __all__ = [
 
 Settings = dict[str, Any] | None
 
+STABLE_ABI = "cp312"  # the first that nanobind can build for; before that, one wheel a version
+
 # One release of CUDA, the oldest whose drivers we ask for (`DRIVER_NEEDED` in engine/hardware.py): what a newer nvcc
 # makes of PTX needs a newer driver.
 CUDA_PACKAGES = [
@@ -56,7 +58,7 @@ def build_wheel(
 ) -> str:  # fmt: skip
     """Build a wheel, with NVIDIA's compiler packages where `get_requires_for_build_wheel` asked for them."""
     use_packaged_nvcc(config_settings)
-    return _build_wheel(wheel_directory, config_settings, metadata_directory)
+    return _build_wheel(wheel_directory, add_stable_abi(config_settings), metadata_directory)
 
 
 def build_editable(
@@ -66,6 +68,13 @@ def build_editable(
     link_floors()
     use_packaged_nvcc(config_settings)
     return _build_editable(wheel_directory, config_settings, metadata_directory)
+
+
+def add_stable_abi(config_settings: Settings) -> dict[str, Any]:
+    """The settings, with one wheel for Python 3.12 and later where it holds the extension. Pure ones have no tag."""
+    settings = config_settings or {}
+    compiles = settings.get("wheel.cmake", os.environ.get("SKBUILD_WHEEL_CMAKE", "true"))
+    return settings if str(compiles).lower() in ("false", "0", "off") else {"wheel.py-api": STABLE_ABI, **settings}
 
 
 def cuda_requirements(config_settings: Settings) -> list[str]:

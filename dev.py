@@ -161,6 +161,7 @@ def wheel() -> int:
 def docs(arguments: list[str]) -> int:
     """Build the site, warnings as errors; `docs serve` shows it and follows changes."""
     setup()
+    os.environ["NO_MKDOCS_2_WARNING"] = "1"  # a banner of the theme's
     if arguments[:1] == ["serve"]:
         return run(python(), "-m", "mkdocs", *arguments, check=False)
     return run(python(), "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", "build/site", check=False)

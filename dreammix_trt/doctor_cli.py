@@ -76,6 +76,8 @@ def _best(machine: Machine) -> str | None:
 
 
 def _to_run(machine: Machine, best: str | None) -> str:
+    if best is None and machine.mend_onnxruntime():
+        return f"Nothing can run here yet: `dreammix-trt doctor --mend`, then `{_BUILD} --backend onnxruntime`."
     if best is None:
         return f"Nothing can run here yet: `pip install onnxruntime`, then `{_BUILD} --backend onnxruntime`."
     backend, target = best.partition(" ")[0], ""

@@ -93,6 +93,10 @@ def test_advice_fits_the_machine(here: Machine, told: list[str]) -> None:
     assert said.count("`") % 2 == 0
 
 
+def test_advice_mends_before_it_installs() -> None:
+    assert "yet: `dreammix-trt doctor --mend`, then" in advice(replace(machine(**ORT), damaged=("onnxruntime",)))
+
+
 def test_what_is_too_small_for_a_full_size_base_is_noted() -> None:
     assert notes(BARE) == []
     # the measured store of a full-size base is 22.6 GiB

@@ -86,6 +86,17 @@ def test_the_packages_nvcc_is_named_to_cmake(
         assert (toolkit / "lib64" / "libcudart_static.a").read_text() == "the runtime"
 
 
+def test_one_wheel_serves_later_pythons_where_it_holds_the_extension(
+    backend: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SKBUILD_WHEEL_CMAKE", raising=False)
+    assert backend.add_stable_abi(None) == {"wheel.py-api": "cp312"}
+    assert backend.add_stable_abi({"wheel.py-api": ""}) == {"wheel.py-api": ""}
+    assert backend.add_stable_abi({"wheel.cmake": "false"}) == {"wheel.cmake": "false"}
+    monkeypatch.setenv("SKBUILD_WHEEL_CMAKE", "OFF")
+    assert backend.add_stable_abi({}) == {}
+
+
 def test_the_kernels_run_with_the_driver_that_is_asked_for(backend: ModuleType) -> None:
     """A newer toolkit's PTX would need a newer driver than `doctor` asks for."""
     for package in backend.CUDA_PACKAGES:
@@ -114,7 +125,7 @@ def test_no_extra_brings_a_second_onnxruntime() -> None:
     assert not [each for extra in extras for each in extra if each.startswith("onnxruntime")]
 
 
-def test_a_release_is_built_and_tried_and_published_by_a_tag_alone() -> None:
+def test_a_release_is_built_and_tried_and_published_by_a_tag_alone(backend: ModuleType) -> None:
     yaml = pytest.importorskip("yaml")
     workflow: dict[str, Any] = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())
     jobs = workflow["jobs"]
@@ -129,8 +140,7 @@ def test_a_release_is_built_and_tried_and_published_by_a_tag_alone() -> None:
     assert settings["config-settings"] == WANTED
     assert settings["manylinux-x86_64-image"] == "manylinux_2_28"
     assert (ROOT / settings["test-command"].split()[-1].replace("{project}/", "")).is_file()
-    stable = PROJECT["tool"]["scikit-build"]["wheel"]["py-api"]
-    assert {each.split("-")[0] for each in settings["build"]} == {"cp311", stable}
+    assert {each.split("-")[0] for each in settings["build"]} == {"cp311", backend.STABLE_ABI}
 
 
 def test_the_trial_notices_a_source_tree() -> None:
