@@ -19,8 +19,10 @@ Loras = Annotated[
     ),
 ]
 Name = Annotated[str | None, typer.Option(help="The subject's name; default: the LoRA folder's.")]
-Patch = Annotated[Path | None, typer.Option(help="*.fooocus.patch; default: the one in the base's folder.")]
-Head = Annotated[Path | None, typer.Option(help="inpaint_head.pth; default: the one in the base's folder.")]
+Patch = Annotated[
+    Path | None, typer.Option(help="*.fooocus.patch; default: the one in the base's folder, or beside its file.")
+]
+Head = Annotated[Path | None, typer.Option(help="inpaint_head.pth; default: like the patch.")]
 Vae = Annotated[Path | None, typer.Option(help="Another VAE: folder or file.")]
 Tokenizer = Annotated[Path | None, typer.Option(help="Another tokenizer's folder; default: the base's, or CLIP's.")]
 BaseLoras = Annotated[
