@@ -105,8 +105,8 @@ class Passport:
         Raises EngineError that says what is wrong and how to build it again.
         """
         path = Path(folder) / FILE_NAME
-        if not Path(folder).is_dir():
-            raise EngineError(f"{folder} is not an engine directory; make one with `dreammix-trt build --out {folder}`")
+        if not path.is_file():
+            raise EngineError(_explain_absence(Path(folder)))
         try:
             record = read_json(path)
         except DreamMixError as error:
@@ -240,3 +240,33 @@ def _build_typed(kind: type[_T], record: Mapping[str, Any]) -> _T:
         if wanted is dict and inner[1] is str and not all(isinstance(value, str) for value in record[name].values()):
             raise TypeError(f"{name} holds something other than text")
     return kind(**record)
+
+
+#: what lies in a folder that is no engine -> what the folder is; the first match applies
+_OTHER_FOLDERS = {
+    f"*/{FILE_NAME}": "it holds engines, name one: {found}",
+    "pytorch_lora_weights.safetensors": "it is a LoRA: `dreammix-trt build --lora {folder} --out ENGINE`",
+    "model_index.json": "it is a base: `dreammix-trt build --base {folder} --out ENGINE`",
+    "unet/config.json": "it is a base: `dreammix-trt build --base {folder} --out ENGINE`",
+    "users/*.json": "it is a store: `dreammix-trt store list --store {folder}`",
+    "image/*": "it looks like photographs: `dreammix-trt train {folder} --class-name WORD --out LORA`",
+}
+
+
+def _explain_absence(folder: Path) -> str:
+    """Why a path without a passport is no engine directory, what it is instead, and what an engine looks like."""
+    place = folder.absolute()
+    start = f"{folder} is not an engine directory"
+    if not place.exists():
+        return f"{start}: it does not exist; make one with `dreammix-trt build --out {folder}`"
+    around = next((parent for parent in place.resolve().parents if (parent / FILE_NAME).is_file()), None)
+    if around is not None:
+        return f"{start} but in one; name {around}"
+    looks = f"an engine directory has {FILE_NAME} and subjects/, and `dreammix-trt build --out ENGINE` makes it"
+    if place.is_file():
+        return f"{start} but a file; {looks}"
+    for pattern, remark in _OTHER_FOLDERS.items():
+        found = ", ".join(str(folder / path.parent.name) for path in sorted(place.glob(pattern))[:5])
+        if found:
+            return f"{start}: {remark.format(folder=folder, found=found)}; {looks}"
+    return f"{start}: it has no {FILE_NAME}; {looks}"

@@ -8,7 +8,6 @@ their factors along the rank, as x A1 B1 + x A2 B2 = x [A1 A2] [B1; B2].
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dreammix_trt.core.errors import FileFormatError
+from dreammix_trt.core.files import atomic_file
 from dreammix_trt.core.lora import TARGETS, Factors, Lora, Target
 from dreammix_trt.core.networks import KINDS, unets_of
 from dreammix_trt.core.slots import Floats
@@ -100,12 +100,8 @@ def write_subject(path: str | Path, subject: Subject) -> None:
                 raise FileFormatError(f"{name} has factors beyond float16; the LoRA is damaged")
             tensors[f"{_FACTORS}.{name}.{side}"] = np.ascontiguousarray(factor, dtype=np.float16)
     facts = {name: getattr(subject, name) for name in _FACTS} | {"parts": [_FACTORS] if tensors else []}
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with atomic_file(path) as part:
         save_file(tensors, part, {"dreammix_subject": json.dumps({"schema": SCHEMA, **facts}, sort_keys=True)})
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read_subject(path: str | Path) -> Subject:

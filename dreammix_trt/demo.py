@@ -69,10 +69,12 @@ def run_demo(
     `export` (the LoRA is trained here). Existing files of an earlier run are replaced.
     """
     from dreammix_trt.building import build
+    from dreammix_trt.core.extras import require_training
     from dreammix_trt.engine.dreammix import DreamMix
     from dreammix_trt.trainer.lora import train_lora
     from dreammix_trt.trainer.micro.captions import subject_captions
 
+    require_training()
     update = progress or (lambda *_: None)
     seconds: dict[str, float] = {}
     subject = demo_subject()

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dreammix_trt.core.checkpoint import BaseFiles
-from dreammix_trt.core.errors import MissingExtraError
+from dreammix_trt.core.extras import require_training
 from dreammix_trt.core.files import atomic_directory
 from dreammix_trt.trainer.data import read_photographs
 from dreammix_trt.trainer.folder import RECORD, TrainRecord, write_folder
@@ -64,6 +64,7 @@ def train_lora(
     Raises InputError for parameters, photographs or a place that cannot be used, FileFormatError for the base,
     MissingExtraError without the `train` extra.
     """
+    require_training()
     class_name, token = class_name.strip(), token.strip()
     check_options(class_name, token, loss, rank, steps, learning_rate, seed, threads)
     files = base if isinstance(base, BaseFiles) else BaseFiles.open(base)
@@ -84,10 +85,8 @@ def train_lora(
 @contextmanager
 def _torch_threads(count: int | None) -> Iterator[int]:
     """Use `count` threads for the block, then as many as before; gives the number in use."""
-    try:
-        import torch
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("torch is not installed, training needs it: pip install dreammix-trt[train]") from error
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
