@@ -82,7 +82,8 @@ def list_photographs(folder: Path, choose_twin: ChooseTwin) -> Listing:
     place = _find_place(folder)
     listing = Listing(mask_folder=_find_mask_folder(folder, place))
     if place != folder:
-        listing.leave_out(f"it lies beside {place.name}/, not in it", *filter(is_picture, _files(folder)))
+        stray = [file for file in _files(folder) if is_picture(file) and file.name != SHEET]
+        listing.leave_out(f"it lies beside {place.name}/, not in it", *stray)
     pictures = _sift(place, listing)
     masks = [file for name in _MASK_FOLDERS for root in {folder, place} for file in _sift(root / name, listing)]
     stems = {_normal(file.stem) for file in pictures} | {_normal(file.name) for file in pictures}
