@@ -128,12 +128,16 @@ dreammix-trt train photos/ --class-name mug -o lora/ --base sdxl.safetensors --s
 """,
     panels={
         "What is learnt": ("class_name", "token", "prompt", "base"),
+        "Masks": ("invert_masks", "large_masks", "segment", "segmenter", "segmenter_style", "yes"),
         "How it is learnt": ("rank", "steps", "learning_rate", "loss", "seed", "threads"),
         "What is written": ("out", "merged", "force", "as_json"),
     },
 )
 def train(
-    photos: Annotated[Path, typer.Argument(help="Folder with image/NN.jpg and mask/NN.png.")],
+    photos: Annotated[
+        Path,
+        typer.Argument(help="Folder with image/NN.jpg and mask/NN.png, or NN.jpg with NN_mask.png beside it."),
+    ],
     class_name: Annotated[str, typer.Option(help="What the subject is, in a word: mug, teapot, dog.")],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for pytorch_lora_weights.safetensors and train.json.")
@@ -150,6 +154,18 @@ def train(
         Literal["paper", "reference"], typer.Option(help="paper (eq. 7) or reference (the authors' code).")
     ] = "reference",
     merged: Annotated[bool, typer.Option("--merged", help="Also write the merged UNet weights.")] = False,
+    invert_masks: Annotated[bool, typer.Option("--invert-masks", help="The subject is black in the masks.")] = False,
+    large_masks: Annotated[
+        bool, typer.Option("--large-masks", help="The subject does fill most of every photograph.")
+    ] = False,
+    segment: Annotated[bool, typer.Option("--segment", help="Make the masks that are missing, and show them.")] = False,
+    segmenter: Annotated[
+        Path | None, typer.Option(help="For --segment: the ONNX file of a U²-Net or ISNet, such as rembg's.")
+    ] = None,
+    segmenter_style: Annotated[
+        str | None, typer.Option(help="u2net or isnet: how it normalises; default: by the file's name, then its size.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Train on new masks without showing them first.")] = False,
     seed: int = 0,
     threads: Threads = None,
     force: Force = False,
@@ -158,13 +174,24 @@ def train(
     """Train a LoRA of one subject from a handful of photographs."""
     from dreammix_trt.core.extras import require_training
     from dreammix_trt.trainer.folder import RECORD
-    from dreammix_trt.trainer.lora import train_lora
 
     require_training()
     if (out / RECORD).exists() and not force:
         raise InputError(
             f"--out {out} holds a LoRA that was trained before; --force replaces it, or name another folder"
         )
+    if segment:
+        if invert_masks:
+            raise InputError(
+                "--invert-masks excludes --segment, whose masks are white on the subject; leave one of them"
+            )
+        from dreammix_trt.segment_cli import make_masks
+
+        make_masks(photos, segmenter, segmenter_style, approved=yes, threads=threads)
+    elif segmenter is not None or segmenter_style is not None:
+        raise InputError("--segmenter and --segmenter-style need --segment")
+    from dreammix_trt.trainer.lora import train_lora
+
     with show_progress("training") as update:
         record = train_lora(
             photos,
@@ -178,6 +205,8 @@ def train(
             learning_rate=learning_rate,
             loss=loss,
             merged=merged,
+            invert_masks=invert_masks,
+            large_masks=large_masks,
             seed=seed,
             threads=threads,
             progress=update,

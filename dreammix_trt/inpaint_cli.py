@@ -26,6 +26,9 @@ Out = Annotated[
 ]
 Image = Annotated[Path | None, typer.Option("--image", "-i", help="The picture; - reads it from stdin.")]
 Mask = Annotated[Path | None, typer.Option("--mask", "-m", help="The mask: white is repainted; - reads it from stdin.")]
+MaskFromAlpha = Annotated[
+    bool, typer.Option("--mask-from-alpha", help="No mask: repaint what is transparent in the picture.")
+]
 Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help='For example "a red sks mug".')]
 NegativePrompt = Annotated[str | None, typer.Option()]
 Subject = Annotated[str | None, typer.Option(help="Which subject, when the engine has several.")]
@@ -77,6 +80,7 @@ def inpaint(
     out: Out,
     image: Image = None,
     mask: Mask = None,
+    mask_from_alpha: MaskFromAlpha = False,
     prompt: Prompt = None,
     negative_prompt: NegativePrompt = None,
     subject: Subject = None,
@@ -103,7 +107,7 @@ def inpaint(
     from dreammix_trt.core.passport import Passport
     from dreammix_trt.engine.dreammix import DreamMix
 
-    image, mask = _need("--image", image), _need("--mask", mask)
+    image, mask = _need("--image", image), _choose_mask(mask, mask_from_alpha)
     image, mask, from_request = _read_standard_input(image, mask, from_request)
     base = Passport.read(engine).base
     request = _read_request(
@@ -137,13 +141,25 @@ def _need(option: str, path: Path | None) -> Path:
     return path
 
 
+def _choose_mask(mask: Path | None, from_alpha: bool) -> Path | None:
+    """The mask's file; None: the picture's own transparency."""
+    if from_alpha and mask is not None:
+        raise InputError("--mask and --mask-from-alpha exclude each other; leave one of them")
+    if not from_alpha and mask is None:
+        raise InputError(
+            "--mask is missing: give a mask of the picture's size (white is repainted), or --mask-from-alpha to "
+            "repaint what is transparent in the picture"
+        )
+    return mask
+
+
 def _make_room(request: Request, image: Path, base: Mapping[str, Any]) -> dict[str, int]:
     """The runtime's options that set aside a GPU's memory for one request and no more.
 
     base: of a passport. A request has one subject, three prompts at most, and frames of two sizes, one a stage; on a
     GPU its pictures are painted one after the other.
     """
-    from dreammix_trt.engine.canvas.pictures import read_image
+    from dreammix_trt.core.pictures import read_image
     from dreammix_trt.engine.prompts import MOST_PROMPTS
 
     if request.mode == "reference":  # the picture is stretched
@@ -188,7 +204,7 @@ def _parse_fields(pairs: list[str]) -> dict[str, Any]:
     return fields
 
 
-def _read_standard_input(image: Path, mask: Path, request: Path | None) -> tuple[Path, Path, Path | None]:
+def _read_standard_input(image: Path, mask: Path | None, request: Path | None) -> tuple[Path, Path | None, Path | None]:
     """The same files; for `-` a temporary one with what stands in stdin, which is removed when the program ends."""
     import atexit
     import shutil
@@ -275,7 +291,7 @@ def _is_ours(path: Path) -> bool:
     return True
 
 
-def _paint(dm: DreamMix, image: Path, mask: Path, request: Request, *, keep_stages: bool) -> Result:
+def _paint(dm: DreamMix, image: Path, mask: Path | None, request: Request, *, keep_stages: bool) -> Result:
     """The request's result, with a bar of its steps."""
     result = None
     with show_progress("inpainting") as update:

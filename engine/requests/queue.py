@@ -12,8 +12,8 @@ from types import EllipsisType, TracebackType
 from typing import Any, Unpack
 
 from dreammix_trt.core.errors import DeviceError, InputError
+from dreammix_trt.core.pictures import Source
 from dreammix_trt.core.request import Request, RequestFields
-from dreammix_trt.engine.canvas.pictures import Source
 from dreammix_trt.engine.requests.keeper import Keeper
 from dreammix_trt.engine.requests.line import Line
 from dreammix_trt.engine.requests.tally import Statistics
@@ -65,7 +65,7 @@ class RequestQueue:
     def submit(
         self,
         image: Source,
-        mask_image: Source,
+        mask_image: Source | None,
         prompt: str | Request,
         *,
         timeout: float | EllipsisType | None = ...,
