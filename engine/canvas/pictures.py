@@ -6,21 +6,22 @@ Every fault of a picture or a mask is reported here, before any network runs.
 from __future__ import annotations
 
 import functools
+import io
 import os
 import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.sources import Source as Source
+from dreammix_trt.core.sources import as_bytes, as_picture_array
 
 U8 = npt.NDArray[np.uint8]
-Source = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
 
 #: Pictures of more pixels are refused before they are decoded.
 MAX_PIXELS = 89_000_000
@@ -75,13 +76,14 @@ class PictureIn:
 def read_image(source: Source, *, name: str = "image", max_pixels: int = MAX_PIXELS) -> PictureIn:
     """Read a picture.
 
-    source: a path, a PIL image or a uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
+    source: a path, a PIL image, the bytes of a file, an open binary file, or an array or tensor
+        (`core.sources.as_picture_array`).
     name: what errors call it, where there is no file name.
     max_pixels: the largest picture.
 
     EXIF orientation is applied. RGB, RGBA, L and LA stay what they are, 1 becomes L, palette RGB or RGBA, 16-bit grey
-    its upper 8 bits, CMYK and the other colour spaces RGB. Of an animation the first frame counts. Float arrays and
-    float images are refused: nothing says whether 1.0 or 255 is white.
+    its upper 8 bits, CMYK and the other colour spaces RGB. Of an animation the first frame counts. Images of
+    32-bit values are refused: nothing says whether 1.0 or 255 is white.
 
     Raises InputError, with `name` or the file, for a source that is missing, truncated, not a picture, or above
     `max_pixels`.
@@ -98,7 +100,7 @@ def read_image(source: Source, *, name: str = "image", max_pixels: int = MAX_PIX
 def read_mask(source: Source, size: tuple[int, int], *, name: str = "mask_image", max_pixels: int = MAX_PIXELS) -> U8:
     """Read a mask as uint8 (H, W): white (above 127) is repainted.
 
-    source: as for `read_image`, or a bool array.
+    source: as for `read_image`.
     size: (height, width) of the upright image, which the mask must have.
     name: what errors call it, where there is no file name.
     max_pixels: the largest mask.
@@ -108,8 +110,6 @@ def read_mask(source: Source, size: tuple[int, int], *, name: str = "mask_image"
 
     Raises InputError, with both sizes where they differ, and for a mask that repaints nothing.
     """
-    if isinstance(source, np.ndarray) and source.dtype == np.bool_:
-        source = source.astype(np.uint8) * np.uint8(255)
     label = _name_source(source, name)
     pixels, mode, _ = _read_pixels(source, label, max_pixels)
     found = pixels.shape[0], pixels.shape[1]
@@ -150,18 +150,17 @@ def _spell_size(size: tuple[int, int]) -> str:
 
 def _open_image(source: Source, label: str, max_pixels: int) -> Image.Image:
     """The decoded, upright image. Its size is checked before decoding."""
-    if isinstance(source, np.ndarray):
-        return _from_array(source, label, max_pixels)
     if isinstance(source, Image.Image):
         return _decode(source, label, max_pixels)
-    if not isinstance(source, (str, os.PathLike)):
-        raise InputError(f"{label} is a {type(source).__name__}: give a path, a PIL image or a uint8 array")
+    array = as_picture_array(source, label)
+    if array is not None:
+        _check_pixels(array.shape[0], array.shape[1], label, max_pixels)
+        return Image.fromarray(array)
     try:
-        if not Path(source).is_file():
-            raise InputError(f"{label}: there is no such file")
+        file = _find_file(source, label)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
-            image = Image.open(source, formats=_FORMATS)
+            image = Image.open(file, formats=_FORMATS)
     except Image.DecompressionBombError as error:
         raise InputError(f"{label} has too many pixels ({error}): scale it down") from None
     except UnidentifiedImageError:
@@ -172,6 +171,19 @@ def _open_image(source: Source, label: str, max_pixels: int) -> Image.Image:
         return _decode(image, label, max_pixels)
 
 
+def _find_file(source: Source, label: str) -> Path | io.BytesIO:
+    data = as_bytes(source, label)
+    if data is not None:
+        return io.BytesIO(data)
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(
+            f"{label} is a {type(source).__name__}: give a path, bytes, an open file, a PIL image, an array or a tensor"
+        )
+    if not Path(source).is_file():
+        raise InputError(f"{label}: there is no such file")
+    return Path(source)
+
+
 def _decode(image: Image.Image, label: str, max_pixels: int) -> Image.Image:
     _check_pixels(image.height, image.width, label, max_pixels)
     try:
@@ -180,19 +192,6 @@ def _decode(image: Image.Image, label: str, max_pixels: int) -> Image.Image:
         return image if upright else ImageOps.exif_transpose(image)
     except _DAMAGE as error:
         raise InputError(f"{label} is damaged or truncated ({error}): save it again") from error
-
-
-def _from_array(array: npt.NDArray[Any], label: str, max_pixels: int) -> Image.Image:
-    if array.dtype != np.uint8:
-        raise InputError(
-            f"{label} is a {array.dtype} array: give uint8 values 0..255, e.g. (255 * a).round().astype(np.uint8)"
-        )
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[..., 0]
-    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or array.size == 0:
-        raise InputError(f"{label} has shape {array.shape}: give (H, W), (H, W, 3) or (H, W, 4)")
-    _check_pixels(array.shape[0], array.shape[1], label, max_pixels)
-    return Image.fromarray(np.ascontiguousarray(array))
 
 
 def _check_pixels(height: int, width: int, label: str, max_pixels: int) -> None:
