@@ -13,7 +13,7 @@ from PIL import Image
 
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.noise import NoiseProvider
-from dreammix_trt.core.request import Request
+from dreammix_trt.core.request import Request, draw_seed
 from dreammix_trt.core.schedule import Schedule, make_schedule
 from dreammix_trt.core.seam import BaseFacts
 from dreammix_trt.engine import kernels
@@ -21,7 +21,7 @@ from dreammix_trt.engine.canvas.frames import Canvas
 from dreammix_trt.engine.canvas.geometry import Size
 from dreammix_trt.engine.canvas.pictures import PictureIn, Source, read_image, read_mask
 from dreammix_trt.engine.host.clock import PhaseClock
-from dreammix_trt.engine.painting import batch_by_shape
+from dreammix_trt.engine.painting import Progress, batch_by_shape
 from dreammix_trt.engine.prompts import plan_prompts
 from dreammix_trt.engine.result import Result, StepEvent
 from dreammix_trt.engine.runtime import Painted, Runtime, Work
@@ -101,6 +101,8 @@ def lay_out(
     clock, request = PhaseClock(), job.request
     if not isinstance(request, Request):
         raise InputError(f"a job's request is a {type(request).__name__}: give dm.request(prompt, ...)")
+    seed = draw_seed() if request.seed is None else request.seed
+    request = request.replace(seed=seed)
     with clock("read"):
         source = read_image(job.image)
         mask = read_mask(job.mask_image, source.size)
@@ -110,7 +112,7 @@ def lay_out(
     with clock("canvas"):
         canvas = lay_canvas(source.rgb, mask, request, runtime.facts, runtime.frames)
     schedule = make_schedule(request, raw_unet=runtime.has_raw_unet)
-    seeds = tuple(request.seed + k for k in range(request.num_images_per_prompt))
+    seeds = tuple(seed + k for k in range(request.num_images_per_prompt))
     noises = _check_noise(job.noise, seeds)
     prompts = plan_prompts(tokenizers, request, name, token)
     works = [
@@ -161,11 +163,21 @@ def paint_jobs(
                     yield from _take_in(batch, progress, runtime.timings, event)
                     break
                 done = count * (progress.step.index + 1)
-                event = StepEvent.of(progress, index + done - 1, total, first)
+                event = _make_event(job, progress, index + done - 1, total, first)
                 if progress.step.index + 1 < len(job.schedule):
                     yield event
                     check_open()
         index += len(job.schedule) * count
+
+
+def _make_event(job: LaidOut, progress: Progress, index: int, total: int, picture: int) -> StepEvent:
+    """The event of a batch's progress; its preview is of the batch's first picture."""
+
+    def look(whole: bool) -> Image.Image:
+        pixels = progress.preview(0, whole)
+        return _write(job.source, pixels) if whole else _to_image(pixels)
+
+    return StepEvent(index, total, progress.step.stage, picture, look, progress.taken)
 
 
 def _take_in(

@@ -8,16 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from PIL import Image, PngImagePlugin
 
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import Schedule
-from dreammix_trt.engine.painting import Progress
 
-U8 = npt.NDArray[np.uint8]
 METADATA = "dreammix"  # the PNG text chunk that holds the request
 
 _KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -63,18 +59,17 @@ class StepEvent:
     total: int
     stage: str
     picture: int
-    look: Callable[[int], U8] = field(repr=False)
+    look: Callable[[bool], Image.Image] = field(repr=False)
     taken: Any = field(default=None, repr=False)
     result: Result | None = None
 
-    @classmethod
-    def of(cls, progress: Progress, index: int, total: int, picture: int) -> StepEvent:
-        """Make the event of a batch's progress."""
-        return cls(index, total, progress.step.stage, picture, progress.preview, progress.taken)
+    def preview(self, whole: bool = True) -> Image.Image:
+        """The network's present idea of the picture. Costs one VAE decoding. Call it before the next step.
 
-    def preview(self) -> Image.Image:
-        """The network's present idea of the stage's frame. Costs one VAE decoding. Call it before the next step."""
-        return Image.fromarray(self.look(0))
+        whole: the user's picture with the marked region painted as far as it is, of the result's size and kind;
+            otherwise the part of it that the stage sees, RGB at the size of the networks.
+        """
+        return self.look(whole)
 
 
 def save(result: Result, path: str | os.PathLike[str], *, index: int = 0, metadata: bool = True) -> None:

@@ -91,6 +91,18 @@ def test_the_same_request_gives_the_same_bytes(dm: DreamMix) -> None:
     assert paint(dm, seed=6).tobytes() != first.tobytes()
 
 
+def test_no_seed_draws_one_and_says_which(dm: DreamMix) -> None:
+    request = dm.request("a mug", num_inference_steps=1, seed=None, num_images_per_prompt=2)
+    results = [*dm.inpaint_batch([Job(IMAGE, MASK, request)] * 2), dm.inpaint(IMAGE, MASK, request)]
+    assert len({result.seeds for result in results}) == 3
+    for result in results:
+        assert result.request.seed is not None
+        assert result.seeds == (result.request.seed, result.request.seed + 1)
+        for image, seed in zip(result.images, result.seeds, strict=True):
+            again = paint(dm, request.replace(seed=seed, num_images_per_prompt=1))
+            np.testing.assert_array_equal(np.asarray(image), again)
+
+
 def test_picture_k_of_a_count_is_seed_plus_k_alone(dm: DreamMix) -> None:
     result = dm.inpaint(IMAGE, MASK, "a mug", num_inference_steps=STEPS, seed=5, num_images_per_prompt=3)
     assert result.seeds == (5, 6, 7)
@@ -152,7 +164,25 @@ def test_iterating_tells_each_step_and_previews_it(dm: DreamMix) -> None:
     assert [event.stage for event in events[:STEPS]] == ["lcg", "lcg", "lcg", "gch"]
     assert [event.result is None for event in events] == [True] * (2 * STEPS - 1) + [False]
     height, width = events[1].taken.x0.shape[2:]
-    assert events[1].preview().size == (8 * width, 8 * height)
+    assert events[1].preview(whole=False).size == (8 * width, 8 * height)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+@pytest.mark.parametrize("fields", [{}, {"lcg_fraction": 1.0}, {"lcg_steps": 0}], ids=str)
+def test_a_preview_is_of_the_whole_picture(dm: DreamMix, mode: str, fields: dict[str, Any]) -> None:
+    image = IMAGE.convert(mode)
+    given = np.asarray(image).astype(int)
+    shown, changed = [], np.zeros(FAR.shape, bool)
+    for event in dm.iterate(image, MASK, "a red sks mug", num_inference_steps=STEPS, **fields):
+        preview = event.preview()
+        assert (preview.size, preview.mode) == (IMAGE.size, mode)
+        shown.append(np.asarray(preview).astype(int))
+        np.testing.assert_array_equal(shown[-1][FAR], given[FAR])
+        changed |= (shown[-1] != given).reshape(*FAR.shape, -1).any(axis=-1)
+    assert changed[50:80, 70:110].mean() > 0.9
+    assert event.result is not None
+    np.testing.assert_array_equal(shown[-1], np.asarray(event.result.images[0]))  # nothing is left to be predicted
+    assert len({each.tobytes() for each in shown}) == STEPS
 
 
 def test_leaving_the_iteration_cancels(mug_engine: Path) -> None:
