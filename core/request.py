@@ -32,6 +32,7 @@ class Request:
     prompt: text.
     negative_prompt: text; None: zero embeddings.
     subject: which subject of the engine; None: its first one, "": none.
+    subject_scale: 0..2, strength of the subject's LoRA; 0 leaves its word in the prompt, and the networks the base's.
     substitute: attribute words that TAS takes out of the subject.
     substitute_prefix: the text before these words; None: "a photo of a TOKEN".
     sampler: "dpmpp_2m_sde" (Karras noise levels, the authors'), or what a few-step base was distilled for: "euler" on
@@ -68,6 +69,7 @@ class Request:
     prompt: str
     negative_prompt: str | None = ""
     subject: str | None = None
+    subject_scale: float = 1.0
     substitute: tuple[str, ...] = ()
     substitute_prefix: str | None = None
     sampler: Sampler = "dpmpp_2m_sde"
@@ -201,6 +203,7 @@ class RequestFields(TypedDict, total=False):
 
     negative_prompt: str | None
     subject: str | None
+    subject_scale: float
     substitute: list[str] | tuple[str, ...]
     substitute_prefix: str | None
     sampler: Sampler
@@ -329,6 +332,7 @@ _CHECKS: dict[str, Check] = {
     "prompt": _text,
     "negative_prompt": _or_none(_text),
     "subject": _or_none(_text),
+    "subject_scale": _number(0, 2),
     "substitute": _several(_text, "words"),
     "substitute_prefix": _or_none(_text),
     "sampler": _one_of(Sampler),

@@ -16,11 +16,13 @@ from dreammix_trt.core.noise import NoiseProvider
 from dreammix_trt.core.request import Request, draw_seed
 from dreammix_trt.core.schedule import Schedule, make_schedule
 from dreammix_trt.core.seam import BaseFacts
+from dreammix_trt.core.subject import Role, Subject
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.canvas.frames import Canvas
 from dreammix_trt.engine.canvas.geometry import Size
 from dreammix_trt.engine.canvas.pictures import PictureIn, Source, read_image, read_mask
 from dreammix_trt.engine.host.clock import PhaseClock
+from dreammix_trt.engine.imprint import Origin
 from dreammix_trt.engine.painting import Progress, batch_by_shape
 from dreammix_trt.engine.prompts import plan_prompts
 from dreammix_trt.engine.result import Result, StepEvent
@@ -48,6 +50,7 @@ class LaidOut:
 
     source: the user's picture.
     shapes: for each picture, what the pictures of its batch must share.
+    origin: what paints it.
     images: finished so far.
     stages: named pictures of what each stage did, where they were asked for.
     finished: the result, after the last picture.
@@ -60,6 +63,7 @@ class LaidOut:
     works: list[Work]
     shapes: list[Any]
     clock: PhaseClock
+    origin: Origin
     images: list[Image.Image] = field(default_factory=list)
     stages: dict[str, Image.Image] = field(default_factory=dict)
     finished: Result | None = None
@@ -77,7 +81,9 @@ class LaidOut:
             self.clock.seconds[phase] = self.clock.seconds.get(phase, 0.0) + seconds / count
         if len(self.images) == len(self.works):
             spent = dict(self.clock.seconds)
-            self.finished = Result(self.images, self.request, self.seeds, self.schedule, spent, self.stages)
+            self.finished = Result(
+                self.images, self.request, self.seeds, self.schedule, spent, self.stages, self.origin
+            )
 
 
 def _write(source: PictureIn, pixels: U8) -> Image.Image:
@@ -90,11 +96,16 @@ def _to_image(pixels: U8) -> Image.Image:
 
 
 def lay_out(
-    job: Job, runtime: Runtime, tokenizers: Sequence[Tokenizer], choose_subject: Callable[[Request], tuple[str, str]]
+    job: Job,
+    runtime: Runtime,
+    tokenizers: Sequence[Tokenizer],
+    choose_subject: Callable[[Request], Subject],
+    origin: Origin,
 ) -> LaidOut:
     """Check a whole job and prepare its pictures. Runs no network.
 
-    choose_subject: request -> (name, word in prompts) of its subject.
+    choose_subject: request -> its subject under the name that the runtime knows, "" for none.
+    origin: what paints it, without the subject.
 
     Raises InputError that names the value at fault.
     """
@@ -106,7 +117,8 @@ def lay_out(
     with clock("read"):
         source = read_image(job.image)
         mask = read_mask(job.mask_image, source.size)
-    name, token = choose_subject(request)
+    subject = choose_subject(request)
+    role = Role(subject.name, request.subject_scale)
     if runtime.lost_raw_unet:  # the request of the result says what was painted
         request = request.replace(patched_fraction=1.0)
     with clock("canvas"):
@@ -114,11 +126,12 @@ def lay_out(
     schedule = make_schedule(request, raw_unet=runtime.has_raw_unet)
     seeds = tuple(seed + k for k in range(request.num_images_per_prompt))
     noises = _check_noise(job.noise, seeds)
-    prompts = plan_prompts(tokenizers, request, name, token)
+    prompts = plan_prompts(tokenizers, request, role, subject.token)
     works = [
-        Work(canvas, request, schedule, seed, name, prompts, noise) for seed, noise in zip(seeds, noises, strict=True)
+        Work(canvas, request, schedule, seed, role, prompts, noise) for seed, noise in zip(seeds, noises, strict=True)
     ]
-    return LaidOut(source, request, schedule, seeds, works, [runtime.check(work) for work in works], clock)
+    origin = replace(origin, subject=subject.name, subject_sha256=subject.source_sha256)
+    return LaidOut(source, request, schedule, seeds, works, [runtime.check(work) for work in works], clock, origin)
 
 
 def lay_canvas(image: U8, mask: U8, request: Request, facts: BaseFacts, sizes: Sequence[Size] | None = None) -> Canvas:
