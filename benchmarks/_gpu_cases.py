@@ -18,6 +18,7 @@ from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import make_schedule, time_ids
 from dreammix_trt.core.seam import BaseFacts
+from dreammix_trt.core.subject import NOBODY
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.canvas.frames import Canvas, dilate_mask, from_decoded, seam_weight, to_latent_range
 from dreammix_trt.engine.canvas.geometry import fill_cascade
@@ -85,8 +86,8 @@ class Workbench:
         request = Request(prompt="a mug", num_inference_steps=200, seed=SEED, lcg_mask_dilate=3, blend_output=True)
         self.canvas = Canvas.of(self.image, self.mask, native=side)
         self.schedule = make_schedule(request)
-        plan = PromptPlan(Prompt("a mug", "", np.zeros((2, TOKENS), np.int64)), None, None, None, {})
-        self.picture = Picture.of(Work(self.canvas, request, self.schedule, SEED, "", plan))
+        plan = PromptPlan(Prompt("a mug", NOBODY, np.zeros((2, TOKENS), np.int64)), None, None, None, {})
+        self.picture = Picture.of(Work(self.canvas, request, self.schedule, SEED, NOBODY, plan))
         facts = BaseFacts(native_side=side, divisor=32, scaling_factor=SCALING, feature_channels=320)
         self.block = dict(fill_block([self.picture], facts))
         self.records = self.block["records"].view(PICTURE).reshape(-1)[0]

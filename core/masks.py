@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.core.pictures import MAX_PIXELS, PictureIn, Source, name_source, read_image, spell_size
+from dreammix_trt.core.pictures import MAX_PIXELS, PictureIn, name_source, read_image, spell_size
+from dreammix_trt.core.sources import Source
 
 log = logging.getLogger(__name__)
 U8 = npt.NDArray[np.uint8]
@@ -38,7 +39,7 @@ def read_mask(
 ) -> U8:
     """Read a mask as uint8 (H, W): what is above 127 is marked.
 
-    source: as for `read_image`, or a bool array. None: the picture's own transparency (`mask_from_alpha`).
+    source: as for `read_image`. None: the picture's own transparency (`mask_from_alpha`).
     picture: the upright picture, whose size the mask must have.
     name: what errors call it, where there is no file name.
     max_pixels: the largest mask.
@@ -52,8 +53,6 @@ def read_mask(
     """
     if source is None:
         return mask_from_alpha(picture, of_subject=of_subject)
-    if isinstance(source, np.ndarray) and source.dtype == np.bool_:
-        source = source.astype(np.uint8) * np.uint8(255)
     label = name_source(source, name)
     mask = read_image(source, name=name, max_pixels=max_pixels)
     if mask.size != picture.size:

@@ -15,7 +15,6 @@ import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,11 +23,11 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.picture_info import is_grey, keep_dpi, keep_exif, keep_profile, through_profile
 from dreammix_trt.core.png_chunks import shorten_chunks
+from dreammix_trt.core.sources import Source, as_bytes, as_picture_array
 from dreammix_trt.core.transparency import composite, spread_colours, uncover
 
 log = logging.getLogger(__name__)
 U8 = npt.NDArray[np.uint8]
-Source = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
 
 #: Pictures of more pixels are refused before they are decoded.
 MAX_PIXELS = 89_000_000
@@ -112,14 +111,15 @@ class PictureIn:
 def read_image(source: Source, *, name: str = "image", max_pixels: int = MAX_PIXELS) -> PictureIn:
     """Read a picture.
 
-    source: a path, a PIL image or a uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
+    source: a path, a PIL image, the bytes of a file, an open binary file, or an array or tensor
+        (`core.sources.as_picture_array`).
     name: what errors call it, where there is no file name.
     max_pixels: the largest picture.
 
     EXIF orientation is applied. RGB, RGBA, L and LA stay what they are, 1 becomes L, palette RGB or RGBA (L where its
     profile is a grey one), 16-bit values their upper 8 bits, CMYK sRGB through its profile, the other colour spaces
     RGB. A 16-bit file whose values end at 255 holds 8-bit values, and is read so. Of an animation the first frame
-    counts. Float arrays and float images are refused: nothing says whether 1.0 or 255 is white.
+    counts. Images of 32-bit values are refused: nothing says whether 1.0 or 255 is white.
 
     Raises InputError, with `name` or the file, for a source that is missing, truncated, not a picture, or above
     `max_pixels`.
@@ -169,30 +169,38 @@ def readable_suffixes() -> frozenset[str]:
 
 def _open_image(source: Source, label: str, max_pixels: int) -> Image.Image:
     """The decoded image. Its size is checked before decoding."""
-    if isinstance(source, np.ndarray):
-        return _from_array(source, label, max_pixels)
     if isinstance(source, Image.Image):
         return _decode(source, label, max_pixels)
-    if not isinstance(source, (str, os.PathLike)):
-        raise InputError(f"{label} is a {type(source).__name__}: give a path, a PIL image or a uint8 array")
+    array = as_picture_array(source, label)
+    if array is not None:
+        _check_pixels(array.shape[0], array.shape[1], label, max_pixels)
+        return Image.fromarray(array)
+    data = as_bytes(source, label)
+    if data is None and not isinstance(source, (str, os.PathLike)):
+        raise InputError(
+            f"{label} is a {type(source).__name__}: give a path, bytes, an open file, a PIL image, an array or a tensor"
+        )
     try:
-        if not Path(source).is_file():
+        if data is None and not Path(source).is_file():
             raise InputError(f"{label}: there is no such file")
-        return _open_file(Path(source), label, max_pixels)
+        return _open_file(Path(source) if data is None else data, label, max_pixels)
     except Image.DecompressionBombError as error:
         raise InputError(f"{label} has too many pixels ({error}): scale it down") from None
     except UnidentifiedImageError:
-        raise InputError(_explain_unknown(Path(source), label)) from None
+        raise InputError(_explain_unknown(source, label)) from None
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"{label} cannot be read: {error}") from error
 
 
-def _open_file(path: Path, label: str, max_pixels: int) -> Image.Image:
-    """The decoded image of a file. Of a PNG, text that inflates beyond Pillow's limit is left out."""
+def _open_file(file: Path | bytes, label: str, max_pixels: int) -> Image.Image:
+    """The decoded image of a file. Of a PNG, text that inflates beyond Pillow's limit is left out.
+
+    file: where it is, or its bytes.
+    """
     try:
-        return _load(path, label, max_pixels)
+        return _load(io.BytesIO(file) if isinstance(file, bytes) else file, label, max_pixels)
     except (ValueError, InputError) as error:
-        shortened = shorten_chunks(path)
+        shortened = shorten_chunks(file)
         if shortened is None:
             raise
         log.debug("%s: %s", label, error)
@@ -227,9 +235,9 @@ def _low_bytes_of(image: ImageFile.ImageFile) -> str | None:
     return {"RGB;16B": "RGB;16L", "RGBA;16B": "RGBA;16L"}.get(mode) if isinstance(mode, str) else None
 
 
-def _explain_unknown(path: Path, label: str) -> str:
+def _explain_unknown(source: Source, label: str) -> str:
     """Why a file is not a picture that we read, and what to do."""
-    suffix = path.suffix.lower()
+    suffix = Path(source).suffix.lower() if isinstance(source, (str, os.PathLike)) else ""
     if suffix in (".heic", ".heif", ".hif") and "HEIF" not in readable_formats():
         return f"{label} is HEIC, which needs pillow-heif: pip install pillow-heif, or save it as JPEG"
     return f"{label} is not a picture that can be read: give one of {', '.join(readable_formats())}"
@@ -250,19 +258,6 @@ def _turn_upright(image: Image.Image, label: str) -> Image.Image:
         return image if upright else ImageOps.exif_transpose(image)
     except _DAMAGE as error:
         raise InputError(f"{label} is damaged or truncated ({error}): save it again") from error
-
-
-def _from_array(array: npt.NDArray[Any], label: str, max_pixels: int) -> Image.Image:
-    if array.dtype != np.uint8:
-        raise InputError(
-            f"{label} is a {array.dtype} array: give uint8 values 0..255, e.g. (255 * a).round().astype(np.uint8)"
-        )
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[..., 0]
-    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or array.size == 0:
-        raise InputError(f"{label} has shape {array.shape}: give (H, W), (H, W, 3) or (H, W, 4)")
-    _check_pixels(array.shape[0], array.shape[1], label, max_pixels)
-    return Image.fromarray(np.ascontiguousarray(array))
 
 
 def _check_pixels(height: int, width: int, label: str, max_pixels: int) -> None:

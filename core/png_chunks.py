@@ -27,12 +27,14 @@ class Shortened:
     dropped: str
 
 
-def shorten_chunks(path: Path) -> Shortened | None:
+def shorten_chunks(file: Path | bytes) -> Shortened | None:
     """Leave out of a PNG the text and profile chunks that inflate beyond Pillow's limits. None: there are none.
+
+    file: where it is, or its bytes.
 
     Raises OSError when the file cannot be read.
     """
-    data = path.read_bytes()
+    data = file if isinstance(file, bytes) else file.read_bytes()
     if not data.startswith(_SIGNATURE):
         return None
     kept, lost, texts, at = [_SIGNATURE], set(), 0, len(_SIGNATURE)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, get_args
@@ -31,6 +32,7 @@ class Request:
     prompt: text.
     negative_prompt: text; None: zero embeddings.
     subject: which subject of the engine; None: its first one, "": none.
+    subject_scale: 0..2, strength of the subject's LoRA; 0 leaves its word in the prompt, and the networks the base's.
     substitute: attribute words that TAS takes out of the subject.
     substitute_prefix: the text before these words; None: "a photo of a TOKEN".
     sampler: "dpmpp_2m_sde" (Karras noise levels, the authors'), or what a few-step base was distilled for: "euler" on
@@ -38,7 +40,7 @@ class Request:
         guidance_scale 1.
     num_inference_steps: 1..1000.
     guidance_scale: 0..100; at most 1 switches guidance off.
-    seed: 0..2^64-1.
+    seed: 0..2^64-1; None: each painting draws one, which the result's request has.
     num_images_per_prompt: 1..1024; picture k equals a request with seed + k alone.
     strength: above 0, up to 1; shortens the steps to int(steps * strength), as in the authors' code.
     mode: "native" keeps the picture's resolution; "reference" follows the authors' arithmetic on a picture stretched
@@ -67,12 +69,13 @@ class Request:
     prompt: str
     negative_prompt: str | None = ""
     subject: str | None = None
+    subject_scale: float = 1.0
     substitute: tuple[str, ...] = ()
     substitute_prefix: str | None = None
     sampler: Sampler = "dpmpp_2m_sde"
     num_inference_steps: int = 30
     guidance_scale: float = 4.0
-    seed: int = 0
+    seed: int | None = 0
     num_images_per_prompt: int = 1
     strength: float = 1.0
     mode: Mode = "native"
@@ -100,7 +103,7 @@ class Request:
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
             object.__setattr__(self, name, check(name, getattr(self, name)))
-        if self.seed + self.num_images_per_prompt > _SEEDS:
+        if self.seed is not None and self.seed + self.num_images_per_prompt > _SEEDS:
             raise InputError(f"seed is {self.seed}: with {self.num_images_per_prompt} pictures it must stay below 2^64")
         if self.steps < 1:
             raise InputError(
@@ -200,12 +203,13 @@ class RequestFields(TypedDict, total=False):
 
     negative_prompt: str | None
     subject: str | None
+    subject_scale: float
     substitute: list[str] | tuple[str, ...]
     substitute_prefix: str | None
     sampler: Sampler
     num_inference_steps: int
     guidance_scale: float
-    seed: int
+    seed: int | None
     num_images_per_prompt: int
     strength: float
     mode: Mode
@@ -229,6 +233,11 @@ class RequestFields(TypedDict, total=False):
     vae_sample: bool | None
     truncate_prompt: bool
     reference_resize: tuple[int, int] | None
+
+
+def draw_seed() -> int:
+    """A random seed, small enough to be written down: below 2^32."""
+    return secrets.randbelow(1 << 32)
 
 
 def _check_names(fields: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -323,12 +332,13 @@ _CHECKS: dict[str, Check] = {
     "prompt": _text,
     "negative_prompt": _or_none(_text),
     "subject": _or_none(_text),
+    "subject_scale": _number(0, 2),
     "substitute": _several(_text, "words"),
     "substitute_prefix": _or_none(_text),
     "sampler": _one_of(Sampler),
     "num_inference_steps": _whole(1, 1000),
     "guidance_scale": _number(0, 100),
-    "seed": _whole(0, _SEEDS - 1),
+    "seed": _or_none(_whole(0, _SEEDS - 1)),
     "num_images_per_prompt": _whole(1, 1024),
     "strength": _number(0, 1, above=True),
     "mode": _one_of(Mode),

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,6 +59,20 @@ class Subject:
         """Which UNet weights its factors change, to show: "patched", "raw" or "both"."""
         patched, raw = (bool(self.factors.get(name)) for name in unets_of("both"))
         return ("both" if patched else "raw") if raw else "patched"
+
+
+class Role(NamedTuple):
+    """A loaded subject at a strength: what is packed, kept and entered as one.
+
+    name: of the subject, "" for none.
+    scale: beside the subject's own.
+    """
+
+    name: str
+    scale: float = 1.0
+
+
+NOBODY = Role("")  # whose factors are zeros
 
 
 def subject_from_loras(

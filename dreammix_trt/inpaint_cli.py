@@ -33,7 +33,11 @@ Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help='For example 
 NegativePrompt = Annotated[str | None, typer.Option()]
 Subject = Annotated[str | None, typer.Option(help="Which subject, when the engine has several.")]
 Substitute = Annotated[list[str] | None, typer.Option(help="Attribute words to take out of the subject.")]
-Seed = Annotated[int | None, typer.Option(min=0)]
+SubjectScale = Annotated[float | None, typer.Option(help="Strength of the subject, 0 to 2; default: 1.")]
+Seed = Annotated[
+    int | None,
+    typer.Option(parser=lambda text: parse_seed(text), metavar="N", help="Default: 0; `random` draws one and says it."),
+]
 Steps = Annotated[int | None, typer.Option(min=1)]
 Sampler = Annotated[Literal["dpmpp_2m_sde", "euler", "lcm"] | None, typer.Option()]
 Count = Annotated[int | None, typer.Option("--count", "-n", min=1, help="Pictures; the k-th has seed + k.")]
@@ -47,7 +51,7 @@ SetFields = Annotated[
     list[str] | None, typer.Option("--set", help="Any other field of a request as NAME=VALUE (JSON).")
 ]
 SaveStages = Annotated[Path | None, typer.Option(help="Also write a sheet of what each stage did.")]
-NoMetadata = Annotated[bool, typer.Option("--no-metadata", help="Do not store the request in the PNG.")]
+NoMetadata = Annotated[bool, typer.Option("--no-metadata", help="Do not store in the picture how it was made.")]
 Verify = Annotated[bool, typer.Option("--verify", help="Hash every engine file again before loading.")]
 Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="cpu, or cuda: the whole request runs on the GPU.")]
 Residency = Annotated[
@@ -84,6 +88,7 @@ def inpaint(
     prompt: Prompt = None,
     negative_prompt: NegativePrompt = None,
     subject: Subject = None,
+    subject_scale: SubjectScale = None,
     substitute: Substitute = None,
     seed: Seed = None,
     steps: Steps = None,
@@ -117,6 +122,7 @@ def inpaint(
         prompt=prompt,
         negative_prompt=negative_prompt,
         subject=subject,
+        subject_scale=subject_scale,
         substitute=substitute,
         seed=seed,
         num_inference_steps=steps,
@@ -133,6 +139,18 @@ def inpaint(
         result = _paint(dm, image, mask, request, keep_stages=save_stages is not None)
     names = _save(result, out, save_stages, metadata=not no_metadata)
     _report(result, names, as_json)
+
+
+def parse_seed(text: str) -> int:
+    """A seed as a number, or drawn for the word `random`."""
+    from dreammix_trt.core.request import draw_seed
+
+    if text == "random":
+        return draw_seed()
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a whole number nor `random`") from None
 
 
 def _need(option: str, path: Path | None) -> Path:

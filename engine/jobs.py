@@ -14,15 +14,18 @@ from PIL import Image
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.masks import read_mask
 from dreammix_trt.core.noise import NoiseProvider
-from dreammix_trt.core.pictures import PictureIn, Source, read_image
-from dreammix_trt.core.request import Request
+from dreammix_trt.core.pictures import PictureIn, read_image
+from dreammix_trt.core.request import Request, draw_seed
 from dreammix_trt.core.schedule import Schedule, make_schedule
 from dreammix_trt.core.seam import BaseFacts
+from dreammix_trt.core.sources import Source
+from dreammix_trt.core.subject import Role, Subject
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.canvas.frames import Canvas
 from dreammix_trt.engine.canvas.geometry import Size
 from dreammix_trt.engine.host.clock import PhaseClock
-from dreammix_trt.engine.painting import batch_by_shape
+from dreammix_trt.engine.imprint import Origin
+from dreammix_trt.engine.painting import Progress, batch_by_shape
 from dreammix_trt.engine.prompts import plan_prompts
 from dreammix_trt.engine.result import Result, StepEvent
 from dreammix_trt.engine.runtime import Painted, Runtime, Work
@@ -50,6 +53,7 @@ class LaidOut:
 
     source: the user's picture.
     shapes: for each picture, what the pictures of its batch must share.
+    origin: what paints it.
     images: finished so far.
     stages: named pictures of what each stage did, where they were asked for.
     finished: the result, after the last picture.
@@ -62,6 +66,7 @@ class LaidOut:
     works: list[Work]
     shapes: list[Any]
     clock: PhaseClock
+    origin: Origin
     images: list[Image.Image] = field(default_factory=list)
     stages: dict[str, Image.Image] = field(default_factory=dict)
     finished: Result | None = None
@@ -79,7 +84,9 @@ class LaidOut:
             self.clock.seconds[phase] = self.clock.seconds.get(phase, 0.0) + seconds / count
         if len(self.images) == len(self.works):
             spent = dict(self.clock.seconds)
-            self.finished = Result(self.images, self.request, self.seeds, self.schedule, spent, self.stages)
+            self.finished = Result(
+                self.images, self.request, self.seeds, self.schedule, spent, self.stages, self.origin
+            )
 
 
 def _write(source: PictureIn, pixels: U8, canvas: Canvas) -> Image.Image:
@@ -94,33 +101,42 @@ def _to_image(pixels: U8) -> Image.Image:
 
 
 def lay_out(
-    job: Job, runtime: Runtime, tokenizers: Sequence[Tokenizer], choose_subject: Callable[[Request], tuple[str, str]]
+    job: Job,
+    runtime: Runtime,
+    tokenizers: Sequence[Tokenizer],
+    choose_subject: Callable[[Request], Subject],
+    origin: Origin,
 ) -> LaidOut:
     """Check a whole job and prepare its pictures. Runs no network.
 
-    choose_subject: request -> (name, word in prompts) of its subject.
+    choose_subject: request -> its subject under the name that the runtime knows, "" for none.
+    origin: what paints it, without the subject.
 
     Raises InputError that names the value at fault.
     """
     clock, request = PhaseClock(), job.request
     if not isinstance(request, Request):
         raise InputError(f"a job's request is a {type(request).__name__}: give dm.request(prompt, ...)")
+    seed = draw_seed() if request.seed is None else request.seed
+    request = request.replace(seed=seed)
     with clock("read"):
         source = read_image(job.image)
         mask = read_mask(job.mask_image, source)
-    name, token = choose_subject(request)
+    subject = choose_subject(request)
+    role = Role(subject.name, request.subject_scale)
     if runtime.lost_raw_unet:  # the request of the result says what was painted
         request = request.replace(patched_fraction=1.0)
     with clock("canvas"):
         canvas = lay_canvas(source.seen, mask, request, runtime.facts, runtime.frames)
     schedule = make_schedule(request, raw_unet=runtime.has_raw_unet)
-    seeds = tuple(request.seed + k for k in range(request.num_images_per_prompt))
+    seeds = tuple(seed + k for k in range(request.num_images_per_prompt))
     noises = _check_noise(job.noise, seeds)
-    prompts = plan_prompts(tokenizers, request, name, token)
+    prompts = plan_prompts(tokenizers, request, role, subject.token)
     works = [
-        Work(canvas, request, schedule, seed, name, prompts, noise) for seed, noise in zip(seeds, noises, strict=True)
+        Work(canvas, request, schedule, seed, role, prompts, noise) for seed, noise in zip(seeds, noises, strict=True)
     ]
-    return LaidOut(source, request, schedule, seeds, works, [runtime.check(work) for work in works], clock)
+    origin = replace(origin, subject=subject.name, subject_sha256=subject.source_sha256)
+    return LaidOut(source, request, schedule, seeds, works, [runtime.check(work) for work in works], clock, origin)
 
 
 def lay_canvas(image: U8, mask: U8, request: Request, facts: BaseFacts, sizes: Sequence[Size] | None = None) -> Canvas:
@@ -165,11 +181,21 @@ def paint_jobs(
                     yield from _take_in(batch, progress, runtime.timings, event)
                     break
                 done = count * (progress.step.index + 1)
-                event = StepEvent.of(progress, index + done - 1, total, first)
+                event = _make_event(job, progress, index + done - 1, total, first)
                 if progress.step.index + 1 < len(job.schedule):
                     yield event
                     check_open()
         index += len(job.schedule) * count
+
+
+def _make_event(job: LaidOut, progress: Progress, index: int, total: int, picture: int) -> StepEvent:
+    """The event of a batch's progress; its preview is of the batch's first picture."""
+
+    def look(whole: bool) -> Image.Image:
+        pixels = progress.preview(0, whole)
+        return _write(job.source, pixels) if whole else _to_image(pixels)
+
+    return StepEvent(index, total, progress.step.stage, picture, look, progress.taken)
 
 
 def _take_in(

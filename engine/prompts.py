@@ -16,6 +16,7 @@ import numpy.typing as npt
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import STAGES, Stage
+from dreammix_trt.core.subject import Role
 from dreammix_trt.engine.text import TasPlan, Tokenizer, plan_tas
 
 F32 = npt.NDArray[np.float32]
@@ -28,16 +29,16 @@ MOST_PROMPTS = 3  # of one picture: its own, the one with the attributes that TA
 class Prompt:
     """A text that is encoded with a subject's factors.
 
-    subject: name of the subject, "" for none.
+    subject: whose factors.
     ids: int64 (encoders, 77).
     """
 
     text: str
-    subject: str
+    subject: Role
     ids: I64
 
     @property
-    def key(self) -> tuple[str, str, bytes]:
+    def key(self) -> tuple[str, Role, bytes]:
         """Equal for prompts whose encodings are equal."""
         return self.text, self.subject, self.ids.tobytes()
 
@@ -85,11 +86,11 @@ class PromptPlan:
 
 
 def plan_prompts(
-    tokenizers: Sequence[Tokenizer], request: Request, subject: str, token: str, appended: F32 | None = None
+    tokenizers: Sequence[Tokenizer], request: Request, subject: Role, token: str, appended: F32 | None = None
 ) -> PromptPlan:
     """Decide the texts of one picture.
 
-    subject: name of the subject whose factors the encoders use, "" for none.
+    subject: whose factors the encoders use.
     token: the subject's word in prompts.
     appended: rows to append, float32 (rows, n, D).
 

@@ -19,7 +19,7 @@ FACE = {
 #: the rooms of the engine floor, lowest first: each imports what stands in the rows before its own, and its own room
 ROOMS = (
     ("hardware", "machine", "text", "numpy_kernels", "kernels", "drivers"),
-    ("canvas", "prompts", "painting", "result"),
+    ("canvas", "prompts", "painting", "imprint", "result"),
     ("runtime", "directory", "backends"),
     ("host", "device"),
     ("roster", "jobs"),

@@ -17,7 +17,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dreammix_trt.cli import app
-from dreammix_trt.engine import Options
+from dreammix_trt.core.errors import InputError
+from dreammix_trt.engine import Options, read_request
 from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet
 from dreammix_trt.engine.device import loading
 from dreammix_trt.engine.device.loading import OnDevice
@@ -143,6 +144,20 @@ def test_bad_input_is_named_and_leaves_nothing(name: str, mug_engine: Path, plac
 def test_a_prompt_that_is_too_long_is_cut_only_when_told(mug_engine: Path, place: Path) -> None:
     done = inpaint(mug_engine, place, "--prompt", "a red sks mug " * 40, "--set", "truncate_prompt=true", out="cut.png")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_drawn_seed_is_said_and_strength_and_format_are_kept(mug_engine: Path, place: Path) -> None:
+    done = inpaint(mug_engine, place, "--seed", "random", "--subject-scale", "0.6", "--json", out="drawn.webp")
+    assert done.returncode == 0, done.stderr
+    (seed,) = json.loads(done.stdout)["seeds"]
+    request = read_request(place / "drawn.webp")
+    assert (request.seed, request.subject_scale) == (seed, 0.6) and seed > 0
+    spoken = inpaint(mug_engine, place, "--set", "seed=null", "--no-metadata", out="spoken.jpg")
+    assert spoken.returncode == 0 and re.search(r"seed \d+\)", spoken.stderr)
+    with pytest.raises(InputError, match="carries no request"):
+        read_request(place / "spoken.jpg")
+    wrong = inpaint(mug_engine, place, "--seed", "five", out="wrong.png")
+    assert wrong.returncode == 2 and "neither a whole number nor" in wrong.stderr
 
 
 def test_every_field_can_be_set(mug_engine: Path, place: Path) -> None:

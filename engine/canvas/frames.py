@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -140,6 +140,19 @@ class Frame:
     def masked(self) -> F32:
         """The VAE's input for the head: the image with its hole at 0, which is mid grey."""
         return self.network_input(self.image) * (self.network_mask < 128)
+
+
+class Framed(Protocol):
+    """Where a stage's picture lies: a `Frame`, or a frame without pixels.
+
+    box: in canvas pixels.
+    size: (height, width) in pixels of what the VAE takes.
+    """
+
+    @property
+    def box(self) -> Box: ...
+    @property
+    def size(self) -> Size: ...
 
 
 @dataclass(frozen=True)
@@ -269,7 +282,7 @@ class Canvas:
         h, w = frame.image.shape[:2]
         return _resize(picture, (h, w), frame.box)
 
-    def paste(self, frame: Frame, decoded: U8, *, soft: bool = False) -> U8:
+    def paste(self, frame: Framed, decoded: U8, *, soft: bool = False) -> U8:
         """Paste a stage's picture into its box, its rim blended (docs/algorithm.md, 9.2).
 
         decoded: uint8 (h, w, 3) of `frame.size`.
@@ -281,7 +294,7 @@ class Canvas:
         alpha = kernels.soft_alpha(content.shape[0], content.shape[1]) if soft else None
         return kernels.paste(self.image, content, frame.box, self.feather, alpha)
 
-    def keeps_local(self, frame: Frame, local: Frame) -> bool:
+    def keeps_local(self, frame: Framed, local: Framed) -> bool:
         """Whether a global frame would blur what the local one rendered, being coarser than that frame and the canvas.
 
         Native mode only. The reference pastes the global result whatever its scale.
@@ -292,7 +305,7 @@ class Canvas:
         """`keeps_local`, from the boxes and sizes of frames alone."""
         return self.mode == "native" and scale_of(box, size) > max(1.0, scale_of(local_box, local_size))
 
-    def compose(self, frame: Frame, decoded: U8, *, local: tuple[Frame, U8] | None = None) -> U8:
+    def compose(self, frame: Framed, decoded: U8, *, local: tuple[Framed, U8] | None = None) -> U8:
         """Make the finished picture from the last stage's frame and picture (docs/algorithm.md, 9.3).
 
         decoded: uint8 (h, w, 3) of `frame.size`.
@@ -312,7 +325,7 @@ class Canvas:
         out[self._near] = kernels.paste(around, mixed, part, np.ascontiguousarray(self.feather[self._near]))
         return out
 
-    def _place(self, frame: Frame, decoded: U8) -> U8:
+    def _place(self, frame: Framed, decoded: U8) -> U8:
         """The canvas around the mask (`_near`) with a stage's picture in its box."""
         tops, lefts = (part.indices(side)[:2] for part, side in zip(self._near, self.size, strict=True))
         r0, r1, c0, c1 = frame.box

@@ -142,6 +142,12 @@ class Studio:
         self.subjects.add(name, subject)
         self.texts.forget(name)
 
+    def remove_subject(self, name: str) -> None:
+        """Forget a subject; its rows on the device are free for others."""
+        self._check_open()
+        self.subjects.remove(name)
+        self.texts.forget(name)
+
     def check(self, work: Work) -> Hashable:
         """What pictures of one batch must share. Raises InputError for a picture that cannot be painted."""
         if work.noise is not None:

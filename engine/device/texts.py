@@ -15,6 +15,7 @@ from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.networks import flag_of, names_of_group, twin_name
 from dreammix_trt.core.schedule import STAGES
 from dreammix_trt.core.seam import Array, Bound, DeviceNetworks, Stream
+from dreammix_trt.core.subject import Role
 from dreammix_trt.engine.device.arena import Arena, Regions
 from dreammix_trt.engine.device.room import choose_twin, try_capture
 from dreammix_trt.engine.device.subjects import Layout, Subjects
@@ -81,8 +82,8 @@ class DeviceTexts:
         """
         self._device, self._stream, self._arena, self._subjects = device, stream, arena, subjects
         self._networks, self._layout = networks, layout
-        self._kept: OrderedDict[tuple[str, str, bytes], int] = OrderedDict()
-        self._unproven: set[tuple[str, str, bytes]] = set()
+        self._kept: OrderedDict[tuple[str, Role, bytes], int] = OrderedDict()
+        self._unproven: set[tuple[str, Role, bytes]] = set()
         self._encoders: dict[bool, _Encoders] = {}
         plan = np.zeros(_TAS, np.int32)
         plan[:2] = 1  # one row removed from one row: both are row 0
@@ -93,7 +94,7 @@ class DeviceTexts:
 
         subject: only what was encoded with this subject's factors; None: all.
         """
-        for key in [key for key in self._kept if subject is None or key[1] == subject]:
+        for key in [key for key in self._kept if subject is None or key[1].name == subject]:
             del self._kept[key]
 
     def settle(self, *, proven: bool) -> None:
@@ -139,7 +140,7 @@ class DeviceTexts:
             encoders.close()
         self._encoders.clear()
 
-    def _choose_slot(self, needed: set[tuple[str, str, bytes]]) -> int:
+    def _choose_slot(self, needed: set[tuple[str, Role, bytes]]) -> int:
         most = self._arena["kept tokens"].shape[0]
         free = set(range(most)) - set(self._kept.values())
         if free:

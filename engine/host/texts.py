@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from dreammix_trt.core.networks import names_of_group
 from dreammix_trt.core.seam import Networks
+from dreammix_trt.core.subject import Role
 from dreammix_trt.engine.prompts import Prompt, PromptPlan, RowSource
 from dreammix_trt.engine.text import apply_tas
 
@@ -34,14 +35,14 @@ class HostTexts:
     """Encodes prompts, and remembers the results."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[object, ...], Encoded] = {}
+        self._kept: dict[tuple[bool, Role, str, bytes], Encoded] = {}
 
     def forget(self, subject: str | None = None) -> None:
         """Drop what was encoded.
 
         subject: only what was encoded with this subject's factors; None: all.
         """
-        self._kept = {key: value for key, value in self._kept.items() if subject is not None and key[1] != subject}
+        self._kept = {key: value for key, value in self._kept.items() if subject is not None and key[1].name != subject}
 
     def compose(self, plan: PromptPlan, networks: Networks, factors: Mapping[str, F32], safe: bool) -> dict[str, Text]:
         """Make the condition of each stage.
@@ -68,7 +69,7 @@ class HostTexts:
         return texts
 
     def _encode(self, prompt: Prompt, networks: Networks, factors: Mapping[str, F32], safe: bool) -> Encoded:
-        key = (safe, prompt.subject, *prompt.key)
+        key = (safe, prompt.subject, prompt.text, prompt.ids.tobytes())
         if key not in self._kept:
             outputs = [
                 networks.run(name, input_ids=ids[None], lora=factors[name][None])

@@ -175,3 +175,11 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
 
 def test_one_pixel() -> None:
     assert read_mask(np.full((1, 1), 255, np.uint8), read_image(PHOTO[:1, :1])).tolist() == [[255]]
+
+
+def test_masks_in_memory() -> None:
+    """Booleans, floats, CHW; the rules of test_sources.py."""
+    for mask in (MASK / 255, MASK > 127, MASK[None].astype(np.float16) / 255):
+        np.testing.assert_array_equal(read_mask(mask, PICTURE), MASK)
+    with pytest.raises(InputError, match=r"^mask_image is not a picture"):
+        read_mask(b"no picture", PICTURE)
