@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,7 +22,20 @@ Loras = Annotated[
         "several: they work together."
     ),
 ]
-Name = Annotated[str | None, typer.Option(help="The subject's name; default: the LoRA folder's.")]
+Subjects = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--subject", help="NAME=FILE[:scale[:target]], FILE a LoRA or a subject file; several: requests choose by name."
+    ),
+]
+Name = Annotated[str | None, typer.Option(help="The subject's name; default: its class, else OUT's name.")]
+Token = Annotated[
+    list[str] | None,
+    typer.Option(help="The subject's word in prompts, as its LoRA was trained; of several subjects NAME=WORD."),
+]
+ClassName = Annotated[
+    list[str] | None, typer.Option(help="What the subject is: teapot, dog; of several subjects NAME=CLASS.")
+]
 Patch = Annotated[Path | None, typer.Option(help="*.fooocus.patch; default: the one in the base's folder.")]
 Head = Annotated[Path | None, typer.Option(help="inpaint_head.pth; default: the one in the base's folder.")]
 Vae = Annotated[Path | None, typer.Option(help="Another VAE: folder or file.")]
@@ -87,7 +101,7 @@ dreammix-trt build --base sdxl-inpainting/ --lora lora/ --target sm_89 -o mug-fo
 """
 PANELS = {
     "The base": ("base", "patch", "head", "vae", "tokenizer", "base_lora", "patch_biases", "slot_rank"),
-    "The subject": ("lora", "name", "merge"),
+    "The subject": ("lora", "subject", "name", "token", "class_name", "merge"),
     "What requests use by default": ("sampler", "steps", "guidance_scale"),
     "What it runs on": (
         *("backend", "target", "precision", "shapes", "pictures", "context", "workspace", "vae_image", "no_safe_vae"),
@@ -99,7 +113,10 @@ PANELS = {
 def build(
     out: Out,
     lora: Loras = None,
+    subject: Subjects = None,
     name: Name = None,
+    token: Token = None,
+    class_name: ClassName = None,
     base: Base = None,
     patch: Patch = None,
     head: Head = None,
@@ -145,7 +162,10 @@ def build(
         BaseSources(base, patch, head, vae, tokenizer, patch_biases),
         lora,
         base_lora or (),
+        subjects=_parse_pairs("--subject", subject or ()),
         name=name,
+        token=_parse_words("--token", token or ()),
+        class_name=_parse_words("--class-name", class_name or ()),
         merge=merge,
         slot_rank=slot_rank,
         defaults=Defaults(sampler, steps, guidance_scale),
@@ -166,6 +186,26 @@ def _summarise(passport: Passport) -> dict[str, Any]:
     facts = {name: getattr(passport, name) for name in ("backend", "precision", "targets", "base_key", "command")}
     subjects = [{"name": each.name, "token": each.token, "class_name": each.class_name} for each in passport.subjects]
     return facts | {"subjects": subjects}
+
+
+def _parse_words(option: str, given: Sequence[str]) -> str | dict[str, str] | None:
+    """WORD, or NAME=WORD for each of several subjects."""
+    if len(given) == 1 and "=" not in given[0]:
+        return given[0]
+    return _parse_pairs(option, given) or None
+
+
+def _parse_pairs(option: str, given: Sequence[str]) -> dict[str, str]:
+    """NAME=VALUE each. Raises InputError for another form and for a name given twice."""
+    pairs: dict[str, str] = {}
+    for text in given:
+        name, mark, value = text.partition("=")
+        if not mark or not name or not value:
+            raise InputError(f"{option} {text!r}: give NAME=VALUE, for example {option} teapot={value or text}")
+        if name in pairs:
+            raise InputError(f"{option} names {name!r} twice; give each subject once")
+        pairs[name] = value
+    return pairs
 
 
 def _parse_lengths(text: str) -> tuple[int, ...]:
