@@ -212,7 +212,7 @@ class Front:
         for image, mask, request, subject in wanted:
             canvas = lay_canvas(image, mask, request, self.studio.facts, self.studio.frames)
             schedule = make_schedule(request, raw_unet=self.studio.has_raw_unet)
-            prompts = plan_prompts(self.tokenizers, request, subject, "sks")
+            prompts = plan_prompts(self.tokenizers, request, subject, "sks", contexts=self.studio.contexts)
             works.append(Work(canvas, request, schedule, request.seed, subject, prompts))
         return works
 
