@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.terminal import AsJson, Force, Store, Threads, print_json, say, show_progress
+from dreammix_trt.terminal import AsJson, Force, Store, Threads, print_json, say, show_progress, warn
 
 if TYPE_CHECKING:
     from dreammix_trt.core.request import Request
@@ -42,6 +42,9 @@ Steps = Annotated[int | None, typer.Option(min=1)]
 Sampler = Annotated[Literal["dpmpp_2m_sde", "euler", "lcm"] | None, typer.Option()]
 Count = Annotated[int | None, typer.Option("--count", "-n", min=1, help="Pictures; the k-th has seed + k.")]
 GuidanceScale = Annotated[float | None, typer.Option()]
+Feather = Annotated[
+    int | None, typer.Option(min=0, help="Pixels over which the result fades into the picture; 0: a hard edge.")
+]
 Mode = Annotated[
     Literal["native", "reference"] | None,
     typer.Option(help="reference follows the authors' arithmetic; default: native."),
@@ -95,6 +98,7 @@ def inpaint(
     sampler: Sampler = None,
     count: Count = None,
     guidance_scale: GuidanceScale = None,
+    feather: Feather = None,
     mode: Mode = None,
     from_request: FromRequest = None,
     set_field: SetFields = None,
@@ -129,6 +133,7 @@ def inpaint(
         sampler=sampler,
         num_images_per_prompt=count,
         guidance_scale=guidance_scale,
+        feather=feather,
         mode=mode,
     )
     _check_outputs(out, save_stages, request.num_images_per_prompt, force=force, as_json=as_json)
@@ -174,17 +179,16 @@ def _choose_mask(mask: Path | None, from_alpha: bool) -> Path | None:
 def _make_room(request: Request, image: Path, base: Mapping[str, Any]) -> dict[str, int]:
     """The runtime's options that set aside a GPU's memory for one request and no more.
 
-    base: of a passport. A request has one subject, three prompts at most, and frames of two sizes, one a stage; on a
-    GPU its pictures are painted one after the other.
+    base: of a passport. A request has one subject and frames of two sizes, one a stage; its own prompts always have
+    room. On a GPU its pictures are painted one after the other.
     """
     from dreammix_trt.core.pictures import read_image
-    from dreammix_trt.engine.prompts import MOST_PROMPTS
 
     if request.mode == "reference":  # the picture is stretched
         height, width = request.reference_resize or (base["native_side"], base["native_side"])
     else:
         height, width = read_image(image).size
-    return {"largest_picture": height * width, "subjects": 1, "texts": MOST_PROMPTS, "shapes": 2}
+    return {"largest_picture": height * width, "subjects": 1, "texts": 1, "shapes": 2}
 
 
 def _read_request(
@@ -353,9 +357,16 @@ def _write_standard(result: Result, *, metadata: bool) -> None:
 
 
 def _report(result: Result, names: list[Path], as_json: bool) -> None:
-    """Say what was made and what that took."""
+    """Say what was made, what that took, and which words of the request do nothing."""
+    for warning in result.warnings:
+        warn(warning)
     if as_json:
-        record = {"images": [str(name) for name in names], "seeds": list(result.seeds), "timings": result.timings}
+        record = {
+            "images": [str(name) for name in names],
+            "seeds": list(result.seeds),
+            "timings": result.timings,
+            "warnings": list(result.warnings),
+        }
         print_json(record)
         return
     spent = sum(result.timings.values())

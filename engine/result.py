@@ -44,6 +44,7 @@ class Result:
         included, and the host's in "read", "canvas", "write" and "weights" (loaded for this request).
     stages: named pictures of what each stage did, when asked for; on a GPU "local result" and "last result".
     origin: what painted it.
+    warnings: words of the request that do nothing, one sentence each.
     """
 
     images: list[Image.Image]
@@ -53,6 +54,7 @@ class Result:
     timings: dict[str, float]
     stages: dict[str, Image.Image] = field(default_factory=dict)
     origin: Origin = field(default_factory=Origin)
+    warnings: tuple[str, ...] = ()
 
     def save(self, path: str | os.PathLike[str], index: int = 0, *, metadata: bool = True) -> None:
         """Write picture `index` (.png, .jpg, .webp), atomically; see `save`."""
