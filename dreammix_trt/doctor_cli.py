@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import subprocess
+import sys
+from typing import Annotated
+
 import typer
 
 from dreammix_trt.core.errors import DreamMixError
 from dreammix_trt.core.files import size_text
 from dreammix_trt.core.store import Store as Shelf
 from dreammix_trt.engine.machine import GIB, PLANS, RTX_TARGETS, Machine, examine
-from dreammix_trt.terminal import AsJson, Store, print_json, print_line, print_table
+from dreammix_trt.terminal import AsJson, Store, print_json, print_line, print_table, say
 
 NOT_READY = 1
 # What a full-size SDXL takes: the exporter's peak (benchmarks/full_size.py), and ONNX and plans of all its networks.
@@ -24,8 +29,11 @@ _BUILD = "dreammix-trt build --out ENGINE"
 def doctor(
     store: Store = None,
     as_json: AsJson = False,
+    mend: Annotated[bool, typer.Option("--mend", help="Put ONNX Runtime right with pip where it is broken.")] = False,
 ) -> None:
     """Check this computer; exit code 1 when nothing both builds and runs here, or the store cannot be written."""
+    if mend:
+        mend_onnxruntime(examine())
     shelf = Shelf(store)
     machine = examine(shelf.root)
     (parts, size), fault = _store_state(shelf)
@@ -38,6 +46,16 @@ def doctor(
         _print(machine, fault or f"can be written; {parts} {'part' if parts == 1 else 'parts'}, {size_text(size)}")
     if not ready:
         raise typer.Exit(NOT_READY)
+
+
+def mend_onnxruntime(machine: Machine) -> None:
+    """Have pip do what mends ONNX Runtime. Raises DreamMixError when pip fails."""
+    for words in machine.mend_onnxruntime():
+        command = [sys.executable, "-m", "pip", *words]
+        say(f"pip {' '.join(words)}")
+        if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
+            raise DreamMixError(f"`{' '.join(command)}` failed (its own words are above); run it by hand")
+    importlib.invalidate_caches()
 
 
 def advice(machine: Machine) -> str:
@@ -54,6 +72,8 @@ def _best(machine: Machine) -> str | None:
 
 
 def _to_run(machine: Machine, best: str | None) -> str:
+    if best is None and machine.mend_onnxruntime():
+        return f"Nothing can run here yet: `dreammix-trt doctor --mend`, then `{_BUILD} --backend onnxruntime`."
     if best is None:
         return f"Nothing can run here yet: `pip install onnxruntime`, then `{_BUILD} --backend onnxruntime`."
     backend, target = best.partition(" ")[0], ""

@@ -73,9 +73,10 @@ cat table.png | dreammix-trt inpaint engines/mug -i - -m mask.png -p "a sks mug"
 """
 PANELS = {
     "What is painted": (
-        *("image", "mask", "prompt", "negative_prompt", "subject", "substitute", "seed", "count", "from_request"),
+        *("image", "mask", "mask_from_alpha", "prompt", "negative_prompt", "subject", "subject_scale", "substitute"),
+        *("seed", "count", "from_request"),
     ),
-    "How it is painted": ("steps", "sampler", "guidance_scale", "mode", "set_field"),
+    "How it is painted": ("steps", "sampler", "guidance_scale", "feather", "mode", "set_field"),
     "What is written": ("out", "force", "save_stages", "no_metadata", "as_json"),
     "What it runs on": ("device", "residency", "threads", "store", "verify"),
 }

@@ -226,21 +226,6 @@ def test_an_engine_that_is_none(place: Path) -> None:
     assert "dreammix-trt build" in done.stderr
 
 
-def test_the_readme_names_only_commands_that_exist() -> None:
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    lines = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("dreammix-trt ")]
-    assert len(lines) >= 5
-    shown: dict[tuple[str, ...], str] = {}
-    for _, *words in lines:
-        command = tuple(words[: 2 if words[0] == "store" else 1])
-        if command not in shown:
-            helped = run(*command, "--help")
-            assert helped.returncode == 0, command
-            shown[command] = helped.stdout
-        for option in words:
-            assert not option.startswith("--") or option in shown[command], f"{command} {option}"
-
-
 def test_the_build_tells_its_options() -> None:
     shown = run("build", "--help")
     assert shown.returncode == 0
