@@ -176,6 +176,8 @@ def _open_image(source: Source, label: str, max_pixels: int) -> Image.Image:
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(f"{label} is a {type(source).__name__}: give a path, a PIL image or a uint8 array")
     try:
+        if Path(source).is_dir():
+            raise InputError(f"{label} is a folder: name a picture in it")
         if not Path(source).is_file():
             raise InputError(f"{label}: there is no such file")
         return _open_file(Path(source), label, max_pixels)
