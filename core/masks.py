@@ -8,6 +8,7 @@ this rule, so it is recognised first.
 from __future__ import annotations
 
 import logging
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -89,9 +90,10 @@ def marked_share(mask: U8) -> float:
 
 def looks_drawn(picture: PictureIn) -> bool:
     """Whether what is visible has hardly more than two tones, as masks have and photographs have not."""
-    bright = _brightness(picture)
-    if picture.alpha is not None and (picture.alpha > 127).any():
-        bright = bright[picture.alpha > 127]
+    few = _sample(picture.size)
+    bright = _brightness(picture.rgb[few])
+    if picture.alpha is not None and (picture.alpha[few] > 127).any():
+        bright = bright[picture.alpha[few] > 127]
     low, high = int(bright.min()), int(bright.max())
     reach = max(_TONE * (high - low), _SAME / 2)
     return bool(((bright <= low + reach) | (bright >= high - reach)).mean() >= _DRAWN)
@@ -99,21 +101,21 @@ def looks_drawn(picture: PictureIn) -> bool:
 
 def _read_layers(mask: PictureIn, picture: PictureIn, label: str, of_subject: bool) -> U8:
     """What colours and alpha of a mask mark together."""
-    alpha = mask.alpha
-    bright = _brightness(mask)
+    alpha, bright = mask.alpha, _brightness(mask.rgb)
     if alpha is None or alpha.min() == alpha.max():
         _check_colours(mask, picture, bright, label)
         return bright
-    solid = alpha > 127 if (alpha > 127).any() else alpha > 0
-    if _shows(mask, picture, solid):
+    alpha, few = _stretch(alpha), _sample(mask.size)
+    solid = alpha > 127
+    if _shows(mask.rgb[few], picture.rgb[few], solid[few]):
         part = "opaque" if of_subject else "transparent"
         log.info("%s is the picture with a part erased: what is %s is marked", label, part)
-        return np.ascontiguousarray(alpha if of_subject else 255 - alpha)
+        return alpha if of_subject else 255 - alpha
     if int(bright[solid].max()) - int(bright[solid].min()) <= _SAME:
-        return np.ascontiguousarray(alpha)
-    if not looks_drawn(mask) and not _looks_painted(mask, solid):
+        return alpha
+    if not looks_drawn(mask) and not _lies_on_a_line(mask.rgb[few][solid[few]]):
         if of_subject:
-            return np.ascontiguousarray(alpha)
+            return alpha
         raise InputError(
             f"{label} is a photograph with a transparent part, but not this picture: give a mask, white on black; or "
             "give it as the picture and take the mask from its transparency (--mask-from-alpha, mask_image=None)"
@@ -123,7 +125,14 @@ def _read_layers(mask: PictureIn, picture: PictureIn, label: str, of_subject: bo
 
 def _check_colours(mask: PictureIn, picture: PictureIn, bright: U8, label: str) -> None:
     """Refuse an opaque picture whose colours are no mask."""
-    if not looks_drawn(mask) and _shows(mask, picture, np.ones(mask.size, bool)):
+    few = _sample(mask.size)
+    colours, shown = mask.rgb[few], picture.rgb[few]
+    if _is_painted_over(colours, shown):
+        raise InputError(
+            f"{label} is the picture with a part painted over, and not a mask: save it with that part transparent, or "
+            "paint a mask, white on black"
+        )
+    if not looks_drawn(mask) and _shows(colours, shown, np.ones(colours.shape[:2], bool)):
         raise InputError(f"{label} is the picture itself, without a transparent part: paint a mask, white on black")
     if int(bright.max()) - int(bright.min()) <= _SAME < int(np.ptp(mask.rgb.reshape(-1, 3), axis=0).max()):
         raise InputError(
@@ -132,22 +141,50 @@ def _check_colours(mask: PictureIn, picture: PictureIn, bright: U8, label: str) 
         )
 
 
-def _brightness(mask: PictureIn) -> U8:
-    return np.ascontiguousarray(mask.rgb.max(2))
+def _stretch(alpha: U8) -> U8:
+    """Alpha up to 255: a half opaque brush or layer marks as much as an opaque one."""
+    high = int(alpha.max())
+    return np.asarray((alpha.astype(np.uint16) * 255 + high // 2) // high, np.uint8)
 
 
-def _looks_painted(mask: PictureIn, where: npt.NDArray[np.bool_]) -> bool:
-    """Whether colours lie on a line, as in a mask with soft edges that was painted in one colour on another."""
-    colours = mask.rgb[where].astype(np.float32)
-    spread = np.linalg.eigvalsh(np.cov(colours, rowvar=False))  # variances along the three main axes, rising
+def _brightness(rgb: U8) -> U8:
+    return np.maximum(np.maximum(rgb[..., 0], rgb[..., 1]), rgb[..., 2])
+
+
+# What a mask is told by. Colours are uint8 (h, w, 3), of a sample of the pixels.
+
+
+def _sample(size: tuple[int, int]) -> tuple[slice, slice]:
+    """Every so many rows and columns of a picture, about a million pixels: enough to tell what it is."""
+    step = max(1, math.isqrt(size[0] * size[1] // 1_000_000))
+    return slice(None, None, step), slice(None, None, step)
+
+
+def _is_painted_over(colours: U8, shown: U8) -> bool:
+    """Whether a mask shows the picture wherever it does not have one other colour."""
+    differs = np.abs(colours.astype(np.int16) - shown).max(2) > _SAME
+    if differs.mean() < 0.001:
+        return False
+    paint = np.median(colours[differs], axis=0).astype(np.int16)
+    rest = np.abs(colours - paint).max(2) > _SAME
+    return bool(rest.mean() > 0.001) and _shows(colours, shown, rest)
+
+
+def _lies_on_a_line(colours: U8) -> bool:
+    """Whether colours (N, 3) lie on a line, as in a mask with soft edges, painted in one colour on another."""
+    if len(colours) < 2:
+        return True
+    spread = np.linalg.eigvalsh(np.cov(colours.astype(np.float32), rowvar=False))  # variances along the main axes
     return bool(spread[1] <= _LINE**2)
 
 
-def _shows(mask: PictureIn, picture: PictureIn, where: npt.NDArray[np.bool_]) -> bool:
+def _shows(colours: U8, shown: U8, where: npt.NDArray[np.bool_]) -> bool:
     """Whether a mask's colours are the picture's there: they differ by far less than they vary."""
-    colours = mask.rgb[where].astype(np.int16)
-    variation = np.abs(colours - np.rint(colours.mean(0)).astype(np.int16)).mean()
-    return bool(variation > 2 and np.abs(colours - picture.rgb[where]).mean() < 0.25 * variation)
+    if not where.any():
+        return False
+    there, wanted = colours[where].astype(np.int16), shown[where]
+    variation = np.abs(there - np.rint(there.mean(0)).astype(np.int16)).mean()
+    return bool(variation > 2 and np.abs(there - wanted).mean() < 0.25 * variation)
 
 
 def _explain_size(label: str, size: tuple[int, int], wanted: tuple[int, int]) -> str:

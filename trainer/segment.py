@@ -20,6 +20,7 @@ from PIL import Image
 
 from dreammix_trt.core.errors import FileFormatError, InputError
 from dreammix_trt.core.files import atomic_file
+from dreammix_trt.core.onnx_runtime import import_onnxruntime
 from dreammix_trt.core.pictures import U8, read_image
 from dreammix_trt.trainer.listing import list_photographs
 from dreammix_trt.trainer.photographs import choose_twin, has_cut_out
@@ -89,13 +90,12 @@ def open_segmenter(file: str | Path | None, style: str | None = None, threads: i
 
     Raises InputError for a file that is missing or an unknown style, FileFormatError for one that is no such network.
     """
-    import onnxruntime as ort
-
     path = Path(file) if file is not None else _find_rembg_file()
     if style is not None and style not in _STYLES:
         raise InputError(f"segmenter style {style!r} is none of {', '.join(_STYLES)}")
     if not path.is_file():
         raise InputError(f"{path}: there is no such file; give a segmenter's ONNX file, such as rembg's u2net.onnx")
+    ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads or 0, 3
     try:

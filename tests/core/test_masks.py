@@ -69,6 +69,7 @@ def make_masks() -> dict[str, Image.Image | np.ndarray]:
             grey(np.where(clear_corners(MASK) > 0, MASK, 255).astype(np.uint8)), clear_corners(MASK)
         ),
         "white, black made clear": layers(np.full((HEIGHT, WIDTH, 3), 255, np.uint8), MASK),
+        "a brush at 50 %": layers(np.full((HEIGHT, WIDTH, 3), 90, np.uint8), MASK // 2),
         "a layer at 40 %": layers(grey(MASK), np.full_like(MASK, 102)),
         "16 bit": Image.fromarray(MASK.astype(np.uint16) * 257),
         "16 bit, black is 3000": Image.fromarray(np.where(MASK, 65535, 3000).astype(np.uint16)),
@@ -147,6 +148,10 @@ def test_bad_masks() -> None:
         read_mask(PHOTO, PICTURE)
     with pytest.raises(InputError, match=r"a transparent part, but not this picture.*--mask-from-alpha"):
         read_mask(layers(PHOTO[::-1], 255 - MASK), PICTURE)
+    for paint in (255, 0, (255, 0, 200)):  # in an editor's colour, or a cut-out that lost its transparency
+        for where in (MASK > 0, MASK == 0):
+            with pytest.raises(InputError, match="the picture with a part painted over"):
+                read_mask(np.where(where[..., None], paint, PHOTO).astype(np.uint8), PICTURE)
     red_on_white = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
     red_on_white[MASK > 0] = (255, 0, 0)
     with pytest.raises(InputError, match="all equally bright"):

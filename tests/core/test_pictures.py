@@ -100,7 +100,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"empty\.png"):
         read_image(tmp_path / "empty.png")
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="is a folder: name a picture in it"):
         read_image(tmp_path)
 
 
