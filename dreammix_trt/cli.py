@@ -7,6 +7,7 @@ object on stdout as well.
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,6 +18,7 @@ from dreammix_trt.build_cli import EXAMPLES as BUILD_EXAMPLES
 from dreammix_trt.build_cli import PANELS as BUILD_PANELS
 from dreammix_trt.build_cli import build
 from dreammix_trt.core.errors import Cancelled, DreamMixError, InputError
+from dreammix_trt.core.files import is_full
 from dreammix_trt.doctor_cli import doctor
 from dreammix_trt.inpaint_cli import EXAMPLES as INPAINT_EXAMPLES
 from dreammix_trt.inpaint_cli import PANELS as INPAINT_PANELS
@@ -64,6 +66,8 @@ def _run() -> int:
     except typer.Abort:
         code = Cancelled.exit_code
     except Exception as error:
+        if isinstance(error, OSError) and is_full(error) and error.filename is None:  # files of ours are told by name
+            return _fail(DreamMixError(f"the output cannot be written: {error.strerror}"))
         _print_error(type(error).__name__, str(error), 1)
         raise
     if code == Cancelled.exit_code:
@@ -93,7 +97,8 @@ def _explain_usage(error: Exception) -> int:
 def _print_error(kind: str, message: str, exit_code: int) -> None:
     """An error as JSON on stdout, where the user asked for JSON. Wrong use is found before options are known."""
     if "--json" in sys.argv[1:]:
-        print_json({"error": {"kind": kind, "message": message, "exit_code": exit_code}})
+        with suppress(OSError):  # nobody reads it
+            print_json({"error": {"kind": kind, "message": message, "exit_code": exit_code}})
 
 
 def _say_version(wanted: bool) -> None:
@@ -253,11 +258,14 @@ def demo(
     ),
     threads: Threads = None,
     seed: int = 7,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Render a subject, train it, build its engine, inpaint with it: one contact sheet and a report."""
-    from dreammix_trt.demo import run_demo
+    from dreammix_trt.demo import check_folder, run_demo
 
+    if not force:
+        check_folder(out)
     with show_progress("demo") as update:
         pages = run_demo(out, seed=seed, threads=threads, progress=update)
     if as_json:

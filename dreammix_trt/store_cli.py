@@ -14,7 +14,7 @@ import typer
 from dreammix_trt.core.errors import DreamMixError, InputError
 from dreammix_trt.core.files import size_text
 from dreammix_trt.core.store import Entry, Store
-from dreammix_trt.terminal import App, AsJson, err_console, print_json, print_line, print_table, say, warn
+from dreammix_trt.terminal import App, AsJson, print_json, print_line, print_table, say, show_progress, warn
 
 if TYPE_CHECKING:
     from dreammix_trt.core.store_prune import Pruning
@@ -149,19 +149,15 @@ def _chosen(shelf: Store, keys: Sequence[str]) -> list[Entry]:
 
 def _damages(shelf: Store, entries: Sequence[Entry]) -> list[Damage]:
     """Read every file of these parts again and say which parts are damaged; the progress goes to stderr."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
     damages = []
-    title = TextColumn("{task.description:<28}", markup=False)
-    columns = (title, BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err_console, transient=True) as progress:
-        task = progress.add_task("reading", total=sum(entry.bytes for entry in entries))
+    total, done = sum(entry.bytes for entry in entries) or 1, 0
+    with show_progress("store") as update:
         for entry in entries:
-            progress.update(task, description=f"reading {_title(entry)}")
+            update("reading", done / total, f"{_title(entry)}, {size_text(done)} of {size_text(total)}")
             fault = _fault(shelf, entry)
             if fault:
                 damages.append(Damage(entry.key, f"{entry.kind} {_title(entry)}: {fault}", _commands(entry.users)))
-            progress.advance(task, entry.bytes)
+            done += entry.bytes
     return damages
 
 

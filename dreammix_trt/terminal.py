@@ -13,10 +13,12 @@ import io
 import json
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -32,6 +34,7 @@ err_console = Console(stderr=True, emoji=False, highlight=False)
 #: without a terminal: seconds until the first line of a long work, and between two at first
 FIRST_LINE, NEXT_LINE = 2.0, 10.0
 EVERYWHERE = "Everywhere"
+PANELS_FROM = 78  # columns; panels would cut the names of options in a narrower terminal
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all cores.", min=1, max=1024)]
@@ -73,7 +76,7 @@ class App(typer.Typer):
         super().__init__(
             no_args_is_help=True,
             pretty_exceptions_enable=False,
-            rich_markup_mode="rich",
+            rich_markup_mode="rich" if typer.get_terminal_size().columns >= PANELS_FROM else None,
             context_settings={"help_option_names": ["-h", "--help"]},
             **settings,
         )
@@ -176,22 +179,29 @@ def print_table(
 ) -> None:
     """Print columns on stdout. No cell is broken or cut.
 
+    Without a header, the cells of a row stand below each other on a terminal that is too narrow.
+
     right: numbers of the columns that are aligned to the right.
     """
     from rich.cells import cell_len
-    from rich.text import Text
 
     lines = [header, *rows] if header else list(rows)
-    widths = [max(map(cell_len, column)) for column in zip(*(row for row in lines if len(row) > 1), strict=False)]
+    widths = [
+        max(map(cell_len, column)) for column in zip_longest(*(row for row in lines if len(row) > 1), fillvalue="")
+    ]
     if title:
         print_line(title)
-    for number, row in enumerate(lines):
+    indent = "  " if title else ""
+    narrow = not header and out_console.is_terminal and sum(widths) + 2 * len(widths) + len(indent) > out_console.width
+    for row in lines:
+        if narrow:
+            print_line("\n".join(indent + ("    " if column else "") + cell for column, cell in enumerate(row) if cell))
+            continue
         cells = []
         for column, cell in enumerate(row):
-            gap = " " * (widths[column] - cell_len(cell) if column < len(widths) and len(row) > 1 else 0)
+            gap = " " * (widths[column] - cell_len(cell)) if len(row) > 1 else ""
             cells.append(gap + cell if column in right else cell + gap)
-        text = ("  " if title else "") + "  ".join(cells).rstrip()
-        out_console.print(Text(text, style="bold" if header and number == 0 else ""), soft_wrap=True)
+        print_line((indent + "  ".join(cells)).rstrip())
 
 
 def escape(text: str) -> str:
@@ -211,7 +221,8 @@ def show_progress(title: str) -> Iterator[Callable[..., None]]:
         yield lambda *_: None
         return
     if not err_console.is_interactive:
-        yield _Lines(title)
+        with _Lines(title) as lines:
+            yield lines
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -241,17 +252,30 @@ class _Bars:
 
 
 class _Lines:
-    """Plain lines, the rarer the longer the work takes."""
+    """Plain lines of where a work is, the rarer the longer it takes; a thread says them, also where a step is long."""
 
     def __init__(self, title: str) -> None:
-        self._title, self._begun = title, time.monotonic()
-        self._due = self._begun + FIRST_LINE
+        self._title, self._state = title, ("", 0.0, "")
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._say_now_and_then, daemon=True)
+
+    def __enter__(self) -> _Lines:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
 
     def __call__(self, name: str, fraction: float, message: str = "") -> None:
-        now = time.monotonic()
-        if now < self._due:
-            return
-        spent = now - self._begun
-        self._due = now + max(NEXT_LINE, spent / 10)
-        note = f", {message}" if message else ""
-        say(f"{self._title}: {name} {fraction:.0%} after {spent:.0f} s{note}")
+        self._state = (name, fraction, message)
+
+    def _say_now_and_then(self) -> None:
+        begun = time.monotonic()
+        pause = FIRST_LINE
+        while not self._ended.wait(pause):
+            spent = time.monotonic() - begun
+            pause = max(NEXT_LINE, spent / 10)
+            name, fraction, message = self._state
+            what = f"{name} {fraction:.0%}" if name else "begins"
+            say(f"{self._title}: {what} after {spent:.0f} s{f', {message}' if message else ''}")
