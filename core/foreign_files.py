@@ -13,6 +13,7 @@ _KINDS: dict[bytes, str] = {
     b"\x80": "in torch's old format (before 1.6), which cannot be read safely; save it as .safetensors",
     b"\x89PNG": "a PNG picture",
     b"\xff\xd8\xff": "a JPEG picture",
+    b"SQLite format 3": "an SQLite file (Draw Things); export it there as .safetensors",
     b"\x89HDF": "an HDF5 file (Keras); only safetensors and torch files can be read",
     b"\x1f\x8b": "a gzip archive; unpack it first",
     b"7z\xbc\xaf": "a 7z archive; unpack it first",

@@ -110,6 +110,18 @@ def flat_modules(unet_config: Mapping[str, Any] | None = None) -> dict[str, str]
     return table
 
 
+def kohya_names(unet_config: Mapping[str, Any]) -> dict[str, str]:
+    """The modules of a UNet by their diffusers names -> kohya's names for SDXL, which are sgm's.
+
+    "down_blocks.1.attentions.0.proj_in" -> "lora_unet_input_blocks_4_1_proj_in".
+    """
+    return {
+        name.removesuffix(".weight"): f"lora_unet_{sgm.removeprefix(PREFIX).removesuffix('.weight').replace('.', '_')}"
+        for sgm, name in sgm_to_diffusers(unet_config).items()
+        if name.endswith(".weight")
+    }
+
+
 def place_of(key: str, flat: Mapping[str, str]) -> LoraKey | None:
     """The place of a tensor; None when its name is not a LoRA's.
 

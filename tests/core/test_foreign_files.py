@@ -34,6 +34,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "gzip": (gzip.compress(b"x" * 99), "a gzip archive; unpack it"),
     "GGUF": (b"GGUF\x03\x00\x00\x00" + bytes(99), "a GGUF file"),
     "an old file of torch": (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "torch's old format"),
+    "a file of Draw Things": (b"SQLite format 3\x00" + bytes(99), "Draw Things.*export it"),
     "nothing": (b"", "truncated.*0 bytes"),
     "noise": (bytes(range(256)) * 8, "truncated, or neither"),
 }
