@@ -14,6 +14,7 @@ from dreammix_trt.core.files import read_json, write_json
 SCHEMA = 2
 FILE_NAME = "passport.json"
 PLACES: Final = ("store", "networks")
+_HEADS = {"replicate": "Fooocus' patch and head", "zeros": "a UNet of nine channels", "None": "no patch, no head"}
 Rows = list[tuple[str, ...]]
 _T = TypeVar("_T")
 
@@ -140,8 +141,9 @@ class Passport:
             raise TypeError(f"base.files is {passport.base['files']!r}, not of type dict")
         if not isinstance(passport.base.get("defaults", {}), dict):
             raise TypeError(f"base.defaults is {passport.base['defaults']!r}, not of type dict")
-        if not all(isinstance(each, str) for each in passport.base.get("loras", [])):
-            raise TypeError(f"base.loras is {passport.base['loras']!r}, not a list of texts")
+        for name in ("loras", "remarks"):
+            if not all(isinstance(each, str) for each in passport.base.get(name, [])):
+                raise TypeError(f"base.{name} is {passport.base[name]!r}, not a list of texts")
         if passport.parts.keys() != {"base", *(entry.name for entry in passport.networks)}:
             raise ValueError(f"its parts are {', '.join(passport.parts)}, its networks others")
         for name, key in passport.parts.items():
@@ -169,6 +171,8 @@ class Passport:
                 "base engine",
                 f"{self.base_key[:16]} in the {'store' if self.networks_at == 'store' else 'directory itself'}",
             ),
+            ("inpainting", _HEADS.get(str(base.get("head", "")), "unknown")),
+            *(("remark", str(text)) for text in base.get("remarks", ())),
             ("LoRA slots", f"rank {base.get('slot_rank')}"),
             ("LoRAs in the weights", ", ".join(base.get("loras", ())) or "none"),
             ("request defaults", ", ".join(f"{k} {v}" for k, v in base.get("defaults", {}).items()) or "the usual"),

@@ -61,7 +61,8 @@ def train_lora(
     recipe: everything else; None takes what suits the base.
     invert_masks, large_masks: as `photographs.read_photographs` takes them.
 
-    Writes `pytorch_lora_weights.safetensors` (diffusers' names, alpha = rank) and `train.json`. Same seed, threads and
+    Writes `pytorch_lora_weights.safetensors` (diffusers' names, alpha = rank), the same as `TOKEN_CLASS.safetensors` in
+    kohya's format (for ComfyUI, A1111, Fooocus) and `train.json`. Same seed, threads and
     machine: the same bytes in the LoRA file.
 
     Raises InputError for parameters, photographs or a place that cannot be used, FileFormatError for the base,
@@ -71,6 +72,8 @@ def train_lora(
     class_name, token = class_name.strip(), token.strip()
     check_options(class_name, token, loss, rank, steps, learning_rate, seed, threads)
     files = base if isinstance(base, BaseFiles) else BaseFiles.open(base)
+    for remark in files.remarks:
+        log.warning("%s", remark)
     recipe = recipe or recipe_for(files.native_side)
     steps, rate = steps or recipe.steps, learning_rate or recipe.learning_rate
     names = Names.of(token, class_name, prompt, captions)
@@ -81,7 +84,7 @@ def train_lora(
         training = Training(task, progress or (lambda *_: None))
         history = training.run()
         record = TrainRecord.of(task, history, time.monotonic() - started, used, training.parameters)
-        write_folder(folder, record, training.factors(), files if merged else None)
+        write_folder(folder, record, training.factors(), files, merged=merged)
     log.info("%s: %d steps in %.0f s, loss %.4f", out, steps, record.seconds, record.loss)
     return record
 

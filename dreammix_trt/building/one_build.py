@@ -101,6 +101,8 @@ def carry_out(order: BuildOrder, update: Update, tell: Callable[[str], None]) ->
     shelf = Store(Path(order.store) if order.store else None)
     files = order.base.open()
     order.check_outside(files)
+    for remark in files.remarks:
+        tell(remark)
     config = files.configs["unet"]
     made = make_subjects(order, config, tell)
     merged = [(read_lora(spec.file, config), spec) for spec in order.base_specs]
@@ -134,7 +136,8 @@ def _write(
         kept = [(replace(subject, factors={}), sources) for subject, sources in kept]
     baked = [*order.base_specs, *order.subject_specs] if order.merge else order.base_specs
     facts = {
-        "name": files.folder.name,
+        "name": files.name,
+        "remarks": list(files.remarks),
         "native_side": files.native_side,
         "slot_rank": order.slot_rank,
         "files": files.hash_contents(),
