@@ -22,7 +22,7 @@ def list_warnings(
 ) -> tuple[str, ...]:
     """What a user should know about the words of a request.
 
-    texts: (field of the request, how it was read) of every prompt that is encoded.
+    texts: (field of the request, how it was read) of every prompt that is encoded; the request's own comes first.
     subject: the name of its subject, "" for none.
     token: the subject's word in prompts.
     tokenizer: of the first encoder.
@@ -31,6 +31,8 @@ def list_warnings(
     found += [f"{name}: {note}" for name, parsed in texts for note in _note_rest(request, parsed, tokenizer)]
     found += _note_subject(texts[0][1].text, subject, token)
     found += _note_substitute(request, texts[0][1].text, token, tokenizer)
+    if subject and request.guided and has_word(request.negative_prompt or "", token):
+        found.append(f"negative_prompt: it names the subject's word {token!r}, and so leads away from the subject")
     if request.negative_prompt and not request.guided:
         found.append(
             f"negative_prompt does nothing: guidance_scale is {request.guidance_scale:g}, and guidance begins above 1"
