@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.request import Request
 from dreammix_trt.engine.prompt_syntax import Parsed
 from dreammix_trt.engine.text import Tokenizer, find_near_miss, has_word
@@ -43,7 +44,7 @@ def list_warnings(
 def _note_rest(request: Request, parsed: Parsed, tokenizer: Tokenizer) -> Iterator[str]:
     count, rest = tokenizer.find_rest(parsed.text)
     if rest and request.truncate_prompt:
-        yield f"{count - 75} of {count} tokens are cut off (truncate_prompt): {rest.strip()!r}"
+        yield f"{count - TOKENS + 2} of {count} tokens are cut off (truncate_prompt): {rest.strip()!r}"
 
 
 def _note_subject(prompt: str, subject: str, token: str) -> Iterator[str]:
