@@ -143,7 +143,8 @@ def plan_prompts(
     stages = _list_rows(request, tas, len(texts) > 1)
     if appended is not None and len(appended) != len(stages["lcg"]):
         raise InputError(f"{len(appended)} rows of appended tokens for a condition of {len(stages['lcg'])} rows")
-    warnings = list_warnings(request, [(text.field, text.parsed) for text in texts], subject.name, token, tokenizers[0])
+    said = [(text.field, text.parsed) for text in texts] + ([("substitute", Parsed.of(tas.text))] if tas else [])
+    warnings = list_warnings(request, said, subject.name, token, tokenizers[0])
     negative = prompts[1] if len(texts) > 1 else ()
     return PromptPlan(prompts[0], eliminated, negative, tas, stages, appended, empty, warnings)
 

@@ -117,9 +117,9 @@ class Tokenizer:
         return [(position, start, end) for position, (start, end) in enumerate(offsets, start=1)]
 
     def spells_out(self, word: str) -> bool:
-        """Whether a word falls into three or more pieces of less than two letters each on average: hardly a word."""
+        """Whether an English word falls into three or more pieces of less than two letters on average: hardly one."""
         pieces = self._split(word).ids
-        return len(pieces) >= 3 and len(word) < 2 * len(pieces)
+        return word.isascii() and len(pieces) >= 3 and len(word) < 2 * len(pieces)
 
     def _mark(self, ids: Sequence[int], weights: Sequence[float]) -> Chunk:
         marked = [self._find_id(START), *ids, self._find_id(END)]

@@ -65,7 +65,7 @@ def test_lengths_keep_graphs_of_their_own(simulated: Any, host: DreamMix, append
 
 
 def test_a_length_that_memory_is_not_set_aside_for_is_refused(simulated: Any, appending: dict[str, int]) -> None:
-    dm, _, _ = simulated()
+    dm, _, _ = simulated(context=77)
     with pytest.raises(InputError, match=r"condition has 82 rows.*loaded for 77.*context=82"):
         paint(dm)
 

@@ -44,6 +44,7 @@ def paint_pixels(dm: DreamMix, size: tuple[int, int] = (128, 128), **fields: Any
         {"sampler": "lcm", "num_inference_steps": 4, "subject": ""},
         {"mode": "reference"},
         {"size": (256, 312)},
+        {"size": (256, 312), "feather": 21},
         {"size": (60, 90), "lcg_field": 0.8},
         {"num_images_per_prompt": 2},
     ],
@@ -346,7 +347,7 @@ def test_bad_requests_are_refused_before_anything_is_uploaded(simulated: Any) ->
         (120, {"subject": "teapot"}, "'teapot'"),
         (120, {"noise": object()}, "device='cpu'"),
         (120, {"substitute": ("x",), "prompt": "a mug"}, "'sks'"),
-        (120, {"prompt": "a sks mug " * 40}, "tokens long"),
+        (120, {"prompt": "a sks mug " * 400}, "tokens long"),
     ):
         with pytest.raises(InputError, match=text):
             dm.inpaint(*make_scene(side, side), **{"prompt": "a sks mug", **fields})
