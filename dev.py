@@ -94,7 +94,8 @@ def setup() -> None:
     run(*pip, TORCH)
     target = f".[{EXTRAS}]"
     if run(*pip, "-e", target, check=False):
-        print("The C++ extension could not be built here; installing without it (slower, same results).", flush=True)
+        print("The C++ extension could not be built here; installing without it: slower, and a few pixels", flush=True)
+        print("of a picture may differ by one level of 256.", flush=True)
         run(*pip, "-e", target, "-C", "wheel.cmake=false")
     elif find_nvcc() is None and not os.environ.get(SETTINGS):
         print(

@@ -204,6 +204,7 @@ class Front:
     def works(self, wanted: Sequence[tuple[Any, Any, Request, str]]) -> list[Any]:
         """What the studio is given of these pictures."""
         from dreammix_trt.core.schedule import make_schedule
+        from dreammix_trt.core.subject import Role
         from dreammix_trt.engine.jobs import lay_canvas
         from dreammix_trt.engine.prompts import plan_prompts
         from dreammix_trt.engine.runtime import Work
@@ -212,8 +213,9 @@ class Front:
         for image, mask, request, subject in wanted:
             canvas = lay_canvas(image, mask, request, self.studio.facts, self.studio.frames)
             schedule = make_schedule(request, raw_unet=self.studio.has_raw_unet)
-            prompts = plan_prompts(self.tokenizers, request, subject, "sks")
-            works.append(Work(canvas, request, schedule, request.seed, subject, prompts))
+            role = Role(subject)
+            prompts = plan_prompts(self.tokenizers, request, role, "sks", contexts=self.studio.contexts)
+            works.append(Work(canvas, request, schedule, request.seed or 0, role, prompts))
         return works
 
     @property

@@ -27,6 +27,8 @@ from _gpu_models import (
 )
 from _gpu_report import GIB, MIB, Part, Spread
 
+from dreammix_trt.core.subject import Role
+
 # ------------------------------------------------------------------------------------------------ subjects
 
 
@@ -51,7 +53,7 @@ def _swaps(part: Part, setting: Setting, rig: StepRig) -> None:
     for turn in range(setting.swaps + 10):
         rig.device.synchronize(rig.stream)
         started = time.perf_counter()
-        rig.subjects.enter(["AB"[turn % 2]])
+        rig.subjects.enter([Role("AB"[turn % 2])])
         rig.device.synchronize(rig.stream)
         times.append(1e3 * (time.perf_counter() - started))
     spread = Spread.of(times[10:])
@@ -59,7 +61,7 @@ def _swaps(part: Part, setting: Setting, rig: StepRig) -> None:
     part.add(f"a swap, p99 of {setting.swaps} [ms]", spread.p99, goal="<= 5")
     ends = []
     for name in "ABA":
-        rig.subjects.enter([name])
+        rig.subjects.enter([Role(name)])
         rig.unet()
         ends.append(rig.result()["eps"])
     part.add("A, B, A: the same bits as before", bool(np.array_equal(ends[0], ends[2])), goal="== 1")
@@ -68,16 +70,16 @@ def _swaps(part: Part, setting: Setting, rig: StepRig) -> None:
 
 def _batches(part: Part, rig: StepRig, pictures: int) -> None:
     """A batch of different subjects against one of a single subject, swaps included, in turns."""
-    mixed, single = list("ABCD"[:pictures]), ["A"] * pictures
+    mixed, single = [Role(name) for name in "ABCD"[:pictures]], [Role("A")] * pictures
     graph = rig.capture(rig.step)
     step = rig.step if graph is None else lambda: graph.launch(rig.stream)
 
-    def work(names: list[str]) -> float:
-        rig.subjects.enter(["D"] * pictures)  # so that both must place all their rows
+    def work(roles: list[Role]) -> float:
+        rig.subjects.enter([Role("D")] * pictures)  # so that both must place all their rows
         rig.device.synchronize(rig.stream)
 
         def run() -> None:
-            rig.subjects.enter(names)
+            rig.subjects.enter(roles)
             for _ in range(4):
                 step()
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, get_args
 
 from dreammix_trt.core.errors import InputError
 
-SCHEMA = 1
+SCHEMA = 2  # 1 took prompts literally
 Mode = Literal["native", "reference"]
 Indexing = Literal["bpe", "words"]
 Sampler = Literal["dpmpp_2m_sde", "euler", "lcm"]
@@ -31,6 +32,7 @@ class Request:
     prompt: text.
     negative_prompt: text; None: zero embeddings.
     subject: which subject of the engine; None: its first one, "": none.
+    subject_scale: 0..2, strength of the subject's LoRA; 0 leaves its word in the prompt, and the networks the base's.
     substitute: attribute words that TAS takes out of the subject.
     substitute_prefix: the text before these words; None: "a photo of a TOKEN".
     sampler: "dpmpp_2m_sde" (Karras noise levels, the authors'), or what a few-step base was distilled for: "euler" on
@@ -38,7 +40,7 @@ class Request:
         guidance_scale 1.
     num_inference_steps: 1..1000.
     guidance_scale: 0..100; at most 1 switches guidance off.
-    seed: 0..2^64-1.
+    seed: 0..2^64-1; None: each painting draws one, which the result's request has.
     num_images_per_prompt: 1..1024; picture k equals a request with seed + k alone.
     strength: above 0, up to 1; shortens the steps to int(steps * strength), as in the authors' code.
     mode: "native" keeps the picture's resolution; "reference" follows the authors' arithmetic on a picture stretched
@@ -60,19 +62,25 @@ class Request:
     tas_stages: where the decomposed tokens and pooled vector are used; the authors' code omits pooled_gch.
     tas_indexing: "bpe" tokens or the authors' "words"; None: the mode's.
     vae_sample: whether to sample the VAE's posterior instead of taking its mean; None: the mode's.
-    truncate_prompt: whether to cut what does not fit in 77 tokens instead of refusing it.
+    truncate_prompt: whether to cut what does not fit in 77 tokens; else longer prompts take several chunks of them, as
+        far as the engine was built for (`build --context`).
+    prompt_weights: whether "(word:1.2)" and its kin are weights, not text (docs/algorithm.md, 5.6); None: the mode's,
+        true in native mode.
+    feather: pixels of the picture over which the result fades into it around the mask, 0 for a hard edge; None: 32 for
+        a short side of 1024 (docs/algorithm.md, 9.1). In reference mode pixels of the stretched picture.
     reference_resize: (height, width) for mode "reference"; None: the base's native square.
     """
 
     prompt: str
     negative_prompt: str | None = ""
     subject: str | None = None
+    subject_scale: float = 1.0
     substitute: tuple[str, ...] = ()
     substitute_prefix: str | None = None
     sampler: Sampler = "dpmpp_2m_sde"
     num_inference_steps: int = 30
     guidance_scale: float = 4.0
-    seed: int = 0
+    seed: int | None = 0
     num_images_per_prompt: int = 1
     strength: float = 1.0
     mode: Mode = "native"
@@ -95,12 +103,14 @@ class Request:
     tas_indexing: Indexing | None = None
     vae_sample: bool | None = None
     truncate_prompt: bool = False
+    prompt_weights: bool | None = None
+    feather: int | None = None
     reference_resize: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
             object.__setattr__(self, name, check(name, getattr(self, name)))
-        if self.seed + self.num_images_per_prompt > _SEEDS:
+        if self.seed is not None and self.seed + self.num_images_per_prompt > _SEEDS:
             raise InputError(f"seed is {self.seed}: with {self.num_images_per_prompt} pictures it must stay below 2^64")
         if self.steps < 1:
             raise InputError(
@@ -150,6 +160,11 @@ class Request:
         return self.mode == "reference" if self.vae_sample is None else self.vae_sample
 
     @property
+    def weighs_prompts(self) -> bool:
+        """prompt_weights; by default true in native mode."""
+        return self.mode == "native" if self.prompt_weights is None else self.prompt_weights
+
+    @property
     def guided(self) -> bool:
         """Whether classifier-free guidance runs; it needs a negative row per picture."""
         return self.guidance_scale > 1
@@ -181,11 +196,11 @@ class Request:
             raise InputError(f"the request is not valid JSON ({error})") from error
         if not isinstance(fields, dict) or not isinstance(fields.get("schema"), int):
             raise InputError("the request is not a JSON object with a schema number; write one with Request.to_json()")
-        if fields["schema"] != SCHEMA:
-            raise InputError(
-                f"the request has schema {fields['schema']}, this version reads {SCHEMA}; update dreammix-trt"
-            )
-        del fields["schema"]
+        schema = fields.pop("schema")
+        if not 1 <= schema <= SCHEMA:
+            raise InputError(f"the request has schema {schema}, this version reads 1 to {SCHEMA}; update dreammix-trt")
+        if schema == 1:
+            fields.setdefault("prompt_weights", False)
         return cls.of(**fields)
 
     def _fields(self) -> dict[str, Any]:
@@ -200,12 +215,13 @@ class RequestFields(TypedDict, total=False):
 
     negative_prompt: str | None
     subject: str | None
+    subject_scale: float
     substitute: list[str] | tuple[str, ...]
     substitute_prefix: str | None
     sampler: Sampler
     num_inference_steps: int
     guidance_scale: float
-    seed: int
+    seed: int | None
     num_images_per_prompt: int
     strength: float
     mode: Mode
@@ -228,7 +244,14 @@ class RequestFields(TypedDict, total=False):
     tas_indexing: Indexing | None
     vae_sample: bool | None
     truncate_prompt: bool
+    prompt_weights: bool | None
+    feather: int | None
     reference_resize: tuple[int, int] | None
+
+
+def draw_seed() -> int:
+    """A random seed, small enough to be written down: below 2^32."""
+    return secrets.randbelow(1 << 32)
 
 
 def _check_names(fields: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -323,12 +346,13 @@ _CHECKS: dict[str, Check] = {
     "prompt": _text,
     "negative_prompt": _or_none(_text),
     "subject": _or_none(_text),
+    "subject_scale": _number(0, 2),
     "substitute": _several(_text, "words"),
     "substitute_prefix": _or_none(_text),
     "sampler": _one_of(Sampler),
     "num_inference_steps": _whole(1, 1000),
     "guidance_scale": _number(0, 100),
-    "seed": _whole(0, _SEEDS - 1),
+    "seed": _or_none(_whole(0, _SEEDS - 1)),
     "num_images_per_prompt": _whole(1, 1024),
     "strength": _number(0, 1, above=True),
     "mode": _one_of(Mode),
@@ -351,5 +375,7 @@ _CHECKS: dict[str, Check] = {
     "tas_indexing": _or_none(_one_of(Indexing)),
     "vae_sample": _or_none(_flag),
     "truncate_prompt": _flag,
+    "prompt_weights": _or_none(_flag),
+    "feather": _or_none(_whole(0, 4096)),
     "reference_resize": _or_none(_size),
 }

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from dreammix_trt.engine.host.denoiser import FakeDenoiser as FakeDenoiser
     from dreammix_trt.engine.requests import RequestQueue as RequestQueue
     from dreammix_trt.engine.requests import Ticket as Ticket
+    from dreammix_trt.engine.result import read_request as read_request
+    from dreammix_trt.engine.result import save as save
 
 _HOMES = {
     "DreamMix": "dreammix_trt.engine.dreammix",
@@ -29,6 +31,8 @@ _HOMES = {
     "RequestQueue": "dreammix_trt.engine.requests",
     "Ticket": "dreammix_trt.engine.requests",
     "Job": "dreammix_trt.engine.dreammix",
+    "save": "dreammix_trt.engine.result",
+    "read_request": "dreammix_trt.engine.result",
     "Options": "dreammix_trt.engine.device.memory_plan",
     "QueueFull": "dreammix_trt.core.errors",
     "TimedOut": "dreammix_trt.core.errors",
@@ -37,7 +41,7 @@ _HOMES = {
 
 __all__ = [
     "Cancelled", "Denoiser", "DreamMix", "FakeDenoiser", "Job", "Options", "QueueFull", "Request", "RequestQueue",
-    "Result", "StepEvent", "Ticket", "TimedOut",
+    "Result", "StepEvent", "Ticket", "TimedOut", "read_request", "save",
 ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, Unpack, cast
@@ -16,13 +17,14 @@ from dreammix_trt.core.errors import EngineError, InputError
 from dreammix_trt.core.noise import NoiseProvider
 from dreammix_trt.core.request import Request, RequestFields
 from dreammix_trt.core.seam import BaseFacts, DeviceNetworks, Networks, Stream
+from dreammix_trt.core.sources import Source
 from dreammix_trt.core.subject import Subject, read_subject
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.backends.onnxruntime.engine_set import REBUILD, EngineSet
-from dreammix_trt.engine.canvas.pictures import Source
 from dreammix_trt.engine.directory import check_runnable, open_engine
 from dreammix_trt.engine.host.denoiser import Denoiser
 from dreammix_trt.engine.host.runtime import HostRuntime
+from dreammix_trt.engine.imprint import Origin, find_version
 from dreammix_trt.engine.jobs import Job, LaidOut, lay_out, paint_jobs
 from dreammix_trt.engine.result import Result, StepEvent, read_request, save
 from dreammix_trt.engine.roster import Roster
@@ -73,6 +75,7 @@ class DreamMix:
         self.tokenizers = tuple(tokenizers)
         self.defaults = _check_defaults(getattr(self.facts, "defaults", {}) if defaults is None else defaults)
         self._owned, self._closed = tuple(owned), False
+        self._origin = Origin(find_version())
         self._roster = Roster(runtime)
         for subject in subjects:
             self._roster.add(subject)
@@ -110,11 +113,15 @@ class DreamMix:
             if threads is not None:
                 kernels.set_threads(threads)
             gpu = open_device(opened, Path(store) if store else None)
-            return cls.on_device(gpu.device, gpu.networks, tokenizers, subjects, given, stream=gpu.stream, owned=(gpu,))
-        networks = EngineSet.load(opened.parts, threads)
-        kernels.set_threads(networks.threads)
-        networks.prepare()
-        return cls.on_host(networks, networks.facts, tokenizers, subjects, owned=(networks,))
+            dm = cls.on_device(gpu.device, gpu.networks, tokenizers, subjects, given, stream=gpu.stream, owned=(gpu,))
+        else:
+            networks = EngineSet.load(opened.parts, threads)
+            kernels.set_threads(networks.threads)
+            networks.prepare()
+            dm = cls.on_host(networks, networks.facts, tokenizers, subjects, owned=(networks,))
+        passport = opened.passport
+        dm._origin = replace(dm._origin, base=str(passport.base.get("name", "")), base_key=passport.base_key)
+        return dm
 
     @classmethod
     def on_host(
@@ -178,10 +185,12 @@ class DreamMix:
         self._check_open()
         runtime = self.runtime.another()
         try:
-            return DreamMix(runtime, self.tokenizers, self._roster.subjects, defaults=self.defaults, owned=(runtime,))
+            dm = DreamMix(runtime, self.tokenizers, self._roster.subjects, defaults=self.defaults, owned=(runtime,))
         except BaseException:
             runtime.close()
             raise
+        dm._origin = self._origin
+        return dm
 
     @property
     def studio(self) -> Studio | None:
@@ -227,6 +236,14 @@ class DreamMix:
         self._check_open()
         return self._roster.add_from(path, name)
 
+    def remove_subject(self, name: str) -> None:
+        """Forget a subject and free what it takes. Where it was the default, the next one is.
+
+        name: as `subjects` has it. Raises InputError for any other.
+        """
+        self._check_open()
+        self._roster.remove(name)
+
     # -- requests -----------------------------------------------------------------------------------------------------
 
     def request(self, prompt: str, **fields: Unpack[RequestFields]) -> Request:
@@ -236,7 +253,7 @@ class DreamMix:
     def inpaint(
         self,
         image: Source,
-        mask_image: Source,
+        mask_image: Source | None,
         prompt: str | Request,
         *,
         noise: NoiseProvider | Sequence[NoiseProvider] | None = None,
@@ -245,7 +262,9 @@ class DreamMix:
     ) -> Result:
         """Paint the marked region (mask above 127) of a picture of any size.
 
-        image, mask_image: path, PIL image or uint8 array, of equal size.
+        image, mask_image: path, PIL image or uint8 array, of equal size. What is transparent in the picture is never
+            seen by a network; what is painted becomes visible. mask_image None: the mask is the picture's own
+            transparency, and what is transparent is repainted.
         prompt: text, which makes a request as `request` does, or a whole Request, used as it is.
         noise: where the random numbers come from, one provider for each picture; default: the seed. Not on a GPU.
         keep_stages: whether the result has pictures of what each stage did.
@@ -273,7 +292,7 @@ class DreamMix:
     def iterate(
         self,
         image: Source,
-        mask_image: Source,
+        mask_image: Source | None,
         prompt: str | Request,
         *,
         noise: NoiseProvider | Sequence[NoiseProvider] | None = None,
@@ -290,7 +309,7 @@ class DreamMix:
 
     def _lay_out(self, job: Job) -> LaidOut:
         self._check_open()
-        return lay_out(job, self.runtime, self.tokenizers, self._roster.choose)
+        return lay_out(job, self.runtime, self.tokenizers, self._roster.choose, self._origin)
 
     def _check_open(self) -> None:
         if self._closed:

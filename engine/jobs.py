@@ -12,16 +12,20 @@ import numpy.typing as npt
 from PIL import Image
 
 from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.masks import read_mask
 from dreammix_trt.core.noise import NoiseProvider
-from dreammix_trt.core.request import Request
+from dreammix_trt.core.pictures import PictureIn, read_image
+from dreammix_trt.core.request import Request, draw_seed
 from dreammix_trt.core.schedule import Schedule, make_schedule
 from dreammix_trt.core.seam import BaseFacts
+from dreammix_trt.core.sources import Source
+from dreammix_trt.core.subject import Role, Subject
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.canvas.frames import Canvas
 from dreammix_trt.engine.canvas.geometry import Size
-from dreammix_trt.engine.canvas.pictures import PictureIn, Source, read_image, read_mask
 from dreammix_trt.engine.host.clock import PhaseClock
-from dreammix_trt.engine.painting import batch_by_shape
+from dreammix_trt.engine.imprint import Origin
+from dreammix_trt.engine.painting import Progress, batch_by_shape
 from dreammix_trt.engine.prompts import plan_prompts
 from dreammix_trt.engine.result import Result, StepEvent
 from dreammix_trt.engine.runtime import Painted, Runtime, Work
@@ -33,11 +37,12 @@ U8 = npt.NDArray[np.uint8]
 class Job(NamedTuple):
     """One request with its pictures.
 
+    mask_image: None: the picture's own transparency; what is transparent is repainted.
     noise: a provider for each picture; None: the seed.
     """
 
     image: Source
-    mask_image: Source
+    mask_image: Source | None
     request: Request
     noise: NoiseProvider | Sequence[NoiseProvider] | None = None
 
@@ -48,6 +53,7 @@ class LaidOut:
 
     source: the user's picture.
     shapes: for each picture, what the pictures of its batch must share.
+    origin: what paints it.
     images: finished so far.
     stages: named pictures of what each stage did, where they were asked for.
     finished: the result, after the last picture.
@@ -60,6 +66,7 @@ class LaidOut:
     works: list[Work]
     shapes: list[Any]
     clock: PhaseClock
+    origin: Origin
     images: list[Image.Image] = field(default_factory=list)
     stages: dict[str, Image.Image] = field(default_factory=dict)
     finished: Result | None = None
@@ -71,18 +78,22 @@ class LaidOut:
         count: pictures in that batch; each gets an equal share of the seconds.
         """
         with self.clock("write"):
-            self.images.append(_write(self.source, picture.pixels))
+            self.images.append(_write(self.source, picture.pixels, self.works[len(self.images)].canvas))
         self.stages |= {name: _to_image(pixels) for name, pixels in picture.stages.items()}
         for phase, seconds in timings.items():
             self.clock.seconds[phase] = self.clock.seconds.get(phase, 0.0) + seconds / count
         if len(self.images) == len(self.works):
-            spent = dict(self.clock.seconds)
-            self.finished = Result(self.images, self.request, self.seeds, self.schedule, spent, self.stages)
+            spent, warnings = dict(self.clock.seconds), self.works[0].prompts.warnings
+            self.finished = Result(
+                self.images, self.request, self.seeds, self.schedule, spent, self.stages, self.origin, warnings
+            )
 
 
-def _write(source: PictureIn, pixels: U8) -> Image.Image:
-    """A finished picture as an image of the user's own kind."""
-    return source.with_pixels(pixels) if pixels.shape[:2] == source.size else _to_image(pixels)
+def _write(source: PictureIn, pixels: U8, canvas: Canvas) -> Image.Image:
+    """A finished picture as an image of the user's own kind, and visible as far as it was pasted."""
+    if pixels.shape[:2] != source.size:
+        return _to_image(pixels)
+    return source.with_pixels(pixels, None if source.alpha is None else canvas.feather)
 
 
 def _to_image(pixels: U8) -> Image.Image:
@@ -90,33 +101,42 @@ def _to_image(pixels: U8) -> Image.Image:
 
 
 def lay_out(
-    job: Job, runtime: Runtime, tokenizers: Sequence[Tokenizer], choose_subject: Callable[[Request], tuple[str, str]]
+    job: Job,
+    runtime: Runtime,
+    tokenizers: Sequence[Tokenizer],
+    choose_subject: Callable[[Request], Subject],
+    origin: Origin,
 ) -> LaidOut:
     """Check a whole job and prepare its pictures. Runs no network.
 
-    choose_subject: request -> (name, word in prompts) of its subject.
+    choose_subject: request -> its subject under the name that the runtime knows, "" for none.
+    origin: what paints it, without the subject.
 
     Raises InputError that names the value at fault.
     """
     clock, request = PhaseClock(), job.request
     if not isinstance(request, Request):
         raise InputError(f"a job's request is a {type(request).__name__}: give dm.request(prompt, ...)")
+    seed = draw_seed() if request.seed is None else request.seed
+    request = request.replace(seed=seed)
     with clock("read"):
         source = read_image(job.image)
-        mask = read_mask(job.mask_image, source.size)
-    name, token = choose_subject(request)
+        mask = read_mask(job.mask_image, source)
+    subject = choose_subject(request)
+    role = Role(subject.name, request.subject_scale)
     if runtime.lost_raw_unet:  # the request of the result says what was painted
         request = request.replace(patched_fraction=1.0)
     with clock("canvas"):
-        canvas = lay_canvas(source.rgb, mask, request, runtime.facts, runtime.frames)
+        canvas = lay_canvas(source.seen, mask, request, runtime.facts, runtime.frames)
     schedule = make_schedule(request, raw_unet=runtime.has_raw_unet)
-    seeds = tuple(request.seed + k for k in range(request.num_images_per_prompt))
+    seeds = tuple(seed + k for k in range(request.num_images_per_prompt))
     noises = _check_noise(job.noise, seeds)
-    prompts = plan_prompts(tokenizers, request, name, token)
+    prompts = plan_prompts(tokenizers, request, role, subject.token, contexts=runtime.contexts)
     works = [
-        Work(canvas, request, schedule, seed, name, prompts, noise) for seed, noise in zip(seeds, noises, strict=True)
+        Work(canvas, request, schedule, seed, role, prompts, noise) for seed, noise in zip(seeds, noises, strict=True)
     ]
-    return LaidOut(source, request, schedule, seeds, works, [runtime.check(work) for work in works], clock)
+    origin = replace(origin, subject=subject.name, subject_sha256=subject.source_sha256)
+    return LaidOut(source, request, schedule, seeds, works, [runtime.check(work) for work in works], clock, origin)
 
 
 def lay_canvas(image: U8, mask: U8, request: Request, facts: BaseFacts, sizes: Sequence[Size] | None = None) -> Canvas:
@@ -126,12 +146,12 @@ def lay_canvas(image: U8, mask: U8, request: Request, facts: BaseFacts, sizes: S
     mask: uint8 (H, W).
     sizes: the only frame sizes that the engines take; None: all (`Canvas.of`).
     """
-    native, divisor = facts.native_side, facts.divisor
+    native, divisor, feather = facts.native_side, facts.divisor, request.feather
     if request.reference_resize is None or request.reference_resize == (native, native):
-        return Canvas.of(image, mask, mode=request.mode, native=native, divisor=divisor, sizes=sizes)
+        return Canvas.of(image, mask, mode=request.mode, native=native, divisor=divisor, sizes=sizes, feather=feather)
     height, width = request.reference_resize
     image, mask = (kernels.resize(array, height, width, "bicubic") for array in (image, mask))
-    checked = Canvas.of(image, mask, native=native, divisor=divisor, sizes=sizes)
+    checked = Canvas.of(image, mask, native=native, divisor=divisor, sizes=sizes, feather=feather)
     return replace(checked, mode=request.mode)
 
 
@@ -161,11 +181,21 @@ def paint_jobs(
                     yield from _take_in(batch, progress, runtime.timings, event)
                     break
                 done = count * (progress.step.index + 1)
-                event = StepEvent.of(progress, index + done - 1, total, first)
+                event = _make_event(job, progress, index + done - 1, total, first)
                 if progress.step.index + 1 < len(job.schedule):
                     yield event
                     check_open()
         index += len(job.schedule) * count
+
+
+def _make_event(job: LaidOut, progress: Progress, index: int, total: int, picture: int) -> StepEvent:
+    """The event of a batch's progress; its preview is of the batch's first picture."""
+
+    def look(whole: bool) -> Image.Image:
+        pixels = progress.preview(0, whole)
+        return _write(job.source, pixels) if whole else _to_image(pixels)
+
+    return StepEvent(index, total, progress.step.stage, picture, look, progress.taken)
 
 
 def _take_in(

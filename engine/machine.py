@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
+from dreammix_trt.core.extras import TRAINING
 from dreammix_trt.engine.hardware import (
     CUDA_NEEDED,
     DRIVER_NEEDED,
@@ -49,6 +50,8 @@ _DISTRIBUTIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "torch": ("torch",),
     "diffusers": ("diffusers",),
+    "transformers": ("transformers",),
+    "peft": ("peft",),
     "onnx": ("onnx",),
     "onnxslim": ("onnxslim",),
     "cuda-python": ("cuda-python", "cuda-bindings"),
@@ -59,6 +62,7 @@ _DISTRIBUTIONS: Final[Mapping[str, tuple[str, ...]]] = {
 _ONNX_RUNTIMES: Final = ("onnxruntime", "onnxruntime-gpu")
 _MEND: Final = "its files are not whole: `dreammix-trt doctor --mend`"
 _TRACING: Final = ("torch", "diffusers", "onnx", "onnxslim")
+_TRAIN: Final = "`pip install 'dreammix-trt[train]'`"
 _EXPORT: Final = "`pip install 'dreammix-trt[export]'`"
 _CUDA: Final = "`pip install 'dreammix-trt[cuda]'`"
 
@@ -73,6 +77,14 @@ class BackendState:
     name: str
     can_build: bool
     can_run: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Whether `train` can run here. why: what is missing and how to get it, or what it works with."""
+
+    can_train: bool
     why: str
 
 
@@ -111,6 +123,13 @@ class Machine:
             self._judge_tensorrt(),
         ]
 
+    def judge_training(self) -> TrainingState:
+        """Whether a subject can be trained here, and with which packages."""
+        missing = [name for name in TRAINING if name not in self.versions]
+        if missing:
+            return TrainingState(False, f"{', '.join(missing)} missing: {_TRAIN}")
+        return TrainingState(True, ", ".join(f"{name} {self.versions[name]}" for name in TRAINING))
+
     def list_faults(self) -> list[str]:
         """What is wrong with the installation, each fault with its remedy."""
         faults = []
@@ -138,11 +157,17 @@ class Machine:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, with the states of the back ends and the faults."""
         facts = asdict(self) | {"versions": dict(self.versions)}
-        return facts | {"backends": [asdict(state) for state in self.list_backends()], "faults": self.list_faults()}
+        states = {
+            "backends": [asdict(state) for state in self.list_backends()],
+            "training": asdict(self.judge_training()),
+        }
+        return facts | states | {"faults": self.list_faults()}
 
     def describe(self) -> Tables:
         """Titled tables of short texts for people to read."""
-        extension = "there" if self.extension else "missing: numpy does its work, slower"
+        extension = (
+            "there" if self.extension else "missing: numpy does its work, slower; a few pixels may differ by one level"
+        )
         facts: list[tuple[str, ...]] = [
             ("system", self.system),
             ("processor", f"{self.cpu}, {self.cores} {'core' if self.cores == 1 else 'cores'}"),
@@ -159,11 +184,13 @@ class Machine:
             (state.name, "builds" if state.can_build else "-", "runs" if state.can_run else "-", state.why)
             for state in self.list_backends()
         ]
+        training = self.judge_training()
         versions: list[tuple[str, ...]] = list(self.versions.items())
         tables: Tables = [
             ("Machine", facts),
             ("NVIDIA", [(driver,), *gpus]),
             ("Back ends", states),
+            ("Training", [("train", "trains" if training.can_train else "-", training.why)]),
             ("Versions", versions),
         ]
         faults: list[tuple[str, ...]] = [(fault,) for fault in self.list_faults()]

@@ -22,6 +22,9 @@ from dreammix_trt.core.networks import kind_of, twin_name
 from dreammix_trt.core.schedule import Schedule, Step
 
 U8 = npt.NDArray[np.uint8]
+#: (picture's number, whether the whole canvas is wanted) -> the canvas with the frame pasted, uint8 (H, W, 3), or the
+#: stage's frame alone, uint8 (h, w, 3). A call costs a VAE decoding.
+Preview = Callable[[int, bool], U8]
 
 
 class Painter(Protocol):
@@ -59,11 +62,8 @@ class Painter(Protocol):
         """Decode the last latent and paste it. Returns the finished pictures, uint8 (H, W, 3) each."""
         ...
 
-    def open_preview(self) -> Callable[[int], U8]:
-        """A function that shows picture k's present prediction as a picture of the frame, uint8 (h, w, 3).
-
-        Calling it may cost a VAE decoding. On a device it works until the next step.
-        """
+    def open_preview(self) -> Preview:
+        """A function that shows a picture's present prediction. On a device it works until the next step."""
         ...
 
 
@@ -71,12 +71,12 @@ class Painter(Protocol):
 class Progress:
     """A batch has taken a step (on a device: has enqueued it).
 
-    preview: shows picture k, see `Painter.open_preview`.
+    preview: see `Painter.open_preview`.
     taken: the step's latents, where they are at hand (on the host: `engine.host.sampling.Taken`).
     """
 
     step: Step
-    preview: Callable[[int], U8]
+    preview: Preview
     taken: Any = None
 
 

@@ -11,7 +11,7 @@ from dreammix_trt.core.request import Request
 from dreammix_trt.core.subject import Subject, read_subject
 from dreammix_trt.engine.runtime import Runtime
 
-_TOKEN = "sks"
+_NONE = Subject("", "sks", "")
 
 
 class Roster:
@@ -60,12 +60,31 @@ class Roster:
         names = [self.add(subject, name or "") for subject in map(read_subject, files)]
         return names[0]
 
-    def choose(self, request: Request) -> tuple[str, str]:
-        """(name, word in prompts) of the request's subject; ("", "sks") when it asks for none."""
+    def remove(self, name: str) -> None:
+        """Forget a subject. Raises InputError for a name that is not loaded."""
+        self._check_known("name", name)
+        self._runtime.remove_subject(name)
+        del self._subjects[name]
+
+    def choose(self, request: Request) -> Subject:
+        """The request's subject under the name that requests use; with an empty name when it asks for none.
+
+        Raises InputError for a subject that is not loaded, and for a strength of none.
+        """
         name = request.subject if request.subject is not None else next(iter(self._subjects), "")
         if name == "":
-            return "", _TOKEN
+            if request.subject_scale != 1:
+                raise InputError(
+                    f"subject_scale is {request.subject_scale:g}, but no subject is drawn whose strength it could set "
+                    "(one that `build --merge` baked in has its own): give a subject, or leave subject_scale at 1"
+                )
+            return _NONE
+        self._check_known("subject", name)
+        subject = self._subjects[name]
+        return replace(subject, name=name, token=subject.token or _NONE.token)
+
+    def _check_known(self, field: str, name: str) -> None:
         if name not in self._subjects:
             known = ", ".join(map(repr, self._subjects)) or "none"
-            raise InputError(f"subject is {name!r}; loaded are: {known}; load it with add_subject, or give '' for none")
-        return name, self._subjects[name].token or _TOKEN
+            hint = "; load it with add_subject, or give '' for none" if field == "subject" else ""
+            raise InputError(f"{field} is {name!r}; loaded are: {known}{hint}")

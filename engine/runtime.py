@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from dreammix_trt.core.errors import EngineError
 from dreammix_trt.core.noise import NoiseProvider
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import Schedule
 from dreammix_trt.core.seam import BaseFacts
-from dreammix_trt.core.subject import Subject
+from dreammix_trt.core.subject import Role, Subject
 from dreammix_trt.engine.canvas.frames import Canvas
 from dreammix_trt.engine.canvas.geometry import Size
 from dreammix_trt.engine.painting import Progress
@@ -26,7 +27,7 @@ U8 = npt.NDArray[np.uint8]
 class Work:
     """One picture to paint, checked and prepared. None of it has run yet.
 
-    subject: name of the subject whose factors are used, "" for none.
+    subject: whose factors are used.
     noise: where its random numbers come from; None: the seed.
     """
 
@@ -34,7 +35,7 @@ class Work:
     request: Request
     schedule: Schedule
     seed: int
-    subject: str
+    subject: Role
     prompts: PromptPlan
     noise: NoiseProvider | None = None
 
@@ -52,6 +53,19 @@ class Painted:
 
 
 Painting = Generator[Progress | list[Painted], None, None]
+
+
+def find_subject(subjects: Mapping[str, Subject], role: Role) -> Subject:
+    """The subject of a role, at its strength.
+
+    subjects: those a runtime knows, by name.
+
+    Raises EngineError for one that was removed after the request had been checked.
+    """
+    if role.name not in subjects:
+        raise EngineError(f"subject {role.name!r} was removed before the request was painted: add it again")
+    subject = subjects[role.name]
+    return replace(subject, scale=subject.scale * role.scale)
 
 
 class Runtime(Protocol):
@@ -76,6 +90,11 @@ class Runtime(Protocol):
         ...
 
     @property
+    def contexts(self) -> Sequence[int] | None:
+        """The lengths of the text condition that it takes; None: any. A range: those that it has memory for."""
+        ...
+
+    @property
     def has_raw_unet(self) -> bool:
         """Whether steps run on the unpatched UNet."""
         ...
@@ -90,6 +109,10 @@ class Runtime(Protocol):
 
         Raises FileFormatError when it does not fit the base; then nothing changes.
         """
+        ...
+
+    def remove_subject(self, name: str) -> None:
+        """Forget a subject and free what it takes. Work that is under way has what it needs; later work is refused."""
         ...
 
     def check(self, work: Work) -> Hashable:

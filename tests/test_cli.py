@@ -17,7 +17,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dreammix_trt.cli import app
-from dreammix_trt.engine import Options
+from dreammix_trt.core.errors import InputError
+from dreammix_trt.engine import Options, read_request
 from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet
 from dreammix_trt.engine.device import loading
 from dreammix_trt.engine.device.loading import OnDevice
@@ -90,12 +91,32 @@ def test_a_picture_is_made_and_made_again_from_its_own_metadata(mug_engine: Path
         assert stages.width > 600
 
 
+def test_the_mask_may_be_the_pictures_transparency(mug_engine: Path, place: Path, tmp_path: Path) -> None:
+    with Image.open(place / "image.png") as image, Image.open(place / "mask.png") as mask:
+        erased = image.convert("RGB")
+        erased.putalpha(mask.point(lambda value: 255 - value))
+        erased.save(tmp_path / "erased.png")
+    common = ["inpaint", mug_engine, "--image", tmp_path / "erased.png", "--out", tmp_path / "out.png"]
+    more = ["--prompt", "a red sks mug", "--steps", "2"]
+    done = run(*common, *more, "--mask-from-alpha")
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "out.png") as out:
+        assert out.mode == "RGBA" and np.asarray(out)[30:70, 40:90, 3].min() == 255
+    missing = run(*common, *more)
+    assert missing.returncode == 2 and "--mask is missing" in missing.stderr and "--mask-from-alpha" in missing.stderr
+    both = run(*common, *more, "--mask-from-alpha", "--mask", place / "mask.png")
+    assert both.returncode == 2 and "exclude each other" in both.stderr
+
+
 def test_json_is_all_that_stands_on_stdout(mug_engine: Path, place: Path) -> None:
-    done = inpaint(mug_engine, place, "--json", out="json.png")
+    done = inpaint(mug_engine, place, "--json", "--prompt", "a (red skz mug", out="json.png")
     record = json.loads(done.stdout)
     assert record["images"] == [str(place / "json.png")]
     assert record["seeds"] == [0]
     assert record["timings"]["network:unet"] > 0
+    assert ["'(' is never closed" in record["warnings"][0], "'skz'" in record["warnings"][1]] == [True, True]
+    for warning in record["warnings"]:
+        assert done.stderr.count(f"warning: {warning}") == 1
 
 
 def test_inspect_reads_like_a_passport(mug_engine: Path) -> None:
@@ -112,7 +133,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "mask of another size": (["--mask", "{place}/small.png"], "64x48"),
     "empty mask": (["--mask", "{place}/black.png"], "repaints nothing"),
     "no subject token": (["--prompt", "a red mug", "--substitute", "blue"], "sks"),
-    "too long": (["--prompt", "a red sks mug " * 40], "162 tokens"),
+    "too long": (["--prompt", "a red sks mug " * 40, "--mode", "reference"], "162 tokens"),
+    "feather out of range": (["--set", "feather=5000"], "feather is 5000"),
     "not finite": (["--guidance-scale", "nan"], "guidance_scale"),
     "out of range": (["--set", "lcg_fraction=1.5"], "lcg_fraction"),
     "unknown field": (["--set", "lambda=0.7"], "lambda"),
@@ -141,8 +163,29 @@ def test_bad_input_is_named_and_leaves_nothing(name: str, mug_engine: Path, plac
 
 
 def test_a_prompt_that_is_too_long_is_cut_only_when_told(mug_engine: Path, place: Path) -> None:
-    done = inpaint(mug_engine, place, "--prompt", "a red sks mug " * 40, "--set", "truncate_prompt=true", out="cut.png")
+    long = "a red sks mug " * 40
+    done = inpaint(
+        mug_engine, place, "--prompt", long, "--set", "truncate_prompt=true", "--feather", "3", out="cut.png"
+    )
     assert done.returncode == 0, done.stderr
+    assert "warning: prompt: 85 of 160 tokens are cut off" in done.stderr
+    done = inpaint(mug_engine, place, "--prompt", long, out="long.png")
+    assert done.returncode == 0 and "warning" not in done.stderr
+    assert (place / "long.png").read_bytes() != (place / "cut.png").read_bytes()
+
+
+def test_a_drawn_seed_is_said_and_strength_and_format_are_kept(mug_engine: Path, place: Path) -> None:
+    done = inpaint(mug_engine, place, "--seed", "random", "--subject-scale", "0.6", "--json", out="drawn.webp")
+    assert done.returncode == 0, done.stderr
+    (seed,) = json.loads(done.stdout)["seeds"]
+    request = read_request(place / "drawn.webp")
+    assert (request.seed, request.subject_scale) == (seed, 0.6) and seed > 0
+    spoken = inpaint(mug_engine, place, "--set", "seed=null", "--no-metadata", out="spoken.jpg")
+    assert spoken.returncode == 0 and re.search(r"seed \d+\)", spoken.stderr)
+    with pytest.raises(InputError, match="carries no request"):
+        read_request(place / "spoken.jpg")
+    wrong = inpaint(mug_engine, place, "--seed", "five", out="wrong.png")
+    assert wrong.returncode == 2 and "neither a whole number nor" in wrong.stderr
 
 
 def test_every_field_can_be_set(mug_engine: Path, place: Path) -> None:
@@ -207,7 +250,7 @@ def test_the_version_needs_no_command() -> None:
 
 def test_an_engine_that_is_none(place: Path) -> None:
     done = inpaint(place / "nothing", place)
-    assert done.returncode == 2
+    assert done.returncode == 4
     assert "dreammix-trt build" in done.stderr
 
 
@@ -231,11 +274,11 @@ BAD_BUILDS: dict[str, tuple[list[str], str]] = {
     "an unknown target": (["--target", "sm_12"], "cannot build for 'sm_12'; it knows sm_75"),
     "a target twice": (["--target", "sm_89", "--target", "sm_89"], "name each once"),
     "the GPU at hand and another": (["--target", "current", "--target", "sm_89"], "current cannot be combined"),
-    "an unknown back end": (["--backend", "openvino"], "backend is 'openvino'; allowed: onnxruntime, tensorrt-rtx"),
+    "an unknown back end": (["--backend", "openvino"], "'openvino' is not one of 'onnxruntime', 'tensorrt-rtx'"),
     "a target for onnxruntime": (["--backend", "onnxruntime", "--target", "sm_89"], "builds for no GPU in particular"),
-    "a precision": (["--precision", "int8"], "precision is 'int8'; allowed: float32, float16"),
+    "a precision": (["--precision", "int8"], "'int8' is not one of 'float32', 'float16'"),
     "a scale": (["--lora", "mug.safetensors:much"], "no scale in 'much'"),
-    "a sampler": (["--sampler", "ddim"], "sampler is 'ddim'; allowed: 'dpmpp_2m_sde' or 'euler'"),
+    "a sampler": (["--sampler", "ddim"], "'ddim' is not one of 'dpmpp_2m_sde', 'euler', 'lcm'"),
     "a base that is none": (["--base", "nowhere.safetensors"], "nowhere.safetensors"),
 }
 
@@ -246,7 +289,7 @@ def test_a_build_that_cannot_be_is_refused_in_one_line(name: str, tmp_path: Path
     if "target" in name or "GPU" in name:
         pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install dreammix-trt[rtx]")
     done = run("build", "--out", tmp_path / "out", "--store", tmp_path / "store", *options, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == (3 if name == "a base that is none" else 2), done.stderr
     assert told in re.sub(r"\s+", " ", done.stderr) and done.stderr.strip().startswith("error:")
     assert "Traceback" not in done.stderr and done.stdout == ""
     assert not (tmp_path / "out").exists() and not (tmp_path / "store").exists()

@@ -118,6 +118,20 @@ def test_this_machine_is_shown_with_its_store(tmp_path: Path) -> None:
     assert {state["name"] for state in record["backends"]} >= {"onnxruntime", "tensorrt-rtx", "tensorrt"}
 
 
+def test_what_training_needs_has_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"torch": "2.13.0", "diffusers": "0.42.1", "transformers": "5.3.0", "peft": "0.19.0"}
+    for versions, state in (
+        (there, (True, "torch 2.13.0, diffusers 0.42.1, transformers 5.3.0, peft 0.19.0")),
+        ({"diffusers": "0.42.1"}, (False, "torch, transformers, peft missing: `pip install 'dreammix-trt[train]'`")),
+    ):
+        monkeypatch.setattr(doctor_cli, "examine", lambda store, found=versions: machine(**ORT, **found))
+        record = json.loads(run("--store", str(tmp_path), "--json").stdout)["training"]
+        assert (record["can_train"], record["why"]) == state
+        lines = run("--store", str(tmp_path)).stdout.splitlines()
+        row = lines[lines.index("Training") + 1].split(maxsplit=2)
+        assert row == ["train", "trains" if state[0] else "-", state[1]]
+
+
 def test_a_store_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = run("--store", str(tmp_path / "file" / "store"))

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dreammix_trt.core.checkpoint import BaseFiles
-from dreammix_trt.core.errors import MissingExtraError
+from dreammix_trt.core.extras import require_training
 from dreammix_trt.core.files import atomic_directory
-from dreammix_trt.trainer.data import read_photographs
 from dreammix_trt.trainer.folder import RECORD, TrainRecord, write_folder
+from dreammix_trt.trainer.photographs import read_photographs
 from dreammix_trt.trainer.recipes import FULL, SMALL, Recipe, recipe_for
 from dreammix_trt.trainer.task import Names, Task, check_options
 from dreammix_trt.trainer.training import Progress, Training
@@ -40,10 +40,12 @@ def train_lora(
     threads: int | None = None,
     progress: Progress | None = None,
     recipe: Recipe | None = None,
+    invert_masks: bool = False,
+    large_masks: bool = False,
 ) -> TrainRecord:
     """Train a LoRA of one subject and write it to the directory `out`, whole or not at all.
 
-    photos: folder with image/ and mask/ (`data.read_photographs`).
+    photos: folder with image/ and mask/, or as `listing` finds them.
     class_name: what the subject is, e.g. "mug".
     base: diffusers folder (None: the embedded model).
     token: the word that will mean this subject.
@@ -57,26 +59,32 @@ def train_lora(
     threads: CPU threads (None: torch's choice).
     progress: called with (name, fraction, message) each step.
     recipe: everything else; None takes what suits the base.
+    invert_masks, large_masks: as `photographs.read_photographs` takes them.
 
-    Writes `pytorch_lora_weights.safetensors` (diffusers' names, alpha = rank) and `train.json`. Same seed, threads and
+    Writes `pytorch_lora_weights.safetensors` (diffusers' names, alpha = rank), the same as `TOKEN_CLASS.safetensors` in
+    kohya's format (for ComfyUI, A1111, Fooocus) and `train.json`. Same seed, threads and
     machine: the same bytes in the LoRA file.
 
     Raises InputError for parameters, photographs or a place that cannot be used, FileFormatError for the base,
     MissingExtraError without the `train` extra.
     """
+    require_training()
     class_name, token = class_name.strip(), token.strip()
     check_options(class_name, token, loss, rank, steps, learning_rate, seed, threads)
     files = base if isinstance(base, BaseFiles) else BaseFiles.open(base)
+    for remark in files.remarks:
+        log.warning("%s", remark)
     recipe = recipe or recipe_for(files.native_side)
     steps, rate = steps or recipe.steps, learning_rate or recipe.learning_rate
     names = Names.of(token, class_name, prompt, captions)
-    task = Task(files, read_photographs(photos), names, recipe, rank, steps, rate, loss, seed)
+    photographs = read_photographs(photos, invert_masks=invert_masks, large_masks=large_masks)
+    task = Task(files, photographs, names, recipe, rank, steps, rate, loss, seed)
     started = time.monotonic()
     with atomic_directory(out, marker=RECORD) as folder, _torch_threads(threads) as used:
         training = Training(task, progress or (lambda *_: None))
         history = training.run()
         record = TrainRecord.of(task, history, time.monotonic() - started, used, training.parameters)
-        write_folder(folder, record, training.factors(), files if merged else None)
+        write_folder(folder, record, training.factors(), files, merged=merged)
     log.info("%s: %d steps in %.0f s, loss %.4f", out, steps, record.seconds, record.loss)
     return record
 
@@ -84,10 +92,8 @@ def train_lora(
 @contextmanager
 def _torch_threads(count: int | None) -> Iterator[int]:
     """Use `count` threads for the block, then as many as before; gives the number in use."""
-    try:
-        import torch
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("torch is not installed, training needs it: pip install dreammix-trt[train]") from error
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -142,6 +142,19 @@ class Frame:
         return self.network_input(self.image) * (self.network_mask < 128)
 
 
+class Framed(Protocol):
+    """Where a stage's picture lies: a `Frame`, or a frame without pixels.
+
+    box: in canvas pixels.
+    size: (height, width) in pixels of what the VAE takes.
+    """
+
+    @property
+    def box(self) -> Box: ...
+    @property
+    def size(self) -> Size: ...
+
+
 @dataclass(frozen=True)
 class Canvas:
     """One picture to inpaint. Make one with `Canvas.of`.
@@ -152,6 +165,7 @@ class Canvas:
     snap: the sides of a native frame are multiples of this many pixels.
     sizes: the only frame sizes that the engines take, in pixels; None: all of `geometry.profile_sizes`, and any in
         reference mode.
+    feather_pixels: as a request's `feather`; None: what suits the picture's size.
     """
 
     image: U8
@@ -160,6 +174,7 @@ class Canvas:
     native: int
     snap: int
     sizes: tuple[Size, ...] | None = None
+    feather_pixels: int | None = None
 
     @classmethod
     def of(
@@ -171,13 +186,15 @@ class Canvas:
         native: int = 1024,
         divisor: int = 32,
         sizes: Sequence[Size] | None = None,
+        feather: int | None = None,
     ) -> Canvas:
-        """Make the canvas (docs/algorithm.md, 1.2): the user's own pixels, or in reference mode native x native.
+        """Make the canvas (docs/algorithm.md, 1.4): the user's own pixels, or in reference mode native x native.
 
         native: native side of the base in pixels.
         divisor: the base's least multiple of a side in pixels, 8 * 2^(levels - 1).
         sizes: the frame sizes (height, width) in pixels that the engines take, where they do not take all. Native
             frames are chosen among them; other reference frames are refused (`work_size`).
+        feather: pixels over which a paste fades into the picture; None: what suits its size.
 
         Raises InputError when the mask repaints nothing.
         """
@@ -187,7 +204,7 @@ class Canvas:
         if not (mask > 127).any():
             raise InputError("mask_image repaints nothing (no value above 127 at the working size): enlarge the region")
         allowed = None if sizes is None else tuple(sizes)
-        return cls(image, mask, mode, native, max(64 * native // 1024, divisor), allowed)
+        return cls(image, mask, mode, native, max(64 * native // 1024, divisor), allowed, feather)
 
     @property
     def size(self) -> Size:
@@ -195,7 +212,8 @@ class Canvas:
 
     @property
     def feather_width(self) -> int:
-        return feather_width(self.size)
+        """The distance from the mask, in pixels, from which on a paste changes nothing; at least 1."""
+        return feather_width(self.size) if self.feather_pixels is None else max(1, self.feather_pixels)
 
     @cached_property
     def feather(self) -> U8:
@@ -269,7 +287,7 @@ class Canvas:
         h, w = frame.image.shape[:2]
         return _resize(picture, (h, w), frame.box)
 
-    def paste(self, frame: Frame, decoded: U8, *, soft: bool = False) -> U8:
+    def paste(self, frame: Framed, decoded: U8, *, soft: bool = False) -> U8:
         """Paste a stage's picture into its box, its rim blended (docs/algorithm.md, 9.2).
 
         decoded: uint8 (h, w, 3) of `frame.size`.
@@ -281,7 +299,7 @@ class Canvas:
         alpha = kernels.soft_alpha(content.shape[0], content.shape[1]) if soft else None
         return kernels.paste(self.image, content, frame.box, self.feather, alpha)
 
-    def keeps_local(self, frame: Frame, local: Frame) -> bool:
+    def keeps_local(self, frame: Framed, local: Framed) -> bool:
         """Whether a global frame would blur what the local one rendered, being coarser than that frame and the canvas.
 
         Native mode only. The reference pastes the global result whatever its scale.
@@ -292,7 +310,7 @@ class Canvas:
         """`keeps_local`, from the boxes and sizes of frames alone."""
         return self.mode == "native" and scale_of(box, size) > max(1.0, scale_of(local_box, local_size))
 
-    def compose(self, frame: Frame, decoded: U8, *, local: tuple[Frame, U8] | None = None) -> U8:
+    def compose(self, frame: Framed, decoded: U8, *, local: tuple[Framed, U8] | None = None) -> U8:
         """Make the finished picture from the last stage's frame and picture (docs/algorithm.md, 9.3).
 
         decoded: uint8 (h, w, 3) of `frame.size`.
@@ -312,7 +330,7 @@ class Canvas:
         out[self._near] = kernels.paste(around, mixed, part, np.ascontiguousarray(self.feather[self._near]))
         return out
 
-    def _place(self, frame: Frame, decoded: U8) -> U8:
+    def _place(self, frame: Framed, decoded: U8) -> U8:
         """The canvas around the mask (`_near`) with a stage's picture in its box."""
         tops, lefts = (part.indices(side)[:2] for part, side in zip(self._near, self.size, strict=True))
         r0, r1, c0, c1 = frame.box

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from dreammix_trt.engine.device.blocks import Picture
 from dreammix_trt.engine.device.phases import Phases
 from dreammix_trt.engine.device.room import Room, RoomShape
 from dreammix_trt.engine.drivers.device import Mark
+from dreammix_trt.engine.painting import Preview
 
 if TYPE_CHECKING:
     from dreammix_trt.engine.device.studio import Studio
@@ -65,7 +66,7 @@ class DevicePainter:
         studio.pace.wait()
         studio.rooms.leave()  # the rooms of a batch that was not finished
         rows = 2 if first.work.request.guided else 1
-        context = studio.needs.check_context(first.work.prompts.extra)
+        context = studio.needs.check_context(first.work.prompts.context)
         for framing in first.framings:
             shape = RoomShape(framing.work, len(self._batch), rows, context, self._safe)
             same = next((entered for entered in self._rooms if entered[0].shape == shape), None)
@@ -127,17 +128,18 @@ class DevicePainter:
                 raise NotFiniteError(f"{kind.name} gave values that are not numbers", kind.name)
         return images
 
-    def open_preview(self) -> Callable[[int], U8]:
-        """A function that shows picture k's present prediction and waits for it.
+    def open_preview(self) -> Preview:
+        """A function that shows a picture's present prediction and waits for it. The host pastes it.
 
         It raises EngineError once the next step is enqueued.
         """
         index = self._step_done
 
-        def preview(k: int) -> U8:
+        def preview(k: int, whole: bool) -> U8:
             if self._studio.turn is not self._turn or self._step_done != index:
                 raise EngineError(f"the preview of step {index} is gone: ask for it before the next step")
-            return self._show_latent(k, "x0")
+            decoded = self._show_latent(k, "x0")
+            return self._compose(k, decoded) if whole else decoded
 
         return preview
 
@@ -145,8 +147,7 @@ class DevicePainter:
         """After `finish`: what picture k's stages decoded, uint8 (h, w, 3), by name."""
         found = {}
         if self._batch[k].second is not None:
-            decoded = self._studio.arena["decoded"][k].reshape((*self._batch[k].first.size, 3))
-            found["local result"] = self._studio.bring(decoded)
+            found["local result"] = self._bring_local(k)
         return found | {"last result": self._show_latent(k, "x")}
 
     # -- parts of them ------------------------------------------------------------------------------------------------
@@ -184,6 +185,16 @@ class DevicePainter:
             studio.residency.need("vae_decoder", safe=self._safe)
             shown: Array = self._open_phases().preview(k, source)
             return studio.bring(shown)
+
+    def _compose(self, k: int, decoded: U8) -> U8:
+        """Picture k's canvas with the present stage's picture pasted, as `finish` will paste the last one."""
+        picture = self._batch[k]
+        local = (picture.first, self._bring_local(k)) if self._now and picture.keeps_local else None
+        return picture.work.canvas.compose(picture.framings[self._now], decoded, local=local)
+
+    def _bring_local(self, k: int) -> U8:
+        """The local stage's picture, after the hand-over."""
+        return self._studio.bring(self._studio.arena["decoded"][k].reshape((*self._batch[k].first.size, 3)))
 
     def _count_from(self, index: int) -> None:
         """Set the step counter, by a copy within the device."""

@@ -124,6 +124,11 @@ class Studio:
         return self.networks.frames()
 
     @property
+    def contexts(self) -> Sequence[int]:
+        """The lengths of the text condition that the engines take; a range: those that memory is set aside for."""
+        return self.needs.contexts
+
+    @property
     def has_raw_unet(self) -> bool:
         """Whether steps run on the unpatched UNet: the base has one and the memory plan keeps it."""
         return "unet_raw" in self.networks
@@ -140,6 +145,12 @@ class Studio:
         """
         self._check_open()
         self.subjects.add(name, subject)
+        self.texts.forget(name)
+
+    def remove_subject(self, name: str) -> None:
+        """Forget a subject; its rows on the device are free for others."""
+        self._check_open()
+        self.subjects.remove(name)
         self.texts.forget(name)
 
     def check(self, work: Work) -> Hashable:

@@ -1,9 +1,9 @@
 """Subjects on the device: packed factors that stay there, and the buffer to which the engines are bound.
 
-A resident subject is one row: its factors for every network, in packed order, in the engines' type. With one picture a
-batch the bound buffer has the same layout, so a swap is one copy. With several pictures, each factor's entries of all
-pictures are side by side, and one kernel copies a row into its places. Nothing else in a captured graph changes with
-the subject.
+A resident subject is one row: its factors at one strength for every network, in packed order, in the engines' type.
+With one picture a batch the bound buffer has the same layout, so a swap is one copy. With several pictures, each
+factor's entries of all pictures are side by side, and one kernel copies a row into its places. Nothing else in a
+captured graph changes with the subject.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from dreammix_trt.core.networks import names_of_group, unets_of
 from dreammix_trt.core.packing import place_factors
 from dreammix_trt.core.seam import Array, DeviceNetworks, Stream
 from dreammix_trt.core.slots import Slot, packed_size
-from dreammix_trt.core.subject import Subject
+from dreammix_trt.core.subject import NOBODY, Role, Subject
 from dreammix_trt.engine.device.arena import ALIGNMENT, Arena, Regions
 from dreammix_trt.engine.device.records import FACTOR, SEGMENT
 from dreammix_trt.engine.drivers.device import Device, put
-
-NOBODY = ""  # the subject whose factors are zeros
+from dreammix_trt.engine.runtime import find_subject
 
 
 class FactorInput(NamedTuple):
@@ -147,7 +146,7 @@ def _list_inputs(known: Mapping[str, str], slots: Sequence[Slot]) -> list[tuple[
 
 
 class Subjects:
-    """The subjects of one runtime. `most` are resident; others are packed again when a request needs them.
+    """The subjects of one runtime. `most` are resident, each strength as one; others are packed again when needed.
 
     wait: waits for everything in the stream.
     """
@@ -155,9 +154,9 @@ class Subjects:
     def __init__(self, device: Device, stream: Stream, layout: Layout, arena: Arena, wait: Callable[[], None]) -> None:
         self._device, self._stream, self._layout, self._arena, self._wait = device, stream, layout, arena, wait
         self._known: dict[str, Subject] = {}
-        self._resident: OrderedDict[str, int] = OrderedDict()
-        self._entered: tuple[str, ...] | None = None
-        self._in_text: str | None = None
+        self._resident: OrderedDict[Role, int] = OrderedDict()
+        self._entered: tuple[Role, ...] | None = None
+        self._in_text: Role | None = None
         self._segments = len(layout.make_segments())
         device.clear(arena["subject rows"][0], stream)
         device.clear(arena["bound factors"], stream)
@@ -176,30 +175,34 @@ class Subjects:
         Raises FileFormatError where it does not fit the base, DeviceError; then the earlier subject keeps the name.
         """
         table, raw = self._pack(subject)
-        self._resident.pop(name, None)
         self._forget(name)
-        self._place(name, table, raw)
+        self._place(Role(name), table, raw)
         self._known[name] = subject
 
-    def enter(self, names: Sequence[str]) -> None:
-        """Draw picture k of the batch with subject names[k] (NOBODY: none). For resident subjects it only enqueues."""
-        chosen = tuple(names)
+    def remove(self, name: str) -> None:
+        """Forget a subject at all its strengths; its rows are free. What the engines are bound to stays."""
+        del self._known[name]
+        self._forget(name)
+
+    def enter(self, roles: Sequence[Role]) -> None:
+        """Draw picture k of the batch with roles[k]. For resident ones it only enqueues."""
+        chosen = tuple(roles)
         if self._entered == chosen:
             return
         before = (
             self._entered if self._entered is not None and len(self._entered) == len(chosen) else (None,) * len(chosen)
         )
         self._entered = None  # until all of them are in
-        for picture, name in enumerate(chosen):
-            if before[picture] != name:
-                self._enter(picture, len(chosen), name)
+        for picture, role in enumerate(chosen):
+            if before[picture] != role:
+                self._enter(picture, len(chosen), role)
         self._entered = chosen
 
-    def enter_text(self, name: str) -> None:
+    def enter_text(self, role: Role) -> None:
         """Give a subject's factors to the text encoders."""
-        if self._layout.pictures == 1 and self._entered != (name,):
-            self.enter((name,))
-        if self._in_text == name or self._layout.pictures == 1:
+        if self._layout.pictures == 1 and self._entered != (role,):
+            self.enter((role,))
+        if self._in_text == role or self._layout.pictures == 1:
             return
         first = self._layout.unet_numbers
         count = self._layout.numbers - first
@@ -207,11 +210,11 @@ class Subjects:
             bound = self._arena["bound factors"].part(
                 self._layout.pictures * first, count
             )  # behind all pictures' UNets
-            self._device.copy(bound, self._find_row(name).part(first, count), self._stream)
-        self._in_text = name
+            self._device.copy(bound, self._find_row(role).part(first, count), self._stream)
+        self._in_text = role
 
-    def _enter(self, picture: int, pictures: int, name: str) -> None:
-        row, bound = self._find_row(name), self._arena["bound factors"]
+    def _enter(self, picture: int, pictures: int, role: Role) -> None:
+        row, bound = self._find_row(role), self._arena["bound factors"]
         if self._layout.pictures == 1:
             self._device.copy(bound.part(0, self._layout.numbers), row.part(0, self._layout.numbers), self._stream)
         elif self._segments:
@@ -227,16 +230,16 @@ class Subjects:
                 half=bound.half,
             )
 
-    def _find_row(self, name: str) -> Array:
+    def _find_row(self, role: Role) -> Array:
         rows = self._arena["subject rows"]
-        if name == NOBODY:
+        if role == NOBODY:
             return rows[0]
-        if name not in self._resident:
-            self._place(name, *self._pack(self._known[name]))
-        self._resident.move_to_end(name)
-        return rows[self._resident[name]]
+        if role not in self._resident:
+            self._place(role, *self._pack(find_subject(self._known, role)))
+        self._resident.move_to_end(role)
+        return rows[self._resident[role]]
 
-    def _place(self, name: str, table: np.ndarray, raw: np.ndarray) -> None:
+    def _place(self, role: Role, table: np.ndarray, raw: np.ndarray) -> None:
         """Pack a subject into a row of its own. Where all rows are taken, it replaces the least recently used one."""
         free = set(range(1, self.most + 1)) - set(self._resident.values())
         index = min(free) if free else self._resident.popitem(last=False)[1]
@@ -256,7 +259,7 @@ class Subjects:
                 out_half=row.half,
             )
         self._wait()
-        self._resident[name] = index
+        self._resident[role] = index
 
     def _pack(self, subject: Subject) -> tuple[np.ndarray, np.ndarray]:
         """FACTOR records of a subject and the numbers to which they refer, float32."""
@@ -275,10 +278,12 @@ class Subjects:
         put(self._device, self._arena[region], data, self._stream, self._wait)
 
     def _forget(self, name: str) -> None:
-        """Note that the bound buffer no longer holds this name's factors."""
-        if self._entered and name in self._entered:
+        """Free the rows of this name, and note that the bound buffer no longer holds its factors."""
+        for role in [role for role in self._resident if role.name == name]:
+            del self._resident[role]
+        if self._entered and name in [role.name for role in self._entered]:
             self._entered = None
-        if self._in_text == name:
+        if self._in_text is not None and self._in_text.name == name:
             self._in_text = None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,6 +20,7 @@ from dreammix_trt.engine.host.clock import PhaseClock
 from dreammix_trt.engine.host.denoiser import Conditioning, Denoiser
 from dreammix_trt.engine.host.sampling import StageInputs, Taken, take_step
 from dreammix_trt.engine.host.texts import Text
+from dreammix_trt.engine.painting import Preview
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -120,11 +121,16 @@ class HostPainter:
         with self._clock("canvas"):
             return [self._canvas.compose(self.frame, decoded, local=self._local)]
 
-    def open_preview(self) -> Callable[[int], U8]:
+    def open_preview(self) -> Preview:
         """A function that shows the last prediction; after the next step it still shows the same one."""
         assert self.taken is not None
-        taken, frame = self.taken, self.frame
-        return lambda _k: self._decode(taken.x0, frame, self._looking)
+        taken, frame, local = self.taken, self.frame, self._local
+
+        def preview(_: int, whole: bool) -> U8:
+            decoded = self._decode(taken.x0, frame, self._looking)
+            return self._canvas.compose(frame, decoded, local=local) if whole else decoded
+
+        return preview
 
     @cached_property
     def keeps_local(self) -> bool:

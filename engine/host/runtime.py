@@ -17,7 +17,7 @@ from dreammix_trt.core.noise import SeededNoise
 from dreammix_trt.core.packing import pack
 from dreammix_trt.core.seam import BaseFacts, Networks
 from dreammix_trt.core.slots import packed_size
-from dreammix_trt.core.subject import Subject
+from dreammix_trt.core.subject import NOBODY, Role, Subject
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.canvas.geometry import Size
 from dreammix_trt.engine.host.clock import PhaseClock
@@ -25,7 +25,7 @@ from dreammix_trt.engine.host.denoiser import Denoiser, EngineDenoiser
 from dreammix_trt.engine.host.painter import HostPainter, Sitting
 from dreammix_trt.engine.host.texts import HostTexts
 from dreammix_trt.engine.painting import paint_safely
-from dreammix_trt.engine.runtime import Painted, Painting, Work
+from dreammix_trt.engine.runtime import Painted, Painting, Work, find_subject
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -40,6 +40,7 @@ class HostRuntime:
 
     most_pictures = 1
     frames: Sequence[Size] | None = None
+    contexts: Sequence[int] | None = None
     lost_raw_unet = False
 
     def __init__(self, networks: Networks, facts: BaseFacts, denoiser: Denoiser | None = None) -> None:
@@ -47,8 +48,9 @@ class HostRuntime:
         self.timings: Mapping[str, float] = {}
         self._denoiser, self._closed, self._texts = denoiser, False, HostTexts()
         self._names = [kind.name for kind in KINDS if kind.factors and kind.name in networks]
-        self._factors: dict[str, dict[str, F32]] = {
-            "": {name: np.zeros(packed_size(networks.slots(name)), np.float32) for name in self._names}
+        self._subjects: dict[str, Subject] = {}
+        self._factors: dict[Role, dict[str, F32]] = {
+            NOBODY: {name: np.zeros(packed_size(networks.slots(name)), np.float32) for name in self._names}
         }
 
     @property
@@ -58,12 +60,28 @@ class HostRuntime:
 
     def add_subject(self, name: str, subject: Subject) -> None:
         """Pack a subject's factors for every network that takes factors."""
-        self._factors[name] = self.pack_factors(subject)
+        factors = self.pack_factors(subject)
+        if name in self._subjects:
+            self.remove_subject(name)
+        self._subjects[name], self._factors[Role(name)] = subject, factors
+
+    def remove_subject(self, name: str) -> None:
+        """Forget a subject at all its strengths."""
+        del self._subjects[name]
+        self._factors = {role: factors for role, factors in self._factors.items() if role.name != name}
         self._texts.forget(name)
 
     def pack_factors(self, subject: Subject) -> dict[str, F32]:
         """A subject's packed rows: network -> float32 (P,)."""
         return {name: pack(subject.factors_for(name), self.networks.slots(name), subject.scale) for name in self._names}
+
+    def _find_factors(self, role: Role) -> dict[str, F32]:
+        """The packed rows of a role. Beside every subject as it is, one at another strength is kept."""
+        if role not in self._factors:
+            factors = self.pack_factors(find_subject(self._subjects, role))
+            self._factors = {kept: rows for kept, rows in self._factors.items() if kept.scale == 1}
+            self._factors[role] = factors
+        return self._factors[role]
 
     def check(self, work: Work) -> Hashable:
         """A value that no other picture has: no picture shares a batch with another."""
@@ -79,7 +97,7 @@ class HostRuntime:
 
         def open_painter(safe: bool) -> HostPainter:
             networks = _Watched(self.networks, clock, safe, self._check_open)
-            factors = self._factors[work.subject]
+            factors = self._find_factors(work.subject)
             with clock("text"):
                 texts = self._texts.compose(work.prompts, networks, factors, safe)
             noise = work.noise or SeededNoise(work.seed, kernels.normals)

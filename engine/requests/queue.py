@@ -13,7 +13,7 @@ from typing import Any, Unpack
 
 from dreammix_trt.core.errors import DeviceError, InputError
 from dreammix_trt.core.request import Request, RequestFields
-from dreammix_trt.engine.canvas.pictures import Source
+from dreammix_trt.core.sources import Source, as_bytes
 from dreammix_trt.engine.requests.keeper import Keeper
 from dreammix_trt.engine.requests.line import Line
 from dreammix_trt.engine.requests.tally import Statistics
@@ -65,7 +65,7 @@ class RequestQueue:
     def submit(
         self,
         image: Source,
-        mask_image: Source,
+        mask_image: Source | None,
         prompt: str | Request,
         *,
         timeout: float | EllipsisType | None = ...,
@@ -82,7 +82,7 @@ class RequestQueue:
         on_step: called in the worker's thread with each StepEvent; an error in it ends this request and goes to the
             ticket.
 
-        Pictures in memory must stay unchanged until the request ends.
+        Pictures in memory must stay unchanged until the request ends. Open files are read here.
 
         Raises InputError for fields that no request takes, QueueFull, TimedOut when the deadline passes before there is
         room, EngineError after `close`, and the DeviceError once all devices are lost. Other faults are found when the
@@ -94,7 +94,7 @@ class RequestQueue:
         request = prompt.replace(**fields) if isinstance(prompt, Request) else self._request(prompt, **fields)
         if on_step is not None and not callable(on_step):
             raise InputError(f"on_step is a {type(on_step).__name__}: give a function of one StepEvent")
-        order = Order(image, mask_image, request, noise, keep_stages, on_step)
+        order = Order(_hold(image, "image"), _hold(mask_image, "mask_image"), request, noise, keep_stages, on_step)
         ticket = Ticket(self._line, order, begun, allowed)
         with self._line.lock:
             self._line.admit(ticket, patience)
@@ -167,6 +167,12 @@ def _check_painters(painters: Sequence[Paints]) -> None:
         raise InputError(f"{name} is a {type(each).__name__}: give a list of DreamMix, RequestQueue([dm])")
     if not painters or len({id(painter) for painter in painters}) < len(painters):
         raise InputError(f"painters: {len(painters)} given; give one DreamMix or more, each of them once")
+
+
+def _hold(source: Source, name: str) -> Source:
+    """A source that stays when its file is closed after `submit`."""
+    data = as_bytes(source, name)
+    return source if data is None else data
 
 
 def _check_seconds(name: str, value: Any) -> float | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from dreammix_trt.core.errors import Cancelled, EngineError, TimedOut
 from dreammix_trt.core.noise import NoiseProvider
 from dreammix_trt.core.request import Request
-from dreammix_trt.engine.canvas.pictures import Source
+from dreammix_trt.core.sources import Source
 from dreammix_trt.engine.result import Result, StepEvent
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Order:
     """What a worker needs of a request."""
 
     image: Source
-    mask_image: Source
+    mask_image: Source | None
     request: Request
     noise: Noise
     keep_stages: bool
@@ -48,7 +48,8 @@ class Ticket:
 
     request: what will be painted.
 
-    Leaving an `await` (a cancelled task, `asyncio.wait_for`) does not cancel the request.
+    Leaving an `await` (a cancelled task, `asyncio.wait_for`) cancels the request; `await asyncio.shield(ticket)` lets
+    it go on.
     """
 
     # Names with an underscore are the queue's; those that change a ticket are called under its lock.
@@ -132,6 +133,9 @@ class Ticket:
         try:
             await woken
             return self._future.result()
+        except (asyncio.CancelledError, GeneratorExit):  # nobody waits any more
+            self.cancel()
+            raise
         finally:
             del self
 

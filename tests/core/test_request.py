@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.core.request import LCM_STEPS, SCHEMA, Request, RequestFields, Sampler, TasStage
+from dreammix_trt.core.request import LCM_STEPS, SCHEMA, Request, RequestFields, Sampler, TasStage, draw_seed
 
 share = st.floats(0, 1)
 text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=30)
@@ -21,12 +21,13 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "prompt": text,
     "negative_prompt": st.none() | text,
     "subject": st.none() | text,
+    "subject_scale": st.floats(0, 2),
     "substitute": st.lists(text, max_size=3),
     "substitute_prefix": st.none() | text,
     "sampler": st.sampled_from(get_args(Sampler)),
     "num_inference_steps": st.integers(20, 1000),
     "guidance_scale": st.floats(0, 100),
-    "seed": st.integers(0, 2**64 - 2000),
+    "seed": st.none() | st.integers(0, 2**64 - 2000),
     "num_images_per_prompt": st.integers(1, 1024),
     "strength": st.floats(0.05, 1),
     "mode": st.sampled_from(["native", "reference"]),
@@ -49,6 +50,8 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "tas_indexing": st.none() | st.sampled_from(["bpe", "words"]),
     "vae_sample": st.none() | st.booleans(),
     "truncate_prompt": st.booleans(),
+    "prompt_weights": st.none() | st.booleans(),
+    "feather": st.none() | st.integers(0, 4096),
 }
 
 
@@ -106,6 +109,9 @@ REFUSED = [
     ("tas_stages", ["tokens"], "'tokens_lcg'"),
     ("tas_indexing", "letters", "'bpe' or 'words'"),
     ("vae_sample", "yes", "true or false"),
+    ("prompt_weights", 1, "true or false"),
+    ("feather", -1, "0 to 4096"),
+    ("feather", 1.5, "whole number"),
     ("reference_resize", (1024,), "(height, width)"),
     ("reference_resize", (10, 1024), "64 to 8192"),
 ]
@@ -147,15 +153,32 @@ def test_fields_that_do_not_go_together(fields: dict[str, Any], named: str) -> N
         ("[]", "schema number"),
         ('{"prompt": "x"}', "schema number"),
         ('{"schema": 99, "prompt": "x"}', "schema 99"),
+        ('{"schema": 0, "prompt": "x"}', "schema 0"),
         ('{"schema": 1}', "prompt"),
         ('{"schema": 1, "prompt": "x", "steps": 3}', "no field steps"),
         ('{"schema": 1, "prompt": "x", "guidance_scale": NaN}', "guidance_scale is nan"),
         ('{"schema": 1, "prompt": "x", "seed": 1.5}', "seed is 1.5"),
+        ('{"schema": 1, "prompt": "x", "seed": "null"}', "seed is 'null'"),
     ],
 )
 def test_json_that_is_no_request(text: str, named: str) -> None:
     with pytest.raises(InputError, match=named):
         Request.from_json(text)
+
+
+def test_a_seed_that_is_to_be_drawn() -> None:
+    request = Request.from_json('{"schema": 1, "prompt": "x", "seed": null, "num_images_per_prompt": 1024}')
+    assert request.seed is None and Request.from_json(request.to_json()) == request == request.replace(seed=None)
+    drawn = {draw_seed() for _ in range(99)}
+    assert len(drawn) > 90 and all(0 <= seed < 2**32 for seed in drawn)
+
+
+def test_a_request_of_schema_1_took_its_prompt_literally() -> None:
+    old = Request.from_json('{"schema": 1, "prompt": "a (red:1.3) mug"}')
+    assert (old.prompt_weights, old.weighs_prompts, old.feather) == (False, False, None)
+    assert Request.from_json('{"schema": 1, "prompt": "x", "prompt_weights": true}').weighs_prompts
+    assert Request.from_json('{"schema": 2, "prompt": "x"}').prompt_weights is None
+    assert Request.from_json(old.to_json()) == old
 
 
 def test_replace_changes_and_checks() -> None:
@@ -178,7 +201,9 @@ def test_what_the_mode_decides() -> None:
     native, reference = Request("x"), Request("x", mode="reference")
     assert (native.indexing, native.samples_vae) == ("bpe", False)
     assert (reference.indexing, reference.samples_vae) == ("words", True)
+    assert (native.weighs_prompts, reference.weighs_prompts) == (True, False)
     assert Request("x", mode="reference", tas_indexing="bpe", vae_sample=False).indexing == "bpe"
+    assert Request("x", mode="reference", prompt_weights=True).weighs_prompts
 
 
 @pytest.mark.parametrize(

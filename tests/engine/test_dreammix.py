@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from PIL import Image
 from dreammix_trt.core.errors import EngineError, FileFormatError, InputError
 from dreammix_trt.core.lora import read_lora
 from dreammix_trt.core.noise import SeededNoise
+from dreammix_trt.core.passport import Passport
 from dreammix_trt.core.request import Request
-from dreammix_trt.core.subject import subject_from_loras, write_subject
+from dreammix_trt.core.subject import read_subject, subject_from_loras, write_subject
 from dreammix_trt.engine import DreamMix, FakeDenoiser
 from dreammix_trt.engine.dreammix import Job, read_request, save
+from dreammix_trt.engine.imprint import Origin, find_version
 from tests.conftest import write_lora
 
 STEPS = 4
@@ -91,6 +94,18 @@ def test_the_same_request_gives_the_same_bytes(dm: DreamMix) -> None:
     assert paint(dm, seed=6).tobytes() != first.tobytes()
 
 
+def test_no_seed_draws_one_and_says_which(dm: DreamMix) -> None:
+    request = dm.request("a mug", num_inference_steps=1, seed=None, num_images_per_prompt=2)
+    results = [*dm.inpaint_batch([Job(IMAGE, MASK, request)] * 2), dm.inpaint(IMAGE, MASK, request)]
+    assert len({result.seeds for result in results}) == 3
+    for result in results:
+        assert result.request.seed is not None
+        assert result.seeds == (result.request.seed, result.request.seed + 1)
+        for image, seed in zip(result.images, result.seeds, strict=True):
+            again = paint(dm, request.replace(seed=seed, num_images_per_prompt=1))
+            np.testing.assert_array_equal(np.asarray(image), again)
+
+
 def test_picture_k_of_a_count_is_seed_plus_k_alone(dm: DreamMix) -> None:
     result = dm.inpaint(IMAGE, MASK, "a mug", num_inference_steps=STEPS, seed=5, num_images_per_prompt=3)
     assert result.seeds == (5, 6, 7)
@@ -134,6 +149,64 @@ def test_a_subject_replaced_under_its_name_leaves_nothing_behind(mug_engine: Pat
         assert paint(dm, subject="mug").tobytes() == wanted.tobytes()
 
 
+def test_a_subject_has_a_strength(mug_engine: Path, cup: Path) -> None:
+    """0 is nobody's factors under the subject's word, 1 the subject, s a subject whose factors were multiplied."""
+    with DreamMix.load(mug_engine, threads=1) as dm:
+        dm.add_subject(cup)
+        full, nobody = paint(dm, "a zyx cup", subject="cup"), paint(dm, "a zyx cup", subject="")
+        np.testing.assert_array_equal(paint(dm, "a zyx cup", subject="cup", subject_scale=1), full)
+        np.testing.assert_array_equal(paint(dm, "a zyx cup", subject="cup", subject_scale=0), nobody)
+        weak = paint(dm, "a zyx cup", subject="cup", subject_scale=0.7)
+        assert len({weak.tobytes(), full.tobytes(), nobody.tobytes()}) == 3
+        subject = read_subject(cup)
+        factors = {
+            network: {module: (a, b * np.float32(0.7)) for module, (a, b) in modules.items()}
+            for network, modules in subject.factors.items()
+        }
+        times = DreamMix.on_host(dm.networks, dm.facts, dm.tokenizers, [replace(subject, factors=factors)])
+        np.testing.assert_array_equal(paint(times, "a zyx cup"), weak)
+        write_subject(cup.with_name("dimmed.safetensors"), replace(subject, name="dimmed", scale=0.7))
+        dm.add_subject(cup.with_name("dimmed.safetensors"))
+        dimmed = paint(dm, "a zyx cup", subject="dimmed", subject_scale=1.3)
+        np.testing.assert_array_equal(paint(dm, "a zyx cup", subject="cup", subject_scale=0.7 * 1.3), dimmed)
+        np.testing.assert_array_equal(paint(dm, "a zyx cup", subject="cup"), full)
+
+
+def test_a_strength_of_nobody_is_refused(dm: DreamMix) -> None:
+    for scale in (-0.1, 2.1, float("nan"), "1"):
+        with pytest.raises(InputError, match=r"subject_scale is .*from 0 to 2"):
+            paint(dm, subject_scale=scale)
+    with pytest.raises(InputError, match=r"subject_scale is 0\.5, but no subject is drawn"):
+        paint(dm, subject="", subject_scale=0.5)
+
+
+def test_a_removed_subject_is_gone_and_the_next_is_the_default(mug_engine: Path, cup: Path) -> None:
+    with DreamMix.load(mug_engine, threads=1) as dm:
+        mug = paint(dm, subject_scale=0.5)
+        dm.add_subject(cup)
+        other = paint(dm, subject="cup")
+        begun = dm.iterate(IMAGE, MASK, "a red sks mug", num_inference_steps=STEPS, seed=5, subject_scale=0.5)
+        next(begun)
+        waiting = dm.iterate(IMAGE, MASK, "a red sks mug", num_inference_steps=STEPS)
+        dm.remove_subject("mug")
+        *_, last = begun  # what has begun goes on
+        assert last.result is not None and np.asarray(last.result.images[0]).tobytes() == mug.tobytes()
+        with pytest.raises(EngineError, match="subject 'mug' was removed before the request was painted"):
+            next(waiting)
+        assert dm.subjects == ("cup",)
+        np.testing.assert_array_equal(paint(dm), other)
+        for use in (lambda: dm.remove_subject("mug"), lambda: paint(dm, subject="mug")):
+            with pytest.raises(InputError, match="is 'mug'; loaded are: 'cup'"):
+                use()
+        dm.remove_subject("cup")
+        assert dm.subjects == ()
+        with pytest.raises(InputError, match="loaded are: none"):
+            dm.remove_subject("cup")
+        paint(dm)  # nobody
+        assert dm.add_subject(mug_engine) == "mug"
+        np.testing.assert_array_equal(paint(dm, subject_scale=0.5), mug)
+
+
 def test_what_is_no_subject_is_refused(dm: DreamMix, tmp_path: Path) -> None:
     (tmp_path / "notes.safetensors").write_bytes(b"no")
     with pytest.raises(FileFormatError, match=r"notes\.safetensors"):
@@ -152,7 +225,25 @@ def test_iterating_tells_each_step_and_previews_it(dm: DreamMix) -> None:
     assert [event.stage for event in events[:STEPS]] == ["lcg", "lcg", "lcg", "gch"]
     assert [event.result is None for event in events] == [True] * (2 * STEPS - 1) + [False]
     height, width = events[1].taken.x0.shape[2:]
-    assert events[1].preview().size == (8 * width, 8 * height)
+    assert events[1].preview(whole=False).size == (8 * width, 8 * height)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+@pytest.mark.parametrize("fields", [{}, {"lcg_fraction": 1.0}, {"lcg_steps": 0}], ids=str)
+def test_a_preview_is_of_the_whole_picture(dm: DreamMix, mode: str, fields: dict[str, Any]) -> None:
+    image = IMAGE.convert(mode)
+    given = np.asarray(image).astype(int)
+    shown, changed = [], np.zeros(FAR.shape, bool)
+    for event in dm.iterate(image, MASK, "a red sks mug", num_inference_steps=STEPS, **fields):
+        preview = event.preview()
+        assert (preview.size, preview.mode) == (IMAGE.size, mode)
+        shown.append(np.asarray(preview).astype(int))
+        np.testing.assert_array_equal(shown[-1][FAR], given[FAR])
+        changed |= (shown[-1] != given).reshape(*FAR.shape, -1).any(axis=-1)
+    assert changed[50:80, 70:110].mean() > 0.9
+    assert event.result is not None
+    np.testing.assert_array_equal(shown[-1], np.asarray(event.result.images[0]))  # nothing is left to be predicted
+    assert len({each.tobytes() for each in shown}) == STEPS
 
 
 def test_leaving_the_iteration_cancels(mug_engine: Path) -> None:
@@ -173,7 +264,7 @@ def test_bad_input_is_refused_before_the_first_step(dm: DreamMix) -> None:
     with pytest.raises(InputError, match="repaints nothing"):
         dm.iterate(IMAGE, Image.new("L", IMAGE.size), "a mug")
     with pytest.raises(InputError, match="152 tokens long"):
-        dm.iterate(IMAGE, MASK, "mug " * 150)
+        dm.iterate(IMAGE, MASK, "mug " * 150, mode="reference")
     with pytest.raises(InputError, match="'sks'"):
         dm.iterate(IMAGE, MASK, "a red mug", substitute=["blue"])
     with pytest.raises(InputError, match="1 providers for 2 pictures"):
@@ -239,7 +330,7 @@ def test_a_tiny_and_an_odd_picture(dm: DreamMix) -> None:
     assert odd.images[0].size == (400, 37)
 
 
-def test_a_png_carries_its_request_and_makes_it_again(dm: DreamMix, tmp_path: Path) -> None:
+def test_a_picture_carries_its_request_and_makes_it_again(dm: DreamMix, mug_engine: Path, tmp_path: Path) -> None:
     result = dm.inpaint(IMAGE, MASK, "a red sks müg", num_inference_steps=2, seed=3, num_images_per_prompt=2)
     for suffix in ("png", "jpg", "webp"):
         save(result, tmp_path / f"b.{suffix}", index=1)
@@ -248,8 +339,14 @@ def test_a_png_carries_its_request_and_makes_it_again(dm: DreamMix, tmp_path: Pa
     assert paint(dm, request).tobytes() == np.asarray(Image.open(tmp_path / "b.png")).tobytes()
     (tmp_path / "r.json").write_text(request.to_json())
     assert read_request(tmp_path / "r.json") == request
+    assert read_request(tmp_path / "b.jpg") == read_request(tmp_path / "b.webp") == request
+    passport = Passport.read(mug_engine)
+    (entry,) = passport.subjects
+    wanted = Origin(find_version(), passport.base["name"], passport.base_key, "mug", entry.source_sha256)
+    assert result.origin == wanted and entry.source_sha256 and passport.base_key
+    assert dm.inpaint(IMAGE, MASK, "a mug", subject="", num_inference_steps=1).origin.subject == ""
     save(result, tmp_path / "silent.png", metadata=False)
-    for name in ("silent.png", "b.jpg", "absent.png"):
+    for name in ("silent.png", "absent.png"):
         with pytest.raises(InputError, match=name):
             read_request(tmp_path / name)
     with pytest.raises(InputError, match="picture format"):

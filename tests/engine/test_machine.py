@@ -229,7 +229,7 @@ def test_whose_files_lie_in_the_shared_folder_is_seen(tmp_path: Path, monkeypatc
 def test_tables_and_json_say_the_same() -> None:
     here = add_gpu(ADA)
     tables = dict(here.describe())
-    assert set(tables) == {"Machine", "NVIDIA", "Back ends", "Versions"}
+    assert set(tables) == {"Machine", "NVIDIA", "Back ends", "Training", "Versions"}
     assert ("NVIDIA GeForce RTX 4090", "sm_89", "24.0 GiB") in tables["NVIDIA"]
     assert ("memory", "8.0 GiB free of 24.0 GiB") in tables["Machine"]
     assert ("cuda-python", "13.4.4") in tables["NVIDIA"]

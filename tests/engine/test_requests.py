@@ -76,7 +76,7 @@ class Fake:
             for k in range(request.steps):
                 assert self.free or self._told.acquire(timeout=LONG)
                 self.acts.get(request.prompt, lambda k: None)(k)
-                result = Result([], request, (request.seed,), nothing, {}) if k + 1 == request.steps else None
+                result = Result([], request, (request.seed or 0,), nothing, {}) if k + 1 == request.steps else None
                 yield StepEvent(k, request.steps, "lcg", 0, look=nothing, result=result)
         finally:
             self.left.append(request.prompt)
@@ -620,8 +620,8 @@ def test_tickets_in_asyncio() -> None:
     async def app(queue: RequestQueue) -> None:
         first, bad, other = put(queue, "first"), put(queue, "bad"), put(queue, "other")
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(first, 0.01)
-        assert not first.done()  # leaving the await left it running
+            await asyncio.wait_for(asyncio.shield(first), 0.01)
+        assert not first.done()  # a shield lets it go on
         painter.step(2 * STEPS + 1)
         results = await asyncio.wait_for(asyncio.gather(first, bad, other, first, return_exceptions=True), LONG)
         assert [getattr(each, "request", each) and type(each) for each in results] == [
@@ -639,16 +639,48 @@ def test_tickets_in_asyncio() -> None:
     with RequestQueue([painter]) as queue:
         asyncio.run(app(queue))
 
-    async def leaves() -> None:
-        task = asyncio.ensure_future(left)  # type: ignore[arg-type]
+
+@pytest.mark.parametrize("way", ["cancel", "wait_for", "end of the loop"])
+def test_leaving_an_await_cancels_the_request(way: str) -> None:
+    """Both the one that runs and the one that waits; the next request is served."""
+
+    async def leave(*tickets: Ticket) -> None:
+        tasks = [asyncio.ensure_future(ticket) for ticket in tickets]  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        if way == "wait_for":
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(asyncio.gather(*tasks), 0.01)
+        for task in tasks if way == "cancel" else []:
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    with RequestQueue([painter := Fake(free=False)]) as queue:
+        running, waiting = put(queue, "running"), put(queue, "waiting")
+        await_begun(painter)
+        asyncio.run(leave(running, waiting))
+        assert waiting.state == "cancelled"
+        painter.step()
+        wait_until(running.done)
+        assert running.state == "cancelled" and running.steps == (1, STEPS)
+        painter.step(STEPS)
+        assert put(queue, "next").result(LONG) and "waiting" not in painter.left
+
+
+def test_a_ticket_that_nobody_awaits_any_more_outlives_its_loop() -> None:
+    async def shields() -> None:
+        task = asyncio.ensure_future(asyncio.shield(left))  # type: ignore[arg-type]
         await asyncio.sleep(0)
         task.cancel()
+        raise KeyError
 
     with RequestQueue([painter := Fake(free=False)]) as queue:
         left = put(queue)
-        asyncio.run(leaves())  # its loop is closed when the ticket ends
+        with pytest.raises(KeyError):
+            asyncio.run(shields())  # its loop ends, and cancels all that waits in it
         painter.step(STEPS)
-        assert left.result(LONG)
+        wait_until(left.done)
+        assert left.state == "cancelled"
 
 
 @pytest.mark.parametrize("prompt", ["good", "bad"])

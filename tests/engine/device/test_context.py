@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.subject import NOBODY
 from dreammix_trt.engine import DreamMix, jobs
 from dreammix_trt.engine.drivers.simulated import SimulatedNetworks
 from dreammix_trt.engine.prompts import plan_prompts
@@ -26,11 +27,11 @@ def appending(host: DreamMix, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]
     )
     chosen = {"rows": EXTRA}
 
-    def plan(tokenizers: Any, request: Any, *names: str) -> Any:
+    def plan(tokenizers: Any, request: Any, *names: Any, **more: Any) -> Any:
         count = chosen["rows"]
         rng = np.random.default_rng(request.seed)
         rows = rng.standard_normal((2 if request.guided else 1, count, width)).astype(np.float32) if count else None
-        return plan_prompts(tokenizers, request, *names, rows)
+        return plan_prompts(tokenizers, request, *names, rows, **more)
 
     monkeypatch.setattr(jobs, "plan_prompts", plan)
     return chosen
@@ -64,7 +65,7 @@ def test_lengths_keep_graphs_of_their_own(simulated: Any, host: DreamMix, append
 
 
 def test_a_length_that_memory_is_not_set_aside_for_is_refused(simulated: Any, appending: dict[str, int]) -> None:
-    dm, _, _ = simulated()
+    dm, _, _ = simulated(context=77)
     with pytest.raises(InputError, match=r"condition has 82 rows.*loaded for 77.*context=82"):
         paint(dm)
 
@@ -83,4 +84,4 @@ def test_a_length_that_the_engines_lack_is_refused(
 def test_rows_must_be_as_many_as_the_condition_has(host: DreamMix) -> None:
     request = host.request("a mug", guidance_scale=1.0)
     with pytest.raises(InputError, match="2 rows of appended tokens for a condition of 1 rows"):
-        plan_prompts(host.tokenizers, request, "", "sks", np.zeros((2, 1, 8), np.float32))
+        plan_prompts(host.tokenizers, request, NOBODY, "sks", np.zeros((2, 1, 8), np.float32))

@@ -44,6 +44,7 @@ def paint_pixels(dm: DreamMix, size: tuple[int, int] = (128, 128), **fields: Any
         {"sampler": "lcm", "num_inference_steps": 4, "subject": ""},
         {"mode": "reference"},
         {"size": (256, 312)},
+        {"size": (256, 312), "feather": 21},
         {"size": (60, 90), "lcg_field": 0.8},
         {"num_images_per_prompt": 2},
     ],
@@ -156,6 +157,46 @@ def test_one_batch_serves_different_subjects(simulated: Any, cup: Path) -> None:
     assert len(unets) == STEPS  # both pictures in each call
 
 
+@pytest.mark.parametrize("factors", [True, False])
+def test_strengths_are_the_hosts(simulated: Any, host: DreamMix, factors: bool) -> None:
+    """One at a time with a single row on the device, and several strengths of one subject in a batch."""
+    dm, _, _ = simulated(networks={"factors": factors}, subjects=1)
+    scales = (1.0, 0.5, 0.0, 2.0, 1.0)
+    expected = [paint_pixels(host, subject="mug", subject_scale=scale).astype(int) for scale in scales]
+    got = [paint_pixels(dm, subject="mug", subject_scale=scale).astype(int) for scale in scales]
+    for one, other in zip(got, expected, strict=True):
+        assert np.abs(one - other).max() <= 1
+    np.testing.assert_array_equal(got[0], got[4])
+    np.testing.assert_array_equal(got[2], paint_pixels(dm, subject="").astype(int))
+    assert len({each.tobytes() for each in got}) == 4
+    together, _, _ = simulated(networks={"factors": factors}, pictures=2, subjects=1)
+    image, mask = make_scene()
+    request = Request("a red sks mug", num_inference_steps=STEPS, seed=3, subject="mug")
+    results = together.inpaint_batch([Job(image, mask, request.replace(subject_scale=scale)) for scale in scales[:4]])
+    singly = dm.inpaint_batch([Job(image, mask, request.replace(subject_scale=scale)) for scale in scales[:4]])
+    for result, alone in zip(results, singly, strict=True):
+        difference = np.asarray(result.images[0]).astype(int) - np.asarray(alone.images[0])
+        assert np.abs(difference).max() <= 1
+
+
+def test_a_removed_subject_leaves_the_device(simulated: Any, host: DreamMix, cup: Path) -> None:
+    dm, _, _ = simulated(subjects=2)
+    first = paint_pixels(dm, subject="mug", subject_scale=0.5)
+    dm.add_subject(cup)
+    second = paint_pixels(dm, subject="cup")
+    dm.remove_subject("mug")
+    assert dm.studio is not None and {role.name for role in dm.studio.subjects._resident} == {"cup"}
+    np.testing.assert_array_equal(paint_pixels(dm), second)  # the default now
+    with pytest.raises(InputError, match="loaded are: 'cup'"):
+        paint_pixels(dm, subject="mug")
+    dm.remove_subject("cup")
+    assert not dm.studio.subjects._resident
+    assert np.abs(paint_pixels(dm).astype(int) - paint_pixels(host, subject="")).max() <= 1
+    dm.add_subject(cup, "mug")  # another one of the first one's name
+    np.testing.assert_array_equal(paint_pixels(dm), second)
+    assert not np.array_equal(paint_pixels(dm, subject_scale=0.5), first)
+
+
 def test_a_count_is_painted_in_batches_and_equals_its_seeds(simulated: Any, host: DreamMix) -> None:
     dm, _, _ = simulated(pictures=2)
     got, expected = (paint_pixels(each, num_images_per_prompt=3).astype(int) for each in (dm, host))
@@ -171,8 +212,9 @@ def test_events_tell_each_step_and_preview_it(simulated: Any, host: DreamMix) ->
         *(each.iterate(image, mask, "a red sks mug", num_inference_steps=STEPS) for each in (dm, host)), strict=True
     ):
         assert (one.index, one.total, one.stage, one.picture) == (other.index, other.total, other.stage, other.picture)
-        seen = np.abs(np.asarray(one.preview()).astype(int) - np.asarray(other.preview()))
-        assert seen.max() <= 1
+        for whole in (True, False):
+            seen, wanted = (np.asarray(event.preview(whole)).astype(int) for event in (one, other))
+            assert np.abs(seen - wanted).max() <= 1
         told.append(one.index)
     assert told == list(range(STEPS)) and one.result is not None
     assert {"text", "start", "loop", "hand over", "finish", "download"} <= one.result.timings.keys()
@@ -305,7 +347,7 @@ def test_bad_requests_are_refused_before_anything_is_uploaded(simulated: Any) ->
         (120, {"subject": "teapot"}, "'teapot'"),
         (120, {"noise": object()}, "device='cpu'"),
         (120, {"substitute": ("x",), "prompt": "a mug"}, "'sks'"),
-        (120, {"prompt": "a sks mug " * 40}, "tokens long"),
+        (120, {"prompt": "a sks mug " * 400}, "tokens long"),
     ):
         with pytest.raises(InputError, match=text):
             dm.inpaint(*make_scene(side, side), **{"prompt": "a sks mug", **fields})

@@ -142,11 +142,12 @@ def test_a_shape_that_wants_more_workspace_than_the_largest_gets_it(
 def test_the_last_preview_of_a_shape_that_is_not_kept(simulated: Any, host: DreamMix) -> None:
     dm, _, _ = simulated(shapes=1)
     paint_jobs(dm, make_job())
-    shown = [
-        [np.asarray(event.preview()).astype(int) for event in each.iterate(*make_job((200, 120))[:3])]
-        for each in (dm, host)
-    ]
-    assert_alike(*shown)
+    for whole in (True, False):  # the picture is larger than its global frame: both stages are in it
+        shown = [
+            [np.asarray(event.preview(whole)).astype(int) for event in each.iterate(*make_job((200, 120))[:3])]
+            for each in (dm, host)
+        ]
+        assert_alike(*shown)
 
 
 def test_a_preview_is_of_its_own_step_or_refused(simulated: Any) -> None:

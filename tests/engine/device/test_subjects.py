@@ -12,7 +12,7 @@ import pytest
 
 from dreammix_trt.core.axes import Tensor
 from dreammix_trt.core.slots import Slot
-from dreammix_trt.core.subject import Subject, read_subject
+from dreammix_trt.core.subject import Role, Subject, read_subject
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.device.arena import Arena
 from dreammix_trt.engine.device.subjects import Layout, Subjects
@@ -71,8 +71,8 @@ def test_every_factor_comes_to_its_own_input(unread: Collection[tuple[str, str]]
         arena = Arena(device, layout.list_regions(1))
         subjects = Subjects(device, stream, layout, arena, lambda: device.synchronize(stream))
         subjects.add("mug", Subject("mug", "sks", "mug", factors))
-        subjects.enter(["mug"] * pictures)
-        subjects.enter_text("mug")
+        subjects.enter([Role("mug")] * pictures)
+        subjects.enter_text(Role("mug"))
         device.synchronize(stream)
         for network, slots in SLOTS.items():
             bound = layout.cut_arrays(network, arena["bound factors"], pictures)

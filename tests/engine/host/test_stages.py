@@ -12,6 +12,7 @@ from dreammix_trt.core.noise import SeededNoise
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import make_schedule
 from dreammix_trt.core.seam import BaseFacts
+from dreammix_trt.core.subject import NOBODY
 from dreammix_trt.engine.canvas import tiles
 from dreammix_trt.engine.canvas.frames import Canvas
 from dreammix_trt.engine.canvas.geometry import Size
@@ -58,8 +59,8 @@ def make_painter(networks: LinearNetworks) -> HostPainter:
 
 def check(request: Request, sizes: list[Size] | None = None) -> None:
     """Ask the host's runtime whether it would paint the picture."""
-    plan = PromptPlan(Prompt("", "", np.zeros((2, 77), np.int64)), None, None, None, {})
-    work = Work(lay_canvas(request, sizes), request, make_schedule(request), 0, "", plan)
+    plan = PromptPlan((Prompt(NOBODY, np.zeros((2, 77), np.int64)),), None, (), None, {})
+    work = Work(lay_canvas(request, sizes), request, make_schedule(request), 0, NOBODY, plan)
     HostRuntime(NotedNetworks(), FACTS).check(work)
 
 
