@@ -31,6 +31,10 @@ _RESNET = {
     "out_layers.0": "norm2",
     "out_layers.3": "conv2",
 }
+_BLOCKS = (
+    "down_block_types", "mid_block_type", "up_block_types", "block_out_channels", "layers_per_block",
+    "transformer_layers_per_block", "reverse_transformer_layers_per_block",
+)  # fmt: skip
 _WITHOUT_BIAS = ("to_q", "to_k", "to_v")
 _VAE_RESNET = ("norm1", "conv1", "norm2", "conv2")
 _VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
@@ -51,6 +55,11 @@ def sgm_to_diffusers(unet_config: Mapping[str, Any]) -> dict[str, str]:
         if not diffusers.endswith(_WITHOUT_BIAS):
             names[f"{PREFIX}{sgm}.bias"] = f"{diffusers}.bias"
     return names
+
+
+def blocks_of(unet_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a `unet/config.json` that decides its names: all that `sgm_to_diffusers` needs."""
+    return {name: unet_config[name] for name in _BLOCKS if name in unet_config}
 
 
 def vae_to_diffusers(vae_config: Mapping[str, Any]) -> dict[str, str]:

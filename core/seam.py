@@ -31,6 +31,7 @@ class BaseFacts:
     scaling_factor: of the VAE's latents.
     feature_channels: of the inpaint head.
     defaults: fields of a request that suit the base.
+    unet: the blocks of its UNet (`keymap.blocks_of`), by which the names in a LoRA file are understood; None: SDXL's.
     """
 
     native_side: int
@@ -38,6 +39,7 @@ class BaseFacts:
     scaling_factor: float
     feature_channels: int
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    unet: Mapping[str, Any] | None = field(default=None, compare=False)
 
 
 class Networks(Protocol):

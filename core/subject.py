@@ -7,25 +7,32 @@ their factors along the rank, as x A1 B1 + x A2 B2 = x [A1 A2] [B1; B2].
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dreammix_trt.core.errors import FileFormatError
-from dreammix_trt.core.lora import TARGETS, Factors, Lora, Target
+from dreammix_trt.core.errors import FileFormatError, InputError
+from dreammix_trt.core.files import atomic_file, sha256_of
+from dreammix_trt.core.lora import TARGETS, Factors, Lora, LoraSpec, Target, read_lora
+from dreammix_trt.core.lora_words import read_words
 from dreammix_trt.core.networks import KINDS, unets_of
 from dreammix_trt.core.slots import Floats
+from dreammix_trt.core.tensors import open_tensors
 
 SCHEMA = 3  # 2 has no parts: all of it is factors; 1 names the UNets that they act on by a target
 _FACTORS = "factors"  # the part of a file that holds them
 _BOTH = "unets"  # in the file: factors that the patched and the raw UNet share
 _FACTS = ("name", "token", "class_name", "scale", "base_key", "source_sha256")
 _LARGEST = float(np.finfo(np.float16).max)
+_MARK = "dreammix_subject"  # the metadata of a subject file
+_DULL = {"lora", "loras", "out", "output", "pytorch_lora_weights", "adapter_model"}  # names that say nothing
+TOKEN = "sks"  # where nobody says the word
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,86 @@ def subject_from_loras(
     return Subject(name, token, class_name, {network: found for network, found in factors.items() if found}, **more)
 
 
+def open_subject(
+    source: str | Path | LoraSpec,
+    unet_config: Mapping[str, Any] | None = None,
+    *,
+    name: str = "",
+    token: str = "",
+    class_name: str = "",
+) -> Subject:
+    """The subject in a file: a subject file's, or one made of a LoRA in any dialect that `read_lora` reads.
+
+    source: the file, or a LoRA's folder; a `LoraSpec` has its scale and target, too.
+    unet_config: the base's diffusers `unet/config.json`, as for `read_lora`.
+    name: how requests call it; empty: the subject file's, else the class, else the file's name.
+    token, class_name: empty: as the file says, else "sks" and no class.
+
+    Raises `FileFormatError` for a file that is neither, `InputError` for a name that cannot be one, and for a target of
+    a subject file, which has its own.
+    """
+    spec = source if isinstance(source, LoraSpec) else LoraSpec(Path(source))
+    if not is_subject_file(spec.file):
+        return make_subject([(read_lora(spec.file, unet_config), spec)], spec.file, name, token, class_name)
+    subject = read_subject(spec.file)
+    if spec.target != LoraSpec.target:
+        raise InputError(f"{spec.file} is a subject file, which has its own target; leave {spec.target!r}")
+    return replace(
+        subject,
+        name=check_name(name or subject.name),
+        token=token or subject.token,
+        class_name=class_name or subject.class_name,
+        scale=subject.scale * spec.scale,
+    )
+
+
+def is_subject_file(path: str | Path) -> bool:
+    """Whether a file is one that `write_subject` wrote, rather than a LoRA. Reads its header only."""
+    return Path(path).is_file() and _MARK in open_tensors(path).metadata
+
+
+def make_subject(
+    loras: Sequence[tuple[Lora, LoraSpec]], place: str | Path, name: str = "", token: str = "", class_name: str = ""
+) -> Subject:
+    """Make a subject of LoRAs that work together, called as it is asked for or as their files say.
+
+    place: gives the name where neither `name` nor a class does.
+
+    Raises `InputError` for a name that cannot be one.
+    """
+    words = [read_words(lora.metadata) for lora, _ in loras]
+    token = token or next((each.token for each in words if each.token), TOKEN)
+    class_name = class_name or next((each.class_name for each in words if each.class_name), "")
+    hashes = [sha256_of(lora.source_path, verify=True) for lora, _ in loras]
+    return subject_from_loras(
+        [(lora, spec.scale, spec.target) for lora, spec in loras],
+        check_name(name or _slug(class_name) or _name_after(Path(place))),
+        token,
+        class_name,
+        source_sha256=hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
+    )
+
+
+def check_name(name: str) -> str:
+    """Return a subject's name. Raises InputError when it cannot name a file."""
+    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+        raise InputError(
+            f"the name {name!r} cannot be: it has letters, digits, '_', '-' and '.' only, as it names a file (--name)"
+        )
+    return name
+
+
+def _name_after(place: Path) -> str:
+    """The part of a path, as it was given, that says most; what the working directory is called says nothing."""
+    parts = [_slug(re.sub(r"\.(safetensors|bin|pth?|ckpt)$", "", part)) for part in place.parts]
+    told = [part for part in parts if part and part.lower() not in _DULL and not part.startswith("checkpoint-")]
+    return told[-1] if told else "subject"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.")
+
+
 def write_subject(path: str | Path, subject: Subject) -> None:
     """Write the subject as safetensors, float16, whole or not at all.
 
@@ -114,12 +201,8 @@ def write_subject(path: str | Path, subject: Subject) -> None:
                 raise FileFormatError(f"{name} has factors beyond float16; the LoRA is damaged")
             tensors[f"{_FACTORS}.{name}.{side}"] = np.ascontiguousarray(factor, dtype=np.float16)
     facts = {name: getattr(subject, name) for name in _FACTS} | {"parts": [_FACTORS] if tensors else []}
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        save_file(tensors, part, {"dreammix_subject": json.dumps({"schema": SCHEMA, **facts}, sort_keys=True)})
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_file(path) as part:
+        save_file(tensors, part, {_MARK: json.dumps({"schema": SCHEMA, **facts}, sort_keys=True)})
 
 
 def read_subject(path: str | Path) -> Subject:
@@ -132,7 +215,7 @@ def read_subject(path: str | Path) -> Subject:
     path = Path(path)
     try:
         with safe_open(path, framework="numpy") as file:
-            text = (file.metadata() or {}).get("dreammix_subject", "null")
+            text = (file.metadata() or {}).get(_MARK, "null")
             tensors = {name: file.get_tensor(name).astype(np.float32) for name in list(file.keys())}
         facts = json.loads(text)
     except (SafetensorError, OSError, ValueError, TypeError) as error:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from dreammix_trt.core.checkpoint import EMBEDDED, TOKENIZERS, BaseFiles
 from dreammix_trt.core.files import read_json, write_json
+from dreammix_trt.core.keymap import blocks_of
 from dreammix_trt.core.network_weights import BaseLora, weights_of
 from dreammix_trt.core.networks import SLOT_RANK, Network, Precision, describe_networks, plain_name
 from dreammix_trt.core.tensors import Weights, write_tensors
@@ -218,6 +219,7 @@ def export_facts(base: BaseFiles, slot_rank: int, out: Path, defaults: Mapping[s
         "pad_tokens": {name: base.pad_token(name) for name in TOKENIZERS},
         "slot_rank": slot_rank,
         "defaults": dict(defaults or {}),
+        "unet": blocks_of(base.configs["unet"]),
     }
     write_json(out / "base.json", facts)
     for name in TOKENIZERS:

@@ -67,6 +67,7 @@ class Ingredients:
     def of_base(self) -> dict[str, Any]:
         """Of the part "base"."""
         return {
+            "revision": 2,  # of what base.json says: 2 has the UNet's blocks
             "native_side": self.base.native_side,
             "configs": self.base.configs,
             "slot_rank": self.slot_rank,

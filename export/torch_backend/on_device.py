@@ -17,6 +17,7 @@ import torch
 from dreammix_trt.core.axes import Sides, Tensor
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import EngineError, InputError
+from dreammix_trt.core.keymap import blocks_of
 from dreammix_trt.core.network_weights import BaseLora, weights_of
 from dreammix_trt.core.networks import SLOT_RANK, Network, describe_networks, is_twin, plain_name, twin_name
 from dreammix_trt.core.seam import Array, BaseFacts
@@ -250,7 +251,8 @@ class TorchNetworks:
 
 
 def _facts_of(base: BaseFiles) -> BaseFacts:
-    return BaseFacts(base.native_side, base.divisor, base.scaling_factor, base.feature_channels, {})
+    blocks = blocks_of(base.configs["unet"])
+    return BaseFacts(base.native_side, base.divisor, base.scaling_factor, base.feature_channels, {}, blocks)
 
 
 def _list_networks(base: BaseFiles, slot_rank: int, dtype: str, names: Collection[str] | None) -> list[Network]:

@@ -7,12 +7,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dreammix_trt.core.errors import FileFormatError
-from dreammix_trt.core.lora import Factors, Lora, Target, read_lora
+from dreammix_trt.core.errors import FileFormatError, InputError
+from dreammix_trt.core.lora import Factors, Lora, LoraSpec, Target, read_lora
 from dreammix_trt.core.lora_names import SDXL
 from dreammix_trt.core.packing import pack
 from dreammix_trt.core.slots import Slot, packed_size, slots_of
-from dreammix_trt.core.subject import Subject, read_subject, subject_from_loras, write_subject
+from dreammix_trt.core.subject import (
+    Subject,
+    is_subject_file,
+    open_subject,
+    read_subject,
+    subject_from_loras,
+    write_subject,
+)
 from tests.support.tiny_model import random_factors, unet_attention_modules, write_tiny_lora
 
 MODULES = {"a.to_k": (6, 5), "a.to_v": (7, 5), "b.to_out.0": (5, 5)}
@@ -283,3 +290,55 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
             read_subject(tmp_path / "z.safetensors")
     with pytest.raises(FileFormatError, match="missing"):
         read_subject(tmp_path / "none.safetensors")
+
+
+# Subjects of LoRA files
+
+
+def test_a_lora_becomes_a_subject_called_as_its_file_says(tmp_path: Path) -> None:
+    factors = random_factors(MODULES)
+    path = write_tiny_lora(tmp_path / "v2 final.safetensors", factors)
+    plain = open_subject(path)
+    assert (plain.name, plain.token, plain.class_name) == ("v2-final", "sks", "")
+    tags = json.dumps({"10_ohwx tea pot": {"ohwx tea pot": 3}})
+    save_file(load_file(path), path, {"ss_tag_frequency": tags})
+    told = open_subject(path)
+    assert (told.name, told.token, told.class_name) == ("tea-pot", "ohwx", "tea pot")
+    asked = open_subject(LoraSpec(path, 0.5, "both"), name="pot", token="zwx", class_name="jug")
+    assert (asked.name, asked.token, asked.class_name, asked.target) == ("pot", "zwx", "jug", "both")
+    for module, (a, b) in factors.items():
+        np.testing.assert_allclose(asked.factors["unet_raw"][module][0], a)
+        np.testing.assert_allclose(asked.factors["unet"][module][1], 0.5 * b)
+
+
+def test_a_subject_file_stays_one(tmp_path: Path) -> None:
+    lora = write_tiny_lora(tmp_path / "l.safetensors", random_factors(MODULES))
+    made = open_subject(lora, name="mug", token="ohwx", class_name="mug")
+    write_subject(tmp_path / "mug.safetensors", made)
+    assert is_subject_file(tmp_path / "mug.safetensors") and not is_subject_file(lora)
+    read = open_subject(LoraSpec(tmp_path / "mug.safetensors", 0.5), name="cup")
+    assert (read.name, read.token, read.class_name, read.scale) == ("cup", "ohwx", "mug", 0.5)
+    assert read.source_sha256 == made.source_sha256 != ""
+    with pytest.raises(InputError, match="has its own target"):
+        open_subject(LoraSpec(tmp_path / "mug.safetensors", 1.0, "raw"))
+
+
+def test_the_working_directory_names_no_subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "secret-project").mkdir()
+    monkeypatch.chdir(tmp_path / "secret-project")
+    write_tiny_lora(Path("pytorch_lora_weights.safetensors"), random_factors(MODULES))
+    assert open_subject(".").name == open_subject(Path()).name == "subject"
+
+
+@pytest.mark.parametrize("name", ["../up", "a b", ".hidden", "a/b"])
+def test_a_name_that_cannot_name_a_file_is_refused(tmp_path: Path, name: str) -> None:
+    lora = write_tiny_lora(tmp_path / "l.safetensors", random_factors(MODULES))
+    with pytest.raises(InputError, match="letters, digits"):
+        open_subject(lora, name=name)
+
+
+def test_a_subject_file_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    write_subject(tmp_path / "s.safetensors", Subject("mug", "sks", "mug"))
+    plain = tmp_path / "plain"
+    plain.write_bytes(b"")
+    assert (tmp_path / "s.safetensors").stat().st_mode == plain.stat().st_mode

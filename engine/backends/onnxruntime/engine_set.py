@@ -171,6 +171,7 @@ def read_facts(folder: Path) -> BaseFacts:
             scaling_factor=record["scaling_factor"],
             feature_channels=record["feature_channels"],
             defaults=record.get("defaults", {}),
+            unet=record.get("unet"),
         )
     except KeyError as error:
         raise EngineError(f"{folder / 'base.json'}: {error} is missing; {REBUILD}") from error

@@ -1,0 +1,109 @@
+"""What a LoRA file says its subject is called: its trigger word and its class.
+
+Trainers write it in many places: ours as `token` and `class_name`; kohya's scripts as the name of the folder of
+photographs ("10_ohwx teapot") and the tags of the captions (`ss_tag_frequency`); others as `modelspec.trigger_phrase`,
+trained words or the caption of the photographs. It is a default to be shown, never more.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+_PHRASES = (
+    "modelspec.trigger_phrase",
+    "ss_trigger_words",
+    "trigger_phrase",
+    "trigger_words",
+    "trigger_word",
+    "trained_words",
+    "trainedWords",
+    "activation text",
+    "instance_prompt",
+)
+_FOLDERS, _TAGS = "ss_dataset_dirs", "ss_tag_frequency"
+_REPEATED = re.compile(r"\d+_(.+)")
+_DULL = {
+    "a", "an", "the", "of", "in", "on", "with", "and", "by", "at", "for", "to", "this", "my", "photo", "picture",
+    "image", "photograph", "photography", "drawing", "painting", "rendering", "close-up", "closeup", "cropped", "style",
+}  # fmt: skip
+_MOST_WORDS = 4  # a longer tag is a sentence, whose first word says nothing
+
+
+class LoraWords(NamedTuple):
+    """What a subject is called.
+
+    token: its word in prompts, one word; "" where the file does not say it.
+    class_name: what it is; "" where the file does not say it.
+    source: the field of the metadata that says so.
+    """
+
+    token: str = ""
+    class_name: str = ""
+    source: str = ""
+
+
+def read_words(metadata: Mapping[str, str]) -> LoraWords:
+    """Read what a LoRA's subject is called.
+
+    metadata: of its safetensors file.
+
+    Returns empty words where nothing is said, or nothing that can be understood.
+    """
+    own = metadata.get("token", "").split()
+    if len(own) == 1:
+        return LoraWords(own[0], metadata.get("class_name", "").strip(), "token")
+    for field in _PHRASES:
+        for phrase in _list_phrases(metadata.get(field, "")):
+            found = _split(phrase)
+            if found:
+                return LoraWords(*found, field)
+    return _read_kohya(metadata)
+
+
+def _read_kohya(metadata: Mapping[str, str]) -> LoraWords:
+    """The folder's name counts where no caption replaced it; else the most frequent tag."""
+    tags: dict[str, float] = {}
+    folders = list(_read_object(metadata, _FOLDERS))
+    for folder, counts in _read_object(metadata, _TAGS).items():
+        folders.append(folder)
+        for tag, count in counts.items() if isinstance(counts, dict) else ():
+            if isinstance(count, int | float):
+                tags[str(tag)] = tags.get(str(tag), 0) + count
+    spoken = {word for tag in tags for word in tag.lower().split()}
+    for folder in folders:
+        named = _REPEATED.fullmatch(folder.strip())
+        found = _split(named[1]) if named else None
+        if found and (not spoken or found[0].lower() in spoken):
+            return LoraWords(*found, _FOLDERS if folder in _read_object(metadata, _FOLDERS) else _TAGS)
+    found = _split(max(tags, key=lambda tag: tags[tag])) if tags else None
+    return LoraWords(*found, _TAGS) if found else LoraWords()
+
+
+def _split(phrase: str) -> tuple[str, str] | None:
+    """ "a photo of ohwx teapot" -> ("ohwx", "teapot"); None for a sentence, or for nothing but common words."""
+    words = [word.strip(".,;:!?\"'()") for word in phrase.split()]
+    telling = [word for word in words if word and word.lower() not in _DULL]
+    if not 0 < len(telling) <= _MOST_WORDS:
+        return None
+    return telling[0], " ".join(telling[1:])
+
+
+def _list_phrases(text: str) -> Iterator[str]:
+    """The phrases in a field: a JSON list, or a text with commas."""
+    try:
+        listed = json.loads(text)
+    except (ValueError, RecursionError):
+        listed = text
+    for each in listed if isinstance(listed, list) else [text]:
+        yield from (phrase for phrase in str(each).split(",") if phrase.strip())
+
+
+def _read_object(metadata: Mapping[str, str], field: str) -> dict[str, Any]:
+    try:
+        found = json.loads(metadata.get(field, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}
