@@ -23,6 +23,7 @@ from _sdxl_files import sdxl_configs, write_head, write_patch, write_single_file
 
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.networks import Network, describe_networks
+from dreammix_trt.core.onnx_runtime import import_onnxruntime
 from dreammix_trt.export.onnx_export import export_network, write_graph
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -224,8 +225,7 @@ def run(bench: Benchmark, folder: Path, networks: list[Network]) -> None:
 
 def bound(folder: Path, network: Network, form: str) -> tuple[Any, Any, list[tuple[Any, Any]]]:
     """A session with every input bound, and the bound factors with what to copy into them."""
-    import onnxruntime as ort
-
+    ort = import_onnxruntime()
     graph, inputs = form_graph(folder, network, form)
     session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
     sizes, rng = {"pictures": 1, "rows": 2, "h": 8, "w": 8}, np.random.default_rng(0)

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dreammix_trt.core.onnx_runtime import forbid_reports
+
 if TYPE_CHECKING:
     from dreammix_trt.building import build as build
     from dreammix_trt.core.errors import DreamMixError as DreamMixError
@@ -35,6 +37,8 @@ _HOMES = {
     "build": "dreammix_trt.building",
     "train_lora": "dreammix_trt.trainer.lora",
 }
+
+forbid_reports()  # nothing that this package loads phones home
 
 
 def __getattr__(name: str) -> Any:

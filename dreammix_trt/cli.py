@@ -68,7 +68,10 @@ def options(
 
 @app.command()
 def train(
-    photos: Annotated[Path, typer.Argument(help="Folder with image/NN.jpg and mask/NN.png.")],
+    photos: Annotated[
+        Path,
+        typer.Argument(help="Folder with image/NN.jpg and mask/NN.png, or NN.jpg with NN_mask.png beside it."),
+    ],
     class_name: Annotated[str, typer.Option(help="What the subject is, in a word: mug, teapot, dog.")],
     out: Annotated[Path, typer.Option(help="Folder for pytorch_lora_weights.safetensors and train.json.")],
     base: Base = None,
@@ -81,10 +84,32 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(min=0.0)] = None,
     loss: Annotated[str, typer.Option(help="paper (eq. 7) or reference (the authors' code).")] = "reference",
     merged: Annotated[bool, typer.Option("--merged", help="Also write the merged UNet weights.")] = False,
+    invert_masks: Annotated[bool, typer.Option("--invert-masks", help="The subject is black in the masks.")] = False,
+    large_masks: Annotated[
+        bool, typer.Option("--large-masks", help="The subject does fill most of every photograph.")
+    ] = False,
+    segment: Annotated[bool, typer.Option("--segment", help="Make the masks that are missing, and show them.")] = False,
+    segmenter: Annotated[
+        Path | None, typer.Option(help="For --segment: the ONNX file of a U²-Net or ISNet, such as rembg's.")
+    ] = None,
+    segmenter_style: Annotated[
+        str | None, typer.Option(help="u2net or isnet: how it normalises; default: by the file's name, then its size.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Train on new masks without showing them first.")] = False,
     seed: int = 0,
     threads: Threads = None,
 ) -> None:
     """Train a LoRA of one subject from a handful of photographs."""
+    if segment:
+        if invert_masks:
+            raise InputError(
+                "--invert-masks excludes --segment, whose masks are white on the subject; leave one of them"
+            )
+        from dreammix_trt.segment_cli import make_masks
+
+        make_masks(photos, segmenter, segmenter_style, approved=yes, threads=threads)
+    elif segmenter is not None or segmenter_style is not None:
+        raise InputError("--segmenter and --segmenter-style need --segment")
     from dreammix_trt.trainer.lora import train_lora
 
     with show_progress("training") as update:
@@ -100,6 +125,8 @@ def train(
             learning_rate=learning_rate,
             loss=loss,
             merged=merged,
+            invert_masks=invert_masks,
+            large_masks=large_masks,
             seed=seed,
             threads=threads,
             progress=update,

@@ -21,6 +21,9 @@ Engine = Annotated[Path, typer.Argument(help="An engine directory.")]
 Out = Annotated[Path, typer.Option(help="The picture to write (.png, .jpg, .webp); a count adds -1, -2, ...")]
 Image = Annotated[Path | None, typer.Option(help="The picture.")]
 Mask = Annotated[Path | None, typer.Option(help="The mask: white is repainted.")]
+MaskFromAlpha = Annotated[
+    bool, typer.Option("--mask-from-alpha", help="No mask: repaint what is transparent in the picture.")
+]
 Prompt = Annotated[str | None, typer.Option(help='For example "a red sks mug".')]
 NegativePrompt = Annotated[str | None, typer.Option()]
 Subject = Annotated[str | None, typer.Option(help="Which subject, when the engine has several.")]
@@ -54,6 +57,7 @@ def inpaint(
     out: Out,
     image: Image = None,
     mask: Mask = None,
+    mask_from_alpha: MaskFromAlpha = False,
     prompt: Prompt = None,
     negative_prompt: NegativePrompt = None,
     subject: Subject = None,
@@ -80,7 +84,8 @@ def inpaint(
     from dreammix_trt.core.passport import Passport
     from dreammix_trt.engine.dreammix import DreamMix
 
-    image, mask = _need("--image", image), _need("--mask", mask)
+    image = _need("--image", image)
+    mask = _choose_mask(mask, mask_from_alpha)
     base = Passport.read(engine).base
     request = _read_request(
         from_request,
@@ -126,13 +131,25 @@ def _need(option: str, path: Path | None) -> Path:
     return path
 
 
+def _choose_mask(mask: Path | None, from_alpha: bool) -> Path | None:
+    """The mask's file; None: the picture's own transparency."""
+    if from_alpha and mask is not None:
+        raise InputError("--mask and --mask-from-alpha exclude each other; leave one of them")
+    if not from_alpha and mask is None:
+        raise InputError(
+            "--mask is missing: give a mask of the picture's size (white is repainted), or --mask-from-alpha to "
+            "repaint what is transparent in the picture"
+        )
+    return mask
+
+
 def _make_room(request: Request, image: Path, base: Mapping[str, Any]) -> dict[str, int]:
     """The runtime's options that set aside a GPU's memory for one request and no more.
 
     base: of a passport. A request has one subject, three prompts at most, and frames of two sizes, one a stage; on a
     GPU its pictures are painted one after the other.
     """
-    from dreammix_trt.engine.canvas.pictures import read_image
+    from dreammix_trt.core.pictures import read_image
     from dreammix_trt.engine.prompts import MOST_PROMPTS
 
     if request.mode == "reference":  # the picture is stretched
@@ -198,7 +215,7 @@ def _check_output(option: str, path: Path) -> None:
         raise InputError(f"{option} {path}: the folder {folder} is not writable; choose another place")
 
 
-def _paint(dm: DreamMix, image: Path, mask: Path, request: Request, *, keep_stages: bool) -> Result:
+def _paint(dm: DreamMix, image: Path, mask: Path | None, request: Request, *, keep_stages: bool) -> Result:
     """The request's result, with a bar of its steps."""
     result = None
     with show_progress("inpainting") as update:

@@ -15,12 +15,12 @@ import numpy.typing as npt
 
 from dreammix_trt.core.errors import EngineError, InputError
 from dreammix_trt.core.noise import NoiseProvider
+from dreammix_trt.core.pictures import Source
 from dreammix_trt.core.request import Request, RequestFields
 from dreammix_trt.core.seam import BaseFacts, DeviceNetworks, Networks, Stream
 from dreammix_trt.core.subject import Subject, read_subject
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.backends.onnxruntime.engine_set import REBUILD, EngineSet
-from dreammix_trt.engine.canvas.pictures import Source
 from dreammix_trt.engine.directory import check_runnable, open_engine
 from dreammix_trt.engine.host.denoiser import Denoiser
 from dreammix_trt.engine.host.runtime import HostRuntime
@@ -255,7 +255,7 @@ class DreamMix:
     def inpaint(
         self,
         image: Source,
-        mask_image: Source,
+        mask_image: Source | None,
         prompt: str | Request,
         *,
         noise: NoiseProvider | Sequence[NoiseProvider] | None = None,
@@ -264,7 +264,9 @@ class DreamMix:
     ) -> Result:
         """Paint the marked region (mask above 127) of a picture of any size.
 
-        image, mask_image: path, PIL image or uint8 array, of equal size.
+        image, mask_image: path, PIL image, a file's bytes, open file, array or tensor (`core.pictures.read_image`), of
+            equal size. What is transparent in the picture is never seen by a network; what is painted becomes visible.
+            mask_image None: the mask is the picture's own transparency, and what is transparent is repainted.
         prompt: text, which makes a request as `request` does, or a whole Request, used as it is.
         noise: where the random numbers come from, one provider for each picture; default: the seed. Not on a GPU.
         keep_stages: whether the result has pictures of what each stage did.
@@ -292,7 +294,7 @@ class DreamMix:
     def iterate(
         self,
         image: Source,
-        mask_image: Source,
+        mask_image: Source | None,
         prompt: str | Request,
         *,
         noise: NoiseProvider | Sequence[NoiseProvider] | None = None,

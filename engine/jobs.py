@@ -12,7 +12,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.masks import read_mask
 from dreammix_trt.core.noise import NoiseProvider
+from dreammix_trt.core.pictures import PictureIn, Source, read_image
 from dreammix_trt.core.request import Request, draw_seed
 from dreammix_trt.core.schedule import Schedule, make_schedule
 from dreammix_trt.core.seam import BaseFacts
@@ -20,7 +22,6 @@ from dreammix_trt.core.subject import Role, Subject
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.canvas.frames import Canvas
 from dreammix_trt.engine.canvas.geometry import Size
-from dreammix_trt.engine.canvas.pictures import PictureIn, Source, read_image, read_mask
 from dreammix_trt.engine.host.clock import PhaseClock
 from dreammix_trt.engine.imprint import Origin
 from dreammix_trt.engine.painting import Progress, batch_by_shape
@@ -35,11 +36,12 @@ U8 = npt.NDArray[np.uint8]
 class Job(NamedTuple):
     """One request with its pictures.
 
+    mask_image: None: the picture's own transparency; what is transparent is repainted.
     noise: a provider for each picture; None: the seed.
     """
 
     image: Source
-    mask_image: Source
+    mask_image: Source | None
     request: Request
     noise: NoiseProvider | Sequence[NoiseProvider] | None = None
 
@@ -75,7 +77,7 @@ class LaidOut:
         count: pictures in that batch; each gets an equal share of the seconds.
         """
         with self.clock("write"):
-            self.images.append(_write(self.source, picture.pixels))
+            self.images.append(_write(self.source, picture.pixels, self.works[len(self.images)].canvas))
         self.stages |= {name: _to_image(pixels) for name, pixels in picture.stages.items()}
         for phase, seconds in timings.items():
             self.clock.seconds[phase] = self.clock.seconds.get(phase, 0.0) + seconds / count
@@ -86,9 +88,11 @@ class LaidOut:
             )
 
 
-def _write(source: PictureIn, pixels: U8) -> Image.Image:
-    """A finished picture as an image of the user's own kind."""
-    return source.with_pixels(pixels) if pixels.shape[:2] == source.size else _to_image(pixels)
+def _write(source: PictureIn, pixels: U8, canvas: Canvas) -> Image.Image:
+    """A finished picture as an image of the user's own kind, and visible as far as it was pasted."""
+    if pixels.shape[:2] != source.size:
+        return _to_image(pixels)
+    return source.with_pixels(pixels, None if source.alpha is None else canvas.feather)
 
 
 def _to_image(pixels: U8) -> Image.Image:
@@ -116,13 +120,13 @@ def lay_out(
     request = request.replace(seed=seed)
     with clock("read"):
         source = read_image(job.image)
-        mask = read_mask(job.mask_image, source.size)
+        mask = read_mask(job.mask_image, source)
     subject = choose_subject(request)
     role = Role(subject.name, request.subject_scale)
     if runtime.lost_raw_unet:  # the request of the result says what was painted
         request = request.replace(patched_fraction=1.0)
     with clock("canvas"):
-        canvas = lay_canvas(source.rgb, mask, request, runtime.facts, runtime.frames)
+        canvas = lay_canvas(source.seen, mask, request, runtime.facts, runtime.frames)
     schedule = make_schedule(request, raw_unet=runtime.has_raw_unet)
     seeds = tuple(seed + k for k in range(request.num_images_per_prompt))
     noises = _check_noise(job.noise, seeds)
@@ -188,7 +192,7 @@ def _make_event(job: LaidOut, progress: Progress, index: int, total: int, pictur
 
     def look(whole: bool) -> Image.Image:
         pixels = progress.preview(0, whole)
-        return _write(job.source, pixels) if whole else _to_image(pixels)
+        return _write(job.source, pixels, job.works[0].canvas) if whole else _to_image(pixels)
 
     return StepEvent(index, total, progress.step.stage, picture, look, progress.taken)
 

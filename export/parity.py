@@ -13,6 +13,7 @@ from dreammix_trt.core.axes import FACTOR
 from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import BuildError, MissingExtraError
 from dreammix_trt.core.networks import Network
+from dreammix_trt.core.onnx_runtime import import_onnxruntime
 
 #: largest allowed difference, as a share of an output's largest value; torch always computes in float32
 BOUNDS = {"float32": 1e-4, "float16": 2e-2}
@@ -29,8 +30,7 @@ class OnnxNetwork:
         light: whether to use the graph unoptimised and the weights in place. This is slower, but a float16 network of
             5 GB, which a CPU computes in float32, then needs little more memory than its size.
         """
-        import onnxruntime
-
+        onnxruntime = import_onnxruntime()
         options = onnxruntime.SessionOptions()
         if light:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from dreammix_trt.core.checkpoint import BaseFiles
-from dreammix_trt.core.errors import FileFormatError, InputError
+from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.network_weights import weights_of
 from dreammix_trt.core.networks import describe_networks
+from dreammix_trt.core.pictures import read_image
 from dreammix_trt.export.torch_module import make_torch_module
 
 Kind = Literal["vae_encoder", "vae_decoder"]
@@ -211,12 +212,7 @@ def _draw_pictures(native_side: int, images: Sequence[Path]) -> dict[str, list[F
 
 def _read_picture(path: Path, side: int) -> Floats:
     """Read the largest square of a picture, scaled to `side`."""
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as a picture ({error}); give a PNG or JPEG") from error
-    square = ImageOps.fit(upright, (side, side), Image.Resampling.LANCZOS)
+    square = ImageOps.fit(Image.fromarray(read_image(path).seen), (side, side), Image.Resampling.LANCZOS)
     pixels: Floats = np.asarray(square, np.float32).transpose(2, 0, 1) / 127.5 - 1
     return pixels
 

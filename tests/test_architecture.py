@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {"core": set(), "export": {"core"}, "engine": {"core"}, "trainer": {"core"}}
 FACE = {
-    *("cli", "build_cli", "inpaint_cli", "store_cli", "doctor_cli", "terminal"),
+    *("cli", "build_cli", "inpaint_cli", "store_cli", "doctor_cli", "segment_cli", "terminal"),
     *("building", "demo", "report", "on_torch"),
 }
 #: the rooms of the engine floor, lowest first: each imports what stands in the rows before its own, and its own room
@@ -115,6 +115,18 @@ def test_the_engine_never_imports_the_heavy_packages() -> None:
         if name.split(".")[0] in HEAVY
     ]
     assert not wrong
+
+
+def test_one_module_imports_onnxruntime() -> None:
+    """The others ask it, so that none loads ONNX Runtime before its reports are switched off."""
+    places = [path for folder in (*FLOORS, "dreammix_trt", "benchmarks", "tests") for path in files(folder)]
+    found = {
+        path.resolve().relative_to(ROOT).as_posix()
+        for path in places
+        for name in imports_of(path, top_level_only=False, types=False)
+        if name.split(".")[0] == "onnxruntime"
+    }
+    assert found == {"core/onnx_runtime.py"}
 
 
 def test_core_loads_nothing_heavy_at_import() -> None:

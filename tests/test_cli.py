@@ -91,6 +91,23 @@ def test_a_picture_is_made_and_made_again_from_its_own_metadata(mug_engine: Path
         assert stages.width > 600
 
 
+def test_the_mask_may_be_the_pictures_transparency(mug_engine: Path, place: Path, tmp_path: Path) -> None:
+    with Image.open(place / "image.png") as image, Image.open(place / "mask.png") as mask:
+        erased = image.convert("RGB")
+        erased.putalpha(mask.point(lambda value: 255 - value))
+        erased.save(tmp_path / "erased.png")
+    common = ["inpaint", mug_engine, "--image", tmp_path / "erased.png", "--out", tmp_path / "out.png"]
+    more = ["--prompt", "a red sks mug", "--steps", "2"]
+    done = run(*common, *more, "--mask-from-alpha")
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "out.png") as out:
+        assert out.mode == "RGBA" and np.asarray(out)[30:70, 40:90, 3].min() == 255
+    missing = run(*common, *more)
+    assert missing.returncode == 2 and "--mask is missing" in missing.stderr and "--mask-from-alpha" in missing.stderr
+    both = run(*common, *more, "--mask-from-alpha", "--mask", place / "mask.png")
+    assert both.returncode == 2 and "exclude each other" in both.stderr
+
+
 def test_json_is_all_that_stands_on_stdout(mug_engine: Path, place: Path) -> None:
     done = inpaint(mug_engine, place, "--json", out="json.png")
     record = json.loads(done.stdout)

@@ -1,27 +1,20 @@
-"""A subject's photographs and the training views drawn from them; numpy and Pillow only.
+"""The training views drawn from a subject's photographs; numpy and Pillow only.
 
-Layout (the authors'): `PHOTOS/image/NN.jpg|png` beside `PHOTOS/mask/NN.png`, white where the subject is. Conventions:
-pictures are uint8 (H, W, 3) RGB, masks bool (H, W), boxes (x0, y0, x1, y1) in pixels with exclusive ends.
+Conventions: pictures are uint8 (H, W, 3) RGB, masks bool (H, W), boxes (x0, y0, x1, y1) in pixels with exclusive ends.
 """
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw
 
-from dreammix_trt.core.errors import InputError
-
-log = logging.getLogger(__name__)
 Picture = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 Box = tuple[int, int, int, int]
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 WHOLE_SHARE = 0.4  # views of the whole photograph, as the reference trains; the others are crops as LCG makes them
 
 
@@ -49,67 +42,6 @@ class TrainingView:
     image: Picture
     hole: Mask
     sharp_side: int
-
-
-def read_photographs(folder: str | Path) -> list[Photograph]:
-    """The photographs of a subject that have a mask, in order of their names.
-
-    One without a mask is left out with a warning, as in the reference. Raises InputError when a folder is missing or
-    empty, no photograph has a mask, a file cannot be decoded, a mask is empty or of another size than its photograph.
-    """
-    folder = Path(folder)
-    images = _pictures_in(folder, "image")
-    if not (folder / "mask").is_dir():
-        raise InputError(f"{folder}/mask is missing; put a mask there for every photograph, white where the subject is")
-    photographs = []
-    for path in images:
-        mask = folder / "mask" / f"{path.stem}.png"
-        if mask.is_file():
-            photographs.append(_read_pair(path, mask))
-        else:
-            log.warning("%s: left out, it has no mask mask/%s.png", path, path.stem)
-    if not photographs:
-        names = ", ".join(f"{path.stem}.png" for path in images[:3])
-        raise InputError(f"{folder}/mask: no photograph has a mask; the masks must be named like them ({names}, ...)")
-    return photographs
-
-
-def _pictures_in(folder: Path, part: str) -> list[Path]:
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give the one that holds image/ and mask/")
-    if not (folder / part).is_dir():
-        raise InputError(f"{folder}/{part} is missing; put the subject's photographs there (NN.jpg or NN.png)")
-    found = sorted(path for path in (folder / part).iterdir() if path.suffix.lower() in SUFFIXES)
-    if not found:
-        raise InputError(f"{folder}/{part} holds no photographs (.jpg, .png, .webp)")
-    stems = [path.stem for path in found]
-    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
-    if twice:
-        raise InputError(f"{folder}/{part}: two photographs are named {twice[0]}; a mask could belong to either")
-    return found
-
-
-def _read_pair(image_file: Path, mask_file: Path) -> Photograph:
-    image, mask = _decode(image_file, "RGB"), _decode(mask_file, "L")
-    if image.shape[:2] != mask.shape:
-        sizes = [f"{array.shape[1]}x{array.shape[0]}" for array in (mask, image)]
-        raise InputError(f"{mask_file}: {sizes[0]} pixels, but its photograph has {sizes[1]}; they must be of one size")
-    subject = mask > 127
-    if not subject.any():
-        raise InputError(f"{mask_file}: the mask is empty; paint the subject white")
-    return Photograph(image, subject, image_file.name)
-
-
-def _decode(path: Path, mode: str) -> Picture:
-    try:
-        with Image.open(path) as picture:
-            upright = ImageOps.exif_transpose(picture)
-            if "A" in upright.getbands() and mode == "RGB":
-                upright = upright.convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-            return np.asarray(upright.convert(mode))
-    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a picture that can be read ({error}); save it again as PNG or JPEG") from error
 
 
 def box_of(mask: Mask) -> Box:

@@ -11,8 +11,8 @@ from pathlib import Path
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import MissingExtraError
 from dreammix_trt.core.files import atomic_directory
-from dreammix_trt.trainer.data import read_photographs
 from dreammix_trt.trainer.folder import RECORD, TrainRecord, write_folder
+from dreammix_trt.trainer.photographs import read_photographs
 from dreammix_trt.trainer.recipes import FULL, SMALL, Recipe, recipe_for
 from dreammix_trt.trainer.task import Names, Task, check_options
 from dreammix_trt.trainer.training import Progress, Training
@@ -40,10 +40,12 @@ def train_lora(
     threads: int | None = None,
     progress: Progress | None = None,
     recipe: Recipe | None = None,
+    invert_masks: bool = False,
+    large_masks: bool = False,
 ) -> TrainRecord:
     """Train a LoRA of one subject and write it to the directory `out`, whole or not at all.
 
-    photos: folder with image/ and mask/ (`data.read_photographs`).
+    photos: folder with image/ and mask/, or as `listing` finds them.
     class_name: what the subject is, e.g. "mug".
     base: diffusers folder (None: the embedded model).
     token: the word that will mean this subject.
@@ -57,6 +59,7 @@ def train_lora(
     threads: CPU threads (None: torch's choice).
     progress: called with (name, fraction, message) each step.
     recipe: everything else; None takes what suits the base.
+    invert_masks, large_masks: as `photographs.read_photographs` takes them.
 
     Writes `pytorch_lora_weights.safetensors` (diffusers' names, alpha = rank) and `train.json`. Same seed, threads and
     machine: the same bytes in the LoRA file.
@@ -70,7 +73,8 @@ def train_lora(
     recipe = recipe or recipe_for(files.native_side)
     steps, rate = steps or recipe.steps, learning_rate or recipe.learning_rate
     names = Names.of(token, class_name, prompt, captions)
-    task = Task(files, read_photographs(photos), names, recipe, rank, steps, rate, loss, seed)
+    photographs = read_photographs(photos, invert_masks=invert_masks, large_masks=large_masks)
+    task = Task(files, photographs, names, recipe, rank, steps, rate, loss, seed)
     started = time.monotonic()
     with atomic_directory(out, marker=RECORD) as folder, _torch_threads(threads) as used:
         training = Training(task, progress or (lambda *_: None))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,8 +45,19 @@ class Samples:
         return self.latents, self.masked, self.mask, self.sharp, self.captions
 
 
-def encode_views(networks: TrainingNetworks, views: Sequence[TrainingView]) -> Samples:
-    """Views as the UNet sees them, under caption 0."""
+BATCH = 8  # views that are in memory at a time
+
+
+def encode_views(networks: TrainingNetworks, views: Iterable[TrainingView]) -> Samples:
+    """Views as the UNet sees them, under caption 0. They are taken a few at a time."""
+    import torch
+
+    drawn = iter(views)
+    parts = [_encode(networks, some)._values() for some in iter(lambda: list(islice(drawn, BATCH)), [])]
+    return Samples(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+def _encode(networks: TrainingNetworks, views: Sequence[TrainingView]) -> Samples:
     import torch
 
     from dreammix_trt.trainer.networks import to_latent_range

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.trainer.data import Photograph, article
+from dreammix_trt.trainer.data import article
 from dreammix_trt.trainer.losses import loss_weights
+from dreammix_trt.trainer.photographs import PhotographFile
 from dreammix_trt.trainer.recipes import Recipe
 
 MOST_RANK = 256
@@ -45,7 +46,7 @@ class Task:
     """A subject to learn on a base; loss: the name of one."""
 
     base: BaseFiles
-    photographs: Sequence[Photograph]
+    photographs: Sequence[PhotographFile]
     names: Names
     recipe: Recipe
     rank: int

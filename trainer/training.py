@@ -13,6 +13,7 @@ import numpy as np
 from dreammix_trt.core.errors import InputError, MissingExtraError
 from dreammix_trt.trainer.data import draw_view
 from dreammix_trt.trainer.losses import loss_weights, reweighted_loss
+from dreammix_trt.trainer.photographs import Album
 from dreammix_trt.trainer.samples import Samples, encode_views
 from dreammix_trt.trainer.task import Task
 
@@ -103,8 +104,9 @@ class Training:
         side, recipe = self._task.base.native_side, self._recipe
         photographs, names = self._task.photographs, self._task.names
         count = max(recipe.views, len(photographs))
-        views = [draw_view(rng, photographs[n % len(photographs)], side) for n in range(count)]
-        self._progress("train", 0.01, f"encoding {len(views)} views of {len(photographs)} photographs")
+        album = Album(photographs)
+        views = (draw_view(rng, album.open(n), side) for n in range(count))
+        self._progress("train", 0.01, f"encoding {count} views of {len(photographs)} photographs")
         self._subject = encode_views(self._networks, views)
         self._text = [self._networks.encode_text([prompt]) for prompt in names.prompts]
         self._own_captions = len(names.prompts)

@@ -185,7 +185,7 @@ class Canvas:
         divisor: int = 32,
         sizes: Sequence[Size] | None = None,
     ) -> Canvas:
-        """Make the canvas (docs/algorithm.md, 1.2): the user's own pixels, or in reference mode native x native.
+        """Make the canvas (docs/algorithm.md, 1.4): the user's own pixels, or in reference mode native x native.
 
         native: native side of the base in pixels.
         divisor: the base's least multiple of a side in pixels, 8 * 2^(levels - 1).

@@ -12,9 +12,9 @@ from types import EllipsisType, TracebackType
 from typing import Any, Unpack
 
 from dreammix_trt.core.errors import DeviceError, InputError
+from dreammix_trt.core.pictures import Source
 from dreammix_trt.core.request import Request, RequestFields
 from dreammix_trt.core.sources import as_bytes
-from dreammix_trt.engine.canvas.pictures import Source
 from dreammix_trt.engine.requests.keeper import Keeper
 from dreammix_trt.engine.requests.line import Line
 from dreammix_trt.engine.requests.tally import Statistics
@@ -66,7 +66,7 @@ class RequestQueue:
     def submit(
         self,
         image: Source,
-        mask_image: Source,
+        mask_image: Source | None,
         prompt: str | Request,
         *,
         timeout: float | EllipsisType | None = ...,
@@ -95,7 +95,8 @@ class RequestQueue:
         request = prompt.replace(**fields) if isinstance(prompt, Request) else self._request(prompt, **fields)
         if on_step is not None and not callable(on_step):
             raise InputError(f"on_step is a {type(on_step).__name__}: give a function of one StepEvent")
-        order = Order(_hold(image, "image"), _hold(mask_image, "mask_image"), request, noise, keep_stages, on_step)
+        mask = None if mask_image is None else _hold(mask_image, "mask_image")
+        order = Order(_hold(image, "image"), mask, request, noise, keep_stages, on_step)
         ticket = Ticket(self._line, order, begun, allowed)
         with self._line.lock:
             self._line.admit(ticket, patience)

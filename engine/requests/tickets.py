@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dreammix_trt.core.errors import Cancelled, EngineError, TimedOut
 from dreammix_trt.core.noise import NoiseProvider
+from dreammix_trt.core.pictures import Source
 from dreammix_trt.core.request import Request
-from dreammix_trt.engine.canvas.pictures import Source
 from dreammix_trt.engine.result import Result, StepEvent
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Order:
     """What a worker needs of a request."""
 
     image: Source
-    mask_image: Source
+    mask_image: Source | None
     request: Request
     noise: Noise
     keep_stages: bool

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Protocol, Unpack
 
 from dreammix_trt.core.errors import DeviceError
+from dreammix_trt.core.pictures import Source
 from dreammix_trt.core.request import Request, RequestFields
-from dreammix_trt.engine.canvas.pictures import Source
 from dreammix_trt.engine.requests.line import Line
 from dreammix_trt.engine.requests.tickets import Noise, StepCount, Ticket
 from dreammix_trt.engine.result import Result, StepEvent
@@ -18,7 +18,7 @@ class Paints(Protocol):
 
     def request(self, prompt: str, **fields: Unpack[RequestFields]) -> Request: ...
     def iterate(
-        self, image: Source, mask_image: Source, prompt: Request, /, *, noise: Noise, keep_stages: bool
+        self, image: Source, mask_image: Source | None, prompt: Request, /, *, noise: Noise, keep_stages: bool
     ) -> Iterator[StepEvent]: ...
     def close(self) -> None: ...
 

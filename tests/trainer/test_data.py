@@ -1,17 +1,11 @@
-"""Photographs in, views out: what is refused, and what a view promises."""
+"""What a view promises."""
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
-
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
-from dreammix_trt.core.errors import InputError
 from dreammix_trt.trainer.data import (
     Photograph,
     article,
@@ -19,91 +13,7 @@ from dreammix_trt.trainer.data import (
     draw_view,
     latent_mask,
     random_hole,
-    read_photographs,
 )
-
-
-def write(path: Path, array: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path)
-    return path
-
-
-def subject_mask(width: int = 40, height: int = 30) -> np.ndarray:
-    mask = np.zeros((height, width), np.uint8)
-    mask[8:20, 10:25] = 255
-    return mask
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    rng = np.random.default_rng(0)
-    for index in range(3):
-        write(tmp_path / "image" / f"{index:02d}.png", rng.integers(0, 256, (30, 40, 3), np.uint8))
-        write(tmp_path / "mask" / f"{index:02d}.png", subject_mask())
-    return tmp_path
-
-
-def test_photographs_are_read_in_order_with_their_masks(photos: Path) -> None:
-    (photos / "image" / "notes.txt").write_text("not a photograph")
-    found = read_photographs(photos)
-    assert [photograph.name for photograph in found] == ["00.png", "01.png", "02.png"]
-    assert found[0].image.shape == (30, 40, 3)
-    assert found[0].box == (10, 8, 25, 20)
-
-
-def test_jpeg_goes_with_a_png_mask_and_transparency_becomes_white(photos: Path) -> None:
-    write(photos / "image" / "05.jpg", np.full((30, 40, 3), 9, np.uint8))
-    write(photos / "mask" / "05.png", subject_mask())
-    write(photos / "image" / "06.png", np.zeros((30, 40, 4), np.uint8))
-    write(photos / "mask" / "06.png", subject_mask())
-    found = read_photographs(photos)
-    assert [photograph.name for photograph in found[-2:]] == ["05.jpg", "06.png"]
-    assert (found[-1].image == 255).all()
-
-
-def test_a_photograph_without_mask_is_left_out_with_a_warning(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (photos / "mask" / "01.png").unlink()
-    with caplog.at_level(logging.WARNING):
-        found = read_photographs(photos)
-    assert [photograph.name for photograph in found] == ["00.png", "02.png"]
-    assert "01.png" in caplog.text
-
-
-def test_what_cannot_be_used_is_named(photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"nowhere: no such folder"):
-        read_photographs(tmp_path / "nowhere")
-    mask = photos / "mask" / "01.png"
-    write(mask, subject_mask(41, 30))
-    with pytest.raises(InputError, match=r"01\.png: 41x30 pixels.*40x30"):
-        read_photographs(photos)
-    write(mask, np.zeros((30, 40), np.uint8))
-    with pytest.raises(InputError, match=r"01\.png: the mask is empty"):
-        read_photographs(photos)
-    mask.write_bytes((photos / "mask" / "00.png").read_bytes()[:40])
-    with pytest.raises(InputError, match=r"01\.png: not a picture"):
-        read_photographs(photos)
-    for file in (photos / "mask").iterdir():
-        file.unlink()
-    with pytest.raises(InputError, match=r"no photograph has a mask.*00\.png"):
-        read_photographs(photos)
-    (photos / "mask").rmdir()
-    with pytest.raises(InputError, match=r"mask is missing"):
-        read_photographs(photos)
-
-
-def test_missing_and_empty_image_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="image is missing"):
-        read_photographs(tmp_path)
-    (tmp_path / "image").mkdir()
-    with pytest.raises(InputError, match="holds no photographs"):
-        read_photographs(tmp_path)
-
-
-def test_two_photographs_of_one_name_are_refused(photos: Path) -> None:
-    write(photos / "image" / "00.jpg", np.zeros((30, 40, 3), np.uint8))
-    with pytest.raises(InputError, match="two photographs are named 00"):
-        read_photographs(photos)
 
 
 @given(
@@ -129,8 +39,11 @@ def test_a_view_shows_the_whole_subject_under_its_hole(
         assert view.image[..., 0][~view.hole].max(initial=0) < 200
 
 
-def test_equal_seeds_draw_equal_views(photos: Path) -> None:
-    photograph = read_photographs(photos)[0]
+def test_equal_seeds_draw_equal_views() -> None:
+    subject = np.zeros((30, 40), bool)
+    subject[8:20, 10:25] = True
+    image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    photograph = Photograph(image, subject, "00.png")
     first, second, other = (draw_view(np.random.default_rng(seed), photograph, 64) for seed in (1, 1, 2))
     assert np.array_equal(first.image, second.image)
     assert np.array_equal(first.hole, second.hole)

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from dreammix_trt.core.errors import EngineError, InputError
 from dreammix_trt.core.networks import is_twin
+from dreammix_trt.core.onnx_runtime import import_onnxruntime
 from dreammix_trt.core.seam import BaseFacts
 from dreammix_trt.core.slots import Slot, slots_of, unpack
 from dreammix_trt.engine.hardware import count_cores
@@ -125,8 +126,7 @@ class EngineSet:
         return session
 
     def _open_session(self, name: str) -> onnxruntime.InferenceSession:
-        import onnxruntime as ort
-
+        ort = import_onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self.threads

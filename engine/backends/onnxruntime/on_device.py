@@ -15,6 +15,7 @@ import numpy as np
 from dreammix_trt.core.axes import Sides, Tensor
 from dreammix_trt.core.errors import DeviceError, EngineError, InputError, OutOfMemoryError
 from dreammix_trt.core.networks import is_twin
+from dreammix_trt.core.onnx_runtime import import_onnxruntime
 from dreammix_trt.core.seam import Array, BaseFacts, Stream
 from dreammix_trt.core.slots import Slot, slots_of
 from dreammix_trt.engine.backends.onnxruntime.engine_set import REBUILD, list_parts, read_facts, read_network
@@ -192,8 +193,7 @@ class OnnxNetworks:
         return self._entries[name]
 
     def _open_session(self, name: str) -> onnxruntime.InferenceSession:
-        import onnxruntime as ort
-
+        ort = import_onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = count_cores() if self.provider == "cpu" else 1
@@ -235,8 +235,7 @@ class OnnxBound:
         Raises EngineError for another stream, when it is closed or its network unloaded, and for ONNX Runtime's own
         errors; OutOfMemoryError.
         """
-        import onnxruntime as ort
-
+        ort = import_onnxruntime()
         if not self._networks.serves(stream):
             raise EngineError(f"{self.name} runs in the stream that it was opened with alone; open networks for each")
         session = self._networks.session(self.name)
@@ -274,8 +273,7 @@ def _choose_providers(
     provider: str, stream: Stream, memory_limit: int | None
 ) -> list[str | tuple[str, dict[str, str]]]:
     """The providers of a session. Raises DeviceError where ONNX Runtime cannot use them."""
-    import onnxruntime as ort
-
+    ort = import_onnxruntime()
     if PROVIDERS[provider] not in ort.get_available_providers():
         raise DeviceError(
             f"ONNX Runtime has no {PROVIDERS[provider]} here; install onnxruntime-gpu in onnxruntime's place "

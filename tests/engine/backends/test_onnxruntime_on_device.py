@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 
 from dreammix_trt.core.axes import Sides
 from dreammix_trt.core.errors import DeviceError, EngineError, InputError, OutOfMemoryError
+from dreammix_trt.core.onnx_runtime import import_onnxruntime
 from dreammix_trt.core.seam import Array, DeviceNetworks
 from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet
 from dreammix_trt.engine.backends.onnxruntime.on_device import OnnxNetworks
 from dreammix_trt.engine.directory import open_engine
 
+ort = import_onnxruntime()
 SIDES = Sides(rows=4, pictures=2, height=8, width=12)
 
 

@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 
 from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.masks import read_mask
+from dreammix_trt.core.pictures import read_image
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.canvas import frames as canvas
 from dreammix_trt.engine.canvas import geometry
 from dreammix_trt.engine.canvas.frames import Canvas, Frame
-from dreammix_trt.engine.canvas.pictures import read_image, read_mask
 
 CASES = ("case1", "case2", "case3")
 
@@ -37,7 +38,7 @@ def digest(picture: canvas.U8) -> bytes:
 def lay_case(folder: Path) -> tuple[Canvas, Frame, Frame, dict[str, object]]:
     config = json.loads((folder / "config.json").read_text())
     picture = read_image(folder / "input.png")
-    mask = read_mask(folder / "mask.png", picture.size)
+    mask = read_mask(folder / "mask.png", picture)
     laid = Canvas.of(picture.rgb, mask, mode="reference", native=1024)
     local, whole = laid.first_frame(config["inpaint_respective_field"]), laid.global_frame(config["isf_global_ia"])
     return laid, local, whole, config

@@ -1,0 +1,119 @@
+"""What a picture says beside its pixels, and what of it still holds for a result: colour profile, EXIF, dpi."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+
+import numpy as np
+from PIL import ExifTags, Image
+
+log = logging.getLogger(__name__)
+
+_ORIENTATION = 0x0112
+
+#: EXIF tags that stay true when a part is repainted: who, when, what, with which camera, at how many dots per inch.
+_KEPT = (
+    *("ImageDescription", "Make", "Model", "XResolution", "YResolution", "ResolutionUnit", "Software", "DateTime"),
+    *("Artist", "HostComputer", "Copyright", "XPTitle", "XPComment", "XPAuthor", "XPKeywords", "XPSubject"),
+)
+_KEPT_TAGS = frozenset(int(ExifTags.Base[name]) for name in _KEPT)
+
+#: Left out of the camera's own block: makers' notes (their offsets break, and they hold small pictures), comments of
+#: other generators, and sizes in pixels.
+_DROPPED = ("MakerNote", "UserComment", "ExifInteroperabilityOffset", "ExifImageWidth", "ExifImageHeight")
+_DROPPED_TAGS = frozenset(int(ExifTags.Base[name]) for name in _DROPPED)
+
+_GREY, _COLOUR = b"GRAY", b"RGB "
+
+
+def keep_profile(image: Image.Image, plain: Image.Image, label: str) -> bytes | None:
+    """The colour profile of an image, where it holds for what the image became.
+
+    image: as it was read.
+    plain: the same as L, LA, RGB or RGBA.
+    label: what a warning about a profile that is left out calls it.
+    """
+    profile = image.info.get("icc_profile")
+    if not isinstance(profile, bytes) or not profile or image.mode in ("CMYK", "LAB"):  # those are converted
+        return None
+    space, expected = _space_of(profile), _GREY if plain.mode in ("L", "LA") else _COLOUR
+    if space in (None, expected):
+        return profile
+    log.warning(
+        "%s: its colour profile is for %r values, but it has %r: the profile is left out",
+        *(label, space.decode("latin-1").strip(), expected.decode().strip()),
+    )
+    return None
+
+
+def is_grey(image: Image.Image, converted: Image.Image) -> bool:
+    """Whether a palette image is a grey one: its profile says so, and so do its colours."""
+    if _space_of(image.info.get("icc_profile") or b"") != _GREY:
+        return False
+    red, green, blue = (np.asarray(converted.getchannel(band)) for band in "RGB")
+    return bool((red == green).all() and (green == blue).all())
+
+
+def through_profile(image: Image.Image, label: str) -> Image.Image:
+    """A CMYK image as sRGB, through its colour profile where it has one that can be used (littlecms, relative
+    colorimetric with black point compensation, as photo editors do)."""
+    from PIL import ImageCms
+
+    profile = image.info.get("icc_profile")
+    if not profile:
+        log.warning("%s is CMYK without a colour profile: its colours are a guess", label)
+        return image.convert("RGB")
+    try:
+        converted = ImageCms.profileToProfile(
+            image,
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+            ImageCms.createProfile("sRGB"),
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            "RGB",
+            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
+        log.warning("%s: its CMYK profile cannot be used (%s): its colours are a guess", label, error)
+        return image.convert("RGB")
+    assert converted is not None
+    return converted
+
+
+def keep_exif(image: Image.Image, label: str) -> bytes | None:
+    """The part of an image's EXIF block that a result keeps, None where there is none.
+
+    Description, copyright, author, dates, camera, exposure, place and resolution are kept. The orientation is reset, as
+    pixels are upright; small pictures of the old state, makers' notes and comments are left out.
+    """
+    try:
+        given, kept = image.getexif(), Image.Exif()
+        for tag in _KEPT_TAGS & given.keys():
+            kept[tag] = given[tag]
+        for block in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+            values = {tag: value for tag, value in given.get_ifd(block).items() if tag not in _DROPPED_TAGS}
+            if values:
+                kept.get_ifd(block).update(values)
+                kept[block] = values
+        return kept.tobytes() if len(kept) else None
+    except Exception as error:  # whatever a camera or an editor wrote: it is not worth the picture
+        log.warning("%s: its EXIF block cannot be kept (%s)", label, error)
+        return None
+
+
+def keep_dpi(image: Image.Image) -> tuple[float, float] | None:
+    """Dots per inch across and down, upright; None where nothing usable is said."""
+    try:
+        across, down = (float(value) for value in image.info.get("dpi", ()))
+        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    except Exception:  # IFD rationals of 0/0, single numbers, damaged blocks
+        return None
+    if not all(math.isfinite(value) and 0 < value < 1e6 for value in (across, down)):
+        return None
+    return (down, across) if turned else (across, down)
+
+
+def _space_of(profile: bytes) -> bytes | None:
+    """The colour space in a profile's header (ICC.1:2022, 7.2.8); None: not a profile that can be read."""
+    return profile[16:20] if len(profile) >= 128 and profile[36:40] == b"acsp" else None

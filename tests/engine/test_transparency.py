@@ -1,0 +1,73 @@
+"""Pictures with transparency through the whole runtime, on the host and on the simulated device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dreammix_trt.core.errors import InputError
+from dreammix_trt.engine import DreamMix
+from dreammix_trt.engine.canvas.geometry import feather_width
+from tests.engine.conftest import make_scene
+
+STEPS = 2
+SIZE = (128, 128)
+
+
+@pytest.fixture(params=["host", "device"])
+def painter(request: pytest.FixtureRequest) -> DreamMix:
+    if request.param == "host":
+        host: DreamMix = request.getfixturevalue("host")
+        return host
+    dm: DreamMix = request.getfixturevalue("simulated")()[0]
+    return dm
+
+
+def make_layers(hidden: int) -> tuple[np.ndarray, np.ndarray]:
+    """A picture whose left part is transparent, `hidden` beneath, and a mask that reaches into it."""
+    image, mask = make_scene(*SIZE)
+    rgb, marked = np.asarray(image).copy(), np.asarray(mask) > 127
+    alpha = np.full(SIZE, 255, np.uint8)
+    middle = int(np.nonzero(marked.any(0))[0].mean())
+    alpha[:, :middle] = 0
+    rgb[alpha == 0] = hidden
+    return np.dstack([rgb, alpha]), np.where(marked, 255, 0).astype(np.uint8)
+
+
+def paint(dm: DreamMix, image: Any, mask: Any) -> np.ndarray:
+    result = dm.inpaint(image, mask, "a red sks mug", num_inference_steps=STEPS, seed=3)
+    assert result.images[0].mode == "RGBA"
+    return np.asarray(result.images[0])
+
+
+def test_what_is_painted_shows_and_what_is_hidden_is_not_seen(painter: DreamMix) -> None:
+    (black, mask), (white, _) = make_layers(0), make_layers(255)
+    out, other = paint(painter, Image.fromarray(black), mask), paint(painter, Image.fromarray(white), mask)
+    marked = mask > 0
+    assert (out[marked, 3] == 255).all()  # also where there was nothing
+    np.testing.assert_array_equal(out[marked], other[marked])  # the hidden colours did not matter
+    far = np.ones(SIZE, bool)
+    rows, columns = (np.nonzero(marked.any(axis))[0] for axis in (1, 0))
+    reach = feather_width(SIZE) + 1
+    far[max(rows[0] - reach, 0) : rows[-1] + reach + 1, max(columns[0] - reach, 0) : columns[-1] + reach + 1] = False
+    np.testing.assert_array_equal(out[far], black[far])
+    np.testing.assert_array_equal(other[far], white[far])
+    rim = out[..., 3][(black[..., 3] == 0) & ~marked & ~far]
+    assert ((rim > 0) & (rim < 255)).any()  # alpha rises with the feather
+
+
+def test_the_mask_may_be_the_pictures_own_transparency(painter: DreamMix) -> None:
+    image, mask = make_scene(*SIZE)
+    marked = np.asarray(mask) > 127
+    erased = np.dstack([np.asarray(image), np.where(marked, 0, 255).astype(np.uint8)])
+    by_none = paint(painter, Image.fromarray(erased), None)
+    by_mask = paint(painter, Image.fromarray(erased), np.where(marked, 255, 0).astype(np.uint8))
+    by_itself = paint(painter, Image.fromarray(erased), Image.fromarray(erased))
+    np.testing.assert_array_equal(by_none, by_mask)
+    np.testing.assert_array_equal(by_none, by_itself)
+    assert (by_none[marked, 3] == 255).all()
+    with pytest.raises(InputError, match="has no transparency"):
+        painter.inpaint(image, None, "a red sks mug", num_inference_steps=STEPS)
