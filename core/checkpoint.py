@@ -83,7 +83,8 @@ class BaseFiles:
 
         path: a diffusers folder, a model's folder in the hub's cache, or a single `.safetensors` or `.ckpt` file; None:
             the embedded model.
-        patch, head: files of the inpainting patch and its head; None: those in the base's folder, if any.
+        patch, head: files of the inpainting patch and its head; None: those in the base's folder, or beside its single
+            file where that has no head of its own, if any.
         patch_biases: see `BaseFiles`.
         vae: a folder with config.json and weights, a folder that has them in `vae/`, or a file.
         tokenizer: a folder with `tokenizer/` and `tokenizer_2/`, or with the files of one tokenizer for both encoders.
@@ -94,8 +95,7 @@ class BaseFiles:
         """
         with explain_read_errors(EMBEDDED if path is None else path):
             base = cls._find(path, vae, tokenizer)
-            patch_file = _choose_file(patch, base.folder, "*.fooocus.patch")
-            head_file = _choose_file(head, base.folder, "*inpaint_head.*")
+            patch_file, head_file = base._find_patch(patch, head)
         if base.nine_channels and (patch_file or head_file):
             raise FileFormatError(f"{patch_file or head_file}: does not go with {base.folder}: {_PATCHED}")
         if (patch_file is None) != (head_file is None):
@@ -120,6 +120,13 @@ class BaseFiles:
         configs["unet"] = {**configs["unet"], "in_channels": 4}
         base._check_tokenizers()
         return replace(base, nine_channels=channels == 9)
+
+    def _find_patch(self, patch: str | Path | None, head: str | Path | None) -> tuple[Path | None, Path | None]:
+        """Patch and head, given or found. Beside a single file both have to lie; a 9-channel one needs none."""
+        alone = not self.folder.is_dir()
+        place = self.folder.parent if alone and not self.nine_channels else self.folder
+        found = _choose_file(patch, place, "*.fooocus.patch"), _choose_file(head, place, "*inpaint_head.*")
+        return (None, None) if alone and patch is None and head is None and None in found else found
 
     @property
     def name(self) -> str:

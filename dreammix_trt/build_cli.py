@@ -36,8 +36,10 @@ Token = Annotated[
 ClassName = Annotated[
     list[str] | None, typer.Option(help="What the subject is: teapot, dog; of several subjects NAME=CLASS.")
 ]
-Patch = Annotated[Path | None, typer.Option(help="*.fooocus.patch; default: the one in the base's folder.")]
-Head = Annotated[Path | None, typer.Option(help="inpaint_head.pth; default: the one in the base's folder.")]
+Patch = Annotated[
+    Path | None, typer.Option(help="*.fooocus.patch; default: the one in the base's folder, or beside its file.")
+]
+Head = Annotated[Path | None, typer.Option(help="inpaint_head.pth; default: like the patch.")]
 Vae = Annotated[Path | None, typer.Option(help="Another VAE: folder or file.")]
 Tokenizer = Annotated[Path | None, typer.Option(help="Another tokenizer's folder; default: the base's, or CLIP's.")]
 BaseLoras = Annotated[
