@@ -190,23 +190,34 @@ def _open_image(source: Source, label: str, max_pixels: int) -> Image.Image:
     if array is not None:
         _check_pixels(array.shape[0], array.shape[1], label, max_pixels)
         return Image.fromarray(array)
+    file = _find_file(source, label)
+    try:
+        return _open_file(file, label, max_pixels)
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{label} has too many pixels ({error}): scale it down") from None
+    except UnidentifiedImageError:
+        raise InputError(_explain_unknown(file, label)) from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{label} cannot be read: {error}") from error
+
+
+def _find_file(source: Source, label: str) -> Path | bytes:
+    """Where a picture's file is, or its bytes."""
     data = as_bytes(source, label)
-    if data is None and not isinstance(source, (str, os.PathLike)):
+    if data is not None:
+        return data
+    if not isinstance(source, (str, os.PathLike)):
         raise InputError(
             f"{label} is a {type(source).__name__}: give a path, bytes, an open file, a PIL image, an array or a tensor"
         )
     try:
-        if data is None and Path(source).is_dir():
+        if Path(source).is_dir():
             raise InputError(f"{label} is a folder: name a picture in it")
-        if data is None and not Path(source).is_file():
+        if not Path(source).is_file():
             raise InputError(f"{label}: there is no such file")
-        return _open_file(Path(source) if data is None else data, label, max_pixels)
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{label} has too many pixels ({error}): scale it down") from None
-    except UnidentifiedImageError:
-        raise InputError(_explain_unknown(Path(source) if data is None else data, label)) from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{label} cannot be read: {error}") from error
+    return Path(source)
 
 
 def _open_file(file: Path | bytes, label: str, max_pixels: int) -> Image.Image:

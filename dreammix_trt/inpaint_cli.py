@@ -334,7 +334,7 @@ def _save(result: Result, out: Path, stages: Path | None, *, metadata: bool) -> 
     if stages:
         from dreammix_trt.report import stage_sheet
 
-        write_picture(stage_sheet(result), stages, result.request if metadata else None)
+        write_picture(stage_sheet(result), stages, result.pick(0)[1] if metadata else None)
     if out == STANDARD:
         _write_standard(result, metadata=metadata)
         return [out]

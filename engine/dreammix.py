@@ -225,16 +225,18 @@ class DreamMix:
         """Names of the loaded subjects; the first is the default."""
         return self._roster.names
 
-    def add_subject(self, path: str | os.PathLike[str], name: str | None = None) -> str:
+    def add_subject(self, path: str | os.PathLike[str], name: str | None = None, *, token: str | None = None) -> str:
         """Load another subject of the same base.
 
-        path: a subject file, or an engine directory with subjects in it.
+        path: a subject file, a LoRA (file or folder, from any trainer whose files `build --lora` takes), or an engine
+            directory with subjects in it.
         name: what requests call it; None: the file's name for it. It replaces a loaded subject of that name.
+        token: its word in prompts; None: as the file says, else "sks".
 
         Returns the name; of several subjects, the first one's. Raises FileFormatError when it does not fit this base.
         """
         self._check_open()
-        return self._roster.add_from(path, name)
+        return self._roster.add_from(path, name, token)
 
     def remove_subject(self, name: str) -> None:
         """Forget a subject and free what it takes. Where it was the default, the next one is.
@@ -262,9 +264,9 @@ class DreamMix:
     ) -> Result:
         """Paint the marked region (mask above 127) of a picture of any size.
 
-        image, mask_image: path, PIL image or uint8 array, of equal size. What is transparent in the picture is never
-            seen by a network; what is painted becomes visible. mask_image None: the mask is the picture's own
-            transparency, and what is transparent is repainted.
+        image, mask_image: path, PIL image, a file's bytes, open file, array or tensor (`core.pictures.read_image`), of
+            equal size. What is transparent in the picture is never seen by a network; what is painted becomes visible.
+            mask_image None: the mask is the picture's own transparency, and what is transparent is repainted.
         prompt: text, which makes a request as `request` does, or a whole Request, used as it is.
         noise: where the random numbers come from, one provider for each picture; default: the seed. Not on a GPU.
         keep_stages: whether the result has pictures of what each stage did.

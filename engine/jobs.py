@@ -193,7 +193,7 @@ def _make_event(job: LaidOut, progress: Progress, index: int, total: int, pictur
 
     def look(whole: bool) -> Image.Image:
         pixels = progress.preview(0, whole)
-        return _write(job.source, pixels) if whole else _to_image(pixels)
+        return _write(job.source, pixels, job.works[0].canvas) if whole else _to_image(pixels)
 
     return StepEvent(index, total, progress.step.stage, picture, look, progress.taken)
 

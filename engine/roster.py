@@ -6,9 +6,10 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from dreammix_trt.core.errors import EngineError, InputError
+from dreammix_trt.core.errors import EngineError, FileFormatError, InputError
+from dreammix_trt.core.passport import FILE_NAME
 from dreammix_trt.core.request import Request
-from dreammix_trt.core.subject import Subject, read_subject
+from dreammix_trt.core.subject import Subject, open_subject
 from dreammix_trt.engine.runtime import Runtime
 
 _NONE = Subject("", "sks", "")
@@ -43,21 +44,27 @@ class Roster:
         self._subjects[name] = subject
         return name
 
-    def add_from(self, path: str | os.PathLike[str], name: str | None = None) -> str:
-        """Add the subjects of a subject file or of an engine directory.
+    def add_from(self, path: str | os.PathLike[str], name: str | None = None, token: str | None = None) -> str:
+        """Add the subjects of a file, of a LoRA's folder, or of an engine directory.
 
         name: what requests call it, for a single subject; None: each keeps its own.
+        token: its word in prompts; None: as the file says.
 
-        Returns the first one's name. Raises EngineError for a directory without subjects, InputError for one name for
-        several.
+        Returns the first one's name. Raises EngineError for an engine without subjects, InputError for one name or
+        word for several, FileFormatError for what is no subject or does not fit.
         """
         source = Path(path)
-        files = sorted((source / "subjects").glob("*.safetensors")) if source.is_dir() else [source]
-        if not files:
-            raise EngineError(f"{source} holds no subject (subjects/*.safetensors); make one with `dreammix-trt build`")
-        if name is not None and len(files) > 1:
-            raise InputError(f"name is {name!r}, but {source} holds {len(files)} subjects; name one of their files")
-        names = [self.add(subject, name or "") for subject in map(read_subject, files)]
+        files = _list_files(source)
+        if (name is not None or token is not None) and len(files) > 1:
+            given = f"name is {name!r}" if name is not None else f"token is {token!r}"
+            raise InputError(f"{given}, but {source} holds {len(files)} subjects; name one of their files")
+        names = []
+        for file in files:
+            subject = open_subject(file, self._runtime.facts.unet, token=token or "")
+            try:
+                names.append(self.add(subject, name or ""))
+            except FileFormatError as error:
+                raise FileFormatError(f"{file}: {error}") from error
         return names[0]
 
     def remove(self, name: str) -> None:
@@ -88,3 +95,13 @@ class Roster:
             known = ", ".join(map(repr, self._subjects)) or "none"
             hint = "; load it with add_subject, or give '' for none" if field == "subject" else ""
             raise InputError(f"{field} is {name!r}; loaded are: {known}{hint}")
+
+
+def _list_files(source: Path) -> list[Path]:
+    """The subjects' files of an engine directory; of anything else, itself. Raises EngineError where there is none."""
+    if not (source / FILE_NAME).is_file() and not (source / "subjects").is_dir():
+        return [source]
+    files = sorted((source / "subjects").glob("*.safetensors"))
+    if not files:
+        raise EngineError(f"{source} holds no subject (subjects/*.safetensors); make one with `dreammix-trt build`")
+    return files

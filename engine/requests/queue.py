@@ -94,7 +94,8 @@ class RequestQueue:
         request = prompt.replace(**fields) if isinstance(prompt, Request) else self._request(prompt, **fields)
         if on_step is not None and not callable(on_step):
             raise InputError(f"on_step is a {type(on_step).__name__}: give a function of one StepEvent")
-        order = Order(_hold(image, "image"), _hold(mask_image, "mask_image"), request, noise, keep_stages, on_step)
+        mask = None if mask_image is None else _hold(mask_image, "mask_image")
+        order = Order(_hold(image, "image"), mask, request, noise, keep_stages, on_step)
         ticket = Ticket(self._line, order, begun, allowed)
         with self._line.lock:
             self._line.admit(ticket, patience)

@@ -103,6 +103,14 @@ def test_masks_of_files(tmp_path: Path) -> None:
         assert abs(marked_share(read_mask(file, PICTURE)) - 800 / 5400) < 0.01, file.name
 
 
+def test_masks_in_memory() -> None:
+    picture = read_image(np.full((HEIGHT, WIDTH, 3), 9, np.uint8))
+    for mask in (MASK / 255, MASK > 127, MASK[None].astype(np.float16) / 255):
+        np.testing.assert_array_equal(read_mask(mask, picture), MASK)
+    with pytest.raises(InputError, match=r"^mask_image is not a picture"):
+        read_mask(b"no picture", picture)
+
+
 def test_an_erased_picture_is_recognised_after_lossy_saving(tmp_path: Path) -> None:
     Image.fromarray(PHOTO).save(tmp_path / "photo.jpg", quality=90)
     layers(PHOTO, 255 - MASK).save(tmp_path / "erased.webp", quality=80)
@@ -180,11 +188,3 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
 
 def test_one_pixel() -> None:
     assert read_mask(np.full((1, 1), 255, np.uint8), read_image(PHOTO[:1, :1])).tolist() == [[255]]
-
-
-def test_masks_in_memory() -> None:
-    """Booleans, floats, CHW; the rules of test_sources.py."""
-    for mask in (MASK / 255, MASK > 127, MASK[None].astype(np.float16) / 255):
-        np.testing.assert_array_equal(read_mask(mask, PICTURE), MASK)
-    with pytest.raises(InputError, match=r"^mask_image is not a picture"):
-        read_mask(b"no picture", PICTURE)

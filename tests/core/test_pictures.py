@@ -129,6 +129,8 @@ def test_pictures_in_memory_are_those_of_files(tmp_path: Path) -> None:
     with (tmp_path / "i.png").open("rb") as file:
         for source in (data, file, file, io.BytesIO(data), RGB / 255, RGB.transpose(2, 0, 1)):
             np.testing.assert_array_equal(read_image(source).rgb, RGB)
+    with pytest.raises(InputError, match=r"^image is not a picture"):
+        read_image(b"no picture")
     with pytest.raises(InputError, match=r"^image is damaged"):
         read_image(data[:-30])
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from dreammix_trt.core.errors import EngineError, FileFormatError, InputError
 from dreammix_trt.core.lora import read_lora
@@ -22,6 +23,7 @@ from dreammix_trt.engine import DreamMix, FakeDenoiser
 from dreammix_trt.engine.dreammix import Job, read_request, save
 from dreammix_trt.engine.imprint import Origin, find_version
 from tests.conftest import write_lora
+from tests.support.tiny_model import random_factors, write_tiny_lora
 
 STEPS = 4
 RNG = np.random.default_rng(8)
@@ -211,9 +213,43 @@ def test_what_is_no_subject_is_refused(dm: DreamMix, tmp_path: Path) -> None:
     (tmp_path / "notes.safetensors").write_bytes(b"no")
     with pytest.raises(FileFormatError, match=r"notes\.safetensors"):
         dm.add_subject(tmp_path / "notes.safetensors")
-    with pytest.raises(EngineError, match="holds no subject"):
+    with pytest.raises(FileFormatError, match=r"notes\.safetensors"):
         dm.add_subject(tmp_path)
+    with pytest.raises(FileFormatError, match="no such"):
+        dm.add_subject(tmp_path / "absent")
+    (tmp_path / "engine/subjects").mkdir(parents=True)
+    with pytest.raises(EngineError, match="engine holds no subject"):
+        dm.add_subject(tmp_path / "engine")
+    other = {"down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k": (32, 32)}
+    with pytest.raises(FileFormatError, match=r"other\.safetensors: .*this LoRA is for another base"):
+        dm.add_subject(write_tiny_lora(tmp_path / "other.safetensors", random_factors(other)))
     assert dm.subjects == ("mug",)
+
+
+def test_a_lora_file_is_a_subject(dm: DreamMix, mug_engine: Path, mug_lora: Path, tmp_path: Path) -> None:
+    """As the trainer leaves it, in a folder, and as kohya's scripts write it, with their word for it."""
+    kohya = {}
+    for name, values in load_file(mug_lora / "pytorch_lora_weights.safetensors").items():
+        network, _, module = name.partition(".")
+        module, _, side = module.partition(".lora.")
+        flat = f"lora_{network}_{module.replace('.', '_')}"
+        kohya[f"{flat}.lora_{side}"] = values
+        kohya[f"{flat}.alpha"] = np.array(4.0, np.float32)
+    save_file(kohya, tmp_path / "v1.safetensors", {"ss_tag_frequency": '{"10_ohwx tea pot": {"ohwx tea pot": 3}}'})
+    with DreamMix.load(mug_engine, threads=1) as fresh:
+        assert fresh.add_subject(tmp_path / "v1.safetensors") == "tea-pot"
+        assert fresh.add_subject(mug_lora, name="my mug", token="zwx") == "my mug"
+        pot = paint(fresh, "a red ohwx pot", subject="tea-pot", substitute=["red"], guidance_scale=1.0)
+        mug = paint(fresh, "a red zwx pot", subject="my mug", substitute=["red"], guidance_scale=1.0)
+        assert pot.shape == mug.shape == PIXELS.shape
+        same = [paint(fresh, "a mug", subject=name) for name in ("tea-pot", "my mug")]
+        np.testing.assert_array_equal(*same)
+        built, nobody = paint(dm, "a mug"), paint(dm, "a mug", subject="")  # from a file of 16 bits
+        off = np.abs(same[0].astype(int) - built)
+        assert off.mean() < 0.1 * np.abs(nobody.astype(int) - built).mean()
+        for subject, other in (("tea-pot", "zwx"), ("my mug", "ohwx")):
+            with pytest.raises(InputError):  # TAS wants the subject's own word
+                paint(fresh, f"a red {other} pot", subject=subject, substitute=["red"])
 
 
 def test_iterating_tells_each_step_and_previews_it(dm: DreamMix) -> None:
