@@ -20,7 +20,7 @@ import numpy as np
 from dreammix_trt.core.errors import FileFormatError, InputError
 from dreammix_trt.core.files import atomic_file, sha256_of
 from dreammix_trt.core.lora import TARGETS, Factors, Lora, LoraSpec, Target, read_lora
-from dreammix_trt.core.lora_words import read_words
+from dreammix_trt.core.lora_words import find_words
 from dreammix_trt.core.networks import KINDS, unets_of
 from dreammix_trt.core.slots import Floats
 from dreammix_trt.core.tensors import open_tensors
@@ -135,7 +135,7 @@ def make_subject(
 
     Raises `InputError` for a name that cannot be one.
     """
-    words = [read_words(lora.metadata) for lora, _ in loras]
+    words = [find_words(lora.source_path, lora.metadata) for lora, _ in loras]
     token = token or next((each.token for each in words if each.token), TOKEN)
     class_name = class_name or next((each.class_name for each in words if each.class_name), "")
     hashes = [sha256_of(lora.source_path, verify=True) for lora, _ in loras]

@@ -10,7 +10,7 @@ from dreammix_trt.building.order import BuildOrder, SubjectOrder
 from dreammix_trt.core.errors import FileFormatError, InputError
 from dreammix_trt.core.lora import Lora, LoraSpec, read_lora
 from dreammix_trt.core.lora_names import join_first
-from dreammix_trt.core.lora_words import read_words
+from dreammix_trt.core.lora_words import find_words
 from dreammix_trt.core.networks import Network
 from dreammix_trt.core.packing import find_misfits, pack
 from dreammix_trt.core.subject import Subject, is_subject_file, make_subject, open_subject
@@ -107,7 +107,7 @@ def _tell_words(made: MadeSubject, several: bool, tell: Tell) -> None:
     """Say where the trigger word comes from, unless it was asked for or our own trainer wrote it."""
     if made.order.token:
         return
-    words = [read_words(lora.metadata) for lora, _ in made.loras]
+    words = [find_words(lora.source_path, lora.metadata) for lora, _ in made.loras]
     found = next((each for each in words if each.token), None)
     place = f"{made.subject.name}=WORD" if several else "WORD"
     if found is None:
@@ -117,7 +117,7 @@ def _tell_words(made: MadeSubject, several: bool, tell: Tell) -> None:
         )
     elif found.source != "token":
         told = f"trigger word {found.token!r}" + (f", class {found.class_name!r}" if found.class_name else "")
-        tell(f"{made.sources}: {told} (from its {found.source}); --token {place} and --class-name change that")
+        tell(f"{made.sources}: {told} (says its {found.source}); --token {place} and --class-name change that")
 
 
 def _order_alone(made: MadeSubject, order: BuildOrder) -> BuildOrder:
