@@ -49,7 +49,7 @@ def make_subjects(order: BuildOrder, unet_config: Mapping[str, Any], tell: Tell)
     return made
 
 
-def check_fit(made: MadeSubject, networks: Sequence[Network], order: BuildOrder) -> None:
+def check_slots(made: MadeSubject, networks: Sequence[Network], order: BuildOrder) -> None:
     """Raise FileFormatError for a subject that does not fit the slots; it begins with the command that helps."""
     subject, slots = made.subject, {network.name: network.slots for network in networks}
     for name in subject.factors:
