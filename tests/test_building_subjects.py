@@ -82,8 +82,8 @@ def test_a_rank_above_the_slots_is_told_the_whole_command(small_base: Path, mug_
 
 
 def test_several_subjects_at_once(small_base: Path, mug_engine: Path, mug_lora: Path, tmp_path: Path) -> None:
-    """A LoRA with scale and a subject file, each by its name; the command of the passport says the same."""
-    file = mug_engine / "subjects" / "mug.safetensors"
+    """A LoRA with scale and an engine's subject, each by its name; the command of the passport says the same."""
+    file = mug_engine
     passport = build(
         base=small_base,
         out=tmp_path / "both",

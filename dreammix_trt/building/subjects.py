@@ -13,7 +13,7 @@ from dreammix_trt.core.lora_names import join_first
 from dreammix_trt.core.lora_words import find_words
 from dreammix_trt.core.networks import Network
 from dreammix_trt.core.packing import find_misfits, pack
-from dreammix_trt.core.subject import Subject, is_subject_file, make_subject, open_subject
+from dreammix_trt.core.subject import Subject, find_subject_file, make_subject, open_subject
 
 Tell = Callable[[str], None]
 MOST_RANK = 256
@@ -85,7 +85,7 @@ def check_slots(made: MadeSubject, networks: Sequence[Network], order: BuildOrde
 
 def _make(asked: SubjectOrder, order: BuildOrder, unet_config: Mapping[str, Any], tell: Tell) -> MadeSubject:
     words = {"token": asked.token, "class_name": asked.class_name}
-    files = [spec for spec in asked.files if is_subject_file(spec.file)]
+    files = [spec for spec in asked.files if find_subject_file(spec.file)]
     if files and (len(asked.files) > 1 or order.merge):
         what = "bake in" if order.merge else "put together with others"
         raise InputError(f"{files[0].file} is a subject file, not a LoRA to {what}; give the LoRA it was made of")
