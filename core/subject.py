@@ -20,7 +20,7 @@ import numpy as np
 from dreammix_trt.core.errors import FileFormatError, InputError
 from dreammix_trt.core.files import atomic_file, sha256_of
 from dreammix_trt.core.lora import TARGETS, Factors, Lora, LoraSpec, Target, read_lora
-from dreammix_trt.core.lora_words import read_words
+from dreammix_trt.core.lora_words import find_words
 from dreammix_trt.core.networks import KINDS, unets_of
 from dreammix_trt.core.slots import Floats
 from dreammix_trt.core.tensors import open_tensors
@@ -112,20 +112,27 @@ def open_subject(
 ) -> Subject:
     """The subject in a file: a subject file's, or one made of a LoRA in any dialect that `read_lora` reads.
 
-    source: the file, or a LoRA's folder; a `LoraSpec` has its scale and target, too.
+    source: the file, an engine directory with one subject, or a LoRA's folder; a `LoraSpec` has its scale and target,
+        too.
     unet_config: the base's diffusers `unet/config.json`, as for `read_lora`.
     name: how requests call it; empty: the subject file's, else the class, else the file's name.
     token, class_name: empty: as the file says, else "sks" and no class.
 
-    Raises `FileFormatError` for a file that is neither, `InputError` for a name that cannot be one, and for a target of
-    a subject file, which has its own.
+    Raises `FileFormatError` for a file that is neither and for a subject without factors, `InputError` for a name that
+    cannot be one, and for a target of a subject file, which has its own.
     """
     spec = source if isinstance(source, LoraSpec) else LoraSpec(Path(source))
-    if not is_subject_file(spec.file):
+    file = find_subject_file(spec.file)
+    if file is None:
         return make_subject([(read_lora(spec.file, unet_config), spec)], spec.file, name, token, class_name)
-    subject = read_subject(spec.file)
+    subject = read_subject(file)
+    if not subject.factors:
+        raise FileFormatError(
+            f"{file}: subject {subject.name} is merged into the weights of its engine, and has no factors of its own; "
+            "load that engine, or give its LoRA"
+        )
     if spec.target != LoraSpec.target:
-        raise InputError(f"{spec.file} is a subject file, which has its own target; leave {spec.target!r}")
+        raise InputError(f"{file} is a subject file, which has its own target; leave {spec.target!r}")
     return replace(
         subject,
         name=check_name(name or subject.name),
@@ -135,9 +142,17 @@ def open_subject(
     )
 
 
-def is_subject_file(path: str | Path) -> bool:
-    """Whether a file is one that `write_subject` wrote, rather than a LoRA. Reads its header only."""
-    return Path(path).is_file() and _MARK in open_tensors(path).metadata
+def find_subject_file(path: str | Path) -> Path | None:
+    """The subject file that a path means: itself, or the only one of an engine directory; None for a LoRA.
+
+    Reads its header only. Raises `FileFormatError` for an engine directory with several subjects.
+    """
+    path = Path(path)
+    held = sorted((path / "subjects").glob("*.safetensors")) if path.is_dir() else []
+    if len(held) > 1:
+        raise FileFormatError(f"{path} holds {len(held)} subjects; name the file of one: {', '.join(map(str, held))}")
+    file = held[0] if held else path
+    return file if file.is_file() and _MARK in open_tensors(file).metadata else None
 
 
 def make_subject(
@@ -149,7 +164,7 @@ def make_subject(
 
     Raises `InputError` for a name that cannot be one.
     """
-    words = [read_words(lora.metadata) for lora, _ in loras]
+    words = [find_words(lora.source_path, lora.metadata) for lora, _ in loras]
     token = token or next((each.token for each in words if each.token), TOKEN)
     class_name = class_name or next((each.class_name for each in words if each.class_name), "")
     hashes = [sha256_of(lora.source_path, verify=True) for lora, _ in loras]

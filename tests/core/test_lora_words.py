@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dreammix_trt.core.lora_words import LoraWords, read_words
+from dreammix_trt.core.lora_words import LoraWords, find_words, read_words
 
 CAPTIONS = {"10_ohwx teapot": {"ohwx teapot": 12, "on a table": 5}}
 
@@ -33,3 +34,21 @@ def test_the_words_are_found_wherever_trainers_write_them(
 ) -> None:
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     assert read_words(texts) == LoraWords(*words)
+
+
+@pytest.mark.parametrize(
+    ("name", "told", "words"),
+    [
+        ("pot.civitai.info", {"trainedWords": ["ohwx teapot", "x"]}, ("ohwx", "teapot", "pot.civitai.info")),
+        ("pot.json", {"activation text": "zwx, red", "preferred weight": 0.8}, ("zwx", "", "pot.json")),
+        ("pot.json", {"activation text": ""}, ("", "", "")),
+        ("pot.json", [1], ("", "", "")),
+        ("other.json", {"activation text": "zwx"}, ("", "", "")),
+    ],
+)
+def test_a_file_beside_says_it_where_the_lora_does_not(
+    tmp_path: Path, name: str, told: Any, words: tuple[str, str, str]
+) -> None:
+    (tmp_path / name).write_text(json.dumps(told))
+    assert find_words(tmp_path / "pot.safetensors", {}) == LoraWords(*words)
+    assert find_words(tmp_path / "pot.safetensors", {"token": "sks"}).token == "sks", "the LoRA itself counts more"
