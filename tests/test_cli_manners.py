@@ -275,12 +275,23 @@ def test_long_work_says_plain_lines_without_a_terminal(
     monkeypatch.setattr(terminal, "FIRST_LINE", 0.05)
     monkeypatch.setattr(terminal, "NEXT_LINE", 0.1)
     monkeypatch.setattr(terminal, "_state", terminal._State())
+    said = ""
+
+    def read_until(text: str) -> str:
+        nonlocal said
+        until = time.monotonic() + 20
+        while text not in said and time.monotonic() < until:
+            time.sleep(0.05)
+            said += capsys.readouterr().err
+        return said
+
     with terminal.show_progress("training") as update:
         update("steps", 0.25, "loss 0.5 [/] :smile:")
-        time.sleep(0.4)
-    lines = capsys.readouterr().err.splitlines()
-    assert 2 <= len(lines) <= 5
-    assert lines[0] == "training: steps 25% after 0 s, loss 0.5 [/] :smile:"
+        assert "training: steps 25% after 0 s, loss 0.5 [/] :smile:\n" in read_until("25%")
+        time.sleep(0.3)
+        update("steps", 0.75)
+        assert "training: steps 75% after " in read_until("75%")
+    assert said.count("25%") == said.count("75%") == 1, "what has not changed is not repeated"
 
 
 def test_short_work_says_no_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
