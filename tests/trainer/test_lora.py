@@ -273,7 +273,7 @@ def test_a_missing_extra_is_named(
     base: BaseFiles, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtraError, match=r"pip install dreammix-trt\[train\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'dreammix-trt\[train\]'"):
         train(photos, tmp_path / "lora", base)
     assert not any(tmp_path.iterdir())
 
