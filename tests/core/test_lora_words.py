@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dreammix_trt.core.lora_words import LoraWords, read_words
+from dreammix_trt.core.lora_words import LoraWords, read_caption_words, read_words
 
 CAPTIONS = {"10_ohwx teapot": {"ohwx teapot": 12, "on a table": 5}}
 
@@ -33,3 +33,17 @@ def test_the_words_are_found_wherever_trainers_write_them(
 ) -> None:
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     assert read_words(texts) == LoraWords(*words)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"captions": '["a photo of a Blue sks mug", "a shiny, hand-made sks mug"]'}, "blue hand-made mug shiny sks"),
+        ({"ss_tag_frequency": '{"10_ohwx pot": {"ohwx pot, red": 3, "on a table": 1}}'}, "ohwx pot red table"),
+        ({"captions": "[]", "ss_tag_frequency": '{"x": 3}'}, ""),
+        ({"ss_tag_frequency": "{"}, ""),
+        ({}, ""),
+    ],
+)
+def test_the_words_of_captions(metadata: dict[str, str], words: str) -> None:
+    assert read_caption_words(metadata) == tuple(words.split())

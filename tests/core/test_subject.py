@@ -341,3 +341,21 @@ def test_a_subject_file_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> No
     plain = tmp_path / "plain"
     plain.write_bytes(b"")
     assert (tmp_path / "s.safetensors").stat().st_mode == plain.stat().st_mode
+
+
+def test_the_words_of_captions_are_kept(tmp_path: Path) -> None:
+    """A LoRA's captions say which attributes its subject has; a subject file keeps the words."""
+    factors: Factors = {"unet": random_factors(MODULES)}
+    captions = {"captions": '["a photo of a blue sks mug"]'}
+    lora = Lora(factors, 4, tmp_path / "x", captions)
+    subject = subject_from_loras([(lora, 1.0, "patched")], "mug")
+    assert subject.caption_words == ("blue", "mug", "sks")
+    file = tmp_path / "mug.safetensors"
+    write_subject(file, subject)
+    assert read_subject(file).caption_words == subject.caption_words
+    write_subject(file, Subject("mug", "sks", "mug"))
+    assert read_subject(file).caption_words == ()
+    facts = {"schema": 3, "name": "x", "token": "y", "class_name": "", "caption_words": 3}
+    save_file({}, file, {"dreammix_subject": json.dumps(facts)})
+    with pytest.raises(FileFormatError, match="caption_words are 3"):
+        read_subject(file)
