@@ -3,7 +3,7 @@
 Trainers write it in many places: ours as `token` and `class_name`; kohya's scripts as the name of the folder of
 photographs ("10_ohwx teapot") and the tags of the captions (`ss_tag_frequency`); others as `modelspec.trigger_phrase`,
 trained words or the caption of the photographs; sites and managers of LoRAs into a file beside it. It is a default to
-be shown, never more.
+be shown, never more. The words of all captions say which attributes the subject may have.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _DULL = {
     "a", "an", "the", "of", "in", "on", "with", "and", "by", "at", "for", "to", "this", "my", "photo", "picture",
     "image", "photograph", "photography", "drawing", "painting", "rendering", "close-up", "closeup", "cropped", "style",
 }  # fmt: skip
+_MOST_CAPTION_WORDS = 2000
 _MOST_WORDS = 4  # a longer tag is a sentence, whose first word says nothing
 
 
@@ -86,6 +87,18 @@ def read_words(metadata: Mapping[str, str]) -> LoraWords:
             if found:
                 return LoraWords(*found, field)
     return _read_kohya(metadata)
+
+
+def read_caption_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """The words of the captions that a LoRA was trained with, lower case, in order; () where the file does not say.
+
+    metadata: of its safetensors file: our trainer's `captions`, kohya's `ss_tag_frequency`.
+    """
+    texts = list(_list_phrases(metadata.get("captions", "")))
+    for counts in _read_object(metadata, _TAGS).values():
+        texts += map(str, counts) if isinstance(counts, dict) else []
+    found = {word for text in texts for word in re.findall(r"\w[\w'-]*", text.lower())}
+    return tuple(sorted(found - _DULL))[:_MOST_CAPTION_WORDS]
 
 
 def _read_kohya(metadata: Mapping[str, str]) -> LoraWords:

@@ -20,7 +20,7 @@ import numpy as np
 from dreammix_trt.core.errors import FileFormatError, InputError
 from dreammix_trt.core.files import atomic_file, sha256_of
 from dreammix_trt.core.lora import TARGETS, Factors, Lora, LoraSpec, Target, read_lora
-from dreammix_trt.core.lora_words import find_words
+from dreammix_trt.core.lora_words import find_words, read_caption_words
 from dreammix_trt.core.networks import KINDS, unets_of
 from dreammix_trt.core.slots import Floats
 from dreammix_trt.core.tensors import open_tensors
@@ -28,7 +28,7 @@ from dreammix_trt.core.tensors import open_tensors
 SCHEMA = 3  # 2 has no parts: all of it is factors; 1 names the UNets that they act on by a target
 _FACTORS = "factors"  # the part of a file that holds them
 _BOTH = "unets"  # in the file: factors that the patched and the raw UNet share
-_FACTS = ("name", "token", "class_name", "scale", "base_key", "source_sha256")
+_FACTS = ("name", "token", "class_name", "scale", "base_key", "source_sha256", "caption_words")
 _LARGEST = float(np.finfo(np.float16).max)
 _MARK = "dreammix_subject"  # the metadata of a subject file
 _DULL = {"lora", "loras", "out", "output", "pytorch_lora_weights", "adapter_model"}  # names that say nothing
@@ -47,6 +47,7 @@ class Subject:
     scale: strength of the factors, multiplied in by `packing.pack`.
     base_key: the base it was made for.
     source_sha256: of the LoRA file.
+    caption_words: of the captions that it was trained with, lower case; (): nobody knows.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Subject:
     scale: float = 1.0
     base_key: str = ""
     source_sha256: str = ""
+    caption_words: tuple[str, ...] = field(default=(), repr=False)
 
     def factors_for(self, network: str) -> dict[str, tuple[Floats, Floats]]:
         """The factors an engine network takes."""
@@ -99,7 +101,9 @@ def subject_from_loras(
         on_unet = kind.factors == "unet"
         chosen = [each for each in loras if not on_unet or kind.name in unets_of(each[2])]
         factors[kind.name] = _stack(chosen, kind.factors)
-    return Subject(name, token, class_name, {network: found for network, found in factors.items() if found}, **more)
+    words = sorted({word for lora, _, _ in loras for word in read_caption_words(lora.metadata)})
+    found = {network: pairs for network, pairs in factors.items() if pairs}
+    return Subject(name, token, class_name, found, **{"caption_words": tuple(words), **more})
 
 
 def open_subject(
@@ -243,9 +247,11 @@ def read_subject(path: str | Path) -> Subject:
         )
     if not all(isinstance(facts.get(name), str) for name in ("name", "token", "class_name")) or not facts["name"]:
         raise FileFormatError(f"{path}: damaged, it says no name, token and class; build the subject again")
-    return Subject(
-        factors=_read_factors(path, facts, tensors), **{name: facts[name] for name in _FACTS if name in facts}
-    )
+    words = facts.get("caption_words", [])
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise FileFormatError(f"{path}: damaged, its caption_words are {words!r}; build the subject again")
+    told = {name: facts[name] for name in _FACTS if name in facts} | {"caption_words": tuple(words)}
+    return Subject(factors=_read_factors(path, facts, tensors), **told)
 
 
 def _read_factors(path: Path, facts: Mapping[str, Any], tensors: dict[str, Floats]) -> Factors:

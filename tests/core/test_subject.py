@@ -358,3 +358,21 @@ def test_a_merged_subject_has_no_factors_to_take_elsewhere(tmp_path: Path) -> No
     write_subject(tmp_path / "s.safetensors", Subject("mug", "sks", "mug"))
     with pytest.raises(FileFormatError, match="subject mug is merged into the weights of its engine"):
         open_subject(tmp_path / "s.safetensors")
+
+
+def test_the_words_of_captions_are_kept(tmp_path: Path) -> None:
+    """A LoRA's captions say which attributes its subject has; a subject file keeps the words."""
+    factors: Factors = {"unet": random_factors(MODULES)}
+    captions = {"captions": '["a photo of a blue sks mug"]'}
+    lora = Lora(factors, 4, tmp_path / "x", captions)
+    subject = subject_from_loras([(lora, 1.0, "patched")], "mug")
+    assert subject.caption_words == ("blue", "mug", "sks")
+    file = tmp_path / "mug.safetensors"
+    write_subject(file, subject)
+    assert read_subject(file).caption_words == subject.caption_words
+    write_subject(file, Subject("mug", "sks", "mug"))
+    assert read_subject(file).caption_words == ()
+    facts = {"schema": 3, "name": "x", "token": "y", "class_name": "", "caption_words": 3}
+    save_file({}, file, {"dreammix_subject": json.dumps(facts)})
+    with pytest.raises(FileFormatError, match="caption_words are 3"):
+        read_subject(file)

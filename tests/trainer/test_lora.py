@@ -69,6 +69,7 @@ def test_it_writes_a_lora_of_every_key_value_and_output(base: BaseFiles, photos:
     assert all(np.abs(b).max() > 0 for _, b in lora.factors["unet"].values())
     assert lora.metadata["token"] == "sks"
     assert lora.metadata["class_name"] == "mug"
+    assert json.loads(lora.metadata["captions"]) == []
     assert json.loads(lora.metadata["base_hashes"]) == base.hash_contents()
     written = json.loads((tmp_path / "lora" / "train.json").read_text())
     assert written["steps"] == record.steps == 3
