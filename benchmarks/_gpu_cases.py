@@ -86,7 +86,7 @@ class Workbench:
         request = Request(prompt="a mug", num_inference_steps=200, seed=SEED, lcg_mask_dilate=3, blend_output=True)
         self.canvas = Canvas.of(self.image, self.mask, native=side)
         self.schedule = make_schedule(request)
-        plan = PromptPlan(Prompt("a mug", NOBODY, np.zeros((2, TOKENS), np.int64)), None, None, None, {})
+        plan = PromptPlan((Prompt(NOBODY, np.zeros((2, TOKENS), np.int64)),), None, (), None, {})
         self.picture = Picture.of(Work(self.canvas, request, self.schedule, SEED, NOBODY, plan))
         facts = BaseFacts(native_side=side, divisor=32, scaling_factor=SCALING, feature_channels=320)
         self.block = dict(fill_block([self.picture], facts))

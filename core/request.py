@@ -16,7 +16,7 @@ from typing import Any, Literal, TypedDict, get_args
 
 from dreammix_trt.core.errors import InputError
 
-SCHEMA = 1
+SCHEMA = 2  # 1 took prompts literally
 Mode = Literal["native", "reference"]
 Indexing = Literal["bpe", "words"]
 Sampler = Literal["dpmpp_2m_sde", "euler", "lcm"]
@@ -62,7 +62,12 @@ class Request:
     tas_stages: where the decomposed tokens and pooled vector are used; the authors' code omits pooled_gch.
     tas_indexing: "bpe" tokens or the authors' "words"; None: the mode's.
     vae_sample: whether to sample the VAE's posterior instead of taking its mean; None: the mode's.
-    truncate_prompt: whether to cut what does not fit in 77 tokens instead of refusing it.
+    truncate_prompt: whether to cut what does not fit in 77 tokens; else longer prompts take several chunks of them, as
+        far as the engine was built for (`build --context`).
+    prompt_weights: whether "(word:1.2)" and its kin are weights, not text (docs/algorithm.md, 5.6); None: the mode's,
+        true in native mode.
+    feather: pixels of the picture over which the result fades into it around the mask, 0 for a hard edge; None: 32 for
+        a short side of 1024 (docs/algorithm.md, 9.1). In reference mode pixels of the stretched picture.
     reference_resize: (height, width) for mode "reference"; None: the base's native square.
     """
 
@@ -98,6 +103,8 @@ class Request:
     tas_indexing: Indexing | None = None
     vae_sample: bool | None = None
     truncate_prompt: bool = False
+    prompt_weights: bool | None = None
+    feather: int | None = None
     reference_resize: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -153,6 +160,11 @@ class Request:
         return self.mode == "reference" if self.vae_sample is None else self.vae_sample
 
     @property
+    def weighs_prompts(self) -> bool:
+        """prompt_weights; by default true in native mode."""
+        return self.mode == "native" if self.prompt_weights is None else self.prompt_weights
+
+    @property
     def guided(self) -> bool:
         """Whether classifier-free guidance runs; it needs a negative row per picture."""
         return self.guidance_scale > 1
@@ -184,11 +196,11 @@ class Request:
             raise InputError(f"the request is not valid JSON ({error})") from error
         if not isinstance(fields, dict) or not isinstance(fields.get("schema"), int):
             raise InputError("the request is not a JSON object with a schema number; write one with Request.to_json()")
-        if fields["schema"] != SCHEMA:
-            raise InputError(
-                f"the request has schema {fields['schema']}, this version reads {SCHEMA}; update dreammix-trt"
-            )
-        del fields["schema"]
+        schema = fields.pop("schema")
+        if not 1 <= schema <= SCHEMA:
+            raise InputError(f"the request has schema {schema}, this version reads 1 to {SCHEMA}; update dreammix-trt")
+        if schema == 1:
+            fields.setdefault("prompt_weights", False)
         return cls.of(**fields)
 
     def _fields(self) -> dict[str, Any]:
@@ -232,6 +244,8 @@ class RequestFields(TypedDict, total=False):
     tas_indexing: Indexing | None
     vae_sample: bool | None
     truncate_prompt: bool
+    prompt_weights: bool | None
+    feather: int | None
     reference_resize: tuple[int, int] | None
 
 
@@ -361,5 +375,7 @@ _CHECKS: dict[str, Check] = {
     "tas_indexing": _or_none(_one_of(Indexing)),
     "vae_sample": _or_none(_flag),
     "truncate_prompt": _flag,
+    "prompt_weights": _or_none(_flag),
+    "feather": _or_none(_whole(0, 4096)),
     "reference_resize": _or_none(_size),
 }

@@ -131,6 +131,16 @@ void join_text(Pointer first, Pointer second, Pointer out, int rows, int first_w
                 place_of(stream, blocks, threads));
 }
 
+void weigh_text(Pointer tokens, Pointer empty, Pointer weights, int rows, int first_width, int width, Stream stream, int blocks,
+                int threads) {
+    require_all({tokens, empty, weights});
+    require_positive({rows, width});
+    require(first_width >= 0 && first_width <= width, "first_width must be in 0 .. width");
+    require(tokens != empty, "tokens and empty must be different arrays");
+    dmx::launch(dmx::WeighText{at<float>(tokens), at<const float>(empty), at<const float>(weights), rows, first_width, width},
+                place_of(stream, blocks, threads));
+}
+
 void tas(Pointer tokens, Pointer removed, Pointer plan, int rows, int width, Stream stream, int blocks, int threads) {
     require_all({tokens, removed, plan});
     require_positive({rows, width});
@@ -230,6 +240,7 @@ void bind_numbers(nb::module_& gpu) {
     define(gpu, "check_finite", &check_finite, "values"_a, "count"_a, "half"_a, "flags"_a, "bit"_a);
     define(gpu, "join_text", &join_text, "first"_a, "second"_a, "out"_a, "rows"_a, "first_width"_a, "second_width"_a, "half"_a,
            "flags"_a, "first_bit"_a, "second_bit"_a);
+    define(gpu, "weigh_text", &weigh_text, "tokens"_a, "empty"_a, "weights"_a, "rows"_a, "first_width"_a, "width"_a);
     define(gpu, "tas", &tas, "tokens"_a, "removed"_a, "plan"_a, "rows"_a, "width"_a);
     define(gpu, "place_factors", &place_factors, "row"_a, "segments"_a, "count"_a, "out"_a, "pictures"_a, "picture"_a, "half"_a);
     define(gpu, "pack_factors", &pack_factors, "raw"_a, "factors"_a, "count"_a, "out"_a, "raw_half"_a, "out_half"_a);

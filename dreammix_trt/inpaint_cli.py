@@ -37,6 +37,9 @@ Steps = Annotated[int | None, typer.Option(min=1)]
 Sampler = Annotated[str | None, typer.Option(help="dpmpp_2m_sde, euler or lcm.")]
 Count = Annotated[int | None, typer.Option(min=1, help="Pictures; the k-th has seed + k.")]
 GuidanceScale = Annotated[float | None, typer.Option()]
+Feather = Annotated[
+    int | None, typer.Option(min=0, help="Pixels over which the result fades into the picture; 0: a hard edge.")
+]
 Mode = Annotated[str | None, typer.Option(help="native or reference.")]
 FromRequest = Annotated[Path | None, typer.Option("--from", help="A request: a JSON file or a picture made here.")]
 SetFields = Annotated[
@@ -68,6 +71,7 @@ def inpaint(
     sampler: Sampler = None,
     count: Count = None,
     guidance_scale: GuidanceScale = None,
+    feather: Feather = None,
     mode: Mode = None,
     from_request: FromRequest = None,
     set_field: SetFields = None,
@@ -101,6 +105,7 @@ def inpaint(
         sampler=sampler,
         num_images_per_prompt=count,
         guidance_scale=guidance_scale,
+        feather=feather,
         mode=mode,
     )
     _check_outputs(out, save_stages)
@@ -146,17 +151,16 @@ def _choose_mask(mask: Path | None, from_alpha: bool) -> Path | None:
 def _make_room(request: Request, image: Path, base: Mapping[str, Any]) -> dict[str, int]:
     """The runtime's options that set aside a GPU's memory for one request and no more.
 
-    base: of a passport. A request has one subject, three prompts at most, and frames of two sizes, one a stage; on a
-    GPU its pictures are painted one after the other.
+    base: of a passport. A request has one subject and frames of two sizes, one a stage; its own prompts always have
+    room. On a GPU its pictures are painted one after the other.
     """
     from dreammix_trt.core.pictures import read_image
-    from dreammix_trt.engine.prompts import MOST_PROMPTS
 
     if request.mode == "reference":  # the picture is stretched
         height, width = request.reference_resize or (base["native_side"], base["native_side"])
     else:
         height, width = read_image(image).size
-    return {"largest_picture": height * width, "subjects": 1, "texts": MOST_PROMPTS, "shapes": 2}
+    return {"largest_picture": height * width, "subjects": 1, "texts": 1, "shapes": 2}
 
 
 def _read_request(
@@ -244,9 +248,16 @@ def _save(result: Result, out: Path, stages: Path | None, *, metadata: bool) -> 
 
 
 def _report(result: Result, names: list[Path], as_json: bool) -> None:
-    """Say what was made and what that took."""
+    """Say what was made, what that took, and which words of the request do nothing."""
+    for warning in result.warnings:
+        say(f"warning: {warning}")
     if as_json:
-        record = {"images": [str(name) for name in names], "seeds": list(result.seeds), "timings": result.timings}
+        record = {
+            "images": [str(name) for name in names],
+            "seeds": list(result.seeds),
+            "timings": result.timings,
+            "warnings": list(result.warnings),
+        }
         typer.echo(json.dumps(record))
         return
     spent = sum(result.timings.values())

@@ -82,9 +82,9 @@ class LaidOut:
         for phase, seconds in timings.items():
             self.clock.seconds[phase] = self.clock.seconds.get(phase, 0.0) + seconds / count
         if len(self.images) == len(self.works):
-            spent = dict(self.clock.seconds)
+            spent, warnings = dict(self.clock.seconds), self.works[0].prompts.warnings
             self.finished = Result(
-                self.images, self.request, self.seeds, self.schedule, spent, self.stages, self.origin
+                self.images, self.request, self.seeds, self.schedule, spent, self.stages, warnings, self.origin
             )
 
 
@@ -130,7 +130,7 @@ def lay_out(
     schedule = make_schedule(request, raw_unet=runtime.has_raw_unet)
     seeds = tuple(seed + k for k in range(request.num_images_per_prompt))
     noises = _check_noise(job.noise, seeds)
-    prompts = plan_prompts(tokenizers, request, role, subject.token)
+    prompts = plan_prompts(tokenizers, request, role, subject.token, contexts=runtime.contexts)
     works = [
         Work(canvas, request, schedule, seed, role, prompts, noise) for seed, noise in zip(seeds, noises, strict=True)
     ]
@@ -145,12 +145,12 @@ def lay_canvas(image: U8, mask: U8, request: Request, facts: BaseFacts, sizes: S
     mask: uint8 (H, W).
     sizes: the only frame sizes that the engines take; None: all (`Canvas.of`).
     """
-    native, divisor = facts.native_side, facts.divisor
+    native, divisor, feather = facts.native_side, facts.divisor, request.feather
     if request.reference_resize is None or request.reference_resize == (native, native):
-        return Canvas.of(image, mask, mode=request.mode, native=native, divisor=divisor, sizes=sizes)
+        return Canvas.of(image, mask, mode=request.mode, native=native, divisor=divisor, sizes=sizes, feather=feather)
     height, width = request.reference_resize
     image, mask = (kernels.resize(array, height, width, "bicubic") for array in (image, mask))
-    checked = Canvas.of(image, mask, native=native, divisor=divisor, sizes=sizes)
+    checked = Canvas.of(image, mask, native=native, divisor=divisor, sizes=sizes, feather=feather)
     return replace(checked, mode=request.mode)
 
 

@@ -90,6 +90,11 @@ class Runtime(Protocol):
         ...
 
     @property
+    def contexts(self) -> Sequence[int] | None:
+        """The lengths of the text condition that it takes; None: any. A range: those that it has memory for."""
+        ...
+
+    @property
     def has_raw_unet(self) -> bool:
         """Whether steps run on the unpatched UNet."""
         ...

@@ -30,6 +30,20 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 _PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """What an encoder reads at once: start mark, up to 75 tokens, end mark, padding.
+
+    ids: int64 (77,).
+    weights: float32 (77,); 1 at marks and padding.
+    count: how many tokens it has between the marks.
+    """
+
+    ids: I64
+    weights: F32
+    count: int
+
+
 class Tokenizer:
     """CLIP's tokenizer for one text encoder. Equal to transformers' CLIPTokenizer on every prompt."""
 
@@ -68,16 +82,53 @@ class Tokenizer:
         room = self._length - 2
         if len(ids) > room and not truncate:
             raise InputError(
-                f"the prompt {_shorten(prompt)!r} is {len(ids) + 2} tokens long with its start and end marks and "
+                f"the prompt {shorten(prompt)!r} is {len(ids) + 2} tokens long with its start and end marks and "
                 f"{self._length} fit: shorten it by {len(ids) - room} tokens, or allow truncation (truncate)"
             )
-        marked = [self._find_id(START), *ids[:room], self._find_id(END)]
-        return np.array(marked + [self._pad_id] * (self._length - len(marked)), np.int64)
+        return self._mark(ids[:room], [1.0] * len(ids[:room])).ids
+
+    def encode_chunks(self, prompt: str, weights: Sequence[float], truncate: bool = False) -> list[Chunk]:
+        """Encode a prompt of any length.
+
+        weights: one for each character; a token has that of its first.
+        truncate: drop what does not fit into one chunk.
+
+        Returns chunks of up to 75 tokens, at least one. A word that fits into one chunk stays in one.
+        """
+        split, room = self._split(prompt), self._length - 2
+        count = min(len(split.ids), room) if truncate else len(split.ids)
+        own = [weights[begin] for begin, _ in split.offsets]
+        chunks: list[Chunk] = []
+        start = 0
+        while start < count or not chunks:
+            end = _end_at_word(split.word_ids[:count], start, min(start + room, count))
+            chunks.append(self._mark(split.ids[start:end], own[start:end]))
+            start = end
+        return chunks
+
+    def find_rest(self, prompt: str) -> tuple[int, str]:
+        """(tokens of a prompt, its end that does not fit into one chunk)."""
+        spans, room = self._split(prompt).offsets, self._length - 2
+        return len(spans), prompt[spans[room][0] :] if len(spans) > room else ""
 
     def find_spans(self, prompt: str) -> list[tuple[int, int, int]]:
         """(position, start, end) of each token that fits: its row of the embedding and its characters in `prompt`."""
         offsets = self._split(prompt).offsets[: self._length - 2]
         return [(position, start, end) for position, (start, end) in enumerate(offsets, start=1)]
+
+    def spells_out(self, word: str) -> bool:
+        """Whether an English word falls into three or more pieces of less than two letters on average: hardly one."""
+        pieces = self._split(word).ids
+        return word.isascii() and len(pieces) >= 3 and len(word) < 2 * len(pieces)
+
+    def _mark(self, ids: Sequence[int], weights: Sequence[float]) -> Chunk:
+        marked = [self._find_id(START), *ids, self._find_id(END)]
+        padding = self._length - len(marked)
+        return Chunk(
+            np.array(marked + [self._pad_id] * padding, np.int64),
+            np.array([1.0, *weights, *[1.0] * (padding + 1)], np.float32),
+            len(ids),
+        )
 
     def _split(self, prompt: str) -> Any:
         return self._backend.encode(prompt, add_special_tokens=False)
@@ -124,9 +175,11 @@ def plan_tas(
     Raises InputError when the prompt lacks `token`, or no word is left to eliminate ("bpe").
     """
     if not _names_subject(prompt, token, indexing):
+        near = find_near_miss(prompt, token)
         raise InputError(
-            f"the prompt {_shorten(prompt)!r} does not name the subject: attribute removal (substitute) needs "
-            f"{token!r} as a word of its own, e.g. 'a red {token} mug'; add it, or leave substitute empty"
+            f"the prompt {shorten(prompt)!r} does not name the subject: attribute removal (substitute) needs "
+            f"{token!r} as a word of its own, e.g. 'a red {token} mug'; "
+            f"{f'write it for {near!r}' if near else 'add it'}, or leave substitute empty"
         )
     text = elimination_text(prefix, words)
     if indexing == "words":
@@ -160,6 +213,17 @@ def apply_tas(
     return decomposed, rest[0]
 
 
+def _end_at_word(words: Sequence[int | None], start: int, end: int) -> int:
+    """Where a chunk of tokens start .. end must end to tear no word; `end` where a word fills all of it.
+
+    words: the number of each token's word.
+    """
+    whole = end
+    while start < whole < len(words) and words[whole] is not None and words[whole] == words[whole - 1]:
+        whole -= 1
+    return end if whole == start else whole
+
+
 def _drop_beyond(positions: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(position for position in positions if position < TOKENS)
 
@@ -167,10 +231,39 @@ def _drop_beyond(positions: tuple[int, ...]) -> tuple[int, ...]:
 def _names_subject(prompt: str, token: str, indexing: Indexing) -> bool:
     if indexing == "words":
         return token.lower() in prompt.lower().split()
-    return re.search(rf"(?<!\w){re.escape(token)}(?!\w)", prompt, re.IGNORECASE) is not None
+    return has_word(prompt, token)
 
 
-def _shorten(prompt: str, most: int = 60) -> str:
+def has_word(text: str, word: str) -> bool:
+    """Whether a text has a word (or several in a row) as it stands; punctuation may touch it, case does not matter."""
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
+
+
+def find_near_miss(text: str, word: str) -> str | None:
+    """The first word of a text that is one typing error away from `word`, or two where that has six letters or more."""
+    most = (len(word) > 2) + (len(word) > 5)
+    for other in re.findall(r"\w+", text):
+        if 0 < _count_edits(other.lower(), word.lower()) <= most:
+            return str(other)
+    return None
+
+
+def _count_edits(one: str, other: str) -> int:
+    """Letters added, left out, replaced, or swapped with their neighbours between two words."""
+    before: list[int] = []
+    row = list(range(len(other) + 1))
+    for i, letter in enumerate(one, start=1):
+        before, last, row = row, before, [i]
+        for j, wanted in enumerate(other, start=1):
+            least = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (letter != wanted))
+            if i > 1 and j > 1 and (letter, one[i - 2]) == (other[j - 2], wanted):
+                least = min(least, last[j - 2] + 1)
+            row.append(least)
+    return row[-1]
+
+
+def shorten(prompt: str, most: int = 60) -> str:
+    """The beginning of a prompt, to show."""
     return prompt if len(prompt) <= most else prompt[: most - 1] + "…"
 
 

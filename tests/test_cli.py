@@ -109,11 +109,14 @@ def test_the_mask_may_be_the_pictures_transparency(mug_engine: Path, place: Path
 
 
 def test_json_is_all_that_stands_on_stdout(mug_engine: Path, place: Path) -> None:
-    done = inpaint(mug_engine, place, "--json", out="json.png")
+    done = inpaint(mug_engine, place, "--json", "--prompt", "a (red skz mug", out="json.png")
     record = json.loads(done.stdout)
     assert record["images"] == [str(place / "json.png")]
     assert record["seeds"] == [0]
     assert record["timings"]["network:unet"] > 0
+    assert ["'(' is never closed" in record["warnings"][0], "'skz'" in record["warnings"][1]] == [True, True]
+    for warning in record["warnings"]:
+        assert done.stderr.count(f"warning: {warning}") == 1
 
 
 def test_inspect_reads_like_a_passport(mug_engine: Path) -> None:
@@ -130,7 +133,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "mask of another size": (["--mask", "{place}/small.png"], "64x48"),
     "empty mask": (["--mask", "{place}/black.png"], "repaints nothing"),
     "no subject token": (["--prompt", "a red mug", "--substitute", "blue"], "sks"),
-    "too long": (["--prompt", "a red sks mug " * 40], "162 tokens"),
+    "too long": (["--prompt", "a red sks mug " * 40, "--mode", "reference"], "162 tokens"),
+    "feather out of range": (["--set", "feather=5000"], "feather is 5000"),
     "not finite": (["--guidance-scale", "nan"], "guidance_scale"),
     "out of range": (["--set", "lcg_fraction=1.5"], "lcg_fraction"),
     "unknown field": (["--set", "lambda=0.7"], "lambda"),
@@ -159,8 +163,15 @@ def test_bad_input_is_named_and_leaves_nothing(name: str, mug_engine: Path, plac
 
 
 def test_a_prompt_that_is_too_long_is_cut_only_when_told(mug_engine: Path, place: Path) -> None:
-    done = inpaint(mug_engine, place, "--prompt", "a red sks mug " * 40, "--set", "truncate_prompt=true", out="cut.png")
+    long = "a red sks mug " * 40
+    done = inpaint(
+        mug_engine, place, "--prompt", long, "--set", "truncate_prompt=true", "--feather", "3", out="cut.png"
+    )
     assert done.returncode == 0, done.stderr
+    assert "warning: prompt: 85 of 160 tokens are cut off" in done.stderr
+    done = inpaint(mug_engine, place, "--prompt", long, out="long.png")
+    assert done.returncode == 0 and "warning" not in done.stderr
+    assert (place / "long.png").read_bytes() != (place / "cut.png").read_bytes()
 
 
 def test_a_drawn_seed_is_said_and_strength_and_format_are_kept(mug_engine: Path, place: Path) -> None:

@@ -17,8 +17,8 @@ from tests.conftest import ROOT
 
 SOURCES = ROOT / "cpp_ext" / "gpu"
 NUMBERS = {
-    "StepBefore", "StepAfter", "EncodeLatent", "Noised", "Scaled", "Convert", "CheckFinite", "JoinText", "Tas",
-    "PlaceFactors", "PackFactors",
+    "StepBefore", "StepAfter", "EncodeLatent", "Noised", "Scaled", "Convert", "CheckFinite", "JoinText",
+    "WeighText", "Tas", "PlaceFactors", "PackFactors",
 }  # fmt: skip
 
 

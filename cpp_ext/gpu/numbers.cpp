@@ -32,6 +32,10 @@ void launch(const JoinText& kernel, Place place) {
     run(kernel, grid_for(ptrdiff_t{kernel.rows} * (kernel.first_width + kernel.second_width)), place);
 }
 
+void launch(const WeighText& kernel, Place place) {
+    run(kernel, grid_for(ptrdiff_t{kernel.rows} * kernel.width), place);
+}
+
 void launch(const Tas& kernel, Place place) {
     constexpr int threads = 256;
     run(kernel, {std::max(kernel.rows, 1), threads, threads * sizeof(double)}, place);

@@ -17,6 +17,7 @@ void launch(const Scaled& kernel, Place place);
 void launch(const Convert& kernel, Place place);
 void launch(const CheckFinite& kernel, Place place);
 void launch(const JoinText& kernel, Place place);
+void launch(const WeighText& kernel, Place place);
 void launch(const Tas& kernel, Place place);
 void launch(const PlaceFactors& kernel, Place place);
 void launch(const PackFactors& kernel, Place place);

@@ -1,4 +1,4 @@
-// Prompt tokens: joins the outputs of both text encoders, and removes attributes.
+// Prompt tokens: joins the outputs of both text encoders, weighs them, and removes attributes.
 #pragma once
 
 #include "group.hpp"
@@ -25,6 +25,23 @@ struct JoinText {
             if (!is_finite(value)) bits |= left ? first_bit : second_bit;
         }
         if (bits != 0) group.set_bits(flags, bits);
+    }
+};
+
+// Row t of `tokens` becomes e + w (t - e), e that row of the empty prompt. weights: `rows` of the first encoder, whose
+// numbers lead each row, then `rows` of the second. A weight of 1 leaves the numbers as they are.
+struct WeighText {
+    float* tokens;
+    const float *empty, *weights;
+    int rows, first_width, width;
+
+    template <class Group>
+    DMX_HD void operator()(Group& group) const {
+        for (ptrdiff_t i = first_of(group); i < ptrdiff_t{rows} * width; i += stride_of(group)) {
+            const ptrdiff_t row = i / width;
+            const float weight = weights[i % width < first_width ? row : rows + row];
+            if (weight != 1.0F) tokens[i] = empty[i] + weight * (tokens[i] - empty[i]);
+        }
     }
 };
 

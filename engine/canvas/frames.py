@@ -165,6 +165,7 @@ class Canvas:
     snap: the sides of a native frame are multiples of this many pixels.
     sizes: the only frame sizes that the engines take, in pixels; None: all of `geometry.profile_sizes`, and any in
         reference mode.
+    feather_pixels: as a request's `feather`; None: what suits the picture's size.
     """
 
     image: U8
@@ -173,6 +174,7 @@ class Canvas:
     native: int
     snap: int
     sizes: tuple[Size, ...] | None = None
+    feather_pixels: int | None = None
 
     @classmethod
     def of(
@@ -184,6 +186,7 @@ class Canvas:
         native: int = 1024,
         divisor: int = 32,
         sizes: Sequence[Size] | None = None,
+        feather: int | None = None,
     ) -> Canvas:
         """Make the canvas (docs/algorithm.md, 1.4): the user's own pixels, or in reference mode native x native.
 
@@ -191,6 +194,7 @@ class Canvas:
         divisor: the base's least multiple of a side in pixels, 8 * 2^(levels - 1).
         sizes: the frame sizes (height, width) in pixels that the engines take, where they do not take all. Native
             frames are chosen among them; other reference frames are refused (`work_size`).
+        feather: pixels over which a paste fades into the picture; None: what suits its size.
 
         Raises InputError when the mask repaints nothing.
         """
@@ -200,7 +204,7 @@ class Canvas:
         if not (mask > 127).any():
             raise InputError("mask_image repaints nothing (no value above 127 at the working size): enlarge the region")
         allowed = None if sizes is None else tuple(sizes)
-        return cls(image, mask, mode, native, max(64 * native // 1024, divisor), allowed)
+        return cls(image, mask, mode, native, max(64 * native // 1024, divisor), allowed, feather)
 
     @property
     def size(self) -> Size:
@@ -208,7 +212,8 @@ class Canvas:
 
     @property
     def feather_width(self) -> int:
-        return feather_width(self.size)
+        """The distance from the mask, in pixels, from which on a paste changes nothing; at least 1."""
+        return feather_width(self.size) if self.feather_pixels is None else max(1, self.feather_pixels)
 
     @cached_property
     def feather(self) -> U8:

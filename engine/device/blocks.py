@@ -25,14 +25,13 @@ from dreammix_trt.engine.canvas.geometry import Size, floor_to_cells, mask_bound
 from dreammix_trt.engine.device.arena import Regions
 from dreammix_trt.engine.device.records import CUT, FIELD, JOB, SHEET, STEP, STEP_FIELDS
 from dreammix_trt.engine.kernels import Box
-from dreammix_trt.engine.prompts import MOST_PROMPTS
+from dreammix_trt.engine.prompts import count_prompts
 from dreammix_trt.engine.runtime import Work
 from dreammix_trt.engine.text import TasPlan
 
 I32 = npt.NDArray[np.int32]
 MOST_STEPS = 1000
 TABLE = 2 << 20  # int32 numbers of resampling tables a picture may need
-_TAS = 2 + 2 * TOKENS  # numbers of a TAS plan
 
 #: what a picture's records hold, by name: cuts of the canvas to a frame, of a frame to the network's size, of a decoded
 #: picture to its box; pastes; distances
@@ -114,6 +113,7 @@ class Picture:
             self.keeps_local,
             tuple(step.network for step in schedule),
             self.work.request.guided,
+            self.work.prompts.text_rows,
             self.work.prompts.extra,
         )
 
@@ -123,20 +123,21 @@ def _frame_stage(canvas: Canvas, field: float) -> Framing:
     return Framing(box, canvas.work_size(box))
 
 
-def list_regions(pictures: int, appended: int, width: int) -> Regions:
+def list_regions(pictures: int, context: int, width: int) -> Regions:
     """Device memory for what a batch uploads, in its order. The tables come last; only a part of them is used.
 
     pictures: the largest batch.
-    appended: the most rows after a text.
+    context: rows of the longest condition.
     width: numbers of a row.
     """
     return {
         "records": ((pictures, PICTURE.itemsize), "uint8"),
         "jobs": ((pictures, JOB.itemsize), "uint8"),
         "steps": ((pictures, MOST_STEPS, STEP.itemsize), "uint8"),
-        "ids": ((pictures * MOST_PROMPTS, 2, TOKENS), "int64"),
-        "tas plans": ((pictures, _TAS), "int32"),
-        "appended": ((pictures * 2 * max(appended, 1), width), "float32"),
+        "ids": ((pictures * count_prompts(context), 2, TOKENS), "int64"),
+        "text weights": ((pictures * count_prompts(context), 2, TOKENS), "float32"),
+        "tas plans": ((pictures, measure_tas_plan(context)), "int32"),
+        "appended": ((pictures * 2 * max(context - TOKENS, 1), width), "float32"),
         "tables": ((pictures * TABLE,), "int32"),
     }
 
@@ -147,15 +148,20 @@ def fill_block(batch: Sequence[Picture], facts: BaseFacts) -> list[tuple[str, np
     records = np.zeros(len(batch), PICTURE)
     jobs = np.zeros(len(batch), JOB)
     steps = np.zeros((len(batch), MOST_STEPS), STEP)
-    ids = np.zeros((len(batch), MOST_PROMPTS, 2, TOKENS), np.int64)
+    rows = batch[0].work.prompts.text_rows
+    ids = np.zeros((len(batch), count_prompts(rows), 2, TOKENS), np.int64)
+    weights = np.ones(ids.shape, np.float32)
     for k, picture in enumerate(batch):
         _write_geometry(records[k : k + 1], picture, tables)
         jobs[k] = _make_job(picture)
         steps[k, : len(picture.work.schedule)] = make_steps(picture.work.schedule, picture.first.size, facts)
         for number, prompt in enumerate(picture.work.prompts.prompts):
             ids[k, number] = prompt.ids
-    plans = np.stack([make_tas_plan(picture.work.prompts.tas) for picture in batch])
-    filled: dict[str, np.ndarray] = {"records": records, "jobs": jobs, "steps": steps, "ids": ids, "tas plans": plans}
+            if prompt.weights is not None:
+                weights[k, number] = prompt.weights
+    plans = np.stack([make_tas_plan(picture.work.prompts.tas, rows) for picture in batch])
+    filled: dict[str, np.ndarray] = {"records": records, "jobs": jobs, "steps": steps, "ids": ids}
+    filled |= {"text weights": weights, "tas plans": plans}
     extra = [picture.work.prompts.appended for picture in batch if picture.work.prompts.appended is not None]
     if extra:
         filled["appended"] = np.concatenate([rows.reshape(-1, rows.shape[-1]) for rows in extra])
@@ -163,16 +169,21 @@ def fill_block(batch: Sequence[Picture], facts: BaseFacts) -> list[tuple[str, np
     return [(name, np.ascontiguousarray(values).reshape(-1).view(np.uint8)) for name, values in filled.items()]
 
 
-def make_tas_plan(plan: TasPlan | None) -> I32:
+def measure_tas_plan(rows: int) -> int:
+    """Numbers of a TAS plan for a text of that many rows."""
+    return 2 + 2 * rows
+
+
+def make_tas_plan(plan: TasPlan | None, rows: int) -> I32:
     """A TAS plan as the kernel `tas` reads it.
 
-    Returns int32 (156,): how many rows are removed and projected, then both lists, each with room for 77.
+    Returns int32 (2 + 2 rows,): how many rows are removed and projected, then both lists, each with room for `rows`.
     """
-    record = np.zeros(_TAS, np.int32)
+    record = np.zeros(measure_tas_plan(rows), np.int32)
     if plan is not None:
         record[:2] = len(plan.removed), len(plan.projected)
-        for start, rows in ((2, plan.removed), (2 + TOKENS, plan.projected)):
-            record[start : start + len(rows)] = rows
+        for start, listed in ((2, plan.removed), (2 + rows, plan.projected)):
+            record[start : start + len(listed)] = listed
     return record
 
 

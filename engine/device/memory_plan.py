@@ -39,7 +39,7 @@ class Options:
     subjects: how many stay on the device; others are uploaded again when a request needs them.
     texts: how many prompts stay encoded there; others are encoded again.
     shapes: how many frame sizes (and batch sizes) keep graphs.
-    context: the most rows of the text condition, where the engines take any number.
+    context: the most rows of the text condition, where the engines take any number; 77 for each 75 tokens of a prompt.
     residency: "resident": all networks stay. "one-unet": unet_raw is omitted and all steps run on the inpainting UNet,
         so pictures differ a little. "swap": networks are loaded while a phase needs them; one that cannot be loaded
         fails in the first request. None: the first of these that fits.
@@ -52,7 +52,7 @@ class Options:
     subjects: int = 8
     texts: int = 16
     shapes: int = 4
-    context: int = TOKENS
+    context: int = 4 * TOKENS
     residency: str | None = None
 
     def __post_init__(self) -> None:

@@ -51,14 +51,19 @@ class Needs:
         return RoomShape(work, self._options.pictures, 2, self.most_context)
 
     @property
+    def contexts(self) -> Sequence[int]:
+        """The lengths of the condition that the engines take; where they take any, those that memory is there for."""
+        lengths = self._networks.contexts()
+        return lengths or range(TOKENS, max(self._options.context, TOKENS) + 1)
+
+    @property
     def most_context(self) -> int:
         """The longest condition for which memory is set aside."""
-        lengths = self._networks.contexts()
-        return max(lengths) if lengths else max(self._options.context, TOKENS)
+        return max(self.contexts)
 
-    def check_context(self, extra: int) -> int:
-        """Rows of a condition with `extra` rows appended. Raises InputError for a number of rows that does not fit."""
-        length, lengths = TOKENS + extra, self._networks.contexts()
+    def check_context(self, length: int) -> int:
+        """The rows of a condition. Raises InputError for a number of rows that does not fit."""
+        lengths = self._networks.contexts()
         if lengths is not None and length not in lengths:
             built = ", ".join(map(str, lengths))
             raise InputError(
@@ -77,7 +82,7 @@ class Needs:
         work = picture.work
         blocks.check_size(work.canvas, self._options.largest_picture)
         blocks.check_tables(picture)
-        self.check_context(work.prompts.extra)
+        self.check_context(work.prompts.context)
         largest = self.largest.work
         for framing in picture.framings:
             if any(side % self._facts.divisor for side in framing.size):
@@ -95,7 +100,7 @@ class Needs:
     def blocks(self) -> Regions:
         """The regions that a batch's records fill."""
         width, _ = texts.find_widths(self._networks)
-        return blocks.list_regions(self._options.pictures, self.most_context - TOKENS, width)
+        return blocks.list_regions(self._options.pictures, self.most_context, width)
 
     @cached_property
     def regions(self) -> Regions:

@@ -66,7 +66,7 @@ class DevicePainter:
         studio.pace.wait()
         studio.rooms.leave()  # the rooms of a batch that was not finished
         rows = 2 if first.work.request.guided else 1
-        context = studio.needs.check_context(first.work.prompts.extra)
+        context = studio.needs.check_context(first.work.prompts.context)
         for framing in first.framings:
             shape = RoomShape(framing.work, len(self._batch), rows, context, self._safe)
             same = next((entered for entered in self._rooms if entered[0].shape == shape), None)

@@ -124,6 +124,11 @@ class Studio:
         return self.networks.frames()
 
     @property
+    def contexts(self) -> Sequence[int]:
+        """The lengths of the text condition that the engines take; a range: those that memory is set aside for."""
+        return self.needs.contexts
+
+    @property
     def has_raw_unet(self) -> bool:
         """Whether steps run on the unpatched UNet: the base has one and the memory plan keeps it."""
         return "unet_raw" in self.networks

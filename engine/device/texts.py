@@ -17,13 +17,14 @@ from dreammix_trt.core.schedule import STAGES
 from dreammix_trt.core.seam import Array, Bound, DeviceNetworks, Stream
 from dreammix_trt.core.subject import Role
 from dreammix_trt.engine.device.arena import Arena, Regions
+from dreammix_trt.engine.device.blocks import measure_tas_plan
 from dreammix_trt.engine.device.room import choose_twin, try_capture
 from dreammix_trt.engine.device.subjects import Layout, Subjects
 from dreammix_trt.engine.drivers.device import CapturedGraph, Device
-from dreammix_trt.engine.prompts import MOST_PROMPTS, Prompt, PromptPlan, RowSource
+from dreammix_trt.engine.prompts import Prompt, PromptPlan, RowSource, count_prompts
 
 _SIDES = Sides(1, 1, 1, 1)
-_TAS = 2 + 2 * TOKENS  # numbers of a TAS plan
+Sources = list[tuple[Array, Array]]  # of each chunk: its token rows (77, D) and its pooled vector (Dp,)
 
 
 def list_regions(networks: DeviceNetworks, pictures: int, rows: int, kept: int, context: int) -> Regions:
@@ -34,18 +35,18 @@ def list_regions(networks: DeviceNetworks, pictures: int, rows: int, kept: int, 
     kept: encoded prompts that stay (at least all of one picture).
     context: rows of the longest condition.
     """
-    kept = max(kept, MOST_PROMPTS)
+    kept, text_rows = max(kept, count_prompts(context)), TOKENS * (context // TOKENS)
     width, pooled = find_widths(networks)
     unet = {tensor.name: tensor.dtype for tensor in networks.inputs("unet")}
     wide = "float32" if twin_name("unet") in networks else unet["encoder_hidden_states"]
     found: dict[str, tuple[tuple[int, ...], str]] = {
         "kept tokens": ((kept, TOKENS, width), "float32"),
         "kept pooled": ((kept, pooled), "float32"),
-        "less tokens": ((TOKENS, width), "float32"),
+        "less tokens": ((text_rows, width), "float32"),
         "less pooled": ((1, pooled), "float32"),
         "stage tokens": ((len(STAGES), pictures * rows, context, width), wide),
         "stage pooled": ((len(STAGES), pictures * rows, pooled), wide),
-        "pooled plan": ((_TAS,), "int32"),
+        "pooled plan": ((measure_tas_plan(1),), "int32"),
         "joined": ((TOKENS, width), "float32"),
         "joined pooled": ((pooled,), "float32"),
     }
@@ -82,19 +83,17 @@ class DeviceTexts:
         """
         self._device, self._stream, self._arena, self._subjects = device, stream, arena, subjects
         self._networks, self._layout = networks, layout
-        self._kept: OrderedDict[tuple[str, Role, bytes], int] = OrderedDict()
-        self._unproven: set[tuple[str, Role, bytes]] = set()
+        self._kept: OrderedDict[tuple[Role, bytes, bytes], int] = OrderedDict()
+        self._unproven: set[tuple[Role, bytes, bytes]] = set()
         self._encoders: dict[bool, _Encoders] = {}
-        plan = np.zeros(_TAS, np.int32)
-        plan[:2] = 1  # one row removed from one row: both are row 0
-        upload(arena["pooled plan"], plan)
+        upload(arena["pooled plan"], np.array([1, 1, 0, 0], np.int32))  # one row removed from one row: both are row 0
 
     def forget(self, subject: str | None = None) -> None:
         """Drop what was encoded.
 
         subject: only what was encoded with this subject's factors; None: all.
         """
-        for key in [key for key in self._kept if subject is None or key[1].name == subject]:
+        for key in [key for key in self._kept if subject is None or key[0].name == subject]:
             del self._kept[key]
 
     def settle(self, *, proven: bool) -> None:
@@ -120,16 +119,19 @@ class DeviceTexts:
         safe: encode with the twins.
         capture: whether the encoders may be captured.
 
-        The plan's ids, TAS plan and appended rows must be in the arena already.
+        The plan's ids, weights, TAS plan and appended rows must be in the arena already.
         """
-        for number, prompt in enumerate(plan.prompts):
+        prompts = plan.prompts
+        for number, prompt in enumerate(prompts):
             if prompt.key in self._kept:
                 self._kept.move_to_end(prompt.key)
                 continue
             self._subjects.enter_text(prompt.subject)
-            slot = self._choose_slot({other.key for other in plan.prompts})
-            ids = self._arena["ids"][picture * MOST_PROMPTS + number]
-            self._encode(ids, slot, safe, capture)
+            slot = self._choose_slot({other.key for other in prompts})
+            place = picture * count_prompts(plan.text_rows) + number
+            self._encode(self._arena["ids"][place], slot, safe, capture)
+            if prompt.weights is not None and plan.empty is not None:
+                self._weigh(self._arena["text weights"][place], slot, self._find_kept(plan.empty)[0])
             self._kept[prompt.key] = slot
             self._unproven.add(prompt.key)
         self._write_stages(picture, context, dtype, plan)
@@ -140,7 +142,7 @@ class DeviceTexts:
             encoders.close()
         self._encoders.clear()
 
-    def _choose_slot(self, needed: set[tuple[str, Role, bytes]]) -> int:
+    def _choose_slot(self, needed: set[tuple[Role, bytes, bytes]]) -> int:
         most = self._arena["kept tokens"].shape[0]
         free = set(range(most)) - set(self._kept.values())
         if free:
@@ -158,6 +160,20 @@ class DeviceTexts:
         self._device.copy(self._arena["kept tokens"][slot], self._arena["joined"], self._stream)
         self._device.copy(self._arena["kept pooled"][slot], self._arena["joined pooled"], self._stream)
 
+    def _weigh(self, weights: Array, slot: int, empty: Array) -> None:
+        tokens = self._arena["kept tokens"][slot]
+        outputs = {tensor.name: tensor.shape for tensor in self._networks.outputs(names_of_group("text")[0])}
+        self._device.launch_kernel(
+            "weigh_text",
+            self._stream,
+            tokens=tokens,
+            empty=empty,
+            weights=weights,
+            rows=TOKENS,
+            first_width=int(outputs["hidden"][-1]),
+            width=tokens.shape[-1],
+        )
+
     def rows_of(self, stage: int, context: int, dtype: str) -> tuple[Array, Array]:
         """The rows of a stage, (rows, context, D) and (rows, Dp).
 
@@ -171,38 +187,44 @@ class DeviceTexts:
         )
 
     def _write_stages(self, picture: int, context: int, dtype: str, plan: PromptPlan) -> None:
-        sources: dict[RowSource, tuple[Array, Array] | None] = {"prompt": self._find_kept(plan.prompt), "zeros": None}
-        if plan.negative is not None:
-            sources["negative"] = self._find_kept(plan.negative)
+        sources: dict[RowSource, Sources] = {"prompt": [self._find_kept(prompt) for prompt in plan.prompt], "zeros": []}
+        sources["negative"] = [self._find_kept(prompt) for prompt in plan.negative]
         if plan.eliminated is not None:
-            plain, arena = self._find_kept(plan.prompt), self._arena
-            less = arena["less tokens"], arena["less pooled"].reshape(plain[1].shape)
-            self._remove_attributes(picture, plain, self._find_kept(plan.eliminated), less)
-            sources["decomposed"] = less
+            sources["decomposed"] = self._remove_attributes(picture, plan, self._find_kept(plan.eliminated))
         for stage, name in enumerate(STAGES):
             tokens, pooled = self.rows_of(stage, context, dtype)
             rows = plan.stages[name]
             for number, row in enumerate(rows):
                 place = picture * len(rows) + number
-                self._write_tokens(tokens[place], sources[row.tokens], place, plan.extra)
-                self._write(pooled[place], _part(sources[row.pooled], 1))
+                self._write_tokens(tokens[place], sources[row.tokens], place, plan)
+                self._write(pooled[place], sources[row.pooled][0][1] if sources[row.pooled] else None)
 
-    def _write_tokens(self, place: Array, source: tuple[Array, Array] | None, row: int, extra: int) -> None:
+    def _write_tokens(self, place: Array, chunks: Sources, row: int, plan: PromptPlan) -> None:
         """Write a row's token rows, and the rows appended to them."""
-        self._write(place.part(0, TOKENS), _part(source, 0))
-        if extra:
-            self._write(place.part(TOKENS, extra), self._arena["appended"].part(row * extra, extra))
+        for n in range(len(plan.prompt)):
+            self._write(place.part(n * TOKENS, TOKENS), chunks[n][0] if chunks else None)
+        if plan.extra:
+            appended = self._arena["appended"].part(row * plan.extra, plan.extra)
+            self._write(place.part(plan.text_rows, plan.extra), appended)
 
-    def _remove_attributes(
-        self, picture: int, plain: tuple[Array, Array], removed: tuple[Array, Array], less: tuple[Array, Array]
-    ) -> None:
-        for to, source in zip(less, plain, strict=True):
-            self._device.copy(to, source, self._stream)
-        plans = (self._arena["tas plans"][picture], self._arena["pooled plan"])
-        for tokens, away, plan, rows in zip(less, removed, plans, (TOKENS, 1), strict=True):
+    def _remove_attributes(self, picture: int, plan: PromptPlan, removed: tuple[Array, Array]) -> Sources:
+        """The prompt's chunks without the removed directions; the pooled vector is the first one's."""
+        rows = plan.text_rows
+        tokens, pooled = self._arena["less tokens"].part(0, rows), self._arena["less pooled"]
+        chunks = [(tokens.part(n * TOKENS, TOKENS), pooled[0]) for n in range(len(plan.prompt))]
+        for (to, _), prompt in zip(chunks, plan.prompt, strict=True):
+            self._device.copy(to, self._find_kept(prompt)[0], self._stream)
+        self._device.copy(pooled[0], self._find_kept(plan.prompt[0])[1], self._stream)
+        size, plans = measure_tas_plan(rows), self._arena["tas plans"]
+        own = plans.reshape((plans.size,)).part(picture * size, size)
+        for array, away, numbers, count in (
+            (tokens, removed[0], own, rows),
+            (pooled, removed[1], self._arena["pooled plan"], 1),
+        ):
             self._device.launch_kernel(
-                "tas", self._stream, tokens=tokens, removed=away, plan=plan, rows=rows, width=tokens.shape[-1]
+                "tas", self._stream, tokens=array, removed=away, plan=numbers, rows=count, width=array.shape[-1]
             )
+        return chunks
 
     def _write(self, place: Array, source: Array | None) -> None:
         """Fill a place in its type; None: with zeros."""
@@ -222,10 +244,6 @@ class DeviceTexts:
     def _find_kept(self, prompt: Prompt) -> tuple[Array, Array]:
         slot = self._kept[prompt.key]
         return self._arena["kept tokens"][slot], self._arena["kept pooled"][slot]
-
-
-def _part(source: tuple[Array, Array] | None, number: int) -> Array | None:
-    return None if source is None else source[number]
 
 
 class _Encoders:

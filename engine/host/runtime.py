@@ -40,6 +40,7 @@ class HostRuntime:
 
     most_pictures = 1
     frames: Sequence[Size] | None = None
+    contexts: Sequence[int] | None = None
     lost_raw_unet = False
 
     def __init__(self, networks: Networks, facts: BaseFacts, denoiser: Denoiser | None = None) -> None:

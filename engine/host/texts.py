@@ -11,11 +11,11 @@ import numpy.typing as npt
 from dreammix_trt.core.networks import names_of_group
 from dreammix_trt.core.seam import Networks
 from dreammix_trt.core.subject import Role
-from dreammix_trt.engine.prompts import Prompt, PromptPlan, RowSource
+from dreammix_trt.engine.prompts import Prompt, PromptPlan, RowSource, weigh_text
 from dreammix_trt.engine.text import apply_tas
 
 F32 = npt.NDArray[np.float32]
-Encoded = tuple[F32, F32]  # token rows (77, D), pooled vector (Dp,)
+Encoded = tuple[F32, F32]  # token rows (77 for each chunk, D), pooled vector (Dp,)
 _MOST_KEPT = 256
 
 
@@ -35,7 +35,7 @@ class HostTexts:
     """Encodes prompts, and remembers the results."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[bool, Role, str, bytes], Encoded] = {}
+        self._kept: dict[tuple[bool, Role, bytes], tuple[list[F32], F32]] = {}
 
     def forget(self, subject: str | None = None) -> None:
         """Drop what was encoded.
@@ -52,14 +52,18 @@ class HostTexts:
 
         Returns stage -> its condition.
         """
-        encoded: dict[RowSource, Encoded] = {"prompt": self._encode(plan.prompt, networks, factors, safe)}
-        tokens, pooled = encoded["prompt"]
+
+        def encode(*prompts: Prompt) -> Encoded:
+            chunks = [self._weigh(prompt, plan, networks, factors, safe) for prompt in prompts]
+            return np.concatenate([tokens for tokens, _ in chunks]), chunks[0][1]
+
+        tokens, pooled = encode(*plan.prompt)
+        encoded: dict[RowSource, Encoded] = {"prompt": (tokens, pooled)}
         encoded["zeros"] = np.zeros_like(tokens), np.zeros_like(pooled)
         if plan.tas is not None and plan.eliminated is not None:
-            eliminated = self._encode(plan.eliminated, networks, factors, safe)
-            encoded["decomposed"] = apply_tas(plan.tas, tokens, pooled, *eliminated)
-        if plan.negative is not None:
-            encoded["negative"] = self._encode(plan.negative, networks, factors, safe)
+            encoded["decomposed"] = apply_tas(plan.tas, tokens, pooled, *encode(plan.eliminated))
+        if plan.negative:
+            encoded["negative"] = encode(*plan.negative)
         texts: dict[str, Text] = {}
         for stage, rows in plan.stages.items():
             stacked = np.stack([encoded[row.tokens][0] for row in rows])
@@ -68,8 +72,23 @@ class HostTexts:
             texts[stage] = Text(stacked, np.stack([encoded[row.pooled][1] for row in rows]))
         return texts
 
-    def _encode(self, prompt: Prompt, networks: Networks, factors: Mapping[str, F32], safe: bool) -> Encoded:
-        key = (safe, prompt.subject, prompt.text, prompt.ids.tobytes())
+    def _weigh(
+        self, prompt: Prompt, plan: PromptPlan, networks: Networks, factors: Mapping[str, F32], safe: bool
+    ) -> Encoded:
+        """A prompt's encoding, its weights applied."""
+        halves, pooled = self._encode(prompt, networks, factors, safe)
+        tokens = np.concatenate(halves, axis=-1)
+        if prompt.weights is None or plan.empty is None:
+            return tokens, pooled
+        empty, _ = self._encode(plan.empty, networks, factors, safe)
+        widths = [half.shape[-1] for half in halves]
+        return weigh_text(tokens, np.concatenate(empty, axis=-1), prompt.weights, widths), pooled
+
+    def _encode(
+        self, prompt: Prompt, networks: Networks, factors: Mapping[str, F32], safe: bool
+    ) -> tuple[list[F32], F32]:
+        """Both encoders' token rows (77, d), and the pooled vector (Dp,); weights are not looked at."""
+        key = (safe, prompt.subject, prompt.ids.tobytes())
         if key not in self._kept:
             outputs = [
                 networks.run(name, input_ids=ids[None], lora=factors[name][None])
@@ -77,6 +96,5 @@ class HostTexts:
             ]
             if len(self._kept) >= _MOST_KEPT:
                 self._kept.clear()
-            hidden = np.concatenate([output["hidden"][0] for output in outputs], axis=-1)
-            self._kept[key] = (hidden, outputs[-1]["pooled"][0])
+            self._kept[key] = ([output["hidden"][0] for output in outputs], outputs[-1]["pooled"][0])
         return self._kept[key]

@@ -50,6 +50,8 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "tas_indexing": st.none() | st.sampled_from(["bpe", "words"]),
     "vae_sample": st.none() | st.booleans(),
     "truncate_prompt": st.booleans(),
+    "prompt_weights": st.none() | st.booleans(),
+    "feather": st.none() | st.integers(0, 4096),
 }
 
 
@@ -107,6 +109,9 @@ REFUSED = [
     ("tas_stages", ["tokens"], "'tokens_lcg'"),
     ("tas_indexing", "letters", "'bpe' or 'words'"),
     ("vae_sample", "yes", "true or false"),
+    ("prompt_weights", 1, "true or false"),
+    ("feather", -1, "0 to 4096"),
+    ("feather", 1.5, "whole number"),
     ("reference_resize", (1024,), "(height, width)"),
     ("reference_resize", (10, 1024), "64 to 8192"),
 ]
@@ -148,6 +153,7 @@ def test_fields_that_do_not_go_together(fields: dict[str, Any], named: str) -> N
         ("[]", "schema number"),
         ('{"prompt": "x"}', "schema number"),
         ('{"schema": 99, "prompt": "x"}', "schema 99"),
+        ('{"schema": 0, "prompt": "x"}', "schema 0"),
         ('{"schema": 1}', "prompt"),
         ('{"schema": 1, "prompt": "x", "steps": 3}', "no field steps"),
         ('{"schema": 1, "prompt": "x", "guidance_scale": NaN}', "guidance_scale is nan"),
@@ -165,6 +171,14 @@ def test_a_seed_that_is_to_be_drawn() -> None:
     assert request.seed is None and Request.from_json(request.to_json()) == request == request.replace(seed=None)
     drawn = {draw_seed() for _ in range(99)}
     assert len(drawn) > 90 and all(0 <= seed < 2**32 for seed in drawn)
+
+
+def test_a_request_of_schema_1_took_its_prompt_literally() -> None:
+    old = Request.from_json('{"schema": 1, "prompt": "a (red:1.3) mug"}')
+    assert (old.prompt_weights, old.weighs_prompts, old.feather) == (False, False, None)
+    assert Request.from_json('{"schema": 1, "prompt": "x", "prompt_weights": true}').weighs_prompts
+    assert Request.from_json('{"schema": 2, "prompt": "x"}').prompt_weights is None
+    assert Request.from_json(old.to_json()) == old
 
 
 def test_replace_changes_and_checks() -> None:
@@ -187,7 +201,9 @@ def test_what_the_mode_decides() -> None:
     native, reference = Request("x"), Request("x", mode="reference")
     assert (native.indexing, native.samples_vae) == ("bpe", False)
     assert (reference.indexing, reference.samples_vae) == ("words", True)
+    assert (native.weighs_prompts, reference.weighs_prompts) == (True, False)
     assert Request("x", mode="reference", tas_indexing="bpe", vae_sample=False).indexing == "bpe"
+    assert Request("x", mode="reference", prompt_weights=True).weighs_prompts
 
 
 @pytest.mark.parametrize(

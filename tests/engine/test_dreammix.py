@@ -300,7 +300,7 @@ def test_bad_input_is_refused_before_the_first_step(dm: DreamMix) -> None:
     with pytest.raises(InputError, match="repaints nothing"):
         dm.iterate(IMAGE, Image.new("L", IMAGE.size), "a mug")
     with pytest.raises(InputError, match="152 tokens long"):
-        dm.iterate(IMAGE, MASK, "mug " * 150)
+        dm.iterate(IMAGE, MASK, "mug " * 150, mode="reference")
     with pytest.raises(InputError, match="'sks'"):
         dm.iterate(IMAGE, MASK, "a red mug", substitute=["blue"])
     with pytest.raises(InputError, match="1 providers for 2 pictures"):

@@ -27,11 +27,11 @@ def appending(host: DreamMix, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]
     )
     chosen = {"rows": EXTRA}
 
-    def plan(tokenizers: Any, request: Any, *names: Any) -> Any:
+    def plan(tokenizers: Any, request: Any, *names: Any, **more: Any) -> Any:
         count = chosen["rows"]
         rng = np.random.default_rng(request.seed)
         rows = rng.standard_normal((2 if request.guided else 1, count, width)).astype(np.float32) if count else None
-        return plan_prompts(tokenizers, request, *names, rows)
+        return plan_prompts(tokenizers, request, *names, rows, **more)
 
     monkeypatch.setattr(jobs, "plan_prompts", plan)
     return chosen
@@ -65,7 +65,7 @@ def test_lengths_keep_graphs_of_their_own(simulated: Any, host: DreamMix, append
 
 
 def test_a_length_that_memory_is_not_set_aside_for_is_refused(simulated: Any, appending: dict[str, int]) -> None:
-    dm, _, _ = simulated()
+    dm, _, _ = simulated(context=77)
     with pytest.raises(InputError, match=r"condition has 82 rows.*loaded for 77.*context=82"):
         paint(dm)
 

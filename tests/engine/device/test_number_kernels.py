@@ -25,6 +25,7 @@ from dreammix_trt.engine.device.blocks import make_steps
 from dreammix_trt.engine.device.records import FACTOR, JOB, SEGMENT
 from dreammix_trt.engine.host.denoiser import Conditioning, FakeDenoiser
 from dreammix_trt.engine.host.sampling import StageInputs, Taken
+from dreammix_trt.engine.prompts import weigh_text
 from tests.support.host import sample
 
 gpu = pytest.importorskip("dreammix_trt._cpp").gpu
@@ -440,6 +441,17 @@ def test_join_text(half: bool, group: Any) -> None:
     first[0, 5] = np.nan
     launch("join_text", group, **arguments)
     assert flags[0] == 3
+
+
+def test_weigh_text(group: Any) -> None:
+    """Each encoder's numbers by its own weights, as the host weighs them; rows of weight 1 to the bit."""
+    tokens, empty = draw_random(77, 16), draw_random(77, 16, seed=4)
+    weights = np.where(draw_random(2, 77, seed=5) > 0.5, draw_random(2, 77, seed=6), 1).astype(np.float32)
+    wanted = weigh_text(tokens, empty, weights, (6, 10))
+    plain = np.repeat(weights, (6, 10), axis=0).T == 1
+    assert plain.any() and not plain.all() and np.array_equal(wanted[plain], tokens[plain])
+    launch("weigh_text", group, tokens=tokens, empty=empty, weights=weights, rows=77, first_width=6, width=16)
+    assert np.array_equal(tokens, wanted)
 
 
 @pytest.mark.parametrize(

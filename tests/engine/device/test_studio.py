@@ -346,7 +346,7 @@ def test_bad_requests_are_refused_before_anything_is_uploaded(simulated: Any) ->
         (120, {"subject": "teapot"}, "'teapot'"),
         (120, {"noise": object()}, "device='cpu'"),
         (120, {"substitute": ("x",), "prompt": "a mug"}, "'sks'"),
-        (120, {"prompt": "a sks mug " * 40}, "tokens long"),
+        (120, {"prompt": "a sks mug " * 400}, "tokens long"),
     ):
         with pytest.raises(InputError, match=text):
             dm.inpaint(*make_scene(side, side), **{"prompt": "a sks mug", **fields})

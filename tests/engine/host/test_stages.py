@@ -59,7 +59,7 @@ def make_painter(networks: LinearNetworks) -> HostPainter:
 
 def check(request: Request, sizes: list[Size] | None = None) -> None:
     """Ask the host's runtime whether it would paint the picture."""
-    plan = PromptPlan(Prompt("", NOBODY, np.zeros((2, 77), np.int64)), None, None, None, {})
+    plan = PromptPlan((Prompt(NOBODY, np.zeros((2, 77), np.int64)),), None, (), None, {})
     work = Work(lay_canvas(request, sizes), request, make_schedule(request), 0, NOBODY, plan)
     HostRuntime(NotedNetworks(), FACTS).check(work)
 

@@ -1,0 +1,73 @@
+"""Words of a request that do nothing, or the opposite of what was meant: one sentence each.
+
+What is said depends on the request, its subject and the tokenizer alone, so it is the same on the host and on a device.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from dreammix_trt.core.request import Request
+from dreammix_trt.engine.prompt_syntax import Parsed
+from dreammix_trt.engine.text import Tokenizer, find_near_miss, has_word
+
+
+def list_warnings(
+    request: Request,
+    texts: Sequence[tuple[str, Parsed]],
+    subject: str,
+    token: str,
+    tokenizer: Tokenizer,
+) -> tuple[str, ...]:
+    """What a user should know about the words of a request.
+
+    texts: (field of the request, how it was read) of every prompt that is encoded.
+    subject: the name of its subject, "" for none.
+    token: the subject's word in prompts.
+    tokenizer: of the first encoder.
+    """
+    found = [f"{name}: {note}" for name, parsed in texts for note in parsed.notes]
+    found += [f"{name}: {note}" for name, parsed in texts for note in _note_rest(request, parsed, tokenizer)]
+    found += _note_subject(texts[0][1].text, subject, token)
+    found += _note_substitute(request, texts[0][1].text, token, tokenizer)
+    if request.negative_prompt and not request.guided:
+        found.append(
+            f"negative_prompt does nothing: guidance_scale is {request.guidance_scale:g}, and guidance begins above 1"
+        )
+    return tuple(dict.fromkeys(found))
+
+
+def _note_rest(request: Request, parsed: Parsed, tokenizer: Tokenizer) -> Iterator[str]:
+    count, rest = tokenizer.find_rest(parsed.text)
+    if rest and request.truncate_prompt:
+        yield f"{count - 75} of {count} tokens are cut off (truncate_prompt): {rest.strip()!r}"
+
+
+def _note_subject(prompt: str, subject: str, token: str) -> Iterator[str]:
+    if subject and not has_word(prompt, token):
+        near = find_near_miss(prompt, token)
+        hint = f"; is {near!r} meant to be it?" if near else ""
+        yield f"prompt: it does not name the subject {subject!r}, whose word is {token!r}{hint}"
+
+
+def _note_substitute(request: Request, prompt: str, token: str, tokenizer: Tokenizer) -> Iterator[str]:
+    if not request.substitute:
+        if request.substitute_prefix is not None:
+            yield "substitute_prefix does nothing: there is no substitute"
+        return
+    if not request.tas_stages:
+        yield "substitute does nothing: tas_stages names no stage"
+    for word in request.substitute:
+        if not re.search(r"\w", word):
+            yield f"substitute: {word!r} is no word"
+        elif has_word(word, token):
+            yield f"substitute: {word!r} is the subject's own word, and would be taken out of it"
+        elif has_word(prompt, word.strip()):
+            yield f"substitute: {word!r} stands in the prompt too, and is taken out there as well"
+        else:
+            yield from (
+                f"substitute: {each!r} is no word that the text encoder knows: check its spelling"
+                for each in re.findall(r"[^\W\d_]+", word)
+                if tokenizer.spells_out(each)
+            )
