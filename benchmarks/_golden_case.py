@@ -15,7 +15,7 @@ from PIL import Image
 
 from dreammix_trt.core import fooocus, keymap
 from dreammix_trt.core.checkpoint import BaseFiles
-from dreammix_trt.core.files import home
+from dreammix_trt.core.files import cache_home
 from dreammix_trt.core.lora import Lora, Target, read_lora
 from dreammix_trt.core.noise import ReplayNoise
 from dreammix_trt.core.request import Request
@@ -178,7 +178,7 @@ def networks_for(case: Case, backend: str, rank: int, threads: int | None = None
         "files": base.hash_contents(), "biases": base.patch_biases, "alpha": getattr(base, "alpha", 1.0), "rank": rank,
         "exporter": exporter_versions(), "code": hashlib.sha256(code).hexdigest(),
     }  # fmt: skip
-    shelf, key = Store(home() / "golden"), Store.key(parts)
+    shelf, key = Store(cache_home() / "golden"), Store.key(parts)
     if shelf.get(key) is None:
         with shelf.put(key, parts) as folder:
             if folder is not None:

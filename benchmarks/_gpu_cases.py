@@ -25,7 +25,7 @@ from dreammix_trt.engine.canvas.geometry import fill_cascade
 from dreammix_trt.engine.device.blocks import MOST_STEPS, PICTURE, Picture, fill_block
 from dreammix_trt.engine.device.records import FACTOR as FACTOR_RECORD
 from dreammix_trt.engine.device.records import JOB, SEGMENT, STEP
-from dreammix_trt.engine.prompts import Prompt, PromptPlan
+from dreammix_trt.engine.prompts import Prompt, PromptPlan, weigh_text
 from dreammix_trt.engine.runtime import Work
 
 Array = npt.NDArray[Any]
@@ -378,13 +378,19 @@ def _texts(scene: Workbench) -> list[KernelCase]:
     plan[:2] = len(away), len(places)
     plan[2 : 2 + len(away)], plan[2 + rows : 2 + rows + len(places)] = away, places
     less = kernels.tas_project(tokens, removed[away], places)
-    flags = np.zeros(1, np.int32)
+    flags, weights = np.zeros(1, np.int32), np.ones((2, rows), np.float32)
+    weights[:, 2:5] = 1.3
     return [
         KernelCase(
             "join two texts", "join_text", {"first": a, "second": b, "flags": flags},
             {"out": np.concatenate([a, b], axis=1).astype(np.float32), "flags": flags},
             {"rows": rows, "first_width": first, "second_width": second, "half": 1, "first_bit": 1, "second_bit": 2},
             tolerances={"out": 0.0}, times=2,
+        ),
+        KernelCase(
+            "weigh the words", "weigh_text", {"tokens": tokens, "empty": removed, "weights": weights},
+            {"tokens": weigh_text(tokens, removed, weights, (first, second))},
+            {"rows": rows, "first_width": first, "width": first + second}, tolerances={"tokens": 0.0}, times=1,
         ),
         KernelCase(
             "take attributes away", "tas", {"tokens": tokens, "removed": removed, "plan": plan}, {"tokens": less},

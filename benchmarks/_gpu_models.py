@@ -213,8 +213,9 @@ class Front:
         for image, mask, request, subject in wanted:
             canvas = lay_canvas(image, mask, request, self.studio.facts, self.studio.frames)
             schedule = make_schedule(request, raw_unet=self.studio.has_raw_unet)
-            prompts = plan_prompts(self.tokenizers, request, Role(subject), "sks", contexts=self.studio.contexts)
-            works.append(Work(canvas, request, schedule, request.seed or 0, Role(subject), prompts))
+            role = Role(subject)
+            prompts = plan_prompts(self.tokenizers, request, role, "sks", contexts=self.studio.contexts)
+            works.append(Work(canvas, request, schedule, request.seed or 0, role, prompts))
         return works
 
     @property

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dreammix_trt.core import fooocus, keymap
-from dreammix_trt.core.diffusers_folder import find_weight_files, read_config, read_configs, read_state
+from dreammix_trt.core.diffusers_folder import describe_choice, find_weight_files, read_config, read_configs, read_state
 from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.files import explain_read_errors, sha256_of
+from dreammix_trt.core.hub_cache import find_snapshot
 from dreammix_trt.core.recognise import check_sdxl, check_weights
 from dreammix_trt.core.single_file import explain_odd_tensors, read_single_file, read_vae
 from dreammix_trt.core.stored import Array, Floats
@@ -36,6 +37,12 @@ Config = dict[str, Any]
 EMBEDDED = Path(__file__).parents[1] / "models" / "micro-sdxl"
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
+_NO_INPAINTING = (
+    "no inpainting base: it has no inpainting patch and head, so pictures will fit their surroundings badly. Give "
+    "Fooocus' two files with --patch inpaint_v26.fooocus.patch --head fooocus_inpaint_head.pth, or lay them into the "
+    "base's folder; they are at https://huggingface.co/lllyasviel/fooocus_inpaint, tagged openrail (read its terms). "
+    "Or take a base whose UNet has nine input channels"
+)
 _PATCHED = "an inpainting UNet brings its own head; omit patch and head, or use a text-to-image base"
 
 
@@ -74,8 +81,10 @@ class BaseFiles:
     ) -> BaseFiles:
         """Open a base and check it. Reads headers only, and the vocabularies of tokenizers.
 
-        path: a diffusers folder, or a single `.safetensors` or `.ckpt` file; None: the embedded model.
-        patch, head: files of the inpainting patch and its head; None: those in the base's folder, if any.
+        path: a diffusers folder, a model's folder in the hub's cache, or a single `.safetensors` or `.ckpt` file; None:
+            the embedded model.
+        patch, head: files of the inpainting patch and its head; None: those in the base's folder, or beside its single
+            file where that has no head of its own, if any.
         patch_biases: see `BaseFiles`.
         vae: a folder with config.json and weights, a folder that has them in `vae/`, or a file.
         tokenizer: a folder with `tokenizer/` and `tokenizer_2/`, or with the files of one tokenizer for both encoders.
@@ -86,8 +95,7 @@ class BaseFiles:
         """
         with explain_read_errors(EMBEDDED if path is None else path):
             base = cls._find(path, vae, tokenizer)
-            patch_file = _choose_file(patch, base.folder, "*.fooocus.patch")
-            head_file = _choose_file(head, base.folder, "*inpaint_head.*")
+            patch_file, head_file = base._find_patch(patch, head)
         if base.nine_channels and (patch_file or head_file):
             raise FileFormatError(f"{patch_file or head_file}: does not go with {base.folder}: {_PATCHED}")
         if (patch_file is None) != (head_file is None):
@@ -100,11 +108,11 @@ class BaseFiles:
     @classmethod
     def _find(cls, path: str | Path | None, vae: str | Path | None, tokenizer: str | Path | None) -> BaseFiles:
         """Open and check the base without patch and head."""
-        folder = EMBEDDED if path is None else Path(path)
+        folder = EMBEDDED if path is None else find_snapshot(Path(path))
         if path is None and not folder.is_dir():
             raise FileFormatError(f"the embedded model is not installed ({folder}); name a base instead")
         own_vae = _find_vae(Path(vae)) if vae is not None else None
-        own_tokenizer = Path(tokenizer) if tokenizer is not None else None
+        own_tokenizer = find_snapshot(Path(tokenizer)) if tokenizer is not None else None
         configs = _read_configs(folder, own_vae)
         check_sdxl(folder, configs, own_vae)
         base = cls(folder, None, None, False, configs, vae=own_vae, tokenizer=own_tokenizer)
@@ -112,6 +120,32 @@ class BaseFiles:
         configs["unet"] = {**configs["unet"], "in_channels": 4}
         base._check_tokenizers()
         return replace(base, nine_channels=channels == 9)
+
+    def _find_patch(self, patch: str | Path | None, head: str | Path | None) -> tuple[Path | None, Path | None]:
+        """Patch and head, given or found. Beside a single file both have to lie; a 9-channel one needs none."""
+        alone = not self.folder.is_dir()
+        place = self.folder.parent if alone and not self.nine_channels else self.folder
+        found = _choose_file(patch, place, "*.fooocus.patch"), _choose_file(head, place, "*inpaint_head.*")
+        return (None, None) if alone and patch is None and head is None and None in found else found
+
+    @property
+    def name(self) -> str:
+        """What the base is called: its folder or file, or the model in the hub's cache."""
+        place = self.folder.parent
+        return place.parent.name.rpartition("--")[2] if place.name == "snapshots" else self.folder.name
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a person should know of the base: what was chosen among its files, and what it lacks."""
+        found = []
+        if self.folder.parent.name == "snapshots":
+            found.append(f"{self.folder.parent.parent}: a folder of the hub's cache; {self.folder.name} in it is used")
+        if self.folder.is_dir():
+            own = [name for name in COMPONENTS if name != "vae" or self.vae is None]
+            found += filter(None, (describe_choice(self.folder / name, name) for name in own))
+        if not self.has_head:
+            found.append(f"{self.name}: {_NO_INPAINTING}")
+        return tuple(found)
 
     @property
     def native_side(self) -> int:
@@ -285,6 +319,7 @@ def _read_configs(folder: Path, vae: Path | None) -> dict[str, Config]:
 
 def _find_vae(path: Path) -> Path:
     """The folder or file of a VAE that the user gave; in a pipeline's folder, its vae/."""
+    path = find_snapshot(path)
     if (path / "vae" / "config.json").is_file():
         return path / "vae"
     if not path.exists():

@@ -34,14 +34,16 @@ def text_encoder_names(layers: int) -> list[str]:
     return [name for name, _, _ in _from_open_clip(layers)]
 
 
-def from_open_clip(layers: int) -> dict[str, tuple[str, View | None]]:
+def from_open_clip(layers: int, projection: str = "text_projection") -> dict[str, tuple[str, View | None]]:
     """All tensors of a text encoder with projection: transformers' name -> (OpenCLIP's name, view of that tensor).
 
-    OpenCLIP stacks the projections of queries, keys and values as (3D, D). Its `text_projection` is (D, P), the
-    transpose of transformers' weight.
+    projection: OpenCLIP's parameter `text_projection` is (D, P), the transpose of transformers' weight; the
+        `text_projection.weight` that some tools write is a linear layer's, (P, D) as transformers' is.
+
+    OpenCLIP stacks the projections of queries, keys and values as (3D, D).
     """
     plan = {name: (theirs, view) for name, theirs, view in _from_open_clip(layers)}
-    return {**plan, "text_projection.weight": ("text_projection", _transpose)}
+    return {**plan, "text_projection.weight": (projection, None if projection.endswith(".weight") else _transpose)}
 
 
 def _from_open_clip(layers: int) -> Iterator[tuple[str, str, View | None]]:

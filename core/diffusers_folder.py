@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,8 @@ _STEMS = {
     "text_encoder": ("model", "pytorch_model"),
     "text_encoder_2": ("model", "pytorch_model"),
 }
-#: file names in order of preference; {} is the stem. The index of a variant is spelled in two ways.
-_SPELLINGS = {
-    ".safetensors": (
-        "{}.safetensors", "{}.safetensors.index.json",
-        "{}.fp16.safetensors", "{}.safetensors.index.fp16.json", "{}.fp16.safetensors.index.json",
-    ),
-    ".bin": (
-        "{}.bin", "{}.bin.index.json",
-        "{}.fp16.bin", "{}.bin.index.fp16.json", "{}.fp16.bin.index.json",
-    ),
-}  # fmt: skip
+#: variants in order of preference, "" first; others follow by name, and those that are not averaged come last
+_VARIANTS = ("", "fp32", "fp16", "bf16")
 
 
 def read_configs(folder: Path, components: tuple[str, ...]) -> dict[str, Config]:
@@ -74,14 +66,53 @@ def read_state(folder: Path, component: str) -> Weights:
 def find_weight_files(folder: Path, component: str) -> list[Path]:
     """The files with a component's weights: one, or shards.
 
-    safetensors is preferred to .bin, full precision to fp16. Raises `FileFormatError` when there are none.
+    safetensors is preferred to .bin; among variants full precision, then fp16, bf16, others by name, and weights that
+    are no moving average (`non_ema`, for further training) last. Raises `FileFormatError` when there are none.
     """
-    for stem, (kind, spellings) in zip(_STEMS[component], _SPELLINGS.items(), strict=True):
+    kind, found = _find_variants(folder, component)
+    if not found:
+        raise FileFormatError(f"{folder.parent}: {folder.name}/{_STEMS[component][0]}.safetensors is missing")
+    file = next(iter(found.values()))
+    return _find_shards(file, kind) if file.suffix == ".json" else [file]
+
+
+def describe_choice(folder: Path, component: str) -> str:
+    """Say which of several variants of a component's weights is used; "" where there is no choice to know of."""
+    _, found = _find_variants(folder, component)
+    if not found:
+        return ""
+    chosen, *others = found
+    if others and (chosen or set(others) != {"fp16"}):  # a plain file beside its half is what the hub's folders hold
+        return f"{folder}: {found[chosen].name} is used; beside it {', '.join(others)} is not"
+    if "non_ema" in chosen:
+        return f"{folder}: holds only {found[chosen].name}, weights for further training; pictures may be worse"
+    return ""
+
+
+def _find_variants(folder: Path, component: str) -> tuple[str, dict[str, Path]]:
+    """(".safetensors" or ".bin", variant -> its file or index in order of preference) of a component's weights."""
+    names = sorted(file.name for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
+    for stem, kind in zip(_STEMS[component], (".safetensors", ".bin"), strict=True):
+        variant = r"([\w-]+)"
+        spellings = (  # the index of a variant is spelled in two ways
+            rf"{stem}(?:\.{variant})?\{kind}",
+            rf"{stem}\{kind}\.index(?:\.{variant})?\.json",
+            rf"{stem}\.{variant}\{kind}\.index\.json",
+        )
+        found: dict[str, Path] = {}
         for spelling in spellings:
-            file = folder / spelling.format(stem)
-            if file.is_file():
-                return _find_shards(file, kind) if file.suffix == ".json" else [file]
-    raise FileFormatError(f"{folder.parent}: {folder.name}/{_STEMS[component][0]}.safetensors is missing")
+            for name in names:
+                match = re.fullmatch(spelling, name)
+                if match and not re.search(r"-\d+-of-\d+", name):
+                    found.setdefault(match[1] or "", folder / name)
+        if found:
+            return kind, dict(sorted(found.items(), key=lambda item: _rank(item[0])))
+    return "", {}
+
+
+def _rank(variant: str) -> tuple[bool, int, str]:
+    known = _VARIANTS.index(variant) if variant in _VARIANTS else len(_VARIANTS)
+    return "non_ema" in variant, known, variant
 
 
 def _find_shards(index: Path, kind: str) -> list[Path]:
@@ -98,6 +129,11 @@ def _find_shards(index: Path, kind: str) -> list[Path]:
 def _describe_instead(folder: Path) -> str:
     """Say what a folder without model_index.json is, and what to give instead."""
     if not folder.exists():
+        if len(folder.parts) == 2 and not folder.is_absolute():
+            return (
+                "it does not exist; names of the hub are not looked up: download it with "
+                f"`hf download {folder} --local-dir DIR` and give DIR"
+            )
         return "it does not exist"
     if (folder / "config.json").is_file():
         return "it is one component of a model; give the folder above it"

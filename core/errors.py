@@ -2,6 +2,7 @@
 
 A message names the file, field or value, says what is wrong with it and what to do. The command line prints a
 `DreamMixError` as one line on stderr and ends with its `exit_code`; `dreammix_trt.cli` does this in one place.
+docs/command-line.md lists the codes.
 """
 
 from __future__ import annotations
@@ -10,19 +11,25 @@ from __future__ import annotations
 class DreamMixError(Exception):
     """Base of all errors raised on purpose."""
 
-    exit_code = 2
+    exit_code = 1
 
 
 class InputError(DreamMixError):
-    """A picture, mask, prompt or parameter that cannot be used."""
+    """Wrong use: a picture, mask, prompt, option or place that cannot be used."""
+
+    exit_code = 2
 
 
 class FileFormatError(DreamMixError):
     """A file that is missing, truncated, of another format, or not meant for this base."""
 
+    exit_code = 3
+
 
 class EngineError(DreamMixError):
     """An engine directory that cannot be loaded: another schema, changed files, missing files, another platform."""
+
+    exit_code = 4
 
 
 class DeviceError(EngineError):
@@ -31,6 +38,7 @@ class DeviceError(EngineError):
     lost: whether the device's context is broken, so that nothing more can run in it.
     """
 
+    exit_code = 5
     lost: bool = False
 
 
@@ -56,9 +64,13 @@ class ProfileError(EngineError):
 class BuildError(DreamMixError):
     """A build that is impossible or failed its own checks."""
 
+    exit_code = 6
+
 
 class MissingExtraError(DreamMixError):
     """A package of an optional extra is not installed; the message names the extra to install."""
+
+    exit_code = 7
 
 
 class Cancelled(DreamMixError):

@@ -67,6 +67,7 @@ def atomic_directory(path: str | os.PathLike[str], marker: str | None = None) ->
             for file in temporary.rglob("*"):
                 if file.is_file():
                     _sync(file)
+                    file.chmod(0o666 & ~_umask())  # libraries that write by temporary files leave 0600
             with _hold_lock(target):
                 _swap(temporary, target)
     finally:
@@ -142,6 +143,19 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def carry_remembered(old: Path, new: Path) -> None:
+    """Remember a file's hash under its new path, where it was remembered under its old one. Does not read the file.
+
+    old, new: resolved paths before and after a rename.
+    """
+    with contextlib.suppress(DreamMixError, OSError):
+        status = new.stat()
+        mark = _mark(old, status)
+        record = read_json(_memory(mark)) if status.st_size >= _REMEMBERED_FROM else {}
+        if record.get("mark") == mark:
+            _remember(_mark(new, status), str(record["sha256"]))
+
+
 def remember_sha256(path: Path, digest: str) -> None:
     """Remember for `sha256_of` a hash that was computed before the file was moved to `path`. Does not read the file."""
     file = path.resolve()
@@ -150,14 +164,20 @@ def remember_sha256(path: Path, digest: str) -> None:
         _remember(_mark(file, status), digest)
 
 
-def home() -> Path:
-    """The folder of the store and the remembered hashes: DREAMMIX_HOME, else the platform's cache directory."""
+def given_home() -> Path | None:
+    """The folder that DREAMMIX_HOME names for everything we keep; None: it names none."""
     given = os.environ.get("DREAMMIX_HOME")
-    if given:
-        return Path(given).expanduser().absolute()
+    return Path(given).expanduser().absolute() if given else None
+
+
+def cache_home() -> Path:
+    """The folder of remembered hashes and locks, which costs nothing to lose: in DREAMMIX_HOME, else the user's cache.
+
+    What took minutes to make is in the store (`store_place.find_store`).
+    """
     from platformdirs import user_cache_path
 
-    return user_cache_path("dreammix-trt", appauthor=False)
+    return given_home() or user_cache_path("dreammix-trt", appauthor=False)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -204,7 +224,7 @@ def _mark(file: Path, status: os.stat_result) -> str:
 
 
 def _memory(mark: str) -> Path:
-    return home() / "hashes" / f"{hashlib.sha256(mark.encode()).hexdigest()}.json"
+    return cache_home() / "hashes" / f"{hashlib.sha256(mark.encode()).hexdigest()}.json"
 
 
 def _remember(mark: str, digest: str) -> None:
@@ -249,7 +269,7 @@ def _hold_lock(target: Path) -> Iterator[None]:
     """Hold the lock of a place, so that two programs do not replace it at the same time."""
     from filelock import FileLock
 
-    locks = home() / "locks"
+    locks = cache_home() / "locks"
     lock = FileLock(locks / f"{hashlib.sha256(os.fsencode(target)).hexdigest()[:32]}.lock")
     with contextlib.suppress(OSError):  # no writable home: go on without a lock
         locks.mkdir(parents=True, exist_ok=True)
@@ -289,6 +309,10 @@ def _sync(file: Path) -> None:
 
 
 def _umask() -> int:
+    """The process' umask; where the system tells it, without setting it for a moment, which other threads would see."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
     mask = os.umask(0)
     os.umask(mask)
     return mask

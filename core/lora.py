@@ -2,9 +2,9 @@
 
 Dialects: diffusers and the reference (`unet.<module>.lora.down.weight`, and the older `...processor.to_k_lora.down`),
 PEFT (`unet.<module>.lora_A.weight`, or its own `base_model.model.<module>.lora_A.weight`, scaled by the
-adapter_config.json beside it), kohya with diffusers or sgm block names (`lora_unet_<module_with_underscores>.
-lora_down`, `.alpha`); see docs/algorithm.md, 12.2. LoHa, LoKr, DoRA, OFT, GLoRA, (IA)3 and whole differences
-are refused by name.
+adapter_config.json beside it), kohya, LyCORIS, OneTrainer and ComfyUI with diffusers or sgm block names, with dots or
+underscores; see docs/algorithm.md, 12.2. LoHa, LoKr, DoRA, OFT, GLoRA, (IA)3, whole differences and embeddings are
+refused by name.
 
 A LoRA is used in two ways: as a subject's factors in an engine's slots (`core/subject.py`), or merged into the base's
 weights (`weight_changes`). Only the latter takes convolutions and feed-forward layers.
@@ -12,9 +12,10 @@ weights (`weight_changes`). Only the latter takes convolutions and feed-forward 
 
 from __future__ import annotations
 
+import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,16 +25,30 @@ from numpy.typing import NDArray
 
 from dreammix_trt.core.errors import FileFormatError, InputError
 from dreammix_trt.core.files import explain_read_errors
-from dreammix_trt.core.lora_names import family_of, find_foreign_kind, flat_modules, join_first, place_of
-from dreammix_trt.core.lora_parts import PEFT_FILE, AdapterScales, make_pair, read_tensors
+from dreammix_trt.core.hub_cache import find_snapshot
+from dreammix_trt.core.lora_names import (
+    adapters_of,
+    family_of,
+    find_foreign_kind,
+    flat_modules,
+    is_idle,
+    join_first,
+    place_of,
+)
+from dreammix_trt.core.lora_parts import PEFT_CONFIG, PEFT_FILES, AdapterScales, make_pair, read_tensors
+from dreammix_trt.core.recognise import recognise_file
+
+log = logging.getLogger(__name__)
 
 Floats = NDArray[np.float32]
 Factors = dict[str, dict[str, tuple[Floats, Floats]]]
 Target = Literal["patched", "raw", "both"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 FILE_NAME = "pytorch_lora_weights.safetensors"
+_USUAL = (FILE_NAME, PEFT_FILES[0], FILE_NAME.replace(".safetensors", ".bin"), *PEFT_FILES[1:])
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_SUFFIX = r"\.(?:safetensors|bin|pth?|ckpt)"
 _FORM = "FILE[:scale[:target]]"
 
 
@@ -83,14 +98,15 @@ def parse_lora(text: str, default_target: Target = "patched") -> LoraSpec:
     """
     file, scale, target = text, "", str(default_target)
     parts = text.rsplit(":", 2)
-    if len(parts) == 3 and _is_number(parts[1]) and not re.search(r"[/\\]|\.safetensors$", parts[2]):
+    if len(parts) == 3 and _is_number(parts[1]) and not re.search(rf"[/\\]|{_SUFFIX}$", parts[2]):
         file, scale, target = parts
     elif len(parts) > 1 and _is_number(parts[-1]):
         file, scale = text.rsplit(":", 1)
     else:
-        _, mark, rest = text.partition(".safetensors:")
-        if mark or parts[-1] in TARGETS:
-            raise InputError(f"{text!r}: no scale in {rest or parts[-1]!r}; give {_FORM}, for example FILE:0.8:both")
+        found = re.search(rf"{_SUFFIX}:(.*)", text)
+        if found or parts[-1] in TARGETS:
+            rest = found[1] if found else parts[-1]
+            raise InputError(f"{text!r}: no scale in {rest!r}; give {_FORM}, for example FILE:0.8:both")
     if target not in TARGETS:
         raise InputError(f"{text!r}: unknown target {target!r}; allowed: {', '.join(TARGETS)} ({_FORM})")
     strength = float(scale or 1)
@@ -115,7 +131,14 @@ def read_lora(path: str | Path, unet_config: Mapping[str, Any] | None = None) ->
     tensors, metadata = read_tensors(path)
     foreign = find_foreign_kind(tensors)
     if foreign:
-        raise FileFormatError(f"{path}: a {foreign[0]} file ({join_first(foreign[1], 3)}); only plain LoRA can be used")
+        kind, remedy, names = foreign
+        raise FileFormatError(f"{path}: {kind} ({join_first(names, 3)}); {remedy}")
+    adapters = adapters_of(tensors)
+    if len(adapters) > 1:
+        raise FileFormatError(
+            f"{path}: holds {len(adapters)} adapters of PEFT ({', '.join(map(repr, sorted(adapters)))}); "
+            "save each in a file of its own"
+        )
     modules = _group_by_module(path, tensors, flat_modules(unet_config))
     scales = AdapterScales.of(path, metadata)
     factors: Factors = {}
@@ -125,7 +148,7 @@ def read_lora(path: str | Path, unet_config: Mapping[str, Any] | None = None) ->
         factors.setdefault(network, {})[module] = pair
         if kernel != (1, 1):
             kernels[f"{network}.{module}"] = kernel
-    scales.check_used(path)
+    scales.tell_unused(path)
     rank = max(a.shape[1] for by_module in factors.values() for a, _ in by_module.values())
     return Lora(factors, rank, path, metadata, kernels)
 
@@ -133,9 +156,10 @@ def read_lora(path: str | Path, unet_config: Mapping[str, Any] | None = None) ->
 def find_lora_file(path: str | Path) -> Path:
     """Find the LoRA file that a path means.
 
-    path: the file, or a directory with `pytorch_lora_weights.safetensors`, PEFT's `adapter_model.safetensors` or one
-        other safetensors file. A directory without any of them may have folders `checkpoint-N/`, as accelerate leaves
-        them; the highest N is used.
+    path: the file, or a directory with `pytorch_lora_weights.safetensors`, PEFT's `adapter_model.safetensors`, one of
+        these as `.bin`, or one other safetensors file. A directory without any of them may have folders
+        `checkpoint-N/`, as accelerate leaves them, of which the highest N is used; or one folder of a PEFT adapter; or
+        it may be a model's folder in the hub's cache.
 
     Raises `FileFormatError` when there is no such file, or several.
     """
@@ -149,9 +173,15 @@ def _find_file(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise FileFormatError(f"{path}: no such LoRA file or directory")
-    checkpoints = [(int(found[1]), each) for each in path.iterdir() if (found := _CHECKPOINT.fullmatch(each.name))]
-    for folder in (path, *(each for _, each in sorted(checkpoints, reverse=True))):
-        usual = [folder / name for name in (FILE_NAME, PEFT_FILE) if (folder / name).is_file()]
+    path = find_snapshot(path)
+    inside = sorted(each for each in path.iterdir() if each.is_dir())
+    checkpoints = [(int(found[1]), each) for each in inside if (found := _CHECKPOINT.fullmatch(each.name))]
+    adapters = [each for each in inside if (each / PEFT_CONFIG).is_file()]
+    if len(adapters) > 1 and not (path / PEFT_CONFIG).is_file():
+        names = ", ".join(each.name for each in adapters)
+        raise FileFormatError(f"{path}: holds {len(adapters)} adapters of PEFT ({names}); name the folder of one")
+    for folder in (path, *(each for _, each in sorted(checkpoints, reverse=True)), *adapters):
+        usual = [folder / name for name in _USUAL if (folder / name).is_file()]
         files = usual[:1] or sorted(folder.glob("*.safetensors"))
         if len(files) == 1:
             return files[0]
@@ -254,11 +284,14 @@ def _group_by_module(
 ) -> dict[tuple[str, str], dict[str, Floats]]:
     """(network, module) -> role -> tensor. Raises for names that are not understood and for duplicates."""
     modules: dict[tuple[str, str], dict[str, Floats]] = {}
-    unmatched, twice = [], []
+    unmatched, twice, idle = [], [], []
     for key, value in tensors.items():
         place = place_of(key, flat)
         if place is None:
             unmatched.append(key)
+            continue
+        if is_idle(place):
+            idle.append(key)
             continue
         parts = modules.setdefault((place.network, place.module), {})
         if place.role in parts:
@@ -268,11 +301,23 @@ def _group_by_module(
         family = family_of({key: value.shape[1] for key, value in tensors.items() if value.ndim > 1})
         raise FileFormatError(
             f"{path}: {len(unmatched)} names are not understood as a LoRA's for this base: {join_first(unmatched)}"
-            + (f"; it looks like a LoRA for {family}" if family else "")
+            + (f"; it looks like a LoRA for {family}" if family else _describe_model(tensors))
         )
+    if idle:
+        log.warning("%s: %s are not used; SDXL's first text encoder has no projection", path, join_first(idle))
     if twice:
         raise FileFormatError(f"{path}: {len(twice)} factors appear twice, in two spellings: {join_first(twice)}")
     return modules
+
+
+def _describe_model(names: Iterable[str]) -> str:
+    """What a file without a single LoRA's name is; nothing where that is not known."""
+    if any(re.search("lora", name, re.IGNORECASE) for name in names):
+        return ""
+    kind = recognise_file(names)
+    if kind is None:
+        return "; this is a whole SDXL checkpoint, give it as the base (--base)"
+    return "" if kind.startswith("not a model known here") else f"; this is {kind}"
 
 
 def _is_number(text: str) -> bool:

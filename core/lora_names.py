@@ -1,8 +1,9 @@
 """The names of tensors in LoRA files: from a tensor's name to network, module and role.
 
-Trainers write a module's diffusers name (`unet.down_blocks.1...to_k.lora_A.weight`), or flatten its dots to underscores
-(kohya: `lora_unet_down_blocks_1_..._to_k.lora_down.weight`), with diffusers' or sgm's module names. There is no
-rule to turn underscores back into dots, so flat names are looked up in a table of all modules of the base's UNet.
+Trainers write a module's diffusers name (`unet.down_blocks.1...to_k.lora_A.weight`) or sgm's, with dots or flattened to
+underscores (kohya: `lora_unet_input_blocks_4_1_..._to_k.lora_down.weight`), below a prefix for the network. There is no
+rule to turn underscores back into dots, so modules of the UNet are looked up in a table of all of them by their flat
+names.
 """
 
 from __future__ import annotations
@@ -23,36 +24,50 @@ SDXL: dict[str, Any] = {
     "transformer_layers_per_block": [1, 2, 10],
 }
 
-_ROLES: dict[str, Role] = {
-    ".lora_down.weight": "down", ".lora_up.weight": "up", ".lora_mid.weight": "mid", ".alpha": "alpha",
-    ".lora.down.weight": "down", ".lora.up.weight": "up",
-    ".lora_A.weight": "down", ".lora_B.weight": "up",
-    ".lora_A.default.weight": "down", ".lora_B.default.weight": "up",
-    ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up",
-    "_lora.down.weight": "down", "_lora.up.weight": "up",
-}  # fmt: skip
-_DOTTED = {f"{network}.": network for network in NETWORKS}
-_FLAT = {
-    "lora_unet_": "unet",
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-    "lora_te_": "text_encoder",
-}
-_PEFT, _TEXT_PARTS = "base_model.model.", ("text_model.", "encoder.layers.", "text_projection")
-_FLAT_TEXT = re.compile(r"text_model_encoder_layers_(\d+)_(self_attn|mlp)_([qkv]_proj|out_proj|fc1|fc2)")
-_OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out.0": "out_proj"}
+#: the end of a tensor's name; PEFT puts the name of the adapter in: `lora_A.default.weight`, `lora_A.mine.weight`
+_ROLE = re.compile(
+    r"(?:[._]lora(?:_linear_layer)?[._](?P<side>down|up|mid|A|B)(?:\.(?P<adapter>(?!weight$)[^.]+))?(?:\.weight)?"
+    r"|(?:[._]lora(?:_linear_layer)?)?\.alpha)$"
+)
+_SIDES: dict[str | None, Role] = {"down": "down", "A": "down", "up": "up", "B": "up", "mid": "mid", None: "alpha"}
+#: what stands before the module: kohya's, LyCORIS', ComfyUI's, OneTrainer's, diffusers', whole checkpoints'
+_PREFIX = re.compile(
+    r"(?P<unet>lora_unet|lycoris_unet|lycoris|model\.diffusion_model|diffusion_model|unet)[._]"
+    r"|(?P<text_encoder_2>lora_te2|te2|text_encoder_2|(text_encoders\.)?clip_g(\.transformer)?)[._]"
+    r"|(?P<text_encoder>lora_te1?|te1?|text_encoder|(text_encoders\.)?clip_l(\.transformer)?)[._]"
+)
+_WRAPPERS = re.compile(
+    r"(?<![^.])(?:base_model\.model|_orig_mod|module)\."
+)  # of PEFT, torch.compile, parallel training
+_TEXT = re.compile(
+    r"(?:text_model_)?encoder_layers_(\d+)_(self_attn|mlp)_([qkv]_proj|out_proj|fc1|fc2|to_[qkv]|to_out(?:_0)?)"
+)
+_TEXT_PARTS = ("text_model.", "encoder.layers.", "text_projection")
+_OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj", "to_out_0": "out_proj"}
 
+_ONLY_LORA = "only plain LoRA can be used"
+_LYCORIS = f"{_ONLY_LORA}: train with LyCORIS' algo=lora (or locon), or with networks.lora"
+#: a tensor's name -> what has such tensors, and what to do
 _FOREIGN = {
-    r"\.hada_": "LoHa",
-    r"\.lokr_": "LoKr",
-    r"\.dora_scale$|\.lora_magnitude_vector": "DoRA",
-    r"\.oft_": "OFT",
-    r"\.[ab][12]\.weight$": "GLoRA",
-    r"\.on_input$": "(IA)3",
-    r"\.diff(_b)?$": "full-difference",
-    r"\.[wb]_norm$": "norm-training",
-    r"\.(lora_B|lora_up|lora\.up)\.bias$": "LoRA-with-biases",
-    r"\.lora_embedding_": "embedding-LoRA",
+    r"\.hada_": ("a LoHa file of LyCORIS", _LYCORIS),
+    r"\.lokr_": ("a LoKr file of LyCORIS", _LYCORIS),
+    r"\.dora_scale$|\.lora_magnitude_vector": ("a DoRA file", f"{_ONLY_LORA}: train without dora (use_dora, dora_wd)"),
+    r"\.oft_": ("an OFT file", _ONLY_LORA),
+    r"\.[ab][12]\.weight$": ("a GLoRA file of LyCORIS", _LYCORIS),
+    r"\.on_input$": ("an (IA)3 file of LyCORIS", _LYCORIS),
+    r"\.diff(_b)?$": ("a full-difference file (LyCORIS' full, or ComfyUI's LoraSave)", _ONLY_LORA),
+    r"\.[wb]_norm$": ("a norm-training file of LyCORIS", f"{_ONLY_LORA}: train with train_norm off"),
+    r"\.(lora_B|lora_up|lora\.up)\.bias$": ("a LoRA-with-biases file", f"{_ONLY_LORA}: extract it without biases"),
+    r"\.lora_embedding_": ("an embedding-LoRA file of PEFT", f"{_ONLY_LORA}: leave embeddings out of target_modules"),
+    r"^bundle_emb\.": (
+        "a LoRA of OneTrainer with textual inversion embeddings bundled in it",
+        "embeddings cannot be used, and the LoRA needs them: train it in OneTrainer without an additional embedding "
+        "('bundle additional embeddings' off)",
+    ),
+    r"^(clip_[gl]|emb_params|text_encoders_[01]|string_to_param\..*)$": (
+        "a textual inversion embedding",
+        "embeddings cannot be used; train a LoRA",
+    ),
 }
 _CONTEXTS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "the SDXL refiner", 2048: "SDXL"}
 _OTHER_MODELS = {
@@ -95,46 +110,62 @@ def flat_modules(unet_config: Mapping[str, Any] | None = None) -> dict[str, str]
     return table
 
 
+def kohya_names(unet_config: Mapping[str, Any]) -> dict[str, str]:
+    """The modules of a UNet by their diffusers names -> kohya's names for SDXL, which are sgm's.
+
+    "down_blocks.1.attentions.0.proj_in" -> "lora_unet_input_blocks_4_1_proj_in".
+    """
+    return {
+        name.removesuffix(".weight"): f"lora_unet_{sgm.removeprefix(PREFIX).removesuffix('.weight').replace('.', '_')}"
+        for sgm, name in sgm_to_diffusers(unet_config).items()
+        if name.endswith(".weight")
+    }
+
+
 def place_of(key: str, flat: Mapping[str, str]) -> LoraKey | None:
     """The place of a tensor; None when its name is not a LoRA's.
 
     key: the tensor's name.
     flat: from `flat_modules`.
     """
-    ending = next((each for each in _ROLES if key.endswith(each)), None)
-    if ending is None:
+    end = _ROLE.search(key)
+    if end is None:
         return None
-    name, role = key.removesuffix(ending), _ROLES[ending]
-    for prefix, network in _FLAT.items():
-        if name.startswith(prefix):
-            module = _from_flat(network, name[len(prefix) :], flat)
-            return LoraKey(network, module, role) if module else None
-    if name.startswith(_PEFT):  # PEFT's files do not name the network; the modules of text encoders reveal it
-        name = name.removeprefix(_PEFT)
-        if name.startswith(_TEXT_PARTS):
-            return LoraKey("text_encoder", _normalise("text_encoder", name), role)
-    if name.startswith(PREFIX):  # sgm names with their dots
-        module = flat.get(name[len(PREFIX) :].replace(".", "_"))
-        return LoraKey("unet", module, role) if module else None
-    for prefix, network in _DOTTED.items():
-        if name.startswith(prefix):
-            return LoraKey(network, _normalise(network, name[len(prefix) :]), role)
-    module = _normalise("unet", name)
-    return LoraKey("unet", module, role) if flat.get(module.replace(".", "_")) == module else None
+    name, role = _WRAPPERS.sub("", key[: end.start()]), _SIDES[end["side"]]
+    prefix = _PREFIX.match(name)
+    if prefix is None:  # PEFT's own files do not name the network; the modules of text encoders reveal it
+        network, rest = "text_encoder" if name.startswith(_TEXT_PARTS) else "unet", name
+    else:
+        network, rest = next(each for each in NETWORKS if prefix[each]), name[prefix.end() :]
+    module = _find_module(network, rest, flat)
+    if module is None and prefix is not None and prefix[0] == f"{network}.":
+        module = _normalise(rest)  # diffusers' own spelling is taken at its word; the base decides
+    return None if module is None else LoraKey(network, module, role)
 
 
-def find_foreign_kind(keys: Iterable[str]) -> tuple[str, list[str]] | None:
-    """Find out whether a file has something other than LoRA pairs: LoHa, LoKr, DoRA, ...
+def adapters_of(keys: Iterable[str]) -> set[str]:
+    """The names of the adapters that PEFT wrote into the names of tensors; "" where it wrote none."""
+    found = (_ROLE.search(key) for key in keys)
+    return {end["adapter"] or "" for end in found if end and end["side"]}
+
+
+def is_idle(place: LoraKey) -> bool:
+    """Whether SDXL does not have what a factor changes: its first text encoder has no projection."""
+    return (place.network, place.module) == ("text_encoder", "text_projection")
+
+
+def find_foreign_kind(keys: Iterable[str]) -> tuple[str, str, list[str]] | None:
+    """Find out whether a file has something other than LoRA pairs: LoHa, LoKr, DoRA, embeddings, ...
 
     keys: the names of its tensors.
 
-    Returns (kind, the names that show it), or None.
+    Returns (what it is, what to do, the names that show it), or None.
     """
     keys = list(keys)
-    for pattern, kind in _FOREIGN.items():
+    for pattern, (kind, remedy) in _FOREIGN.items():
         named = [key for key in keys if re.search(pattern, key)]
         if named:
-            return kind, named
+            return kind, remedy, named
     return None
 
 
@@ -160,25 +191,19 @@ def join_first(items: list[str], most: int = 6) -> str:
     return ", ".join(sorted(items)[:most]) + more
 
 
-def _from_flat(network: str, name: str, flat: Mapping[str, str]) -> str | None:
+def _find_module(network: str, name: str, flat: Mapping[str, str]) -> str | None:
+    """A module by its diffusers name; None where the table does not have it."""
+    name = _normalise(name).replace(".", "_")
     if network == "unet":
         return flat.get(name)
-    match = _FLAT_TEXT.fullmatch(name)
+    match = _TEXT.fullmatch(name)
     if match:
-        return "text_model.encoder.layers.{}.{}.{}".format(*match.groups())
+        layer, part, which = match.groups()
+        return f"text_model.encoder.layers.{layer}.{part}.{_OLD_TEXT.get(which, which)}"
     return name if name == "text_projection" else None
 
 
-def _normalise(network: str, module: str) -> str:
-    """Bring a name to one spelling: no `processor`, `to_out.0`; in text encoders `text_model.` first, `q_proj`."""
+def _normalise(module: str) -> str:
+    """Bring a name to one spelling: no `processor`, and `to_out.0`."""
     module = module.replace(".processor.", ".")
-    if module.endswith(".to_out"):
-        module = f"{module}.0"
-    if network == "unet":
-        return module
-    if module.startswith("encoder.layers."):
-        module = f"text_model.{module}"
-    for old, new in _OLD_TEXT.items():
-        if module.endswith(f".{old}"):
-            return f"{module.removesuffix(old)}{new}"
-    return module
+    return re.sub(r"([._])to_out$", r"\1to_out\g<1>0", module)

@@ -3,66 +3,40 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dreammix_trt.core.errors import FileFormatError
-from dreammix_trt.core.files import explain_read_errors, read_json
+from dreammix_trt.core.files import read_json
 from dreammix_trt.core.lora_names import NETWORKS, join_first
+from dreammix_trt.core.tensors import open_tensors
+
+log = logging.getLogger(__name__)
 
 Floats = NDArray[np.float32]
+Number = TypeVar("Number", int, float)
 #: what PEFT's `save_pretrained` writes into a folder
-PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_FILES, PEFT_CONFIG = ("adapter_model.safetensors", "adapter_model.bin"), "adapter_config.json"
 _REBASED = ("pissa", "olora", "loftq", "corda")  # initialisations that change the base before training
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Floats], dict[str, str]]:
-    """Read a safetensors file of any common dtype.
+    """Read a safetensors file, or one of torch (`.bin`, `.pt`, `.ckpt`) without running anything in it.
 
     Returns (tensors as float32, metadata). Raises `FileFormatError` for any other file or dtype.
     """
-    from safetensors import SafetensorError, safe_open
-
-    with explain_read_errors(path), path.open("rb"):  # opening it is the only reliable test of permission
-        pass
-    try:
-        with safe_open(path, framework="numpy") as file:  # checks names, shapes and offsets; cannot read bfloat16
-            metadata = dict(file.metadata() or {})
-        data = np.memmap(path, np.uint8, mode="r")
-    except (SafetensorError, OSError) as error:
-        raise FileFormatError(f"{path}: truncated, or not a safetensors file ({error})") from error
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(bytes(data[8:start]))
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in _DTYPES:
-            raise FileFormatError(f"{path}: {name} is of type {entry['dtype']}; save the LoRA as fp16, bf16 or fp32")
-        first, end = entry["data_offsets"]
-        try:
-            numbers = data[start + first : start + end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        except ValueError as error:  # more sides than numpy has
-            raise FileFormatError(f"{path}: {name} cannot be read ({error})") from error
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity, which `make_pair` names
-            tensors[name] = _from_bfloat16(numbers) if entry["dtype"] == "BF16" else np.array(numbers, np.float32)
-    if not tensors:
+    weights = open_tensors(path)
+    if not weights:
         raise FileFormatError(f"{path}: holds no tensors")
-    return tensors, metadata
-
-
-def _from_bfloat16(bits: NDArray[np.uint16]) -> Floats:
-    """numpy has no bfloat16, which is float32 without the lower 16 bits."""
-    wide = np.array(bits, np.uint32)
-    wide <<= 16
-    return wide.view(np.float32)
+    return {name: weights.numbers(name) for name in weights}, weights.metadata
 
 
 @dataclass
@@ -70,22 +44,22 @@ class AdapterScales:
     """The scale alpha / rank of each module; 1 where nothing is given.
 
     The source is the `lora_adapter_metadata` in newer diffusers files, or the adapter_config.json that PEFT writes
-    beside its adapter_model.safetensors. The rank is that of the factor; an adapter_config.json must agree with it. An
-    `alpha_pattern` names a module by its end, in whole words, and the longest match applies. PEFT allows regular
-    expressions there; these are refused because they match nothing.
+    beside its adapter_model.safetensors. The rank is that of the factor; an adapter_config.json must agree with it.
 
     alphas: by network.
-    patterns: alphas by "<network>.<end of module>".
+    patterns: by network: regular expression -> alpha, as PEFT reads them: the first that matches the whole name, or its
+        end after a dot, applies.
     by_root: by network: whether it is rsLoRA, which has alpha / sqrt(rank).
     peft: whether the source is an adapter_config.json, which does not name the network.
-    ranks: of adapter_config.json, by the end of the module; "": all others.
+    rank, ranks: of adapter_config.json; ranks by regular expression.
     used: patterns that `scale` has used.
     """
 
     alphas: dict[str, float]
-    patterns: dict[str, float]
+    patterns: dict[str, dict[str, float]]
     by_root: dict[str, bool]
     peft: bool = False
+    rank: int = 0
     ranks: dict[str, int] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
 
@@ -99,7 +73,7 @@ class AdapterScales:
         Raises `FileFormatError` for DoRA and for other adapters that only look like LoRA.
         """
         config = path.with_name(PEFT_CONFIG)
-        peft = "lora_adapter_metadata" not in metadata and path.name == PEFT_FILE and config.is_file()
+        peft = "lora_adapter_metadata" not in metadata and path.name in PEFT_FILES and config.is_file()
         told = _read_peft_config(config) if peft else {}
         try:
             fields: dict[str, Any] = {f"{network}.{key}": told[key] for network in NETWORKS for key in told}
@@ -107,16 +81,13 @@ class AdapterScales:
             found = {network: fields.get(f"{network}.lora_alpha") for network in NETWORKS}
             scales = cls(
                 {network: float(alpha) for network, alpha in found.items() if alpha is not None},
-                {
-                    f"{network}.{end}": float(alpha)
-                    for network in NETWORKS
-                    for end, alpha in dict(fields.get(f"{network}.alpha_pattern") or {}).items()
-                },
+                {network: _read_patterns(fields.get(f"{network}.alpha_pattern"), float) for network in NETWORKS},
                 {network: bool(fields.get(f"{network}.use_rslora")) for network in NETWORKS},
                 peft,
-                {end: int(r) for end, r in {"": told.get("r"), **(told.get("rank_pattern") or {})}.items() if r},
+                int(told.get("r") or 0),
+                _read_patterns(told.get("rank_pattern"), int),
             )
-        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        except (ValueError, TypeError, OverflowError, RecursionError, re.error) as error:
             raise FileFormatError(f"{path}: {_source(peft)} is not what PEFT writes ({error})") from error
         if any(fields.get(f"{network}.use_dora") for network in NETWORKS):
             raise FileFormatError(f"{path}: a DoRA file; only plain LoRA can be used, train without use_dora")
@@ -128,32 +99,42 @@ class AdapterScales:
         path: the LoRA file, for the message.
         rank: of the module's factors.
         """
-        told = next((self.ranks[end] for end in (*_ends(module), "") if end in self.ranks), rank)
-        if told != rank:
+        told = self.ranks.get(_find_pattern(self.ranks, module), self.rank)
+        if told and told != rank:
             raise FileFormatError(
                 f"{path}: {network}.{module} has rank {rank}, but {_source(self.peft)} says {told}; "
                 "the files do not belong together"
             )
-        alpha = self.alphas.get(network)
-        for pattern in (f"{network}.{end}" for end in _ends(module)):
-            if pattern in self.patterns:
-                self.used.add(pattern)
-                alpha = self.patterns[pattern]
-                break
+        pattern = _find_pattern(self.patterns[network], module)
+        self.used.add(pattern)
+        alpha = self.patterns[network].get(pattern, self.alphas.get(network))
         if alpha is None:
             return 1.0
         return alpha / (math.sqrt(rank) if self.by_root[network] else rank)
 
-    def check_used(self, path: Path) -> None:
-        """Raise `FileFormatError` for alphas that no call of `scale` has used."""
-        idle = self.patterns.keys() - self.used
-        if self.peft:
-            met = {pattern.partition(".")[2] for pattern in self.used}
-            idle = {end for pattern in idle if (end := pattern.partition(".")[2]) not in met}
+    def tell_unused(self, path: Path) -> None:
+        """Warn of alphas that no call of `scale` has used. PEFT leaves them alone, too."""
+        idle = {pattern for patterns in self.patterns.values() for pattern in patterns} - self.used
         if idle:
-            raise FileFormatError(
-                f"{path}: {_source(self.peft)} has alphas for modules that the file lacks: {join_first(sorted(idle))}"
+            log.warning(
+                "%s: %s has alphas for modules that the file lacks: %s",
+                path,
+                _source(self.peft),
+                join_first(list(idle)),
             )
+
+
+def _read_patterns(told: Any, kind: type[Number]) -> dict[str, Number]:
+    """Regular expression -> number. Raises what `AdapterScales.of` names for anything else."""
+    patterns = {str(pattern): kind(value) for pattern, value in dict(told or {}).items()}
+    for pattern in patterns:
+        re.compile(pattern)
+    return patterns
+
+
+def _find_pattern(patterns: Iterable[str], module: str) -> str:
+    """The first pattern that applies to a module; "" for none."""
+    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), "")
 
 
 def _source(peft: bool) -> str:
@@ -173,13 +154,6 @@ def _read_peft_config(path: Path) -> dict[str, Any]:
             "save it converted to a plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
         )
     return config
-
-
-def _ends(module: str) -> Iterator[str]:
-    """`a.b.c` -> `a.b.c`, `b.c`, `c`."""
-    while module:
-        yield module
-        module = module.partition(".")[2]
 
 
 def make_pair(

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.core.pictures import MAX_PIXELS, PictureIn, Source, name_source, read_image, spell_size
+from dreammix_trt.core.pictures import MAX_PIXELS, PictureIn, name_source, read_image, spell_size
+from dreammix_trt.core.sources import Source
 
 log = logging.getLogger(__name__)
 U8 = npt.NDArray[np.uint8]

@@ -9,6 +9,7 @@ import numpy as np
 
 from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.lora import describe_other_base
+from dreammix_trt.core.lora_names import join_first
 from dreammix_trt.core.slots import Floats, Slot, packed_size
 
 
@@ -51,6 +52,36 @@ def place_factors(
     return _place(factors, slots, scale)
 
 
+class Misfits(NamedTuple):
+    """The layers of a LoRA that slots do not take, each with its shape.
+
+    homeless: of a kind that no slot takes: feed-forward, projections, convolutions.
+    foreign: those that the base lacks or has in another shape.
+    """
+
+    homeless: list[str]
+    foreign: list[str]
+
+    @property
+    def homeless_kinds(self) -> list[str]:
+        """The kinds of layers that no slot takes, such as "net.proj"."""
+        return sorted({".".join(_kind(text.split(" ")[0])) for text in self.homeless})
+
+
+def find_misfits(factors: Mapping[str, tuple[Floats, Floats]], slots: Sequence[Slot]) -> Misfits:
+    """Find the layers that slots do not take; factors, slots: as for `place_factors`."""
+    by_module, kinds = {slot.module: slot for slot in slots}, {_kind(slot.module) for slot in slots}
+    found = Misfits([], [])
+    for module, (a, b) in sorted(factors.items()):
+        here, shape = by_module.get(module), (a.shape[0], b.shape[1])
+        if here is None:
+            group = found.foreign if _kind(module) in kinds else found.homeless
+            group.append(f"{module} ({shape[0]} -> {shape[1]}, no such slot)")
+        elif shape != here[1:3]:
+            found.foreign.append(f"{module} ({shape[0]} -> {shape[1]}, here {here.inputs} -> {here.outputs})")
+    return found
+
+
 def pack(factors: Mapping[str, tuple[Floats, Floats]], slots: Sequence[Slot], scale: float = 1.0) -> Floats:
     """Make the packed `lora` row of one picture, float32 (P,): per slot A (in, rank), then B (rank, out), zero-padded.
 
@@ -74,27 +105,16 @@ def _place(factors: Mapping[str, tuple[Floats, Floats]], slots: Sequence[Slot], 
 
 
 def _check_modules(factors: Mapping[str, tuple[Floats, Floats]], slots: Sequence[Slot]) -> None:
-    by_module = {slot.module: slot for slot in slots}
-    kinds = {_kind(slot.module) for slot in slots}
-    wrong, without = [], []
-    for module, (a, b) in sorted(factors.items()):
-        here, shape = by_module.get(module), (a.shape[0], b.shape[1])
-        if here is None:
-            wrong.append(f"{module} ({shape[0]} -> {shape[1]}, no such slot)")
-            without.append(_kind(module) not in kinds)
-        elif shape != here[1:3]:
-            wrong.append(f"{module} ({shape[0]} -> {shape[1]}, here {here.inputs} -> {here.outputs})")
-            without.append(False)
-    if not wrong:
-        return
-    listed = ", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
-    if all(without):
+    homeless, foreign = find_misfits(factors, slots)
+    if foreign:
+        base, wrong = describe_other_base(factors, {slot.module: slot.inputs for slot in slots}), foreign + homeless
+        raise FileFormatError(f"this LoRA is for {base}; {len(wrong)} modules do not fit: {join_first(wrong, 8)}")
+    if homeless:
         raise FileFormatError(
-            f"{len(wrong)} modules of this LoRA have no slots in the engine, which takes attention layers: {listed}; "
-            "merge the LoRA into the base with `dreammix-trt build --base-lora FILE`"
+            "merge this LoRA into the weights of an engine of its own: `dreammix-trt build --lora FILE --merge --out "
+            f"DIR`; {len(homeless)} of its {len(factors)} layers have no slots, which attention alone has: "
+            f"{join_first(homeless)}"
         )
-    base = describe_other_base(factors, {slot.module: slot.inputs for slot in slots})
-    raise FileFormatError(f"this LoRA is for {base}; {len(wrong)} modules do not fit: {listed}")
 
 
 def _kind(module: str) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from dreammix_trt.core.files import read_json, write_json
 SCHEMA = 2
 FILE_NAME = "passport.json"
 PLACES: Final = ("store", "networks")
+_HEADS = {"replicate": "Fooocus' patch and head", "zeros": "a UNet of nine channels", "None": "no patch, no head"}
 Rows = list[tuple[str, ...]]
 _T = TypeVar("_T")
 
@@ -105,8 +106,8 @@ class Passport:
         Raises EngineError that says what is wrong and how to build it again.
         """
         path = Path(folder) / FILE_NAME
-        if not Path(folder).is_dir():
-            raise EngineError(f"{folder} is not an engine directory; make one with `dreammix-trt build --out {folder}`")
+        if not path.is_file():
+            raise EngineError(_explain_absence(Path(folder)))
         try:
             record = read_json(path)
         except DreamMixError as error:
@@ -140,8 +141,9 @@ class Passport:
             raise TypeError(f"base.files is {passport.base['files']!r}, not of type dict")
         if not isinstance(passport.base.get("defaults", {}), dict):
             raise TypeError(f"base.defaults is {passport.base['defaults']!r}, not of type dict")
-        if not all(isinstance(each, str) for each in passport.base.get("loras", [])):
-            raise TypeError(f"base.loras is {passport.base['loras']!r}, not a list of texts")
+        for name in ("loras", "remarks"):
+            if not all(isinstance(each, str) for each in passport.base.get(name, [])):
+                raise TypeError(f"base.{name} is {passport.base[name]!r}, not a list of texts")
         if passport.parts.keys() != {"base", *(entry.name for entry in passport.networks)}:
             raise ValueError(f"its parts are {', '.join(passport.parts)}, its networks others")
         for name, key in passport.parts.items():
@@ -169,6 +171,8 @@ class Passport:
                 "base engine",
                 f"{self.base_key[:16]} in the {'store' if self.networks_at == 'store' else 'directory itself'}",
             ),
+            ("inpainting", _HEADS.get(str(base.get("head", "")), "unknown")),
+            *(("remark", str(text)) for text in base.get("remarks", ())),
             ("LoRA slots", f"rank {base.get('slot_rank')}"),
             ("LoRAs in the weights", ", ".join(base.get("loras", ())) or "none"),
             ("request defaults", ", ".join(f"{k} {v}" for k, v in base.get("defaults", {}).items()) or "the usual"),
@@ -240,3 +244,33 @@ def _build_typed(kind: type[_T], record: Mapping[str, Any]) -> _T:
         if wanted is dict and inner[1] is str and not all(isinstance(value, str) for value in record[name].values()):
             raise TypeError(f"{name} holds something other than text")
     return kind(**record)
+
+
+#: what lies in a folder that is no engine -> what the folder is; the first match applies
+_OTHER_FOLDERS = {
+    f"*/{FILE_NAME}": "it holds engines, name one: {found}",
+    "pytorch_lora_weights.safetensors": "it is a LoRA: `dreammix-trt build --lora {folder} --out ENGINE`",
+    "model_index.json": "it is a base: `dreammix-trt build --base {folder} --out ENGINE`",
+    "unet/config.json": "it is a base: `dreammix-trt build --base {folder} --out ENGINE`",
+    "users/*.json": "it is a store: `dreammix-trt store list --store {folder}`",
+    "image/*": "it looks like photographs: `dreammix-trt train {folder} --class-name WORD --out LORA`",
+}
+
+
+def _explain_absence(folder: Path) -> str:
+    """Why a path without a passport is no engine directory, what it is instead, and what an engine looks like."""
+    place = folder.absolute()
+    start = f"{folder} is not an engine directory"
+    if not place.exists():
+        return f"{start}: it does not exist; make one with `dreammix-trt build --out {folder}`"
+    around = next((parent for parent in place.resolve().parents if (parent / FILE_NAME).is_file()), None)
+    if around is not None:
+        return f"{start} but in one; name {around}"
+    looks = f"an engine directory has {FILE_NAME} and subjects/, and `dreammix-trt build --out ENGINE` makes it"
+    if place.is_file():
+        return f"{start} but a file; {looks}"
+    for pattern, remark in _OTHER_FOLDERS.items():
+        found = ", ".join(str(folder / path.parent.name) for path in sorted(place.glob(pattern))[:5])
+        if found:
+            return f"{start}: {remark.format(folder=folder, found=found)}; {looks}"
+    return f"{start}: it has no {FILE_NAME}; {looks}"

@@ -89,6 +89,8 @@ def keep_exif(image: Image.Image, label: str) -> bytes | None:
     """
     try:
         given, kept = image.getexif(), Image.Exif()
+        if not len(given) and len(image.info.get("exif", b"")) > len(b"Exif\0\0"):
+            log.warning("%s: its EXIF block is damaged and is left out", label)
         for tag in _KEPT_TAGS & given.keys():
             kept[tag] = given[tag]
         for block in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
@@ -105,11 +107,14 @@ def keep_exif(image: Image.Image, label: str) -> bytes | None:
 def keep_dpi(image: Image.Image) -> tuple[float, float] | None:
     """Dots per inch across and down, upright; None where nothing usable is said."""
     try:
+        exif = image.getexif()
+        if image.format == "JPEG" and not image.info.get("jfif_unit") and ExifTags.Base.XResolution not in exif:
+            return None  # Pillow says 72 where nothing is said
         across, down = (float(value) for value in image.info.get("dpi", ()))
-        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        turned = exif.get(_ORIENTATION, 1) in (5, 6, 7, 8)
     except Exception:  # IFD rationals of 0/0, single numbers, damaged blocks
         return None
-    if not all(math.isfinite(value) and 0 < value < 1e6 for value in (across, down)):
+    if not all(math.isfinite(value) and 1 < value < 1e6 for value in (across, down)):  # 1: nothing is said in a TIFF
         return None
     return (down, across) if turned else (across, down)
 

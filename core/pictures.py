@@ -6,12 +6,14 @@ network runs; what `core/masks.py` makes of masks starts here as well.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import logging
 import os
 import struct
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +25,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.picture_info import is_grey, keep_dpi, keep_exif, keep_profile, through_profile
 from dreammix_trt.core.png_chunks import shorten_chunks
-from dreammix_trt.core.sources import Source as Source
-from dreammix_trt.core.sources import as_bytes, as_picture_array
+from dreammix_trt.core.sources import Source, as_bytes, as_picture_array
 from dreammix_trt.core.transparency import composite, spread_colours, uncover
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,17 @@ _ORIENTATION = 0x0112  # the EXIF tag
 
 #: What Pillow's decoders raise on damaged files.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, TypeError, RuntimeError, struct.error)
+
+#: What other files begin with that are taken for pictures, in lower case.
+_OTHERS = {
+    b"<svg": "a drawing (SVG)",
+    b"<": "a web page or XML file",
+    b"%pdf": "a PDF file",
+    b"%!ps": "a PostScript file",
+    b"version https://git-lfs": "a Git LFS pointer",
+    b"8bps": "a Photoshop file",
+    b"gimp xcf": "a GIMP file",
+}
 
 #: Raster formats whose decoders start no other program and load nothing else.
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000", "TGA")
@@ -126,9 +138,11 @@ def read_image(source: Source, *, name: str = "image", max_pixels: int = MAX_PIX
     `max_pixels`.
     """
     label = name_source(source, name)
-    image = _open_image(source, label, max_pixels)
-    upright = _turn_upright(image, label)
-    plain = _convert_mode(upright, label)
+    with _hush_pillow():
+        image = _open_image(source, label, max_pixels)
+        upright = _turn_upright(image, label)
+        plain = _convert_mode(upright, label)
+        exif, dpi = keep_exif(image, label), keep_dpi(image)
     pixels = np.asarray(plain).reshape(plain.height, plain.width, -1)
     grey, alpha = plain.mode in ("L", "LA"), None
     if plain.mode in ("LA", "RGBA"):
@@ -136,7 +150,7 @@ def read_image(source: Source, *, name: str = "image", max_pixels: int = MAX_PIX
     rgb = np.empty((*pixels.shape[:2], 3), np.uint8)
     rgb[...] = pixels[..., :1] if grey else pixels[..., :3]
     profile = keep_profile(upright, plain, label)
-    return PictureIn(rgb, alpha, grey, profile, keep_exif(image, label), keep_dpi(image))
+    return PictureIn(rgb, alpha, grey, profile, exif, dpi)
 
 
 def name_source(source: Source, name: str) -> str:
@@ -176,37 +190,45 @@ def _open_image(source: Source, label: str, max_pixels: int) -> Image.Image:
     if array is not None:
         _check_pixels(array.shape[0], array.shape[1], label, max_pixels)
         return Image.fromarray(array)
+    file = _find_file(source, label)
     try:
-        return _open_file(_find_file(source, label), label, max_pixels)
+        return _open_file(file, label, max_pixels)
     except Image.DecompressionBombError as error:
         raise InputError(f"{label} has too many pixels ({error}): scale it down") from None
     except UnidentifiedImageError:
-        raise InputError(_explain_unknown(source, label)) from None
+        raise InputError(_explain_unknown(file, label)) from None
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"{label} cannot be read: {error}") from error
 
 
-def _find_file(source: Source, label: str) -> Path | io.BytesIO:
+def _find_file(source: Source, label: str) -> Path | bytes:
+    """Where a picture's file is, or its bytes."""
     data = as_bytes(source, label)
     if data is not None:
-        return io.BytesIO(data)
+        return data
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(
             f"{label} is a {type(source).__name__}: give a path, bytes, an open file, a PIL image, an array or a tensor"
         )
-    if Path(source).is_dir():
-        raise InputError(f"{label} is a folder: name a picture in it")
-    if not Path(source).is_file():
-        raise InputError(f"{label}: there is no such file")
+    try:
+        if Path(source).is_dir():
+            raise InputError(f"{label} is a folder: name a picture in it")
+        if not Path(source).is_file():
+            raise InputError(f"{label}: there is no such file")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{label} cannot be read: {error}") from error
     return Path(source)
 
 
-def _open_file(file: Path | io.BytesIO, label: str, max_pixels: int) -> Image.Image:
-    """The decoded image of a file. Of a PNG, text that inflates beyond Pillow's limit is left out."""
+def _open_file(file: Path | bytes, label: str, max_pixels: int) -> Image.Image:
+    """The decoded image of a file. Of a PNG, text that inflates beyond Pillow's limit is left out.
+
+    file: where it is, or its bytes.
+    """
     try:
-        return _load(file, label, max_pixels)
+        return _load(io.BytesIO(file) if isinstance(file, bytes) else file, label, max_pixels)
     except (ValueError, InputError) as error:
-        shortened = shorten_chunks(file.read_bytes() if isinstance(file, Path) else file.getvalue())
+        shortened = shorten_chunks(file)
         if shortened is None:
             raise
         log.debug("%s: %s", label, error)
@@ -219,10 +241,9 @@ def _open_file(file: Path | io.BytesIO, label: str, max_pixels: int) -> Image.Im
 
 
 def _load(file: Path | io.BytesIO, label: str, max_pixels: int) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
-        image = Image.open(file, formats=readable_formats())
-    with image:
+    with Image.open(file, formats=readable_formats()) as image:
+        _check_pixels(image.height, image.width, label, max_pixels)
+        _say_frames(image, label)
         low = _low_bytes_of(image)
         loaded = _decode(image, label, max_pixels)
         if low is None or np.asarray(loaded)[..., :3].any():
@@ -235,17 +256,41 @@ def _load(file: Path | io.BytesIO, label: str, max_pixels: int) -> Image.Image:
     return lower
 
 
+@contextlib.contextmanager
+def _hush_pillow() -> Iterator[None]:
+    """Keep Pillow's warnings back: we check our own limit of pixels, and say in our words that EXIF is damaged."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+        yield
+
+
+def _say_frames(image: ImageFile.ImageFile, label: str) -> None:
+    """Say that an animation or a file of several pages counts with its first picture. Looks before decoding."""
+    try:
+        count = getattr(image, "n_frames", 1)
+    except _DAMAGE:  # decoding will say so
+        return
+    if count > 1 and image.format != "MPO":  # a phone's second picture is of no interest
+        log.warning("%s holds %d pictures: the first one is read", label, count)
+
+
 def _low_bytes_of(image: ImageFile.ImageFile) -> str | None:
     """Pillow's name for the lower bytes of a 16-bit colour PNG that is not loaded yet; None: it is none."""
     mode = image.tile[0].args if image.format == "PNG" and image.tile else None
     return {"RGB;16B": "RGB;16L", "RGBA;16B": "RGBA;16L"}.get(mode) if isinstance(mode, str) else None
 
 
-def _explain_unknown(source: Source, label: str) -> str:
+def _explain_unknown(file: Path | bytes, label: str) -> str:
     """Why a file is not a picture that we read, and what to do."""
-    suffix = Path(source).suffix.lower() if isinstance(source, (str, os.PathLike)) else ""
+    suffix = "" if isinstance(file, bytes) else file.suffix.lower()
     if suffix in (".heic", ".heif", ".hif") and "HEIF" not in readable_formats():
         return f"{label} is HEIC, which needs pillow-heif: pip install pillow-heif, or save it as JPEG"
+    with contextlib.suppress(OSError), io.BytesIO(file) if isinstance(file, bytes) else file.open("rb") as stream:
+        start = stream.read(200).lstrip().lower()
+        kind = next((kind for mark, kind in _OTHERS.items() if start.startswith(mark)), None)
+        if kind is not None:
+            return f"{label} is {kind}, not a picture: download or export it again"
     return f"{label} is not a picture that can be read: give one of {', '.join(readable_formats())}"
 
 

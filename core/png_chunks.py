@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MOST_TEXT = 1 << 20  # Pillow's limit for one chunk
@@ -26,11 +27,14 @@ class Shortened:
     dropped: str
 
 
-def shorten_chunks(data: bytes) -> Shortened | None:
+def shorten_chunks(file: Path | bytes) -> Shortened | None:
     """Leave out of a PNG the text and profile chunks that inflate beyond Pillow's limits. None: there are none.
 
-    data: the file's contents.
+    file: where it is, or its bytes.
+
+    Raises OSError when the file cannot be read.
     """
+    data = file if isinstance(file, bytes) else file.read_bytes()
     if not data.startswith(_SIGNATURE):
         return None
     kept, lost, texts, at = [_SIGNATURE], set(), 0, len(_SIGNATURE)

@@ -32,6 +32,7 @@ _PREFIXES = {
     "vae": "first_stage_model.",
 }
 _VAE_LAYER = ("encoder.down.{}.block.{}.conv1.weight", "encoder.down_blocks.{}.resnets.{}.conv1.weight")
+_FIRST_TEXT = ("text_model.", "embeddings.", "encoder.", "final_layer_norm.")  # transformers 5 omits text_model.
 _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
@@ -204,7 +205,7 @@ def _measure_unet_blocks(weights: Weights) -> list[list[tuple[int, int]]]:
 
 
 def _read_first_text_encoder(weights: Weights) -> tuple[Config, Weights]:
-    weights = weights.rename(lambda name: name if name.startswith("text_model.") else None)
+    weights = weights.rename(lambda name: name if name.startswith(_FIRST_TEXT) else None)
     weights = weights.rename(clip_names.classic_text_name)
     layers = _count(weights, "text_model.encoder.layers.{}.mlp.fc1.weight")
     names = clip_names.text_encoder_names(layers)
@@ -215,7 +216,8 @@ def _read_first_text_encoder(weights: Weights) -> tuple[Config, Weights]:
 
 def _read_second_text_encoder(weights: Weights) -> tuple[Config, Weights]:
     layers = _count(weights, "transformer.resblocks.{}.mlp.c_fc.weight")
-    plan = clip_names.from_open_clip(layers)
+    linear = "text_projection.weight" in weights and "text_projection" not in weights
+    plan = clip_names.from_open_clip(layers, "text_projection.weight" if linear else "text_projection")
     _require(
         weights,
         [*(name for name, _ in plan.values()), "transformer.resblocks.0.mlp.c_fc.weight"],

@@ -33,7 +33,6 @@ from dreammix_trt.core.files import (
     disk_free,
     explain_write_errors,
     folder_bytes,
-    home,
     is_full,
     read_json,
     remember_sha256,
@@ -41,6 +40,7 @@ from dreammix_trt.core.files import (
     size_text,
     write_json,
 )
+from dreammix_trt.core.store_place import find_store
 from dreammix_trt.core.store_users import User, read_users, record_user
 
 log = logging.getLogger(__name__)
@@ -84,8 +84,8 @@ class Store:
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        """root: the store's folder; None: `store` in `files.home()`."""
-        self.root = (root or home() / "store").absolute()
+        """root: the store's folder; None: where `store_place.find_store` says."""
+        self.root = (root or find_store()).absolute()
 
     @staticmethod
     def key(parts: Mapping[str, Any]) -> str:

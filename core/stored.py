@@ -54,14 +54,20 @@ class Stored:
         """Read the numbers as a new float32 array in C order. Raises `FileFormatError` for NaN, infinity, integers."""
         if self.dtype not in FLOATS:
             raise FileFormatError(f"{self.origin} is stored as {self.dtype}; save the weights as fp16, bf16 or fp32")
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity, which is reported below
+        return check_finite(self.numbers(), self.origin)
+
+    def numbers(self) -> Floats:
+        """As `floats`, but with NaN, infinity and integers of 32 and 64 bits."""
+        if self.dtype not in (*FLOATS, "int64", "int32"):
+            raise FileFormatError(f"{self.origin} is of type {self.dtype}; save it as fp16, bf16 or fp32")
+        with np.errstate(over="ignore", invalid="ignore"):  # a float64 beyond float32 becomes infinity
             if self.dtype == "bfloat16":
                 bits = self.raw().astype(np.uint32, order="C")
                 bits <<= 16
                 wide: Floats = bits.view(np.float32)
             else:
                 wide = self.raw().astype(np.float32, order="C")
-        return check_finite(wide, self.origin)
+        return wide
 
 
 def is_finite(values: Array) -> bool:

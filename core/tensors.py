@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.files import atomic_file, explain_read_errors
+from dreammix_trt.core.foreign_files import describe_foreign
 from dreammix_trt.core.stored import FLOATS, LAYOUTS, Array, Floats, MappedFile, Stored, View, check_finite, is_finite
 from dreammix_trt.core.torch_zip import MAGIC, read_torch_zip
 
@@ -99,6 +100,10 @@ class Weights(Mapping[str, Floats]):
     def dtype(self, name: str) -> str:
         """The type in which a tensor is stored ("float16", "bfloat16", ...; others as the file names them)."""
         return self._tensors[name].dtype
+
+    def numbers(self, name: str) -> Floats:
+        """A tensor as float32 whatever it is, NaN and integers included, without changes; see `Stored.numbers`."""
+        return self._tensors[name].numbers()
 
     def rename(self, new: Callable[[str], str | None]) -> Weights:
         """The same tensors under new names.
@@ -252,13 +257,13 @@ def _read_header(file: MappedFile) -> tuple[dict[str, tuple[str, tuple[int, ...]
         first = stream.read(8)
         length = int.from_bytes(first, "little")
         if len(first) < 8 or not 2 <= length <= _LONGEST_HEADER:
-            raise FileFormatError(f"{file.path}: {_describe_foreign(first, file.path)}")
+            raise FileFormatError(f"{file.path}: {describe_foreign(file.path)}")
         if 8 + length > file.size:
             raise FileFormatError(f"{file.path}: {_describe_cut(file, 8 + length)}")
         text = stream.read(length)
     try:
         entries = json.loads(text)
-        metadata = {str(key): str(value) for key, value in (entries.pop("__metadata__", None) or {}).items()}
+        metadata = {str(key): _text(value) for key, value in (entries.pop("__metadata__", None) or {}).items()}
         places = {name: _parse_entry(entry, 8 + length) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise FileFormatError(f"{file.path}: not a safetensors file, or damaged ({error})") from error
@@ -266,6 +271,11 @@ def _read_header(file: MappedFile) -> tuple[dict[str, tuple[str, tuple[int, ...]
     if end > file.size:
         raise FileFormatError(f"{file.path}: {_describe_cut(file, end)}")
     return places, metadata
+
+
+def _text(value: Any) -> str:
+    """A value of the metadata, which the format wants to be text; some tools write numbers, lists and objects."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _parse_entry(entry: Mapping[str, Any], data: int) -> tuple[str, tuple[int, ...], int, int]:
@@ -281,17 +291,6 @@ def _parse_entry(entry: Mapping[str, Any], data: int) -> tuple[str, tuple[int, .
 
 def _describe_cut(file: MappedFile, wanted: int) -> str:
     return f"truncated: {file.size} bytes, its header describes {wanted}; copy or download it again"
-
-
-def _describe_foreign(first: bytes, path: Path) -> str:
-    """Say what a file is that is neither safetensors nor torch's zip."""
-    if first.startswith(b"version "):
-        return "a Git LFS pointer, not the file itself; fetch it with git lfs pull"
-    if first.startswith(b"GGUF"):
-        return "a GGUF file; quantised weights cannot be used, take the fp16 .safetensors"
-    if first.startswith(b"\x80"):
-        return "in torch's old format (before 1.6), which cannot be read safely; save it as .safetensors"
-    return f"truncated, or neither a safetensors file nor one written by torch.save ({path.stat().st_size} bytes)"
 
 
 def _wrap_array(name: str, array: Array) -> Stored:

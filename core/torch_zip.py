@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dreammix_trt.core.errors import FileFormatError
+from dreammix_trt.core.files import explain_read_errors
+from dreammix_trt.core.foreign_files import describe_foreign
 from dreammix_trt.core.stored import LAYOUTS, Array, MappedFile, Stored
 
 MAGIC = b"PK\x03\x04"
@@ -43,11 +45,14 @@ def read_torch_zip(path: str | Path) -> dict[str, Any]:
     pickle that names anything other than tensors.
     """
     file = MappedFile.open(path)
+    if not _starts_as_zip(file.path):
+        raise FileFormatError(f"{file.path}: {describe_foreign(file.path)}")
     try:
         with zipfile.ZipFile(file.path) as archive:
             pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             if len(pickles) != 1:
-                raise FileFormatError("not a torch.save file (no data.pkl inside)")
+                held = ", ".join(archive.namelist()[:3]) or "nothing"
+                raise FileFormatError(f"a zip archive of {held}, not a torch.save file; unpack it first")
             root = pickles[0].removesuffix("data.pkl")
             members = {item.filename.removeprefix(f"{root}data/"): item for item in archive.infolist()}
             with archive.open(pickles[0]) as stream:
@@ -60,6 +65,11 @@ def read_torch_zip(path: str | Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise FileFormatError(f"{file.path}: holds a {type(loaded).__name__}, expected a dict of tensors")
     return loaded
+
+
+def _starts_as_zip(path: Path) -> bool:
+    with explain_read_errors(path), path.open("rb") as stream:
+        return stream.read(len(MAGIC)) == MAGIC
 
 
 class _Storage(str):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.terminal import Base, Store, say, show_progress
+from dreammix_trt.terminal import AsJson, Base, Store, print_json, say, show_progress
 
-Out = Annotated[Path, typer.Option(help="The engine directory to make.")]
+if TYPE_CHECKING:
+    from dreammix_trt.core.passport import Passport
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="The engine directory to make.")]
 Loras = Annotated[
     list[str] | None,
     typer.Option(
@@ -18,27 +22,46 @@ Loras = Annotated[
         "several: they work together."
     ),
 ]
-Name = Annotated[str | None, typer.Option(help="The subject's name; default: the LoRA folder's.")]
-Patch = Annotated[Path | None, typer.Option(help="*.fooocus.patch; default: the one in the base's folder.")]
-Head = Annotated[Path | None, typer.Option(help="inpaint_head.pth; default: the one in the base's folder.")]
+Subjects = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--subject", help="NAME=FILE[:scale[:target]], FILE a LoRA or a subject file; several: requests choose by name."
+    ),
+]
+Name = Annotated[str | None, typer.Option(help="The subject's name; default: its class, else OUT's name.")]
+Token = Annotated[
+    list[str] | None,
+    typer.Option(help="The subject's word in prompts, as its LoRA was trained; of several subjects NAME=WORD."),
+]
+ClassName = Annotated[
+    list[str] | None, typer.Option(help="What the subject is: teapot, dog; of several subjects NAME=CLASS.")
+]
+Patch = Annotated[
+    Path | None, typer.Option(help="*.fooocus.patch; default: the one in the base's folder, or beside its file.")
+]
+Head = Annotated[Path | None, typer.Option(help="inpaint_head.pth; default: like the patch.")]
 Vae = Annotated[Path | None, typer.Option(help="Another VAE: folder or file.")]
 Tokenizer = Annotated[Path | None, typer.Option(help="Another tokenizer's folder; default: the base's, or CLIP's.")]
 BaseLoras = Annotated[
     list[str] | None, typer.Option(help="A few-step or style LoRA for the base's weights, FILE[:scale[:target]].")
 ]
-Sampler = Annotated[
-    str | None, typer.Option(help="What requests use by default: dpmpp_2m_sde, euler (trailing) or lcm.")
-]
+Sampler = Annotated[Literal["dpmpp_2m_sde", "euler", "lcm"] | None, typer.Option(help="What requests use by default.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Steps that requests use by default.")]
 GuidanceScale = Annotated[float | None, typer.Option(help="Guidance that requests use by default.")]
 Backend = Annotated[
-    str | None, typer.Option(help="onnxruntime, tensorrt-rtx or tensorrt; default: tensorrt-rtx with --target.")
+    Literal["onnxruntime", "tensorrt-rtx", "tensorrt"] | None,
+    typer.Option(help="Default: tensorrt-rtx with --target, else onnxruntime."),
 ]
 Targets = Annotated[
     list[str] | None, typer.Option(help="GPU to build for, e.g. sm_89 (RTX 4090); several allowed; no GPU needed.")
 ]
-Precision = Annotated[str | None, typer.Option(help="float32 or float16; default: float16 for TensorRT.")]
-Shapes = Annotated[str, typer.Option(help="static: the base's native square; dynamic: other aspects of its area, too.")]
+Precision = Annotated[
+    Literal["float32", "float16"] | None, typer.Option(help="Default: float16 for TensorRT, else float32.")
+]
+Shapes = Annotated[
+    Literal["static", "dynamic"],
+    typer.Option(help="static: the base's native square; dynamic: other aspects of its area, too."),
+]
 Pictures = Annotated[int, typer.Option(min=1, help="Most pictures in a batch.")]
 Context = Annotated[
     str, typer.Option(help="Lengths of the text condition that engines take, e.g. 77,101; 77 is the text alone.")
@@ -69,11 +92,33 @@ SlotRank = Annotated[int, typer.Option(min=0, max=256, help="Largest LoRA rank t
 PatchBiases = Annotated[bool, typer.Option("--patch-biases", help="Apply the patch's biases too (Fooocus).")]
 SelfContained = Annotated[bool, typer.Option("--self-contained", help="Copy the base's parts into OUT.")]
 
+EXAMPLES = """
+Examples:
+
+dreammix-trt build --lora lora/ -o engines/mug
+
+dreammix-trt build --base sdxl.safetensors --patch v26.fooocus.patch --head head.pth --lora mug.safetensors -o mug/
+
+dreammix-trt build --base sdxl-inpainting/ --lora lora/ --target sm_89 -o mug-for-rtx-4090/
+"""
+PANELS = {
+    "The base": ("base", "patch", "head", "vae", "tokenizer", "base_lora", "patch_biases", "slot_rank"),
+    "The subject": ("lora", "subject", "name", "token", "class_name", "merge"),
+    "What requests use by default": ("sampler", "steps", "guidance_scale"),
+    "What it runs on": (
+        *("backend", "target", "precision", "shapes", "pictures", "context", "workspace", "vae_image", "no_safe_vae"),
+    ),
+    "What is written": ("out", "self_contained", "store", "verify", "as_json"),
+}
+
 
 def build(
     out: Out,
     lora: Loras = None,
+    subject: Subjects = None,
     name: Name = None,
+    token: Token = None,
+    class_name: ClassName = None,
     base: Base = None,
     patch: Patch = None,
     head: Head = None,
@@ -98,6 +143,7 @@ def build(
     patch_biases: PatchBiases = False,
     self_contained: SelfContained = False,
     store: Store = None,
+    as_json: AsJson = False,
 ) -> None:
     """Turn a base and a subject's LoRA into an engine directory."""
     from dreammix_trt.building import BaseSources, BuildOrder, Defaults, EngineOptions, carry_out
@@ -118,7 +164,10 @@ def build(
         BaseSources(base, patch, head, vae, tokenizer, patch_biases),
         lora,
         base_lora or (),
+        subjects=_parse_pairs("--subject", subject or ()),
         name=name,
+        token=_parse_words("--token", token or ()),
+        class_name=_parse_words("--class-name", class_name or ()),
         merge=merge,
         slot_rank=slot_rank,
         defaults=Defaults(sampler, steps, guidance_scale),
@@ -129,7 +178,36 @@ def build(
     )
     with show_progress("building") as update:
         passport = carry_out(order, update, say)
+    if as_json:
+        print_json({"engine": str(out), **_summarise(passport)})
     say(f"{out}: {', '.join(subject.name for subject in passport.subjects) or 'no subject'}")
+
+
+def _summarise(passport: Passport) -> dict[str, Any]:
+    """What a script wants to know of a build; `inspect --json` prints the whole passport."""
+    facts = {name: getattr(passport, name) for name in ("backend", "precision", "targets", "base_key", "command")}
+    subjects = [{"name": each.name, "token": each.token, "class_name": each.class_name} for each in passport.subjects]
+    return facts | {"subjects": subjects}
+
+
+def _parse_words(option: str, given: Sequence[str]) -> str | dict[str, str] | None:
+    """WORD, or NAME=WORD for each of several subjects."""
+    if len(given) == 1 and "=" not in given[0]:
+        return given[0]
+    return _parse_pairs(option, given) or None
+
+
+def _parse_pairs(option: str, given: Sequence[str]) -> dict[str, str]:
+    """NAME=VALUE each. Raises InputError for another form and for a name given twice."""
+    pairs: dict[str, str] = {}
+    for text in given:
+        name, mark, value = text.partition("=")
+        if not mark or not name or not value:
+            raise InputError(f"{option} {text!r}: give NAME=VALUE, for example {option} teapot={value or text}")
+        if name in pairs:
+            raise InputError(f"{option} names {name!r} twice; give each subject once")
+        pairs[name] = value
+    return pairs
 
 
 def _parse_lengths(text: str) -> tuple[int, ...]:

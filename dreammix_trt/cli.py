@@ -1,50 +1,104 @@
 """The command line: photographs -> LoRA -> engine -> picture, one command each.
 
-Errors raised on purpose become one message on stderr and an exit code here, and only here.
+Errors raised on purpose become one message on stderr and an exit code here, and only here. With --json they become an
+object on stdout as well.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from dreammix_trt import __version__
+from dreammix_trt.build_cli import EXAMPLES as BUILD_EXAMPLES
+from dreammix_trt.build_cli import PANELS as BUILD_PANELS
 from dreammix_trt.build_cli import build
 from dreammix_trt.core.errors import Cancelled, DreamMixError, InputError
+from dreammix_trt.core.files import is_full
 from dreammix_trt.doctor_cli import doctor
+from dreammix_trt.inpaint_cli import EXAMPLES as INPAINT_EXAMPLES
+from dreammix_trt.inpaint_cli import PANELS as INPAINT_PANELS
 from dreammix_trt.inpaint_cli import inpaint
 from dreammix_trt.store_cli import store_app
-from dreammix_trt.terminal import AsJson, Base, Store, Threads, err_console, escape, out_console, show_progress
-
-app = typer.Typer(
-    name="dreammix-trt",
-    help="Put a subject you have photographs of into a marked region of any picture, edited by text.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+from dreammix_trt.terminal import (
+    App,
+    AsJson,
+    Base,
+    Force,
+    LogLevel,
+    Quiet,
+    Store,
+    Threads,
+    begin_messages,
+    prepare_streams,
+    print_json,
+    print_line,
+    print_table,
+    say,
+    say_error,
+    show_progress,
 )
+
+_NAME = "dreammix-trt"
+#: click's errors of use; typer exports the most special of them alone
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0].__bases__[0]
+
+app = App(name=_NAME, help="Put a subject you have photographs of into a marked region of any picture, edited by text.")
 
 
 def main() -> None:
     """Run the command line; the one place where errors become exit codes."""
+    prepare_streams()
+    sys.exit(_run())
+
+
+def _run() -> int:
     try:
-        app()
+        code = app(prog_name=_NAME, standalone_mode=False)
     except DreamMixError as error:
-        err_console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        err_console.print("stopped")
-        sys.exit(Cancelled.exit_code)
+        return _fail(error)
+    except _UsageError as error:
+        return _explain_usage(error)
+    except typer.Abort:
+        code = Cancelled.exit_code
+    except Exception as error:
+        if isinstance(error, OSError) and is_full(error) and error.filename is None:  # files of ours are told by name
+            return _fail(DreamMixError(f"the output cannot be written: {error.strerror}"))
+        _print_error(type(error).__name__, str(error), 1)
+        raise
+    if code == Cancelled.exit_code:
+        return _fail(Cancelled("stopped"))
+    return code if isinstance(code, int) else 0
 
 
-app.add_typer(store_app, name="store")
-app.command("doctor")(doctor)
+def _fail(error: DreamMixError) -> int:
+    if isinstance(error, Cancelled):
+        say(str(error))
+    else:
+        say_error(str(error))
+    _print_error(type(error).__name__, str(error), error.exit_code)
+    return error.exit_code
+
+
+def _explain_usage(error: Exception) -> int:
+    """Wrong use as click found it: the same as an InputError, and where to read on."""
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError" and context is not None:
+        return InputError.exit_code  # the help has been printed
+    message = getattr(error, "format_message", error.__str__)().replace("Value error, ", "")
+    command = context.command_path if context is not None else _NAME
+    return _fail(InputError(f"{message.rstrip('.')}; see `{command} --help`"))
+
+
+def _print_error(kind: str, message: str, exit_code: int) -> None:
+    """An error as JSON on stdout, where the user asked for JSON. Wrong use is found before options are known."""
+    if "--json" in sys.argv[1:]:
+        with suppress(OSError):  # nobody reads it
+            print_json({"error": {"kind": kind, "message": message, "exit_code": exit_code}})
 
 
 def _say_version(wanted: bool) -> None:
@@ -55,25 +109,44 @@ def _say_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "WARNING",
+    log_level: LogLevel = None,
+    quiet: Quiet = False,
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_say_version)
+        bool, typer.Option("--version", "-V", help="Print the version and leave.", is_eager=True, callback=_say_version)
     ] = False,
 ) -> None:
-    """Options of every command."""
-    if log_level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
-        raise InputError(f"--log-level {log_level!r} is none of DEBUG, INFO, WARNING, ERROR")
-    logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    """Put a subject you have photographs of into a marked region of any picture, edited by text."""
+    begin_messages(log_level, quiet)
 
 
-@app.command()
+app.add_typer(store_app, name="store")
+app.command("doctor")(doctor)
+
+
+@app.command(
+    epilog="""
+Examples:
+
+dreammix-trt train photos/ --class-name mug -o lora/
+
+dreammix-trt train photos/ --class-name mug -o lora/ --base sdxl.safetensors --steps 500 --rank 8
+""",
+    panels={
+        "What is learnt": ("class_name", "token", "prompt", "base"),
+        "Masks": ("invert_masks", "large_masks", "segment", "segmenter", "segmenter_style", "yes"),
+        "How it is learnt": ("rank", "steps", "learning_rate", "loss", "seed", "threads"),
+        "What is written": ("out", "merged", "force", "as_json"),
+    },
+)
 def train(
     photos: Annotated[
         Path,
         typer.Argument(help="Folder with image/NN.jpg and mask/NN.png, or NN.jpg with NN_mask.png beside it."),
     ],
     class_name: Annotated[str, typer.Option(help="What the subject is, in a word: mug, teapot, dog.")],
-    out: Annotated[Path, typer.Option(help="Folder for pytorch_lora_weights.safetensors and train.json.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for pytorch_lora_weights.safetensors and train.json.")
+    ],
     base: Base = None,
     token: Annotated[str, typer.Option(help="The word that will mean this subject.")] = "sks",
     prompt: Annotated[
@@ -82,7 +155,9 @@ def train(
     rank: Annotated[int, typer.Option(min=1, max=128)] = 4,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; default fits the base.")] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0.0)] = None,
-    loss: Annotated[str, typer.Option(help="paper (eq. 7) or reference (the authors' code).")] = "reference",
+    loss: Annotated[
+        Literal["paper", "reference"], typer.Option(help="paper (eq. 7) or reference (the authors' code).")
+    ] = "reference",
     merged: Annotated[bool, typer.Option("--merged", help="Also write the merged UNet weights.")] = False,
     invert_masks: Annotated[bool, typer.Option("--invert-masks", help="The subject is black in the masks.")] = False,
     large_masks: Annotated[
@@ -98,8 +173,18 @@ def train(
     yes: Annotated[bool, typer.Option("--yes", help="Train on new masks without showing them first.")] = False,
     seed: int = 0,
     threads: Threads = None,
+    force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a LoRA of one subject from a handful of photographs."""
+    from dreammix_trt.core.extras import require_training
+    from dreammix_trt.trainer.folder import RECORD
+
+    require_training()
+    if (out / RECORD).exists() and not force:
+        raise InputError(
+            f"--out {out} holds a LoRA that was trained before; --force replaces it, or name another folder"
+        )
     if segment:
         if invert_masks:
             raise InputError(
@@ -131,10 +216,13 @@ def train(
             threads=threads,
             progress=update,
         )
-    err_console.print(f"{record.steps} steps in {record.seconds:.0f} s; LoRA in {out}", markup=False)
+    if as_json:
+        made = ("class_name", "token", "prompt", "rank", "steps", "loss", "seconds", "seed")
+        print_json({"lora": str(out), **{name: getattr(record, name) for name in made}})
+    say(f"{record.steps} steps in {record.seconds:.0f} s; LoRA in {out}")
 
 
-app.command()(build)
+app.command(epilog=BUILD_EXAMPLES, panels=BUILD_PANELS)(build)
 
 
 @app.command()
@@ -145,8 +233,6 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Print what an engine was made from."""
-    from rich.table import Table
-
     from dreammix_trt.core.passport import Passport
     from dreammix_trt.engine.directory import check_engine
 
@@ -154,37 +240,69 @@ def inspect(
     if verify:
         check_engine(engine, verify=True, store=store)
     if as_json:
-        typer.echo(json.dumps(passport.to_dict(), indent=2))
+        print_json(passport.to_dict())
         return
     for title, rows in passport.describe():
-        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 2))
-        for row in rows:
-            table.add_row(*(escape(str(cell)) for cell in row))
-        out_console.print(table)
+        print_table([[str(cell) for cell in row] for row in rows], title=title)
     if verify:
-        out_console.print("every file agrees with its hash")
+        print_line("every file agrees with its hash")
 
 
-app.command()(inpaint)
+app.command(epilog=INPAINT_EXAMPLES, panels=INPAINT_PANELS)(inpaint)
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Where pictures, LoRA, engine and report go.")] = Path("demo"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where pictures, LoRA, engine and report go.")] = Path(
+        "demo"
+    ),
     threads: Threads = None,
     seed: int = 7,
+    force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Render a subject, train it, build its engine, inpaint with it: one contact sheet and a report."""
-    from dreammix_trt.demo import run_demo
+    from dreammix_trt.demo import check_folder, run_demo
 
+    if not force:
+        check_folder(out)
     with show_progress("demo") as update:
         pages = run_demo(out, seed=seed, threads=threads, progress=update)
-    out_console.print(f"contact sheet: {pages.sheet}\nreport:        {pages.report}", markup=False, highlight=False)
+    if as_json:
+        print_json({"sheet": str(pages.sheet), "report": str(pages.report)})
+        return
+    print_line(f"contact sheet: {pages.sheet}\nreport:        {pages.report}")
 
 
-@app.command("train-base", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def train_base(context: typer.Context) -> None:
-    """Train the embedded micro-SDXL again from nothing (see docs/model-card.md)."""
-    from dreammix_trt.trainer.micro.__main__ import main as train_micro
+@app.command("train-base")
+def train_base(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The model folder to write; it is replaced whole.")],
+    work: Annotated[
+        Path | None, typer.Option(help="Stages and checkpoints; a stopped run goes on from them. Default: OUT.work.")
+    ] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="What it trains on.")] = "cpu",
+    processes: Annotated[int, typer.Option(min=1, help="CPU processes of one thread each.")] = 2,
+    minutes_scale: Annotated[
+        float, typer.Option(min=0.0, help="Multiplies the steps and time limits of every stage.")
+    ] = 1.0,
+    native_size: Annotated[int, typer.Option(min=64, help="Side in pixels of the pictures it knows.")] = 256,
+    seed: int = 0,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A few steps of everything, to see that it runs.")] = False,
+) -> None:
+    """Train the embedded micro-SDXL again from nothing, in hours (see docs/model-card.md)."""
+    from dreammix_trt.core.extras import require_training
 
-    train_micro(context.args)
+    require_training()
+    from dreammix_trt.trainer.micro.__main__ import make_settings, train_again
+
+    settings = make_settings(
+        out,
+        work,
+        device=device,
+        processes=processes,
+        minutes_scale=minutes_scale,
+        native_size=native_size,
+        seed=seed,
+        smoke=smoke,
+    )
+    train_again(settings)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.files import atomic_file
 from dreammix_trt.report import Figure, Row, contact_sheet, enlarge_region, html_report, mark_region, stage_sheet
 
@@ -35,7 +36,8 @@ _EDITS = {  # prompt: the subject's words that it replaces (TAS)
     "a sks mug with a yellow star": ("green", "heart"),
     "a striped sks mug": (),
 }
-_PICTURES = 15
+_PICTURES, _PHOTOS = 15, 5
+_MADE = ("lora", "engine", "contact_sheet.png", "stages.png", "report.html")
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,12 @@ def run_demo(
     `export` (the LoRA is trained here). Existing files of an earlier run are replaced.
     """
     from dreammix_trt.building import build
+    from dreammix_trt.core.extras import require_training
     from dreammix_trt.engine.dreammix import DreamMix
     from dreammix_trt.trainer.lora import train_lora
     from dreammix_trt.trainer.micro.captions import subject_captions
 
+    require_training()
     update = progress or (lambda *_: None)
     seconds: dict[str, float] = {}
     subject = demo_subject()
@@ -110,6 +114,20 @@ def run_demo(
     return pages
 
 
+def check_folder(out: Path) -> None:
+    """Raise InputError when a folder holds what no demo wrote, so that nobody's pictures are replaced."""
+    if not out.is_dir():
+        return
+    found = [path for path in out.iterdir() if path.name != "photos"]
+    found += [path for path in out.glob("photos/*") if path.name not in ("image", "mask")]
+    found += [path for path in out.glob("photos/*/*") if path.name not in {f"{k:02d}.png" for k in range(_PHOTOS)}]
+    strangers = sorted(str(path.relative_to(out)) for path in found if path.name not in _MADE or path.parent != out)
+    if strangers:
+        raise InputError(
+            f"--out {out} holds what no demo wrote ({', '.join(strangers[:3])}); name a new folder, or --force"
+        )
+
+
 def demo_subject() -> Thing:
     """A blue mug with a white foot, a white rim and a green heart: a combination the base has never seen."""
     from dreammix_trt.trainer.micro import world
@@ -118,7 +136,7 @@ def demo_subject() -> Thing:
     return world.Thing(what, world.Build(foot=0.2, decal=0.18))
 
 
-def write_photos(folder: Path, subject: Thing, count: int = 5) -> list[Image.Image]:
+def write_photos(folder: Path, subject: Thing, count: int = _PHOTOS) -> list[Image.Image]:
     """Render a subject's photographs in the trainer's layout (image/NN.png, mask/NN.png)."""
     from dreammix_trt.trainer.micro import world
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import importlib
+import subprocess
+import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from dreammix_trt.core.errors import DreamMixError
 from dreammix_trt.core.files import size_text
-from dreammix_trt.core.store import Store
+from dreammix_trt.core.store import Store as Shelf
 from dreammix_trt.engine.machine import GIB, PLANS, RTX_TARGETS, Machine, examine
+from dreammix_trt.terminal import AsJson, Store, print_json, print_line, print_table, say
 
 NOT_READY = 1
 # What a full-size SDXL takes: the exporter's peak (benchmarks/full_size.py), and ONNX and plans of all its networks.
@@ -23,26 +24,38 @@ _RUNTIMES = {
     "onnxruntime": "ONNX Runtime",
 }  # fmt: skip
 _BUILD = "dreammix-trt build --out ENGINE"
-_out = Console()
 
 
 def doctor(
-    store: Annotated[Path | None, typer.Option("--store", help="Which store (default: that of DREAMMIX_HOME).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
+    store: Store = None,
+    as_json: AsJson = False,
+    mend: Annotated[bool, typer.Option("--mend", help="Put ONNX Runtime right with pip where it is broken.")] = False,
 ) -> None:
     """Check this computer; exit code 1 when nothing both builds and runs here, or the store cannot be written."""
-    shelf = Store(store)
+    if mend:
+        mend_onnxruntime(examine())
+    shelf = Shelf(store)
     machine = examine(shelf.root)
     (parts, size), fault = _store_state(shelf)
     ready = fault is None and _best(machine) is not None
     if as_json:
         state = {"path": str(shelf.root), "fault": fault, "parts": parts, "bytes": size}
         record = {"store": state, "notes": notes(machine), "advice": advice(machine), "ready": ready}
-        typer.echo(json.dumps(machine.to_dict() | record, indent=2))
+        print_json(machine.to_dict() | record)
     else:
         _print(machine, fault or f"can be written; {parts} {'part' if parts == 1 else 'parts'}, {size_text(size)}")
     if not ready:
         raise typer.Exit(NOT_READY)
+
+
+def mend_onnxruntime(machine: Machine) -> None:
+    """Have pip do what mends ONNX Runtime. Raises DreamMixError when pip fails."""
+    for words in machine.mend_onnxruntime():
+        command = [sys.executable, "-m", "pip", *words]
+        say(f"pip {' '.join(words)}")
+        if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
+            raise DreamMixError(f"`{' '.join(command)}` failed (its own words are above); run it by hand")
+    importlib.invalidate_caches()
 
 
 def advice(machine: Machine) -> str:
@@ -59,6 +72,8 @@ def _best(machine: Machine) -> str | None:
 
 
 def _to_run(machine: Machine, best: str | None) -> str:
+    if best is None and machine.mend_onnxruntime():
+        return f"Nothing can run here yet: `dreammix-trt doctor --mend`, then `{_BUILD} --backend onnxruntime`."
     if best is None:
         return f"Nothing can run here yet: `pip install onnxruntime`, then `{_BUILD} --backend onnxruntime`."
     backend, target = best.partition(" ")[0], ""
@@ -99,7 +114,7 @@ def notes(machine: Machine) -> list[str]:
     return found
 
 
-def _store_state(shelf: Store) -> tuple[tuple[int, int], str | None]:
+def _store_state(shelf: Shelf) -> tuple[tuple[int, int], str | None]:
     """((parts, bytes) in the store, why it cannot be written)."""
     try:
         shelf.check_writable()
@@ -114,14 +129,8 @@ def _store_state(shelf: Store) -> tuple[tuple[int, int], str | None]:
 
 
 def _print(machine: Machine, store: str) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
     tables: list[tuple[str, list[tuple[str, ...]]]] = [*machine.describe(), ("Store", [(store,)])]
     tables += [("Notes", [(note,) for note in notes(machine)])] if notes(machine) else []
     for title, rows in tables:
-        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 2))
-        for row in rows:
-            table.add_row(*(Text(str(cell)) for cell in row))
-        _out.print(table)
-    _out.print(Text(advice(machine), style="bold"), soft_wrap=True)
+        print_table([[str(cell) for cell in row] for row in rows], title=title)
+    print_line(advice(machine))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.terminal import AsJson, Store, Threads, say, show_progress
+from dreammix_trt.terminal import AsJson, Force, Store, Threads, print_json, say, show_progress, warn
 
 if TYPE_CHECKING:
     from dreammix_trt.core.request import Request
@@ -18,13 +18,18 @@ if TYPE_CHECKING:
     from dreammix_trt.engine.result import Result
 
 Engine = Annotated[Path, typer.Argument(help="An engine directory.")]
-Out = Annotated[Path, typer.Option(help="The picture to write (.png, .jpg, .webp); a count adds -1, -2, ...")]
-Image = Annotated[Path | None, typer.Option(help="The picture.")]
-Mask = Annotated[Path | None, typer.Option(help="The mask: white is repainted.")]
+Out = Annotated[
+    Path,
+    typer.Option(
+        "--out", "-o", help="The picture to write (.png, .jpg, .webp; - is a PNG on stdout); a count adds -1, -2, ..."
+    ),
+]
+Image = Annotated[Path | None, typer.Option("--image", "-i", help="The picture; - reads it from stdin.")]
+Mask = Annotated[Path | None, typer.Option("--mask", "-m", help="The mask: white is repainted; - reads it from stdin.")]
 MaskFromAlpha = Annotated[
     bool, typer.Option("--mask-from-alpha", help="No mask: repaint what is transparent in the picture.")
 ]
-Prompt = Annotated[str | None, typer.Option(help='For example "a red sks mug".')]
+Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help='For example "a red sks mug".')]
 NegativePrompt = Annotated[str | None, typer.Option()]
 Subject = Annotated[str | None, typer.Option(help="Which subject, when the engine has several.")]
 Substitute = Annotated[list[str] | None, typer.Option(help="Attribute words to take out of the subject.")]
@@ -34,13 +39,16 @@ Seed = Annotated[
     typer.Option(parser=lambda text: parse_seed(text), metavar="N", help="Default: 0; `random` draws one and says it."),
 ]
 Steps = Annotated[int | None, typer.Option(min=1)]
-Sampler = Annotated[str | None, typer.Option(help="dpmpp_2m_sde, euler or lcm.")]
-Count = Annotated[int | None, typer.Option(min=1, help="Pictures; the k-th has seed + k.")]
+Sampler = Annotated[Literal["dpmpp_2m_sde", "euler", "lcm"] | None, typer.Option()]
+Count = Annotated[int | None, typer.Option("--count", "-n", min=1, help="Pictures; the k-th has seed + k.")]
 GuidanceScale = Annotated[float | None, typer.Option()]
 Feather = Annotated[
     int | None, typer.Option(min=0, help="Pixels over which the result fades into the picture; 0: a hard edge.")
 ]
-Mode = Annotated[str | None, typer.Option(help="native or reference.")]
+Mode = Annotated[
+    Literal["native", "reference"] | None,
+    typer.Option(help="reference follows the authors' arithmetic; default: native."),
+]
 FromRequest = Annotated[Path | None, typer.Option("--from", help="A request: a JSON file or a picture made here.")]
 SetFields = Annotated[
     list[str] | None, typer.Option("--set", help="Any other field of a request as NAME=VALUE (JSON).")
@@ -48,11 +56,31 @@ SetFields = Annotated[
 SaveStages = Annotated[Path | None, typer.Option(help="Also write a sheet of what each stage did.")]
 NoMetadata = Annotated[bool, typer.Option("--no-metadata", help="Do not store in the picture how it was made.")]
 Verify = Annotated[bool, typer.Option("--verify", help="Hash every engine file again before loading.")]
-Device = Annotated[str, typer.Option(help="cpu, or cuda: the whole request runs on the GPU.")]
+Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="cpu, or cuda: the whole request runs on the GPU.")]
 Residency = Annotated[
-    str | None,
-    typer.Option(help="On a GPU: resident, one-unet or swap; default: the first that fits into its memory."),
+    Literal["resident", "one-unet", "swap"] | None,
+    typer.Option(help="Which weights stay on a GPU; default: the first way that fits into its memory."),
 ]
+
+EXAMPLES = """
+Examples:
+
+dreammix-trt inpaint engines/mug -i table.png -m mask.png -p "a red sks mug" --substitute blue -o out.png
+
+dreammix-trt inpaint engines/mug -i table.png -m mask.png --from out.png --seed 8 -o again.png
+
+cat table.png | dreammix-trt inpaint engines/mug -i - -m mask.png -p "a sks mug" -o - > out.png
+"""
+PANELS = {
+    "What is painted": (
+        *("image", "mask", "mask_from_alpha", "prompt", "negative_prompt", "subject", "subject_scale", "substitute"),
+        *("seed", "count", "from_request"),
+    ),
+    "How it is painted": ("steps", "sampler", "guidance_scale", "feather", "mode", "set_field"),
+    "What is written": ("out", "force", "save_stages", "no_metadata", "as_json"),
+    "What it runs on": ("device", "residency", "threads", "store", "verify"),
+}
+STANDARD = Path("-")  # stdin or stdout
 
 
 def inpaint(
@@ -77,6 +105,7 @@ def inpaint(
     set_field: SetFields = None,
     save_stages: SaveStages = None,
     no_metadata: NoMetadata = False,
+    force: Force = False,
     verify: Verify = False,
     device: Device = "cpu",
     residency: Residency = None,
@@ -88,8 +117,8 @@ def inpaint(
     from dreammix_trt.core.passport import Passport
     from dreammix_trt.engine.dreammix import DreamMix
 
-    image = _need("--image", image)
-    mask = _choose_mask(mask, mask_from_alpha)
+    image, mask = _need("--image", image), _choose_mask(mask, mask_from_alpha)
+    image, mask, from_request = _read_standard_input(image, mask, from_request)
     base = Passport.read(engine).base
     request = _read_request(
         from_request,
@@ -108,7 +137,7 @@ def inpaint(
         feather=feather,
         mode=mode,
     )
-    _check_outputs(out, save_stages)
+    _check_outputs(out, save_stages, request.num_images_per_prompt, force=force, as_json=as_json)
     options: dict[str, Any] = {} if residency is None else {"residency": residency}
     if device == "cuda":
         options |= _make_room(request, image, base)
@@ -198,14 +227,63 @@ def _parse_fields(pairs: list[str]) -> dict[str, Any]:
     return fields
 
 
-def _check_outputs(out: Path, stages: Path | None) -> None:
-    _check_output("--out", out)
+def _read_standard_input(image: Path, mask: Path | None, request: Path | None) -> tuple[Path, Path | None, Path | None]:
+    """The same files; for `-` a temporary one with what stands in stdin, which is removed when the program ends."""
+    import atexit
+    import shutil
+    import sys
+    import tempfile
+
+    given = {"--image": image, "--mask": mask, "--from": request}
+    names = [option for option, path in given.items() if path == STANDARD]
+    if len(names) > 1:
+        raise InputError(f"{' and '.join(names)} are both -, but stdin holds one file; name the other")
+    if not names:
+        return image, mask, request
+    if sys.stdin is None or sys.stdin.isatty():
+        raise InputError(f"{names[0]} is -, but nothing is piped into stdin; pipe a file or name one")
+    folder = Path(tempfile.mkdtemp(prefix="dreammix-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    file = folder / "standard-input"
+    file.write_bytes(sys.stdin.buffer.read())
+    if not file.stat().st_size:
+        raise InputError(f"{names[0]} is -, but stdin is empty")
+    return (
+        file if image == STANDARD else image,
+        file if mask == STANDARD else mask,
+        file if request == STANDARD else request,
+    )
+
+
+def _check_outputs(out: Path, stages: Path | None, count: int, *, force: bool, as_json: bool) -> None:
+    """Refuse outputs that could not be written, or that would replace what was not made here."""
+    if out == STANDARD:
+        _check_standard_output(count, as_json=as_json)
+    else:
+        for path in _name_pictures(out, count):
+            _check_output("--out", path, force=force)
     if stages:
-        _check_output("--save-stages", stages)
+        if stages == STANDARD or stages in _name_pictures(out, count):
+            raise InputError(f"--save-stages {stages}: the picture goes there, too; name another file")
+        _check_output("--save-stages", stages, force=force)
 
 
-def _check_output(option: str, path: Path) -> None:
-    """Refuse an output that could not be written, before any work is done."""
+def _name_pictures(out: Path, count: int) -> list[Path]:
+    return [out] if count == 1 else [out.with_stem(f"{out.stem}-{k + 1}") for k in range(count)]
+
+
+def _check_standard_output(count: int, *, as_json: bool) -> None:
+    import sys
+
+    if as_json:
+        raise InputError("--out - and --json both write to stdout; name a file for one of them")
+    if count > 1:
+        raise InputError(f"--out - takes one picture, and {count} are asked for; name a file, or --count 1")
+    if sys.stdout is None or sys.stdout.isatty():
+        raise InputError("--out - would write the picture to the terminal; pipe it on (> out.png), or name a file")
+
+
+def _check_output(option: str, path: Path, *, force: bool) -> None:
     import os
 
     folder = path.absolute().parent
@@ -217,6 +295,23 @@ def _check_output(option: str, path: Path) -> None:
         raise InputError(f"{option} {path}: the folder {folder} does not exist; make it first")
     if not os.access(folder, os.W_OK):
         raise InputError(f"{option} {path}: the folder {folder} is not writable; choose another place")
+    if not force and path.exists() and not _is_ours(path):
+        raise InputError(
+            f"{option} {path} is there already and is no picture made here (it carries no request); "
+            "--force replaces it, or name another file"
+        )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file may be replaced: it carries a request, so that it can be made again, or it is empty."""
+    from dreammix_trt.engine.result import read_request
+
+    try:
+        if path.stat().st_size:
+            read_request(path)
+    except (InputError, OSError):
+        return False
+    return True
 
 
 def _paint(dm: DreamMix, image: Path, mask: Path | None, request: Request, *, keep_stages: bool) -> Result:
@@ -236,21 +331,36 @@ def _save(result: Result, out: Path, stages: Path | None, *, metadata: bool) -> 
     """Write the pictures, and the sheet of the stages where it is wanted; returns the pictures' names."""
     from dreammix_trt.engine.result import save, write_picture
 
-    count = len(result.images)
-    names = [out] if count == 1 else [out.with_stem(f"{out.stem}-{k + 1}") for k in range(count)]
-    for index, name in enumerate(names):
-        save(result, name, index=index, metadata=metadata)
     if stages:
         from dreammix_trt.report import stage_sheet
 
-        write_picture(stage_sheet(result), stages)
+        write_picture(stage_sheet(result), stages, result.pick(0)[1] if metadata else None)
+    if out == STANDARD:
+        _write_standard(result, metadata=metadata)
+        return [out]
+    names = _name_pictures(out, len(result.images))
+    for index, name in enumerate(names):
+        save(result, name, index=index, metadata=metadata)
     return names
+
+
+def _write_standard(result: Result, *, metadata: bool) -> None:
+    """Write the picture as a PNG to stdout."""
+    import sys
+    import tempfile
+
+    from dreammix_trt.engine.result import save
+
+    with tempfile.TemporaryDirectory(prefix="dreammix-") as folder:
+        save(result, Path(folder) / "out.png", metadata=metadata)
+        sys.stdout.buffer.write((Path(folder) / "out.png").read_bytes())
+        sys.stdout.buffer.flush()
 
 
 def _report(result: Result, names: list[Path], as_json: bool) -> None:
     """Say what was made, what that took, and which words of the request do nothing."""
     for warning in result.warnings:
-        say(f"warning: {warning}")
+        warn(warning)
     if as_json:
         record = {
             "images": [str(name) for name in names],
@@ -258,7 +368,8 @@ def _report(result: Result, names: list[Path], as_json: bool) -> None:
             "timings": result.timings,
             "warnings": list(result.warnings),
         }
-        typer.echo(json.dumps(record))
+        print_json(record)
         return
     spent = sum(result.timings.values())
-    say(f"{', '.join(str(name) for name in names)} ({spent:.2f} s, seed {result.seeds[0]})")
+    written = ", ".join("stdout" if name == STANDARD else str(name) for name in names)
+    say(f"{written} ({spent:.2f} s, seed {result.seeds[0]})")

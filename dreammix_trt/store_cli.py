@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -11,25 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from dreammix_trt.core.errors import DreamMixError, InputError
 from dreammix_trt.core.files import size_text
 from dreammix_trt.core.store import Entry, Store
+from dreammix_trt.terminal import App, AsJson, print_json, print_line, print_table, say, show_progress, warn
 
 if TYPE_CHECKING:
     from dreammix_trt.core.store_prune import Pruning
 
-store_app = typer.Typer(
-    help="See, check and tidy the store of what bases are built into.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
-_out = Console()
-_err = Console(stderr=True)
+store_app = App(help="See, check and tidy the store of what bases are built into.")
 
-StorePath = Annotated[Path | None, typer.Option("--store", help="Which store (default: that of DREAMMIX_HOME).")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+StorePath = Annotated[
+    Path | None, typer.Option("--store", help="Which store; default: in DREAMMIX_HOME, else in your data directory.")
+]
 
 
 @dataclass(frozen=True)
@@ -44,30 +38,26 @@ class Damage:
 @store_app.command("list")
 def list_parts(store: StorePath = None, as_json: AsJson = False) -> None:
     """List every part with the engines that need it."""
-    from rich.table import Table
-
     shelf = Store(store)
     entries = shelf.entries()
     if as_json:
-        _print_json({"store": str(shelf.root), "entries": [_record(entry) for entry in entries]})
+        print_json({"store": str(shelf.root), "entries": [_record(entry) for entry in entries]})
         return
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for title in ("kind", "name", "size", "age", "key"):
-        table.add_column(title, justify="right" if title == "size" else "left", no_wrap=True)
-    table.add_column("needed by", overflow="fold")
+    if not entries:
+        print_line(f"{shelf.root} is empty")
+        return
+    rows = []
     for entry in entries:
-        users = "\n".join(str(engine) for engine in entry.users) or "-"
         kind = entry.kind if entry.complete else f"{entry.kind}, damaged"
-        cells = (kind, _title(entry), size_text(entry.bytes), _age(entry.modified), entry.key[:12], users)
-        table.add_row(*(_plain(cell) for cell in cells))
-    _out.print(table if entries else _plain(f"{shelf.root} is empty"))
+        first, *more = [str(engine) for engine in entry.users] or ["-"]
+        rows.append((kind, _title(entry), size_text(entry.bytes), _age(entry.modified), entry.key[:12], first))
+        rows += [("", "", "", "", "", user) for user in more]
+    print_table(rows, header=("kind", "name", "size", "age", "key", "needed by"), right=(2,))
 
 
 @store_app.command()
 def size(store: StorePath = None, as_json: AsJson = False) -> None:
     """Say how much is in the store, by kind, and how much its disk has left."""
-    from rich.table import Table
-
     shelf = Store(store)
     entries = shelf.entries()
     kinds: dict[str, list[Entry]] = {}
@@ -78,15 +68,12 @@ def size(store: StorePath = None, as_json: AsJson = False) -> None:
     if as_json:
         counts = {kind: {"parts": len(found), "bytes": sizes[kind]} for kind, found in kinds.items()}
         total = {"bytes": sum(sizes.values()), "free": free}
-        _print_json({"store": str(shelf.root), **total, "kinds": counts})
+        print_json({"store": str(shelf.root), **total, "kinds": counts})
         return
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for kind, found in kinds.items():
-        table.add_row(kind, _parts(len(found)), size_text(sizes[kind]))
-    table.add_row("all", _parts(len(entries)), size_text(sum(sizes.values())))
-    _out.print(table)
+    rows = [(kind, _parts(len(found)), size_text(sizes[kind])) for kind, found in kinds.items()]
+    print_table([*rows, ("all", _parts(len(entries)), size_text(sum(sizes.values())))])
     left = "unknown" if free is None else size_text(free)
-    _out.print(_plain(f"{shelf.root}: {left} free on its disk"), soft_wrap=True)
+    print_line(f"{shelf.root}: {left} free on its disk")
 
 
 @store_app.command()
@@ -95,21 +82,21 @@ def verify(
     store: StorePath = None,
     as_json: AsJson = False,
 ) -> None:
-    """Hash every file again; exit code 2 when one is not what was built."""
+    """Hash every file again; exit code 1 when one is not what was built."""
     shelf = Store(store)
     chosen = _chosen(shelf, keys or [])
     damages = _damages(shelf, chosen)
     if as_json:
         found = [{"key": each.key, "what": each.what, "commands": list(each.commands)} for each in damages]
-        _print_json({"store": str(shelf.root), "parts": len(chosen), "damaged": found})
+        print_json({"store": str(shelf.root), "parts": len(chosen), "damaged": found})
     for each in damages:
         again = " or ".join(f"`{command}`" for command in each.commands)
         remedy = f"build it again: {again}" if again else "no engine needs it: `dreammix-trt store prune` removes it"
-        _err.print(_plain(f"{each.what}; {remedy}"), soft_wrap=True)
+        warn(f"{each.what}; {remedy}")
     if damages:
         raise typer.Exit(DreamMixError.exit_code)
     if not as_json:
-        _out.print(f"{_parts(len(chosen))}: every file is what was built")
+        print_line(f"{_parts(len(chosen))}: every file is what was built")
 
 
 @store_app.command()
@@ -140,14 +127,12 @@ def prune(
     if not dry_run and (plan.goes or plan.leftovers or plan.forgotten) and (yes or _ask(plan, as_json)):
         freed, left = carry_out(shelf, plan)
         for entry in left:
-            _err.print(
-                _plain(f"{entry.kind} {_title(entry)} stays: an engine has come to need it, or it is being built")
-            )
+            say(f"{entry.kind} {_title(entry)} stays: an engine has come to need it, or it is being built")
         if not as_json:
-            _out.print(f"{size_text(freed)} freed")
+            print_line(f"{size_text(freed)} freed")
     if as_json:
         record = {"store": str(shelf.root), "dry_run": dry_run, "bytes": plan.bytes if dry_run else freed}
-        _print_json(record | _plan_record(plan, left))
+        print_json(record | _plan_record(plan, left))
 
 
 def _chosen(shelf: Store, keys: Sequence[str]) -> list[Entry]:
@@ -164,19 +149,15 @@ def _chosen(shelf: Store, keys: Sequence[str]) -> list[Entry]:
 
 def _damages(shelf: Store, entries: Sequence[Entry]) -> list[Damage]:
     """Read every file of these parts again and say which parts are damaged; the progress goes to stderr."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
     damages = []
-    title = TextColumn("{task.description:<28}", markup=False)
-    columns = (title, BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_err, transient=True) as progress:
-        task = progress.add_task("reading", total=sum(entry.bytes for entry in entries))
+    total, done = sum(entry.bytes for entry in entries) or 1, 0
+    with show_progress("store") as update:
         for entry in entries:
-            progress.update(task, description=f"reading {_title(entry)}")
+            update("reading", done / total, f"{_title(entry)}, {size_text(done)} of {size_text(total)}")
             fault = _fault(shelf, entry)
             if fault:
                 damages.append(Damage(entry.key, f"{entry.kind} {_title(entry)}: {fault}", _commands(entry.users)))
-            progress.advance(task, entry.bytes)
+            done += entry.bytes
     return damages
 
 
@@ -201,32 +182,23 @@ def _commands(engines: Sequence[Path]) -> tuple[str, ...]:
 
 def _show(plan: Pruning) -> None:
     """Say what goes, what stays because of whom, and what follows from it."""
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True, justify="right")
-    table.add_column(overflow="fold")
+    rows = []
     for entry in plan.goes:
         why = "no engine needs it" if entry.complete else "damaged, and no engine needs it"
-        table.add_row("goes", _plain(f"{entry.kind} {_title(entry)}"), size_text(entry.bytes), why)
+        rows.append(("goes", f"{entry.kind} {_title(entry)}", size_text(entry.bytes), why))
     for path in plan.leftovers:
-        table.add_row("goes", "unfinished", "", _plain(f"{path.name}: left by a build that was killed"))
+        rows.append(("goes", "unfinished", "", f"{path.name}: left by a build that was killed"))
     for entry, why in plan.stays:
-        table.add_row("stays", _plain(f"{entry.kind} {_title(entry)}"), size_text(entry.bytes), _plain(why))
-    if table.rows:
-        _out.print(table)
+        rows.append(("stays", f"{entry.kind} {_title(entry)}", size_text(entry.bytes), why))
+    print_table(rows, right=(2,))
     if plan.exported_again:
         names = ", ".join(plan.exported_again)
-        _out.print(
-            _plain(f"building {names} for another GPU will export the ONNX again; --keep-onnx keeps it"), soft_wrap=True
-        )
+        print_line(f"building {names} for another GPU will export the ONNX again; --keep-onnx keeps it")
     for path in plan.lost:
-        _out.print(_plain(f"{path} is not there now, its parts stay; --forget-missing if it is gone"), soft_wrap=True)
+        print_line(f"{path} is not there now, its parts stay; --forget-missing if it is gone")
     for path in plan.forgotten:
-        _out.print(_plain(f"{path} is not there: forgotten"), soft_wrap=True)
-    _out.print(f"{size_text(plan.bytes)} to free" if plan.goes or plan.leftovers else "nothing to remove")
+        print_line(f"{path} is not there: forgotten")
+    print_line(f"{size_text(plan.bytes)} to free" if plan.goes or plan.leftovers else "nothing to remove")
 
 
 def _plan_record(plan: Pruning, left: Sequence[Entry]) -> dict[str, Any]:
@@ -280,14 +252,3 @@ def _age(modified: float) -> str:
 
 def _parts(count: int) -> str:
     return f"{count} {'part' if count == 1 else 'parts'}"
-
-
-def _plain(text: str) -> Any:
-    """Text that rich does not read as markup."""
-    from rich.text import Text
-
-    return Text(text)
-
-
-def _print_json(record: dict[str, Any]) -> None:
-    typer.echo(json.dumps(record, indent=2))

@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from dreammix_trt.core.errors import EngineError, InputError
 from dreammix_trt.core.noise import NoiseProvider
-from dreammix_trt.core.pictures import Source
 from dreammix_trt.core.request import Request, RequestFields
 from dreammix_trt.core.seam import BaseFacts, DeviceNetworks, Networks, Stream
+from dreammix_trt.core.sources import Source
 from dreammix_trt.core.subject import Subject, read_subject
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.backends.onnxruntime.engine_set import REBUILD, EngineSet

@@ -20,7 +20,9 @@ from dreammix_trt.core.files import disk_free as disk_free
 CUDA_NEEDED: Final = 13000
 DRIVER_NEEDED: Final = "580"
 LEAST_CAPABILITY: Final = (7, 5)
-_AGAIN: Final = "install dreammix-trt again from its sources where nvcc is found: `pip install ."
+_SOURCES: Final = "from its sources (nvcc comes along): `pip install . -C cmake.define.DREAMMIX_CUDA=ON"
+#: What brings the CUDA kernels. Wheels have them; no running machine needs nvcc.
+INSTALL_KERNELS: Final = f"install dreammix-trt again from a wheel, or {_SOURCES}`"
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def why_kernels_do_not_fit(cuda: Mapping[str, Any] | None, capability: str, driv
     knows its toolkit (CUDA C++ Programming Guide, compute capabilities and PTX compatibility).
     """
     if not cuda:
-        return f"the C++ extension is missing or has no CUDA kernels; {_AGAIN} -C cmake.define.DREAMMIX_CUDA=ON`"
+        return f"the C++ extension is missing or has no CUDA kernels; {INSTALL_KERNELS}"
     toolkit, ptx, here = cuda_number(str(cuda["toolkit"])), cuda.get("ptx"), capability_of(capability)
     if toolkit // 1000 > driver // 1000:
         return (
@@ -154,7 +156,7 @@ def why_kernels_do_not_fit(cuda: Mapping[str, Any] | None, capability: str, driv
     if any(each[0] == here[0] and each[1] <= here[1] for each in built):
         return None
     number = f"{here[0]}{here[1]}"
-    with_this = f"{_AGAIN} -C cmake.define.DREAMMIX_CUDA_ARCHITECTURES={number}-real`"
+    with_this = f"install dreammix-trt again {_SOURCES} -C cmake.define.DREAMMIX_CUDA_ARCHITECTURES={number}-real`"
     if not ptx or capability_of(ptx) > here:
         known = ", ".join(filter(None, [*cuda["architectures"], ptx]))
         return f"the extension has kernels for {known}, none of which run on an sm_{number}; {with_this}"

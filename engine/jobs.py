@@ -14,10 +14,11 @@ from PIL import Image
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.masks import read_mask
 from dreammix_trt.core.noise import NoiseProvider
-from dreammix_trt.core.pictures import PictureIn, Source, read_image
+from dreammix_trt.core.pictures import PictureIn, read_image
 from dreammix_trt.core.request import Request, draw_seed
 from dreammix_trt.core.schedule import Schedule, make_schedule
 from dreammix_trt.core.seam import BaseFacts
+from dreammix_trt.core.sources import Source
 from dreammix_trt.core.subject import Role, Subject
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.canvas.frames import Canvas
@@ -84,7 +85,7 @@ class LaidOut:
         if len(self.images) == len(self.works):
             spent, warnings = dict(self.clock.seconds), self.works[0].prompts.warnings
             self.finished = Result(
-                self.images, self.request, self.seeds, self.schedule, spent, self.stages, warnings, self.origin
+                self.images, self.request, self.seeds, self.schedule, spent, self.stages, self.origin, warnings
             )
 
 

@@ -1,8 +1,10 @@
 """The arithmetic between the networks: canvas work on 8-bit pictures, one sampling step on float32 latents.
 
 Each function runs in C++ (`dreammix_trt._cpp`, vectorised, threaded, without the GIL). Where the extension is not
-installed, it runs in numpy (`engine/numpy_kernels.py`) with the same result: 8-bit results and masks are equal bit for
-bit, float32 results agree within 2e-6 of the array's maximum. DREAMMIX_KERNELS=numpy in the environment forces numpy.
+installed, it runs in numpy (`engine/numpy_kernels.py`): 8-bit results and masks are equal bit for bit, float32 results
+agree within 2e-6 of the array's maximum. After all steps such last bits may round otherwise: a few pixels of a picture
+differ by one level of 256 (74 in the pictures of the demo). So a seed gives the same bytes only where the same one of
+the two runs. DREAMMIX_KERNELS=numpy in the environment forces numpy.
 
 Pictures are uint8 arrays (H, W) or (H, W, C), latents float32 (N, C, h, w), boxes (row0, row1, col0, col1) with ends
 exclusive. Arrays of another layout in memory are copied first. Another dtype or shape raises ValueError.
@@ -36,8 +38,8 @@ def _choose() -> Any:
             return importlib.import_module("dreammix_trt._cpp")
         except ImportError as error:
             logging.getLogger(__name__).warning(
-                "the C++ extension is missing (%s): numpy does its work, slower; install a wheel for this platform, "
-                "or a C++ compiler before installing from source",
+                "the C++ extension is missing (%s): numpy does its work, slower, and a few pixels may differ by one "
+                "level of 256; install a wheel for this platform, or a C++ compiler before installing from source",
                 error,
             )
     return numpy_kernels

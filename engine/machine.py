@@ -15,9 +15,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
+from dreammix_trt.core.extras import TRAINING
 from dreammix_trt.engine.hardware import (
     CUDA_NEEDED,
     DRIVER_NEEDED,
+    INSTALL_KERNELS,
     LEAST_CAPABILITY,
     Driver,
     ask_driver,
@@ -48,13 +50,19 @@ _DISTRIBUTIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "torch": ("torch",),
     "diffusers": ("diffusers",),
+    "transformers": ("transformers",),
+    "peft": ("peft",),
     "onnx": ("onnx",),
     "onnxslim": ("onnxslim",),
     "cuda-python": ("cuda-python", "cuda-bindings"),
 }
 
 
+#: Both write into the module's folder `onnxruntime`.
+_ONNX_RUNTIMES: Final = ("onnxruntime", "onnxruntime-gpu")
+_MEND: Final = "its files are not whole: `dreammix-trt doctor --mend`"
 _TRACING: Final = ("torch", "diffusers", "onnx", "onnxslim")
+_TRAIN: Final = "`pip install 'dreammix-trt[train]'`"
 _EXPORT: Final = "`pip install 'dreammix-trt[export]'`"
 _CUDA: Final = "`pip install 'dreammix-trt[cuda]'`"
 
@@ -73,12 +81,21 @@ class BackendState:
 
 
 @dataclass(frozen=True)
+class TrainingState:
+    """Whether `train` can run here. why: what is missing and how to get it, or what it works with."""
+
+    can_train: bool
+    why: str
+
+
+@dataclass(frozen=True)
 class Machine:
     """Facts of a computer. Sizes are in bytes, None where unknown.
 
     memory_total, memory_available: as this process may use them (container limits).
     store: the folder of the store; disk_free belongs to its disk.
     versions: package -> installed version.
+    damaged: distributions of ONNX Runtime whose files are gone, or another's: the CPU's and the GPU's share one folder.
     extension: whether the C++ extension is installed.
     kernels: the extension's CUDA kernels, as in `_cpp.build_info()["cuda"]`.
     """
@@ -93,6 +110,7 @@ class Machine:
     disk_free: int | None
     driver: Driver
     versions: Mapping[str, str] = field(default_factory=dict)
+    damaged: tuple[str, ...] = ()
     extension: bool = False
     kernels: Mapping[str, Any] | None = None
 
@@ -105,13 +123,20 @@ class Machine:
             self._judge_tensorrt(),
         ]
 
+    def judge_training(self) -> TrainingState:
+        """Whether a subject can be trained here, and with which packages."""
+        missing = [name for name in TRAINING if name not in self.versions]
+        if missing:
+            return TrainingState(False, f"{', '.join(missing)} missing: {_TRAIN}")
+        return TrainingState(True, ", ".join(f"{name} {self.versions[name]}" for name in TRAINING))
+
     def list_faults(self) -> list[str]:
         """What is wrong with the installation, each fault with its remedy."""
         faults = []
-        if "onnxruntime" in self.versions and "onnxruntime-gpu" in self.versions:
+        if commands := self.mend_onnxruntime():
             faults.append(
-                "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; "
-                "`pip uninstall onnxruntime onnxruntime-gpu`, then install the one you want"
+                f"{self._describe_onnxruntime_fault()}: `dreammix-trt doctor --mend`, which is "
+                + " and then ".join(f"`pip {' '.join(each)}`" for each in commands)
             )
         if self.tensorrt_is_old():
             faults.append(
@@ -119,14 +144,30 @@ class Machine:
             )
         return faults
 
+    def mend_onnxruntime(self) -> list[list[str]]:
+        """The calls of pip, without "pip", after which one whole ONNX Runtime is installed; [] where that is so.
+
+        The CPU's comes with the program. Who has the GPU's as well has asked for that one, and it runs on the CPU, too.
+        """
+        if all(name in self.versions for name in _ONNX_RUNTIMES):
+            gpu = _ONNX_RUNTIMES[-1]
+            return [["uninstall", "-y", *_ONNX_RUNTIMES], ["install", "--no-deps", f"{gpu}=={self.versions[gpu]}"]]
+        return [["install", "--force-reinstall", "--no-deps", f"{it}=={self.versions[it]}"] for it in self.damaged]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, with the states of the back ends and the faults."""
         facts = asdict(self) | {"versions": dict(self.versions)}
-        return facts | {"backends": [asdict(state) for state in self.list_backends()], "faults": self.list_faults()}
+        states = {
+            "backends": [asdict(state) for state in self.list_backends()],
+            "training": asdict(self.judge_training()),
+        }
+        return facts | states | {"faults": self.list_faults()}
 
     def describe(self) -> Tables:
         """Titled tables of short texts for people to read."""
-        extension = "there" if self.extension else "missing: numpy does its work, slower"
+        extension = (
+            "there" if self.extension else "missing: numpy does its work, slower; a few pixels may differ by one level"
+        )
         facts: list[tuple[str, ...]] = [
             ("system", self.system),
             ("processor", f"{self.cpu}, {self.cores} {'core' if self.cores == 1 else 'cores'}"),
@@ -143,21 +184,35 @@ class Machine:
             (state.name, "builds" if state.can_build else "-", "runs" if state.can_run else "-", state.why)
             for state in self.list_backends()
         ]
+        training = self.judge_training()
         versions: list[tuple[str, ...]] = list(self.versions.items())
         tables: Tables = [
             ("Machine", facts),
             ("NVIDIA", [(driver,), *gpus]),
             ("Back ends", states),
+            ("Training", [("train", "trains" if training.can_train else "-", training.why)]),
             ("Versions", versions),
         ]
         faults: list[tuple[str, ...]] = [(fault,) for fault in self.list_faults()]
         return tables + ([("Faults", faults)] if faults else [])
 
     def _judge_onnxruntime(self) -> BackendState:
-        version = self.versions.get("onnxruntime") or self.versions.get("onnxruntime-gpu")
-        if not version:
+        installed = [name for name in _ONNX_RUNTIMES if name in self.versions]
+        if not installed:
             return BackendState("onnxruntime", False, False, "not installed; `pip install onnxruntime`")
+        version = self.versions[installed[0]]
+        if set(installed) <= set(self.damaged):
+            return BackendState("onnxruntime", False, False, f"onnxruntime {version}: {_MEND}")
         return BackendState("onnxruntime", True, True, f"onnxruntime {version}{self._describe_limits()}")
+
+    def _describe_onnxruntime_fault(self) -> str:
+        names = [name for name in _ONNX_RUNTIMES if name in self.versions]
+        if len(names) == 1:
+            return f"{names[0]} is installed, but its files are gone, or another package's"
+        whose = [name for name in names if name not in self.damaged]
+        now = f"the files of {whose[0]} lie there now" if len(whose) == 1 else "neither is whole now"
+        now = "an update of one breaks the other" if len(whose) > 1 else now
+        return f"onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files ({now})"
 
     def _judge_onnxruntime_cuda(self) -> BackendState:
         name, version = "onnxruntime (CUDA)", self.versions.get("onnxruntime-gpu")
@@ -166,7 +221,7 @@ class Machine:
             return BackendState(
                 name, builds, False, "not installed; `pip install onnxruntime-gpu` in onnxruntime's place"
             )
-        lacks = self.list_gpu_lacks()
+        lacks = [_MEND] if "onnxruntime-gpu" in self.damaged else self.list_gpu_lacks()
         why = self._describe_run(f"onnxruntime-gpu {version}", lacks) + self._describe_limits()
         return BackendState(name, builds, not lacks, why)
 
@@ -238,7 +293,7 @@ class Machine:
         if not self.extension:
             return "missing, like the C++ extension"
         if not self.kernels:
-            return "none in the C++ extension, device='cuda' needs them: `pip install .` with nvcc on the PATH"
+            return f"none in the C++ extension; device='cuda' needs them: {INSTALL_KERNELS}"
         known = ", ".join(filter(None, [*self.kernels["architectures"], self.kernels.get("ptx")]))
         return f"{known} (CUDA {self.kernels['toolkit']})"
 
@@ -275,6 +330,7 @@ def examine(store: Path | None = None) -> Machine:
         disk_free=None if store is None else disk_free(store),
         driver=ask_driver(),
         versions=find_versions(),
+        damaged=tuple(name for name in _ONNX_RUNTIMES if _is_damaged(name)),
         extension=extension,
         kernels=kernels,
     )
@@ -319,6 +375,24 @@ def find_versions() -> dict[str, str]:
             with contextlib.suppress(metadata.PackageNotFoundError):
                 found.setdefault(name, metadata.version(distribution))
     return found
+
+
+def _is_damaged(distribution: str) -> bool:
+    """Whether libraries of an installed distribution are missing, or have another size than it installed."""
+    try:
+        files = metadata.distribution(distribution).files or ()
+    except metadata.PackageNotFoundError:
+        return False
+    for file in files:
+        if file.size is None or not (file.suffix in (".so", ".pyd", ".dll") or file.name == "__init__.py"):
+            continue
+        try:
+            size = Path(str(file.locate())).stat().st_size
+        except OSError:
+            return True
+        if size != file.size:
+            return True
+    return False
 
 
 def _read_extension() -> tuple[bool, Mapping[str, Any] | None]:

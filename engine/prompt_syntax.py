@@ -29,6 +29,7 @@ _EMBEDDING = re.compile(r"\(\s*embedding:[^()]*\)|\bembedding:[\w./-]*[\w/]", re
 _CHOICE = re.compile(r"(?<!\\)\{([^{}]*)\}|(?<!\\)\[([^][|]*\|[^][]*)\]")
 _EDITING = re.compile(rf"(?<!\\)\[([^][:|]*(?::[^][:|]*)?):\s*(?:{_NUMBER})\s*\]")
 _METHOD = re.compile(r"\)\s*\.(blend|and|swap)\(")
+_FOREIGN = re.compile(r"(?<!\S)--[a-z]{1,12}\b(?: [\d:.]+)?|::-?[\d.]+")  # Midjourney's
 _WILDCARD = re.compile(r"(?<!\w)__[\w./*-]+?__(?!\w)")
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 
@@ -56,6 +57,11 @@ class Parsed:
     parts: tuple[Part, ...]
     notes: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, text: str) -> Parsed:
+        """A text whose words all count 1."""
+        return cls((Part(text, (1.0,) * len(text)),))
+
     @property
     def text(self) -> str:
         """All of it, plain."""
@@ -69,10 +75,10 @@ class Parsed:
 
 def read_plainly(prompt: str) -> Parsed:
     """A prompt as it stands, brackets included. A note says where `read_prompt` would read another one."""
-    plain, read = Part(prompt, (1.0,) * len(prompt)), read_prompt(prompt)
-    if read.parts == (plain,) and not read.notes:
-        return Parsed((plain,))
-    return Parsed((plain,), ("brackets, weights and tags are read as plain text here (mode, prompt_weights)",))
+    plain, read = Parsed.of(prompt), read_prompt(prompt)
+    if read == plain:
+        return plain
+    return Parsed(plain.parts, ("brackets, weights and tags are read as plain text here (mode, prompt_weights)",))
 
 
 def read_prompt(prompt: str) -> Parsed:
@@ -130,6 +136,8 @@ def _note_words(text: str) -> list[str]:
     notes = [f"{found[0]!r} is read as these words: there are no wildcard files" for found in _WILDCARD.finditer(text)]
     if re.search(r"(?<!\S)AND(?!\S)", text):
         notes.append("'AND' is read as the word 'and': prompts are not composed")
+    for found in _FOREIGN.finditer(text):
+        notes.append(f"{found[0]!r} is read as these words: options and weights of other programs do nothing here")
     for found in _METHOD.finditer(text):
         notes.append(f"'.{found[1]}(...)' is read as words: prompts are not blended")
     return notes
@@ -213,7 +221,7 @@ class _Reader:
 
     def _find_weight(self, opened: _Open, found: re.Match[str], bracket: str, written: str) -> float:
         if bracket == "[":
-            return 1 / STEP
+            return self._weigh_square(opened, written)
         if found["number"] or found["factor"]:
             return float(found["number"] or found["factor"])
         if found["after"]:
@@ -222,8 +230,19 @@ class _Reader:
         if tail is None:
             return STEP
         self.notes.append(f"{_quote(written)} has no weight that can be read, and counts as 1: write (word:1.2)")
-        del self.letters[opened.at + tail.start() :], self.weights[opened.at + tail.start() :]
+        self._cut(opened.at + tail.start())
         return 1.0
+
+    def _weigh_square(self, opened: _Open, written: str) -> float:
+        tail = re.search(rf":\s*{_NUMBER}\s*$", "".join(self.letters[opened.at :]))
+        if tail is None:
+            return 1 / STEP
+        self.notes.append(f"{_quote(written)} is read as all of its words: words do not change from step to step")
+        self._cut(opened.at + tail.start())
+        return 1.0
+
+    def _cut(self, start: int) -> None:
+        del self.letters[start:], self.weights[start:]
 
     def _weigh(self, start: int, factor: float, written: str) -> None:
         if abs(factor) > _MOST:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.request import Request
 from dreammix_trt.engine.prompt_syntax import Parsed
 from dreammix_trt.engine.text import Tokenizer, find_near_miss, has_word
@@ -22,7 +23,7 @@ def list_warnings(
 ) -> tuple[str, ...]:
     """What a user should know about the words of a request.
 
-    texts: (field of the request, how it was read) of every prompt that is encoded.
+    texts: (field of the request, how it was read) of every prompt that is encoded; the request's own comes first.
     subject: the name of its subject, "" for none.
     token: the subject's word in prompts.
     tokenizer: of the first encoder.
@@ -31,6 +32,8 @@ def list_warnings(
     found += [f"{name}: {note}" for name, parsed in texts for note in _note_rest(request, parsed, tokenizer)]
     found += _note_subject(texts[0][1].text, subject, token)
     found += _note_substitute(request, texts[0][1].text, token, tokenizer)
+    if subject and request.guided and has_word(request.negative_prompt or "", token):
+        found.append(f"negative_prompt: it names the subject's word {token!r}, and so leads away from the subject")
     if request.negative_prompt and not request.guided:
         found.append(
             f"negative_prompt does nothing: guidance_scale is {request.guidance_scale:g}, and guidance begins above 1"
@@ -41,7 +44,7 @@ def list_warnings(
 def _note_rest(request: Request, parsed: Parsed, tokenizer: Tokenizer) -> Iterator[str]:
     count, rest = tokenizer.find_rest(parsed.text)
     if rest and request.truncate_prompt:
-        yield f"{count - 75} of {count} tokens are cut off (truncate_prompt): {rest.strip()!r}"
+        yield f"{count - TOKENS + 2} of {count} tokens are cut off (truncate_prompt): {rest.strip()!r}"
 
 
 def _note_subject(prompt: str, subject: str, token: str) -> Iterator[str]:

@@ -25,6 +25,7 @@ from dreammix_trt.engine.text import Chunk, TasPlan, Tokenizer, plan_tas, shorte
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 RowSource = Literal["prompt", "decomposed", "negative", "zeros"]
+Key = tuple[Role, bytes, bytes]  # subject, ids, weights
 _MOST_CONTEXT = 4096  # rows of a condition, where networks take any number
 
 
@@ -42,7 +43,7 @@ class Prompt:
     weights: F32 | None = None
 
     @property
-    def key(self) -> tuple[Role, bytes, bytes]:
+    def key(self) -> Key:
         """Equal for prompts whose encodings are equal. Its first entry is the subject."""
         return self.subject, self.ids.tobytes(), b"" if self.weights is None else self.weights.tobytes()
 
@@ -142,7 +143,8 @@ def plan_prompts(
     stages = _list_rows(request, tas, len(texts) > 1)
     if appended is not None and len(appended) != len(stages["lcg"]):
         raise InputError(f"{len(appended)} rows of appended tokens for a condition of {len(stages['lcg'])} rows")
-    warnings = list_warnings(request, [(text.field, text.parsed) for text in texts], subject.name, token, tokenizers[0])
+    said = [(text.field, text.parsed) for text in texts] + ([("substitute", Parsed.of(tas.text))] if tas else [])
+    warnings = list_warnings(request, said, subject.name, token, tokenizers[0])
     negative = prompts[1] if len(texts) > 1 else ()
     return PromptPlan(prompts[0], eliminated, negative, tas, stages, appended, empty, warnings)
 

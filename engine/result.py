@@ -43,8 +43,8 @@ class Result:
         device's seconds are in "upload", "text", "start", "loop", "hand over", "finish" and "download", networks
         included, and the host's in "read", "canvas", "write" and "weights" (loaded for this request).
     stages: named pictures of what each stage did, when asked for; on a GPU "local result" and "last result".
-    warnings: words of the request that do nothing, one sentence each.
     origin: what painted it.
+    warnings: words of the request that do nothing, one sentence each.
     """
 
     images: list[Image.Image]
@@ -53,8 +53,8 @@ class Result:
     schedule: Schedule = field(repr=False)
     timings: dict[str, float]
     stages: dict[str, Image.Image] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
     origin: Origin = field(default_factory=Origin)
+    warnings: tuple[str, ...] = ()
 
     def save(self, path: str | os.PathLike[str], index: int = 0, *, metadata: bool = True) -> None:
         """Write picture `index` (.png, .jpg, .webp), atomically; see `save`."""

@@ -448,6 +448,18 @@ def test_parts_depend_on_the_options_that_change_them(held: Held, tmp_path: Path
     assert held.keys(base_loras=[mug]) != held.keys(base_loras=[f"{mug}:0.5"])
 
 
+def test_a_base_that_cannot_inpaint_is_built_with_a_warning_that_the_passport_keeps(held: Held, tmp_path: Path) -> None:
+    for pattern in ("*.fooocus.patch", "*inpaint_head*"):
+        for file in held.folder.glob(pattern):
+            file.unlink()
+    told: list[str] = []
+    passport = build(out=tmp_path / "out", base=held.folder, store=tmp_path / "store", verify=False, notice=told.append)
+    (remark,) = passport.base["remarks"]
+    assert remark in told and "fooocus_inpaint_head.pth" in remark and "lllyasviel/fooocus_inpaint" in remark
+    rows = dict(Passport.read(tmp_path / "out").describe()[0][1])  # type: ignore[arg-type]
+    assert rows["inpainting"] == "no patch, no head" and rows["remark"] == remark
+
+
 def test_another_patch_changes_the_patched_unet_alone(held: Held, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     from benchmarks._sdxl_files import write_patch

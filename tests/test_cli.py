@@ -250,23 +250,8 @@ def test_the_version_needs_no_command() -> None:
 
 def test_an_engine_that_is_none(place: Path) -> None:
     done = inpaint(place / "nothing", place)
-    assert done.returncode == 2
+    assert done.returncode == 4
     assert "dreammix-trt build" in done.stderr
-
-
-def test_the_readme_names_only_commands_that_exist() -> None:
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    lines = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("dreammix-trt ")]
-    assert len(lines) >= 5
-    shown: dict[tuple[str, ...], str] = {}
-    for _, *words in lines:
-        command = tuple(words[: 2 if words[0] == "store" else 1])
-        if command not in shown:
-            helped = run(*command, "--help")
-            assert helped.returncode == 0, command
-            shown[command] = helped.stdout
-        for option in words:
-            assert not option.startswith("--") or option in shown[command], f"{command} {option}"
 
 
 def test_the_build_tells_its_options() -> None:
@@ -289,11 +274,11 @@ BAD_BUILDS: dict[str, tuple[list[str], str]] = {
     "an unknown target": (["--target", "sm_12"], "cannot build for 'sm_12'; it knows sm_75"),
     "a target twice": (["--target", "sm_89", "--target", "sm_89"], "name each once"),
     "the GPU at hand and another": (["--target", "current", "--target", "sm_89"], "current cannot be combined"),
-    "an unknown back end": (["--backend", "openvino"], "backend is 'openvino'; allowed: onnxruntime, tensorrt-rtx"),
+    "an unknown back end": (["--backend", "openvino"], "'openvino' is not one of 'onnxruntime', 'tensorrt-rtx'"),
     "a target for onnxruntime": (["--backend", "onnxruntime", "--target", "sm_89"], "builds for no GPU in particular"),
-    "a precision": (["--precision", "int8"], "precision is 'int8'; allowed: float32, float16"),
+    "a precision": (["--precision", "int8"], "'int8' is not one of 'float32', 'float16'"),
     "a scale": (["--lora", "mug.safetensors:much"], "no scale in 'much'"),
-    "a sampler": (["--sampler", "ddim"], "sampler is 'ddim'; allowed: 'dpmpp_2m_sde' or 'euler'"),
+    "a sampler": (["--sampler", "ddim"], "'ddim' is not one of 'dpmpp_2m_sde', 'euler', 'lcm'"),
     "a base that is none": (["--base", "nowhere.safetensors"], "nowhere.safetensors"),
 }
 
@@ -304,7 +289,7 @@ def test_a_build_that_cannot_be_is_refused_in_one_line(name: str, tmp_path: Path
     if "target" in name or "GPU" in name:
         pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install dreammix-trt[rtx]")
     done = run("build", "--out", tmp_path / "out", "--store", tmp_path / "store", *options, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == (3 if name == "a base that is none" else 2), done.stderr
     assert told in re.sub(r"\s+", " ", done.stderr) and done.stderr.strip().startswith("error:")
     assert "Traceback" not in done.stderr and done.stdout == ""
     assert not (tmp_path / "out").exists() and not (tmp_path / "store").exists()

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dreammix_trt.demo import run_demo
+from dreammix_trt.core.errors import InputError
+from dreammix_trt.demo import check_folder, run_demo
 from dreammix_trt.report import Figure, Row, contact_sheet, enlarge_region, mark_region
 
 
@@ -57,3 +58,16 @@ def test_a_region_is_enlarged_with_a_margin_around_it() -> None:
     corner = Image.new("L", (100, 100), 0)
     corner.paste(255, (0, 0, 20, 20))
     assert enlarge_region(picture, corner).getcolors() == [(34 * 34, (255, 0, 0))]  # nothing from outside the picture
+
+
+def test_a_demo_replaces_what_a_demo_wrote_and_nothing_else(tmp_path: Path) -> None:
+    check_folder(tmp_path / "new")
+    for name in ("photos/image/00.png", "photos/mask/04.png", "lora/train.json", "engine/passport.json", "report.html"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    check_folder(tmp_path)
+    for name in ("letter.txt", "photos/holiday.jpg", "photos/image/IMG_1.jpg"):
+        (tmp_path / name).touch()
+        with pytest.raises(InputError, match=f"{name}.*--force"):
+            check_folder(tmp_path)
+        (tmp_path / name).unlink()

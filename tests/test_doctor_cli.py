@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from dreammix_trt import doctor_cli
+from dreammix_trt.core.errors import DreamMixError
 from dreammix_trt.core.store import Store
 from dreammix_trt.doctor_cli import advice, doctor, notes
 from dreammix_trt.engine.hardware import Driver, Gpu
@@ -91,6 +93,10 @@ def test_advice_fits_the_machine(here: Machine, told: list[str]) -> None:
     assert said.count("`") % 2 == 0
 
 
+def test_advice_mends_before_it_installs() -> None:
+    assert "yet: `dreammix-trt doctor --mend`, then" in advice(replace(machine(**ORT), damaged=("onnxruntime",)))
+
+
 def test_what_is_too_small_for_a_full_size_base_is_noted() -> None:
     assert notes(BARE) == []
     # the measured store of a full-size base is 22.6 GiB
@@ -112,6 +118,20 @@ def test_this_machine_is_shown_with_its_store(tmp_path: Path) -> None:
     assert {state["name"] for state in record["backends"]} >= {"onnxruntime", "tensorrt-rtx", "tensorrt"}
 
 
+def test_what_training_needs_has_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"torch": "2.13.0", "diffusers": "0.42.1", "transformers": "5.3.0", "peft": "0.19.0"}
+    for versions, state in (
+        (there, (True, "torch 2.13.0, diffusers 0.42.1, transformers 5.3.0, peft 0.19.0")),
+        ({"diffusers": "0.42.1"}, (False, "torch, transformers, peft missing: `pip install 'dreammix-trt[train]'`")),
+    ):
+        monkeypatch.setattr(doctor_cli, "examine", lambda store, found=versions: machine(**ORT, **found))
+        record = json.loads(run("--store", str(tmp_path), "--json").stdout)["training"]
+        assert (record["can_train"], record["why"]) == state
+        lines = run("--store", str(tmp_path)).stdout.splitlines()
+        row = lines[lines.index("Training") + 1].split(maxsplit=2)
+        assert row == ["train", "trains" if state[0] else "-", state[1]]
+
+
 def test_a_store_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = run("--store", str(tmp_path / "file" / "store"))
@@ -125,3 +145,29 @@ def test_a_machine_where_nothing_runs_is_a_failure(tmp_path: Path, monkeypatch: 
     assert done.exit_code == 1
     assert json.loads(done.stdout)["ready"] is False
     assert list(tmp_path.iterdir()) == []
+
+
+def test_mend_has_pip_do_what_the_fault_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = replace(machine(onnxruntime="1.31.1", onnxruntime_gpu="1.31.1"), damaged=("onnxruntime",))
+    seen, code = [], 0
+
+    def call(command: list[str], **_: Any) -> Any:
+        seen.append(command[1:])
+        return SimpleNamespace(returncode=code)
+
+    monkeypatch.setattr(doctor_cli.subprocess, "run", call)
+    monkeypatch.setattr(doctor_cli, "examine", lambda *_: replace(broken, damaged=()) if len(seen) == 2 else broken)
+    done = run("--mend", "--store", str(tmp_path))
+    assert seen == [
+        ["-m", "pip", "uninstall", "-y", "onnxruntime", "onnxruntime-gpu"],
+        ["-m", "pip", "install", "--no-deps", "onnxruntime-gpu==1.31.1"],
+    ]
+    assert done.exit_code == 0, done.output
+    seen.clear()
+    code = 1
+    failed = run("--mend", "--store", str(tmp_path))
+    assert isinstance(failed.exception, DreamMixError) and "run it by hand" in str(failed.exception)
+    assert len(seen) == 1
+    seen.clear()
+    monkeypatch.setattr(doctor_cli, "examine", lambda *_: BARE)
+    assert run("--mend", "--store", str(tmp_path)).exit_code == 0 and seen == []

@@ -18,7 +18,7 @@ import pytest
 from tests.conftest import ROOT
 
 PACKAGE = "dreammix_trt"
-LEFT_OUT = (".ci/",)  # of the sdist
+LEFT_OUT = (".ci/", ".github/")  # of the sdist
 
 
 def ask_git(*arguments: str) -> list[str]:

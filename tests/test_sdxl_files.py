@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from benchmarks import _sdxl_files as files
+from dreammix_trt.core.checkpoint import BaseFiles
+from dreammix_trt.core.errors import FileFormatError
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -105,6 +107,22 @@ def test_diffusers_recognises_the_single_file(channels: int, kind: str) -> None:
     configs = files.sdxl_configs(0.1)
     configs["unet"]["in_channels"] = channels
     assert infer_diffusers_model_type(files.single_file_entries(configs, 0, "float16")) == kind
+
+
+def test_patch_and_head_are_found_beside_a_single_file(tmp_path: Path) -> None:
+    base = files.write_single_file(tmp_path / "sdxl" / "sd_xl_base_1.0.safetensors", MINI)
+    patch = files.write_patch(tmp_path / "sdxl" / "inpaint_v26.fooocus.patch", MINI)
+    files.write_tokenizers(tmp_path / "tokenizers", MINI)
+    half = BaseFiles.open(base, tokenizer=tmp_path / "tokenizers")
+    assert (half.patch, half.head_file) == (None, None)
+    head = files.write_head(tmp_path / "sdxl" / "fooocus_inpaint_head.pth", MINI)
+    whole = BaseFiles.open(base, tokenizer=tmp_path / "tokenizers")
+    assert (whole.patch, whole.head_file) == (patch, head) and whole.has_head
+    wide = files.write_single_file(tmp_path / "sdxl" / "inpainting.safetensors", MINI, in_channels=9)
+    assert BaseFiles.open(wide, tokenizer=tmp_path / "tokenizers").patch is None
+    files.write_patch(tmp_path / "sdxl" / "inpaint_v25.fooocus.patch", MINI)
+    with pytest.raises(FileFormatError, match=r"several files match \*\.fooocus\.patch"):
+        BaseFiles.open(base, tokenizer=tmp_path / "tokenizers")
 
 
 def test_nine_channels_are_four_and_five_more(single: Path, tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
-"""The folder that a training writes: the LoRA, the merged UNet where it is wanted, and a record of the training."""
+"""The folder that a training writes: the LoRA in two formats, the merged UNet where it is wanted, and a record."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import numpy as np
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.files import sha256_of, write_json
 from dreammix_trt.core.lora import FILE_NAME
+from dreammix_trt.trainer.kohya import kohya_file_name, kohya_metadata, kohya_tensors
 from dreammix_trt.trainer.task import Task
 
 if TYPE_CHECKING:
@@ -65,20 +67,19 @@ class TrainRecord:
             seed=task.seed,
             threads=threads,
             parameters=parameters,
-            base=task.base.folder.name,
+            base=task.base.name,
             base_hashes=task.base.hash_contents(),
             recipe=asdict(task.recipe),
         )
 
 
-def write_folder(folder: Path, record: TrainRecord, factors: Factors, merge_into: BaseFiles | None) -> None:
-    """Write everything.
+def write_folder(folder: Path, record: TrainRecord, factors: Factors, base: BaseFiles, *, merged: bool) -> None:
+    """Write everything: the LoRA in diffusers' format and once more in kohya's, and the record.
 
     factors: module by its diffusers name -> (down (rank, in), up (out, rank)), float32.
-    merge_into: the base whose UNet is written with the LoRA in its weights; None: not wanted.
+    base: that was trained on.
+    merged: whether to write its UNet with the LoRA in its weights, too.
     """
-    from safetensors.torch import save
-
     tensors = {}
     for name, (down, up) in factors.items():
         tensors[f"unet.{name}.lora.down.weight"] = down
@@ -94,20 +95,30 @@ def write_folder(folder: Path, record: TrainRecord, factors: Factors, merge_into
         "base": record.base,
         "base_hashes": json.dumps(record.base_hashes),
     }
-    (folder / FILE_NAME).write_bytes(_order_metadata(save(tensors, metadata)))
-    if merge_into is not None:
-        _write_merged(folder / "unet", merge_into, factors)
-    write_json(folder / RECORD, asdict(record) | {"lora_sha256": sha256_of(folder / FILE_NAME)})
+    _write(folder / FILE_NAME, tensors, lambda _: metadata)
+    twin = folder / kohya_file_name(record.token, record.class_name)
+    kohya = kohya_tensors(factors, record.rank, base.configs["unet"])
+    _write(twin, kohya, lambda digest: metadata | kohya_metadata(record, base.native_side, digest))
+    if merged:
+        _write_merged(folder / "unet", base, factors)
+    hashes = {"lora_sha256": sha256_of(folder / FILE_NAME), "kohya_file": twin.name, "kohya_sha256": sha256_of(twin)}
+    write_json(folder / RECORD, asdict(record) | hashes)
 
 
-def _order_metadata(file: bytes) -> bytes:
-    """A safetensors file with its metadata in order; the library writes them in a different order each time."""
-    size = int.from_bytes(file[:8], "little")
-    header = json.loads(file[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+def _write(file: Path, tensors: Mapping[str, Tensor], describe: Callable[[str], Mapping[str, str]]) -> None:
+    """Write a safetensors file with its metadata in order; the library writes them in a different order each time.
+
+    describe: sha256 of what stands behind the header -> metadata.
+    """
+    from safetensors.torch import save
+
+    content = save(dict(tensors))
+    size = 8 + int.from_bytes(content[:8], "little")
+    metadata = describe(hashlib.sha256(content[size:]).hexdigest())
+    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(content[8:size])}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + file[8 + size :]
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[size:])
 
 
 def _write_merged(folder: Path, base: BaseFiles, factors: Factors) -> None:

@@ -23,7 +23,8 @@ SHEET = "masks-to-look-at.png"
 SEGMENT_HINT = "or let --segment make them: --segment --segmenter u2net.onnx"
 
 _IMAGE_FOLDERS, _MASK_FOLDERS = ("image", "images", "img"), ("mask", "masks")
-_MASK_ENDINGS = ("_mask", "-mask", ".mask", " mask", "_masklabel", "-masklabel")
+_MASK_ENDINGS = ("_mask", "-mask", ".mask", " mask", "_masklabel", "-masklabel", "_matte", "_alpha", "_seg", ".out")
+_MASK_STARTS = ("mask_", "mask-", "mask.")
 _REASONS = {
     ("txt", "caption", "wildcard"): "captions of other trainers are not read; give --prompt",
     ("heic", "heif", "hif"): "HEIC needs pillow-heif: pip install pillow-heif, or save it as JPEG",
@@ -78,22 +79,27 @@ def list_photographs(folder: Path, choose_twin: ChooseTwin) -> Listing:
     Raises InputError for a folder that is missing, holds no photographs, or photographs of several subjects.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give the one that holds the subject's photographs")
+        state = "is a file" if folder.exists() else "no such folder"
+        raise InputError(f"{folder}: {state}; give the folder that holds the subject's photographs")
     place = _find_place(folder)
-    listing = Listing(mask_folder=_find_mask_folder(folder, place))
+    mask_folders = _find_mask_folders(folder, place)
+    home = folder if place.name.lower() in _IMAGE_FOLDERS else place
+    listing = Listing(mask_folder=mask_folders[0] if mask_folders else home / _MASK_FOLDERS[0])
     if place != folder:
         stray = [file for file in _files(folder) if is_picture(file) and file.name != SHEET]
         listing.leave_out(f"it lies beside {place.name}/, not in it", *stray)
     pictures = _sift(place, listing)
-    masks = [file for name in _MASK_FOLDERS for root in {folder, place} for file in _sift(root / name, listing)]
+    masks = [file for each in mask_folders for file in _sift(each, listing)]
     stems = {_normal(file.stem) for file in pictures} | {_normal(file.name) for file in pictures}
-    beside = [file for file in pictures if (_strip_ending(file.stem) or "") in stems]
+    beside = [file for file in pictures if (_strip_mask_word(file.stem) or "") in stems]
     photographs = [file for file in pictures if file not in beside]
     if not photographs:
         reasons = "; ".join(listing.explain()) or f"it may hold {', '.join(sorted(readable_suffixes()))}"
         raise InputError(f"{place} holds no photographs; {reasons}")
     found = _match(photographs, masks, beside)
-    listing.leave_out("no photograph has its name", *[file for file in (*masks, *beside) if file not in found.values()])
+    for file in {*masks, *beside} - set(found.values()):
+        second = _strip_mask_word(file.stem) in stems or _normal(file.stem) in stems
+        listing.leave_out("a second mask of its photograph" if second else "no photograph has its name", file)
     _join_twins(found, choose_twin, listing)
     return listing
 
@@ -105,8 +111,7 @@ def is_picture(file: Path) -> bool:
 
 def _find_place(folder: Path) -> Path:
     """The folder in which the photographs themselves lie."""
-    named = [folder / name for name in _IMAGE_FOLDERS if (folder / name).is_dir()]
-    place = named[0] if named else folder
+    place = next(iter(_find_named(folder, _IMAGE_FOLDERS)), folder)
     if any(is_picture(file) for file in _files(place)):
         return place
     subjects = sorted(each for each in place.iterdir() if each.is_dir() and re.match(r"\d+_.", each.name))
@@ -118,28 +123,36 @@ def _find_place(folder: Path) -> Path:
     return subjects[0] if subjects else place
 
 
-def _find_mask_folder(folder: Path, place: Path) -> Path:
-    roots = (folder, place)
-    there = [root / name for root in roots for name in _MASK_FOLDERS if (root / name).is_dir()]
-    return there[0] if there else (folder if place.name in _IMAGE_FOLDERS else place) / _MASK_FOLDERS[0]
+def _find_mask_folders(folder: Path, place: Path) -> list[Path]:
+    """Folders of masks: in the one that was given, in that of the photographs, beside an image/ that was given."""
+    roots = [folder, place] + ([folder.parent] if folder.name.lower() in _IMAGE_FOLDERS else [])
+    there = dict.fromkeys(each for root in roots for each in _find_named(root, _MASK_FOLDERS))
+    deeper = [each / place.name for each in there if (each / place.name).is_dir()]  # mask/10_sks mug/
+    return deeper + [each for each in there if each not in {each.parent for each in deeper}]
+
+
+def _find_named(folder: Path, names: Sequence[str]) -> list[Path]:
+    """The folders in it of these names, in whatever case, in the names' order."""
+    there = {each.name.lower(): each for each in sorted(folder.iterdir(), reverse=True) if each.is_dir()}
+    return [there[name] for name in names if name in there]
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
+    """Everything in a folder but folders; links that lead nowhere, too."""
+    return sorted(file for file in folder.iterdir() if not file.is_dir())
 
 
 def _sift(folder: Path, listing: Listing) -> list[Path]:
     """The pictures of a folder; what else lies there is noted."""
     pictures = []
     for file in _files(folder):
-        if is_picture(file) and file.name != SHEET:
+        if is_picture(file) and file.name != SHEET and file.is_file():
             pictures.append(file)
         else:
             listing.leave_out(_name_reason(file), file)
-    if folder.is_dir():
-        known = {*_IMAGE_FOLDERS, *_MASK_FOLDERS}
-        others = [each for each in folder.iterdir() if each.is_dir() and each.name not in known]
-        listing.leave_out("a folder, which is not searched", *others)
+    known = {*_IMAGE_FOLDERS, *_MASK_FOLDERS}
+    others = [each for each in folder.iterdir() if each.is_dir() and each.name.lower() not in known]
+    listing.leave_out("a folder, which is not searched", *others)
     return pictures
 
 
@@ -150,6 +163,8 @@ def _name_reason(file: Path) -> str:
         return "a system's file"
     if file.name == SHEET:
         return "the sheet of masks"
+    if not file.is_file():
+        return "a link that leads nowhere"
     suffix = file.suffix.lower().removeprefix(".")
     return next((reason for suffixes, reason in _REASONS.items() if suffix in suffixes), "not a picture that is read")
 
@@ -159,10 +174,13 @@ def _normal(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _strip_ending(stem: str) -> str | None:
-    """What a mask's name names; None: it does not end as masks do."""
+def _strip_mask_word(stem: str) -> str | None:
+    """What a mask's name names; None: it does not begin or end as masks do."""
     ending = next((each for each in _MASK_ENDINGS if stem.lower().endswith(each)), None)
-    return None if ending is None else _normal(stem[: -len(ending)])
+    start = next((each for each in _MASK_STARTS if stem.lower().startswith(each)), None)
+    if ending is not None:
+        return _normal(stem[: -len(ending)])
+    return None if start is None else _normal(stem[len(start) :])
 
 
 def _match(photographs: Iterable[Path], masks: Sequence[Path], beside: Sequence[Path]) -> dict[Path, Path | None]:
@@ -171,7 +189,7 @@ def _match(photographs: Iterable[Path], masks: Sequence[Path], beside: Sequence[
     for fold in (str, str.casefold):
         known: dict[str, Path] = {}
         for mask in sorted({*masks, *beside} - set(found.values()), key=lambda file: file.suffix.lower() != ".png"):
-            names = {_strip_ending(mask.stem), _normal(mask.stem) if mask in masks else None}
+            names = {_strip_mask_word(mask.stem), _normal(mask.stem) if mask in masks else None}
             for name in filter(None, names):
                 known.setdefault(fold(name), mask)
         for photograph, mask_file in found.items():

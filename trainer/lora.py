@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dreammix_trt.core.checkpoint import BaseFiles
-from dreammix_trt.core.errors import MissingExtraError
+from dreammix_trt.core.extras import require_training
 from dreammix_trt.core.files import atomic_directory
 from dreammix_trt.trainer.folder import RECORD, TrainRecord, write_folder
 from dreammix_trt.trainer.photographs import read_photographs
@@ -61,15 +61,19 @@ def train_lora(
     recipe: everything else; None takes what suits the base.
     invert_masks, large_masks: as `photographs.read_photographs` takes them.
 
-    Writes `pytorch_lora_weights.safetensors` (diffusers' names, alpha = rank) and `train.json`. Same seed, threads and
+    Writes `pytorch_lora_weights.safetensors` (diffusers' names, alpha = rank), the same as `TOKEN_CLASS.safetensors` in
+    kohya's format (for ComfyUI, A1111, Fooocus) and `train.json`. Same seed, threads and
     machine: the same bytes in the LoRA file.
 
     Raises InputError for parameters, photographs or a place that cannot be used, FileFormatError for the base,
     MissingExtraError without the `train` extra.
     """
+    require_training()
     class_name, token = class_name.strip(), token.strip()
     check_options(class_name, token, loss, rank, steps, learning_rate, seed, threads)
     files = base if isinstance(base, BaseFiles) else BaseFiles.open(base)
+    for remark in files.remarks:
+        log.warning("%s", remark)
     recipe = recipe or recipe_for(files.native_side)
     steps, rate = steps or recipe.steps, learning_rate or recipe.learning_rate
     names = Names.of(token, class_name, prompt, captions)
@@ -80,7 +84,7 @@ def train_lora(
         training = Training(task, progress or (lambda *_: None))
         history = training.run()
         record = TrainRecord.of(task, history, time.monotonic() - started, used, training.parameters)
-        write_folder(folder, record, training.factors(), files if merged else None)
+        write_folder(folder, record, training.factors(), files, merged=merged)
     log.info("%s: %d steps in %.0f s, loss %.4f", out, steps, record.seconds, record.loss)
     return record
 
@@ -88,10 +92,8 @@ def train_lora(
 @contextmanager
 def _torch_threads(count: int | None) -> Iterator[int]:
     """Use `count` threads for the block, then as many as before; gives the number in use."""
-    try:
-        import torch
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("torch is not installed, training needs it: pip install dreammix-trt[train]") from error
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

@@ -19,7 +19,7 @@ from dreammix_trt.trainer.listing import SEGMENT_HINT, Choice, Listing, list_pho
 log = logging.getLogger(__name__)
 
 #: bytes of decoded photographs that are kept while views are drawn; the others are read again
-KEPT_BYTES = 512 << 20
+KEPT_BYTES = 256 << 20
 #: a subject fills more than this share of a photograph only where one means it
 LARGE_SHARE = 0.6
 _WHITE = 255
@@ -172,9 +172,10 @@ def _check_shares(folder: Path, shares: dict[str, float], inverted: bool) -> Non
     large = [name for name, share in shares.items() if share > LARGE_SHARE]
     if len(large) == len(shares):
         low, high = (f"{100 * share:.0f}" for share in (min(shares.values()), max(shares.values())))
+        span = high if low == high else f"{low} to {high}"
         remedy = "omit --invert-masks" if inverted else "give --invert-masks, if the subject is black in them"
         raise InputError(
-            f"{folder}: the masks mark {low} to {high} % of every photograph, so black and white are probably "
+            f"{folder}: the masks mark {span} % of every photograph, so black and white are probably "
             f"exchanged: {remedy}; or --large-masks, if the subject does fill them"
         )
     if large:

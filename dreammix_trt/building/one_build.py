@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +13,12 @@ from dreammix_trt.building.ingredients import Ingredients
 from dreammix_trt.building.order import BaseSources, BuildOrder, LoraOption, describe_lora
 from dreammix_trt.building.part_store import PartStore
 from dreammix_trt.building.parts import Parts
-from dreammix_trt.core.errors import InputError
+from dreammix_trt.building.subjects import MadeSubject, check_fit, make_subjects
 from dreammix_trt.core.files import folder_bytes, sha256_of
-from dreammix_trt.core.lora import Lora, LoraSpec, read_lora
+from dreammix_trt.core.lora import read_lora
 from dreammix_trt.core.network_weights import BaseLora
 from dreammix_trt.core.passport import Passport
 from dreammix_trt.core.store import Store
-from dreammix_trt.core.subject import Subject, subject_from_loras
 from dreammix_trt.engine.backends.tensorrt.builder import Estimate, check_room
 from dreammix_trt.engine.directory import write_engine
 
@@ -37,7 +34,10 @@ def build(
     head: str | Path | None = None,
     vae: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    subjects: Mapping[str, LoraOption] | None = None,
     name: str | None = None,
+    token: str | Mapping[str, str] | None = None,
+    class_name: str | Mapping[str, str] | None = None,
     merge: bool = False,
     slot_rank: int = 8,
     patch_biases: bool = False,
@@ -53,11 +53,14 @@ def build(
     """Make the engine directory `out` and return its passport.
 
     lora: file or folder of the subject, or several, each as "FILE[:scale[:target]]" (target: "patched", "raw" or "both"
-        UNets); None: a base alone.
+        UNets), which then work together; None: a base alone.
+    subjects: several subjects by name, each a subject file or a LoRA as `lora` is.
     base: diffusers folder or single file; None: the embedded model.
     patch, head: None: those beside the base.
     vae, tokenizer: instead of the base's.
-    name: the subject's; None: from the LoRA's folder.
+    name: of the subject of `lora`; None: its class, where that is known, else from `out`.
+    token, class_name: the subject's word in prompts, and what it is; of several, by name. None: as the LoRA's metadata
+        says (`core/lora_words.py`), else "sks" and nothing.
     merge: bake the subject into weights of its own.
     slot_rank: largest LoRA rank that subjects of this base may have (0: no slots).
     patch_biases: apply the patch's biases, too.
@@ -77,7 +80,10 @@ def build(
         BaseSources(base, patch, head, vae, tokenizer, patch_biases),
         lora,
         base_loras,
+        subjects=subjects or {},
         name=name,
+        token=token,
+        class_name=class_name,
         merge=merge,
         slot_rank=slot_rank,
         defaults=defaults or Defaults(),
@@ -95,44 +101,49 @@ def carry_out(order: BuildOrder, update: Update, tell: Callable[[str], None]) ->
     shelf = Store(Path(order.store) if order.store else None)
     files = order.base.open()
     order.check_outside(files)
+    for remark in files.remarks:
+        tell(remark)
     config = files.configs["unet"]
-    given = [(read_lora(spec.file, config), spec) for spec in order.subject_specs]
+    made = make_subjects(order, config, tell)
     merged = [(read_lora(spec.file, config), spec) for spec in order.base_specs]
     defaults = fill_in(order.defaults, order.base_specs, tell)
-    subject = _make_subject(given, order.name) if given else None
-    baked = [*merged, *given] if order.merge else merged
+    baked = [*merged, *made[0].loras] if order.merge else merged
     loras = [(BaseLora(lora, spec.scale, spec.target), sha256_of(lora.source_path)) for lora, spec in baked]
     ingredients = Ingredients(files, order.slot_rank, order.engine, loras, defaults.to_dict())
     store = PartStore(shelf, order.place, update)
     parts = Parts(ingredients, store, order.verify, tell)
-    if subject is not None and not order.merge:
-        parts.check_fit(subject)
+    for each in () if order.merge else made:
+        check_fit(each, ingredients.networks, order)
     folders = parts.make()
     if order.self_contained:
         check_room(Estimate(0, sum(folder_bytes(folder) for folder in folders.values())), order.place.parent)
-    passport = _write(order, ingredients, store, folders, subject)
+    passport = _write(order, ingredients, store, folders, made)
     shelf.register(order.place, () if order.self_contained else set(store.keys.values()))
     return passport
 
 
 def _write(
-    order: BuildOrder, ingredients: Ingredients, store: PartStore, folders: Mapping[str, Path], subject: Subject | None
+    order: BuildOrder,
+    ingredients: Ingredients,
+    store: PartStore,
+    folders: Mapping[str, Path],
+    made: Sequence[MadeSubject],
 ) -> Passport:
     """Write the engine directory from the parts' folders."""
     files, engine, defaults = ingredients.base, ingredients.engine, ingredients.defaults
-    kept: list[tuple[Subject, str]] = []
-    if subject is not None and not order.merge:
-        sources = ", ".join(str(spec.file) for spec in order.subject_specs)
-        kept = [(replace(subject, base_key=ingredients.base_key), sources)]
+    kept = [(replace(each.subject, base_key=ingredients.base_key), each.sources) for each in made]
+    if order.merge:  # the factors are in the weights; the words stay a subject
+        kept = [(replace(subject, factors={}), sources) for subject, sources in kept]
     baked = [*order.base_specs, *order.subject_specs] if order.merge else order.base_specs
     facts = {
-        "name": files.folder.name,
+        "name": files.name,
+        "remarks": list(files.remarks),
         "native_side": files.native_side,
         "slot_rank": order.slot_rank,
         "files": files.hash_contents(),
         "head": files.head_padding if files.has_head else None,
         "loras": [describe_lora(spec, "both") for spec in baked],
-        "merged": subject.name if order.merge and subject else None,
+        "merged": made[0].subject.name if order.merge else None,
         "defaults": defaults,
     }
     return write_engine(
@@ -151,28 +162,3 @@ def _write(
         precision=engine.precision,
         command=order.command(defaults),
     )
-
-
-def _make_subject(loras: Sequence[tuple[Lora, LoraSpec]], name: str | None) -> Subject:
-    first, spec = loras[0]
-    chosen = name or _name_after(spec.file)
-    if not re.fullmatch(r"[\w.-]+", chosen) or chosen.startswith("."):
-        raise InputError(
-            f"--name {chosen!r}: a subject's name has letters, digits, '_', '-' and '.' only, as it names a file"
-        )
-    hashes = [sha256_of(lora.source_path, verify=True) for lora, _ in loras]
-    return subject_from_loras(
-        [(lora, each.scale, each.target) for lora, each in loras],
-        chosen,
-        first.metadata.get("token", "sks"),
-        first.metadata.get("class_name", ""),
-        source_sha256=hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
-    )
-
-
-def _name_after(path: Path) -> str:
-    """A subject's name from its LoRA's place: the folder that says most."""
-    parts = [part for part in (path.absolute().parts if path.is_dir() else path.absolute().with_suffix("").parts)]
-    dull = {"lora", "out", "output", "pytorch_lora_weights"}
-    told = [part for part in reversed(parts) if part.lower() not in dull and not part.startswith("checkpoint-")]
-    return re.sub(r"[^\w.-]+", "-", told[0]).strip("-.") or "subject" if told else "subject"

@@ -16,8 +16,10 @@ from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.files import check_place
 from dreammix_trt.core.lora import LoraSpec, parse_lora
 from dreammix_trt.core.passport import FILE_NAME as PASSPORT
+from dreammix_trt.core.subject import check_name
 
 LoraOption = str | Path | LoraSpec
+Words = str | Mapping[str, str] | None
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,20 @@ class BaseSources:
 
 
 @dataclass(frozen=True)
+class SubjectOrder:
+    """One subject that is asked for.
+
+    files: LoRAs that work together, or one subject file.
+    name, token, class_name: empty: as the files say.
+    """
+
+    files: tuple[LoraSpec, ...]
+    name: str = ""
+    token: str = ""
+    class_name: str = ""
+
+
+@dataclass(frozen=True)
 class BuildOrder:
     """All that `build` is asked for, as it was said; see there."""
 
@@ -49,7 +65,10 @@ class BuildOrder:
     base: BaseSources = field(default_factory=BaseSources)
     lora: LoraOption | Sequence[LoraOption] | None = None
     base_loras: Sequence[LoraOption] = ()
+    subjects: Mapping[str, LoraOption] = field(default_factory=dict)
     name: str | None = None
+    token: Words = None
+    class_name: Words = None
     merge: bool = False
     slot_rank: int = 8
     defaults: Defaults = field(default_factory=Defaults)
@@ -64,10 +83,21 @@ class BuildOrder:
         return Path(self.out).resolve()
 
     @cached_property
-    def subject_specs(self) -> list[LoraSpec]:
-        """The subject's LoRAs. Raises InputError for what is none."""
+    def subject_orders(self) -> list[SubjectOrder]:
+        """The subjects: first that of `lora`, then the named ones. Raises InputError for what is none."""
         given = [] if self.lora is None else [self.lora] if isinstance(self.lora, LoraOption) else self.lora
-        return _parse_loras(given, "patched")
+        together = _parse_loras(given, "patched")
+        asked = [(self.name or "", together)] if together else []
+        asked += [(check_name(name), _parse_loras([each], "patched")) for name, each in self.subjects.items()]
+        alone = len(asked) == 1
+        tokens = _give_words("token", self.token, [name for name, _ in asked], alone)
+        classes = _give_words("class_name", self.class_name, [name for name, _ in asked], alone)
+        return [SubjectOrder(tuple(files), name, tokens[name], classes[name]) for name, files in asked]
+
+    @property
+    def subject_specs(self) -> list[LoraSpec]:
+        """The files of all subjects."""
+        return [spec for each in self.subject_orders for spec in each.files]
 
     @cached_property
     def base_specs(self) -> list[LoraSpec]:
@@ -80,11 +110,17 @@ class BuildOrder:
             raise InputError(f"slot_rank is {self.slot_rank}; allowed: 0 (no slots) to 256")
         check_place(self.out, PASSPORT)
         self.engine.check()
-        if self.name is not None and self.lora is None:
-            raise InputError(f"name is {self.name!r}, but there is no LoRA to make a subject of: give --lora")
-        subject_specs, _ = self.subject_specs, self.base_specs  # refuses what is none
-        if self.merge and not subject_specs:
+        for field_name in ("name", "token", "class_name"):
+            value = getattr(self, field_name)
+            if value and (self.lora is None if field_name == "name" else not self.lora and not self.subjects):
+                raise InputError(f"{field_name} is {value!r}, but there is no LoRA to make a subject of: give --lora")
+        orders, _ = self.subject_orders, self.base_specs  # refuses what is none
+        if self.merge and not orders:
             raise InputError("merge needs a LoRA to bake in: give --lora, or leave --merge")
+        if self.merge and len(orders) > 1:
+            raise InputError(
+                f"merge bakes one subject into the weights, but {len(orders)} are given; build an engine for each"
+            )
 
     def check_outside(self, files: BaseFiles) -> None:
         """Raise InputError for a source inside the directory that is about to be replaced."""
@@ -95,10 +131,21 @@ class BuildOrder:
                     f"{source} lies in {Path(self.out)}, which this build replaces; move it, or choose another --out"
                 )
 
-    def command(self, defaults: Mapping[str, Any]) -> str:
-        """The command line that makes this engine again; defaults: of requests, as they were filled in."""
+    def command(self, defaults: Mapping[str, Any] | None = None) -> str:
+        """The command line that makes this engine again.
+
+        defaults: of requests, as they were filled in; None: as they were given.
+        """
+        defaults = self.defaults.to_dict() if defaults is None else defaults
+        named = [each for each in self.subject_orders if each.name in self.subjects]
         options = {
-            "lora": [describe_lora(spec, "patched") for spec in self.subject_specs],
+            "lora": [
+                describe_lora(spec, "patched")
+                for each in self.subject_orders
+                for spec in each.files
+                if each not in named
+            ],
+            "subject": [f"{each.name}={describe_lora(each.files[0], 'patched')}" for each in named],
             "out": self.out,
             "base": self.base.base,
             "patch": self.base.patch,
@@ -106,6 +153,8 @@ class BuildOrder:
             "vae": self.base.vae,
             "tokenizer": self.base.tokenizer,
             "name": self.name,
+            "token": _list_given(self.token),
+            "class_name": _list_given(self.class_name),
             "merge": self.merge,
             "slot_rank": self.slot_rank if self.slot_rank != BuildOrder.slot_rank else None,
             "patch_biases": self.base.patch_biases,
@@ -133,6 +182,28 @@ def describe_lora(spec: LoraSpec, usual: str) -> str:
 
 def _parse_loras(given: Sequence[LoraOption], target: Any) -> list[LoraSpec]:
     return [each if isinstance(each, LoraSpec) else parse_lora(str(each), target) for each in given]
+
+
+def _give_words(option: str, given: Words, names: Sequence[str], alone: bool) -> dict[str, str]:
+    """The word of each subject; "" where none is given. Raises InputError for a word of no subject, or of which one."""
+    if isinstance(given, str):
+        if not alone:
+            raise InputError(f"{option} is {given!r}, but there are {len(names)} subjects; say of which: NAME={given}")
+        given = {name: given for name in names}
+    words = {name: word.strip() for name, word in (given or {}).items()}
+    unknown = sorted(words.keys() - set(names))
+    if unknown:
+        raise InputError(f"{option} is given for {', '.join(unknown)}; the subjects are: {', '.join(names) or 'none'}")
+    for name, word in words.items():
+        if not word or (option == "token" and len(word.split()) > 1):
+            what = "be one word" if option == "token" else "say what the subject is"
+            raise InputError(f"{option} is {word!r}{f' for {name}' if name else ''}; it must {what}")
+    return {name: words.get(name, "") for name in names}
+
+
+def _list_given(given: Words) -> list[str]:
+    """What the options of the command line say of words."""
+    return [given] if isinstance(given, str) else [f"{name}={word}" for name, word in (given or {}).items()]
 
 
 def _list_words(option: str, value: Any) -> Iterator[str]:

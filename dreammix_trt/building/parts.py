@@ -20,9 +20,7 @@ from dreammix_trt.building.part_store import PartStore
 from dreammix_trt.core.errors import BuildError, FileFormatError
 from dreammix_trt.core.files import read_json, write_json
 from dreammix_trt.core.networks import Network
-from dreammix_trt.core.packing import pack
 from dreammix_trt.core.slots import LORA_SIDES
-from dreammix_trt.core.subject import Subject
 from dreammix_trt.engine.directory import COST
 from dreammix_trt.export.onnx_export import export_facts, export_network, find_shipped_graph, graph_digest, write_graph
 
@@ -41,20 +39,6 @@ class Parts:
     ) -> None:
         self._ingredients, self._store, self._verify, self._tell = ingredients, store, verify, tell
         self._base, self._engine = ingredients.base, ingredients.engine
-
-    def check_fit(self, subject: Subject) -> None:
-        """Raise FileFormatError (names and shapes listed) for a subject that does not fit the base's slots."""
-        slots = {network.name: network.slots for network in self._ingredients.networks}
-        for name, factors in subject.factors.items():
-            if name not in slots:
-                raise FileFormatError(
-                    f"subject {subject.name}: has factors for {name}, which this base does not have; "
-                    "give its LoRA the target 'patched'"
-                )
-            try:
-                pack(factors, slots[name])
-            except FileFormatError as error:
-                raise FileFormatError(f"subject {subject.name}: {error}") from error
 
     def make(self) -> dict[str, Path]:
         """Folder of every part the runtime needs, made where the store lacked it."""

@@ -15,13 +15,12 @@ from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.networks import flag_of, names_of_group, twin_name
 from dreammix_trt.core.schedule import STAGES
 from dreammix_trt.core.seam import Array, Bound, DeviceNetworks, Stream
-from dreammix_trt.core.subject import Role
 from dreammix_trt.engine.device.arena import Arena, Regions
 from dreammix_trt.engine.device.blocks import measure_tas_plan
 from dreammix_trt.engine.device.room import choose_twin, try_capture
 from dreammix_trt.engine.device.subjects import Layout, Subjects
 from dreammix_trt.engine.drivers.device import CapturedGraph, Device
-from dreammix_trt.engine.prompts import Prompt, PromptPlan, RowSource, count_prompts
+from dreammix_trt.engine.prompts import Key, Prompt, PromptPlan, RowSource, count_prompts
 
 _SIDES = Sides(1, 1, 1, 1)
 Sources = list[tuple[Array, Array]]  # of each chunk: its token rows (77, D) and its pooled vector (Dp,)
@@ -83,8 +82,8 @@ class DeviceTexts:
         """
         self._device, self._stream, self._arena, self._subjects = device, stream, arena, subjects
         self._networks, self._layout = networks, layout
-        self._kept: OrderedDict[tuple[Role, bytes, bytes], int] = OrderedDict()
-        self._unproven: set[tuple[Role, bytes, bytes]] = set()
+        self._kept: OrderedDict[Key, int] = OrderedDict()
+        self._unproven: set[Key] = set()
         self._encoders: dict[bool, _Encoders] = {}
         upload(arena["pooled plan"], np.array([1, 1, 0, 0], np.int32))  # one row removed from one row: both are row 0
 
@@ -142,7 +141,7 @@ class DeviceTexts:
             encoders.close()
         self._encoders.clear()
 
-    def _choose_slot(self, needed: set[tuple[Role, bytes, bytes]]) -> int:
+    def _choose_slot(self, needed: set[Key]) -> int:
         most = self._arena["kept tokens"].shape[0]
         free = set(range(most)) - set(self._kept.values())
         if free:

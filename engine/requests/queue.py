@@ -14,9 +14,8 @@ from typing import Any, Unpack
 from PIL import Image
 
 from dreammix_trt.core.errors import DeviceError, InputError
-from dreammix_trt.core.pictures import Source
 from dreammix_trt.core.request import Request, RequestFields
-from dreammix_trt.core.sources import as_bytes
+from dreammix_trt.core.sources import Source, as_bytes
 from dreammix_trt.engine.requests.keeper import Keeper
 from dreammix_trt.engine.requests.line import Line
 from dreammix_trt.engine.requests.tally import Statistics

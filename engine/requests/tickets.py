@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dreammix_trt.core.errors import Cancelled, EngineError, TimedOut
 from dreammix_trt.core.noise import NoiseProvider
-from dreammix_trt.core.pictures import Source
 from dreammix_trt.core.request import Request
+from dreammix_trt.core.sources import Source
 from dreammix_trt.engine.result import Result, StepEvent
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Protocol, Unpack
 
 from dreammix_trt.core.errors import DeviceError
-from dreammix_trt.core.pictures import Source
 from dreammix_trt.core.request import Request, RequestFields
+from dreammix_trt.core.sources import Source
 from dreammix_trt.engine.requests.line import Line
 from dreammix_trt.engine.requests.tickets import Noise, StepCount, Ticket
 from dreammix_trt.engine.result import Result, StepEvent

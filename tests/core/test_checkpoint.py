@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dreammix_trt.core.checkpoint import COMPONENTS, EMBEDDED, BaseFiles
+from dreammix_trt.core.diffusers_folder import find_weight_files
 from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.fooocus import read_patch
 from dreammix_trt.core.keymap import sgm_to_diffusers
@@ -413,3 +414,88 @@ def test_a_folder_that_may_not_be_entered_is_named(tiny: TinyModel, monkeypatch:
     monkeypatch.setattr(Path, "is_file", refused)
     with pytest.raises(FileFormatError, match=r"vae/config\.json: cannot be read \(Permission denied\)"):
         BaseFiles.open(tiny.folder)
+
+
+# Folders and files as other tools leave them
+
+
+def copy_as(tiny: TinyModel, component: str, *names: str, take: bool = False) -> None:
+    """Give a component's weights further names; take: the plain name away."""
+    folder = tiny.folder / component
+    plain = next(folder.glob("*.safetensors"))
+    for name in names:
+        shutil.copy(plain, folder / name)
+    if take:
+        plain.unlink()
+
+
+@pytest.mark.parametrize(
+    ("names", "take", "chosen", "told"),
+    [
+        (("fp16",), False, "", ""),
+        (("non_ema",), False, "", "beside it non_ema is not"),
+        (("bf16", "fp16", "non_ema"), False, "", "beside it fp16, bf16, non_ema is not"),
+        (("bf16", "fp16"), True, "fp16", "model.fp16.safetensors is used; beside it bf16 is not"),
+        (("bf16",), True, "bf16", ""),
+        (("non_ema", "pruned"), True, "pruned", "beside it non_ema is not"),
+        (("non_ema",), True, "non_ema", "weights for further training; pictures may be worse"),
+        (("fp16.non_ema-00001-of-00002",), False, "", ""),
+    ],
+)
+def test_of_several_variants_one_is_chosen_and_said(
+    tiny: TinyModel, names: tuple[str, ...], take: bool, chosen: str, told: str
+) -> None:
+    stem = "diffusion_pytorch_model"
+    copy_as(tiny, "unet", *(f"{stem}.{name}.safetensors" for name in names), take=take)
+    (file,) = find_weight_files(tiny.folder / "unet", "unet")
+    assert file.name == f"{stem}{f'.{chosen}' if chosen else ''}.safetensors"
+    remarks = BaseFiles.open(tiny.folder).remarks
+    assert len(remarks) == bool(told) and told in " ".join(remarks)
+
+
+def test_a_folder_of_the_hubs_cache_means_its_snapshot(tiny: TinyModel, tmp_path: Path) -> None:
+    """As the hub's client leaves it: snapshots of links into blobs/, refs/main naming one of them."""
+    cache = tmp_path / "hub" / "models--stabilityai--tiny-xl"
+    for name in ("abc123", "def456"):
+        shutil.copytree(tiny.folder, cache / "snapshots" / name)
+    (cache / "blobs").mkdir()
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("def456")
+    base = BaseFiles.open(cache)
+    assert (base.folder, base.name) == (cache / "snapshots" / "def456", "tiny-xl")
+    assert base.remarks == (f"{cache}: a folder of the hub's cache; def456 in it is used",)
+    (cache / "refs" / "main").unlink()
+    with pytest.raises(
+        FileFormatError, match="2 snapshots and no refs/main that names one; give one of abc123, def456"
+    ):
+        BaseFiles.open(cache)
+    shutil.rmtree(cache / "snapshots" / "def456")
+    assert BaseFiles.open(cache / "snapshots").folder.name == "abc123"
+    shutil.rmtree(cache / "snapshots" / "abc123")
+    with pytest.raises(FileFormatError, match="without a snapshot; download the model again"):
+        BaseFiles.open(cache)
+
+
+def test_a_ref_cannot_lead_out_of_the_cache(tiny: TinyModel, tmp_path: Path) -> None:
+    cache = tmp_path / "models--x--y"
+    (cache / "snapshots").mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(f"../../{tiny.folder.name}")
+    with pytest.raises(FileFormatError, match="without a snapshot"):
+        BaseFiles.open(cache)
+
+
+def test_a_name_of_the_hub_is_told_to_be_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileFormatError, match="hf download stabilityai/sdxl --local-dir DIR"):
+        BaseFiles.open("stabilityai/sdxl")
+
+
+def test_a_base_without_patch_and_head_says_where_they_are(tiny: TinyModel) -> None:
+    assert BaseFiles.open(tiny.folder).remarks == ()
+    for file in (tiny.patch, tiny.head):
+        file.unlink()
+    (remark,) = BaseFiles.open(tiny.folder).remarks
+    for told in ("no inpainting base", "--patch inpaint_v26.fooocus.patch", "--head fooocus_inpaint_head.pth"):
+        assert told in remark
+    assert "https://huggingface.co/lllyasviel/fooocus_inpaint" in remark and "openrail" in remark

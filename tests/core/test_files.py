@@ -220,3 +220,22 @@ def test_hashes_of_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest
     for hashed in (sha256_of, digest_of):
         with pytest.raises(FileFormatError, match=r"a: cannot be read \(Permission denied\); give yourself"):
             hashed(tmp_path / "a")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_everything_written_follows_the_umask(umask: int, tmp_path: Path) -> None:
+    usual = os.umask(umask)
+    try:
+        with atomic_file(tmp_path / "file") as path:
+            path.write_text("x")
+        with atomic_directory(tmp_path / "folder") as folder:
+            (folder / "private").touch(0o600)  # as libraries leave it that write by temporary files
+            (folder / "below").mkdir()
+            (folder / "below" / "script").touch(0o700)
+    finally:
+        os.umask(usual)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    whole = 0o777 & ~umask
+    assert modes == {
+        "file": 0o666 & ~umask, "folder": whole, "private": 0o666 & ~umask, "below": whole, "script": 0o666 & ~umask,
+    }  # fmt: skip

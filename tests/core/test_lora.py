@@ -46,30 +46,47 @@ def sgm_names(config: Mapping[str, Any]) -> dict[str, str]:
     return {name.rsplit(".", 1)[0]: sgm.rsplit(".", 1)[0].removeprefix(PREFIX) for sgm, name in table}
 
 
+#: a module's name in a dialect, and the ends of its factors' names. m, f: the module by diffusers' name, with dots and
+#: flat; s, g: by sgm's; o: in diffusers' old attention processors
+DIALECTS = {
+    "reference": ("unet.{m}", ".lora.down.weight", ".lora.up.weight"),
+    "linear layer": ("unet.{m}", ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+    "peft": ("unet.{m}", ".lora_A.weight", ".lora_B.weight"),
+    "peft default": ("unet.{m}", ".lora_A.default.weight", ".lora_B.default.weight"),
+    "peft default_0": ("unet.{m}", ".lora_A.default_0.weight", ".lora_B.default_0.weight"),
+    "peft, own name": ("unet.{m}", ".lora_A.my-mug v2.weight", ".lora_B.my-mug v2.weight"),
+    "peft within the unet": ("unet.base_model.model.{m}", ".lora_A.weight", ".lora_B.weight"),
+    "peft around the pipeline": ("base_model.model.unet.{m}", ".lora_A.weight", ".lora_B.weight"),
+    "compiled, in parallel": ("unet.module._orig_mod.{m}", ".lora_A.weight", ".lora_B.weight"),
+    "old": ("unet.{o}", "_lora.down.weight", "_lora.up.weight"),
+    "bare": ("{o}", "_lora.down.weight", "_lora.up.weight"),
+    "dotted sgm": (f"{PREFIX}{{s}}", ".lora_down.weight", ".lora_up.weight"),
+    "checkpoint": (f"model.{PREFIX}{{s}}", ".lora_A.weight", ".lora_B.weight"),
+    "unet sgm": ("unet.{s}", ".lora_A.weight", ".lora_B.weight"),
+    "unet flat sgm": ("unet.{g}", ".lora.down.weight", ".lora.up.weight"),
+    "kohya": ("lora_unet_{f}", ".lora_down.weight", ".lora_up.weight"),
+    "kohya sgm": ("lora_unet_{g}", ".lora_down.weight", ".lora_up.weight"),
+    "kohya with dots": ("lora_unet.{m}", ".lora_down.weight", ".lora_up.weight"),
+    "kohya omi": ("unet.{s}", ".lora_down.weight", ".lora_up.weight"),
+    "kohya lycoris": ("lycoris_{f}", ".lora_down.weight", ".lora_up.weight"),
+}  # fmt: skip
+
+
 def name_in_dialect(
     dialect: str, factors: Mapping[str, tuple[NDArray[Any], NDArray[Any]]], sgm: Mapping[str, str]
 ) -> Arrays:
     """UNet factors (A, B) under the names that the dialect's trainers write; kohya with alpha = rank / 2."""
     tensors: Arrays = {}
+    name, down, up = DIALECTS[dialect]
     for module, (a, b) in factors.items():
         stem, tail = module.removesuffix(".0").rsplit(".", 1)
-        flat = {"kohya": module, "kohya sgm": sgm[module], "dotted sgm": sgm[module]}.get(dialect, "")
-        down, up = {
-            "reference": (f"unet.{module}.lora.down.weight", f"unet.{module}.lora.up.weight"),
-            "linear layer": (
-                f"unet.{module}.lora_linear_layer.down.weight",
-                f"unet.{module}.lora_linear_layer.up.weight",
-            ),
-            "peft": (f"unet.{module}.lora_A.weight", f"unet.{module}.lora_B.weight"),
-            "peft default": (f"unet.{module}.lora_A.default.weight", f"unet.{module}.lora_B.default.weight"),
-            "old": (f"unet.{stem}.processor.{tail}_lora.down.weight", f"unet.{stem}.processor.{tail}_lora.up.weight"),
-            "bare": (f"{stem}.processor.{tail}_lora.down.weight", f"{stem}.processor.{tail}_lora.up.weight"),
-            "dotted sgm": (f"{PREFIX}{flat}.lora_down.weight", f"{PREFIX}{flat}.lora_up.weight"),
-        }.get(dialect, [f"lora_unet_{flat.replace('.', '_')}.lora_{side}.weight" for side in ("down", "up")])
+        old, flat, dotless = f"{stem}.processor.{tail}", module.replace(".", "_"), sgm[module].replace(".", "_")
+        place = name.format(m=module, f=flat, s=sgm[module], g=dotless, o=old)
         scale = 2 if dialect.startswith("kohya") else 1
-        tensors[down], tensors[up] = np.ascontiguousarray(a.T), np.ascontiguousarray(b.T * np.float32(scale))
+        tensors[f"{place}{down}"] = np.ascontiguousarray(a.T)
+        tensors[f"{place}{up}"] = np.ascontiguousarray(b.T * np.float32(scale))
         if scale == 2:
-            tensors[down.replace("lora_down.weight", "alpha")] = np.full((), a.shape[1] / 2, np.float32)
+            tensors[f"{place}.alpha"] = np.full((), a.shape[1] / 2, np.float32)
     return tensors
 
 
@@ -96,10 +113,7 @@ def assert_same(lora: Lora, factors: Mapping[str, tuple[NDArray[Any], NDArray[An
             np.testing.assert_allclose(found, wanted, rtol=tolerance, atol=0)
 
 
-@pytest.mark.parametrize(
-    "dialect",
-    ["reference", "linear layer", "peft", "peft default", "old", "bare", "kohya", "kohya sgm", "dotted sgm"],
-)
+@pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("F32", 0.0), ("BF16", 2**-7), ("F16", 2**-10)])
 def test_every_dialect_gives_the_same_factors(tmp_path: Path, dialect: str, dtype: str, tolerance: float) -> None:
     config = micro_config()
@@ -184,6 +198,13 @@ ATTENTION = "text_model.encoder.layers.0.self_attn"
         ("lora_te1_text_model_encoder_layers_0_self_attn_k_proj.lora_", "text_encoder", f"{ATTENTION}.k_proj"),
         ("lora_te2_text_model_encoder_layers_9_mlp_fc1.lora_", "text_encoder_2", "text_model.encoder.layers.9.mlp.fc1"),
         ("lora_te2_text_projection.lora_", "text_encoder_2", "text_projection"),
+        (f"text_encoders.clip_l.transformer.{ATTENTION}.q_proj.lora_", "text_encoder", f"{ATTENTION}.q_proj"),
+        (f"text_encoders.clip_g.transformer.{ATTENTION}.v_proj.lora_", "text_encoder_2", f"{ATTENTION}.v_proj"),
+        (f"text_encoders.clip_l.{ATTENTION}.out_proj.lora_", "text_encoder", f"{ATTENTION}.out_proj"),
+        ("clip_g.transformer.text_projection.lora_", "text_encoder_2", "text_projection"),
+        (f"clip_g.{ATTENTION}.k_proj.lora_", "text_encoder_2", f"{ATTENTION}.k_proj"),
+        (f"lora_te1.{ATTENTION}.k_proj.lora_", "text_encoder", f"{ATTENTION}.k_proj"),
+        (f"text_encoder_2.base_model.model.{ATTENTION}.k_proj.lora_", "text_encoder_2", f"{ATTENTION}.k_proj"),
     ],
 )
 def test_text_encoder_parts(tmp_path: Path, name: str, network: str, module: str) -> None:
@@ -243,7 +264,7 @@ def test_adapter_metadata_gives_the_scale(tmp_path: Path, fields: dict[str, Any]
         ('{"unet.lora_alpha": "x"}', "not what PEFT writes"),
         (f'{{"unet.lora_alpha": 1{"0" * 400}}}', "not what PEFT writes"),
         ('{"unet.use_dora": true}', "DoRA"),
-        ('{"unet.alpha_pattern": {"to_.*": 3}}', r"alphas for modules that the file lacks: unet\.to_\.\*"),
+        ('{"unet.alpha_pattern": {"to_(": 3}}', "not what PEFT writes"),
         ('{"unet.lora_alpha": Infinity}', "not a usable scale"),
     ],
 )
@@ -257,8 +278,10 @@ def test_damaged_adapter_metadata_is_named(tmp_path: Path, text: str, message: s
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("lora_unet_mid.hada_w1_a", (4, 4), "LoHa"),
-        ("lora_unet_mid.lokr_w1", (4, 4), "LoKr"),
+        ("lora_unet_mid.hada_w1_a", (4, 4), "a LoHa file of LyCORIS .*train with LyCORIS' algo=lora"),
+        ("lycoris_mid.lokr_w1", (4, 4), "LoKr"),
+        ("bundle_emb.ohwx.clip_l", (4, 768), "OneTrainer with textual inversion.*bundle additional embeddings"),
+        ("clip_g", (4, 1280), "a textual inversion embedding"),
         ("lora_unet_mid.dora_scale", (4, 4), "DoRA"),
         ("unet.mid.to_k.lora_magnitude_vector.weight", (4,), "DoRA"),
         ("lora_unet_mid.oft_blocks", (4, 4), "OFT"),
@@ -342,7 +365,7 @@ def test_damaged_files_say_so(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match="holds no tensors"):
         read_lora(path)
     save_file({f"unet.{K}.lora.down.weight": np.ones((2, 2), np.uint8)}, path)
-    with pytest.raises(FileFormatError, match="of type U8; save the LoRA as fp16"):
+    with pytest.raises(FileFormatError, match="of type uint8; save it as fp16"):
         read_lora(path)
     with pytest.raises(FileFormatError, match="no such LoRA"):
         read_lora(tmp_path / "none.safetensors")
@@ -535,6 +558,41 @@ def write_peft(folder: Path, config: Any, prefix: str = "base_model.model.") -> 
     return factors
 
 
+PATTERNS: list[dict[str, float]] = [
+    {"to_[kv]": 8, "to_out.0": 2},
+    {r"down_blocks\.\d+\..*": 2, ".*attn1.*": 8},
+    {"mid_block.*to_out.0": 2, "out.0": 8, "attn.": 16},
+    {"k|to_v": 8},
+    {K: 2, "to_k": 8},
+    {"o_k": 2, ".*": 8},
+    {"nowhere": 2},
+]
+
+
+@pytest.mark.parametrize("patterns", PATTERNS)
+def test_patterns_are_regular_expressions_as_peft_reads_them(
+    tmp_path: Path, patterns: dict[str, float], caplog: pytest.LogCaptureFixture
+) -> None:
+    get_pattern_key = pytest.importorskip("peft.utils.other").get_pattern_key
+    factors = write_peft(tmp_path / "peft", {"r": 4, "lora_alpha": 4, "alpha_pattern": patterns})
+    ranks = {pattern: 4 for pattern in patterns}
+    metadata = {f"unet.{key}": value for key, value in (("lora_alpha", 4), ("alpha_pattern", patterns))}
+    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(metadata)})
+    for given in (tmp_path / "peft", tmp_path / "x.safetensors"):
+        found = read_lora(given).factors["unet"]
+        for module, (_, b) in factors.items():
+            alpha = patterns.get(get_pattern_key(patterns.keys(), module), 4)
+            np.testing.assert_allclose(found[module][1], b * np.float32(alpha / 4), rtol=1e-6)
+    assert ("alphas for modules that the file lacks: nowhere" in caplog.text) == ("nowhere" in patterns)
+    write_peft(tmp_path / "ranks", {"r": 9, "lora_alpha": 4, "rank_pattern": ranks})
+    if any(get_pattern_key(ranks, module) == module and module not in ranks for module in factors):
+        with pytest.raises(FileFormatError, match=r"has rank 4, but .* says 9"):
+            read_lora(tmp_path / "ranks")
+    else:
+        assert read_lora(tmp_path / "ranks").rank == 4
+
+
 @pytest.mark.parametrize("prefix", ["base_model.model.", "unet."])
 @pytest.mark.parametrize(
     ("config", "scales"),
@@ -562,7 +620,8 @@ def test_a_peft_folder_gives_its_scale(tmp_path: Path, prefix: str, config: Any,
         ({"r": 4, "lora_alpha": 0}, "alpha 0 .lora_alpha, or .alpha., which turns it off"),
         ({"r": 4, "lora_alpha": "x"}, r"adapter_config\.json beside it is not what PEFT writes"),
         ({"r": 4, "rank_pattern": [1]}, r"adapter_config\.json beside it is not what PEFT writes"),
-        ({"r": 4, "lora_alpha": 4, "alpha_pattern": {"nowhere": 2}}, "alphas for modules that the file lacks: nowhere"),
+        ({"r": 4, "lora_alpha": 4, "alpha_pattern": {"to_(": 2}}, "is not what PEFT writes"),
+        ({"r": 4, "lora_alpha": 4, "rank_pattern": {"*": 2}}, "is not what PEFT writes"),
         ({"r": 4, "lora_alpha": 4, "use_dora": True}, "DoRA"),
         ({"peft_type": "LOHA", "r": 4}, "peft_type is 'LOHA'"),
         ({"r": 4, "lora_alpha": 4, "init_lora_weights": "pissa_niter_16"}, "init_lora_weights is 'pissa_niter_16'"),
@@ -621,3 +680,103 @@ def test_a_lora_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Path, "open", refused)
     with pytest.raises(FileFormatError, match=r"x\.safetensors: cannot be read \(Permission denied\)"):
         read_lora(path)
+
+
+# Files as other tools write them
+
+
+def write_with_metadata(path: Path, tensors: Arrays, metadata: Any) -> Path:
+    """A safetensors file whose metadata is any JSON."""
+    save_file(tensors, path)
+    content = path.read_bytes()
+    size = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:size]) | {"__metadata__": metadata}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[size:])
+    return path
+
+
+def test_metadata_of_numbers_and_lists_is_read(tmp_path: Path) -> None:
+    factors = random_factors(MODULES)
+    told = {"ss_network_dim": 4, "ss_steps": 1.5, "ss_tags": {"a": 1}, "none": None, "format": "pt"}
+    path = write_with_metadata(tmp_path / "x.safetensors", name_in_dialect("kohya sgm", factors, sgm_names(SDXL)), told)
+    lora = read_lora(path)
+    assert_same(lora, factors, 1e-6)
+    assert lora.metadata == {
+        "ss_network_dim": "4", "ss_steps": "1.5", "ss_tags": '{"a": 1}', "none": "null", "format": "pt"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.bin", "adapter_model.bin", "mug.pt"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_files_of_torch_are_read_without_running_them(tmp_path: Path, name: str, nested: bool) -> None:
+    torch = pytest.importorskip("torch")
+    factors = random_factors(MODULES)
+    held = {key: torch.from_numpy(value) for key, value in name_in_dialect("kohya", factors, sgm_names(SDXL)).items()}
+    torch.save({"state_dict": held} if nested else held, tmp_path / name)
+    assert_same(read_lora(tmp_path / name), factors, 1e-6)
+    if name != "mug.pt":
+        assert read_lora(tmp_path).source_path.name == name
+
+
+class Hostile:
+    """Runs a command when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        import os
+
+        return os.mkdir, ("hostile",)
+
+
+def test_a_hostile_pickle_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    torch.save({"lora_unet_conv_in.lora_down.weight": Hostile()}, tmp_path / "x.bin")
+    with pytest.raises(FileFormatError, match=r"x\.bin.*which a dict of tensors never does; it is not read"):
+        read_lora(tmp_path / "x.bin")
+    assert not (tmp_path / "hostile").exists()
+
+
+def test_several_adapters_in_one_file_are_named(tmp_path: Path) -> None:
+    factors = random_factors(MODULES)
+    tensors = name_in_dialect("peft default", factors, sgm_names(SDXL))
+    more = {key.replace(".default.", ".mug."): value for key, value in tensors.items()}
+    save_file(tensors | more, tmp_path / "x.safetensors")
+    with pytest.raises(FileFormatError, match=r"holds 2 adapters of PEFT .'default', 'mug'.; save each"):
+        read_lora(tmp_path / "x.safetensors")
+
+
+def test_folders_of_named_adapters(tmp_path: Path) -> None:
+    write_peft(tmp_path / "mug", {"r": 4, "lora_alpha": 8})
+    assert read_lora(tmp_path).source_path == tmp_path / "mug" / "adapter_model.safetensors"
+    write_peft(tmp_path / "cup", {"r": 4, "lora_alpha": 8})
+    with pytest.raises(FileFormatError, match=r"holds 2 adapters of PEFT .cup, mug.; name the folder of one"):
+        read_lora(tmp_path)
+
+
+def test_a_lora_in_the_cache_of_the_hub(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--me--mug" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    write_tiny_lora(snapshot / "pytorch_lora_weights.safetensors", random_factors(MODULES))
+    assert read_lora(tmp_path / "models--me--mug").source_path.parent == snapshot
+
+
+def test_the_projection_that_sdxl_lacks_is_said_to_be_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    factors = random_factors(MODULES)
+    tensors = name_in_dialect("kohya", factors, sgm_names(SDXL))
+    for side, shape in (("down", (4, 768)), ("up", (768, 4))):
+        tensors[f"lora_te1_text_projection.lora_{side}.weight"] = np.ones(shape, np.float32)
+    save_file(tensors, tmp_path / "x.safetensors")
+    assert_same(read_lora(tmp_path / "x.safetensors"), factors, 1e-6)
+    assert "lora_te1_text_projection.lora_down.weight" in caplog.text and "are not used" in caplog.text
+
+
+def test_models_given_as_loras_are_named(tmp_path: Path) -> None:
+    heads = ("model.diffusion_model.x", "conditioner.embedders.0.transformer.x", "conditioner.embedders.1.model.x")
+    for names, told in (
+        (heads, "a whole SDXL checkpoint, give it as the base"),
+        (("model.diffusion_model.out.2.weight",), "a UNet without text encoders"),
+        (("first_stage_model.encoder.conv_in.weight",), "a VAE"),
+    ):
+        save_file({name: np.ones((2, 2), np.float32) for name in names}, tmp_path / "x.safetensors")
+        with pytest.raises(FileFormatError, match=f"not understood.*this is {told}"):
+            read_lora(tmp_path / "x.safetensors")

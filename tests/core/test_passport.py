@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def test_a_missing_or_cut_passport_names_the_remedy(folder: Path) -> None:
     with pytest.raises(EngineError, match=r"passport\.json.*dreammix-trt build"):
         Passport.read(folder)
     path.unlink()
-    with pytest.raises(EngineError, match=r"is missing.*dreammix-trt build"):
+    with pytest.raises(EngineError, match=r"has no passport\.json.*dreammix-trt build"):
         Passport.read(folder)
     with pytest.raises(EngineError, match="is not an engine directory"):
         Passport.read(folder / "nothing")
@@ -162,3 +163,30 @@ def test_a_part_that_was_not_compared_says_so() -> None:
     text = "\n".join(f"{title}: {row}" for title, rows in plain.describe() for row in rows)
     assert "not compared with torch" in text and "the usual" in text
     assert "GPUs" not in text and "built in" not in text
+
+
+FOLDERS = {
+    "engines": (["mug/passport.json", "a cup/passport.json"], "", r"it holds engines, name one: {0}/a cup, {0}/mug"),
+    "in an engine": (["passport.json", "subjects/mug.safetensors"], "subjects", r"but in one; name {0}$"),
+    "its file": (["passport.json"], "passport.json", r"but in one; name {0}$"),
+    "a LoRA": (["pytorch_lora_weights.safetensors"], "", "it is a LoRA: `dreammix-trt build --lora {0} --out ENGINE`"),
+    "a base": (["model_index.json", "unet/config.json"], "", "it is a base: `dreammix-trt build --base {0} --out"),
+    "a store": (["users/1.json"], "", "it is a store: `dreammix-trt store list --store {0}`"),
+    "photographs": (["image/0.jpg", "mask/0.png"], "", "looks like photographs: `dreammix-trt train {0} --class-name"),
+    "something else": (
+        ["letter.txt"],
+        "",
+        "it has no passport.json; an engine directory has passport.json and subjects/",
+    ),
+    "a file": (["letter.txt"], "letter.txt", "but a file; an engine directory has passport.json and subjects/"),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_what_is_no_engine_is_named_as_what_it_is(name: str, tmp_path: Path) -> None:
+    files, given, told = FOLDERS[name]
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(EngineError, match=f"is not an engine directory.*{told.format(re.escape(str(tmp_path)))}"):
+        Passport.read(tmp_path / given)

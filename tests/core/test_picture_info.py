@@ -247,6 +247,60 @@ def test_transparency_is_laid_on_white_for_jpeg(tmp_path: Path, caplog: pytest.L
     assert "laid on white" in caplog.text
 
 
+def test_resolution_that_nobody_gave_is_not_invented(tmp_path: Path) -> None:
+    Image.fromarray(RGB).save(tmp_path / "i.jpg", exif=make_exif(1))
+    Image.fromarray(RGB).save(tmp_path / "i.tif")
+    Image.fromarray(RGB).save(tmp_path / "zero.jpg", dpi=(0, 0))
+    for file in tmp_path.iterdir():
+        assert read_image(file).dpi is None, file.name
+
+
+@pytest.mark.parametrize(
+    "block", [b"II*\0\x08\0\0\0\xff\xff", bytes(range(200)), b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0"]
+)
+def test_damaged_exif_is_no_reason_to_refuse(tmp_path: Path, block: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    Image.fromarray(RGB).save(tmp_path / "i.jpg", exif=b"Exif\0\0" + block, quality=100, subsampling=0)
+    with caplog.at_level(logging.WARNING):
+        picture = read_image(tmp_path / "i.jpg")
+    assert picture.size == (12, 18) and picture.exif is None
+    assert ("i.jpg" in caplog.text and "EXIF block is damaged" in caplog.text) == (block[:2] != b"MM")
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
+def test_of_several_pictures_the_first_is_read_and_that_is_said(
+    tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = (Image.new("RGB", (18, 12), colour) for colour in ((250, 0, 0), (0, 0, 250)))
+    first.save(tmp_path / f"a.{suffix}", save_all=True, append_images=[second])
+    with caplog.at_level(logging.WARNING):
+        assert np.abs(read_image(tmp_path / f"a.{suffix}").rgb.astype(int) - (250, 0, 0)).max() <= 6
+    assert "holds 2 pictures: the first one is read" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("<!DOCTYPE html><html>404</html>", "a web page"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a Git LFS pointer"),
+        ("<svg xmlns=''/>", "a drawing"),
+        ("%PDF-1.4", "a PDF file"),
+    ],
+)
+def test_other_files_are_named_as_what_they_are(tmp_path: Path, text: str, kind: str) -> None:
+    (tmp_path / "p.png").write_text(text)
+    with pytest.raises(InputError, match=rf"p\.png.*is {kind}.*not a picture"):
+        read_image(tmp_path / "p.png")
+
+
+def test_heic_is_read_where_its_plugin_is(tmp_path: Path) -> None:
+    pytest.importorskip("pillow_heif")
+    photo = Image.fromarray(make_photo(64))
+    assert "HEIF" in readable_formats() and ".heic" in readable_suffixes()
+    photo.save(tmp_path / "i.heic", quality=95, exif=make_exif(6))
+    picture = read_image(tmp_path / "i.heic")
+    assert picture.size == (64, 64) and picture.exif is not None
+
+
 def test_formats_and_suffixes() -> None:
     assert {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif"} <= readable_suffixes()
     assert not {".eps", ".pdf", ".psd", ".txt"} & readable_suffixes()

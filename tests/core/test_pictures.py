@@ -123,7 +123,7 @@ def test_bad_arrays(bad: np.ndarray) -> None:
 
 
 def test_pictures_in_memory_are_those_of_files(tmp_path: Path) -> None:
-    """Encoded bytes, open files, floats and CHW; see also tests/core/test_sources.py."""
+    """Encoded bytes, open files, floats and CHW; see also test_sources.py."""
     Image.fromarray(RGB).save(tmp_path / "i.png")
     data = (tmp_path / "i.png").read_bytes()
     with (tmp_path / "i.png").open("rb") as file:

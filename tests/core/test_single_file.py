@@ -164,6 +164,28 @@ def save_as_safetensors(path: Path, tensors: dict[str, Any]) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("micro_sizes")
+def test_a_projection_that_is_a_linear_layers_is_not_turned(tmp_path: Path) -> None:
+    """As diffusers' script writes it: `text_projection.weight`, as transformers has it; the parameter is turned."""
+    place, tensors = "conditioner.embedders.1.model.text_projection", micro_checkpoint()
+    linear = {key: value for key, value in tensors.items() if key != place} | {f"{place}.weight": tensors[place].T}
+    truth = BaseFiles.open().state("text_encoder_2")["text_projection.weight"]
+    assert not np.array_equal(truth, truth.T)
+    for name, held in (("parameter", tensors), ("linear", linear)):
+        file = save_as_safetensors(tmp_path / f"{name}.safetensors", held)
+        found = BaseFiles.open(file, tokenizer=EMBEDDED).state("text_encoder_2")["text_projection.weight"]
+        assert np.array_equal(found, truth), name
+
+
+@pytest.mark.usefixtures("micro_sizes")
+def test_a_first_text_encoder_of_transformers_5_is_read(tmp_path: Path) -> None:
+    place, tensors = "conditioner.embedders.0.transformer.", micro_checkpoint()
+    short = {key.replace(f"{place}text_model.", place): value for key, value in tensors.items()}
+    assert short.keys() != tensors.keys()
+    base = BaseFiles.open(save_as_safetensors(tmp_path / "x.safetensors", short), tokenizer=EMBEDDED)
+    assert_same(base.state("text_encoder"), BaseFiles.open().state("text_encoder"))
+
+
 @pytest.mark.parametrize(("suffix", "save"), [("ckpt", save_as_ckpt), ("safetensors", save_as_safetensors)])
 @pytest.mark.usefixtures("micro_sizes")
 def test_the_embedded_model_in_one_file_is_the_same(tmp_path: Path, suffix: str, save: Callable[..., Path]) -> None:

@@ -75,14 +75,13 @@ def test_a_lora_for_another_model_is_recognised(width: int, family: str) -> None
         pack(random_factors({"x.attn1.to_k": (7, 5), "x.attn2.to_k": (2048, 5)}), slots)
 
 
-def test_layers_without_slots_ask_for_the_base() -> None:
+def test_layers_without_slots_are_to_be_merged() -> None:
     others = {"b.ff.net.0.proj": (5, 9), "b.resnets.1.conv1": (45, 5)}
-    with pytest.raises(
-        FileFormatError, match=r"2 modules.*no slots.*ff\.net\.0\.proj.*resnets\.1\.conv1.*build --base-lora FILE"
-    ):
+    told = r"^merge this LoRA.*build --lora FILE --merge.*2 of its 5 layers.*ff\.net\.0\.proj.*resnets\.1\.conv1"
+    with pytest.raises(FileFormatError, match=told):
         pack(random_factors({**MODULES, **others}), SLOTS)
-    with pytest.raises(FileFormatError, match=r"another base; 1 modules do not fit: b\.to_out\.1"):
-        pack(random_factors({"b.to_out.1": (5, 5)}), SLOTS)
+    with pytest.raises(FileFormatError, match=r"another base; 3 modules do not fit: b\.ff.*b\.to_out\.1"):
+        pack(random_factors({"b.to_out.1": (5, 5), **others}), SLOTS)
 
 
 def test_too_high_a_rank_names_the_command() -> None:

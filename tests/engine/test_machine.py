@@ -164,22 +164,78 @@ def test_without_what_tracing_needs_only_the_embedded_model_is_built() -> None:
 
 def test_faults_of_the_installation_come_with_a_remedy() -> None:
     assert BARE.list_faults() == []
-    both = replace(BARE, versions={"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.31.1"})
-    assert "overwrite" in both.list_faults()[0] and "pip uninstall" in both.list_faults()[0]
     old = add_gpu(ADA, tensorrt="10.16.2")
     assert "10.16.2" in old.list_faults()[0] and list_states(old)["tensorrt"] == (False, False)
+
+
+BOTH = {"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.30.0"}
+REINSTALL = ["install", "--force-reinstall", "--no-deps"]
+
+
+@pytest.mark.parametrize(
+    ("versions", "damaged", "said", "commands"),
+    [
+        (BOTH, ("onnxruntime-gpu",), "the files of onnxruntime lie there now",
+         [["uninstall", "-y", "onnxruntime", "onnxruntime-gpu"], ["install", "--no-deps", "onnxruntime-gpu==1.30.0"]]),
+        (BOTH, ("onnxruntime",), "the files of onnxruntime-gpu lie there now",
+         [["uninstall", "-y", "onnxruntime", "onnxruntime-gpu"], ["install", "--no-deps", "onnxruntime-gpu==1.30.0"]]),
+        (BOTH, (), "an update of one breaks the other",
+         [["uninstall", "-y", "onnxruntime", "onnxruntime-gpu"], ["install", "--no-deps", "onnxruntime-gpu==1.30.0"]]),
+        (BOTH, ("onnxruntime", "onnxruntime-gpu"), "neither is whole now",
+         [["uninstall", "-y", "onnxruntime", "onnxruntime-gpu"], ["install", "--no-deps", "onnxruntime-gpu==1.30.0"]]),
+        ({"onnxruntime": "1.31.1"}, ("onnxruntime",), "onnxruntime is installed, but its files are gone",
+         [[*REINSTALL, "onnxruntime==1.31.1"]]),
+        ({"onnxruntime-gpu": "1.30.0"}, ("onnxruntime-gpu",), "onnxruntime-gpu is installed, but its files are gone",
+         [[*REINSTALL, "onnxruntime-gpu==1.30.0"]]),
+    ],
+)  # fmt: skip
+def test_a_broken_onnxruntime_is_named_with_the_commands_that_mend_it(
+    versions: dict[str, str], damaged: tuple[str, ...], said: str, commands: list[list[str]]
+) -> None:
+    here = replace(add_gpu(ADA), versions={**versions, "cuda-python": "13.4.4"}, damaged=damaged)
+    (fault,) = here.list_faults()
+    assert said in fault and here.mend_onnxruntime() == commands
+    for command in commands:
+        assert f"`pip {' '.join(command)}`" in fault
+    whole = set(versions) - set(damaged)
+    assert list_states(here)["onnxruntime"][1] is bool(whole)
+    assert list_states(here)["onnxruntime (CUDA)"][1] is ("onnxruntime-gpu" in whole)
+    alone = replace(here, versions={"onnxruntime-gpu": "1.30.0"}, damaged=())
+    assert alone.mend_onnxruntime() == [] == alone.list_faults()
+
+
+def install(folder: Path, name: str, library: str) -> None:
+    """A distribution as pip leaves it: its library in the shared folder, and a record of its size."""
+    (folder / "onnxruntime" / "capi").mkdir(parents=True, exist_ok=True)
+    (folder / "onnxruntime" / "__init__.py").write_text("")
+    (folder / "onnxruntime" / "capi" / "state.so").write_text(library)
+    info = folder / f"{name.replace('-', '_')}-1.31.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.31.1\n")
+    record = f"onnxruntime/__init__.py,,0\nonnxruntime/capi/state.so,,{len(library)}\nonnxruntime/capi/none.pyc,,\n"
+    (info / "RECORD").write_text(record)
+
+
+def test_whose_files_lie_in_the_shared_folder_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *[each for each in sys.path if "site-packages" not in each]])
+    install(tmp_path, "onnxruntime", "the processor's")
+    assert examine().damaged == () and examine().versions["onnxruntime"] == "1.31.1"
+    install(tmp_path, "onnxruntime-gpu", "the graphics card's, larger")
+    assert examine().damaged == ("onnxruntime",)
+    (tmp_path / "onnxruntime" / "capi" / "state.so").unlink()
+    assert examine().damaged == ("onnxruntime", "onnxruntime-gpu")
 
 
 def test_tables_and_json_say_the_same() -> None:
     here = add_gpu(ADA)
     tables = dict(here.describe())
-    assert set(tables) == {"Machine", "NVIDIA", "Back ends", "Versions"}
+    assert set(tables) == {"Machine", "NVIDIA", "Back ends", "Training", "Versions"}
     assert ("NVIDIA GeForce RTX 4090", "sm_89", "24.0 GiB") in tables["NVIDIA"]
     assert ("memory", "8.0 GiB free of 24.0 GiB") in tables["Machine"]
     assert ("cuda-python", "13.4.4") in tables["NVIDIA"]
     assert ("CUDA kernels", "sm_75, sm_86, sm_90, compute_120 (CUDA 13.0)") in tables["NVIDIA"]
     bare = dict(dict(replace(here, versions={}, kernels=None).describe())["NVIDIA"][2:])
-    assert "dreammix-trt[cuda]" in bare["cuda-python"] and "nvcc" in bare["CUDA kernels"]
+    assert "dreammix-trt[cuda]" in bare["cuda-python"] and "from a wheel" in bare["CUDA kernels"]
     assert "missing" in dict(dict(replace(here, extension=False).describe())["NVIDIA"][2:])["CUDA kernels"]
     record = json.loads(json.dumps(here.to_dict()))
     assert record["driver"]["gpus"][0]["capability"] == "sm_89"

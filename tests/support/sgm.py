@@ -38,7 +38,7 @@ def sgm_state(states: Mapping[str, Mapping[str, Any]], layers: int, join: Callab
     layers: the UNet's layers_per_block; join: concatenates along the first axis.
     """
     attentions = {name.split(".attentions")[0] for name in states["unet"] if ".attentions" in name}
-    out = {f"model.diffusion_model.{_rename_unet(name, layers, attentions)}": v for name, v in states["unet"].items()}
+    out = {f"model.diffusion_model.{rename_unet(name, layers, attentions)}": v for name, v in states["unet"].items()}
     out |= {f"conditioner.embedders.0.transformer.{name}": v for name, v in states["text_encoder"].items()}
     blocks = 1 + max(int(name.split(".")[2]) for name in states["vae"] if name.startswith("decoder.up_blocks"))
     for name, value in states["vae"].items():
@@ -73,7 +73,7 @@ def write_header(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str =
     return path
 
 
-def _rename_unet(name: str, layers: int, attentions: set[str]) -> str:
+def rename_unet(name: str, layers: int, attentions: set[str]) -> str:
     match = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.", name)
     if match is None:
         name = _replace_words(name, _UNET)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,8 +21,13 @@ for _name in ("torch", "diffusers", "transformers", "peft"):
 
 from dreammix_trt.core.checkpoint import BaseFiles  # noqa: E402
 from dreammix_trt.core.errors import FileFormatError, InputError, MissingExtraError  # noqa: E402
+from dreammix_trt.core.files import sha256_of  # noqa: E402
 from dreammix_trt.core.lora import read_lora  # noqa: E402
+from dreammix_trt.core.lora_names import SDXL, kohya_names  # noqa: E402
+from dreammix_trt.core.lora_words import read_words  # noqa: E402
+from dreammix_trt.trainer.kohya import kohya_file_name  # noqa: E402
 from dreammix_trt.trainer.lora import SMALL, Recipe, train_lora  # noqa: E402
+from tests.support.kohya import kohya_module  # noqa: E402
 from tests.support.tiny_model import unet_attention_modules, write_tiny_model  # noqa: E402
 
 TINY = replace(SMALL, views=4, regular_pictures=2)
@@ -74,11 +82,95 @@ def test_it_writes_a_lora_of_every_key_value_and_output(base: BaseFiles, photos:
     assert [path.name for path in tmp_path.iterdir()] == ["lora"]
 
 
+def test_what_is_written_loads_in_other_programs(base: BaseFiles, photos: Path, tmp_path: Path) -> None:
+    """The twin under kohya's names holds the same numbers: by diffusers' converter, by sgm's names counted, by us."""
+    from diffusers.loaders import lora_conversion_utils as diffusers_own
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    train(photos, tmp_path / "lora", base, rank=2, token="ohwx")
+    file, twin = tmp_path / "lora" / "pytorch_lora_weights.safetensors", tmp_path / "lora" / "ohwx_mug.safetensors"
+    ours, theirs = load_file(file), load_file(twin)
+    layers = base.configs["unet"]["layers_per_block"]
+    modules = {name.rsplit(".lora.", 1)[0].removeprefix("unet.") for name in ours}
+    attentions = {module.split(".attentions")[0] for module in modules}
+    for module in modules:
+        flat = kohya_module("unet", module, layers, attentions)
+        for side in ("down", "up"):
+            assert theirs[f"{flat}.lora_{side}.weight"].equal(ours[f"unet.{module}.lora.{side}.weight"]), flat
+        assert theirs[f"{flat}.alpha"].item() == 2 and theirs[f"{flat}.alpha"].shape == ()
+    assert len(theirs) == 3 * len(modules) == len(ours) * 3 // 2
+    mapped = diffusers_own._maybe_map_sgm_blocks_to_diffusers(dict(theirs), base_config(layers))
+    converted, alphas = diffusers_own._convert_non_diffusers_lora_to_diffusers(mapped)
+    plain = {
+        re.sub(r"\.processor\.(to_\w+?)_lora\.", lambda to: f".{to[1]}{'.0' * (to[1] == 'to_out')}.lora.", name): value
+        for name, value in converted.items()
+    }
+    assert plain.keys() == ours.keys() and all(value.equal(ours[name]) for name, value in plain.items())
+    assert set(alphas.values()) == {2.0} and len(alphas) == len(modules)
+    one, two = read_lora(file), read_lora(twin, base.configs["unet"])
+    for module, pair in one.factors["unet"].items():
+        assert all(map(np.array_equal, pair, two.factors["unet"][module]))
+    with safe_open(twin, "pt") as held:
+        check_kohya_metadata(dict(held.metadata()), twin, base)
+    record = json.loads((tmp_path / "lora" / "train.json").read_text())
+    assert (record["kohya_file"], record["kohya_sha256"]) == (twin.name, sha256_of(twin))
+
+
+def base_config(layers: int) -> Any:
+    """What diffusers' converter asks of a UNet's config."""
+    return SimpleNamespace(layers_per_block=layers)
+
+
+def check_kohya_metadata(told: dict[str, str], file: Path, base: BaseFiles) -> None:
+    content = file.read_bytes()
+    digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    wanted = {
+        "ss_network_dim": "2",
+        "ss_network_alpha": "2.0",
+        "ss_network_module": "networks.lora",
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_output_name": "ohwx_mug",
+        "ss_new_sd_model_hash": base.hash_contents("unet_raw")["unet/diffusion_pytorch_model.safetensors"],
+        "sshs_model_hash": digest,
+        "modelspec.hash_sha256": f"0x{digest}",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.trigger_phrase": "ohwx mug",
+        "token": "ohwx",
+        "class_name": "mug",
+    }
+    assert told.items() >= wanted.items()
+    assert read_words({key: value for key, value in told.items() if key.startswith("ss_")})[:2] == ("ohwx", "mug")
+
+
+def test_the_names_are_kohyas_for_sdxl() -> None:
+    names = kohya_names(SDXL)
+    down = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    assert names[down] == "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    mid = "mid_block.attentions.0.transformer_blocks.9.attn2.to_out.0"
+    assert names[mid] == "lora_unet_middle_block_1_transformer_blocks_9_attn2_to_out_0"
+    up = "up_blocks.1.attentions.2.transformer_blocks.1.attn2.to_v"
+    assert names[up] == "lora_unet_output_blocks_5_1_transformer_blocks_1_attn2_to_v"
+    assert sum(".attn" in name for name in names) == 560
+    attentions = {name.split(".attentions")[0] for name in names if ".attentions" in name}
+    for module, flat in names.items():
+        assert flat == kohya_module("unet", module, 2, attentions), module
+
+
+@pytest.mark.parametrize(
+    ("token", "class_name", "name"),
+    [("sks", "coffee mug", "sks_coffee_mug"), ("<sks>", "mug/../x", "sks_mug_x"), ("sks", "Krüge", "sks_Krüge")],
+)
+def test_the_twin_is_called_as_the_subject(token: str, class_name: str, name: str) -> None:
+    assert kohya_file_name(token, class_name) == f"{name}.safetensors"
+
+
 def test_the_same_seed_gives_the_same_file_and_another_does_not(base: BaseFiles, photos: Path, tmp_path: Path) -> None:
     files = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(photos, tmp_path / name, base, seed=seed)
-        files.append((tmp_path / name / "pytorch_lora_weights.safetensors").read_bytes())
+        written = ("pytorch_lora_weights.safetensors", "sks_mug.safetensors")
+        files.append([(tmp_path / name / file).read_bytes() for file in written])
     assert files[0] == files[1]
     assert files[0] != files[2]
 

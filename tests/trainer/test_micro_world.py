@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ FRONT = objects.View()
 
 def paint(what: Attributes, **traits: float) -> tuple[np.ndarray, np.ndarray]:
     """The thing alone on grey: (uint8 (200, 200, 3), coverage)."""
-    canvas, coverage = objects.paint(
+    canvas, coverage, _ = objects.paint(
         np.full((200, 200, 3), 128, np.float32), what, Build(**traits), FRONT, (100, 100), 180
     )
     return np.clip(canvas, 0, 255).astype(np.uint8), coverage
@@ -36,6 +37,21 @@ def share_of(picture: np.ndarray, colour: str) -> float:
 def test_the_world_does_not_need_torch() -> None:
     code = "import sys; from dreammix_trt.trainer.micro import captions, world; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_detail_is_where_the_small_parts_are() -> None:
+    grey = np.full((200, 200, 3), 128, np.float32)
+    parts = {"foot": None, "decal": None, "decal_colour": None}
+    with_parts, _, detail = objects.paint(grey, MUG, Build(), FRONT, (100, 100), 180)
+    for part, level in (({"foot": "white"}, 0.5), ({"decal": "star", "decal_colour": "yellow"}, 1.0)):
+        without, _, _ = objects.paint(
+            grey, replace(MUG, **{name: parts[name] for name in part}), Build(), FRONT, (100, 100), 180
+        )
+        changed = np.abs(with_parts - without).max(-1) > 60
+        assert changed.sum() > 300
+        assert float(detail[changed].mean()) == pytest.approx(level, abs=0.06)
+    plain = objects.paint(grey, Attributes("mug", "blue"), Build(), FRONT, (100, 100), 180)[2]
+    assert not plain.any()
 
 
 def test_the_same_seed_renders_the_same_scene() -> None:
@@ -67,7 +83,7 @@ def test_a_thing_stays_within_the_reach_that_places_it(shape: str) -> None:
     side, up, down = (180 * part for part in objects.REACH[shape])
     for _ in range(6):
         view = world.random_view(rng, FRONT.light)
-        _, coverage = objects.paint(
+        _, coverage, _ = objects.paint(
             np.zeros((240, 240, 3), np.float32),
             Attributes(shape, "red"),
             world.random_build(rng),

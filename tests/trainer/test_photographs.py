@@ -87,6 +87,8 @@ def test_a_photograph_without_mask_is_left_out_with_a_warning(photos: Path, capl
 def test_what_cannot_be_used_is_named(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere: no such folder"):
         read_photographs(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"00\.png: is a file; give the folder"):
+        read_photographs(photos / "image" / "00.png")
     mask = photos / "mask" / "01.png"
     write(mask, np.zeros((30, 41), np.uint8))
     with pytest.raises(InputError, match=r"01\.png' is 41x30.*40x30"):
@@ -123,6 +125,8 @@ def test_what_is_left_out_is_named_with_its_reason(photos: Path, caplog: pytest.
         (photos / "image" / name).write_bytes(b"\0\5\x16\7")
     (photos / "mask" / "._00.png").write_bytes(b"\0\5\x16\7")
     (photos / "image" / "old").mkdir()
+    (photos / "image" / "gone.jpg").symlink_to(photos / "nowhere.jpg")
+    write(photos / "mask" / "00.jpg", SUBJECT)
     write(photos / "mask" / "77.png", SUBJECT)
     write(photos / "stray.jpg", photo())
     with caplog.at_level(logging.WARNING):
@@ -137,6 +141,8 @@ def test_what_is_left_out_is_named_with_its_reason(photos: Path, caplog: pytest.
         "(not a picture that is read): what.ever",
         "(a folder, which is not searched): old",
         "(no photograph has its name): 77.png",
+        "(a second mask of its photograph): 00.jpg",
+        "(a link that leads nowhere): gone.jpg",
         "(it lies beside image/, not in it): stray.jpg",
     ):
         assert text in caplog.text
@@ -161,12 +167,17 @@ def test_names_that_differ_in_case_alone_keep_their_own_masks(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "mask", ["mask/7.jpg", "mask/7.webp", "masks/7.png", "mask/7_mask.png", "mask/7.jpg.png", "image/7_mask.png"]
+    "mask",
+    [
+        *("mask/7.jpg", "mask/7.webp", "masks/7.png", "mask/7_mask.png", "mask/7.jpg.png", "image/7_mask.png"),
+        *("Masks/7.png", "image/mask_7.png", "image/7.out.png", "image/7_matte.png", "mask/image/7.png"),
+    ],
 )
 def test_masks_by_every_name(tmp_path: Path, mask: str) -> None:
     write(tmp_path / "image" / "7.jpg", photo())
     write(tmp_path / mask, SUBJECT)
     check_all(tmp_path, "7.jpg")
+    check_all(tmp_path / "image", "7.jpg")  # who gives the folder of the photographs themselves
 
 
 @pytest.mark.parametrize("ending", ["_mask", "-mask", ".mask", "-masklabel", "_MASK"])
@@ -268,13 +279,13 @@ def test_inverted_masks_are_asked_about(tmp_path: Path) -> None:
     fill(tmp_path)
     for index in range(3):
         write(tmp_path / "mask" / f"{index:02d}.png", 255 - SUBJECT)
-    with pytest.raises(InputError, match=r"85 to 85 % of every photograph.*--invert-masks.*--large-masks"):
+    with pytest.raises(InputError, match=r"mark 85 % of every photograph.*--invert-masks.*--large-masks"):
         read_photographs(tmp_path)
     for file in read_photographs(tmp_path, invert_masks=True):
         np.testing.assert_array_equal(file.read().subject, SUBJECT > 0)
     assert len(read_photographs(tmp_path, large_masks=True)) == 3
     fill(tmp_path)
-    with pytest.raises(InputError, match=r"85 to 85 % of every photograph.*omit --invert-masks"):
+    with pytest.raises(InputError, match=r"mark 85 % of every photograph.*omit --invert-masks"):
         read_photographs(tmp_path, invert_masks=True)
 
 
@@ -324,7 +335,7 @@ def test_photographs_stay_files(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert 2 * one <= held < 2.2 * one
-    assert peak < 7 * one
+    assert peak < 12 * one  # what reading one of them takes, and the two that stay
     assert album.open(0) is album.open(6) and album.open(5) is not album.open(5)
 
 

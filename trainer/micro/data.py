@@ -63,15 +63,20 @@ def kind_counts(scenes: int) -> dict[str, int]:
 
 
 def render_shard(team: Team, work: Path, native: int, scenes: int, seed: int) -> None:
-    """Render this process' share into ``images_<kind>.npy`` (N, h, w, 3) uint8 and ``facts_<kind>.npy`` (N,) FACTS."""
+    """Render this process' share.
+
+    Into ``images_<kind>.npy`` (N, h, w, 3) uint8, ``facts_<kind>.npy`` (N,) FACTS, and ``details_<kind>.npy``
+    (N, h/8, w/8) uint8: how much of a latent cell belongs to small parts, 255 for a decal all over it.
+    """
     for number, (kind, size) in enumerate(frame_sizes(native).items()):
         count = kind_counts(scenes)[kind]
-        paths = work / f"images_{kind}.npy", work / f"facts_{kind}.npy"
+        paths = [work / f"{what}_{kind}.npy" for what in ("images", "facts", "details")]
         if team.leads:
             open_memmap(paths[0], "w+", np.uint8, (count, *size, 3))  # type: ignore[no-untyped-call]
             open_memmap(paths[1], "w+", FACTS, (count,))  # type: ignore[no-untyped-call]
+            open_memmap(paths[2], "w+", np.uint8, (count, size[0] // 8, size[1] // 8))  # type: ignore[no-untyped-call]
         team.wait()
-        images, facts = np.load(paths[0], "r+"), np.load(paths[1], "r+")
+        images, facts, details = (np.load(path, "r+") for path in paths)
         for index in range(team.rank, count, team.size):
             rng = np.random.default_rng([seed, number, index])
             blurred = rng.random() < BLURRED_SHARE
@@ -80,10 +85,18 @@ def render_shard(team: Team, work: Path, native: int, scenes: int, seed: int) ->
             empty = rng.random() < EMPTY_SHARE
             box = world.random_box(rng, *size) if empty else scene.box
             images[index] = scene.background if empty else scene.image
+            details[index] = 0 if empty else _average_cells(scene.detail)
             pack_attributes(facts[index], scene.attributes)
             facts[index]["surface"] = rooms.SURFACES.index(scene.surface)
             facts[index]["box"], facts[index]["sharp"], facts[index]["empty"] = box, scene.sharp_side, empty
         team.wait()
+
+
+def _average_cells(share: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The mean of each 8x8 cell of (H, W) in 0..1, as 0..255."""
+    height, width = share.shape
+    means = share.reshape(height // 8, 8, width // 8, 8).mean((1, 3))
+    return np.asarray(np.rint(means * 255), np.uint8)
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -118,11 +131,12 @@ def _box(facts: NDArray[np.int32]) -> world.Box:
 
 @dataclass(frozen=True)
 class Batch:
-    """Everything one step needs; rows are samples."""
+    """Everything one step needs; rows are samples. detail: where small parts are, (N, 1, h, w) in 0..1."""
 
     latents: torch.Tensor
     masked: torch.Tensor
     mask: torch.Tensor
+    detail: torch.Tensor
     ids_one: torch.Tensor
     ids_two: torch.Tensor
     time_ids: torch.Tensor
@@ -135,6 +149,7 @@ class Latents:
         self.native, self.seed, self.device = native, seed, device
         self.kinds = tuple(frame_sizes(native))
         self._latents = {k: np.load(work / f"latents_{k}.npy", "r") for k in self.kinds}
+        self._details = {k: np.load(work / f"details_{k}.npy", "r") for k in self.kinds}
         self._facts: dict[str, NDArray[Any]] = {k: np.load(work / f"facts_{k}.npy") for k in self.kinds}
         self._tokens = PromptTokenizer(model_dir)
         self._grey = torch.from_numpy(np.load(work / "grey.npy"))
@@ -148,6 +163,7 @@ class Latents:
         rows = rng.integers(len(store), size=count)
         chosen = torch.from_numpy(np.asarray(store[rows], np.float32))
         latents, masked, mask = chosen[:, :4], chosen[:, 4:8].clone(), chosen[:, 8:9].clone()
+        detail = torch.from_numpy(np.asarray(self._details[kind][rows], np.float32)[:, None] / 255)
         whole = torch.from_numpy(rng.random(count) < all_masked)
         mask[whole] = 1.0
         grey = torch.nn.functional.interpolate(self._grey, size=latents.shape[-2:], mode="nearest")
@@ -164,5 +180,5 @@ class Latents:
             times.append((round(height * factor), round(width * factor), 0, 0, self.native, self.native))
         ids_one, ids_two = self._tokens(prompts)
         time_ids = torch.tensor(times, dtype=torch.float32)
-        parts = (latents, masked, mask, ids_one, ids_two, time_ids)
+        parts = (latents, masked, mask, detail, ids_one, ids_two, time_ids)
         return Batch(*(part.to(self.device) for part in parts))

@@ -50,6 +50,7 @@ _ALIKE: Final = (
     {"blue", "purple", "black"}, {"orange", "yellow"}, {"red", "orange", "pink"}, {"pink", "purple"},
 )  # fmt: skip
 _F = np.float32
+_RING_DETAIL: Final = 0.5  # feet, bands and rims are larger than decals
 
 
 @dataclass(frozen=True)
@@ -309,15 +310,22 @@ def _second_tone(colour: str) -> Array:
 
 
 class _Brush:
-    """Paints surfaces over a window of the canvas (H, W, 3) float32 0..255, and keeps the thing's coverage."""
+    """Paints surfaces over a window of the canvas (H, W, 3) float32 0..255.
+
+    coverage: where the thing is, 0..1. detail: where small parts are seen, 0..1.
+    """
 
     def __init__(self, window: Array, pixels: float, view: View, finish: str) -> None:
         self.window, self.pixels, self.view, self.finish = window, pixels, view, finish
         self.behind = window.copy()
         self.coverage = np.zeros(window.shape[:2], np.float32)
+        self.detail = np.zeros(window.shape[:2], np.float32)
 
-    def lay(self, surface: Surface, colour: Array, within: Array | None = None, solid: bool = True) -> None:
-        """colour: (3,) or (H, W, 3). within: coverage to stay in. solid: whether the finish leaves it opaque."""
+    def lay(
+        self, surface: Surface, colour: Array, within: Array | None = None, solid: bool = True, detail: float = 0.0
+    ) -> None:
+        """colour: (3,) or (H, W, 3). within: coverage to stay in. solid: whether the finish leaves it opaque.
+        detail: what `self.detail` is to be there."""
         alpha = cover(surface.distance, self.pixels)
         if within is not None:
             alpha = alpha * within
@@ -339,6 +347,7 @@ class _Brush:
             painted = painted + (through * _F(1.04) - painted) * np.clip(clear, 0, 1)
         self.window += (painted - self.window) * alpha[..., None]
         self.coverage += alpha * (1 - self.coverage)
+        self.detail += (_F(detail) - self.detail) * alpha
 
 
 def _body_colour(what: Attributes, build: Build, surface: Surface, pixels: float) -> Array:
@@ -357,7 +366,7 @@ def _paint_body(brush: _Brush, what: Attributes, build: Build, surface: Surface,
     brush.lay(surface, _body_colour(what, build, surface, pixels), solid=False)
 
     def ring(distance: Array, colour: str) -> None:
-        brush.lay(surface, _tone(colour), within=cover(distance * _F(height), pixels))
+        brush.lay(surface, _tone(colour), within=cover(distance * _F(height), pixels), detail=_RING_DETAIL)
 
     foot = build.foot * _FOOT_SCALE.get(shape, 1.0)
     clear = _CLEAR[shape]
@@ -373,7 +382,7 @@ def _paint_body(brush: _Brush, what: Attributes, build: Build, surface: Surface,
         centre = (surface.along - _F(place)) * _F(height)
         radius = build.decal * _DECAL_SCALE.get(shape, 1.0)
         outline = decal(what.decal, surface.across - _F(front), centre, radius, build.form)
-        brush.lay(surface, _tone(what.decal_colour), within=cover(outline, pixels) * inside)
+        brush.lay(surface, _tone(what.decal_colour), within=cover(outline, pixels) * inside, detail=1.0)
 
 
 def _paint_lathe(brush: _Brush, what: Attributes, build: Build, view: View, u: Array, v: Array) -> None:
@@ -463,8 +472,10 @@ def _paint_house(brush: _Brush, what: Attributes, build: Build, view: View, u: A
 
 def paint(
     canvas: Array, what: Attributes, build: Build, view: View, centre: tuple[float, float], size: float
-) -> tuple[Array, Array]:
-    """Paint a thing over `canvas`, float32 (H, W, 3) in 0..255; return (new canvas, coverage (H, W) in 0..1).
+) -> tuple[Array, Array, Array]:
+    """Paint a thing over `canvas`, float32 (H, W, 3) in 0..255.
+
+    Returns (new canvas, coverage (H, W) in 0..1, detail (H, W): 1 on a decal, one half on foot, band and rim, else 0).
 
     centre: pixels of the thing's origin; size: pixels of one unit.
     """
@@ -474,8 +485,9 @@ def paint(
     x0, x1 = max(0, int(cx - reach)), min(width, int(cx + reach) + 1)
     y0, y1 = max(0, int(cy - reach)), min(height, int(cy + reach) + 1)
     canvas, coverage = canvas.copy(), np.zeros((height, width), np.float32)
+    detail = coverage.copy()
     if x0 >= x1 or y0 >= y1:
-        return canvas, coverage
+        return canvas, coverage, detail
     x = (np.arange(x0, x1, dtype=np.float32) + _F(0.5 - cx)) / _F(size)
     y = (np.arange(y0, y1, dtype=np.float32) + _F(0.5 - cy)) / _F(size)
     c, s = _F(np.cos(view.tilt)), _F(np.sin(view.tilt))
@@ -488,5 +500,5 @@ def paint(
         _paint_body(brush, what, build, surface, 0.92, _front(view, what.shape, build))
     else:
         _paint_lathe(brush, what, build, view, u, v)
-    coverage[y0:y1, x0:x1] = brush.coverage
-    return canvas, coverage
+    coverage[y0:y1, x0:x1], detail[y0:y1, x0:x1] = brush.coverage, brush.detail
+    return canvas, coverage, detail

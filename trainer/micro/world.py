@@ -54,15 +54,17 @@ _HELD_OUT_ONE_IN: Final = 8
 class Scene:
     """One rendered picture and all that is known of it.
 
-    image: the picture; background: the same without the thing and its shadow; alpha: the thing's coverage; box: the
-    thing's bounding box (coverage above one half); attributes: what the thing is; surface: what it stands on, one of
-    rooms.SURFACES; sharp_side: the side in pixels at which the picture was rendered before it was scaled up (equal to
-    the short side of `image` when it was not), which is what SDXL calls the original size.
+    image: the picture; background: the same without the thing and its shadow; alpha: the thing's coverage; detail:
+    where its small parts are (1 on a decal, one half on foot, band and rim); box: the thing's bounding box (coverage
+    above one half); attributes: what the thing is; surface: what it stands on, one of rooms.SURFACES; sharp_side: the
+    side in pixels at which the picture was rendered before it was scaled up (equal to the short side of `image` when
+    it was not), which is what SDXL calls the original size.
     """
 
     image: Picture
     background: Picture
     alpha: Array
+    detail: Array
     box: Box
     attributes: Attributes
     surface: str
@@ -165,6 +167,11 @@ def resize(image: Picture, width: int, height: int) -> Picture:
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
 
 
+def _resize_share(share: Array, width: int, height: int) -> Array:
+    """Like `resize`, of values in 0..1."""
+    return np.asarray(resize(_to_picture(share * 255), width, height), np.float32) / np.float32(255)
+
+
 def render_scene(
     rng: np.random.Generator,
     attributes: Attributes | None = None,
@@ -201,13 +208,13 @@ def render_scene(
     horizon = float(np.clip(ground - rise, 0.1 * h, ground - 0.04 * extent))
     room = paint_room(rng, h, w, horizon, max(0.3, extent / 62), light)
     canvas = cast_shadow(room.canvas, (cx, ground), half * build.width * extent, extent, view.pitch, light)
-    canvas, alpha = objects.paint(canvas, what, build, view, (cx, cy), extent)
+    canvas, alpha, detail = objects.paint(canvas, what, build, view, (cx, cy), extent)
     image, background = _to_picture(canvas), _to_picture(room.canvas)
     if scale != 1.0:
         image, background = resize(image, width, height), resize(background, width, height)
-        alpha = np.asarray(resize(_to_picture(alpha * 255), width, height), np.float32) / np.float32(255)
+        alpha, detail = (_resize_share(share, width, height) for share in (alpha, detail))
     sharp = short if sharp_side is None else sharp_side
-    return Scene(image, background, alpha, _find_box(alpha), what, room.surface, sharp)
+    return Scene(image, background, alpha, detail, _find_box(alpha), what, room.surface, sharp)
 
 
 def _draw_light(rng: np.random.Generator) -> tuple[float, float, float]:

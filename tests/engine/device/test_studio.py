@@ -44,6 +44,7 @@ def paint_pixels(dm: DreamMix, size: tuple[int, int] = (128, 128), **fields: Any
         {"sampler": "lcm", "num_inference_steps": 4, "subject": ""},
         {"mode": "reference"},
         {"size": (256, 312)},
+        {"size": (256, 312), "feather": 21},
         {"size": (60, 90), "lcg_field": 0.8},
         {"num_images_per_prompt": 2},
     ],

@@ -1,0 +1,33 @@
+"""Optional packages: asked for before any work is done that would be in vain without them."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+
+from dreammix_trt.core.errors import MissingExtraError
+
+#: What training imports; the extra `train` brings it.
+TRAINING = ("torch", "diffusers", "transformers", "peft")
+
+
+def list_missing(packages: Iterable[str]) -> list[str]:
+    """Those of these packages that are not installed. Imports none of them."""
+    return [name for name in packages if not _is_there(name)]
+
+
+def require_training() -> None:
+    """Raise MissingExtraError, with what to install, unless everything that training imports is installed."""
+    missing = list_missing(TRAINING)
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise MissingExtraError(
+            f"{', '.join(missing)} {verb} not installed, training needs it: pip install 'dreammix-trt[train]'"
+        )
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
