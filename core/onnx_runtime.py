@@ -24,7 +24,7 @@ def import_onnxruntime() -> Any:
 
     A program that loaded ONNX Runtime before this package decided for itself; then further events are still held back.
 
-    Raises MissingExtraError when it is not installed.
+    Raises MissingExtraError when it is not installed, or its files went with another package that shares its folder.
     """
     forbid_reports()
     try:
@@ -35,5 +35,9 @@ def import_onnxruntime() -> Any:
         from dreammix_trt.core.errors import MissingExtraError
 
         raise MissingExtraError("onnxruntime is not installed: pip install onnxruntime") from error
+    if not hasattr(onnxruntime, "InferenceSession"):  # an empty folder imports as well
+        from dreammix_trt.core.errors import MissingExtraError
+
+        raise MissingExtraError("the files of onnxruntime are not whole: dreammix-trt doctor --mend")
     onnxruntime.disable_telemetry_events()
     return onnxruntime

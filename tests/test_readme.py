@@ -106,7 +106,7 @@ def test_ten_minutes_are_enough() -> None:
         ["python", "dev.py", "demo"], ["python", "dev.py", "test"],
     ]  # fmt: skip
     with Image.open(ROOT / "docs" / "demo.jpg") as sheet:
-        assert sheet.width >= 1000 and sheet.height >= 1000
+        assert sheet.width >= 1000 and sheet.height >= 700
 
 
 def test_the_figures_are_those_of_the_measurements() -> None:
@@ -118,16 +118,15 @@ def test_the_figures_are_those_of_the_measurements() -> None:
         f"{(measured['unet: engine [MiB]'] + measured['unet_raw: engine [MiB]']) / 1024:.1f} GiB of weights",
     ):
         assert told in README.replace("\n", " "), told
-    install = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
     checkpoints = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8").replace("\n", " ")
     store = f"{measured['store: all parts [GiB]']:.1f} GiB"
-    assert store in install and store in checkpoints
+    assert store in checkpoints
     assert (
         f"{measured['second subject: wall [s]']:.1f} s and {measured['second subject: bytes [MB]']:.0f} MB"
         in checkpoints
     )
     engine = sum(size for name, size in measured.items() if re.fullmatch(r"\w+: engine \[MiB\]", name))
-    assert 11 <= engine / 1024 < 12 and "about 12 GiB" in install  # with the float32 twins of the VAE, 334 MB
+    assert 11 <= engine / 1024 < 12 and "12 GiB for the engine" in README  # with the float32 twins of the VAE, 334 MB
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

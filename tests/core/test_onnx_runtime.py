@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx
@@ -13,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 
+from dreammix_trt.core.errors import MissingExtraError
 from dreammix_trt.core.onnx_runtime import SWITCHES, import_onnxruntime
 
 #: What tells ONNX Runtime not to report from outside, so that only our own switch can.
@@ -77,3 +79,10 @@ def test_the_switch_is_set_even_against_the_environment(monkeypatch: pytest.Monk
     monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
     import_onnxruntime()
     assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
+
+
+def test_an_empty_folder_is_no_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left where one of two packages that share a folder was removed: it can be imported, and has nothing."""
+    monkeypatch.setitem(sys.modules, "onnxruntime", ModuleType("onnxruntime"))
+    with pytest.raises(MissingExtraError, match="not whole: dreammix-trt doctor --mend"):
+        import_onnxruntime()
