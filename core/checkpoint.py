@@ -39,9 +39,9 @@ COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 _NO_INPAINTING = (
     "no inpainting base: it has no inpainting patch and head, so pictures will fit their surroundings badly. Give "
-    "Fooocus' two files with --patch inpaint_v26.fooocus.patch --head fooocus_inpaint_head.pth, or lay them into the "
-    "base's folder; they are at https://huggingface.co/lllyasviel/fooocus_inpaint, tagged openrail (read its terms). "
-    "Or take a base whose UNet has nine input channels"
+    "Fooocus' two files with --patch inpaint_v26.fooocus.patch --head fooocus_inpaint_head.pth{place}; they are at "
+    "https://huggingface.co/lllyasviel/fooocus_inpaint, tagged openrail (read its terms). Or take a base whose UNet "
+    "has nine input channels"
 )
 _PATCHED = "an inpainting UNet brings its own head; omit patch and head, or use a text-to-image base"
 
@@ -144,7 +144,8 @@ class BaseFiles:
             own = [name for name in COMPONENTS if name != "vae" or self.vae is None]
             found += filter(None, (describe_choice(self.folder / name, name) for name in own))
         if not self.has_head:
-            found.append(f"{self.name}: {_NO_INPAINTING}")
+            place = ", or lay them into the base's folder" if self.folder.is_dir() else ""
+            found.append(f"{self.name}: {_NO_INPAINTING.format(place=place)}")
         return tuple(found)
 
     @property

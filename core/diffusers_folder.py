@@ -9,6 +9,7 @@ from typing import Any
 from dreammix_trt.core.clip_names import classic_text_name
 from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.files import read_json
+from dreammix_trt.core.hub_cache import find_broken_links
 from dreammix_trt.core.recognise import recognise_folder
 from dreammix_trt.core.single_file import explain_odd_tensors, modernise_vae
 from dreammix_trt.core.tensors import Weights, open_tensors
@@ -71,7 +72,8 @@ def find_weight_files(folder: Path, component: str) -> list[Path]:
     """
     kind, found = _find_variants(folder, component)
     if not found:
-        raise FileFormatError(f"{folder.parent}: {folder.name}/{_STEMS[component][0]}.safetensors is missing")
+        missing = f"{folder.parent}: {folder.name}/{_STEMS[component][0]}.safetensors is missing"
+        raise FileFormatError(f"{missing}{_describe_broken(folder)}")
     file = next(iter(found.values()))
     return _find_shards(file, kind) if file.suffix == ".json" else [file]
 
@@ -122,8 +124,14 @@ def _find_shards(index: Path, kind: str) -> list[Path]:
         raise FileFormatError(f"{index}: its weight_map does not name {kind} files beside it")
     absent = [name for name in names if not (index.parent / name).is_file()]
     if absent:
-        raise FileFormatError(f"{index.parent}: shards {', '.join(absent)} are missing")
+        missing = f"{index.parent}: shards {', '.join(absent)} are missing"
+        raise FileFormatError(f"{missing}{_describe_broken(index.parent)}")
     return [index.parent / name for name in names]
+
+
+def _describe_broken(folder: Path) -> str:
+    broken = find_broken_links(folder) if folder.is_dir() else []
+    return f" ({', '.join(broken)} lead nowhere: the download is not complete, start it again)" if broken else ""
 
 
 def _describe_instead(folder: Path) -> str:
@@ -135,6 +143,9 @@ def _describe_instead(folder: Path) -> str:
                 f"`hf download {folder} --local-dir DIR` and give DIR"
             )
         return "it does not exist"
+    models = sorted(each.name for each in folder.glob("models--*") if each.is_dir())
+    if models:
+        return f"it is the hub's cache; give the folder of one model in it: {', '.join(models[:3])}"
     if (folder / "config.json").is_file():
         return "it is one component of a model; give the folder above it"
     files = sorted(file.name for pattern in ("*.safetensors", "*.ckpt") for file in folder.glob(pattern))

@@ -31,3 +31,8 @@ def find_snapshot(folder: Path) -> Path:
         raise FileFormatError(f"{folder}: a folder of the hub's cache without a snapshot; download the model again")
     names = ", ".join(each.name for each in snapshots)
     raise FileFormatError(f"{place}: {len(snapshots)} snapshots and no refs/main that names one; give one of {names}")
+
+
+def find_broken_links(folder: Path) -> list[str]:
+    """The names of links in a folder whose files are not there, as an unfinished download leaves them."""
+    return sorted(each.name for each in folder.iterdir() if each.is_symlink() and not each.exists())

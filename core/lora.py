@@ -133,12 +133,6 @@ def read_lora(path: str | Path, unet_config: Mapping[str, Any] | None = None) ->
     if foreign:
         kind, remedy, names = foreign
         raise FileFormatError(f"{path}: {kind} ({join_first(names, 3)}); {remedy}")
-    adapters = adapters_of(tensors)
-    if len(adapters) > 1:
-        raise FileFormatError(
-            f"{path}: holds {len(adapters)} adapters of PEFT ({', '.join(map(repr, sorted(adapters)))}); "
-            "save each in a file of its own"
-        )
     modules = _group_by_module(path, tensors, flat_modules(unet_config))
     scales = AdapterScales.of(path, metadata)
     factors: Factors = {}
@@ -303,10 +297,18 @@ def _group_by_module(
             f"{path}: {len(unmatched)} names are not understood as a LoRA's for this base: {join_first(unmatched)}"
             + (f"; it looks like a LoRA for {family}" if family else _describe_model(tensors))
         )
+    if not modules:
+        raise FileFormatError(f"{path}: holds nothing that SDXL has: {join_first(idle)}")
     if idle:
         log.warning("%s: %s are not used; SDXL's first text encoder has no projection", path, join_first(idle))
+    adapters = adapters_of(tensors)
     if twice:
-        raise FileFormatError(f"{path}: {len(twice)} factors appear twice, in two spellings: {join_first(twice)}")
+        what = f"holds {len(adapters)} adapters of PEFT ({', '.join(adapters)}); save each in a file of its own"
+        if len(adapters) < 2:
+            what = f"{len(twice)} factors appear twice, in two spellings: {join_first(twice)}"
+        raise FileFormatError(f"{path}: {what}")
+    if len(adapters) > 1:
+        log.warning("%s: adapters %s are on different layers and count as one LoRA", path, ", ".join(adapters))
     return modules
 
 

@@ -36,29 +36,28 @@ _PREFIX = re.compile(
     r"|(?P<text_encoder_2>lora_te2|te2|text_encoder_2|(text_encoders\.)?clip_g(\.transformer)?)[._]"
     r"|(?P<text_encoder>lora_te1?|te1?|text_encoder|(text_encoders\.)?clip_l(\.transformer)?)[._]"
 )
-_WRAPPERS = re.compile(
-    r"(?<![^.])(?:base_model\.model|_orig_mod|module)\."
-)  # of PEFT, torch.compile, parallel training
+#: what PEFT, torch.compile and parallel training wrap modules in
+_WRAPPERS = re.compile(r"(?<![^.])(?:base_model\.model|_orig_mod|module)\.")
 _TEXT = re.compile(
     r"(?:text_model_)?encoder_layers_(\d+)_(self_attn|mlp)_([qkv]_proj|out_proj|fc1|fc2|to_[qkv]|to_out(?:_0)?)"
 )
 _TEXT_PARTS = ("text_model.", "encoder.layers.", "text_projection")
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj", "to_out_0": "out_proj"}
 
-_ONLY_LORA = "only plain LoRA can be used"
-_LYCORIS = f"{_ONLY_LORA}: train with LyCORIS' algo=lora (or locon), or with networks.lora"
+_ONLY_LORA = "only plain LoRA can be used: merge it into a checkpoint with its own tool and give that as the base"
+_LYCORIS = f"{_ONLY_LORA}, or train with LyCORIS' algo=lora (or locon)"
 #: a tensor's name -> what has such tensors, and what to do
 _FOREIGN = {
     r"\.hada_": ("a LoHa file of LyCORIS", _LYCORIS),
     r"\.lokr_": ("a LoKr file of LyCORIS", _LYCORIS),
-    r"\.dora_scale$|\.lora_magnitude_vector": ("a DoRA file", f"{_ONLY_LORA}: train without dora (use_dora, dora_wd)"),
+    r"\.dora_scale$|\.lora_magnitude_vector": ("a DoRA file", f"{_ONLY_LORA}, or train without it (use_dora, dora_wd)"),
     r"\.oft_": ("an OFT file", _ONLY_LORA),
     r"\.[ab][12]\.weight$": ("a GLoRA file of LyCORIS", _LYCORIS),
     r"\.on_input$": ("an (IA)3 file of LyCORIS", _LYCORIS),
     r"\.diff(_b)?$": ("a full-difference file (LyCORIS' full, or ComfyUI's LoraSave)", _ONLY_LORA),
-    r"\.[wb]_norm$": ("a norm-training file of LyCORIS", f"{_ONLY_LORA}: train with train_norm off"),
-    r"\.(lora_B|lora_up|lora\.up)\.bias$": ("a LoRA-with-biases file", f"{_ONLY_LORA}: extract it without biases"),
-    r"\.lora_embedding_": ("an embedding-LoRA file of PEFT", f"{_ONLY_LORA}: leave embeddings out of target_modules"),
+    r"\.[wb]_norm$": ("a norm-training file of LyCORIS", f"{_ONLY_LORA}, or train with train_norm off"),
+    r"\.(lora_B|lora_up|lora\.up)\.bias$": ("a LoRA-with-biases file", f"{_ONLY_LORA}, or extract it without biases"),
+    r"\.lora_embedding_": ("an embedding-LoRA file of PEFT", f"{_ONLY_LORA}, or leave embeddings out"),
     r"^bundle_emb\.": (
         "a LoRA of OneTrainer with textual inversion embeddings bundled in it",
         "embeddings cannot be used, and the LoRA needs them: train it in OneTrainer without an additional embedding "
@@ -143,10 +142,10 @@ def place_of(key: str, flat: Mapping[str, str]) -> LoraKey | None:
     return None if module is None else LoraKey(network, module, role)
 
 
-def adapters_of(keys: Iterable[str]) -> set[str]:
-    """The names of the adapters that PEFT wrote into the names of tensors; "" where it wrote none."""
+def adapters_of(keys: Iterable[str]) -> list[str]:
+    """The names of the adapters that PEFT wrote into the names of tensors."""
     found = (_ROLE.search(key) for key in keys)
-    return {end["adapter"] or "" for end in found if end and end["side"]}
+    return sorted({end["adapter"] for end in found if end and end["adapter"]})
 
 
 def is_idle(place: LoraKey) -> bool:

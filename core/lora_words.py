@@ -2,15 +2,21 @@
 
 Trainers write it in many places: ours as `token` and `class_name`; kohya's scripts as the name of the folder of
 photographs ("10_ohwx teapot") and the tags of the captions (`ss_tag_frequency`); others as `modelspec.trigger_phrase`,
-trained words or the caption of the photographs. It is a default to be shown, never more.
+trained words or the caption of the photographs; sites and managers of LoRAs into a file beside it. It is a default to
+be shown, never more. The words of all captions say which attributes the subject may have.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from dreammix_trt.core.errors import FileFormatError
+from dreammix_trt.core.files import read_json
 
 _PHRASES = (
     "modelspec.trigger_phrase",
@@ -23,12 +29,14 @@ _PHRASES = (
     "activation text",
     "instance_prompt",
 )
+_BESIDE = (".civitai.info", ".json", ".metadata.json")  # of Civitai's helpers, A1111, managers
 _FOLDERS, _TAGS = "ss_dataset_dirs", "ss_tag_frequency"
 _REPEATED = re.compile(r"\d+_(.+)")
 _DULL = {
     "a", "an", "the", "of", "in", "on", "with", "and", "by", "at", "for", "to", "this", "my", "photo", "picture",
     "image", "photograph", "photography", "drawing", "painting", "rendering", "close-up", "closeup", "cropped", "style",
 }  # fmt: skip
+_MOST_CAPTION_WORDS = 2000
 _MOST_WORDS = 4  # a longer tag is a sentence, whose first word says nothing
 
 
@@ -43,6 +51,24 @@ class LoraWords(NamedTuple):
     token: str = ""
     class_name: str = ""
     source: str = ""
+
+
+def find_words(path: Path, metadata: Mapping[str, str]) -> LoraWords:
+    """Find what a LoRA's subject is called: in its metadata, else in the file that a site or manager laid beside it.
+
+    path: the LoRA file.
+    metadata: of it.
+    """
+    found = read_words(metadata)
+    for ending in () if found.token else _BESIDE:
+        beside = path.with_name(f"{path.stem}{ending}")
+        with contextlib.suppress(FileFormatError):
+            told = read_json(beside)
+            said = {field: _as_text(told[field]) for field in _PHRASES if told.get(field)}
+            found = read_words(said)._replace(source=beside.name) if said else found
+        if found.token:
+            break
+    return found
 
 
 def read_words(metadata: Mapping[str, str]) -> LoraWords:
@@ -63,6 +89,18 @@ def read_words(metadata: Mapping[str, str]) -> LoraWords:
     return _read_kohya(metadata)
 
 
+def read_caption_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """The words of the captions that a LoRA was trained with, lower case, in order; () where the file does not say.
+
+    metadata: of its safetensors file: our trainer's `captions`, kohya's `ss_tag_frequency`.
+    """
+    texts = list(_list_phrases(metadata.get("captions", "")))
+    for counts in _read_object(metadata, _TAGS).values():
+        texts += map(str, counts) if isinstance(counts, dict) else []
+    found = {word for text in texts for word in re.findall(r"\w[\w'-]*", text.lower())}
+    return tuple(sorted(found - _DULL))[:_MOST_CAPTION_WORDS]
+
+
 def _read_kohya(metadata: Mapping[str, str]) -> LoraWords:
     """The folder's name counts where no caption replaced it; else the most frequent tag."""
     tags: dict[str, float] = {}
@@ -80,6 +118,10 @@ def _read_kohya(metadata: Mapping[str, str]) -> LoraWords:
             return LoraWords(*found, _FOLDERS if folder in _read_object(metadata, _FOLDERS) else _TAGS)
     found = _split(max(tags, key=lambda tag: tags[tag])) if tags else None
     return LoraWords(*found, _TAGS) if found else LoraWords()
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _split(phrase: str) -> tuple[str, str] | None:

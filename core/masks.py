@@ -108,9 +108,10 @@ def _read_layers(mask: PictureIn, picture: PictureIn, label: str, of_subject: bo
     alpha, few = _stretch(alpha), _sample(mask.size)
     solid = alpha > 127
     if _shows(mask.rgb[few], picture.rgb[few], solid[few]):
-        part = "opaque" if of_subject else "transparent"
-        log.info("%s is the picture with a part erased: what is %s is marked", label, part)
-        return alpha if of_subject else 255 - alpha
+        if of_subject:
+            return alpha
+        log.warning("%s is the picture with a part erased: what is transparent is repainted", label)
+        return 255 - alpha
     if int(bright[solid].max()) - int(bright[solid].min()) <= _SAME:
         return alpha
     if not looks_drawn(mask) and not _lies_on_a_line(mask.rgb[few][solid[few]]):
@@ -132,7 +133,10 @@ def _check_colours(mask: PictureIn, picture: PictureIn, bright: U8, label: str) 
             f"{label} is the picture with a part painted over, and not a mask: save it with that part transparent, or "
             "paint a mask, white on black"
         )
-    if not looks_drawn(mask) and _shows(colours, shown, np.ones(colours.shape[:2], bool)):
+    drawn = looks_drawn(mask)
+    if not drawn and looks_drawn(picture) and not _lies_on_a_line(colours.reshape(-1, 3)):
+        raise InputError(f"{label} looks like a photograph and its picture like a mask: exchange them")
+    if not drawn and _shows(colours, shown, np.ones(colours.shape[:2], bool)):
         raise InputError(f"{label} is the picture itself, without a transparent part: paint a mask, white on black")
     if int(bright.max()) - int(bright.min()) <= _SAME < int(np.ptp(mask.rgb.reshape(-1, 3), axis=0).max()):
         raise InputError(

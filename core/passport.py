@@ -182,7 +182,7 @@ class Passport:
             (
                 entry.name,
                 f'"a {f"{entry.token} {entry.class_name}".strip()}"',
-                f"{entry.bytes / 1024:.0f} KiB",
+                "in the weights" if base.get("merged") == entry.name else f"{entry.bytes / 1024:.0f} KiB",
                 entry.source,
             )
             for entry in self.subjects

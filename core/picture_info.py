@@ -25,6 +25,9 @@ _KEPT_TAGS = frozenset(int(ExifTags.Base[name]) for name in _KEPT)
 _DROPPED = ("MakerNote", "UserComment", "ExifInteroperabilityOffset", "ExifImageWidth", "ExifImageHeight")
 _DROPPED_TAGS = frozenset(int(ExifTags.Base[name]) for name in _DROPPED)
 
+#: A JPEG has room for 65,533 bytes; a request wants some of them.
+_MOST_EXIF = 40_000
+
 _GREY, _COLOUR = b"GRAY", b"RGB "
 
 
@@ -93,12 +96,16 @@ def keep_exif(image: Image.Image, label: str) -> bytes | None:
             log.warning("%s: its EXIF block is damaged and is left out", label)
         for tag in _KEPT_TAGS & given.keys():
             kept[tag] = given[tag]
-        for block in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
-            values = {tag: value for tag, value in given.get_ifd(block).items() if tag not in _DROPPED_TAGS}
+        for part in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+            values = {tag: value for tag, value in given.get_ifd(part).items() if tag not in _DROPPED_TAGS}
             if values:
-                kept.get_ifd(block).update(values)
-                kept[block] = values
-        return kept.tobytes() if len(kept) else None
+                kept.get_ifd(part).update(values)
+                kept[part] = values
+        block = kept.tobytes() if len(kept) else None
+        if block is not None and len(block) > _MOST_EXIF:
+            log.warning("%s: its EXIF block has %d bytes and is left out: too large for a JPEG", label, len(block))
+            return None
+        return block
     except Exception as error:  # whatever a camera or an editor wrote: it is not worth the picture
         log.warning("%s: its EXIF block cannot be kept (%s)", label, error)
         return None

@@ -10,7 +10,7 @@ from pathlib import Path
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MOST_TEXT = 1 << 20  # Pillow's limit for one chunk
 _MOST_TEXTS = 64 << 20  # and for all text of a file
-_MOST_PROFILE = 32 << 20  # a printer's tables are some MiB
+_MOST_PROFILE = 8 << 20  # a printer's tables are some MiB; a JPEG holds 16
 
 
 @dataclass(frozen=True)

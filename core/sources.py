@@ -5,6 +5,7 @@ Tensors come through DLPack (https://dmlc.github.io/dlpack), so no library that 
 
 from __future__ import annotations
 
+import io
 import os
 from typing import IO, Any, Protocol, cast
 
@@ -54,6 +55,8 @@ def as_bytes(source: object, label: str) -> bytes | None:
         return bytes(source)
     if not hasattr(source, "read") or isinstance(source, os.PathLike):
         return None
+    if isinstance(source, io.TextIOBase):
+        raise InputError(f"{label} is a file that is open as text: open it with mode 'rb'")
     try:
         if hasattr(source, "seek"):
             source.seek(0)
@@ -64,7 +67,7 @@ def as_bytes(source: object, label: str) -> bytes | None:
     except (OSError, ValueError) as error:
         raise InputError(f"{label} is a file that cannot be read: {error}") from error
     if not isinstance(data, bytes):
-        raise InputError(f"{label} is a file whose read() gives {type(data).__name__}: open it with mode 'rb'")
+        raise InputError(f"{label} has a read() that gives {type(data).__name__}: give bytes or a binary file")
     return data
 
 

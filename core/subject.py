@@ -20,7 +20,7 @@ import numpy as np
 from dreammix_trt.core.errors import FileFormatError, InputError
 from dreammix_trt.core.files import atomic_file, sha256_of
 from dreammix_trt.core.lora import TARGETS, Factors, Lora, LoraSpec, Target, read_lora
-from dreammix_trt.core.lora_words import read_words
+from dreammix_trt.core.lora_words import find_words, read_caption_words
 from dreammix_trt.core.networks import KINDS, unets_of
 from dreammix_trt.core.slots import Floats
 from dreammix_trt.core.tensors import open_tensors
@@ -28,7 +28,7 @@ from dreammix_trt.core.tensors import open_tensors
 SCHEMA = 3  # 2 has no parts: all of it is factors; 1 names the UNets that they act on by a target
 _FACTORS = "factors"  # the part of a file that holds them
 _BOTH = "unets"  # in the file: factors that the patched and the raw UNet share
-_FACTS = ("name", "token", "class_name", "scale", "base_key", "source_sha256")
+_FACTS = ("name", "token", "class_name", "scale", "base_key", "source_sha256", "caption_words")
 _LARGEST = float(np.finfo(np.float16).max)
 _MARK = "dreammix_subject"  # the metadata of a subject file
 _DULL = {"lora", "loras", "out", "output", "pytorch_lora_weights", "adapter_model"}  # names that say nothing
@@ -47,6 +47,7 @@ class Subject:
     scale: strength of the factors, multiplied in by `packing.pack`.
     base_key: the base it was made for.
     source_sha256: of the LoRA file.
+    caption_words: of the captions that it was trained with, lower case; (): nobody knows.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Subject:
     scale: float = 1.0
     base_key: str = ""
     source_sha256: str = ""
+    caption_words: tuple[str, ...] = field(default=(), repr=False)
 
     def factors_for(self, network: str) -> dict[str, tuple[Floats, Floats]]:
         """The factors an engine network takes."""
@@ -99,7 +101,9 @@ def subject_from_loras(
         on_unet = kind.factors == "unet"
         chosen = [each for each in loras if not on_unet or kind.name in unets_of(each[2])]
         factors[kind.name] = _stack(chosen, kind.factors)
-    return Subject(name, token, class_name, {network: found for network, found in factors.items() if found}, **more)
+    words = sorted({word for lora, _, _ in loras for word in read_caption_words(lora.metadata)})
+    found = {network: pairs for network, pairs in factors.items() if pairs}
+    return Subject(name, token, class_name, found, **{"caption_words": tuple(words), **more})
 
 
 def open_subject(
@@ -112,20 +116,27 @@ def open_subject(
 ) -> Subject:
     """The subject in a file: a subject file's, or one made of a LoRA in any dialect that `read_lora` reads.
 
-    source: the file, or a LoRA's folder; a `LoraSpec` has its scale and target, too.
+    source: the file, an engine directory with one subject, or a LoRA's folder; a `LoraSpec` has its scale and target,
+        too.
     unet_config: the base's diffusers `unet/config.json`, as for `read_lora`.
     name: how requests call it; empty: the subject file's, else the class, else the file's name.
     token, class_name: empty: as the file says, else "sks" and no class.
 
-    Raises `FileFormatError` for a file that is neither, `InputError` for a name that cannot be one, and for a target of
-    a subject file, which has its own.
+    Raises `FileFormatError` for a file that is neither and for a subject without factors, `InputError` for a name that
+    cannot be one, and for a target of a subject file, which has its own.
     """
     spec = source if isinstance(source, LoraSpec) else LoraSpec(Path(source))
-    if not is_subject_file(spec.file):
+    file = find_subject_file(spec.file)
+    if file is None:
         return make_subject([(read_lora(spec.file, unet_config), spec)], spec.file, name, token, class_name)
-    subject = read_subject(spec.file)
+    subject = read_subject(file)
+    if not subject.factors:
+        raise FileFormatError(
+            f"{file}: subject {subject.name} is merged into the weights of its engine, and has no factors of its own; "
+            "load that engine, or give its LoRA"
+        )
     if spec.target != LoraSpec.target:
-        raise InputError(f"{spec.file} is a subject file, which has its own target; leave {spec.target!r}")
+        raise InputError(f"{file} is a subject file, which has its own target; leave {spec.target!r}")
     return replace(
         subject,
         name=check_name(name or subject.name),
@@ -135,9 +146,17 @@ def open_subject(
     )
 
 
-def is_subject_file(path: str | Path) -> bool:
-    """Whether a file is one that `write_subject` wrote, rather than a LoRA. Reads its header only."""
-    return Path(path).is_file() and _MARK in open_tensors(path).metadata
+def find_subject_file(path: str | Path) -> Path | None:
+    """The subject file that a path means: itself, or the only one of an engine directory; None for a LoRA.
+
+    Reads its header only. Raises `FileFormatError` for an engine directory with several subjects.
+    """
+    path = Path(path)
+    held = sorted((path / "subjects").glob("*.safetensors")) if path.is_dir() else []
+    if len(held) > 1:
+        raise FileFormatError(f"{path} holds {len(held)} subjects; name the file of one: {', '.join(map(str, held))}")
+    file = held[0] if held else path
+    return file if file.is_file() and _MARK in open_tensors(file).metadata else None
 
 
 def make_subject(
@@ -149,7 +168,7 @@ def make_subject(
 
     Raises `InputError` for a name that cannot be one.
     """
-    words = [read_words(lora.metadata) for lora, _ in loras]
+    words = [find_words(lora.source_path, lora.metadata) for lora, _ in loras]
     token = token or next((each.token for each in words if each.token), TOKEN)
     class_name = class_name or next((each.class_name for each in words if each.class_name), "")
     hashes = [sha256_of(lora.source_path, verify=True) for lora, _ in loras]
@@ -228,9 +247,11 @@ def read_subject(path: str | Path) -> Subject:
         )
     if not all(isinstance(facts.get(name), str) for name in ("name", "token", "class_name")) or not facts["name"]:
         raise FileFormatError(f"{path}: damaged, it says no name, token and class; build the subject again")
-    return Subject(
-        factors=_read_factors(path, facts, tensors), **{name: facts[name] for name in _FACTS if name in facts}
-    )
+    words = facts.get("caption_words", [])
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise FileFormatError(f"{path}: damaged, its caption_words are {words!r}; build the subject again")
+    told = {name: facts[name] for name in _FACTS if name in facts} | {"caption_words": tuple(words)}
+    return Subject(factors=_read_factors(path, facts, tensors), **told)
 
 
 def _read_factors(path: Path, facts: Mapping[str, Any], tensors: dict[str, Floats]) -> Factors:

@@ -91,7 +91,8 @@ def _explain_usage(error: Exception) -> int:
         return InputError.exit_code  # the help has been printed
     message = getattr(error, "format_message", error.__str__)().replace("Value error, ", "")
     command = context.command_path if context is not None else _NAME
-    return _fail(InputError(f"{message.rstrip('.')}; see `{command} --help`"))
+    joint = " See" if message.endswith("?") else "; see"
+    return _fail(InputError(f"{message.rstrip('.')}{joint} `{command} --help`"))
 
 
 def _print_error(kind: str, message: str, exit_code: int) -> None:

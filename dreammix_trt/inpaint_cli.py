@@ -81,6 +81,7 @@ PANELS = {
     "What it runs on": ("device", "residency", "threads", "store", "verify"),
 }
 STANDARD = Path("-")  # stdin or stdout
+_STARTS = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp"}  # of pictures made here
 
 
 def inpaint(
@@ -242,12 +243,14 @@ def _read_standard_input(image: Path, mask: Path | None, request: Path | None) -
         return image, mask, request
     if sys.stdin is None or sys.stdin.isatty():
         raise InputError(f"{names[0]} is -, but nothing is piped into stdin; pipe a file or name one")
+    data = sys.stdin.buffer.read()
+    if not data:
+        raise InputError(f"{names[0]} is -, but stdin is empty")
     folder = Path(tempfile.mkdtemp(prefix="dreammix-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    file = folder / "standard-input"
-    file.write_bytes(sys.stdin.buffer.read())
-    if not file.stat().st_size:
-        raise InputError(f"{names[0]} is -, but stdin is empty")
+    suffix = next((suffix for start, suffix in _STARTS.items() if data.startswith(start)), "")
+    file = folder / f"standard-input{suffix}"
+    file.write_bytes(data)
     return (
         file if image == STANDARD else image,
         file if mask == STANDARD else mask,

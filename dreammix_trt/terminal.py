@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 out_console = Console(emoji=False, highlight=False)
 err_console = Console(stderr=True, emoji=False, highlight=False)
 
-#: without a terminal: seconds until the first line of a long work, and between two at first
-FIRST_LINE, NEXT_LINE = 2.0, 10.0
+#: without a terminal: seconds until the first line of a long work, between two at first, and between two equal ones
+FIRST_LINE, NEXT_LINE, SAME_LINE = 2.0, 10.0, 60.0
 EVERYWHERE = "Everywhere"
 PANELS_FROM = 78  # columns; panels would cut the names of options in a narrower terminal
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -272,10 +272,13 @@ class _Lines:
 
     def _say_now_and_then(self) -> None:
         begun = time.monotonic()
-        pause = FIRST_LINE
+        pause, said, said_at = FIRST_LINE, ("", -1.0, ""), 0.0
         while not self._ended.wait(pause):
             spent = time.monotonic() - begun
             pause = max(NEXT_LINE, spent / 10)
-            name, fraction, message = self._state
+            if self._state == said and spent - said_at < SAME_LINE:
+                continue
+            said, said_at = self._state, spent
+            name, fraction, message = said
             what = f"{name} {fraction:.0%}" if name else "begins"
             say(f"{self._title}: {what} after {spent:.0f} s{f', {message}' if message else ''}")

@@ -131,7 +131,8 @@ def lay_out(
     schedule = make_schedule(request, raw_unet=runtime.has_raw_unet)
     seeds = tuple(seed + k for k in range(request.num_images_per_prompt))
     noises = _check_noise(job.noise, seeds)
-    prompts = plan_prompts(tokenizers, request, role, subject.token, contexts=runtime.contexts)
+    words = subject.caption_words
+    prompts = plan_prompts(tokenizers, request, role, subject.token, contexts=runtime.contexts, caption_words=words)
     works = [
         Work(canvas, request, schedule, seed, role, prompts, noise) for seed, noise in zip(seeds, noises, strict=True)
     ]

@@ -20,6 +20,7 @@ def list_warnings(
     subject: str,
     token: str,
     tokenizer: Tokenizer,
+    caption_words: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """What a user should know about the words of a request.
 
@@ -27,11 +28,13 @@ def list_warnings(
     subject: the name of its subject, "" for none.
     token: the subject's word in prompts.
     tokenizer: of the first encoder.
+    caption_words: that the subject was trained with; (): nobody knows.
     """
     found = [f"{name}: {note}" for name, parsed in texts for note in parsed.notes]
     found += [f"{name}: {note}" for name, parsed in texts for note in _note_rest(request, parsed, tokenizer)]
     found += _note_subject(texts[0][1].text, subject, token)
     found += _note_substitute(request, texts[0][1].text, token, tokenizer)
+    found += _note_strange(request, texts[0][1].text, subject, token, caption_words)
     if subject and request.guided and has_word(request.negative_prompt or "", token):
         found.append(f"negative_prompt: it names the subject's word {token!r}, and so leads away from the subject")
     if request.negative_prompt and not request.guided:
@@ -74,3 +77,17 @@ def _note_substitute(request: Request, prompt: str, token: str, tokenizer: Token
                 for each in re.findall(r"[^\W\d_]+", word)
                 if tokenizer.spells_out(each)
             )
+
+
+def _note_strange(
+    request: Request, prompt: str, subject: str, token: str, caption_words: Sequence[str]
+) -> Iterator[str]:
+    """Attributes that no caption of the subject has, where its captions name any."""
+    known = [word for word in caption_words if word != token.lower()]
+    if not subject or len(known) < 2:  # the class alone says nothing about attributes
+        return
+    shown = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
+    for word in request.substitute:
+        parts = re.findall(r"\w[\w'-]*", word.lower())
+        if parts and not has_word(prompt, word.strip()) and not {*parts} & {*known, token.lower()}:
+            yield f"substitute: {word!r} is in no caption that {subject!r} was trained with ({shown})"

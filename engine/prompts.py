@@ -117,6 +117,7 @@ def plan_prompts(
     token: str,
     appended: F32 | None = None,
     contexts: Sequence[int] | None = None,
+    caption_words: Sequence[str] = (),
 ) -> PromptPlan:
     """Decide the texts of one picture.
 
@@ -124,6 +125,7 @@ def plan_prompts(
     token: the subject's word in prompts.
     appended: rows to append, float32 (rows, n, D).
     contexts: the lengths of a condition that can be painted with; None: any.
+    caption_words: that the subject was trained with, see `Subject`.
 
     Raises InputError for a prompt that is too long, for TAS without the subject's word, and when there are more or
     fewer appended rows than rows of the condition.
@@ -144,7 +146,7 @@ def plan_prompts(
     if appended is not None and len(appended) != len(stages["lcg"]):
         raise InputError(f"{len(appended)} rows of appended tokens for a condition of {len(stages['lcg'])} rows")
     said = [(text.field, text.parsed) for text in texts] + ([("substitute", Parsed.of(tas.text))] if tas else [])
-    warnings = list_warnings(request, said, subject.name, token, tokenizers[0])
+    warnings = list_warnings(request, said, subject.name, token, tokenizers[0], caption_words)
     negative = prompts[1] if len(texts) > 1 else ()
     return PromptPlan(prompts[0], eliminated, negative, tas, stages, appended, empty, warnings)
 

@@ -68,7 +68,7 @@ def trace_graph(network: Network) -> Graph:
         import onnxslim  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingExtraError(
-            f"{error.name} is not installed, exporting needs it: pip install dreammix-trt[export]"
+            f"{error.name} is not installed, exporting needs it: pip install 'dreammix-trt[export]'"
         ) from error
     model = onnx.load_from_string(_trace(module, network))
     shapes = {name: tuple(parameter.shape) for name, parameter in module.network.named_parameters()}

@@ -124,7 +124,7 @@ def compare_outputs(truth: Arrays, found: Arrays, bound: float) -> dict[str, tup
         from polygraphy.logger import G_LOGGER
     except ModuleNotFoundError as error:
         raise MissingExtraError(
-            f"{error.name} is not installed, comparing needs it: pip install dreammix-trt[export]"
+            f"{error.name} is not installed, comparing needs it: pip install 'dreammix-trt[export]'"
         ) from error
     largest = {name: max(float(np.abs(value).max()), 1e-12) for name, value in truth.items()}
     compare = SimpleCompareFunc(

@@ -26,7 +26,7 @@ def make_torch_module(network: Network, weights: Weights | None = None) -> Any:
         import torch
     except ModuleNotFoundError as error:
         raise MissingExtraError(
-            f"{error.name} is not installed, exporting needs it: pip install dreammix-trt[export]"
+            f"{error.name} is not installed, exporting needs it: pip install 'dreammix-trt[export]'"
         ) from error
     with torch.device("meta"):
         module = _load_class(network.module).of(network).eval().requires_grad_(False)
@@ -50,7 +50,7 @@ def _load_class(path: str) -> Any:
         return getattr(import_module(module), name)
     except ModuleNotFoundError as error:
         raise MissingExtraError(
-            f"{error.name} is not installed, exporting needs it: pip install dreammix-trt[export]"
+            f"{error.name} is not installed, exporting needs it: pip install 'dreammix-trt[export]'"
         ) from error
 
 

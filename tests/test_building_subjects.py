@@ -49,7 +49,7 @@ def test_an_ordinary_foreign_lora_becomes_a_subject_by_the_command_that_is_told(
     wanted = ["dreammix-trt", "build", "--lora", str(teapot), "--out", str(out), "--base", str(small_base), "--merge"]
     assert command_in(caught.value) == wanted
     assert "attentions.proj_in, attentions.proj_out, ff.net, mlp.fc1" in str(caught.value) and not out.exists()
-    assert ["trigger word 'ohwx', class 'teapot' (from its ss_tag_frequency)" in text for text in told] == [True]
+    assert ["trigger word 'ohwx', class 'teapot' (says its ss_tag_frequency)" in text for text in told] == [True]
     passport = build(teapot, base=small_base, out=out, merge=True, verify=False)
     assert passport.base["merged"] == "teapot"
     assert [(each.name, each.token, each.class_name) for each in passport.subjects] == [("teapot", "ohwx", "teapot")]
@@ -82,8 +82,8 @@ def test_a_rank_above_the_slots_is_told_the_whole_command(small_base: Path, mug_
 
 
 def test_several_subjects_at_once(small_base: Path, mug_engine: Path, mug_lora: Path, tmp_path: Path) -> None:
-    """A LoRA with scale and a subject file, each by its name; the command of the passport says the same."""
-    file = mug_engine / "subjects" / "mug.safetensors"
+    """A LoRA with scale and an engine's subject, each by its name; the command of the passport says the same."""
+    file = mug_engine
     passport = build(
         base=small_base,
         out=tmp_path / "both",

@@ -19,6 +19,7 @@ from PIL import Image
 
 from dreammix_trt import cli, terminal
 from dreammix_trt.core import errors
+from dreammix_trt.core.extras import TRAINING
 from dreammix_trt.engine.result import read_request
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,11 +116,31 @@ def test_training_replaces_an_older_lora_only_when_told(tmp_path: Path, call: Ca
     assert (lora / "train.json").read_text() == "{}"
 
 
+def test_a_training_tells_scripts_what_it_made(tmp_path: Path, call: Call) -> None:
+    for name in TRAINING:
+        pytest.importorskip(name, reason="the trainer needs its extra")
+    from tests.support.tiny_model import write_tiny_model
+
+    base = write_tiny_model(tmp_path / "base").folder
+    for part, colour in (("image", (90, 120, 150)), ("mask", (0, 0, 0))):
+        picture = Image.new("RGB", (80, 60), colour)
+        picture.paste((255, 255, 255), (25, 20, 60, 45))
+        (tmp_path / "photos" / part).mkdir(parents=True)
+        picture.save(tmp_path / "photos" / part / "00.png")
+    train = ["train", tmp_path / "photos", "--class-name", "mug", "-o", tmp_path / "lora", "--base", base]
+    done = call(*train, "--steps", "2", "--threads", "1", "--json")
+    assert done.code == 0, done.err
+    record = json.loads(done.out)
+    assert record["lora"] == str(tmp_path / "lora") and record["steps"] == 2 and record["token"] == "sks"
+    assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    assert call(*train, "--json").error["kind"] == "InputError"
+
+
 def test_pictures_come_from_stdin_and_go_to_stdout(mug_engine: Path, place: Path) -> None:
     named = spawn(*words(mug_engine, place, "--out", place / "named.png"))
     assert named.returncode == 0, named.stderr
-    for option, name in (("--image", "image.png"), ("--mask", "mask.png")):
-        order = words(mug_engine, place, "--out", "-")
+    for option, name in (("--image", "image.png"), ("--mask", "mask.png"), ("--from", "named.png")):
+        order = words(mug_engine, place, "--out", "-", "--from", place / "named.png")
         order[order.index(option) + 1] = "-"
         done = spawn(*order, given=(place / name).read_bytes())
         assert done.returncode == 0, done.stderr
@@ -275,12 +296,23 @@ def test_long_work_says_plain_lines_without_a_terminal(
     monkeypatch.setattr(terminal, "FIRST_LINE", 0.05)
     monkeypatch.setattr(terminal, "NEXT_LINE", 0.1)
     monkeypatch.setattr(terminal, "_state", terminal._State())
+    said = ""
+
+    def read_until(text: str) -> str:
+        nonlocal said
+        until = time.monotonic() + 20
+        while text not in said and time.monotonic() < until:
+            time.sleep(0.05)
+            said += capsys.readouterr().err
+        return said
+
     with terminal.show_progress("training") as update:
         update("steps", 0.25, "loss 0.5 [/] :smile:")
-        time.sleep(0.4)
-    lines = capsys.readouterr().err.splitlines()
-    assert 2 <= len(lines) <= 5
-    assert lines[0] == "training: steps 25% after 0 s, loss 0.5 [/] :smile:"
+        assert "training: steps 25% after 0 s, loss 0.5 [/] :smile:\n" in read_until("25%")
+        time.sleep(0.3)
+        update("steps", 0.75)
+        assert "training: steps 75% after " in read_until("75%")
+    assert said.count("25%") == said.count("75%") == 1, "what has not changed is not repeated"
 
 
 def test_short_work_says_no_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,7 @@ def write_folder(folder: Path, record: TrainRecord, factors: Factors, base: Base
         "token": record.token,
         "class_name": record.class_name,
         "prompt": record.prompt,
+        "captions": json.dumps(record.captions),
         "rank": str(record.rank),
         "steps": str(record.steps),
         "loss": record.loss_name,

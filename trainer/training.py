@@ -42,7 +42,7 @@ class Training:
             from dreammix_trt.trainer.networks import TrainingNetworks
         except ModuleNotFoundError as error:
             raise MissingExtraError(
-                f"{error.name} is not installed, training needs it: pip install dreammix-trt[train]"
+                f"{error.name} is not installed, training needs it: pip install 'dreammix-trt[train]'"
             ) from error
         progress("train", 0.0, "reading the base")
         self._networks: TrainingNetworks = TrainingNetworks(task.base)

@@ -13,7 +13,7 @@ from dreammix_trt.building.ingredients import Ingredients
 from dreammix_trt.building.order import BaseSources, BuildOrder, LoraOption, describe_lora
 from dreammix_trt.building.part_store import PartStore
 from dreammix_trt.building.parts import Parts
-from dreammix_trt.building.subjects import MadeSubject, check_fit, make_subjects
+from dreammix_trt.building.subjects import MadeSubject, check_slots, make_subjects
 from dreammix_trt.core.files import folder_bytes, sha256_of
 from dreammix_trt.core.lora import read_lora
 from dreammix_trt.core.network_weights import BaseLora
@@ -113,7 +113,7 @@ def carry_out(order: BuildOrder, update: Update, tell: Callable[[str], None]) ->
     store = PartStore(shelf, order.place, update)
     parts = Parts(ingredients, store, order.verify, tell)
     for each in () if order.merge else made:
-        check_fit(each, ingredients.networks, order)
+        check_slots(each, ingredients.networks, order)
     folders = parts.make()
     if order.self_contained:
         check_room(Estimate(0, sum(folder_bytes(folder) for folder in folders.values())), order.place.parent)

@@ -193,7 +193,8 @@ def _give_words(option: str, given: Words, names: Sequence[str], alone: bool) ->
     words = {name: word.strip() for name, word in (given or {}).items()}
     unknown = sorted(words.keys() - set(names))
     if unknown:
-        raise InputError(f"{option} is given for {', '.join(unknown)}; the subjects are: {', '.join(names) or 'none'}")
+        known = ", ".join(filter(None, names)) or "unnamed"
+        raise InputError(f"{option} is given for {', '.join(unknown)}; the subjects are: {known}")
     for name, word in words.items():
         if not word or (option == "token" and len(word.split()) > 1):
             what = "be one word" if option == "token" else "say what the subject is"

@@ -10,10 +10,10 @@ from dreammix_trt.building.order import BuildOrder, SubjectOrder
 from dreammix_trt.core.errors import FileFormatError, InputError
 from dreammix_trt.core.lora import Lora, LoraSpec, read_lora
 from dreammix_trt.core.lora_names import join_first
-from dreammix_trt.core.lora_words import read_words
+from dreammix_trt.core.lora_words import find_words
 from dreammix_trt.core.networks import Network
 from dreammix_trt.core.packing import find_misfits, pack
-from dreammix_trt.core.subject import Subject, is_subject_file, make_subject, open_subject
+from dreammix_trt.core.subject import Subject, find_subject_file, make_subject, open_subject
 
 Tell = Callable[[str], None]
 MOST_RANK = 256
@@ -49,7 +49,7 @@ def make_subjects(order: BuildOrder, unet_config: Mapping[str, Any], tell: Tell)
     return made
 
 
-def check_fit(made: MadeSubject, networks: Sequence[Network], order: BuildOrder) -> None:
+def check_slots(made: MadeSubject, networks: Sequence[Network], order: BuildOrder) -> None:
     """Raise FileFormatError for a subject that does not fit the slots; it begins with the command that helps."""
     subject, slots = made.subject, {network.name: network.slots for network in networks}
     for name in subject.factors:
@@ -85,7 +85,7 @@ def check_fit(made: MadeSubject, networks: Sequence[Network], order: BuildOrder)
 
 def _make(asked: SubjectOrder, order: BuildOrder, unet_config: Mapping[str, Any], tell: Tell) -> MadeSubject:
     words = {"token": asked.token, "class_name": asked.class_name}
-    files = [spec for spec in asked.files if is_subject_file(spec.file)]
+    files = [spec for spec in asked.files if find_subject_file(spec.file)]
     if files and (len(asked.files) > 1 or order.merge):
         what = "bake in" if order.merge else "put together with others"
         raise InputError(f"{files[0].file} is a subject file, not a LoRA to {what}; give the LoRA it was made of")
@@ -107,7 +107,7 @@ def _tell_words(made: MadeSubject, several: bool, tell: Tell) -> None:
     """Say where the trigger word comes from, unless it was asked for or our own trainer wrote it."""
     if made.order.token:
         return
-    words = [read_words(lora.metadata) for lora, _ in made.loras]
+    words = [find_words(lora.source_path, lora.metadata) for lora, _ in made.loras]
     found = next((each for each in words if each.token), None)
     place = f"{made.subject.name}=WORD" if several else "WORD"
     if found is None:
@@ -117,7 +117,7 @@ def _tell_words(made: MadeSubject, several: bool, tell: Tell) -> None:
         )
     elif found.source != "token":
         told = f"trigger word {found.token!r}" + (f", class {found.class_name!r}" if found.class_name else "")
-        tell(f"{made.sources}: {told} (from its {found.source}); --token {place} and --class-name change that")
+        tell(f"{made.sources}: {told} (says its {found.source}); --token {place} and --class-name change that")
 
 
 def _order_alone(made: MadeSubject, order: BuildOrder) -> BuildOrder:

@@ -7,9 +7,11 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import EllipsisType, TracebackType
 from typing import Any, Unpack
+
+from PIL import Image
 
 from dreammix_trt.core.errors import DeviceError, InputError
 from dreammix_trt.core.request import Request, RequestFields
@@ -172,6 +174,10 @@ def _check_painters(painters: Sequence[Paints]) -> None:
 
 def _hold(source: Source, name: str) -> Source:
     """A source that stays when its file is closed after `submit`."""
+    if isinstance(source, Image.Image):
+        with suppress(OSError, ValueError, SyntaxError):  # whoever reads it says what is wrong with it
+            source.load()
+        return source
     data = as_bytes(source, name)
     return source if data is None else data
 

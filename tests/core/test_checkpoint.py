@@ -499,3 +499,18 @@ def test_a_base_without_patch_and_head_says_where_they_are(tiny: TinyModel) -> N
     for told in ("no inpainting base", "--patch inpaint_v26.fooocus.patch", "--head fooocus_inpaint_head.pth"):
         assert told in remark
     assert "https://huggingface.co/lllyasviel/fooocus_inpaint" in remark and "openrail" in remark
+
+
+def test_an_unfinished_download_is_named(tiny: TinyModel, tmp_path: Path) -> None:
+    weights = tiny.folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    weights.symlink_to(tmp_path / "blobs" / "0123")
+    with pytest.raises(FileFormatError, match=r"is missing \(diffusion_\S+ lead nowhere: the download is not"):
+        BaseFiles.open(tiny.folder)
+
+
+def test_the_whole_cache_of_the_hub_is_named(tmp_path: Path) -> None:
+    for name in ("models--a--b", "models--c--d"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(FileFormatError, match="it is the hub's cache; give the folder of one model in it: models--a"):
+        BaseFiles.open(tmp_path)

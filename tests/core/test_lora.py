@@ -741,8 +741,26 @@ def test_several_adapters_in_one_file_are_named(tmp_path: Path) -> None:
     tensors = name_in_dialect("peft default", factors, sgm_names(SDXL))
     more = {key.replace(".default.", ".mug."): value for key, value in tensors.items()}
     save_file(tensors | more, tmp_path / "x.safetensors")
-    with pytest.raises(FileFormatError, match=r"holds 2 adapters of PEFT .'default', 'mug'.; save each"):
+    with pytest.raises(FileFormatError, match=r"holds 2 adapters of PEFT \(default, mug\); save each"):
         read_lora(tmp_path / "x.safetensors")
+
+
+def test_adapters_on_different_layers_are_one_lora(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    factors, sgm = random_factors(MODULES), sgm_names(SDXL)
+    one, *others = ({module: pair} for module, pair in factors.items())
+    tensors = name_in_dialect("peft default", one, sgm)
+    for other in others:
+        tensors |= name_in_dialect("peft default_0", other, sgm)
+    save_file(tensors, tmp_path / "x.safetensors")
+    assert_same(read_lora(tmp_path / "x.safetensors"), factors, 0)
+    assert "adapters default, default_0 are on different layers and count as one LoRA" in caplog.text
+
+
+def test_a_file_of_nothing_that_sdxl_has_is_refused(tmp_path: Path) -> None:
+    name = "lora_te1_text_projection.lora_"
+    save_file({f"{name}down.weight": np.ones((4, 8), "f"), f"{name}up.weight": np.ones((8, 4), "f")}, tmp_path / "x.pt")
+    with pytest.raises(FileFormatError, match="holds nothing that SDXL has: lora_te1_text_projection"):
+        read_lora(tmp_path / "x.pt")
 
 
 def test_folders_of_named_adapters(tmp_path: Path) -> None:

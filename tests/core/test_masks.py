@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -111,11 +112,13 @@ def test_masks_in_memory() -> None:
         read_mask(b"no picture", picture)
 
 
-def test_an_erased_picture_is_recognised_after_lossy_saving(tmp_path: Path) -> None:
+def test_an_erased_picture_is_recognised_after_lossy_saving(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     Image.fromarray(PHOTO).save(tmp_path / "photo.jpg", quality=90)
     layers(PHOTO, 255 - MASK).save(tmp_path / "erased.webp", quality=80)
     picture = read_image(tmp_path / "photo.jpg")
-    assert ((read_mask(tmp_path / "erased.webp", picture) > 127) != (MASK > 127)).mean() < 0.01
+    with caplog.at_level(logging.WARNING):
+        assert ((read_mask(tmp_path / "erased.webp", picture) > 127) != (MASK > 127)).mean() < 0.01
+    assert "erased.webp' is the picture with a part erased: what is transparent is repainted" in caplog.text
 
 
 def test_in_training_a_cut_out_shows_the_subject() -> None:
@@ -160,6 +163,8 @@ def test_bad_masks() -> None:
         for where in (MASK > 0, MASK == 0):
             with pytest.raises(InputError, match="the picture with a part painted over"):
                 read_mask(np.where(where[..., None], paint, PHOTO).astype(np.uint8), PICTURE)
+    with pytest.raises(InputError, match="looks like a photograph and its picture like a mask: exchange them"):
+        read_mask(PHOTO, read_image(MASK))
     red_on_white = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
     red_on_white[MASK > 0] = (255, 0, 0)
     with pytest.raises(InputError, match="all equally bright"):

@@ -266,6 +266,16 @@ def test_damaged_exif_is_no_reason_to_refuse(tmp_path: Path, block: bytes, caplo
     assert ("i.jpg" in caplog.text and "EXIF block is damaged" in caplog.text) == (block[:2] != b"MM")
 
 
+def test_exif_that_no_jpeg_can_hold_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    exif = make_exif(1)
+    exif[ExifTags.Base.ImageDescription] = "x" * 100_000
+    Image.fromarray(RGB).save(tmp_path / "i.png", exif=exif)
+    with caplog.at_level(logging.WARNING):
+        picture = read_image(tmp_path / "i.png")
+    assert picture.exif is None and "too large for a JPEG" in caplog.text
+    write_picture(picture.with_pixels(picture.rgb), tmp_path / "o.jpg")
+
+
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
 def test_of_several_pictures_the_first_is_read_and_that_is_said(
     tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture

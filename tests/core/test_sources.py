@@ -146,6 +146,13 @@ def test_what_is_no_array(other: Any) -> None:
     assert as_picture_array(other, "image") is None
 
 
+class Upload:
+    """Something with a `read` that is no file."""
+
+    def read(self) -> list[int]:
+        return []
+
+
 def test_bytes_and_open_files(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"12345")
     for data in (b"12345", bytearray(b"12345"), memoryview(b"12345"), io.BytesIO(b"12345")):
@@ -155,8 +162,10 @@ def test_bytes_and_open_files(tmp_path: Path) -> None:
         assert as_bytes(file, "image") == as_bytes(file, "image") == b"12345"
     with pytest.raises(InputError, match=r"image is a file that cannot be read: .*closed"):
         as_bytes(file, "image")
-    with (tmp_path / "x").open() as text, pytest.raises(InputError, match="gives str: open it with mode 'rb'"):
+    with (tmp_path / "x").open() as text, pytest.raises(InputError, match="open as text: open it with mode 'rb'"):
         as_bytes(text, "image")
+    with pytest.raises(InputError, match=r"image has a read\(\) that gives list"):
+        as_bytes(Upload(), "image")
     for other in ("a.png", tmp_path, Image.new("L", (2, 2)), RGB):
         assert as_bytes(other, "image") is None
 

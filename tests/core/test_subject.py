@@ -14,7 +14,7 @@ from dreammix_trt.core.packing import pack
 from dreammix_trt.core.slots import Slot, packed_size, slots_of
 from dreammix_trt.core.subject import (
     Subject,
-    is_subject_file,
+    find_subject_file,
     open_subject,
     read_subject,
     subject_from_loras,
@@ -314,7 +314,8 @@ def test_a_subject_file_stays_one(tmp_path: Path) -> None:
     lora = write_tiny_lora(tmp_path / "l.safetensors", random_factors(MODULES))
     made = open_subject(lora, name="mug", token="ohwx", class_name="mug")
     write_subject(tmp_path / "mug.safetensors", made)
-    assert is_subject_file(tmp_path / "mug.safetensors") and not is_subject_file(lora)
+    assert find_subject_file(tmp_path / "mug.safetensors") == tmp_path / "mug.safetensors"
+    assert find_subject_file(lora) is None and find_subject_file(tmp_path / "none") is None
     read = open_subject(LoraSpec(tmp_path / "mug.safetensors", 0.5), name="cup")
     assert (read.name, read.token, read.class_name, read.scale) == ("cup", "ohwx", "mug", 0.5)
     assert read.source_sha256 == made.source_sha256 != ""
@@ -341,3 +342,37 @@ def test_a_subject_file_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> No
     plain = tmp_path / "plain"
     plain.write_bytes(b"")
     assert (tmp_path / "s.safetensors").stat().st_mode == plain.stat().st_mode
+
+
+def test_an_engine_directory_means_its_one_subject(tmp_path: Path) -> None:
+    (tmp_path / "subjects").mkdir()
+    lora = write_tiny_lora(tmp_path / "l.safetensors", random_factors(MODULES))
+    write_subject(tmp_path / "subjects" / "mug.safetensors", open_subject(lora, name="mug"))
+    assert open_subject(tmp_path).name == "mug"
+    write_subject(tmp_path / "subjects" / "cup.safetensors", open_subject(lora, name="cup"))
+    with pytest.raises(FileFormatError, match=r"holds 2 subjects; name the file of one: .*cup\.safetensors, .*mug"):
+        open_subject(tmp_path)
+
+
+def test_a_merged_subject_has_no_factors_to_take_elsewhere(tmp_path: Path) -> None:
+    write_subject(tmp_path / "s.safetensors", Subject("mug", "sks", "mug"))
+    with pytest.raises(FileFormatError, match="subject mug is merged into the weights of its engine"):
+        open_subject(tmp_path / "s.safetensors")
+
+
+def test_the_words_of_captions_are_kept(tmp_path: Path) -> None:
+    """A LoRA's captions say which attributes its subject has; a subject file keeps the words."""
+    factors: Factors = {"unet": random_factors(MODULES)}
+    captions = {"captions": '["a photo of a blue sks mug"]'}
+    lora = Lora(factors, 4, tmp_path / "x", captions)
+    subject = subject_from_loras([(lora, 1.0, "patched")], "mug")
+    assert subject.caption_words == ("blue", "mug", "sks")
+    file = tmp_path / "mug.safetensors"
+    write_subject(file, subject)
+    assert read_subject(file).caption_words == subject.caption_words
+    write_subject(file, Subject("mug", "sks", "mug"))
+    assert read_subject(file).caption_words == ()
+    facts = {"schema": 3, "name": "x", "token": "y", "class_name": "", "caption_words": 3}
+    save_file({}, file, {"dreammix_subject": json.dumps(facts)})
+    with pytest.raises(FileFormatError, match="caption_words are 3"):
+        read_subject(file)

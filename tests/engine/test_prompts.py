@@ -12,6 +12,7 @@ from PIL import Image
 
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.networks import names_of_group
+from dreammix_trt.core.subject import NOBODY, Role
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.host.texts import HostTexts, Text
 from dreammix_trt.engine.prompts import PromptPlan, plan_prompts
@@ -28,18 +29,18 @@ def dm(mug_engine: Path) -> Iterator[DreamMix]:
 
 
 def plan(dm: DreamMix, prompt: str, contexts: Any = None, subject: str = "", **fields: Any) -> PromptPlan:
-    return plan_prompts(dm.tokenizers, dm.request(prompt, **fields), subject, "sks", contexts=contexts)
+    return plan_prompts(dm.tokenizers, dm.request(prompt, **fields), Role(subject), "sks", contexts=contexts)
 
 
 def compose(dm: DreamMix, prompt: str, **fields: Any) -> Text:
     """The local stage's condition."""
-    factors = dm.runtime._factors[""]  # type: ignore[attr-defined]
+    factors = dm.runtime._factors[NOBODY]  # type: ignore[attr-defined]
     return HostTexts().compose(plan(dm, prompt, **fields), dm.networks, factors, False)["lcg"]
 
 
 def encode(dm: DreamMix, prompt: str) -> tuple[np.ndarray, np.ndarray]:
     """Token rows and pooled vector of a short prompt, by the networks alone."""
-    factors = dm.runtime._factors[""]  # type: ignore[attr-defined]
+    factors = dm.runtime._factors[NOBODY]  # type: ignore[attr-defined]
     outputs = [
         dm.networks.run(name, input_ids=tokenizer.encode(prompt)[None], lora=factors[name][None])
         for name, tokenizer in zip(names_of_group("text"), dm.tokenizers, strict=True)
@@ -294,6 +295,20 @@ def test_a_substitute_without_the_subject_names_the_near_miss(dm: DreamMix) -> N
 )
 def test_near_misses(text: str, word: str, found: str | None) -> None:
     assert find_near_miss(text, word) == found
+
+
+def test_a_substitute_that_no_caption_has(dm: DreamMix) -> None:
+    def warn(
+        *substitute: str, words: tuple[str, ...] = ("blue", "mug", "shiny", "sks"), name: str = "mug"
+    ) -> list[str]:
+        request = dm.request("a red sks mug", substitute=list(substitute))
+        return list(plan_prompts(dm.tokenizers, request, Role(name), "sks", caption_words=words).warnings)
+
+    assert warn("blue") == warn("shiny blue") == warn("Blue") == []
+    assert warn("green", "blue") == [
+        "substitute: 'green' is in no caption that 'mug' was trained with (blue, mug, shiny)"
+    ]
+    assert warn("green", words=("mug", "sks")) == warn("green", words=()) == warn("green", name="") == []
 
 
 # -- the feather

@@ -640,6 +640,30 @@ def test_tickets_in_asyncio() -> None:
         asyncio.run(app(queue))
 
 
+def test_files_may_be_closed_after_submit(tmp_path: Path) -> None:
+    """Open files are read and pictures decoded by `submit`; nothing else is touched."""
+    picture = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+    picture.save(tmp_path / "a.png")
+    seen: list[Any] = []
+
+    class Reader(Fake):
+        def iterate(self, image: Any, mask_image: Any, request: Request, /, **options: Any) -> Iterator[StepEvent]:
+            seen.extend((image, mask_image))
+            return self._events(request)
+
+    with RequestQueue([painter := Reader(free=False)]) as queue:
+        put(queue, "first")
+        await_begun(painter)
+        with (tmp_path / "a.png").open("rb") as file, Image.open(tmp_path / "a.png") as opened:
+            waiting = queue.submit(file, opened, "second")
+        with (tmp_path / "a.png").open() as text, pytest.raises(InputError, match=r"mask_image is a file.*'rb'"):
+            queue.submit("image", text, "third")  # type: ignore[arg-type]
+        painter.step(2 * STEPS)
+        waiting.result(LONG)
+    assert seen[2] == (tmp_path / "a.png").read_bytes()
+    np.testing.assert_array_equal(np.asarray(seen[3]), np.asarray(picture))
+
+
 @pytest.mark.parametrize("way", ["cancel", "wait_for", "end of the loop"])
 def test_leaving_an_await_cancels_the_request(way: str) -> None:
     """Both the one that runs and the one that waits; the next request is served."""

@@ -69,6 +69,7 @@ def test_it_writes_a_lora_of_every_key_value_and_output(base: BaseFiles, photos:
     assert all(np.abs(b).max() > 0 for _, b in lora.factors["unet"].values())
     assert lora.metadata["token"] == "sks"
     assert lora.metadata["class_name"] == "mug"
+    assert json.loads(lora.metadata["captions"]) == []
     assert json.loads(lora.metadata["base_hashes"]) == base.hash_contents()
     written = json.loads((tmp_path / "lora" / "train.json").read_text())
     assert written["steps"] == record.steps == 3
@@ -84,7 +85,6 @@ def test_it_writes_a_lora_of_every_key_value_and_output(base: BaseFiles, photos:
 
 def test_what_is_written_loads_in_other_programs(base: BaseFiles, photos: Path, tmp_path: Path) -> None:
     """The twin under kohya's names holds the same numbers: by diffusers' converter, by sgm's names counted, by us."""
-    from diffusers.loaders import lora_conversion_utils as diffusers_own
     from safetensors import safe_open
     from safetensors.torch import load_file
 
@@ -100,12 +100,7 @@ def test_what_is_written_loads_in_other_programs(base: BaseFiles, photos: Path, 
             assert theirs[f"{flat}.lora_{side}.weight"].equal(ours[f"unet.{module}.lora.{side}.weight"]), flat
         assert theirs[f"{flat}.alpha"].item() == 2 and theirs[f"{flat}.alpha"].shape == ()
     assert len(theirs) == 3 * len(modules) == len(ours) * 3 // 2
-    mapped = diffusers_own._maybe_map_sgm_blocks_to_diffusers(dict(theirs), base_config(layers))
-    converted, alphas = diffusers_own._convert_non_diffusers_lora_to_diffusers(mapped)
-    plain = {
-        re.sub(r"\.processor\.(to_\w+?)_lora\.", lambda to: f".{to[1]}{'.0' * (to[1] == 'to_out')}.lora.", name): value
-        for name, value in converted.items()
-    }
+    plain, alphas = convert_by_diffusers(theirs, layers)
     assert plain.keys() == ours.keys() and all(value.equal(ours[name]) for name, value in plain.items())
     assert set(alphas.values()) == {2.0} and len(alphas) == len(modules)
     one, two = read_lora(file), read_lora(twin, base.configs["unet"])
@@ -117,9 +112,17 @@ def test_what_is_written_loads_in_other_programs(base: BaseFiles, photos: Path, 
     assert (record["kohya_file"], record["kohya_sha256"]) == (twin.name, sha256_of(twin))
 
 
-def base_config(layers: int) -> Any:
-    """What diffusers' converter asks of a UNet's config."""
-    return SimpleNamespace(layers_per_block=layers)
+def convert_by_diffusers(tensors: dict[str, Any], layers: int) -> tuple[dict[str, Any], dict[str, float]]:
+    """A kohya file's tensors under the names of `save_lora_weights`, and its alphas, by diffusers' own converter."""
+    from diffusers.loaders import lora_conversion_utils as theirs
+
+    mapped = theirs._maybe_map_sgm_blocks_to_diffusers(dict(tensors), SimpleNamespace(layers_per_block=layers))
+    converted, alphas = theirs._convert_non_diffusers_lora_to_diffusers(mapped)
+    plain = {
+        re.sub(r"\.processor\.(to_\w+?)_lora\.", lambda to: f".{to[1]}{'.0' * (to[1] == 'to_out')}.lora.", name): value
+        for name, value in converted.items()
+    }
+    return plain, alphas
 
 
 def check_kohya_metadata(told: dict[str, str], file: Path, base: BaseFiles) -> None:
@@ -155,6 +158,15 @@ def test_the_names_are_kohyas_for_sdxl() -> None:
     attentions = {name.split(".attentions")[0] for name in names if ".attentions" in name}
     for module, flat in names.items():
         assert flat == kohya_module("unet", module, 2, attentions), module
+    tensors = {
+        f"{flat}.lora_{side}.weight": module
+        for module, flat in names.items()
+        for side in ("down", "up")
+        if ".attn" in module
+    }
+    found, _ = convert_by_diffusers(tensors, 2)
+    assert len(found) == 2 * 560
+    assert all(name.split(".lora.")[0] == f"unet.{module}" for name, module in found.items())
 
 
 @pytest.mark.parametrize(
@@ -262,7 +274,7 @@ def test_a_missing_extra_is_named(
     base: BaseFiles, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtraError, match=r"pip install dreammix-trt\[train\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'dreammix-trt\[train\]'"):
         train(photos, tmp_path / "lora", base)
     assert not any(tmp_path.iterdir())
 
