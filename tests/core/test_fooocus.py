@@ -225,7 +225,9 @@ def test_files_of_other_formats_say_so(tmp_path: Path, golden: Path) -> None:
     with pytest.raises(FileFormatError, match="no such file"):
         read_patch(tmp_path / "none.patch")
     (tmp_path / "text.patch").write_text("hello")
-    with pytest.raises(FileFormatError, match=r"text\.patch.*truncated, or neither a safetensors file nor one written by torch\.save"):
+    with pytest.raises(
+        FileFormatError, match=r"text\.patch.*truncated, or neither a safetensors file nor one written by torch\.save"
+    ):
         read_patch(tmp_path / "text.patch")
     whole = (golden / "tiny.fooocus.patch").read_bytes()
     (tmp_path / "cut.patch").write_bytes(whole[: len(whole) // 2])
