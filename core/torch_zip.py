@@ -46,7 +46,7 @@ def read_torch_zip(path: str | Path) -> dict[str, Any]:
     """
     file = MappedFile.open(path)
     if not _starts_as_zip(file.path):
-        raise FileFormatError(f"{file.path}: {describe_foreign(file.path)}")
+        raise FileFormatError(f"{file.path}: not a file written by torch.save: {describe_foreign(file.path)}")
     try:
         with zipfile.ZipFile(file.path) as archive:
             pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
