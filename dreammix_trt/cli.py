@@ -169,7 +169,8 @@ def train(
         Path | None, typer.Option(help="For --segment: the ONNX file of a U²-Net or ISNet, such as rembg's.")
     ] = None,
     segmenter_style: Annotated[
-        str | None, typer.Option(help="u2net or isnet: how it normalises; default: by the file's name, then its size.")
+        Literal["u2net", "isnet"] | None,
+        typer.Option(help="How it normalises; default: by the file's name, then its size."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Train on new masks without showing them first.")] = False,
     seed: int = 0,
