@@ -7,6 +7,7 @@ object on stdout as well.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
@@ -90,9 +91,22 @@ def _explain_usage(error: Exception) -> int:
     if type(error).__name__ == "NoArgsIsHelpError" and context is not None:
         return InputError.exit_code  # the help has been printed
     message = getattr(error, "format_message", error.__str__)().replace("Value error, ", "")
+    value = _find_value(getattr(getattr(error, "param", None), "opts", ()))
+    if value is not None and repr(value) not in message:
+        message = f"{message.rstrip('.')} (it is {value!r})"
     command = context.command_path if context is not None else _NAME
     joint = " See" if message.endswith("?") else "; see"
     return _fail(InputError(f"{message.rstrip('.')}{joint} `{command} --help`"))
+
+
+def _find_value(options: Sequence[str]) -> str | None:
+    """What the user gave for an option of these names; click's messages leave it out for numbers."""
+    words = sys.argv[1:]
+    for number, word in enumerate(words):
+        name, sign, value = word.partition("=")
+        if name in options and name.startswith("-"):
+            return value if sign else next(iter(words[number + 1 :]), None)
+    return None
 
 
 def _print_error(kind: str, message: str, exit_code: int) -> None:
@@ -169,7 +183,8 @@ def train(
         Path | None, typer.Option(help="For --segment: the ONNX file of a U²-Net or ISNet, such as rembg's.")
     ] = None,
     segmenter_style: Annotated[
-        str | None, typer.Option(help="u2net or isnet: how it normalises; default: by the file's name, then its size.")
+        Literal["u2net", "isnet"] | None,
+        typer.Option(help="How it normalises; default: by the file's name, then its size."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Train on new masks without showing them first.")] = False,
     seed: int = 0,

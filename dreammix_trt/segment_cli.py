@@ -11,7 +11,7 @@ import typer
 from PIL import Image
 
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.terminal import say, show_progress
+from dreammix_trt.terminal import say, show_progress, warn
 
 if TYPE_CHECKING:
     from dreammix_trt.report import Row
@@ -48,9 +48,9 @@ def make_masks(
     write_mask_sheet(read_photographs(photos, large_masks=True), new.made, sheet)
     say(f"{len(new.made)} masks in {new.made[0].parent} ({network.file.name}, {network.style}); look at {sheet}")
     if not approved:
-        say(
-            "Nothing was trained yet. Where a mask is wrong, paint it over or delete the photograph; then give the "
-            "same command again. With --yes it does not stop here."
+        warn(
+            f"Nothing was trained yet: look at {sheet}. Where a mask is wrong, paint it over or delete the photograph; "
+            "then give the same command again. With --yes it does not stop here."
         )
         raise typer.Exit(1)
 

@@ -32,7 +32,7 @@ out_console = Console(emoji=False, highlight=False)
 err_console = Console(stderr=True, emoji=False, highlight=False)
 
 #: without a terminal: seconds until the first line of a long work, between two at first, and between two equal ones
-FIRST_LINE, NEXT_LINE, SAME_LINE = 2.0, 10.0, 60.0
+FIRST_LINE, NEXT_LINE, SAME_LINE = 5.0, 10.0, 60.0
 EVERYWHERE = "Everywhere"
 PANELS_FROM = 78  # columns; panels would cut the names of options in a narrower terminal
 _F = TypeVar("_F", bound=Callable[..., Any])

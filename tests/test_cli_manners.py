@@ -223,6 +223,14 @@ def test_wrong_choices_name_the_right_ones(call: Call) -> None:
         assert f"'wrong' is not one of {allowed}; see `dreammix-trt {command} --help`" in done.err, done.err
 
 
+@pytest.mark.parametrize("given", [["--steps", "nine"], ["--steps=nine"], ["--threads", "0"], ["-n", "-3"]])
+def test_a_number_that_cannot_be_is_named_with_its_option(given: list[str], call: Call) -> None:
+    done = call("inpaint", "engine", "--out", "x.png", *given)
+    option, _, value = given[0].partition("=")
+    assert done.code == 2
+    assert option in done.err and f"(it is {value or given[1]!r}); see" in done.err
+
+
 def test_messages_are_chosen_anywhere(mug_engine: Path, place: Path, call: Call) -> None:
     usual = words(mug_engine, place, "--out", place / "out.png")
     for order in (["--quiet", *usual], [*usual, "-q"], ["-q", *usual, "--log-level", "error"]):
