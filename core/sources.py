@@ -151,6 +151,6 @@ def _to_levels(array: npt.NDArray[Any], label: str) -> U8:
 
 
 def _remedy(least: float, most: float) -> str:
-    if least >= 0 and most <= 255:
+    if least >= 0 and 2 < most <= 255:
         return ": divide them by 255"
     return ": give (x + 1) / 2" if least >= -1 and most <= 1 else ": scale or clip them"

@@ -79,15 +79,15 @@ class Roster:
         Raises InputError for a subject that is not loaded, and for a strength of none.
         """
         name = request.subject if request.subject is not None else next(iter(self._subjects), "")
-        if name == "":
-            if request.subject_scale != 1:
-                raise InputError(
-                    f"subject_scale is {request.subject_scale:g}, but no subject is drawn whose strength it could set "
-                    "(one that `build --merge` baked in has its own): give a subject, or leave subject_scale at 1"
-                )
-            return _NONE
-        self._check_known("subject", name)
-        subject = self._subjects[name]
+        if name != "":
+            self._check_known("subject", name)
+        subject = self._subjects[name] if name else _NONE
+        if request.subject_scale != 1 and not any(subject.factors.values()):
+            why = f"subject {name!r} is baked into the weights" if name else "no subject is drawn"
+            raise InputError(
+                f"subject_scale is {request.subject_scale:g}, but {why}, so there is no strength to set: "
+                f"{'build it without --merge' if name else 'give a subject'}, or leave subject_scale at 1"
+            )
         return replace(subject, name=name, token=subject.token or _NONE.token)
 
     def _check_known(self, field: str, name: str) -> None:

@@ -116,6 +116,7 @@ def test_dlpack_of_any_library() -> None:
         (np.full((4, 4), np.nan), "NaN"),
         (np.array([[0.5, np.inf]]), "NaN or infinity"),
         (np.array([[0.5, 200.0]]), r"0\.5 to 200; they must be 0\.\.1, with 1\.0 as white: divide them by 255"),
+        (np.array([[0.0, 1.9]]), "scale or clip"),
         (np.array([[-1.0, 1.0]]), r"-1 to 1.*: give \(x \+ 1\) / 2"),
         (np.array([[-3.0, 999.0]]), "scale or clip"),
         (RGB.astype(np.int64), r"int64 array: give uint8 values 0\.\.255 \(a\.astype"),

@@ -18,7 +18,7 @@ from dreammix_trt.core.lora import read_lora
 from dreammix_trt.core.noise import SeededNoise
 from dreammix_trt.core.passport import Passport
 from dreammix_trt.core.request import Request
-from dreammix_trt.core.subject import read_subject, subject_from_loras, write_subject
+from dreammix_trt.core.subject import Subject, read_subject, subject_from_loras, write_subject
 from dreammix_trt.engine import DreamMix, FakeDenoiser
 from dreammix_trt.engine.dreammix import Job, read_request, save
 from dreammix_trt.engine.imprint import Origin, find_version
@@ -180,6 +180,9 @@ def test_a_strength_of_nobody_is_refused(dm: DreamMix) -> None:
             paint(dm, subject_scale=scale)
     with pytest.raises(InputError, match=r"subject_scale is 0\.5, but no subject is drawn"):
         paint(dm, subject="", subject_scale=0.5)
+    merged = DreamMix.on_host(dm.networks, dm.facts, dm.tokenizers, [Subject("pot", "sks", "pot")])
+    with pytest.raises(InputError, match=r"subject_scale is 0, but subject 'pot' is baked into the weights"):
+        paint(merged, subject_scale=0)
 
 
 def test_a_removed_subject_is_gone_and_the_next_is_the_default(mug_engine: Path, cup: Path) -> None:
