@@ -350,14 +350,9 @@ def _save(result: Result, out: Path, stages: Path | None, *, metadata: bool) -> 
 def _write_standard(result: Result, *, metadata: bool) -> None:
     """Write the picture as a PNG to stdout."""
     import sys
-    import tempfile
 
-    from dreammix_trt.engine.result import save
-
-    with tempfile.TemporaryDirectory(prefix="dreammix-") as folder:
-        save(result, Path(folder) / "out.png", metadata=metadata)
-        sys.stdout.buffer.write((Path(folder) / "out.png").read_bytes())
-        sys.stdout.buffer.flush()
+    sys.stdout.buffer.write(result.to_bytes("png", metadata=metadata))
+    sys.stdout.buffer.flush()
 
 
 def _report(result: Result, names: list[Path], as_json: bool) -> None:

@@ -13,6 +13,7 @@ from typing import IO, Any, cast
 from PIL import Image, UnidentifiedImageError
 
 from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.png_chunks import shorten_chunks
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import Schedule
 from dreammix_trt.core.sources import as_bytes
@@ -201,11 +202,21 @@ def read_request(source: str | os.PathLike[str] | bytes | IO[bytes]) -> Request:
 def _find_text(data: bytes, name: str) -> str:
     """The JSON of a request in the contents of a file."""
     try:
-        with Image.open(io.BytesIO(data), formats=tuple(_LONGEST)) as image:
-            image.load()  # text may follow the pixels
-            text = find_request(image)
+        try:
+            text = _find_in_picture(data)
+        except ValueError:  # a PNG whose profile inflates beyond Pillow's limit; we write those, too
+            shortened = shorten_chunks(data)
+            if shortened is None:
+                raise
+            text = _find_in_picture(shortened.data)
     except UnidentifiedImageError:
         return data.decode("utf-8")
     if text is None:
         raise InputError(f"{name} carries no request: it was not made here, or metadata was switched off")
     return text
+
+
+def _find_in_picture(data: bytes) -> str | None:
+    with Image.open(io.BytesIO(data), formats=tuple(_LONGEST)) as image:
+        image.load()  # text may follow the pixels
+        return find_request(image)

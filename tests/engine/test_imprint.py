@@ -177,6 +177,16 @@ def test_what_holds_no_request(tmp_path: Path, data: bytes, said: str) -> None:
         read_request(data)
 
 
+def test_a_request_is_read_beside_a_profile_beyond_pillows_limit(tmp_path: Path) -> None:
+    image = Image.new("RGB", (8, 8))
+    image.info["icc_profile"] = bytes(128 + (3 << 20))
+    result = make_result(image)
+    result.save(tmp_path / "out.png", 1)
+    with pytest.raises(ValueError, match="too large"), Image.open(tmp_path / "out.png") as opened:
+        opened.load()
+    assert read_request(tmp_path / "out.png") == result.request.replace(seed=8, num_images_per_prompt=1)
+
+
 def test_a_comment_of_another_program_is_no_request() -> None:
     for comment in (b"\x00", "hello\x00".encode("utf-16-le"), '{"a": 1}'.encode("utf-16-le"), "[]".encode("utf-16-le")):
         exif = Image.Exif()
