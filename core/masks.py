@@ -7,7 +7,6 @@ this rule, so it is recognised first.
 
 from __future__ import annotations
 
-import logging
 import math
 
 import numpy as np
@@ -15,9 +14,9 @@ import numpy.typing as npt
 
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.pictures import MAX_PIXELS, PictureIn, name_source, read_image, spell_size
+from dreammix_trt.core.remarks import remark
 from dreammix_trt.core.sources import Source
 
-log = logging.getLogger(__name__)
 U8 = npt.NDArray[np.uint8]
 
 #: Colours within so many levels are one colour: lossy formats and premultiplied edges.
@@ -110,7 +109,7 @@ def _read_layers(mask: PictureIn, picture: PictureIn, label: str, of_subject: bo
     if _shows(mask.rgb[few], picture.rgb[few], solid[few]):
         if of_subject:
             return alpha
-        log.warning("%s is the picture with a part erased: what is transparent is repainted", label)
+        remark(f"{label} is the picture with a part erased: what is transparent is repainted")
         return 255 - alpha
     if int(bright[solid].max()) - int(bright[solid].min()) <= _SAME:
         return alpha

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import logging
 import math
 
 import numpy as np
 from PIL import ExifTags, Image
 
-log = logging.getLogger(__name__)
+from dreammix_trt.core.remarks import remark
 
 _ORIENTATION = 0x0112
 
@@ -44,10 +43,8 @@ def keep_profile(image: Image.Image, plain: Image.Image, label: str) -> bytes | 
     space, expected = _space_of(profile), _GREY if plain.mode in ("L", "LA") else _COLOUR
     if space in (None, expected):
         return profile
-    log.warning(
-        "%s: its colour profile is for %r values, but it has %r: the profile is left out",
-        *(label, space.decode("latin-1").strip(), expected.decode().strip()),
-    )
+    given, wanted = (each.decode("latin-1").strip() for each in (space, expected))
+    remark(f"{label}: its colour profile is for {given!r} values, but it has {wanted!r}: the profile is left out")
     return None
 
 
@@ -66,7 +63,7 @@ def through_profile(image: Image.Image, label: str) -> Image.Image:
 
     profile = image.info.get("icc_profile")
     if not profile:
-        log.warning("%s is CMYK without a colour profile: its colours are a guess", label)
+        remark(f"{label} is CMYK without a colour profile: its colours are a guess")
         return image.convert("RGB")
     try:
         converted = ImageCms.profileToProfile(
@@ -78,7 +75,7 @@ def through_profile(image: Image.Image, label: str) -> Image.Image:
             flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
-        log.warning("%s: its CMYK profile cannot be used (%s): its colours are a guess", label, error)
+        remark(f"{label}: its CMYK profile cannot be used ({error}): its colours are a guess")
         return image.convert("RGB")
     assert converted is not None
     return converted
@@ -93,7 +90,7 @@ def keep_exif(image: Image.Image, label: str) -> bytes | None:
     try:
         given, kept = image.getexif(), Image.Exif()
         if not len(given) and len(image.info.get("exif", b"")) > len(b"Exif\0\0"):
-            log.warning("%s: its EXIF block is damaged and is left out", label)
+            remark(f"{label}: its EXIF block is damaged and is left out")
         for tag in _KEPT_TAGS & given.keys():
             kept[tag] = given[tag]
         for part in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
@@ -103,11 +100,11 @@ def keep_exif(image: Image.Image, label: str) -> bytes | None:
                 kept[part] = values
         block = kept.tobytes() if len(kept) else None
         if block is not None and len(block) > _MOST_EXIF:
-            log.warning("%s: its EXIF block has %d bytes and is left out: too large for a JPEG", label, len(block))
+            remark(f"{label}: its EXIF block has {len(block)} bytes and is left out: too large for a JPEG")
             return None
         return block
     except Exception as error:  # whatever a camera or an editor wrote: it is not worth the picture
-        log.warning("%s: its EXIF block cannot be kept (%s)", label, error)
+        remark(f"{label}: its EXIF block cannot be kept ({error})")
         return None
 
 

@@ -25,6 +25,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.picture_info import is_grey, keep_dpi, keep_exif, keep_profile, through_profile
 from dreammix_trt.core.png_chunks import shorten_chunks
+from dreammix_trt.core.remarks import remark
 from dreammix_trt.core.sources import Source, as_bytes, as_picture_array
 from dreammix_trt.core.transparency import composite, spread_colours, uncover
 
@@ -233,7 +234,7 @@ def _open_file(file: Path | bytes, label: str, max_pixels: int) -> Image.Image:
             raise
         log.debug("%s: %s", label, error)
     if shortened.dropped:
-        log.warning("%s: its %s is absurdly large and is left out", label, shortened.dropped)
+        remark(f"{label}: its {shortened.dropped} is absurdly large and is left out")
     image = _load(io.BytesIO(shortened.data), label, max_pixels)
     if shortened.profile is not None:
         image.info["icc_profile"] = shortened.profile
@@ -252,7 +253,7 @@ def _load(file: Path | io.BytesIO, label: str, max_pixels: int) -> Image.Image:
         again.tile = [again.tile[0]._replace(args=low)]
         lower = _decode(again, label, max_pixels)
     if np.asarray(lower)[..., :3].any():
-        log.warning("%s has 16 bits a channel, but its values end at 255: read as 8-bit values", label)
+        remark(f"{label} has 16 bits a channel, but its values end at 255: read as 8-bit values")
     return lower
 
 
@@ -272,7 +273,7 @@ def _say_frames(image: ImageFile.ImageFile, label: str) -> None:
     except _DAMAGE:  # decoding will say so
         return
     if count > 1 and image.format != "MPO":  # a phone's second picture is of no interest
-        log.warning("%s holds %d pictures: the first one is read", label, count)
+        remark(f"{label} holds {count} pictures: the first one is read")
 
 
 def _low_bytes_of(image: ImageFile.ImageFile) -> str | None:
@@ -349,7 +350,7 @@ def _convert_deep(image: Image.Image, label: str) -> Image.Image:
     if low < 0 or high > 65535:
         raise InputError(f"{label} has 32-bit values, whose range is unknown: save it with 8 or 16 bits a channel")
     if 0 < high <= 255:
-        log.warning("%s has 16 bits a channel, but its values end at 255: read as 8-bit values", label)
+        remark(f"{label} has 16 bits a channel, but its values end at 255: read as 8-bit values")
     grey = Image.fromarray((values if high <= 255 else values >> 8).astype(np.uint8))
     clear = image.info.get("transparency")
     if isinstance(clear, int):

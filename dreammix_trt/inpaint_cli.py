@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.terminal import AsJson, Force, Store, Threads, print_json, say, show_progress, warn
+from dreammix_trt.terminal import AsJson, Force, Store, Threads, print_json, say, show_progress
 
 if TYPE_CHECKING:
     from dreammix_trt.core.request import Request
@@ -356,9 +356,7 @@ def _write_standard(result: Result, *, metadata: bool) -> None:
 
 
 def _report(result: Result, names: list[Path], as_json: bool) -> None:
-    """Say what was made, what that took, and which words of the request do nothing."""
-    for warning in result.warnings:
-        warn(warning)
+    """Say what was made and what that took."""
     if as_json:
         record = {
             "images": [str(name) for name in names],

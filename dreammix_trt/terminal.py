@@ -99,10 +99,21 @@ class App(typer.Typer):
         return decorate
 
 
+class _OnConsole(logging.Handler):
+    """What is logged, on stderr; a warning looks like every other warning."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        if record.levelno == logging.WARNING:
+            warn(text)
+        else:
+            err_console.print(f"{record.levelname} {record.name}: {text}", markup=False, soft_wrap=True)
+
+
 def begin_messages(log_level: str | None, quiet: bool) -> None:
     """Set how much is written on stderr, as the command line begins."""
     _state.quiet = quiet
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(handlers=[_OnConsole()])
     logging.getLogger().setLevel(log_level or "WARNING")
 
 

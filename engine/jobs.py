@@ -15,6 +15,7 @@ from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.masks import read_mask
 from dreammix_trt.core.noise import NoiseProvider
 from dreammix_trt.core.pictures import PictureIn, read_image
+from dreammix_trt.core.remarks import keep_remarks, remark
 from dreammix_trt.core.request import Request, draw_seed
 from dreammix_trt.core.schedule import Schedule, make_schedule
 from dreammix_trt.core.seam import BaseFacts
@@ -54,6 +55,7 @@ class LaidOut:
     source: the user's picture.
     shapes: for each picture, what the pictures of its batch must share.
     origin: what paints it.
+    warnings: what its user should know of its pictures and words.
     images: finished so far.
     stages: named pictures of what each stage did, where they were asked for.
     finished: the result, after the last picture.
@@ -67,6 +69,7 @@ class LaidOut:
     shapes: list[Any]
     clock: PhaseClock
     origin: Origin
+    warnings: tuple[str, ...]
     images: list[Image.Image] = field(default_factory=list)
     stages: dict[str, Image.Image] = field(default_factory=dict)
     finished: Result | None = None
@@ -83,9 +86,9 @@ class LaidOut:
         for phase, seconds in timings.items():
             self.clock.seconds[phase] = self.clock.seconds.get(phase, 0.0) + seconds / count
         if len(self.images) == len(self.works):
-            spent, warnings = dict(self.clock.seconds), self.works[0].prompts.warnings
+            spent = dict(self.clock.seconds)
             self.finished = Result(
-                self.images, self.request, self.seeds, self.schedule, spent, self.stages, self.origin, warnings
+                self.images, self.request, self.seeds, self.schedule, spent, self.stages, self.origin, self.warnings
             )
 
 
@@ -107,7 +110,7 @@ def lay_out(
     choose_subject: Callable[[Request], Subject],
     origin: Origin,
 ) -> LaidOut:
-    """Check a whole job and prepare its pictures. Runs no network.
+    """Check a whole job and prepare its pictures. Runs no network. Warnings are logged, and kept for the result.
 
     choose_subject: request -> its subject under the name that the runtime knows, "" for none.
     origin: what paints it, without the subject.
@@ -119,7 +122,7 @@ def lay_out(
         raise InputError(f"a job's request is a {type(request).__name__}: give dm.request(prompt, ...)")
     seed = draw_seed() if request.seed is None else request.seed
     request = request.replace(seed=seed)
-    with clock("read"):
+    with clock("read"), keep_remarks() as remarks:
         source = read_image(job.image)
         mask = read_mask(job.mask_image, source)
     subject = choose_subject(request)
@@ -136,8 +139,12 @@ def lay_out(
     works = [
         Work(canvas, request, schedule, seed, role, prompts, noise) for seed, noise in zip(seeds, noises, strict=True)
     ]
+    shapes = [runtime.check(work) for work in works]
+    for warning in prompts.warnings:
+        remark(warning)
     origin = replace(origin, subject=subject.name, subject_sha256=subject.source_sha256)
-    return LaidOut(source, request, schedule, seeds, works, [runtime.check(work) for work in works], clock, origin)
+    said = (*remarks, *prompts.warnings)
+    return LaidOut(source, request, schedule, seeds, works, shapes, clock, origin, said)
 
 
 def lay_canvas(image: U8, mask: U8, request: Request, facts: BaseFacts, sizes: Sequence[Size] | None = None) -> Canvas:

@@ -45,7 +45,8 @@ class Result:
         included, and the host's in "read", "canvas", "write" and "weights" (loaded for this request).
     stages: named pictures of what each stage did, when asked for; on a GPU "local result" and "last result".
     origin: what painted it.
-    warnings: words of the request that do nothing, one sentence each.
+    warnings: what its user should know of the pictures as they were read, and which words of the request do nothing;
+        one sentence each. They are logged as well, before it is painted.
     """
 
     images: list[Image.Image]

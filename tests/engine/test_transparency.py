@@ -59,12 +59,18 @@ def test_what_is_painted_shows_and_what_is_hidden_is_not_seen(painter: DreamMix)
     assert ((rim > 0) & (rim < 255)).any()  # alpha rises with the feather
 
 
-def test_the_mask_may_be_the_pictures_own_transparency(painter: DreamMix) -> None:
+def test_the_mask_may_be_the_pictures_own_transparency(painter: DreamMix, caplog: pytest.LogCaptureFixture) -> None:
     image, mask = make_scene(*SIZE)
     marked = np.asarray(mask) > 127
     erased = np.dstack([np.asarray(image), np.where(marked, 0, 255).astype(np.uint8)])
     by_none = paint(painter, Image.fromarray(erased), None)
     by_mask = paint(painter, Image.fromarray(erased), np.where(marked, 255, 0).astype(np.uint8))
+    with caplog.at_level("WARNING"):
+        fields: dict[str, Any] = {"num_inference_steps": STEPS, "seed": 3}
+        result = painter.inpaint(Image.fromarray(erased), Image.fromarray(erased), "a red skz mug", **fields)
+    recognised, unnamed = result.warnings  # the reader's and the prompt's, each also logged once
+    assert "mask_image is the picture with a part erased" in recognised and "'skz'" in unnamed
+    assert caplog.messages == list(result.warnings)
     by_itself = paint(painter, Image.fromarray(erased), Image.fromarray(erased))
     np.testing.assert_array_equal(by_none, by_mask)
     np.testing.assert_array_equal(by_none, by_itself)
