@@ -139,9 +139,7 @@ def inpaint(
         mode=mode,
     )
     _check_outputs(out, save_stages, request.num_images_per_prompt, force=force, as_json=as_json)
-    options: dict[str, Any] = {} if residency is None else {"residency": residency}
-    if device == "cuda":
-        options |= _make_room(request, image, base)
+    options = _choose_options(device, residency, request, image, base)
     with DreamMix.load(engine, threads=threads, verify=verify, store=store, device=device, **options) as dm:
         result = _paint(dm, image, mask, request, keep_stages=save_stages is not None)
     names = _save(result, out, save_stages, metadata=not no_metadata)
@@ -178,19 +176,24 @@ def _choose_mask(mask: Path | None, from_alpha: bool) -> Path | None:
     return mask
 
 
-def _make_room(request: Request, image: Path, base: Mapping[str, Any]) -> dict[str, int]:
-    """The runtime's options that set aside a GPU's memory for one request and no more.
+def _choose_options(
+    device: str, residency: str | None, request: Request, image: Path, base: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The runtime's options; those of a GPU set aside its memory for one request and no more.
 
     base: of a passport. A request has one subject and frames of two sizes, one a stage; its own prompts always have
     room. On a GPU its pictures are painted one after the other.
     """
     from dreammix_trt.core.pictures import read_image
 
+    asked: dict[str, Any] = {} if residency is None else {"residency": residency}
+    if device == "cpu":
+        return asked
     if request.mode == "reference":  # the picture is stretched
         height, width = request.reference_resize or (base["native_side"], base["native_side"])
     else:
         height, width = read_image(image).size
-    return {"largest_picture": height * width, "subjects": 1, "texts": 1, "shapes": 2}
+    return asked | {"largest_picture": height * width, "subjects": 1, "texts": 1, "shapes": 2}
 
 
 def _read_request(
