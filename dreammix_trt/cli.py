@@ -31,6 +31,7 @@ from dreammix_trt.terminal import (
     Force,
     LogLevel,
     Quiet,
+    Seed,
     Store,
     Threads,
     begin_messages,
@@ -176,7 +177,7 @@ def demo(
         "demo"
     ),
     threads: Threads = None,
-    seed: int = 7,
+    seed: Seed = 7,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -205,7 +206,7 @@ def train_base(
         float, typer.Option(min=0.0, help="Multiplies the steps and time limits of every stage.")
     ] = 1.0,
     native_size: Annotated[int, typer.Option(min=64, help="Side in pixels of the pictures it knows.")] = 256,
-    seed: int = 0,
+    seed: Seed = 0,
     smoke: Annotated[bool, typer.Option("--smoke", help="A few steps of everything, to see that it runs.")] = False,
 ) -> None:
     """Train the embedded micro-SDXL again from nothing, in hours (see docs/model-card.md)."""

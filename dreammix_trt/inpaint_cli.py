@@ -30,7 +30,7 @@ MaskFromAlpha = Annotated[
     bool, typer.Option("--mask-from-alpha", help="No mask: repaint what is transparent in the picture.")
 ]
 Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help='For example "a red sks mug".')]
-NegativePrompt = Annotated[str | None, typer.Option()]
+NegativePrompt = Annotated[str | None, typer.Option(help="What is not to be there.")]
 Subject = Annotated[str | None, typer.Option(help="Which subject, when the engine has several.")]
 Substitute = Annotated[list[str] | None, typer.Option(help="Attribute words to take out of the subject.")]
 SubjectScale = Annotated[float | None, typer.Option(help="Strength of the subject, 0 to 2; default: 1.")]
@@ -38,10 +38,14 @@ Seed = Annotated[
     int | None,
     typer.Option(parser=lambda text: parse_seed(text), metavar="N", help="Default: 0; `random` draws one and says it."),
 ]
-Steps = Annotated[int | None, typer.Option(min=1)]
-Sampler = Annotated[Literal["dpmpp_2m_sde", "euler", "lcm"] | None, typer.Option()]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the engine's, else 30.")]
+Sampler = Annotated[
+    Literal["dpmpp_2m_sde", "euler", "lcm"] | None, typer.Option(help="Default: the engine's, else dpmpp_2m_sde.")
+]
 Count = Annotated[int | None, typer.Option("--count", "-n", min=1, help="Pictures; the k-th has seed + k.")]
-GuidanceScale = Annotated[float | None, typer.Option()]
+GuidanceScale = Annotated[
+    float | None, typer.Option(help="How closely the prompt is followed; default: the engine's, else 4.")
+]
 Feather = Annotated[
     int | None, typer.Option(min=0, help="Pixels over which the result fades into the picture; 0: a hard edge.")
 ]
@@ -49,7 +53,9 @@ Mode = Annotated[
     Literal["native", "reference"] | None,
     typer.Option(help="reference follows the authors' arithmetic; default: native."),
 ]
-FromRequest = Annotated[Path | None, typer.Option("--from", help="A request: a JSON file or a picture made here.")]
+FromRequest = Annotated[
+    Path | None, typer.Option("--from", help="A request: a JSON file or a picture made here; - reads it from stdin.")
+]
 SetFields = Annotated[
     list[str] | None, typer.Option("--set", help="Any other field of a request as NAME=VALUE (JSON).")
 ]

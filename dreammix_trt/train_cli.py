@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.terminal import AsJson, Base, Force, Threads, print_json, say, show_progress, warn
+from dreammix_trt.terminal import AsJson, Base, Force, Seed, Threads, print_json, say, show_progress, warn
 
 if TYPE_CHECKING:
     from dreammix_trt.trainer.folder import TrainRecord
@@ -80,7 +80,7 @@ def train(
     segmenter: Segmenter = None,
     segmenter_style: SegmenterStyle = None,
     yes: Yes = False,
-    seed: int = 0,
+    seed: Seed = 0,
     threads: Threads = None,
     force: Force = False,
     as_json: AsJson = False,
