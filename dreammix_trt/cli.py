@@ -28,10 +28,10 @@ from dreammix_trt.store_cli import store_app
 from dreammix_trt.terminal import (
     App,
     AsJson,
-    Base,
     Force,
     LogLevel,
     Quiet,
+    Seed,
     Store,
     Threads,
     begin_messages,
@@ -43,6 +43,9 @@ from dreammix_trt.terminal import (
     say_error,
     show_progress,
 )
+from dreammix_trt.train_cli import EXAMPLES as TRAIN_EXAMPLES
+from dreammix_trt.train_cli import PANELS as TRAIN_PANELS
+from dreammix_trt.train_cli import train
 
 _NAME = "dreammix-trt"
 #: click's errors of use; typer exports the most special of them alone
@@ -138,106 +141,7 @@ app.add_typer(store_app, name="store")
 app.command("doctor")(doctor)
 
 
-@app.command(
-    epilog="""
-Examples:
-
-dreammix-trt train photos/ --class-name mug -o lora/
-
-dreammix-trt train photos/ --class-name mug -o lora/ --base sdxl.safetensors --steps 500 --rank 8
-""",
-    panels={
-        "What is learnt": ("class_name", "token", "prompt", "base"),
-        "Masks": ("invert_masks", "large_masks", "segment", "segmenter", "segmenter_style", "yes"),
-        "How it is learnt": ("rank", "steps", "learning_rate", "loss", "seed", "threads"),
-        "What is written": ("out", "merged", "force", "as_json"),
-    },
-)
-def train(
-    photos: Annotated[
-        Path,
-        typer.Argument(help="Folder with image/NN.jpg and mask/NN.png, or NN.jpg with NN_mask.png beside it."),
-    ],
-    class_name: Annotated[str, typer.Option(help="What the subject is, in a word: mug, teapot, dog.")],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for pytorch_lora_weights.safetensors and train.json.")
-    ],
-    base: Base = None,
-    token: Annotated[str, typer.Option(help="The word that will mean this subject.")] = "sks",
-    prompt: Annotated[
-        str | None, typer.Option(help='Caption of the photographs; default "a photo of a TOKEN CLASS".')
-    ] = None,
-    rank: Annotated[int, typer.Option(min=1, max=128)] = 4,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; default fits the base.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(min=0.0)] = None,
-    loss: Annotated[
-        Literal["paper", "reference"], typer.Option(help="paper (eq. 7) or reference (the authors' code).")
-    ] = "reference",
-    merged: Annotated[bool, typer.Option("--merged", help="Also write the merged UNet weights.")] = False,
-    invert_masks: Annotated[bool, typer.Option("--invert-masks", help="The subject is black in the masks.")] = False,
-    large_masks: Annotated[
-        bool, typer.Option("--large-masks", help="The subject does fill most of every photograph.")
-    ] = False,
-    segment: Annotated[bool, typer.Option("--segment", help="Make the masks that are missing, and show them.")] = False,
-    segmenter: Annotated[
-        Path | None, typer.Option(help="For --segment: the ONNX file of a U²-Net or ISNet, such as rembg's.")
-    ] = None,
-    segmenter_style: Annotated[
-        Literal["u2net", "isnet"] | None,
-        typer.Option(help="How it normalises; default: by the file's name, then its size."),
-    ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Train on new masks without showing them first.")] = False,
-    seed: int = 0,
-    threads: Threads = None,
-    force: Force = False,
-    as_json: AsJson = False,
-) -> None:
-    """Train a LoRA of one subject from a handful of photographs."""
-    from dreammix_trt.core.extras import require_training
-    from dreammix_trt.trainer.folder import RECORD
-
-    require_training()
-    if (out / RECORD).exists() and not force:
-        raise InputError(
-            f"--out {out} holds a LoRA that was trained before; --force replaces it, or name another folder"
-        )
-    if segment:
-        if invert_masks:
-            raise InputError(
-                "--invert-masks excludes --segment, whose masks are white on the subject; leave one of them"
-            )
-        from dreammix_trt.segment_cli import make_masks
-
-        make_masks(photos, segmenter, segmenter_style, approved=yes, threads=threads)
-    elif segmenter is not None or segmenter_style is not None:
-        raise InputError("--segmenter and --segmenter-style need --segment")
-    from dreammix_trt.trainer.lora import train_lora
-
-    with show_progress("training") as update:
-        record = train_lora(
-            photos,
-            class_name,
-            out,
-            base=base,
-            token=token,
-            prompt=prompt,
-            rank=rank,
-            steps=steps,
-            learning_rate=learning_rate,
-            loss=loss,
-            merged=merged,
-            invert_masks=invert_masks,
-            large_masks=large_masks,
-            seed=seed,
-            threads=threads,
-            progress=update,
-        )
-    if as_json:
-        made = ("class_name", "token", "prompt", "rank", "steps", "loss", "seconds", "seed")
-        print_json({"lora": str(out), **{name: getattr(record, name) for name in made}})
-    say(f"{record.steps} steps in {record.seconds:.0f} s; LoRA in {out}")
-
-
+app.command(epilog=TRAIN_EXAMPLES, panels=TRAIN_PANELS)(train)
 app.command(epilog=BUILD_EXAMPLES, panels=BUILD_PANELS)(build)
 
 
@@ -273,7 +177,7 @@ def demo(
         "demo"
     ),
     threads: Threads = None,
-    seed: int = 7,
+    seed: Seed = 7,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -302,7 +206,7 @@ def train_base(
         float, typer.Option(min=0.0, help="Multiplies the steps and time limits of every stage.")
     ] = 1.0,
     native_size: Annotated[int, typer.Option(min=64, help="Side in pixels of the pictures it knows.")] = 256,
-    seed: int = 0,
+    seed: Seed = 0,
     smoke: Annotated[bool, typer.Option("--smoke", help="A few steps of everything, to see that it runs.")] = False,
 ) -> None:
     """Train the embedded micro-SDXL again from nothing, in hours (see docs/model-card.md)."""

@@ -30,7 +30,7 @@ MaskFromAlpha = Annotated[
     bool, typer.Option("--mask-from-alpha", help="No mask: repaint what is transparent in the picture.")
 ]
 Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help='For example "a red sks mug".')]
-NegativePrompt = Annotated[str | None, typer.Option()]
+NegativePrompt = Annotated[str | None, typer.Option(help="What is not to be there.")]
 Subject = Annotated[str | None, typer.Option(help="Which subject, when the engine has several.")]
 Substitute = Annotated[list[str] | None, typer.Option(help="Attribute words to take out of the subject.")]
 SubjectScale = Annotated[float | None, typer.Option(help="Strength of the subject, 0 to 2; default: 1.")]
@@ -38,10 +38,14 @@ Seed = Annotated[
     int | None,
     typer.Option(parser=lambda text: parse_seed(text), metavar="N", help="Default: 0; `random` draws one and says it."),
 ]
-Steps = Annotated[int | None, typer.Option(min=1)]
-Sampler = Annotated[Literal["dpmpp_2m_sde", "euler", "lcm"] | None, typer.Option()]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the engine's, else 30.")]
+Sampler = Annotated[
+    Literal["dpmpp_2m_sde", "euler", "lcm"] | None, typer.Option(help="Default: the engine's, else dpmpp_2m_sde.")
+]
 Count = Annotated[int | None, typer.Option("--count", "-n", min=1, help="Pictures; the k-th has seed + k.")]
-GuidanceScale = Annotated[float | None, typer.Option()]
+GuidanceScale = Annotated[
+    float | None, typer.Option(help="How closely the prompt is followed; default: the engine's, else 4.")
+]
 Feather = Annotated[
     int | None, typer.Option(min=0, help="Pixels over which the result fades into the picture; 0: a hard edge.")
 ]
@@ -49,7 +53,9 @@ Mode = Annotated[
     Literal["native", "reference"] | None,
     typer.Option(help="reference follows the authors' arithmetic; default: native."),
 ]
-FromRequest = Annotated[Path | None, typer.Option("--from", help="A request: a JSON file or a picture made here.")]
+FromRequest = Annotated[
+    Path | None, typer.Option("--from", help="A request: a JSON file or a picture made here; - reads it from stdin.")
+]
 SetFields = Annotated[
     list[str] | None, typer.Option("--set", help="Any other field of a request as NAME=VALUE (JSON).")
 ]
@@ -139,9 +145,7 @@ def inpaint(
         mode=mode,
     )
     _check_outputs(out, save_stages, request.num_images_per_prompt, force=force, as_json=as_json)
-    options: dict[str, Any] = {} if residency is None else {"residency": residency}
-    if device == "cuda":
-        options |= _make_room(request, image, base)
+    options = _choose_options(device, residency, request, image, base)
     with DreamMix.load(engine, threads=threads, verify=verify, store=store, device=device, **options) as dm:
         result = _paint(dm, image, mask, request, keep_stages=save_stages is not None)
     names = _save(result, out, save_stages, metadata=not no_metadata)
@@ -178,19 +182,24 @@ def _choose_mask(mask: Path | None, from_alpha: bool) -> Path | None:
     return mask
 
 
-def _make_room(request: Request, image: Path, base: Mapping[str, Any]) -> dict[str, int]:
-    """The runtime's options that set aside a GPU's memory for one request and no more.
+def _choose_options(
+    device: str, residency: str | None, request: Request, image: Path, base: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The runtime's options; those of a GPU set aside its memory for one request and no more.
 
     base: of a passport. A request has one subject and frames of two sizes, one a stage; its own prompts always have
     room. On a GPU its pictures are painted one after the other.
     """
     from dreammix_trt.core.pictures import read_image
 
+    asked: dict[str, Any] = {} if residency is None else {"residency": residency}
+    if device == "cpu":
+        return asked
     if request.mode == "reference":  # the picture is stretched
         height, width = request.reference_resize or (base["native_side"], base["native_side"])
     else:
         height, width = read_image(image).size
-    return {"largest_picture": height * width, "subjects": 1, "texts": 1, "shapes": 2}
+    return asked | {"largest_picture": height * width, "subjects": 1, "texts": 1, "shapes": 2}
 
 
 def _read_request(

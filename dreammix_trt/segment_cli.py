@@ -7,28 +7,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
 from PIL import Image
 
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.terminal import say, show_progress, warn
+from dreammix_trt.terminal import say, show_progress
 
 if TYPE_CHECKING:
     from dreammix_trt.report import Row
     from dreammix_trt.trainer.photographs import PhotographFile
+    from dreammix_trt.trainer.segment import NewMasks
 
 log = logging.getLogger(__name__)
 _COLUMNS, _TILE = 5, 256
 
 
-def make_masks(
-    photos: Path, segmenter: Path | None, style: str | None, *, approved: bool, threads: int | None = None
-) -> None:
-    """Make the missing masks and show all of them on a sheet.
+def make_masks(photos: Path, segmenter: Path | None, style: str | None, threads: int | None = None) -> NewMasks:
+    """Make the missing masks, say so, and show all masks on a sheet where some are new.
 
     segmenter: its ONNX file; None: one that rembg has downloaded.
     style: how it wants pictures normalised; None: guessed.
-    approved: go on without approval. Otherwise leave the program when new masks were made.
 
     Raises InputError when no photograph has a mask even then.
     """
@@ -43,16 +40,11 @@ def make_masks(
         log.warning("%s: %s sees no subject in it; paint a mask", photograph, network.file.name)
     if not new.made:
         say(f"every photograph of {photos} that can have a mask has one; none was made")
-        return
+        return new
     sheet = photos / SHEET
     write_mask_sheet(read_photographs(photos, large_masks=True), new.made, sheet)
     say(f"{len(new.made)} masks in {new.made[0].parent} ({network.file.name}, {network.style}); look at {sheet}")
-    if not approved:
-        warn(
-            f"Nothing was trained yet: look at {sheet}. Where a mask is wrong, paint it over or delete the photograph; "
-            "then give the same command again. With --yes it does not stop here."
-        )
-        raise typer.Exit(1)
+    return new
 
 
 def write_mask_sheet(files: Sequence[PhotographFile], made: Sequence[Path], sheet: Path) -> None:

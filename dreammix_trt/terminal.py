@@ -50,6 +50,7 @@ AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else, also for an error.")
 ]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace what is there.")]
+Seed = Annotated[int, typer.Option(help="The same seed, the same result.")]
 LogLevel = Annotated[
     Literal["DEBUG", "INFO", "WARNING", "ERROR"] | None,
     typer.Option(

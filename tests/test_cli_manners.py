@@ -403,3 +403,15 @@ def test_an_engine_is_readable_for_whom_the_umask_lets(mug_engine: Path) -> None
     files = [file for file in mug_engine.rglob("*") if file.is_file()]
     assert any(file.suffix == ".safetensors" for file in files)
     assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~umask}
+
+
+def test_every_option_is_explained_and_has_its_place_in_a_long_help() -> None:
+    group = cli.typer.main.get_command(cli.app)
+    commands = dict(group.commands)  # type: ignore[attr-defined]
+    commands |= commands.pop("store").commands
+    for name, command in commands.items():
+        options = [each for each in command.params if each.param_type_name == "option"]
+        assert [each.name for each in options if not each.help] == [], name
+        own = [each for each in options if each.rich_help_panel != terminal.EVERYWHERE]
+        if len(own) > 15:
+            assert [each.name for each in own if each.rich_help_panel is None] == [], name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     def train(photos: Path, class_name: str, out: Path, **options: Any) -> Any:
         chosen = {name: options[name] for name in ("invert_masks", "large_masks")}
         asked.append({"photographs": len(read_photographs(photos, **chosen)), **chosen})
-        return SimpleNamespace(steps=1, seconds=0.0)
+        return SimpleNamespace(steps=1, seconds=0.0, kohya_file="sks_mug.safetensors")
 
     monkeypatch.setattr(lora, "train_lora", train)
     return asked
@@ -61,6 +62,24 @@ def test_segment_shows_new_masks_before_it_trains(
     again = run(photos, "--segment", "--segmenter", file)  # the user has looked
     assert again.exit_code == 0, again.output
     assert [each["photographs"] for each in trained] == [2]
+
+
+def test_a_stop_for_new_masks_is_told_to_scripts(tmp_path: Path, trained: list[dict[str, Any]]) -> None:
+    photos, file = write_photographs(tmp_path / "photos"), write_network(tmp_path / "u2net.onnx", side=64)
+    stopped = run(photos, "--segment", "--segmenter", file, "--json")
+    assert stopped.exit_code == 1 and not trained
+    assert json.loads(stopped.stdout) == {
+        "lora": None,
+        "sheet": str(photos / "masks-to-look-at.png"),
+        "masks": [str(photos / "mask" / name) for name in ("0.png", "1.png")],
+        "unseen": [],
+    }
+
+
+def test_the_file_for_other_programs_is_said(tmp_path: Path, trained: list[dict[str, Any]]) -> None:
+    photos, file = write_photographs(tmp_path / "photos"), write_network(tmp_path / "u2net.onnx", side=64)
+    done = run(photos, "--segment", "--segmenter", file, "--yes")
+    assert f"for ComfyUI, A1111 and Fooocus: {tmp_path / 'lora' / 'sks_mug.safetensors'}" in done.stderr
 
 
 def test_yes_does_not_stop(tmp_path: Path, trained: list[dict[str, Any]]) -> None:
@@ -106,5 +125,6 @@ def test_inverted_masks_and_their_options(tmp_path: Path, trained: list[dict[str
 def test_options_that_need_each_other(tmp_path: Path) -> None:
     photos = write_photographs(tmp_path / "photos")
     assert "need --segment" in error_of(run(photos, "--segmenter", "u2net.onnx"))
+    assert "need --segment" in error_of(run(photos, "--yes"))
     assert "--invert-masks excludes --segment" in error_of(run(photos, "--segment", "--invert-masks"))
     assert "there is no such file" in error_of(run(photos, "--segment", "--segmenter", "absent.onnx"))

@@ -47,6 +47,11 @@ class TrainRecord:
     base_hashes: dict[str, str]
     recipe: dict[str, Any]
 
+    @property
+    def kohya_file(self) -> str:
+        """The name of the LoRA's file in kohya's format."""
+        return kohya_file_name(self.token, self.class_name)
+
     @classmethod
     def of(cls, task: Task, history: Sequence[float], seconds: float, threads: int, parameters: int) -> TrainRecord:
         """history: the loss of every step; threads: that were used; parameters: how many were trained."""
@@ -97,7 +102,7 @@ def write_folder(folder: Path, record: TrainRecord, factors: Factors, base: Base
         "base_hashes": json.dumps(record.base_hashes),
     }
     _write(folder / FILE_NAME, tensors, lambda _: metadata)
-    twin = folder / kohya_file_name(record.token, record.class_name)
+    twin = folder / record.kohya_file
     kohya = kohya_tensors(factors, record.rank, base.configs["unet"])
     _write(twin, kohya, lambda digest: metadata | kohya_metadata(record, base.native_side, digest))
     if merged:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from dreammix_trt.building.order import BaseSources, BuildOrder, LoraOption, des
 from dreammix_trt.building.part_store import PartStore
 from dreammix_trt.building.parts import Parts
 from dreammix_trt.building.subjects import MadeSubject, check_slots, make_subjects
+from dreammix_trt.core.errors import DreamMixError
 from dreammix_trt.core.files import folder_bytes, sha256_of
 from dreammix_trt.core.lora import read_lora
 from dreammix_trt.core.network_weights import BaseLora
+from dreammix_trt.core.passport import FILE_NAME as PASSPORT
 from dreammix_trt.core.passport import Passport
 from dreammix_trt.core.store import Store
 from dreammix_trt.engine.backends.tensorrt.builder import Estimate, check_room
@@ -117,9 +120,20 @@ def carry_out(order: BuildOrder, update: Update, tell: Callable[[str], None]) ->
     folders = parts.make()
     if order.self_contained:
         check_room(Estimate(0, sum(folder_bytes(folder) for folder in folders.values())), order.place.parent)
+    _tell_replaced(order, order.command(defaults.to_dict()), tell)
     passport = _write(order, ingredients, store, folders, made)
     shelf.register(order.place, () if order.self_contained else set(store.keys.values()))
     return passport
+
+
+def _tell_replaced(order: BuildOrder, command: str, tell: Callable[[str], None]) -> None:
+    """Say that an engine makes room for this one, and how it is made again; nothing where it is the same command's."""
+    if not (order.place / PASSPORT).is_file():
+        return
+    with suppress(DreamMixError):  # a damaged one
+        former = Passport.read(order.place).command
+        if former != command:
+            tell(f"{order.out}: replaces the engine that was there; this makes that one again: {former}")
 
 
 def _write(
