@@ -12,19 +12,25 @@ _kept: ContextVar[list[str] | None] = ContextVar("kept", default=None)
 
 
 def remark(text: str) -> None:
-    """Log a warning, and keep it where somebody collects remarks."""
-    log.warning("%s", text)
+    """Log a warning, or leave it to whoever collects remarks."""
     kept = _kept.get()
-    if kept is not None and text not in kept:
+    if kept is None:
+        log.warning("%s", text)
+    elif text not in kept:
         kept.append(text)
 
 
 @contextmanager
-def keep_remarks() -> Iterator[list[str]]:
-    """Collect this thread's remarks in the block; each is logged all the same."""
+def keep_remarks(*, tell: bool = True) -> Iterator[list[str]]:
+    """Collect what this thread remarks in the block, each sentence once. When the block ends they are logged.
+
+    tell: False: they are not, as they have been before.
+    """
     kept: list[str] = []
     token = _kept.set(kept)
     try:
         yield kept
     finally:
         _kept.reset(token)
+        for text in kept if tell else ():
+            remark(text)

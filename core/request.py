@@ -67,7 +67,8 @@ class Request:
     prompt_weights: whether "(word:1.2)" and its kin are weights, not text (docs/algorithm.md, 5.6); None: the mode's,
         true in native mode.
     feather: pixels of the picture over which the result fades into it around the mask, 0 for a hard edge; None: 32 for
-        a short side of 1024 (docs/algorithm.md, 9.1). In reference mode pixels of the stretched picture.
+        a short side of 1024 (docs/algorithm.md, 9.1). A wider one ends with the last stage's frame. In reference mode
+        pixels of the stretched picture.
     reference_resize: (height, width) for mode "reference"; None: the base's native square.
     """
 

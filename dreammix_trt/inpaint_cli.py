@@ -191,6 +191,7 @@ def _choose_options(
     room. On a GPU its pictures are painted one after the other.
     """
     from dreammix_trt.core.pictures import read_image
+    from dreammix_trt.core.remarks import keep_remarks
 
     asked: dict[str, Any] = {} if residency is None else {"residency": residency}
     if device == "cpu":
@@ -198,7 +199,8 @@ def _choose_options(
     if request.mode == "reference":  # the picture is stretched
         height, width = request.reference_resize or (base["native_side"], base["native_side"])
     else:
-        height, width = read_image(image).size
+        with keep_remarks(tell=False):  # painting reads it again, and tells them
+            height, width = read_image(image).size
     return asked | {"largest_picture": height * width, "subjects": 1, "texts": 1, "shapes": 2}
 
 

@@ -114,7 +114,7 @@ class _OnConsole(logging.Handler):
 def begin_messages(log_level: str | None, quiet: bool) -> None:
     """Set how much is written on stderr, as the command line begins."""
     _state.quiet = quiet
-    logging.basicConfig(handlers=[_OnConsole()])
+    logging.basicConfig(format="%(message)s", handlers=[_OnConsole()])
     logging.getLogger().setLevel(log_level or "WARNING")
 
 

@@ -23,7 +23,7 @@ from dreammix_trt.core.sources import Source
 from dreammix_trt.core.subject import Role, Subject
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.canvas.frames import Canvas
-from dreammix_trt.engine.canvas.geometry import Size
+from dreammix_trt.engine.canvas.geometry import Size, feather_width
 from dreammix_trt.engine.host.clock import PhaseClock
 from dreammix_trt.engine.imprint import Origin
 from dreammix_trt.engine.painting import Progress, batch_by_shape
@@ -122,15 +122,17 @@ def lay_out(
         raise InputError(f"a job's request is a {type(request).__name__}: give dm.request(prompt, ...)")
     seed = draw_seed() if request.seed is None else request.seed
     request = request.replace(seed=seed)
-    with clock("read"), keep_remarks() as remarks:
-        source = read_image(job.image)
-        mask = read_mask(job.mask_image, source)
     subject = choose_subject(request)
     role = Role(subject.name, request.subject_scale)
     if runtime.lost_raw_unet:  # the request of the result says what was painted
         request = request.replace(patched_fraction=1.0)
-    with clock("canvas"):
-        canvas = lay_canvas(source.seen, mask, request, runtime.facts, runtime.frames)
+    with keep_remarks() as remarks:
+        with clock("read"):
+            source = read_image(job.image)
+            mask = read_mask(job.mask_image, source)
+        with clock("canvas"):
+            canvas = lay_canvas(source.seen, mask, request, runtime.facts, runtime.frames)
+            canvas = _limit_feather(canvas, request)
     schedule = make_schedule(request, raw_unet=runtime.has_raw_unet)
     seeds = tuple(seed + k for k in range(request.num_images_per_prompt))
     noises = _check_noise(job.noise, seeds)
@@ -161,6 +163,18 @@ def lay_canvas(image: U8, mask: U8, request: Request, facts: BaseFacts, sizes: S
     image, mask = (kernels.resize(array, height, width, "bicubic") for array in (image, mask))
     checked = Canvas.of(image, mask, native=native, divisor=divisor, sizes=sizes, feather=feather)
     return replace(checked, mode=request.mode)
+
+
+def _limit_feather(canvas: Canvas, request: Request) -> Canvas:
+    """Let an asked feather end within the last stage's frame, whose rim would show; the usual width is always left."""
+    if request.feather is None or canvas.mode == "reference":
+        return canvas
+    room = canvas.measure_room(request.field_of("gch" if request.local_steps < request.steps else "lcg"))
+    width = max(room, feather_width(canvas.size))
+    if request.feather <= width:
+        return canvas
+    remark(f"feather is {request.feather}, but the frame ends near the mask, and {width} pixels of it are used")
+    return replace(canvas, feather_pixels=width)
 
 
 def paint_jobs(

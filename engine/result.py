@@ -13,6 +13,7 @@ from typing import IO, Any, cast
 from PIL import Image, UnidentifiedImageError
 
 from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.picture_info import keep_profile
 from dreammix_trt.core.png_chunks import shorten_chunks
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import Schedule
@@ -161,6 +162,8 @@ def _encode(image: Image.Image, kind: str, to: Path | io.BytesIO, imprint: Impri
     options |= {name: image.info[name] for name in ("icc_profile", "exif", "dpi") if name in image.info}
     if imprint is not None:
         options |= imprint.make_options(image, kind)
+    if kind == "WEBP" and image.mode in ("L", "LA"):  # WebP has colours only, to which a grey profile does not apply
+        options["icc_profile"] = keep_profile(image, image.convert("RGB"), "a WebP has no grey")
     if kind == "JPEG" and image.mode not in ("RGB", "L"):
         image = _lay_on_white(image)
     image.save(to, kind, **options)

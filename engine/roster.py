@@ -58,9 +58,9 @@ class Roster:
         if (name is not None or token is not None) and len(files) > 1:
             given = f"name is {name!r}" if name is not None else f"token is {token!r}"
             raise InputError(f"{given}, but {source} holds {len(files)} subjects; name one of their files")
+        opened = [open_subject(file, self._runtime.facts.unet, token=token or "") for file in files]
         names = []
-        for file in files:
-            subject = open_subject(file, self._runtime.facts.unet, token=token or "")
+        for file, subject in zip(files, opened, strict=True):
             try:
                 names.append(self.add(subject, name or ""))
             except FileFormatError as error:

@@ -62,8 +62,8 @@ def train_lora(
     invert_masks, large_masks: as `photographs.read_photographs` takes them.
 
     Writes `pytorch_lora_weights.safetensors` (diffusers' names, alpha = rank), the same as `TOKEN_CLASS.safetensors` in
-    kohya's format (for ComfyUI, A1111, Fooocus) and `train.json`. Same seed, threads and
-    machine: the same bytes in the LoRA file.
+    kohya's format (for ComfyUI, A1111, Fooocus) and `train.json`. Same seed, threads and machine: the same bytes in the
+    LoRA file.
 
     Raises InputError for parameters, photographs or a place that cannot be used, FileFormatError for the base,
     MissingExtraError without the `train` extra.

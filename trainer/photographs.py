@@ -13,6 +13,7 @@ from PIL import Image
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.masks import looks_drawn, marked_share, mask_from_alpha, read_mask
 from dreammix_trt.core.pictures import U8, PictureIn, read_image
+from dreammix_trt.core.remarks import keep_remarks
 from dreammix_trt.trainer.data import Photograph
 from dreammix_trt.trainer.listing import SEGMENT_HINT, Choice, Listing, list_photographs
 
@@ -87,7 +88,8 @@ class Album:
         number %= len(self._files)
         if number in self._kept:
             return self._kept[number]
-        photograph = self._files[number].read()
+        with keep_remarks(tell=False):  # `read_photographs` has told them
+            photograph = self._files[number].read()
         size = photograph.image.nbytes + photograph.subject.nbytes
         if size <= self._room:
             self._room -= size
@@ -108,17 +110,18 @@ def read_photographs(
     Raises InputError when a folder is missing or empty, no photograph has a mask, a file cannot be decoded, a mask is
     empty or of another size than its photograph, or the masks look inverted.
     """
-    listing = list_photographs(Path(folder), choose_twin)
-    files = []
-    for image, mask in listing.pairs.items():
-        if mask is None and not has_cut_out(read_image(image, name="photograph")):
-            listing.leave_out("it has no mask", image)
-        else:
-            files.append(PhotographFile(image, mask, invert_masks and mask is not None))
-    listing.warn()
-    if not files:
-        raise InputError(_explain_no_masks(listing))
-    shares = {file.name: marked_share(np.where(file.read().subject, 255, 0)) for file in files}
+    with keep_remarks():  # a file is read several times
+        listing = list_photographs(Path(folder), choose_twin)
+        files = []
+        for image, mask in listing.pairs.items():
+            if mask is None and not has_cut_out(read_image(image, name="photograph")):
+                listing.leave_out("it has no mask", image)
+            else:
+                files.append(PhotographFile(image, mask, invert_masks and mask is not None))
+        listing.warn()
+        if not files:
+            raise InputError(_explain_no_masks(listing))
+        shares = {file.name: marked_share(np.where(file.read().subject, 255, 0)) for file in files}
     if not large_masks:
         _check_shares(Path(folder), shares, invert_masks)
     return files

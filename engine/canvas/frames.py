@@ -240,6 +240,16 @@ class Canvas:
         box = grow_box(join_boxes(initial_box(bounds, self.size), bounds), field, self.size)
         return fit_box(box, bounds, self.size, self._choices)
 
+    def measure_room(self, field: float) -> int:
+        """The widest feather in pixels that ends within a stage's box; where that ends with the canvas, any does.
+
+        field: as for `box`.
+        """
+        mask, box = mask_bounds(self.mask), self.box(field)
+        ends = (0, self.size[0], 0, self.size[1])
+        gaps = [abs(m - b) for m, b, end in zip(mask, box, ends, strict=True) if b != end]
+        return 1 + min(gaps, default=max(self.size))
+
     def work_size(self, box: Box) -> Size:
         """(height, width) in pixels to which a crop box is resized.
 

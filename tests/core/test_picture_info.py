@@ -122,6 +122,19 @@ def test_chunks_beyond_pillows_limit(tmp_path: Path, kind: str, caplog: pytest.L
     assert ("p.png" in caplog.text and "text is absurdly large" in caplog.text) == (kind != "profile")
 
 
+@pytest.mark.parametrize("mode", ["L", "LA"])
+def test_a_grey_profile_is_not_written_to_colours(tmp_path: Path, mode: str, caplog: pytest.LogCaptureFixture) -> None:
+    image = Image.new(mode, (8, 8))
+    image.info["icc_profile"] = GREY_PROFILE
+    kept = {}
+    for suffix in (".png", ".jpg", ".webp"):
+        write_picture(image, tmp_path / f"o{suffix}")
+        with Image.open(tmp_path / f"o{suffix}") as written:
+            kept[suffix] = written.info.get("icc_profile")
+    assert kept == {".png": GREY_PROFILE, ".jpg": GREY_PROFILE, ".webp": None}
+    assert "a WebP has no grey: its colour profile is for 'GRAY' values, but it has 'RGB'" in caplog.text
+
+
 def test_a_bomb_of_a_profile_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     Image.fromarray(RGB).save(tmp_path / "p.png")
     add_chunk(tmp_path / "p.png", b"iCCP", b"name\0\0" + zlib.compress(b"\0" * (64 << 20)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -226,6 +227,15 @@ def test_what_is_no_subject_is_refused(dm: DreamMix, tmp_path: Path) -> None:
     other = {"down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k": (32, 32)}
     with pytest.raises(FileFormatError, match=r"other\.safetensors: .*this LoRA is for another base"):
         dm.add_subject(write_tiny_lora(tmp_path / "other.safetensors", random_factors(other)))
+    assert dm.subjects == ("mug",)
+
+
+def test_of_an_engines_subjects_all_are_added_or_none(dm: DreamMix, cup: Path, tmp_path: Path) -> None:
+    (tmp_path / "two/subjects").mkdir(parents=True)
+    shutil.copy(cup, tmp_path / "two/subjects/a.safetensors")
+    write_subject(tmp_path / "two/subjects/b.safetensors", Subject("baked", "sks", "cup"))
+    with pytest.raises(FileFormatError, match="subject baked is merged into the weights"):
+        dm.add_subject(tmp_path / "two")
     assert dm.subjects == ("mug",)
 
 

@@ -59,6 +59,20 @@ def test_what_is_painted_shows_and_what_is_hidden_is_not_seen(painter: DreamMix)
     assert ((rim > 0) & (rim < 255)).any()  # alpha rises with the feather
 
 
+@pytest.mark.parametrize(("field", "width"), [(1.0, 144), (0.0, 4)])
+def test_a_wide_feather_ends_within_the_last_frame(painter: DreamMix, field: float, width: int) -> None:
+    """Beyond the frame nothing is painted, so nothing may become visible there."""
+    rgb, mask = make_scene(128, 512)[0], np.zeros((128, 512), np.uint8)
+    mask[50:70, 40:70] = 255
+    layers = np.dstack([rgb, np.where(np.arange(512) < 60, 255, 0) * np.ones((128, 1))]).astype(np.uint8)
+    fields: dict[str, Any] = {"num_inference_steps": 1, "gch_field": field, "lcg_fraction": 0.0}
+    result = painter.inpaint(Image.fromarray(layers), mask, "a red sks mug", feather=400, **fields)
+    assert result.warnings == (f"feather is 400, but the frame ends near the mask, and {width} pixels of it are used",)
+    alpha = np.asarray(result.images[0])[60, :, 3].astype(int)
+    assert alpha[40:70].min() == 255 and alpha[70 + width - 1 :].max() == 0
+    assert alpha[70 + width - 3] > 0 and np.abs(np.diff(alpha[69 : 70 + width])).max() <= 256 // width + 1
+
+
 def test_the_mask_may_be_the_pictures_own_transparency(painter: DreamMix, caplog: pytest.LogCaptureFixture) -> None:
     image, mask = make_scene(*SIZE)
     marked = np.asarray(mask) > 127

@@ -345,3 +345,14 @@ def test_a_photograph_that_vanished_is_named(photos: Path) -> None:
     assert isinstance(files[1], PhotographFile)
     with pytest.raises(InputError, match=r"01\.png.*no such file"):
         Album(files).open(1)
+
+
+def test_what_is_said_of_a_photograph_is_said_once(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Image.fromarray(photo(9)).convert("CMYK").save(photos / "image" / "00.jpg", quality=100)
+    (photos / "image" / "00.png").unlink()
+    with caplog.at_level(logging.WARNING):
+        album = Album(read_photographs(photos), kept_bytes=0)
+        for number in range(4):
+            album.open(number)
+    assert [text for text in caplog.messages if "00.jpg' is CMYK without a colour profile" in text] == caplog.messages
+    assert len(caplog.messages) == 1
