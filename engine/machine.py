@@ -219,7 +219,7 @@ class Machine:
         builds = bool(version or self.versions.get("onnxruntime"))
         if not version:
             return BackendState(
-                name, builds, False, "not installed; `pip install onnxruntime-gpu` in onnxruntime's place"
+                name, builds, False, "not installed; `pip install onnxruntime-gpu`, then `dreammix-trt doctor --mend`"
             )
         lacks = [_MEND] if "onnxruntime-gpu" in self.damaged else self.list_gpu_lacks()
         why = self._describe_run(f"onnxruntime-gpu {version}", lacks) + self._describe_limits()

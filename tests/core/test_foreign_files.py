@@ -30,7 +30,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "a pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n", "git lfs pull"),
     "a pointer of git-annex": (b"/annex/objects/SHA256E-s1--1.safetensors\n", "git annex get"),
     "zeros": (bytes(9000), "an unfinished download"),
-    "a picture": (b"\x89PNG\r\n\x1a\n" + bytes(99), "a PNG picture"),
+    "a picture": (b"\x89PNG\r\n\x1a\n" + bytes(99), "a PNG picture, not weights"),
     "gzip": (gzip.compress(b"x" * 99), "a gzip archive; unpack it"),
     "GGUF": (b"GGUF\x03\x00\x00\x00" + bytes(99), "a GGUF file"),
     "an old file of torch": (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "torch's old format"),

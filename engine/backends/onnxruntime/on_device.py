@@ -276,8 +276,8 @@ def _choose_providers(
     ort = import_onnxruntime()
     if PROVIDERS[provider] not in ort.get_available_providers():
         raise DeviceError(
-            f"ONNX Runtime has no {PROVIDERS[provider]} here; install onnxruntime-gpu in onnxruntime's place "
-            "(see `dreammix-trt doctor`)"
+            f"ONNX Runtime has no {PROVIDERS[provider]} here: `pip install onnxruntime-gpu`, then "
+            "`dreammix-trt doctor --mend`, as it shares its folder with onnxruntime"
         )
     if provider == "cpu":
         return [_CPU]
