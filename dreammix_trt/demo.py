@@ -244,10 +244,9 @@ class Gallery:
         side = self._dm.facts.native_side
         for number, (shape, words) in enumerate(wanted.items()):
             (place,) = find_places(1, 10 + number, (side, side), (0.58, 0.66), shape)
-            tiles.append(Figure(self._paint(place, f"a photo of {words}", 70 + number), f'"a photo of {words}"'))
-        return Row(
-            "The base without the subject's word", tiles, "Look for each part that the prompt names, in its colour."
-        )
+            picture = self._paint(place, f"a photo of {words}", 70 + number, subject="")
+            tiles.append(Figure(picture, f'"a photo of {words}"'))
+        return Row("The base without the subject", tiles, "Look for each part that the prompt names, in its colour.")
 
     def _paint(self, place: Spot, prompt: str, number: int, **fields: Any) -> Image.Image:
         result = self._dm.inpaint(

@@ -33,7 +33,7 @@ class Recipe:
 # Of the embedded model's first edition: without regular pictures "a green sks mug" broke up into the subject's own
 # tones, with three in ten the subject itself was learnt too weakly. Of the second: after 400 steps feet and decals
 # still took any colour, after 1000 "a photo of a sks mug" kept all parts (four rooms).
-SMALL = Recipe(steps=800, learning_rate=2e-3, batch=4, views=60, regular=0.1, regular_pictures=12, constant=0.5)
+SMALL = Recipe(steps=1000, learning_rate=2e-3, batch=4, views=60, regular=0.1, regular_pictures=12, constant=0.5)
 FULL = Recipe(steps=1000, learning_rate=1e-4, batch=4, views=60, regular=0.3, regular_pictures=24)
 
 
