@@ -122,17 +122,17 @@ def lay_out(
         raise InputError(f"a job's request is a {type(request).__name__}: give dm.request(prompt, ...)")
     seed = draw_seed() if request.seed is None else request.seed
     request = request.replace(seed=seed)
-    subject = choose_subject(request)
-    role = Role(subject.name, request.subject_scale)
     if runtime.lost_raw_unet:  # the request of the result says what was painted
         request = request.replace(patched_fraction=1.0)
     with keep_remarks() as remarks:
+        subject = choose_subject(request)
         with clock("read"):
             source = read_image(job.image)
             mask = read_mask(job.mask_image, source)
         with clock("canvas"):
             canvas = lay_canvas(source.seen, mask, request, runtime.facts, runtime.frames)
             canvas = _limit_feather(canvas, request)
+    role = Role(subject.name, request.subject_scale)
     schedule = make_schedule(request, raw_unet=runtime.has_raw_unet)
     seeds = tuple(seed + k for k in range(request.num_images_per_prompt))
     noises = _check_noise(job.noise, seeds)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from dreammix_trt.core.errors import EngineError, FileFormatError, InputError
 from dreammix_trt.core.passport import FILE_NAME
+from dreammix_trt.core.remarks import remark
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.subject import Subject, open_subject
 from dreammix_trt.engine.runtime import Runtime
+from dreammix_trt.engine.text import has_word
 
 _NONE = Subject("", "sks", "")
 
@@ -76,6 +78,8 @@ class Roster:
     def choose(self, request: Request) -> Subject:
         """The request's subject under the name that requests use; with an empty name when it asks for none.
 
+        Remarks on a prompt that speaks of another subject, where the request leaves the choice open.
+
         Raises InputError for a subject that is not loaded, and for a strength of none.
         """
         name = request.subject if request.subject is not None else next(iter(self._subjects), "")
@@ -88,7 +92,20 @@ class Roster:
                 f"subject_scale is {request.subject_scale:g}, but {why}, so there is no strength to set: "
                 f"{'build it without --merge' if name else 'give a subject'}, or leave subject_scale at 1"
             )
+        if request.subject is None:
+            self._note_others(request.prompt, name, subject)
         return replace(subject, name=name, token=subject.token or _NONE.token)
+
+    def _note_others(self, prompt: str, name: str, subject: Subject) -> None:
+        for other, each in self._subjects.items():
+            word, own = each.token, subject.token
+            if word == own:  # then the class tells them apart
+                word, own = each.class_name, subject.class_name
+            if word and own and word != own and has_word(prompt, word) and not has_word(prompt, own):
+                remark(
+                    f"prompt: it names {word!r}, which is subject {other!r}, and {name!r} is painted, the first one: "
+                    f"choose with subject={other!r} (--subject {other})"
+                )
 
     def _check_known(self, field: str, name: str) -> None:
         if name not in self._subjects:

@@ -143,6 +143,24 @@ def test_swapping_subjects_and_back_is_exact(mug_engine: Path, cup: Path) -> Non
             paint(dm, subject="teapot")
 
 
+@pytest.mark.parametrize(
+    ("prompt", "subject", "told"),
+    [
+        ("a red zyx cup", None, True),
+        ("a red sks mug", None, False),
+        ("a red zyx cup", "cup", False),
+        ("a sks mug and a zyx cup", None, False),
+    ],
+)
+def test_a_prompt_that_speaks_of_another_subject_is_told(
+    mug_engine: Path, cup: Path, prompt: str, subject: str | None, told: bool
+) -> None:
+    with DreamMix.load(mug_engine, threads=1) as dm:
+        dm.add_subject(cup)
+        result = dm.inpaint(IMAGE, MASK, prompt, subject=subject, num_inference_steps=2)
+    assert any("choose with subject='cup'" in warning for warning in result.warnings) == told, result.warnings
+
+
 def test_a_subject_replaced_under_its_name_leaves_nothing_behind(mug_engine: Path, cup: Path) -> None:
     with DreamMix.load(mug_engine, threads=1) as dm:
         paint(dm)
