@@ -237,7 +237,7 @@ def test_a_gpu_is_given_room_for_this_request_alone(
     ]  # fmt: skip
     done = CliRunner().invoke(app, [str(word) for word in words])
     assert done.exception is None, done.exception
-    assert plans == [Options(largest_picture=painted[0] * painted[1], subjects=1, texts=3, shapes=2)]
+    assert plans == [Options(largest_picture=painted[0] * painted[1], subjects=1, texts=1, shapes=2)]
     with Image.open(tmp_path / "out.png") as picture:
         assert picture.size == painted
 
