@@ -7,6 +7,7 @@ Names are those of diffusers where it has the parameter. Defaults are those of t
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 import secrets
@@ -258,7 +259,9 @@ def draw_seed() -> int:
 def _check_names(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     unknown = sorted(set(fields) - set(_CHECKS))
     if unknown:
-        raise InputError(f"a request has no field {', '.join(unknown)}; its fields are {', '.join(_CHECKS)}")
+        near = [name for each in unknown for name in difflib.get_close_matches(each, _CHECKS, 1)]
+        meant = f" (is {', '.join(near)} meant?)" if near else ""
+        raise InputError(f"a request has no field {', '.join(unknown)}{meant}; its fields are {', '.join(_CHECKS)}")
     return fields
 
 

@@ -5,7 +5,7 @@ Importing this package loads neither torch nor a runtime; the public names arriv
     from dreammix_trt.engine import DreamMix
 
     with DreamMix.load("engines/mug") as dm:
-        dm.inpaint(image, mask_image, "a red sks mug").images[0].save("out.png")
+        dm.inpaint(image, mask_image, "a red sks mug").save("out.png")
 """
 
 from __future__ import annotations

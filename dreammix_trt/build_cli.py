@@ -181,6 +181,10 @@ def build(
     if as_json:
         print_json({"engine": str(out), **_summarise(passport)})
     say(f"{out}: {', '.join(subject.name for subject in passport.subjects) or 'no subject'}")
+    if passport.subjects:
+        first = passport.subjects[0]
+        words = f"a {first.token} {first.class_name}".strip()
+        say(f'next: dreammix-trt inpaint {out} --image PICTURE --mask MASK --prompt "{words}" --out out.png')
 
 
 def _summarise(passport: Passport) -> dict[str, Any]:

@@ -291,7 +291,7 @@ def _tables(seconds: dict[str, float], gallery: Gallery, passport: Passport) -> 
 
 
 def _name_part(update: Update, name: str) -> Update:
-    return lambda part, fraction, message: update(f"{name} {part}".strip(), fraction, message)
+    return lambda part, fraction, message: update(" ".join(dict.fromkeys((name, *part.split()))), fraction, message)
 
 
 @contextmanager

@@ -124,7 +124,7 @@ def inpaint(
     from dreammix_trt.core.passport import Passport
     from dreammix_trt.engine.dreammix import DreamMix
 
-    image, mask = _need("--image", image), _choose_mask(mask, mask_from_alpha)
+    image, mask = _need_image(image, from_request), _choose_mask(mask, mask_from_alpha)
     image, mask, from_request = _read_standard_input(image, mask, from_request)
     base = Passport.read(engine).base
     request = _read_request(
@@ -164,10 +164,11 @@ def parse_seed(text: str) -> int:
         raise typer.BadParameter(f"{text!r} is neither a whole number nor `random`") from None
 
 
-def _need(option: str, path: Path | None) -> Path:
-    if path is None:
-        raise InputError(f"{option} is missing: give the picture and a mask of the same size (white is repainted)")
-    return path
+def _need_image(image: Path | None, request: Path | None) -> Path:
+    if image is None:
+        why = "; the request of --from holds no pictures" if request else ""
+        raise InputError(f"--image is missing: give the picture and a mask of the same size (white is repainted){why}")
+    return image
 
 
 def _choose_mask(mask: Path | None, from_alpha: bool) -> Path | None:

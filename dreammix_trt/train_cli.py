@@ -106,6 +106,8 @@ def train(
     with show_progress("training") as update:
         record = train_lora(photos, class_name, out, **options, progress=update)
     _report(record, out, as_json)
+    if steps is not None and steps < record.recipe["steps"] / 2:
+        say(f"{steps} steps are few: {record.recipe['steps']} suit this base, and the subject may not be learnt yet")
 
 
 def _check_out(out: Path, *, force: bool) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dreammix_trt.core.errors import Cancelled as Cancelled
+    from dreammix_trt.core.errors import DreamMixError as DreamMixError
     from dreammix_trt.core.errors import QueueFull as QueueFull
     from dreammix_trt.core.errors import TimedOut as TimedOut
     from dreammix_trt.core.request import Request as Request
@@ -37,11 +38,12 @@ _HOMES = {
     "QueueFull": "dreammix_trt.core.errors",
     "TimedOut": "dreammix_trt.core.errors",
     "Cancelled": "dreammix_trt.core.errors",
+    "DreamMixError": "dreammix_trt.core.errors",
 }
 
 __all__ = [
-    "Cancelled", "Denoiser", "DreamMix", "FakeDenoiser", "Job", "Options", "QueueFull", "Request", "RequestQueue",
-    "Result", "StepEvent", "Ticket", "TimedOut", "read_request", "save",
+    "Cancelled", "Denoiser", "DreamMix", "DreamMixError", "FakeDenoiser", "Job", "Options", "QueueFull", "Request",
+    "RequestQueue", "Result", "StepEvent", "Ticket", "TimedOut", "read_request", "save",
 ]  # fmt: skip
 
 

@@ -69,7 +69,8 @@ def test_attention_alone_fits_the_slots(small_base: Path, mug_engine: Path, tmp_
     )
     (entry,) = passport.subjects
     assert (entry.name, entry.token, entry.class_name) == ("tea-pot", "ohwx", "tea pot")
-    assert told == []
+    (text,) = told
+    assert "modelspec.trigger_phrase says that its trigger word is 'zwx'; 'ohwx' is taken" in text
     words = shlex.split(passport.command)
     assert words[words.index("--token") + 1] == "ohwx" and words[words.index("--class-name") + 1] == "tea pot"
     build(file, base=small_base, out=tmp_path / "out", token="ohwx", class_name="tea pot", notice=told.append)

@@ -167,7 +167,7 @@ def _explain_no_masks(listing: Listing) -> str:
     names = ", ".join(f"{image.stem}.png" for image in images[:3])
     return (
         f"{listing.mask_folder}: no photograph has a mask; put masks there, white where the subject is, named like the "
-        f"photographs ({names}, ...), {SEGMENT_HINT}"
+        f"photographs ({names}, ...), or as {images[0].stem}_mask.png beside them, {SEGMENT_HINT}"
     )
 
 

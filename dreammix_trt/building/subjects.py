@@ -104,11 +104,16 @@ def _make(asked: SubjectOrder, order: BuildOrder, unet_config: Mapping[str, Any]
 
 
 def _tell_words(made: MadeSubject, several: bool, tell: Tell) -> None:
-    """Say where the trigger word comes from, unless it was asked for or our own trainer wrote it."""
-    if made.order.token:
-        return
+    """Say where the trigger word comes from, unless our own trainer wrote it; and where the file names another one."""
     words = [find_words(lora.source_path, lora.metadata) for lora, _ in made.loras]
     found = next((each for each in words if each.token), None)
+    if made.order.token:
+        if found is not None and found.token != made.order.token:
+            tell(
+                f"{made.sources}: its {found.source} says that its trigger word is {found.token!r}; "
+                f"{made.order.token!r} is taken, as asked"
+            )
+        return
     place = f"{made.subject.name}=WORD" if several else "WORD"
     if found is None:
         tell(

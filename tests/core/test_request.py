@@ -253,3 +253,8 @@ def test_what_request_fields_allow_a_request_takes(several: type) -> None:
     fields: RequestFields = {"substitute": several(["blue"]), "tas_stages": several(["pooled_lcg"])}
     request = Request.of(prompt="x", **fields)
     assert (request.substitute, request.tas_stages) == (("blue",), ("pooled_lcg",))
+
+
+def test_a_misspelt_field_is_guessed() -> None:
+    with pytest.raises(InputError, match=r"no field lcg_fracton \(is lcg_fraction meant\?\); its fields are prompt, "):
+        Request.of(prompt="x", lcg_fracton=0.5)
