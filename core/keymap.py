@@ -35,6 +35,7 @@ _BLOCKS = (
     "down_block_types", "mid_block_type", "up_block_types", "block_out_channels", "layers_per_block",
     "transformer_layers_per_block", "reverse_transformer_layers_per_block",
 )  # fmt: skip
+_MIDDLE = "UNetMidBlock2DCrossAttn"
 _WITHOUT_BIAS = ("to_q", "to_k", "to_v")
 _VAE_RESNET = ("norm1", "conv1", "norm2", "conv2")
 _VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
@@ -58,8 +59,12 @@ def sgm_to_diffusers(unet_config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def blocks_of(unet_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a `unet/config.json` that decides its names: all that `sgm_to_diffusers` needs."""
-    return {name: unet_config[name] for name in _BLOCKS if name in unet_config}
+    """The part of a `unet/config.json` that decides its names: all that `sgm_to_diffusers` needs.
+
+    What is left at its default is omitted, as some configs name it and others do not.
+    """
+    found = {name: unet_config.get(name) for name in _BLOCKS}
+    return {name: value for name, value in found.items() if value not in (None, _MIDDLE)}
 
 
 def vae_to_diffusers(vae_config: Mapping[str, Any]) -> dict[str, str]:
@@ -84,7 +89,7 @@ def attention_depths(config: Mapping[str, Any]) -> tuple[list[list[int]], list[l
     """
     downs, ups = list(config["down_block_types"]), list(config["up_block_types"])
     known = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
-    middle = config.get("mid_block_type", "UNetMidBlock2DCrossAttn")
+    middle = config.get("mid_block_type", _MIDDLE)
     strange = sorted({*downs, *ups} - known) + ([] if middle == "UNetMidBlock2DCrossAttn" else [str(middle)])
     if strange:
         raise FileFormatError(f"unet/config.json: block types {', '.join(strange)} are not those of an SDXL UNet")
