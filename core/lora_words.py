@@ -104,7 +104,8 @@ def read_caption_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
 def _read_kohya(metadata: Mapping[str, str]) -> LoraWords:
     """The folder's name counts where no caption replaced it; else the most frequent tag."""
     tags: dict[str, float] = {}
-    folders = list(_read_object(metadata, _FOLDERS))
+    listed = _read_object(metadata, _FOLDERS)
+    folders = list(listed)
     for folder, counts in _read_object(metadata, _TAGS).items():
         folders.append(folder)
         for tag, count in counts.items() if isinstance(counts, dict) else ():
@@ -115,7 +116,7 @@ def _read_kohya(metadata: Mapping[str, str]) -> LoraWords:
         named = _REPEATED.fullmatch(folder.strip())
         found = _split(named[1]) if named else None
         if found and (not spoken or found[0].lower() in spoken):
-            return LoraWords(*found, _FOLDERS if folder in _read_object(metadata, _FOLDERS) else _TAGS)
+            return LoraWords(*found, _FOLDERS if folder in listed else _TAGS)
     found = _split(max(tags, key=lambda tag: tags[tag])) if tags else None
     return LoraWords(*found, _TAGS) if found else LoraWords()
 

@@ -70,7 +70,7 @@ def _run() -> int:
     except typer.Abort:
         code = Cancelled.exit_code
     except Exception as error:
-        if isinstance(error, OSError) and is_full(error) and error.filename is None:  # files of ours are told by name
+        if isinstance(error, OSError) and is_full(error) and error.filename is None:  # else our message names it
             return _fail(DreamMixError(f"the output cannot be written: {error.strerror}"))
         _print_error(type(error).__name__, str(error), 1)
         raise

@@ -7,6 +7,7 @@ the price is one launch after the other, as it cannot be captured (`OnnxBound.ca
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -235,17 +236,13 @@ class OnnxBound:
         Raises EngineError for another stream, when it is closed or its network unloaded, and for ONNX Runtime's own
         errors; OutOfMemoryError.
         """
-        ort = import_onnxruntime()
         if not self._networks.serves(stream):
             raise EngineError(f"{self.name} runs in the stream that it was opened with alone; open networks for each")
         session = self._networks.session(self.name)
         if self._bound is None:
             self._bound = self._bind_arrays(session)
-        options = ort.RunOptions()
-        options.log_severity_level = 3
-        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         try:
-            session.run_with_iobinding(self._bound, options)
+            session.run_with_iobinding(self._bound, self._run_options)
         except Exception as error:  # ONNX Runtime raises its own unrelated classes
             raise _explain_failure(f"{self.name} failed", error, "see ONNX Runtime's message") from error
 
@@ -258,6 +255,14 @@ class OnnxBound:
     def lapse(self) -> None:
         """Drop the session: its memory is free when nobody holds it."""
         self._bound = None
+
+    @cached_property
+    def _run_options(self) -> onnxruntime.RunOptions:
+        """Of every run: it does not wait for the device."""
+        options = import_onnxruntime().RunOptions()
+        options.log_severity_level = 3
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        return options
 
     def _bind_arrays(self, session: onnxruntime.InferenceSession) -> Any:
         if self._arrays is None:
