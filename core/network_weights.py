@@ -24,10 +24,11 @@ class BaseLora:
 
     def touches(self, network: str) -> bool:
         """Whether the LoRA changes a network's weights."""
-        part = kind_of(network).factors
-        if part is None:
+        kind = kind_of(network)
+        if kind.factors is None:
             return False
-        return (part != "unet" or network in unets_of(self.target)) and bool(self.lora.factors.get(part))
+        targeted = kind.factors != "unet" or (kind.factors_of or kind.name) in unets_of(self.target)
+        return targeted and bool(self.lora.factors.get(kind.factors))
 
 
 def weights_of(base: BaseFiles, network: str, loras: Sequence[BaseLora] = ()) -> Weights:

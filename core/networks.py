@@ -17,17 +17,17 @@ from dreammix_trt.core.axes import Tensor
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.keymap import sgm_to_diffusers
-from dreammix_trt.core.slots import LORA_SIDES, Slot, packed_size
+from dreammix_trt.core.slots import Slot, names_of_weights
 from dreammix_trt.core.tensors import Weights
 
 Precision = Literal["float32", "float16"]
 Group = Literal["text", "picture", "unet", "unet_raw"]
-Call = Literal["prompt", "frame", "vae", "step"]
+Call = Literal["prompt", "frame", "vae", "stage", "step"]
 
-SLOT_RANK: Final = 8
-LORA: Final = "lora"  # the packed input of LoRA factors
+KEY, VALUE = ".key", ".value"  # what a cross-attention layer attends to; the endings of their names
 _TWIN: Final = "_float32"
 _ATTENTION_LINEARS: Final = (".to_q", ".to_k", ".to_v", ".to_out.0")
+_FROM_TEXT: Final = (".attn2.to_k", ".attn2.to_v")
 
 
 # -- one network of one base ------------------------------------------------------------------------------------------
@@ -41,11 +41,10 @@ class Network:
     graph: the name of its graph (`unet_raw` shares `unet`'s).
     module: its torch module, "package.module:Class"; export makes it with `Class.of(network)`.
     inputs, outputs: in call order.
-    slots: its LoRA slots in packed order.
+    slots: its LoRA slots; their weights are its last inputs.
     configs: the component configs that its graph is made from.
     precision: of its arithmetic.
-    fused: whether attention and group norm are single operators and each LoRA factor is an input, as TensorRT wants.
-        Otherwise they are written out and the factors are one packed input, which suits ONNX Runtime best.
+    fused: whether attention and group norm are single operators, as TensorRT wants. Otherwise they are written out.
     wide: the units of a float16 VAE that stay float32.
     """
 
@@ -73,26 +72,22 @@ class Network:
             "wide": list(self.wide),
             "inputs": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.inputs],
             "outputs": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.outputs],
-            "slots": [{"module": s.module, "in": s.inputs, "out": s.outputs, "rank": s.rank} for s in self.slots],
+            "slots": [slot.describe() for slot in self.slots],
         }
 
     def at(self, precision: Precision, fused: bool) -> Network:
         """The same network in another precision and form."""
-        inputs = self.inputs
-        if fused and self.slots:  # A and B of every slot, in the order of a packed row
-            factors = (Tensor(name, "float32", ("pictures", *shape)) for s in self.slots for name, shape in s.factors)
-            inputs = (*(tensor for tensor in inputs if tensor.name != LORA), *factors)
         inputs, outputs = (
             tuple(
                 replace(tensor, dtype=precision) if tensor.dtype == "float32" and not tensor.stays_float32 else tensor
                 for tensor in tensors
             )
-            for tensors in (inputs, self.outputs)
+            for tensors in (self.inputs, self.outputs)
         )
         return replace(self, inputs=inputs, outputs=outputs, precision=precision, fused=fused)
 
     def draw_example(self, sizes: Mapping[str, int], seed: int = 0) -> dict[str, NDArray[Any]]:
-        """Draw random inputs; LoRA factors are not zero.
+        """Draw random inputs; the slots' weights are of the size that layers begin training with.
 
         sizes: of the named axes, for example {"pictures": 1, "rows": 2, "h": 16, "w": 24}; "context" is 77 by default.
 
@@ -113,10 +108,8 @@ class Network:
         values: NDArray[Any] = rng.standard_normal(shape)
         if tensor.name == "time_ids":
             values = 128 * np.abs(values)
-        elif tensor.name == LORA or tensor.name.endswith(LORA_SIDES):
-            values = (
-                0.03 * values
-            )  # several times a trained LoRA's; still larger factors make rounding errors grow a hundredfold
+        elif tensor.name in names_of_weights(self.slots):
+            values = values / np.sqrt(shape[-2])
         elif tensor.name == "mask":
             values = values > 0
         elif tensor.name == "image":
@@ -133,11 +126,13 @@ class NetworkKind:
 
     name: of the network.
     phase: networks of one phase are needed together, so their weights are loaded together.
-    call: how it is called: for one "prompt", one "frame", one frame or tile of the "vae", or one "step" of a batch.
-    describe: (base, rank of the LoRA slots, 0 for none) -> the network; None when the base does not have it.
+    call: how it is called: for one "prompt", one "frame", one frame or tile of the "vae", once in a "stage" of a batch,
+        or once in each of its "step"s.
+    describe: (base, whether it has LoRA slots) -> the network; None when the base does not have it.
     weights: base -> the network's own weights by torch name.
     component: the part of a base that decides its weights (`BaseFiles.hash_contents`).
     factors: the part of a LoRA that it takes ("unet" for both UNets); None when it takes none.
+    factors_of: the network under whose name a subject keeps its factors; "": its own.
     twin: whether a float16 build also makes it in float32, for pictures that overflow.
     required: whether the runtime needs it.
     """
@@ -145,10 +140,11 @@ class NetworkKind:
     name: str
     group: Group
     call: Call
-    describe: Callable[[BaseFiles, int], Network | None]
+    describe: Callable[[BaseFiles, bool], Network | None]
     weights: Callable[[BaseFiles], Weights]
     component: str
     factors: str | None = None
+    factors_of: str = ""
     twin: bool = False
     required: bool = True
 
@@ -168,8 +164,18 @@ def names_of_group(group: Group) -> tuple[str, ...]:
 
 
 def names_of_factors(part: str) -> tuple[str, ...]:
-    """The networks that take a part of a LoRA: both UNets for "unet", the text encoder for "text_encoder"."""
-    return tuple(kind.name for kind in KINDS if kind.factors == part)
+    """The names under which a subject keeps a part of a LoRA: both UNets for "unet"."""
+    return tuple(kind.name for kind in KINDS if kind.factors == part and not kind.factors_of)
+
+
+def networks_of_factors(name: str) -> tuple[str, ...]:
+    """The networks that take the factors which a subject keeps under a name: a UNet and what attends for it."""
+    return tuple(kind.name for kind in KINDS if kind.factors and name in (kind.name, kind.factors_of))
+
+
+def kv_name(unet: str) -> str:
+    """The network that gives a UNet's cross-attention its keys and values."""
+    return f"{unet}_kv"
 
 
 def unets_of(target: str) -> tuple[str, ...]:
@@ -204,17 +210,17 @@ def is_twin(name: str) -> bool:
 
 
 def describe_networks(
-    base: BaseFiles, slot_rank: int = SLOT_RANK, precision: Precision = "float32", fused: bool = False
+    base: BaseFiles, slots: bool = True, precision: Precision = "float32", fused: bool = False
 ) -> tuple[Network, ...]:
     """Describe every network of a base.
 
-    slot_rank: of the LoRA slots; 0: no slots.
+    slots: whether the weights of LoRA slots are inputs. Without them no subject can be chosen later.
     precision, fused: see `Network`.
 
     Returns the networks in running order. With float16 the float32 twins follow; their graphs are those of a float32
     base.
     """
-    plain = [network for kind in KINDS if (network := kind.describe(base, slot_rank)) is not None]
+    plain = [network for kind in KINDS if (network := kind.describe(base, slots)) is not None]
     found = [network.at(precision, fused) for network in plain]
     if precision == "float16":
         found += [replace(network, name=twin_name(network.name)) for network in plain if network.kind.twin]
@@ -226,40 +232,58 @@ def describe_networks(
 _MODULES: Final = "dreammix_trt.export.modules"
 
 
-def _describe_text_encoder(base: BaseFiles, name: str, rank: int) -> Network:
+def _describe_text_encoder(base: BaseFiles, name: str, has_slots: bool) -> Network:
     config = base.configs[name]
     width, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
     slots = tuple(
-        Slot(f"text_model.encoder.layers.{layer}.self_attn.{part}_proj", width, width, rank)
+        Slot.of(f"text_model.encoder.layers.{layer}.self_attn.{part}_proj", width, width)
         for layer in range(layers)
         for part in ("q", "k", "v", "out")
-        if rank
+        if has_slots
     )
-    inputs = (Tensor("input_ids", "int64", ("rows", TOKENS)), *_describe_packed_input(slots))
+    inputs = (Tensor("input_ids", "int64", ("rows", TOKENS)), *_describe_weights(slots))
     outputs = [Tensor("hidden", "float32", ("rows", TOKENS, width))]
     if name == "text_encoder_2":
         outputs.append(Tensor("pooled", "float32", ("rows", int(config["projection_dim"]))))
     return Network(name, name, f"{_MODULES}:TextEncoder", inputs, tuple(outputs), slots, {name: config})
 
 
-def _describe_unet(base: BaseFiles, name: str, rank: int) -> Network:
+def _describe_unet(base: BaseFiles, name: str, has_slots: bool) -> Network:
     config, latent = base.configs["unet"], base.latent_channels
-    slots = tuple(_list_unet_slots(config, rank)) if rank else ()
+    linears = tuple(_list_attention_linears(config))
+    slots = tuple(slot for slot in linears if has_slots and not slot.module.endswith(_FROM_TEXT))
     pooled = int(base.configs["text_encoder_2"]["projection_dim"])
     inputs = (
         Tensor("sample", "float32", ("rows", latent, "h", "w")),
         Tensor("timestep", "float32", ("rows",)),
-        Tensor("encoder_hidden_states", "float32", ("rows", "context", int(config["cross_attention_dim"]))),
         Tensor("text_embeds", "float32", ("rows", pooled)),
         Tensor("time_ids", "float32", ("rows", 6)),
         Tensor("inpaint_feature", "float32", ("pictures", base.feature_channels, "h", "w")),
-        *_describe_packed_input(slots),
+        *_describe_keys_and_values(linears),
+        *_describe_weights(slots),
     )
     outputs = (Tensor("eps", "float32", ("rows", latent, "h", "w")),)
     return Network(name, "unet", f"{_MODULES}:UNet", inputs, outputs, slots, {"unet": config})
 
 
-def _list_unet_slots(config: Mapping[str, Any], rank: int) -> Iterator[Slot]:
+def _describe_kv(base: BaseFiles, name: str, has_slots: bool) -> Network:
+    """What depends on the text alone in all steps of a stage: keys and values of the UNet's cross-attention layers."""
+    config = base.configs["unet"]
+    linears = tuple(slot for slot in _list_attention_linears(config) if slot.module.endswith(_FROM_TEXT))
+    slots = linears if has_slots else ()
+    text = Tensor("encoder_hidden_states", "float32", ("rows", "context", int(config["cross_attention_dim"])))
+    return Network(
+        kv_name(name),
+        kv_name("unet"),
+        f"{_MODULES}:KeysAndValues",
+        (text, *_describe_weights(slots)),
+        tuple(_describe_keys_and_values(linears)),
+        slots,
+        {"unet": config},
+    )
+
+
+def _list_attention_linears(config: Mapping[str, Any]) -> Iterator[Slot]:
     """List the attention projections in the order of the sgm names: down, middle, up."""
     channels, context = list(config["block_out_channels"]), int(config["cross_attention_dim"])
     for name in sgm_to_diffusers(config).values():
@@ -269,15 +293,24 @@ def _list_unet_slots(config: Mapping[str, Any], rank: int) -> Iterator[Slot]:
         place = module.split(".")
         by_block = {"down_blocks": channels, "up_blocks": channels[::-1]}.get(place[0])
         width = by_block[int(place[1])] if by_block else channels[-1]
-        from_text = place[-2] == "attn2" and place[-1] in ("to_k", "to_v")
-        yield Slot(module, context if from_text else width, width, rank)
+        yield Slot.of(module, context if module.endswith(_FROM_TEXT) else width, width)
 
 
-def _describe_packed_input(slots: Sequence[Slot]) -> tuple[Tensor, ...]:
-    return (Tensor(LORA, "float32", ("pictures", packed_size(slots))),) if slots else ()
+def _describe_keys_and_values(linears: Sequence[Slot]) -> Iterator[Tensor]:
+    """Keys and values of every cross-attention layer, in the order of the layers."""
+    for slot in linears:
+        if slot.module.endswith(_FROM_TEXT):
+            layer, _, part = slot.module.rpartition(".")
+            yield Tensor(layer + {"to_k": KEY, "to_v": VALUE}[part], "float32", ("rows", "context", slot.outputs))
 
 
-def _describe_inpaint_head(base: BaseFiles, _rank: int) -> Network | None:
+def _describe_weights(slots: Sequence[Slot]) -> Iterator[Tensor]:
+    """The inputs that hold the slots' weights."""
+    for slot in slots:
+        yield Tensor(slot.weight, "float32", (slot.inputs, slot.outputs))
+
+
+def _describe_inpaint_head(base: BaseFiles, _slots: bool) -> Network | None:
     if not base.has_head:
         return None
     channels, latent = base.feature_channels, base.latent_channels
@@ -290,14 +323,14 @@ def _describe_inpaint_head(base: BaseFiles, _rank: int) -> Network | None:
     return Network("inpaint_head", "inpaint_head", f"{_MODULES}:InpaintHead", inputs, feature, (), configs)
 
 
-def _describe_vae_encoder(base: BaseFiles, _rank: int) -> Network:
+def _describe_vae_encoder(base: BaseFiles, _slots: bool) -> Network:
     image = Tensor("image", "float32", ("pictures", 3, "H", "W"))
     moments = tuple(Tensor(name, "float32", ("pictures", base.latent_channels, "h", "w")) for name in ("mean", "std"))
     configs = {"vae": base.configs["vae"]}
     return Network("vae_encoder", "vae_encoder", f"{_MODULES}:VaeEncoder", (image,), moments, (), configs)
 
 
-def _describe_vae_decoder(base: BaseFiles, _rank: int) -> Network:
+def _describe_vae_decoder(base: BaseFiles, _slots: bool) -> Network:
     latent = Tensor("latent", "float32", ("pictures", base.latent_channels, "h", "w"))
     image = Tensor("image", "float32", ("pictures", 3, "H", "W"))
     configs = {"vae": base.configs["vae"]}
@@ -314,7 +347,7 @@ KINDS: Final[list[NetworkKind]] = [
         "text_encoder",
         "text",
         "prompt",
-        lambda base, rank: _describe_text_encoder(base, "text_encoder", rank),
+        lambda base, slots: _describe_text_encoder(base, "text_encoder", slots),
         lambda base: base.state("text_encoder"),
         component="text_encoder",
         factors="text_encoder",
@@ -323,7 +356,7 @@ KINDS: Final[list[NetworkKind]] = [
         "text_encoder_2",
         "text",
         "prompt",
-        lambda base, rank: _describe_text_encoder(base, "text_encoder_2", rank),
+        lambda base, slots: _describe_text_encoder(base, "text_encoder_2", slots),
         lambda base: base.state("text_encoder_2"),
         component="text_encoder_2",
         factors="text_encoder_2",
@@ -347,19 +380,40 @@ KINDS: Final[list[NetworkKind]] = [
         required=False,
     ),
     NetworkKind(
+        "unet_kv",
+        "unet",
+        "stage",
+        lambda base, slots: _describe_kv(base, "unet", slots),
+        lambda base: base.unet_patched_state(),
+        component="unet",
+        factors="unet",
+        factors_of="unet",
+    ),
+    NetworkKind(
         "unet",
         "unet",
         "step",
-        lambda base, rank: _describe_unet(base, "unet", rank),
+        lambda base, slots: _describe_unet(base, "unet", slots),
         lambda base: base.unet_patched_state(),
         component="unet",
         factors="unet",
     ),
     NetworkKind(
+        "unet_raw_kv",
+        "unet_raw",
+        "stage",
+        lambda base, slots: _describe_kv(base, "unet_raw", slots) if base.patch else None,
+        lambda base: base.state("unet"),
+        component="unet_raw",
+        factors="unet",
+        factors_of="unet_raw",
+        required=False,
+    ),
+    NetworkKind(
         "unet_raw",
         "unet_raw",
         "step",
-        lambda base, rank: _describe_unet(base, "unet_raw", rank) if base.patch else None,
+        lambda base, slots: _describe_unet(base, "unet_raw", slots) if base.patch else None,
         lambda base: base.state("unet"),
         component="unet_raw",
         factors="unet",
