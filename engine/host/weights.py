@@ -47,25 +47,35 @@ class HostWeights:
     def use(self, role: Role, safe: bool = False) -> WeightsOf:
         """The weights of a role: network -> input -> merged weight, of the inputs that its subject changes.
 
+        They stay good when the subject is removed or replaced meanwhile.
+
         safe: of the networks' twins, where they exist.
 
         Raises EngineError for a subject that was removed.
         """
         if role.name == NOBODY.name:
             return lambda network: {}
-        subject = find_subject(self._subjects, role)
+        known, subject = self._subjects.get(role.name), find_subject(self._subjects, role)
+        used: dict[str, Arrays] = {}
 
         def find(network: str) -> Arrays:
-            actual = twin_name(network) if safe and twin_name(network) in self._networks else network
-            found = self._merged.pop((role, actual), None)
-            if found is None:
-                changes = list_changes(subject.factors_for(network), self._networks.slots(actual), subject.scale)
-                found = merge_weights(self._networks.weights(actual), changes, kernels.merge_weight)
-            self._merged[role, actual] = found
-            self._trim(role)
-            return found
+            if network not in used:
+                actual = twin_name(network) if safe and twin_name(network) in self._networks else network
+                found = self._merged.pop((role, actual), None) if self._subjects.get(role.name) is known else None
+                used[network] = self._merge(network, actual, subject) if found is None else found
+                if self._subjects.get(role.name) is known:
+                    self._merged[role, actual] = used[network]
+                    self._trim(role)
+            return used[network]
 
         return find
+
+    def _merge(self, network: str, actual: str, subject: Subject) -> Arrays:
+        """Merge a subject into the weights of `actual`: the network or its twin."""
+        if subject.scale == 0:
+            return {}
+        changes = list_changes(subject.factors_for(network), self._networks.slots(actual), subject.scale)
+        return merge_weights(self._networks.weights(actual), changes, kernels.merge_weight)
 
     def _trim(self, present: Role) -> None:
         """Forget what was not used for the longest time, beyond what may be kept."""
