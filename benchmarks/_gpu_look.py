@@ -1,7 +1,7 @@
 """What a machine has for `first_light.sh`, and what it lacks: `python benchmarks/_gpu_look.py [--out FILE]`.
 
-Standard library only. Every line of what is missing says what it stops and how it gets there; the last line names all
-of it.
+Standard library only. Every line of what is missing says what it stops and how it gets there, and one line
+names all of it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 _BESIDE = "lay its wheel beside (--wheels)"
+_PATIENCE = 40  # seconds for a program's answer
+_TORCH = "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.is_available())"
 _ON_IT = "install it on the machine (too large to lay beside)"
 
 
@@ -63,11 +65,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write what was found there, too, as JSON")
     given = parser.parse_args(arguments)
+    told: dict[str, Any] = {}
+    for name, value in list_facts():  # one by one: the last may take its time
+        told[name] = value
+        print(f"{name}: {value}", flush=True)
     found, missing = look(find_package, find_tool)
-    told = {**describe(), "found": found, "missing": [wanted._asdict() for wanted in missing]}
+    told |= {"found": found, "missing": [wanted._asdict() for wanted in missing]}
+    print("\n".join(lines_of(found, missing)), flush=True)
+    told["torch"] = ask([sys.executable, "-c", _TORCH]) or "none that can be imported"
+    print(f"torch, its CUDA, whether it sees a GPU: {told['torch']}", flush=True)
     if given.out:
         given.out.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    print("\n".join(lines_of(told, missing)))
     return 0
 
 
@@ -80,13 +88,12 @@ def look(
     return found, [wanted for wanted, said in seen if said is None]
 
 
-def lines_of(told: dict[str, Any], missing: Sequence[Wanted]) -> list[str]:
+def lines_of(found: Mapping[str, str], missing: Sequence[Wanted]) -> list[str]:
     """The report for people."""
-    about = [f"{name}: {value}" for name, value in told.items() if name not in ("found", "missing")]
-    there = [f"found    {name} {said}" for name, said in told["found"].items()]
+    there = [f"found    {name} {said}" for name, said in found.items()]
     lacking = [f"missing  {wanted.name}: stops {wanted.stops}; remedy: {wanted.remedy}" for wanted in missing]
     names = [f"MISSING: {', '.join(wanted.name for wanted in missing)}"] if missing else []
-    return [*about, *there, *lacking, *names]
+    return [*there, *lacking, *names]
 
 
 def find_package(name: str) -> str | None:
@@ -108,28 +115,26 @@ def find_tool(name: str) -> str | None:
     return f"{numbers[-1] if numbers and name == 'nvcc' else numbers[0] if numbers else ''} ({path})".strip()
 
 
-def describe() -> dict[str, Any]:
-    """Machine, memory, Python, the GPU as nvidia-smi tells it, and what torch makes of it."""
-    told: dict[str, Any] = {
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "python": f"{platform.python_version()} ({sys.executable})",
-        "python headers": (Path(sysconfig.get_path("include")) / "Python.h").exists(),
-        "disk free [GiB]": shutil.disk_usage(Path.cwd()).free >> 30,
-    }
+def list_facts() -> Iterator[tuple[str, Any]]:
+    """Machine, memory, Python, and the GPU as nvidia-smi tells it."""
+    yield "system", f"{platform.system()} {platform.release()} {platform.machine()}"
+    yield "cores", len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if hasattr(os, "sysconf"):
-        told["memory [GiB]"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
-    told["gpu"] = ask(["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]) or "none"
-    code = "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.is_available())"
-    told["torch, its CUDA, whether it sees a GPU"] = ask([sys.executable, "-c", code]) or "no torch"
-    return told
+        yield "memory [GiB]", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
+    yield "disk free [GiB]", shutil.disk_usage(Path.cwd()).free >> 30
+    yield "python", f"{platform.python_version()} ({sys.executable})"
+    yield "python headers", (Path(sysconfig.get_path("include")) / "Python.h").exists()
+    asked = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    yield "gpu", ask(asked) or "none that nvidia-smi tells of"
 
 
 def ask(command: list[str]) -> str:
-    """What a program prints, on one line; "" where it cannot be run or fails."""
+    """What a program prints, on one line, or that it did not answer in time; "" where it cannot be run or fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:
+        return f"no answer within {_PATIENCE} s"
+    except OSError:
         return ""
     return " ".join((done.stdout or done.stderr).split()) if done.returncode == 0 else ""
 

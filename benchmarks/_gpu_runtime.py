@@ -45,7 +45,7 @@ def subjects(part: Part, setting: Setting) -> None:
             _swaps(part, setting, rig, known)
         for pictures in (2, 4):
             with StepRig(device, networks, (side, side), pictures=pictures, subjects=known) as rig:
-                _batches(part, rig, pictures)
+                _batches(part, rig, pictures, rounds=2 * setting.repeats)
     part.note("a swap: from the call to the device's answer; the factors lie on the device, rank 4 in slots of 8")
 
 
@@ -109,7 +109,7 @@ def _steps_with_and_without(part: Part, rig: StepRig) -> None:
         graph.close()
 
 
-def _batches(part: Part, rig: StepRig, pictures: int) -> None:
+def _batches(part: Part, rig: StepRig, pictures: int, rounds: int) -> None:
     """A batch of different subjects against one of a single subject, swaps included, in turns."""
     mixed, single = [Role(name) for name in "ABCD"[:pictures]], [Role("A")] * pictures
     graph = rig.capture(rig.step)
@@ -127,8 +127,8 @@ def _batches(part: Part, rig: StepRig, pictures: int) -> None:
         return event_seconds(rig.device, rig.stream, run, repeats=1, warm=0)[0]
 
     work(mixed)
-    rounds = [(work(mixed), work(single)) for _ in range(10)]
-    several, one = (statistics.median(times) for times in zip(*rounds, strict=True))
+    times = [(work(mixed), work(single)) for _ in range(rounds)]
+    several, one = (statistics.median(each) for each in zip(*times, strict=True))
     part.add(f"batch of {pictures}, one subject, 4 steps [ms]", 1e3 * one)
     part.add(f"batch of {pictures}: different subjects cost more by", several / one - 1, goal="<= 0.05")
     if graph is not None:

@@ -9,7 +9,7 @@
 #   --wheels DIR      install these wheels first, offline, into a folder of this run's own; the kernels of a wheel of
 #                     dreammix-trt among them are taken instead of being built
 #   --budget SECONDS  in all (default: 600). A part that no longer fits is left out, and the summary says so
-#   --only PART,...   some of: look, wheels, and the parts of gpu_suite.py ("compiled" and "peers" stand for several)
+#   --only PART,...   some of: wheels, look, and the parts of gpu_suite.py ("compiled" and "peers" stand for several)
 #   --limit SECONDS   no part may take longer (each has a limit of its own)
 #   --simulated       a dry run without a GPU: miniature networks on the simulated device
 #
@@ -25,8 +25,8 @@ grace=10 # seconds from asking a part to end to killing it
 
 # name, seconds it may take, seconds without which it is not worth starting; in the order in which they run
 parts='
-look             60   5
 wheels          120   5
+look             90   5
 machine         120  20
 build           420  40
 kernels         150  30
@@ -213,7 +213,10 @@ if [ -n "$wheels" ]; then
     for wheel in "$wheels"/*.whl; do
         case $wheel in
             */dreammix_trt-*) kernels=$wheel ;;
-            *) export PYTHONPATH="$work/site/$(basename "$wheel" .whl)${PYTHONPATH:+:$PYTHONPATH}" ;;
+            *)
+                site=$work/site/$(basename "$wheel" .whl)
+                export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PATH="$site/bin:$PATH"
+                ;;
         esac
     done
 fi

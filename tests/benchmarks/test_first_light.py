@@ -212,11 +212,11 @@ def test_the_page_shows_parts_and_options_that_exist() -> None:
 def test_what_is_missing_is_told_with_what_it_stops_and_the_remedy() -> None:
     found, missing = look.look(lambda name: None if name == "diffusers" else "1.0", lambda name: None)
     assert "diffusers" not in found and found["numpy"] == "1.0"
-    lines = look.lines_of({"gpu": "none", "found": found, "missing": []}, missing)
+    lines = look.lines_of(found, missing)
     assert any(line.startswith("missing  diffusers: stops every part with networks") for line in lines)
     assert any("missing  nvcc: stops building the kernels; remedy: " in line for line in lines)
     assert lines[-1].startswith("MISSING: diffusers, ") and "compute-sanitizer" in lines[-1]
-    assert "MISSING" not in str(look.lines_of({"found": found}, []))
+    assert "MISSING" not in str(look.lines_of(found, []))
 
 
 def test_a_dry_run_on_the_simulated_device(tmp_path: Path) -> None:
