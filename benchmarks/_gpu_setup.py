@@ -9,10 +9,12 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -167,11 +169,28 @@ def _tool(name: str) -> str:
 
 
 def _ran(command: list[str], environment: Mapping[str, str] | None = None, limit: float | None = None) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=limit)
-    if done.returncode:
-        last = "\n".join((done.stdout + done.stderr).splitlines()[-30:])
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            said, wrong = process.communicate(timeout=limit)
+        finally:
+            end_group(process)
+    if process.returncode:
+        last = "\n".join((said + wrong).splitlines()[-30:])
         raise RuntimeError(f"`{' '.join(command)}` failed:\n{last}")
-    return done.stdout
+    return said
+
+
+def end_group(process: subprocess.Popen[Any]) -> None:
+    """End a process that was started in a session of its own, with whatever it started: compilers, say, or a checker's
+    process. What has ended already is left alone."""
+    with suppress(ProcessLookupError, PermissionError):
+        if os.name == "posix":
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
 
 
 def _number(capability: str) -> int:

@@ -32,7 +32,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -65,6 +64,7 @@ from _gpu_setup import (
     ROOT,
     build_extension,
     describe,
+    end_group,
     extension_info,
     extension_serves,
     extract_extension,
@@ -310,19 +310,10 @@ def supervise(
             merged("interrupted")
             raise
         finally:
-            _kill(process)
+            end_group(process)
     if error is None and process.returncode:
         error = f"the part's process ended with {process.returncode}"
     return merged(error)
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End what still runs of a part: compilers and a checker's process are not its process itself."""
-    with suppress(ProcessLookupError, PermissionError):
-        if os.name == "posix":
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
 
 
 def _pass_options(given: argparse.Namespace) -> list[str]:

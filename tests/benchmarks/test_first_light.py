@@ -172,6 +172,7 @@ def test_wheels_are_installed_offline_one_by_one_and_our_own_gives_the_kernels(s
     assert f"--kernels {wheels}/dreammix_trt-0.1.0-cp312-abi3-linux.whl" in calls[-1]
 
 
+@pytest.mark.slow
 def test_a_real_wheel_is_installed_and_found(tmp_path: Path) -> None:
     (tmp_path / "wheels").mkdir()
     with zipfile.ZipFile(tmp_path / "wheels" / "lefty-1.0-py3-none-any.whl", "w") as packed:

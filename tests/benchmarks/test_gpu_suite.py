@@ -335,6 +335,22 @@ def test_a_tool_that_fails_is_quoted() -> None:
         setup._ran([sys.executable, "-c", "raise SystemExit('so it broke')"])
 
 
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks processes up in /proc")
+def test_a_tool_that_takes_too_long_ends_with_what_it_started(tmp_path: Path) -> None:
+    code = f"import subprocess; subprocess.run(['bash', '-c', 'echo $$ > {tmp_path / 'pid'}; exec sleep 60'])"
+    with pytest.raises(subprocess.TimeoutExpired):
+        setup._ran([sys.executable, "-c", code], limit=3)
+    has_ended(int((tmp_path / "pid").read_text()))
+
+
+def has_ended(pid: int) -> None:
+    """Wait until a process is gone, or dead and not yet collected."""
+    state, deadline = Path("/proc", str(pid), "stat"), time.perf_counter() + 10
+    while state.exists() and state.read_text().split()[2] not in "ZX" and time.perf_counter() < deadline:
+        time.sleep(0.05)
+    assert not state.exists() or state.read_text().split()[2] in "ZX"
+
+
 def test_an_extension_elsewhere_is_taken_and_the_installed_one_stays(tmp_path: Path) -> None:
     (tmp_path / "_cpp.py").write_text("def build_info():\n    return {'cuda': {'toolkit': '13.0'}}\n")
     code = (
@@ -436,11 +452,7 @@ def test_no_process_of_a_stopped_part_is_left(tmp_path: Path, monkeypatch: pytes
     )
     in_place_of_the_child(monkeypatch, tmp_path, code)
     gpu_suite.supervise("soak", given(limit=3), os.environ, tmp_path / "suite.json", tmp_path)
-    state = Path("/proc", (tmp_path / "pid").read_text(), "stat")
-    deadline = time.perf_counter() + 10
-    while state.exists() and state.read_text().split()[2] not in "ZX" and time.perf_counter() < deadline:
-        time.sleep(0.05)
-    assert not state.exists() or state.read_text().split()[2] in "ZX"
+    has_ended(int((tmp_path / "pid").read_text()))
 
 
 def test_a_part_that_crashes_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
