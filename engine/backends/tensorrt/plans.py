@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from dreammix_trt.core.errors import DeviceError, EngineError, OutOfMemoryError
+from dreammix_trt.core.files import ask_file
 from dreammix_trt.engine import hardware
 from dreammix_trt.engine.backends.tensorrt.callbacks import collect_messages, get_logger
 from dreammix_trt.engine.backends.tensorrt.package import PACKAGES, Package, check_runtime, load
 from dreammix_trt.engine.machine import RTX_TARGETS
 
 REBUILD: Final = "build it again with `dreammix-trt build`"
+_HOST_CODE, _NO_HOST_CODE = "found", "none"
+_QUESTION: Final = "host code, rule 1"  # the number rises when `holds_host_code` changes: then all plans are read again
 LOGGER = logging.getLogger(__name__)
 
 
@@ -41,9 +44,19 @@ def holds_host_code(plan: Path) -> bool:
         return image.search(data) is not None
 
 
-def refuse_host_code(plan: Path) -> None:
-    """Raise EngineError for a plan that would run programs on this computer when it is loaded."""
-    if holds_host_code(plan):
+def refuse_host_code(plan: Path, *, verify: bool = False) -> None:
+    """Raise EngineError for a plan that would run programs on this computer when it is loaded.
+
+    What was found in a large file is remembered beside its hash, so a second load need not read it. The runtime refuses
+    host code as well (`open_guarded_runtime`).
+
+    verify: read the plan again.
+    """
+
+    def find(file: Path) -> str:
+        return _HOST_CODE if holds_host_code(file) else _NO_HOST_CODE
+
+    if ask_file(plan, _QUESTION, find, verify=verify) != _NO_HOST_CODE:
         raise EngineError(
             f"{plan} carries code for the host, which loading would run; this program never builds such engines: "
             "do not trust its source, and build it again with `dreammix-trt build`"
