@@ -132,6 +132,11 @@ class TensorRtNetworks:
         ]
         return min(most, default=None)
 
+    @property
+    def captures(self) -> bool:
+        """Always, once a network ran."""
+        return True
+
     def weight_bytes(self, name: str) -> int:
         """The size of the plan, which is little more than its weights (measured: 5183 MB for 5146 MB)."""
         return self._network(name).plan.stat().st_size
