@@ -177,7 +177,7 @@ class TorchNetworks:
     @property
     def captures(self) -> bool:
         """On a GPU."""
-        return self.device.type == "cuda"
+        return bool(self.device.type == "cuda")
 
     def weight_bytes(self, name: str) -> int:
         """The device memory of a network's weights while loaded."""
