@@ -32,7 +32,7 @@ from dreammix_trt.core.axes import Sides, Tensor
 from dreammix_trt.core.errors import DeviceError, OutOfMemoryError
 from dreammix_trt.core.networks import is_twin, plain_name, twin_name
 from dreammix_trt.core.seam import Array, Stream
-from dreammix_trt.core.slots import Slot
+from dreammix_trt.core.slots import Slot, names_of_weights
 from dreammix_trt.engine.drivers.device import Memory
 
 _ALIGNMENT = 256
