@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from dreammix_trt.core.lora import describe_other_base
 from dreammix_trt.core.lora_names import join_first
 from dreammix_trt.core.slots import Floats, Slot
 
+Merge = Callable[[NDArray[Any], NDArray[Any], Slot, Floats, Floats], None]  # as `merge_slot`
 Pairs = Mapping[str, tuple[Floats, Floats]]  # module -> (A float32 (in, r), B float32 (r, out))
 
 
@@ -91,10 +92,13 @@ def list_changes(factors: Pairs, slots: Sequence[Slot], scale: float = 1.0) -> I
             yield Change(slot, a, b * np.float32(scale))
 
 
-def merge_weights(pristine: Mapping[str, NDArray[Any]], changes: Sequence[Change]) -> dict[str, NDArray[Any]]:
+def merge_weights(
+    pristine: Mapping[str, NDArray[Any]], changes: Iterable[Change], merge: Merge | None = None
+) -> dict[str, NDArray[Any]]:
     """Merge changes into copies of the weights that they touch.
 
     pristine: input name -> the base's weight, float32 or float16. Changes of other inputs have no effect, and are left.
+    merge: carries one change out; None: `merge_slot`.
 
     Returns input name -> merged weight of the same shape and dtype, of touched inputs alone.
     """
@@ -102,11 +106,35 @@ def merge_weights(pristine: Mapping[str, NDArray[Any]], changes: Sequence[Change
     for slot, a, b in changes:
         if slot.weight not in pristine:
             continue
+        source = pristine[slot.weight]
         if slot.weight not in merged:
-            merged[slot.weight] = pristine[slot.weight].copy()
-        view = slot.view(merged[slot.weight])
-        view[...] = (view.astype(np.float32) + a @ b).astype(view.dtype)
+            alone = source.size == slot.inputs * slot.outputs
+            merged[slot.weight] = np.empty_like(source) if alone else source.copy()
+        (merge or merge_slot)(source, merged[slot.weight], slot, a, b)
     return merged
+
+
+def merge_slot(pristine: NDArray[Any], out: NDArray[Any], slot: Slot, a: Floats, b: Floats) -> None:
+    """Write W + A B into the slot's part of `out`. cpp_ext/merge.hpp has the same arithmetic, to the bit.
+
+    pristine, out: the whole input, float32 or float16 both.
+    a: float32 (inputs, rank).
+    b: float32 (rank, outputs).
+    """
+    with np.errstate(over="ignore"):  # beyond float16 it becomes infinite, which the networks' results show
+        slot.view(out)[...] = slot.view(pristine).astype(np.float32) + sum_products(a, b)
+
+
+def sum_products(a: Floats, b: Floats) -> Floats:
+    """A B in float32, summed in the order of the ranks.
+
+    a: float32 (rows, rank).
+    b: float32 (rank, columns).
+    """
+    total: Floats = np.zeros((len(a), b.shape[1]), np.float32)
+    for rank in range(len(b)):
+        total += a[:, rank, None] * b[rank]
+    return total
 
 
 def _kind(module: str) -> tuple[str, ...]:

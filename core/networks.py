@@ -86,6 +86,11 @@ class Network:
         )
         return replace(self, inputs=inputs, outputs=outputs, precision=precision, fused=fused)
 
+    def without_slots(self) -> Network:
+        """The same network with the base's weights in it."""
+        weights = names_of_weights(self.slots)
+        return replace(self, inputs=tuple(each for each in self.inputs if each.name not in weights), slots=())
+
     def draw_example(self, sizes: Mapping[str, int], seed: int = 0) -> dict[str, NDArray[Any]]:
         """Draw random inputs; the slots' weights are of the size that layers begin training with.
 
@@ -129,7 +134,8 @@ class NetworkKind:
     call: how it is called: for one "prompt", one "frame", one frame or tile of the "vae", once in a "stage" of a batch,
         or once in each of its "step"s.
     describe: (base, whether it has LoRA slots) -> the network; None when the base does not have it.
-    weights: base -> the network's own weights by torch name.
+    weights: base -> weights by torch name: its own, or those of the component that it is a part of.
+    holds: torch name -> whether the weight is its own; None: all are.
     component: the part of a base that decides its weights (`BaseFiles.hash_contents`).
     factors: the part of a LoRA that it takes ("unet" for both UNets); None when it takes none.
     factors_of: the network under whose name a subject keeps its factors; "": its own.
@@ -145,6 +151,7 @@ class NetworkKind:
     component: str
     factors: str | None = None
     factors_of: str = ""
+    holds: Callable[[str], bool] | None = None
     twin: bool = False
     required: bool = True
 
@@ -337,6 +344,11 @@ def _describe_vae_decoder(base: BaseFiles, _slots: bool) -> Network:
     return Network("vae_decoder", "vae_decoder", f"{_MODULES}:VaeDecoder", (latent,), (image,), (), configs)
 
 
+def _reads_text(name: str) -> bool:
+    """Whether a weight of a UNet makes keys or values of the text."""
+    return name.removesuffix(".weight").endswith(_FROM_TEXT)
+
+
 def _half_of_vae(*prefixes: str) -> Callable[[BaseFiles], Weights]:
     return lambda base: base.state("vae").rename(lambda name: name if name.startswith(prefixes) else None)
 
@@ -388,6 +400,7 @@ KINDS: Final[list[NetworkKind]] = [
         component="unet",
         factors="unet",
         factors_of="unet",
+        holds=_reads_text,
     ),
     NetworkKind(
         "unet",
@@ -397,6 +410,7 @@ KINDS: Final[list[NetworkKind]] = [
         lambda base: base.unet_patched_state(),
         component="unet",
         factors="unet",
+        holds=lambda name: not _reads_text(name),
     ),
     NetworkKind(
         "unet_raw_kv",
@@ -407,6 +421,7 @@ KINDS: Final[list[NetworkKind]] = [
         component="unet_raw",
         factors="unet",
         factors_of="unet_raw",
+        holds=_reads_text,
         required=False,
     ),
     NetworkKind(
@@ -417,6 +432,7 @@ KINDS: Final[list[NetworkKind]] = [
         lambda base: base.state("unet"),
         component="unet_raw",
         factors="unet",
+        holds=lambda name: not _reads_text(name),
         required=False,
     ),
     NetworkKind(

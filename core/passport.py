@@ -68,7 +68,7 @@ class Passport:
     base_key: names the weights and slots, independent of the back end.
     parts: part -> its key in the store.
     networks_at: "store", or the directory below this one that has the parts ("networks").
-    base: name, hashes of the source files, native side, slot rank, LoRAs in the weights.
+    base: name, hashes of the source files, native side, whether it has slots, LoRAs in the weights.
     versions: of the packages that made it.
     files: "PART/FILE" -> hash.
     command: builds it again.
@@ -173,7 +173,7 @@ class Passport:
             ),
             ("inpainting", _HEADS.get(str(base.get("head", "")), "unknown")),
             *(("remark", str(text)) for text in base.get("remarks", ())),
-            ("LoRA slots", f"rank {base.get('slot_rank')}"),
+            ("LoRA slots", "none: no subject can be added" if base.get("slots") is False else "of any rank"),
             ("LoRAs in the weights", ", ".join(base.get("loras", ())) or "none"),
             ("request defaults", ", ".join(f"{k} {v}" for k, v in base.get("defaults", {}).items()) or "the usual"),
             ("built with", self.command),

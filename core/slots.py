@@ -66,3 +66,17 @@ def slots_of(entry: Mapping[str, Any]) -> tuple[Slot, ...]:
 def names_of_weights(slots: Sequence[Slot]) -> tuple[str, ...]:
     """The inputs of a graph that hold the slots' weights, each once, in the order of the slots."""
     return tuple(dict.fromkeys(slot.weight for slot in slots))
+
+
+def gather_weight(name: str, shape: tuple[int, ...], slots: Sequence[Slot], weights: Mapping[str, Floats]) -> Floats:
+    """Make an input of the graph from the base's weights, float32.
+
+    name, shape: of the input.
+    slots: of the network.
+    weights: torch name -> (outputs, inputs), as torch has them.
+    """
+    whole = np.zeros(shape, np.float32)
+    for slot in slots:
+        if slot.weight == name:
+            slot.view(whole)[...] = weights[f"{slot.module}.weight"].T
+    return whole

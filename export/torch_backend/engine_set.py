@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from numpy.typing import NDArray
 
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.network_weights import weights_of
-from dreammix_trt.core.networks import SLOT_RANK, describe_networks
-from dreammix_trt.core.slots import Slot
+from dreammix_trt.core.networks import describe_networks
+from dreammix_trt.core.slots import Slot, gather_weight, names_of_weights
 from dreammix_trt.export.parity import Arrays, run_torch
 from dreammix_trt.export.torch_module import make_torch_module
 
@@ -17,26 +18,36 @@ from dreammix_trt.export.torch_module import make_torch_module
 class TorchEngineSet:
     """`run(name, **arrays) -> dict` for every network of a base. Weights are read at a network's first use."""
 
-    def __init__(self, base: BaseFiles, *, slot_rank: int = SLOT_RANK) -> None:
+    def __init__(self, base: BaseFiles, *, slots: bool = True) -> None:
         self.base = base
-        self._networks = {network.name: network for network in describe_networks(base, slot_rank)}
+        self._networks = {network.name: network for network in describe_networks(base, slots)}
         self._modules: dict[str, Any] = {}
+        self._weights: dict[str, Arrays] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._networks
 
     def slots(self, name: str) -> tuple[Slot, ...]:
-        """The LoRA slots of a network, in packed order."""
+        """The LoRA slots of a network."""
         return self._networks[name].slots
+
+    def weights(self, name: str) -> Mapping[str, NDArray[Any]]:
+        """The base's own weights of the slots; see `core.seam.Networks`."""
+        if name not in self._weights:
+            network, held = self._networks[name], weights_of(self.base, name)
+            wanted = set(names_of_weights(network.slots))
+            shapes = {tensor.name: tensor.shape for tensor in network.inputs if tensor.name in wanted}
+            self._weights[name] = {each: gather_weight(each, shape, network.slots, held) for each, shape in shapes.items()}
+        return self._weights[name]
 
     def run(self, name: str, **arrays: NDArray[Any]) -> Arrays:
         """Run a network.
 
-        arrays: its inputs by name (core/networks.py).
+        arrays: its inputs by name (core/networks.py). Weights of slots that are not given are the base's own.
 
         Returns outputs by name, float32.
         """
         network = self._networks[name]
         if name not in self._modules:
             self._modules[name] = make_torch_module(network, weights_of(self.base, name))
-        return run_torch(self._modules[name], network, arrays)
+        return run_torch(self._modules[name], network, {**self.weights(name), **arrays})

@@ -31,7 +31,7 @@ def make_passport(**fields: Any) -> Passport:
         base={
             "name": "micro-sdxl",
             "native_side": 128,
-            "slot_rank": 8,
+            "slots": True,
             "files": {},
             "loras": ["lcm.safetensors"],
             "defaults": {"sampler": "lcm"},
@@ -157,7 +157,7 @@ def test_the_description_tells_what_a_person_asks_for() -> None:
 def test_a_part_that_was_not_compared_says_so() -> None:
     from dataclasses import replace
 
-    plain = make_passport(targets=[], base={"name": "sdxl", "native_side": 1024, "slot_rank": 0})
+    plain = make_passport(targets=[], base={"name": "sdxl", "native_side": 1024, "slots": False})
     (network,) = plain.networks
     plain = replace(plain, networks=(replace(network, parity={"checked": "not"}, build={}),), subjects=())
     text = "\n".join(f"{title}: {row}" for title, rows in plain.describe() for row in rows)
