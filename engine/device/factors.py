@@ -1,7 +1,7 @@
 """The factors of a runtime's subjects: kept by the host, the most recent ones on the device as well.
 
-On the device a slot has `left` (rows, rank) and `right` (rank, columns), float32, of the weight as it is stored: A and B,
-or B^T and A^T where it is stored transposed. A subject's strength is not in them, so they serve every strength.
+On the device a slot has `left` (rows, rank) and `right` (rank, columns), float32, of the weight as it is stored: A and
+B, or B^T and A^T where it is stored transposed. A subject's strength is not in them, so they serve every strength.
 """
 
 from __future__ import annotations
@@ -88,9 +88,10 @@ class Factors:
         """
         for key, pair in pairs.items():
             if sum(pair.sizes) > self._region.nbytes:
+                size, room = size_text(sum(pair.sizes)), size_text(self._region.nbytes)
                 raise InputError(
-                    f"subject {name!r}: the factors of {pair.slot.module} in {key[0]} take {size_text(sum(pair.sizes))} "
-                    f"and this runtime has {size_text(self._region.nbytes)} for factors: load it with more `subjects`"
+                    f"subject {name!r}: the factors of {pair.slot.module} in {key[0]} take {size} and this runtime has "
+                    f"{room} for factors: load it with more `subjects`"
                 )
         self._resident.pop(name, None)
         if pairs and _measure(pairs) <= self._region.nbytes:

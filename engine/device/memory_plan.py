@@ -1,7 +1,7 @@
 """How an engine set uses a device's memory. The plan is made before the first request and can be printed.
 
 It covers weights, the workspace that all networks share (they never run at once), the arena's regions and a reserve.
-Where not everything fits, the base's own weights of LoRA slots stay with the host, so that a subject's swap takes longer.
+Where not everything fits, the base's own weights of LoRA slots stay with the host, and a subject's swap takes longer.
 Where that is not enough the raw UNet is omitted, and where that is not enough networks take turns.
 """
 

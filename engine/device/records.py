@@ -9,6 +9,8 @@ from typing import Final
 
 import numpy as np
 
+from dreammix_trt.core.axes import FLOAT8
+
 _I, _F = np.int32, np.float32
 
 #: How a picture (height, width) is cut (box row0..col1, ends exclusive) and resampled to (out_height, out_width).
@@ -63,4 +65,4 @@ MERGE: Final = np.dtype(
 )
 
 #: (type of the source, type of the target) -> kind
-MERGE_KINDS: Final = {("float32", "float32"): 0, ("float16", "float16"): 1, ("float16", "float8_e4m3fn"): 2}
+MERGE_KINDS: Final = {("float32", "float32"): 0, ("float16", "float16"): 1, ("float16", FLOAT8): 2}

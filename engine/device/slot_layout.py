@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from dreammix_trt.core.axes import FLOAT8
 from dreammix_trt.core.errors import EngineError
 from dreammix_trt.core.networks import KINDS, kind_of, list_groups
 from dreammix_trt.core.seam import DeviceNetworks
 from dreammix_trt.core.slots import Slot, names_of_weights
-from dreammix_trt.engine.device.arena import Pieces, Regions
+from dreammix_trt.engine.device.arena import Pieces
 from dreammix_trt.engine.device.records import MERGE
 
 Pristine = Literal["device", "host"]
@@ -23,7 +24,6 @@ SHARED: Final = "slot weights"  # the merged region of networks that take turns
 PIECES: Final = "pristine pieces"  # where weights of the host wait to be merged into a region of another type
 _USUAL_RANK: Final = 8  # of a subject, by which `Options.subjects` counts
 _PIECE: Final = 64 << 20
-_FLOAT8: Final = "float8_e4m3fn"
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class SlottedNetwork:
             name,
             slots,
             {tensor.name: tensor.dtype for tensor in used},
-            Pieces({t.name: (shapes[t.name], find_memory_type(t.dtype)) for t in used}),
-            Pieces({t.name: (shapes[t.name], "float16" if t.dtype == _FLOAT8 else t.dtype) for t in used}),
+            Pieces({t.name: (shapes[t.name], t.memory_dtype) for t in used}),
+            Pieces({t.name: (shapes[t.name], "float16" if t.dtype == FLOAT8 else t.dtype) for t in used}),
         )
         found._check_whole()
         return found
@@ -83,11 +83,6 @@ class SlottedNetwork:
                 )
 
 
-def find_memory_type(dtype: str) -> str:
-    """The numpy type that holds a tensor's numbers: bytes for FP8, which numpy does not have."""
-    return "uint8" if dtype == _FLOAT8 else dtype
-
-
 def list_slotted(networks: DeviceNetworks) -> dict[str, SlottedNetwork]:
     """The networks with slots, by name, in running order."""
     found = {kind.name: SlottedNetwork.of(networks, kind.name) for kind in KINDS if kind.name in networks}
@@ -95,7 +90,7 @@ def list_slotted(networks: DeviceNetworks) -> dict[str, SlottedNetwork]:
 
 
 def keeps_pristine(name: str, pristine: Pristine) -> bool:
-    """Whether a network's pristine weights have a copy on the device. The raw UNet, which few subjects touch, has none."""
+    """Whether a network's pristine weights have a copy on the device. Few subjects touch the raw UNet: it has none."""
     return pristine == "device" and kind_of(name).group != "unet_raw"
 
 

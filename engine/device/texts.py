@@ -61,9 +61,7 @@ def list_regions(networks: DeviceNetworks, pictures: int, rows: int, kept: int, 
 
 def find_widths(networks: DeviceNetworks) -> tuple[int, int]:
     """Numbers of a token and of a pooled vector."""
-    inputs = {
-        tensor.name: tensor.shape for name in (kv_name("unet"), "unet") for tensor in networks.inputs(name)
-    }
+    inputs = {tensor.name: tensor.shape for name in (kv_name("unet"), "unet") for tensor in networks.inputs(name)}
     return int(inputs["encoder_hidden_states"][-1]), int(inputs["text_embeds"][-1])
 
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
+from dreammix_trt.core.axes import FLOAT8
+from dreammix_trt.core.errors import EngineError
 from dreammix_trt.core.merging import check_fit
 from dreammix_trt.core.networks import kind_of, networks_of_factors
 from dreammix_trt.core.seam import Array, DeviceNetworks, Stream
@@ -28,13 +30,14 @@ from dreammix_trt.engine.device.slot_layout import (
     SHARED,
     Pristine,
     SlottedNetwork,
-    find_memory_type,
     keeps_pristine,
     measure_turns,
 )
 from dreammix_trt.engine.device.transfers import Uploads
 from dreammix_trt.engine.drivers.device import Device
 from dreammix_trt.engine.runtime import find_subject
+
+_KIND_SIZES: Final = [(np.dtype(a).itemsize, 1 if b == FLOAT8 else np.dtype(b).itemsize) for a, b in MERGE_KINDS]
 
 
 @dataclass
@@ -57,8 +60,7 @@ class MergeCount:
         """Count a launch with these MERGE records."""
         sizes = table["rows"].astype(np.int64) * table["columns"]
         factors = table["rank"].astype(np.int64) * (table["rows"] + table["columns"])
-        types = [(np.dtype(a).itemsize, np.dtype(find_memory_type(b)).itemsize) for a, b in MERGE_KINDS]
-        read, written = (np.array(each)[table["kind"]] for each in zip(*types, strict=True))
+        read, written = (np.array(each)[table["kind"]] for each in zip(*_KIND_SIZES, strict=True))
         self.launches += 1
         self.slots += len(table)
         self.read += int((sizes * read + 4 * factors).sum())
@@ -109,7 +111,13 @@ class DeviceWeights:
         turns: bool,
         pristine: Pristine,
     ) -> None:
-        self._device, self._stream, self._networks, self._arena, self._uploads = device, stream, networks, arena, uploads
+        self._device, self._stream, self._networks, self._arena, self._uploads = (
+            device,
+            stream,
+            networks,
+            arena,
+            uploads,
+        )
         self._slotted, self._turns, self.count = slotted, turns, MergeCount()
         self._gpu = importlib.import_module("dreammix_trt._cpp").gpu
         self._known: dict[str, Subject] = {}
@@ -157,8 +165,13 @@ class DeviceWeights:
         todo = [self._held[name] for name in names if name in self._held and self._held[name].role != role]
         if not todo:
             return
-        scale = 1.0 if role == NOBODY else find_subject(self._known, role).scale
-        changed = {(held.network.name, n) for held in todo for n in self._factors.slots_of(role.name, held.network.name)}
+        scale = 0.0 if role == NOBODY else find_subject(self._known, role).scale
+        changed = {
+            (held.network.name, number)
+            for held in todo
+            if scale != 0
+            for number in self._factors.slots_of(role.name, held.network.name)
+        }
         for held in todo:
             self._begin(held, changed)
         for sources in self._bring_sources(todo):
@@ -277,8 +290,14 @@ class DeviceWeights:
         """Bring pristine inputs from the host to arrays of their type."""
         weights = self._networks.weights(held.network.name)
         for name in inputs:
-            self._uploads.send(to[name].reshape((to[name].nbytes,), "uint8"), [_view_bytes(weights[name])])
-            self.count.uploaded += to[name].nbytes
+            values, array = weights[name], to[name]
+            if values.dtype != array.dtype or values.shape != array.shape:
+                raise EngineError(
+                    f"{held.network.name}: the base's own {name} is {values.dtype} {list(values.shape)}, expected "
+                    f"{array.dtype} {list(array.shape)}; build the base again"
+                )
+            self._uploads.send(array, [np.ascontiguousarray(values).reshape(-1).view(np.uint8)])
+            self.count.uploaded += array.nbytes
 
     def _forget(self, name: str) -> None:
         """Note that nobody holds the factors of this name any more."""
@@ -301,7 +320,3 @@ def check_subject(subject: Subject, networks: DeviceNetworks) -> None:
 def _find_scale(slot: Slot) -> float:
     """What a stored FP8 number is multiplied by; 1 for other types."""
     return float(getattr(slot, "scale", 1.0))
-
-
-def _view_bytes(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
-    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
