@@ -587,7 +587,7 @@ def test_eighths_are_the_nearest_ones(group: Any) -> None:
             merging.records.append((*places, left, right, 16, 1, 16, 0 if half else 1, 2, 0, 1, 1, 1))
         merging.run(group)
         got = np.concatenate([merging.view(int(record[1]), out[0]) for record in merging.records])
-        wanted = to_eighths(given.astype(np.float32).ravel() if half else np.float32(0) + values)
+        wanted = to_eighths(np.float32(0) + (given.astype(np.float32).ravel() if half else values))
         finite = ~np.isnan(values)
         np.testing.assert_array_equal(got[finite], wanted[finite])
         assert (got[~finite] & 0x7F == 0x7F).all()

@@ -214,12 +214,12 @@ def test_a_subject_that_cannot_be_brought_changes_nothing(
     dm, device, _ = simulated()
     expected = paint_jobs(host, make_job(subject="mug"))
 
-    def full(nbytes: int) -> Any:
-        raise OutOfMemoryError("no pinned memory")
+    def broken(*_: Any) -> Any:
+        raise DeviceError("the copy failed")
 
     with monkeypatch.context() as patched:
-        patched.setattr(device, "allocate_pinned", full)
-        with pytest.raises(OutOfMemoryError, match="no pinned memory"):
+        patched.setattr(device, "upload", broken)
+        with pytest.raises(DeviceError, match="the copy failed"):
             dm.add_subject(cup, name="mug")
     assert_alike(paint_jobs(dm, make_job(subject="mug")), expected)
 
