@@ -175,11 +175,9 @@ def test_weights_of_slots_are_mapped_from_their_file(networks: TensorRtNetworks,
 def test_weights_of_slots_that_are_damaged_are_refused(card: fake.Gpu, backend: str, tmp_path: Path) -> None:
     parts = write_base(tmp_path, backend)
     save_file({WEIGHT_NAME: np.zeros((32, 32), np.float16)}, tmp_path / "unet" / "slots.safetensors")
-    with open_networks(parts, backend, card) as networks:
-        with pytest.raises(
-            EngineError, match=r"slots\.safetensors: block\.to_q\.weight is \(32, 32\), expected \(32, 48\)"
-        ):
-            networks.weights("unet")
+    told = r"slots\.safetensors: block\.to_q\.weight is \(32, 32\), expected \(32, 48\)"
+    with open_networks(parts, backend, card) as networks, pytest.raises(EngineError, match=told):
+        networks.weights("unet")
 
 
 def test_dynamic_sides_take_any_frame_within_the_profiles(card: fake.Gpu, backend: str, tmp_path: Path) -> None:
@@ -575,7 +573,7 @@ def test_damaged_missing_and_dangerous_plans_are_refused(
     plan.unlink()
     with pytest.raises(EngineError, match=r"unet\.engine: missing, so unet cannot run"):
         open_networks(parts, backend, card)
-    (parts["unet"] / "network.json").write_text(json.dumps({"schema": 2, "inputs": [], "outputs": []}))
+    (parts["unet"] / "network.json").write_text(json.dumps({"schema": 3, "inputs": [], "outputs": []}))
     with pytest.raises(EngineError, match="unet is not a TensorRT engine"):
         open_networks(parts, backend, card)
 
