@@ -66,7 +66,9 @@ class Resident:
                 used = [slot for slot in self._network.slots if slot.weight == tensor.name]
                 held = {f"{slot.module}.weight": value_of(f"{slot.module}.weight").cpu().numpy() for slot in used}
                 shape = tuple(int(side) for side in tensor.shape)
-                found[tensor.name] = _round(tensor.name, gather_weight(tensor.name, shape, used, held), tensor.dtype)
+                found[tensor.name] = _round(
+                    f"{self.name}: {tensor.name}", gather_weight(tensor.name, shape, used, held), tensor.dtype
+                )
         return found
 
     def run(self, *given: Tensor) -> tuple[Tensor, ...]:
@@ -160,9 +162,9 @@ def draw_weight(what: tuple[object, ...], shape: tuple[int, ...], device: torch.
     return value.normal_(mean, spread, generator=source)
 
 
-def _round(name: str, values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:
+def _round(what: str, values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:
     if dtype == "float16" and not (np.abs(values) <= _LARGEST).all():
-        raise FileFormatError(f"{name} has values beyond float16; use bfloat16 or float32")
+        raise FileFormatError(f"{what} has values beyond float16; use bfloat16 or float32")
     return values.astype(dtype)
 
 
