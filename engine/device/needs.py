@@ -24,6 +24,8 @@ from dreammix_trt.engine.drivers.device import Device
 class Needs:
     """What networks need with options.
 
+    slotted: the networks with slots, whose weights the memory plan places.
+
     Raises InputError for options that the engines were not built for, EngineError for a base that lacks a network.
     """
 
@@ -39,7 +41,7 @@ class Needs:
         for kind in KINDS:
             if kind.required and kind.name not in networks:
                 raise EngineError(f"the base has no network {kind.name!r}; build it again with `dreammix-trt build`")
-        self._slotted = slot_layout.list_slotted(networks)
+        self.slotted = slot_layout.list_slotted(networks)
 
     @cached_property
     def largest(self) -> RoomShape:
@@ -102,7 +104,7 @@ class Needs:
         return blocks.list_regions(self._options.pictures, self.most_context, width)
 
     @cached_property
-    def _shared(self) -> Regions:
+    def shared(self) -> Regions:
         """The regions of the arena that every memory plan has."""
         options, networks = self._options, self._networks
         return {
@@ -110,15 +112,15 @@ class Needs:
             **self.blocks,
             **room.list_regions(networks, self.largest),
             **texts.list_regions(networks, options.pictures, 2, options.texts, self.most_context),
-            **slot_layout.list_tables(self._slotted, options.subjects),
+            **slot_layout.list_tables(self.slotted, options.subjects),
             "workspace": ((self._measure_workspace(),), "uint8"),
         }
 
     def list_regions(self, plan: MemoryPlan) -> Regions:
         """All regions of the arena under a plan."""
-        kept = {name: each for name, each in self._slotted.items() if plan.keeps(name)}
+        kept = {name: each for name, each in self.slotted.items() if plan.keeps(name)}
         weights = slot_layout.measure_weights(kept, turns=plan.strategy == "swap", pristine=plan.pristine)
-        return {**self._shared, **{name: ((size,), "uint8") for name, size in weights.items()}}
+        return {**self.shared, **{name: ((size,), "uint8") for name, size in weights.items()}}
 
     def plan(self, device: Device, *, beside: bool) -> MemoryPlan:
         """Make the memory plan on a device.
@@ -126,7 +128,7 @@ class Needs:
         beside: another runtime uses the same networks.
         """
         free, total = device.memory()
-        taken = measure_regions(self._shared)
+        taken = measure_regions(self.shared)
         workspace = taken.pop("workspace")
         loaded = [name for name in self._networks.loaded if name in self._networks]
         plan = plan_memory(
@@ -136,7 +138,7 @@ class Needs:
             self._options,
             taken,
             workspace,
-            slotted=self._slotted,
+            slotted=self.slotted,
             loaded=loaded,
             beside=beside,
         )
