@@ -67,9 +67,13 @@ def write_part(
     pictures: int = 1,
     version: str | None = "1.7.1.116",
     slots: list[Any] | None = None,
+    weights: Mapping[str, np.ndarray] | None = None,
     **plan: Any,
 ) -> None:
-    """A part as `dreammix-trt build` writes it, its engine a stand-in's plan: fixed sides are static in it."""
+    """A part as `dreammix-trt build` writes it, its engine a stand-in's plan: fixed sides are static in it.
+
+    weights: of the slots.
+    """
     profiles = profiles_for(inputs, pictures=pictures, shapes=shapes, latent_side=NATIVE // 8, step=1)
     tensors = {}
     for mode, specs in (("INPUT", inputs), ("OUTPUT", outputs)):
@@ -93,8 +97,8 @@ def write_part(
     )
     build = {"targets": ["sm_89"]} | ({"version": version} if version else {})
     entry = {"schema": 3, "inputs": inputs, "outputs": outputs, "slots": slots or []}
-    if slots == SLOTS:
-        save_file(SLOT_WEIGHTS, folder / "slots.safetensors")
+    if weights:
+        save_file(dict(weights), folder / "slots.safetensors")
         entry["slot_weights"] = "slots.safetensors"
     (folder / "network.json").write_text(json.dumps({**entry, "engine": f"{folder.name}.engine", "build": build}))
 
@@ -102,7 +106,7 @@ def write_part(
 def write_base(root: Path, backend: str, **options: Any) -> dict[str, Path]:
     """The parts of a base with a UNet and a VAE decoder."""
     options = {"version": None} | options if backend == "tensorrt" else options
-    write_part(root / "unet", UNET_INPUTS, UNET_OUTPUTS, slots=SLOTS, **options)
+    write_part(root / "unet", UNET_INPUTS, UNET_OUTPUTS, slots=SLOTS, weights=SLOT_WEIGHTS, **options)
     write_part(root / "vae_decoder", VAE_INPUTS, VAE_OUTPUTS, **options)
     (root / "base").mkdir(exist_ok=True)
     facts = {"native_side": NATIVE, "divisor": 8, "scaling_factor": 0.13, "feature_channels": 8}
