@@ -152,6 +152,11 @@ def describe_overflow(network: str, how: str) -> str:
     remedy = "lower guidance_scale or the subject's scale"
     if kind_of(network).call == "vae":
         remedy += ", or build with a VAE that stays within float16 (`--vae`)"
+    elif kind_of(network).call == "step":
+        remedy += (
+            "; where the UNet is float16, build it in bfloat16, which reaches as far as float32 (`dreammix-trt build "
+            "--unet-precision bfloat16`)"
+        )
     return f"{network} gave values that are not numbers {how}: {remedy}"
 
 

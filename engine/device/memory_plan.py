@@ -257,7 +257,11 @@ def _price_swap(strategy: str, pristine: Pristine, slotted: Mapping[str, Slotted
 def _list_weights(strategy: str, weights: Mapping[str, int]) -> tuple[MemoryRow, ...]:
     if strategy != "swap":
         return tuple(
-            MemoryRow(name, size, "weights, from the first overflow on" if is_twin(name) else "weights")
+            MemoryRow(
+                name,
+                size,
+                "weights, from the first overflow on; scratch memory then as well" if is_twin(name) else "weights",
+            )
             for name, size in weights.items()
         )
     turns = dict(_list_turns(weights))

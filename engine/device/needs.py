@@ -9,7 +9,7 @@ from functools import cached_property
 
 from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import EngineError, InputError
-from dreammix_trt.core.networks import KINDS, twin_name
+from dreammix_trt.core.networks import KINDS
 from dreammix_trt.core.seam import BaseFacts, DeviceNetworks
 from dreammix_trt.engine.canvas.geometry import Size
 from dreammix_trt.engine.device import blocks, phases, room, slot_layout, texts
@@ -146,13 +146,10 @@ class Needs:
         return plan
 
     def _measure_workspace(self) -> int:
-        """Scratch for the network that needs most: they never run at once."""
-        needs = [256]
-        for kind in KINDS:
-            for name in (kind.name, twin_name(kind.name)):
-                if name in self._networks:
-                    needs.append(self._networks.workspace_bytes(name, self.largest.sides_of(kind.call)))
-        return max(needs)
+        """Scratch for the network that needs most: they never run at once. Twins get theirs when they are needed."""
+        present = [kind for kind in KINDS if kind.name in self._networks]
+        sides = {kind.name: self.largest.sides_of(kind.call) for kind in present}
+        return max([256, *(self._networks.workspace_bytes(name, each) for name, each in sides.items())])
 
 
 def measure_scratch(kernel: str, pictures: int, height: int, width: int) -> int:

@@ -71,7 +71,7 @@ class DevicePainter:
         """Enter the rooms, merge the subject, upload, encode the texts, start every picture."""
         studio, first = self._studio, self._batch[0]
         studio.pace.wait()
-        studio.rooms.leave()  # the rooms of a batch that was not finished
+        studio.leave_rooms()  # those of a batch that was not finished
         rows = 2 if first.work.request.guided else 1
         context = studio.needs.check_context(first.work.prompts.context)
         for framing in first.framings:

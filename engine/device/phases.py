@@ -2,7 +2,7 @@
 
 The order is that of engine/host/painter.py, kernel for function. A phase is a plain list of launches whose arguments
 never change for a room, so it can be captured as a graph. Only the phase's value decides the list: it is the key of the
-graph and the only input of recording.
+graph and the only input of recording. Its `str` is its name for people.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ class Start:
     fills: bool
     dilates: bool
 
+    def __str__(self) -> str:
+        return f"start of picture {self.k} ({self.stage})"
+
 
 @dataclass(frozen=True)
 class Attend:
@@ -48,12 +51,18 @@ class Attend:
 
     network: str
 
+    def __str__(self) -> str:
+        return f"keys and values for {self.network}"
+
 
 @dataclass(frozen=True)
 class TakeStep:
     """One whole step of the batch on one UNet, between two launches. The counter says which row it is."""
 
     network: str
+
+    def __str__(self) -> str:
+        return f"a step on {self.network}"
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,9 @@ class DecodeLocal:
     k: int
     source: Latent
 
+    def __str__(self) -> str:
+        return f"local result of picture {self.k}"
+
 
 @dataclass(frozen=True)
 class HandOver:
@@ -76,6 +88,9 @@ class HandOver:
 
     k: int
     original: bool
+
+    def __str__(self) -> str:
+        return f"hand-over of picture {self.k}"
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,9 @@ class Finish:
     k: int
     second: bool
     keeps_local: bool
+
+    def __str__(self) -> str:
+        return f"finish of picture {self.k}"
 
 
 Phase = Start | Attend | TakeStep | DecodeLocal | HandOver | Finish

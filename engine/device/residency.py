@@ -60,6 +60,9 @@ class Residency:
     wait: waits for all work under way, before weights are unloaded.
     shared: other runtimes use the networks, so none is unloaded.
     seconds: spent so far on loading and unloading.
+
+    A float32 twin is loaded at the first overflow. Then its weights stay, as the plan counts them; under "swap" they
+    take their turn. Its contexts and scratch memory are its room's, and go with the request (`Rooms`).
     """
 
     def __init__(
@@ -89,8 +92,8 @@ class Residency:
 
     @property
     def captures(self) -> bool:
-        """Whether graphs stay valid: weights that are loaded again may have other addresses."""
-        return self._plan.strategy != "swap"
+        """Whether graphs are made and stay valid: weights that are loaded again may have other addresses."""
+        return self._plan.strategy != "swap" and self._networks.captures
 
     def need(self, *names: str, safe: bool = False) -> None:
         """Load these networks' weights where they are not loaded; under "swap" unload all others first.

@@ -180,6 +180,11 @@ class TorchNetworks:
     def most_pictures(self) -> None:
         """None: batches of any size."""
 
+    @property
+    def captures(self) -> bool:
+        """On a GPU."""
+        return bool(self.device.type == "cuda")
+
     def weight_bytes(self, name: str) -> int:
         """The device memory of a network's own weights while loaded."""
         self._network(name)

@@ -138,6 +138,11 @@ class OnnxNetworks:
         """None: any batch."""
         return None
 
+    @property
+    def captures(self) -> bool:
+        """Never (`OnnxBound.capturable`)."""
+        return False
+
     def weight_bytes(self, name: str) -> int:
         """The size of the weights' file: ONNX Runtime takes at least that much."""
         file = self._entry(name).get("weights")

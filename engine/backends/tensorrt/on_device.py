@@ -135,10 +135,15 @@ class TensorRtNetworks:
         """The largest batch that all networks take."""
         most = [
             max(span["pictures"][1] for span in network.shapes.spans)
-            for network in self._networks.values()
-            if all("pictures" in span for span in network.shapes.spans)
+            for name, network in self._networks.items()
+            if not is_twin(name) and all("pictures" in span for span in network.shapes.spans)
         ]
         return min(most, default=None)
+
+    @property
+    def captures(self) -> bool:
+        """Always, once a network ran."""
+        return True
 
     def weight_bytes(self, name: str) -> int:
         """The size of the plan, which is little more than its weights (measured: 5183 MB for 5146 MB)."""
@@ -196,9 +201,14 @@ class TensorRtNetworks:
             self._network(name).load()
 
     def close(self) -> None:
-        """Free contexts, engines and the runtime, in this order, and keep what was compiled. Again does nothing."""
+        """Keep what was compiled; free contexts, kernels, engines, runtime, in this order. Again does nothing."""
         with self._place.lock:
-            for network in self._networks.values():
+            networks = self._networks.values()
+            for network in networks:
+                network.close_contexts()
+            self._place.shelf.keep()
+            self._place.shelf.close()
+            for network in networks:
                 network.close()
             self._place.close()
 
@@ -208,10 +218,13 @@ class TensorRtNetworks:
         return self._networks[name]
 
     def _bring(self, resident: Collection[str]) -> None:
-        """Open the networks, first those that do not stay loaded."""
+        """Open the networks, first those that do not stay loaded. Twins wait until they are needed."""
         try:
             for name in sorted(self._networks, key=lambda name: name in resident):
-                self._networks[name].open(weights=name in resident)
+                if name in resident or not is_twin(name):
+                    self._networks[name].open(weights=name in resident)
+                else:
+                    self._networks[name].check()
         except OutOfMemoryError as error:
             free, total = self._place.device.memory()
             plan = ", ".join(f"{name} {size_text(self.weight_bytes(name))}" for name in self._networks)

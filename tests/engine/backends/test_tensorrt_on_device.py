@@ -4,6 +4,7 @@ there is a GPU by a real plan."""
 from __future__ import annotations
 
 import ast
+import gc
 import json
 import logging
 import sys
@@ -24,14 +25,15 @@ from dreammix_trt.core.seam import Array, DeviceNetworks
 from dreammix_trt.core.slots import Slot
 from dreammix_trt.engine import hardware
 from dreammix_trt.engine.backends.tensorrt import bound as tensorrt_bound
+from dreammix_trt.engine.backends.tensorrt import callbacks, plans
 from dreammix_trt.engine.backends.tensorrt import compiled as tensorrt_compiled
 from dreammix_trt.engine.backends.tensorrt import engine as tensorrt_engine
 from dreammix_trt.engine.backends.tensorrt import network as tensorrt_network
 from dreammix_trt.engine.backends.tensorrt import on_device as tensorrt_networks
 from dreammix_trt.engine.backends.tensorrt import package as tensorrt_package
 from dreammix_trt.engine.backends.tensorrt import place as tensorrt_place
-from dreammix_trt.engine.backends.tensorrt import plans
 from dreammix_trt.engine.backends.tensorrt import shapes as tensorrt_shapes
+from dreammix_trt.engine.backends.tensorrt.callbacks import collect_messages
 from dreammix_trt.engine.backends.tensorrt.on_device import ProfileError, TensorRtNetworks
 from dreammix_trt.engine.backends.tensorrt.package import PACKAGES, RUNTIME_NAMES, RUNTIME_NAMES_JIT, check_runtime
 from dreammix_trt.engine.backends.tensorrt.plans import explain_failure
@@ -56,6 +58,7 @@ VAE_INPUTS = [{"name": "latent", "dtype": "float16", "shape": ["pictures", 4, "h
 VAE_OUTPUTS = [{"name": "image", "dtype": "float16", "shape": ["pictures", 3, "H", "W"]}]
 KINDS = {"float16": "HALF", "float32": "FLOAT", "int64": "INT64"}
 ONE = Sides(rows=2, pictures=1, height=16, width=16)
+TWIN = "vae_decoder_float32"
 
 
 def write_part(
@@ -249,10 +252,15 @@ def test_asking_for_the_workspace_makes_the_context_that_is_bound(networks: Tens
 
 
 def test_the_package_says_whether_a_context_may_be_captured(card: fake.Gpu, tmp_path: Path) -> None:
-    with open_networks(write_base(tmp_path, "tensorrt-rtx", not_capturable=True), "tensorrt-rtx", card) as networks:
-        unet = bind_network(networks, card)
-        unet.enqueue(card.make_stream())
-        assert not unet.capturable
+    """It is asked after each run until it says yes."""
+    for refused, after in ((True, [False, False, False]), (1, [False, True, True])):
+        parts = write_base(tmp_path / str(refused), "tensorrt-rtx", not_capturable=refused)
+        with open_networks(parts, "tensorrt-rtx", card) as networks:
+            unet, said = bind_network(networks, card), []
+            for _ in after:
+                unet.enqueue(card.make_stream())
+                said.append(unet.capturable)
+            assert said == after
 
 
 def test_the_first_run_within_a_capture_is_refused(networks: TensorRtNetworks, card: fake.Gpu) -> None:
@@ -321,20 +329,61 @@ def test_networks_can_share_memory_that_is_too_small_for_all(card: fake.Gpu, bac
     assert card.weights == {}
 
 
-def test_a_float32_twin_stays_away_until_it_is_needed(card: fake.Gpu, backend: str, tmp_path: Path) -> None:
+def test_a_float32_twin_costs_nothing_until_it_is_needed(card: fake.Gpu, backend: str, tmp_path: Path) -> None:
+    """No engine, no context, nothing compiled; then it is bound, loaded and run like any other."""
     parts = write_base(tmp_path, backend)
-    parts["vae_decoder_float32"] = tmp_path / "vae_decoder_float32"
+    parts[TWIN] = tmp_path / TWIN
     version = None if backend == "tensorrt" else "1.7.1.116"
-    write_part(parts["vae_decoder_float32"], VAE_INPUTS, VAE_OUTPUTS, version=version)
+    write_part(parts[TWIN], VAE_INPUTS, VAE_OUTPUTS, version=version)
     with open_networks(parts, backend, card) as networks:
-        assert networks.loaded == ("unet", "vae_decoder")
-        arrays = make_arrays(networks, card, "vae_decoder_float32")
-        twin = networks.bind("vae_decoder_float32", ONE, arrays, card.make_array((1 << 20,), "uint8"))
+        arrays = make_arrays(networks, card, TWIN)
+        assert TWIN in networks and networks.weight_bytes(TWIN) and networks.slots(TWIN) == ()
+        assert networks.most_pictures == 1 and networks.frames() == ((NATIVE, NATIVE),)
+        networks.unload(TWIN)
+        assert networks.loaded == ("unet", "vae_decoder") and networks.count_loads(TWIN) == 0
+        assert not [entry for entry in card.log if TWIN in entry]
+
+        twin = networks.bind(TWIN, ONE, arrays, card.make_array((networks.workspace_bytes(TWIN, ONE),), "uint8"))
         with pytest.raises(EngineError, match="load them first"):
             twin.enqueue(card.make_stream())
-        networks.load("vae_decoder_float32")
+        networks.load(TWIN)
         twin.enqueue(card.make_stream())
-        assert networks.loaded == ("unet", "vae_decoder", "vae_decoder_float32")
+        assert networks.loaded == ("unet", "vae_decoder", TWIN) and networks.count_loads(TWIN) == 1
+    assert card.log.count(f"deserialise {TWIN}") == (2 if backend == "tensorrt" else 1)
+    assert card.weights == {}
+
+
+def test_a_float32_twin_can_be_loaded_before_it_is_bound(card: fake.Gpu, backend: str, tmp_path: Path) -> None:
+    parts = write_base(tmp_path, backend) | {TWIN: tmp_path / TWIN}
+    write_part(parts[TWIN], VAE_INPUTS, VAE_OUTPUTS, version=None)
+    with open_networks(parts, backend, card, resident=()) as networks:
+        networks.load(TWIN)
+        bind_network(networks, card, TWIN).enqueue(card.make_stream())
+        assert card.log.count(f"deserialise {TWIN}") == 1 and networks.loaded == (TWIN,)
+
+
+def test_a_float32_twin_of_another_version_is_refused_at_once(card: fake.Gpu, backend: str, tmp_path: Path) -> None:
+    parts = write_base(tmp_path, backend) | {TWIN: tmp_path / TWIN}
+    write_part(parts[TWIN], VAE_INPUTS, VAE_OUTPUTS, version="1.6.0")
+    with pytest.raises(EngineError, match=r"vae_decoder_float32\.engine: built with .* 1\.6\.0"):
+        open_networks(parts, backend, card, resident=())
+
+
+def test_the_bytes_of_a_plan_live_as_long_as_its_engine(
+    networks: TensorRtNetworks, card: fake.Gpu, tmp_path: Path
+) -> None:
+    """The package may read them when it likes; weights that come back are the very bytes, not the file's of today."""
+    unet, stream = bind_network(networks, card), card.make_stream()
+    unet.enqueue(stream)
+    (tmp_path / "parts" / "vae_decoder" / "vae_decoder.engine").unlink()
+    bind_network(networks, card, "vae_decoder").enqueue(stream)
+    networks.unload("unet")
+    networks.load("unet")
+    gc.collect()
+    unet.enqueue(stream)
+    networks.close()
+    freed = [entry for entry in card.log if entry.startswith("free ") and "context" not in entry]
+    assert freed[-2:] == ["free unet", "free vae_decoder"]
 
 
 def test_what_is_opened_without_weights_answers_is_bound_and_runs_once_they_came(
@@ -404,8 +453,8 @@ def test_closing_frees_contexts_before_engines(networks: TensorRtNetworks, card:
     freed = [entry for entry in card.log if entry.startswith(("free", "close"))]
     assert freed == [
         "free context unet",
-        "free unet",
         "free context vae_decoder",
+        "free unet",
         "free vae_decoder",
         "close stream",
     ]
@@ -441,12 +490,71 @@ def test_kernels_are_compiled_once_and_kept(card: fake.Gpu, tmp_path: Path, capl
     assert list_compiled() == []
 
 
-def test_another_engine_has_another_file_of_kernels(card: fake.Gpu, tmp_path: Path) -> None:
-    for version in ("one", "other"):
-        parts = write_base(tmp_path / version, "tensorrt-rtx", note=version)
-        with open_networks(parts, "tensorrt-rtx", card, cache=tmp_path / "cache") as networks:
-            bind_network(networks, card).enqueue(card.make_stream())
-    assert len(list((tmp_path / "cache").iterdir())) == 2 and len(card.compilations) == 2
+def write_two_unets(root: Path, **other: Any) -> dict[str, Path]:
+    """A base with two UNets of one graph.
+
+    other: how the second one's description differs.
+    """
+    parts = write_base(root, "tensorrt-rtx", graph="unet") | {"unet_raw": root / "unet_raw"}
+    write_part(parts["unet_raw"], UNET_INPUTS, UNET_OUTPUTS, slots=SLOTS, graph="unet", version="1.7.1.116")
+    (parts["unet_raw"] / "unet_raw.engine").rename(parts["unet_raw"] / "unet.engine")
+    entry = json.loads((parts["unet_raw"] / "network.json").read_text()) | {"engine": "unet.engine"} | other
+    (parts["unet_raw"] / "network.json").write_text(json.dumps(entry))
+    return parts
+
+
+def run_unets(parts: Mapping[str, Path], card: fake.Gpu, cache: Path | None) -> list[str]:
+    """Run both UNets; returns what was compiled."""
+    card.compilations.clear()
+    with open_networks(parts, "tensorrt-rtx", card, cache=cache) as networks:
+        for name in ("unet", "unet_raw"):
+            bind_network(networks, card, name).enqueue(card.make_stream())
+    return list(card.compilations)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_two_networks_of_one_graph_share_their_kernels(card: fake.Gpu, tmp_path: Path, kept: bool) -> None:
+    """Both UNets' weights differ; their kernels do not. Another base of this structure finds them as well."""
+    parts, cache = write_two_unets(tmp_path / "parts"), tmp_path / "cache" if kept else None
+    plans_of = [(parts[name] / "unet.engine").read_bytes() for name in ("unet", "unet_raw")]
+    assert plans_of[0] != plans_of[1]
+    assert run_unets(parts, card, cache) == ["unet/2x4x16x16"]
+    if cache is not None:
+        assert len(list(cache.iterdir())) == 1
+        assert run_unets(write_two_unets(tmp_path / "other", note="another checkpoint"), card, cache) == []
+
+
+@pytest.mark.parametrize("other", [{"precision": "bfloat16"}, {"wide": ["mid"]}, {"build": {"version": "1.7.1.116"}}])
+def test_networks_of_another_structure_have_another_file(card: fake.Gpu, tmp_path: Path, other: dict[str, Any]) -> None:
+    run_unets(write_two_unets(tmp_path / "parts", **other), card, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_two_processes_that_compile_at_once_leave_the_larger_file(tmp_path: Path) -> None:
+    """A file is replaced as a whole. What it lacks is compiled again, which costs time only."""
+    file = tmp_path / "cache" / "a.kernels"
+
+    def start(*found: str) -> tuple[tensorrt_compiled.Kernels, fake.IRuntimeCache]:
+        config: Any = fake.IRuntimeConfig(None)  # type: ignore[arg-type]
+        made = tensorrt_compiled.Kernels(file)
+        made.join(config)
+        assert config.cache.kernels == set(found)
+        return made, config.cache
+
+    (one, ones), (other, others) = start(), start()
+    others.kernels |= {"a", "b"}
+    other.keep()
+    ones.kernels.add("c")
+    one.keep()
+    start("a", "b")
+    ones.kernels |= {"d", "e"}
+    one.keep()
+    start("c", "d", "e")
+    file.unlink()
+    others.kernels.add("f")
+    other.keep()
+    start("a", "b", "f")
+    assert list(file.parent.iterdir()) == [file]
 
 
 def test_a_place_that_takes_no_files_costs_time_only(
@@ -655,20 +763,71 @@ def test_messages_become_errors_with_a_remedy(card: fake.Gpu, text: str, kind: t
     assert "no reason given" in str(explain_failure("unet", []))
 
 
+# --- what the package says --------------------------------------------------------------------------------------------
+
+
+def test_while_networks_run_no_message_is_told_to_python_but_errors(
+    card: fake.Gpu, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The logger is the package's own; errors come by the recorder, into the message, and are printed nowhere."""
+    parts = write_base(tmp_path, "tensorrt-rtx", fails="Error Code 1: Cuda Runtime (an illegal memory access)")
+    trt = sys.modules["tensorrt_rtx"]
+    listened: list[str] = []
+    with open_networks(parts, "tensorrt-rtx", card) as networks:
+        runtime = networks._place.runtime
+        assert type(runtime.logger) is trt.Logger
+        callbacks.get_logger(trt).log = lambda severity, text: listened.append(text)
+        unet = bind_network(networks, card)
+        for _ in range(2):
+            with pytest.raises(DeviceError, match=r"unet cannot be run.*illegal memory access"):
+                unet.enqueue(card.make_stream())
+        runtime.say("unheard of", "INFO")
+    assert listened == [] and capfd.readouterr().out == ""
+
+
+def test_a_runtime_that_does_not_start_says_why(card: fake.Gpu, backend: str, tmp_path: Path) -> None:
+    card.no_start = "Error Code 1: Cuda Runtime (cudaError 35: CUDA driver version is insufficient)"
+    with pytest.raises(DeviceError, match=r"does not start: .*cudaError 35"):
+        open_networks(write_base(tmp_path, backend), backend, card)
+
+
+def test_the_real_packages_errors_come_by_the_recorder_and_builders_keep_their_listener(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """TensorRT-RTX in one process: a runtime, a builder, a runtime. Each has its own logger, in any order."""
+    rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install dreammix-trt[rtx]")
+    first = plans.open_guarded_runtime("tensorrt-rtx")
+    builder = rtx.Builder(callbacks.get_logger(rtx))
+    for runtime in (first, plans.open_guarded_runtime("tensorrt-rtx")):
+        assert runtime.logger is callbacks.get_quiet_logger(rtx)
+        with collect_messages() as messages:
+            assert runtime.deserialize_cuda_engine(b"no plan" * 100) is None
+        assert messages and messages[0][0] == "ERROR" and "magicTag" in messages[0][1]
+    with collect_messages() as messages:
+        config = builder.create_builder_config()
+        config.set_memory_pool_limit(rtx.MemoryPoolType.WORKSPACE, 1 << 20)
+        network = builder.create_network(0)
+        assert builder.build_serialized_network(network, config) is None, "a network without outputs"
+    assert messages and any("output" in text for _, text in messages)
+    assert capfd.readouterr() == ("", "")
+
+
 # --- names ------------------------------------------------------------------------------------------------------------
 
 # Read in the source of TensorRT's published bindings at 11.1 (python/src/infer/pyCore.cpp, pyFoundationalTypes.cpp):
 # these names stand there, and the release notes list none of them as removed.
 IN_THE_SOURCE_OF_11 = {
-    "ExecutionContextAllocationStrategy.USER_MANAGED", "ICudaEngine.create_execution_context",
-    "ICudaEngine.get_tensor_dtype", "ICudaEngine.get_tensor_location", "ICudaEngine.get_tensor_mode",
-    "ICudaEngine.get_tensor_name", "ICudaEngine.get_tensor_profile_shape", "ICudaEngine.get_tensor_shape",
-    "ICudaEngine.num_io_tensors", "ICudaEngine.num_optimization_profiles", "IExecutionContext.execute_async_v3",
-    "IExecutionContext.get_tensor_shape", "IExecutionContext.infer_shapes", "IExecutionContext.set_device_memory",
-    "IExecutionContext.set_input_shape", "IExecutionContext.set_optimization_profile_async",
-    "IExecutionContext.set_tensor_address", "IExecutionContext.update_device_memory_size_for_shapes", "ILogger",
-    "Runtime.deserialize_cuda_engine", "Runtime.engine_host_code_allowed", "TensorIOMode.INPUT",
-    "TensorLocation.DEVICE",
+    "ErrorCodeTRT.UNSPECIFIED_ERROR", "ExecutionContextAllocationStrategy.USER_MANAGED",
+    "ICudaEngine.create_execution_context", "ICudaEngine.error_recorder", "ICudaEngine.get_tensor_dtype",
+    "ICudaEngine.get_tensor_location", "ICudaEngine.get_tensor_mode", "ICudaEngine.get_tensor_name",
+    "ICudaEngine.get_tensor_profile_shape", "ICudaEngine.get_tensor_shape",
+    "ICudaEngine.num_io_tensors", "ICudaEngine.num_optimization_profiles", "IErrorRecorder",
+    "IExecutionContext.error_recorder", "IExecutionContext.execute_async_v3", "IExecutionContext.get_tensor_shape",
+    "IExecutionContext.infer_shapes", "IExecutionContext.set_device_memory", "IExecutionContext.set_input_shape",
+    "IExecutionContext.set_optimization_profile_async", "IExecutionContext.set_tensor_address",
+    "IExecutionContext.update_device_memory_size_for_shapes", "ILogger", "Logger.ERROR",
+    "Runtime.deserialize_cuda_engine", "Runtime.engine_host_code_allowed", "Runtime.error_recorder",
+    "TensorIOMode.INPUT", "TensorLocation.DEVICE",
 }  # fmt: skip
 UNVERIFIED_IN_11: set[str] = set()  # add a name here that is used and was found nowhere; none was ever run
 REMOVED_IN_11 = {"ICudaEngine.device_memory_size", "ICudaEngine.get_device_memory_size_for_profile"}
@@ -725,7 +884,7 @@ def test_no_attribute_of_the_package_is_used_that_is_not_listed() -> None:
                 used.add(found)
     unknown = {name for name in used if not any(name == known or known.startswith(f"{name}.") for known in listed)}
     assert unknown - {"__version__", "Runtime", "EngineInvalidityDiagnostics"} == set()
-    checked = {"ILogger", "EngineInvalidityDiagnostics"}
+    checked = {"ILogger", "Logger", "IErrorRecorder", "ErrorCodeTRT", "EngineInvalidityDiagnostics"}
     unused = {name for name in (*RUNTIME_NAMES, *RUNTIME_NAMES_JIT) if name.split(".")[0] not in checked} - used
     assert unused == set()
 
