@@ -126,14 +126,17 @@ def difference(found: Any, truth: Any) -> float:
 
 def run(device: Device, stream: Stream, case: KernelCase, arrays: dict[str, Array]) -> None:
     """Enqueue the case's kernel."""
-    device.launch_kernel(case.kernel, stream, **{**case.plain, **arrays})
+    given = {name: each for name, each in arrays.items() if name not in case.inside.values()}
+    device.launch_kernel(case.kernel, stream, **{**case.plain, **given})
 
 
 def on_device(device: Device, stream: Stream, owned: ExitStack, case: KernelCase) -> dict[str, Array]:
     """The case's arrays on the device, results poisoned."""
-    arrays = {}
-    for name, values in _arrays(case).items():
-        arrays[name] = array(device, owned, values.shape, str(values.dtype))
+    given = _arrays(case)
+    arrays = {name: array(device, owned, values.shape, str(values.dtype)) for name, values in given.items()}
+    if case.inside:
+        case.link(given["slots"], {name: each.pointer for name, each in arrays.items()})
+    for name, values in given.items():
         upload(device, stream, arrays[name], values)
     return arrays
 
@@ -142,6 +145,9 @@ def run_on_host(gpu: Any, case: KernelCase) -> dict[str, Any]:
     """The same kernel on the host; the results by name."""
     arrays = _arrays(case)
     pointers = {name: values.ctypes.data for name, values in arrays.items()}
+    if case.inside:
+        case.link(arrays["slots"], pointers)
+    pointers = {name: pointer for name, pointer in pointers.items() if name not in case.inside.values()}
     plain = {name: 0 if value is None else value for name, value in case.plain.items()}
     getattr(gpu, case.kernel)(**{**plain, **pointers}, stream=None)
     return {name: arrays[name] for name in case.wanted}

@@ -1,6 +1,6 @@
 """The parts `peers-*`: whole pictures by diffusers on the same GPU with the same weights, eager and compiled.
 
-Equal sizes, steps and guidance. Ours does more for a picture (two stages, five VAE encodes, LoRA inputs); diffusers
+Equal sizes, steps and guidance. Ours does more for a picture (two stages, five VAE encodes); diffusers
 gets its VAE in float16, which its users of a fixed VAE have, and, in a row of its own, as it comes: in float32.
 """
 
@@ -66,7 +66,7 @@ def _compare(part: Part, setting: Setting, jobs: Mapping[str, Mapping[str, Any]]
                 part.add(f"{name}: diffusers, {kind} [s]", seconds["diffusers"])
                 part.add(f"{name}: ours, torch {kind} in the device runtime [s]", seconds["ours"])
                 part.add(f"{name}: diffusers / ours, both {kind}", seconds["diffusers"] / seconds["ours"])
-    part.note("diffusers computes its VAE in float16; ours carries LoRA inputs in both")
+    part.note("diffusers computes its VAE in float16")
 
 
 def in_turns(setting: Setting, fields: Mapping[str, Any], paint: Paint, front: Front) -> dict[str, float]:

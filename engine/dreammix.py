@@ -281,8 +281,9 @@ class DreamMix:
 
         jobs: (image, mask_image, request) each; `request(prompt, ...)` makes the request.
 
-        On a GPU, pictures of equal frame and steps share a batch of up to `pictures`, whatever their subjects, prompts
-        and sizes. On the CPU they are painted one after the other.
+        The jobs of one subject at one strength are painted before those of the next, in the order in which subjects
+        first come, so that each is merged into the weights once. On a GPU, those of equal frame and steps share a batch
+        of up to `pictures`, whatever their prompts and sizes. On the CPU they are painted one after the other.
 
         Returns one result per job, in order. Raises InputError that names the value at fault.
         """

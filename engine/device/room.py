@@ -16,18 +16,19 @@ import numpy as np
 
 from dreammix_trt.core.axes import FACTOR, Sides, Tensor
 from dreammix_trt.core.config_fields import TOKENS
-from dreammix_trt.core.networks import KINDS, Call, NetworkKind, twin_name
+from dreammix_trt.core.networks import KINDS, Call, NetworkKind, kv_name, twin_name
 from dreammix_trt.core.seam import Array, Bound, DeviceNetworks, Stream
 from dreammix_trt.engine.canvas.geometry import Size, floor_to_cells
 from dreammix_trt.engine.canvas.tiles import Tiling, needs_tiles, tiles_of
-from dreammix_trt.engine.device.arena import Arena, Regions
+from dreammix_trt.engine.device.arena import Arena, Pieces, Regions
 from dreammix_trt.engine.device.captures import Graphs, Tally
-from dreammix_trt.engine.device.subjects import Layout
+from dreammix_trt.engine.device.weights import DeviceWeights
 from dreammix_trt.engine.drivers.device import Device, Memory
 
 Ramps = list[tuple[Array, Array]]
 
-UNET_INPUTS = {
+# The regions that networks of a batch share: those called in a stage or a step.
+BATCH_INPUTS = {
     "sample": "sample",
     "timestep": "timestep",
     "encoder_hidden_states": "text",
@@ -35,6 +36,7 @@ UNET_INPUTS = {
     "time_ids": "time ids",
     "inpaint_feature": "feature",
 }
+KEYS_AND_VALUES = "keys and values"
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class RoomShape:
 
     @property
     def batch(self) -> Sides:
-        """The sides of a UNet call."""
+        """The sides of a call for the whole batch: of a UNet, or of what attends for it."""
         return Sides(self.pictures * self.rows_per_picture, self.pictures, *self.latent, self.context)
 
     @property
@@ -86,7 +88,8 @@ class RoomShape:
 
     def sides_of(self, call: Call) -> Sides:
         """The sides of a network by the way it is called (core/networks.py)."""
-        return {"prompt": self.one, "frame": self.one, "vae": self.vae, "step": self.batch}[call]
+        one, batch = self.one, self.batch
+        return {"prompt": one, "frame": one, "vae": self.vae, "stage": batch, "step": batch}[call]
 
 
 def choose_twin(networks: DeviceNetworks, name: str, safe: bool) -> str:
@@ -100,18 +103,23 @@ def list_regions(networks: DeviceNetworks, largest: RoomShape) -> Regions:
 
     largest: the largest room.
 
-    The UNets share theirs. Every other network has its own, large enough for float32, which twins use.
+    The UNets share theirs, and so do the networks that attend for them. Every other network has its own, large enough
+    for float32, which twins use. Slots' weights are elsewhere (`DeviceWeights`).
     """
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     batch = largest.batch
-    inputs = {tensor.name: tensor for tensor in networks.inputs("unet")}
-    for name, region in UNET_INPUTS.items():
-        found[region] = (batch.shape(inputs[name]), _choose_dtype(networks, "unet", inputs[name]))
+    for name in (kv_name("unet"), "unet"):
+        for tensor in networks.inputs(name):
+            if tensor.name in BATCH_INPUTS:
+                found[BATCH_INPUTS[tensor.name]] = (batch.shape(tensor), _choose_dtype(networks, name, tensor))
     found["no feature"] = found["feature"]
     eps = networks.outputs("unet")[0]
     found["eps"] = (batch.shape(eps), _choose_dtype(networks, "unet", eps))
+    keys = networks.outputs(kv_name("unet"))
+    whole = Pieces({tensor.name: (batch.shape(tensor), _choose_dtype(networks, "unet", tensor)) for tensor in keys})
+    found[KEYS_AND_VALUES] = ((whole.nbytes,), "uint8")
     for kind in _list_kinds(networks):
-        if kind.call != "step":
+        if kind.call not in ("stage", "step"):
             sides = largest.sides_of(kind.call)
             for tensor in (*networks.inputs(kind.name), *networks.outputs(kind.name)):
                 found[f"{kind.name} {tensor.name}"] = (sides.shape(tensor), "float32")
@@ -132,6 +140,7 @@ class Room:
     """The bound networks of a shape.
 
     arrays: by network and tensor name.
+    keys_and_values: what cross-attention layers attend to; both UNets' in turn.
     """
 
     def __init__(
@@ -140,7 +149,7 @@ class Room:
         device: Device,
         networks: DeviceNetworks,
         arena: Arena,
-        layout: Layout,
+        weights: DeviceWeights,
         workspace: Array,
         upload: Callable[[Array, np.ndarray], None],
         tally: Tally,
@@ -160,16 +169,31 @@ class Room:
         self._arena = arena
         self._memory: list[Memory] = []
         self._ramps: dict[int, Ramps] = {}
+        outputs = networks.outputs(choose_twin(networks, kv_name("unet"), shape.safe))
+        self._attends = Pieces({tensor.name: (shape.batch.shape(tensor), tensor.dtype) for tensor in outputs})
+        self.keys_and_values = self._attends.cut(arena[KEYS_AND_VALUES])
         try:
             if shape.tiling:
                 self._ramps = {factor: self._upload_ramps(shape.tiling, factor) for factor in (1, FACTOR)}
             actual = {kind.name: choose_twin(networks, kind.name, shape.safe) for kind in _list_kinds(networks)}
             self._fit_workspace(actual)
             for kind in _list_kinds(networks):
-                self._bind(kind, actual[kind.name], layout)
+                self._bind(kind, actual[kind.name], weights)
         except BaseException:
             self.close()
             raise
+
+    @property
+    def text(self) -> Array:
+        """The token rows of the batch's condition, (rows, context, D)."""
+        return self.arrays[kv_name("unet")]["encoder_hidden_states"]
+
+    @property
+    def attended(self) -> Array:
+        """The memory of all keys and values, and of what aligns them, as numbers."""
+        first = next(iter(self.keys_and_values.values()))
+        size = self._attends.nbytes // np.dtype(first.dtype).itemsize
+        return self._arena[KEYS_AND_VALUES].reshape((size,), first.dtype)
 
     def enqueue(self, name: str, stream: Stream) -> None:
         """Run a network of the room."""
@@ -231,15 +255,18 @@ class Room:
             self._memory.append(self._device.allocate(need))
             self._workspace = Array(self._memory[-1].pointer, (need,), "uint8")
 
-    def _bind(self, kind: NetworkKind, actual: str, layout: Layout) -> None:
+    def _bind(self, kind: NetworkKind, actual: str, weights: DeviceWeights) -> None:
         """actual: the network itself, or its twin."""
         name, sides = kind.name, self.shape.sides_of(kind.call)
-        arrays = {}
-        for tensor in (*self._networks.inputs(actual), *self._networks.outputs(actual)):
-            region = _region_of(kind, tensor)
-            if region is not None:
-                arrays[tensor.name] = self._arena[region].reshape(sides.shape(tensor), tensor.dtype)
-        arrays |= layout.cut_arrays(name, self._arena["bound factors"], sides.pictures)
+        arrays = dict(weights.arrays(name))
+        if kind.call in ("stage", "step"):
+            arrays |= self.keys_and_values
+        tensors = {t.name: t for t in (*self._networks.inputs(actual), *self._networks.outputs(actual))}
+        arrays = {each: array for each, array in arrays.items() if each in tensors}
+        for tensor in tensors.values():
+            if tensor.name not in arrays:
+                region = self._arena[_find_region(kind, tensor)]
+                arrays[tensor.name] = region.reshape(sides.shape(tensor), tensor.dtype)
         self.arrays[name] = arrays
         self._bound[name] = self._networks.bind(actual, sides, arrays, self._workspace)
 
@@ -252,12 +279,12 @@ def find_obstacle(bound: Mapping[str, Bound]) -> str | None:
     return None
 
 
-def _region_of(kind: NetworkKind, tensor: Tensor) -> str | None:
-    """The region of a tensor of a network; None: it is among the factors (`Layout`)."""
-    if kind.call != "step":
+def _find_region(kind: NetworkKind, tensor: Tensor) -> str:
+    """The region of a tensor of a network."""
+    if kind.call not in ("stage", "step"):
         return f"{kind.name} {tensor.name}"
     raw = {"inpaint_feature": "no feature"} if kind.name == "unet_raw" else {}
-    return {**UNET_INPUTS, **raw, "eps": "eps"}.get(tensor.name)
+    return {**BATCH_INPUTS, **raw, "eps": "eps"}[tensor.name]
 
 
 class Rooms:

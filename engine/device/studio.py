@@ -28,9 +28,10 @@ from dreammix_trt.engine.device.pace import Pace
 from dreammix_trt.engine.device.painter import DevicePainter, Marks, add_up_marks
 from dreammix_trt.engine.device.residency import Residency, Usable, restrict_to_plan
 from dreammix_trt.engine.device.room import Room, Rooms, RoomShape
-from dreammix_trt.engine.device.subjects import Subjects
+from dreammix_trt.engine.device.slot_layout import list_slotted
 from dreammix_trt.engine.device.texts import DeviceTexts
-from dreammix_trt.engine.device.transfers import Transfers
+from dreammix_trt.engine.device.transfers import Transfers, Uploads
+from dreammix_trt.engine.device.weights import DeviceWeights
 from dreammix_trt.engine.drivers.device import Device, put
 from dreammix_trt.engine.painting import paint_safely
 from dreammix_trt.engine.runtime import Painted, Painting, Work
@@ -45,6 +46,8 @@ _TWINS_NEED_ROOM: Final = (
 
 class Studio:
     """A base on a device (see `engine.runtime.Runtime`). One request at a time. Close it after use.
+
+    A batch has one subject, whose factors are merged into the networks' weights before it is painted (`weights`).
 
     networks: those that the memory plan has room for.
     shared: all of the base's networks.
@@ -103,14 +106,21 @@ class Studio:
                 "ONNX Runtime's networks run in the one stream they were opened with: load the engine a second time"
             )
         self.residency = Residency(networks, self.plan, self.pace.wait, shared=shares)
-        self.arena = Arena(device, self.needs.regions)
+        self.arena = Arena(device, self.needs.list_regions(self.plan))
         made.callback(self.arena.close)
         self.transfers = Transfers(device, self.arena, list(self.needs.blocks), made)
         self._put(self.arena["numbers"], np.arange(blocks.MOST_STEPS + 1, dtype=np.int32))  # the values of the counter
-        self.subjects = Subjects(device, self.stream, self.needs.layout, self.arena, self.pace.wait)
-        self.texts = DeviceTexts(
-            device, self.stream, networks, self.arena, self.needs.layout, self.subjects, self._put, self._tally
+        self.weights = DeviceWeights(
+            device,
+            self.stream,
+            networks,
+            list_slotted(networks),
+            self.arena,
+            Uploads(device, self.stream, self.pace.wait_for, made),
+            turns=self.plan.strategy == "swap",
+            pristine=self.plan.pristine,
         )
+        self.texts = DeviceTexts(device, self.stream, networks, self.arena, self.weights, self._put, self._tally)
         made.callback(self.texts.close)
         self.rooms = Rooms(self._make_room, self.options.shapes)
         made.callback(self.rooms.close)
@@ -118,7 +128,7 @@ class Studio:
     def _make_room(self, shape: RoomShape) -> Room:
         self.residency.free_weights()
         workspace = self.arena["workspace"]
-        return Room(shape, self.device, self.networks, self.arena, self.needs.layout, workspace, self._put, self._tally)
+        return Room(shape, self.device, self.networks, self.arena, self.weights, workspace, self._put, self._tally)
 
     # -- what a runtime offers ----------------------------------------------------------------------------------------
 
@@ -153,13 +163,13 @@ class Studio:
         Raises FileFormatError where it does not fit the base, DeviceError; then nothing changes.
         """
         self._check_open()
-        self.subjects.add(name, subject)
+        self.weights.add(name, subject)
         self.texts.forget(name)
 
     def remove_subject(self, name: str) -> None:
-        """Forget a subject; its rows on the device are free for others."""
+        """Forget a subject; its room on the device is free for others."""
         self._check_open()
-        self.subjects.remove(name)
+        self.weights.remove(name)
         self.texts.forget(name)
 
     def check(self, work: Work) -> Hashable:

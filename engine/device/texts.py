@@ -12,14 +12,15 @@ import numpy as np
 
 from dreammix_trt.core.axes import Sides
 from dreammix_trt.core.config_fields import TOKENS
-from dreammix_trt.core.networks import flag_of, names_of_group, twin_name
+from dreammix_trt.core.networks import flag_of, kv_name, names_of_group, twin_name
 from dreammix_trt.core.schedule import STAGES
 from dreammix_trt.core.seam import Array, Bound, DeviceNetworks, Stream
+from dreammix_trt.core.slots import names_of_weights
 from dreammix_trt.engine.device.arena import Arena, Regions
 from dreammix_trt.engine.device.blocks import measure_tas_plan
 from dreammix_trt.engine.device.captures import Graphs, Tally
 from dreammix_trt.engine.device.room import choose_twin, find_obstacle
-from dreammix_trt.engine.device.subjects import Layout, Subjects
+from dreammix_trt.engine.device.weights import DeviceWeights
 from dreammix_trt.engine.drivers.device import Device, Memory
 from dreammix_trt.engine.prompts import Key, Prompt, PromptPlan, RowSource, count_prompts
 
@@ -37,8 +38,8 @@ def list_regions(networks: DeviceNetworks, pictures: int, rows: int, kept: int, 
     """
     kept, text_rows = max(kept, count_prompts(context)), TOKENS * (context // TOKENS)
     width, pooled = find_widths(networks)
-    unet = {tensor.name: tensor.dtype for tensor in networks.inputs("unet")}
-    wide = "float32" if twin_name("unet") in networks else unet["encoder_hidden_states"]
+    told = {tensor.name: tensor.dtype for tensor in networks.inputs(kv_name("unet"))}
+    wide = "float32" if twin_name("unet") in networks else told["encoder_hidden_states"]
     found: dict[str, tuple[tuple[int, ...], str]] = {
         "kept tokens": ((kept, TOKENS, width), "float32"),
         "kept pooled": ((kept, pooled), "float32"),
@@ -51,8 +52,9 @@ def list_regions(networks: DeviceNetworks, pictures: int, rows: int, kept: int, 
         "joined pooled": ((pooled,), "float32"),
     }
     for name in names_of_group("text"):
+        weights = names_of_weights(networks.slots(name))
         for tensor in (*networks.inputs(name), *networks.outputs(name)):
-            if "lora" not in tensor.name:
+            if tensor.name not in weights:
                 dtype = "float32" if tensor.dtype == "float16" else tensor.dtype
                 found[f"{name} {tensor.name}"] = (_SIDES.shape(tensor), dtype)
     return found
@@ -60,7 +62,7 @@ def list_regions(networks: DeviceNetworks, pictures: int, rows: int, kept: int, 
 
 def find_widths(networks: DeviceNetworks) -> tuple[int, int]:
     """Numbers of a token and of a pooled vector."""
-    inputs = {tensor.name: tensor.shape for tensor in networks.inputs("unet")}
+    inputs = {tensor.name: tensor.shape for name in (kv_name("unet"), "unet") for tensor in networks.inputs(name)}
     return int(inputs["encoder_hidden_states"][-1]), int(inputs["text_embeds"][-1])
 
 
@@ -73,8 +75,7 @@ class DeviceTexts:
         stream: Stream,
         networks: DeviceNetworks,
         arena: Arena,
-        layout: Layout,
-        subjects: Subjects,
+        weights: DeviceWeights,
         upload: Callable[[Array, np.ndarray], None],
         tally: Tally,
     ) -> None:
@@ -83,8 +84,8 @@ class DeviceTexts:
         upload: copies values to the device, and waits.
         tally: counts how the encoders run.
         """
-        self._device, self._stream, self._arena, self._subjects = device, stream, arena, subjects
-        self._networks, self._layout, self._tally = networks, layout, tally
+        self._device, self._stream, self._networks = device, stream, networks
+        self._arena, self._weights, self._tally = arena, weights, tally
         self._kept: OrderedDict[Key, int] = OrderedDict()
         self._unproven: set[Key] = set()
         self._encoders: dict[bool, _Encoders] = {}
@@ -128,7 +129,7 @@ class DeviceTexts:
             if prompt.key in self._kept:
                 self._kept.move_to_end(prompt.key)
                 continue
-            self._subjects.enter_text(prompt.subject)
+            self._weights.enter(prompt.subject, names_of_group("text"))
             slot = self._choose_slot({other.key for other in prompts})
             place = picture * count_prompts(plan.text_rows) + number
             self._encode(self._arena["ids"][place], slot, safe, capture)
@@ -160,7 +161,7 @@ class DeviceTexts:
     def _encode(self, ids: Array, slot: int, safe: bool, capture: bool) -> None:
         encoders = self._encoders.get(safe)
         if encoders is None:
-            encoders = _Encoders(self._device, self._networks, self._arena, self._layout, self._tally, safe)
+            encoders = _Encoders(self._device, self._networks, self._arena, self._weights, self._tally, safe)
             self._encoders[safe] = encoders
         for k, name in enumerate(names_of_group("text")):
             self._device.copy(encoders.arrays[name]["input_ids"], ids[k], self._stream)
@@ -262,7 +263,7 @@ class _Encoders:
         device: Device,
         networks: DeviceNetworks,
         arena: Arena,
-        layout: Layout,
+        weights: DeviceWeights,
         tally: Tally,
         safe: bool,
     ) -> None:
@@ -278,9 +279,10 @@ class _Encoders:
             chosen = {name: choose_twin(networks, name, safe) for name in names_of_group("text")}
             workspace = self._find_workspace(networks, chosen.values())
             for name, actual in chosen.items():
-                tensors = [t for t in (*networks.inputs(actual), *networks.outputs(actual)) if "lora" not in t.name]
+                merged = weights.arrays(name)
+                tensors = [t for t in (*networks.inputs(actual), *networks.outputs(actual)) if t.name not in merged]
                 own = {t.name: arena[f"{name} {t.name}"].reshape(_SIDES.shape(t), t.dtype) for t in tensors}
-                self.arrays[name] = own | layout.cut_arrays(name, arena["bound factors"], 1)
+                self.arrays[name] = own | dict(merged)
                 self._bound[name] = networks.bind(actual, _SIDES, self.arrays[name], workspace)
         except BaseException:
             self.close()

@@ -7,12 +7,16 @@ first asks for more opens it. So a float32 twin costs nothing until a picture ov
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy.typing as npt
 
 from dreammix_trt.core.axes import Sides
 from dreammix_trt.core.errors import EngineError
 from dreammix_trt.core.seam import Array, BaseFacts
+from dreammix_trt.engine.backends.onnxruntime.engine_set import map_weights
 from dreammix_trt.engine.backends.tensorrt.bound import TensorRtBound
 from dreammix_trt.engine.backends.tensorrt.engine import Binding, PlanEngine
 from dreammix_trt.engine.backends.tensorrt.place import PlanPlace
@@ -29,12 +33,17 @@ class PlanNetwork:
     """
 
     def __init__(self, name: str, folder: Path, entry: Mapping[str, Any], place: PlanPlace) -> None:
-        self.name, self.entry, self._place = name, entry, place
+        self.name, self.entry, self._folder, self._place = name, entry, folder, place
         self.plan = plan_of(name, folder, entry)
         self.jit, self.lock = place.package.jit, place.lock
         self.loads, self.loaded, self.opened = 0, False, False
         self.bound: list[TensorRtBound] = []
         self._engine = PlanEngine(place, PlanShapes.from_entry(name, self.plan, entry), entry)
+
+    @cached_property
+    def slot_weights(self) -> Mapping[str, npt.NDArray[Any]]:
+        """The base's own weights of the slots, in their mapped file."""
+        return map_weights(self._folder, self.entry)
 
     @property
     def shapes(self) -> PlanShapes:

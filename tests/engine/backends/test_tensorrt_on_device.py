@@ -17,10 +17,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from dreammix_trt.core.axes import Sides
 from dreammix_trt.core.errors import DeviceError, EngineError, OutOfMemoryError
 from dreammix_trt.core.seam import Array, DeviceNetworks
+from dreammix_trt.core.slots import Slot
 from dreammix_trt.engine import hardware
 from dreammix_trt.engine.backends.tensorrt import bound as tensorrt_bound
 from dreammix_trt.engine.backends.tensorrt import callbacks, plans
@@ -36,18 +38,20 @@ from dreammix_trt.engine.backends.tensorrt.on_device import ProfileError, Tensor
 from dreammix_trt.engine.backends.tensorrt.package import PACKAGES, RUNTIME_NAMES, RUNTIME_NAMES_JIT, check_runtime
 from dreammix_trt.engine.backends.tensorrt.plans import explain_failure
 from dreammix_trt.engine.backends.tensorrt.profiles import profiles_for
+from dreammix_trt.engine.device.slot_layout import list_slotted
 from dreammix_trt.engine.hardware import Driver, Gpu
 from tests.support import fake_tensorrt as fake
 
 BOTH = ["tensorrt-rtx", "tensorrt"]
 NATIVE = 128  # pixels
-SLOTS = [{"module": "block.to_q", "in": 32, "out": 32, "rank": 8}]
+WEIGHT_NAME = "block.to_q.weight"
+SLOTS = [Slot.of("block.to_q", 32, 48).describe()]
+SLOT_WEIGHTS = {WEIGHT_NAME: np.arange(32 * 48, dtype=np.float16).reshape(32, 48)}
 UNET_INPUTS = [
     {"name": "sample", "dtype": "float16", "shape": ["rows", 4, "h", "w"]},
     {"name": "timestep", "dtype": "float32", "shape": ["rows"]},
     {"name": "inpaint_feature", "dtype": "float16", "shape": ["pictures", 8, "h", "w"]},
-    {"name": "block.to_q.lora_A", "dtype": "float16", "shape": ["pictures", 32, 8]},
-    {"name": "block.to_q.lora_B", "dtype": "float16", "shape": ["pictures", 8, 32]},
+    {"name": WEIGHT_NAME, "dtype": "float16", "shape": [32, 48]},
 ]
 UNET_OUTPUTS = [{"name": "eps", "dtype": "float16", "shape": ["rows", 4, "h", "w"]}]
 VAE_INPUTS = [{"name": "latent", "dtype": "float16", "shape": ["pictures", 4, "h", "w"]}]
@@ -66,9 +70,13 @@ def write_part(
     pictures: int = 1,
     version: str | None = "1.7.1.116",
     slots: list[Any] | None = None,
+    weights: Mapping[str, np.ndarray] | None = None,
     **plan: Any,
 ) -> None:
-    """A part as `dreammix-trt build` writes it, its engine a stand-in's plan: fixed sides are static in it."""
+    """A part as `dreammix-trt build` writes it, its engine a stand-in's plan: fixed sides are static in it.
+
+    weights: of the slots.
+    """
     profiles = profiles_for(inputs, pictures=pictures, shapes=shapes, latent_side=NATIVE // 8, step=1)
     tensors = {}
     for mode, specs in (("INPUT", inputs), ("OUTPUT", outputs)):
@@ -91,14 +99,17 @@ def write_part(
         **plan,
     )
     build = {"targets": ["sm_89"]} | ({"version": version} if version else {})
-    entry = {"schema": 2, "inputs": inputs, "outputs": outputs, "slots": slots or []}
+    entry = {"schema": 3, "inputs": inputs, "outputs": outputs, "slots": slots or []}
+    if weights:
+        save_file(dict(weights), folder / "slots.safetensors")
+        entry["slot_weights"] = "slots.safetensors"
     (folder / "network.json").write_text(json.dumps({**entry, "engine": f"{folder.name}.engine", "build": build}))
 
 
 def write_base(root: Path, backend: str, **options: Any) -> dict[str, Path]:
     """The parts of a base with a UNet and a VAE decoder."""
     options = {"version": None} | options if backend == "tensorrt" else options
-    write_part(root / "unet", UNET_INPUTS, UNET_OUTPUTS, slots=SLOTS, **options)
+    write_part(root / "unet", UNET_INPUTS, UNET_OUTPUTS, slots=SLOTS, weights=SLOT_WEIGHTS, **options)
     write_part(root / "vae_decoder", VAE_INPUTS, VAE_OUTPUTS, **options)
     (root / "base").mkdir(exist_ok=True)
     facts = {"native_side": NATIVE, "divisor": 8, "scaling_factor": 0.13, "feature_channels": 8}
@@ -157,6 +168,23 @@ def test_a_base_tells_its_networks_frames_and_batch(networks: TensorRtNetworks, 
     assert seam.workspace_bytes("unet", ONE) == 100 * 2 * 4 * 16 * 16
     with pytest.raises(EngineError, match="no network 'unet_raw'; it has unet, vae_decoder"):
         seam.inputs("unet_raw")
+
+
+def test_weights_of_slots_are_mapped_from_their_file(networks: TensorRtNetworks, tmp_path: Path) -> None:
+    held = networks.weights("unet")
+    assert held.keys() == {WEIGHT_NAME} and networks.weights("unet") is held and networks.weights("vae_decoder") == {}
+    np.testing.assert_array_equal(held[WEIGHT_NAME], SLOT_WEIGHTS[WEIGHT_NAME])
+    assert not held[WEIGHT_NAME].flags.writeable
+    slotted = list_slotted(networks)["unet"]
+    assert slotted.merged.arrays == {WEIGHT_NAME: ((32, 48), "float16")} and slotted.in_place
+
+
+def test_weights_of_slots_that_are_damaged_are_refused(card: fake.Gpu, backend: str, tmp_path: Path) -> None:
+    parts = write_base(tmp_path, backend)
+    save_file({WEIGHT_NAME: np.zeros((32, 32), np.float16)}, tmp_path / "unet" / "slots.safetensors")
+    told = r"slots\.safetensors: block\.to_q\.weight is \(32, 32\), expected \(32, 48\)"
+    with open_networks(parts, backend, card) as networks, pytest.raises(EngineError, match=told):
+        networks.weights("unet")
 
 
 def test_dynamic_sides_take_any_frame_within_the_profiles(card: fake.Gpu, backend: str, tmp_path: Path) -> None:
@@ -245,9 +273,10 @@ def test_the_first_run_within_a_capture_is_refused(networks: TensorRtNetworks, c
 
 
 def test_an_input_that_the_engine_left_out_is_not_bound(card: fake.Gpu, backend: str, tmp_path: Path) -> None:
-    with open_networks(write_base(tmp_path, backend, dropped=("block.to_q.lora_B",)), backend, card) as networks:
-        assert "block.to_q.lora_B" not in [tensor.name for tensor in networks.inputs("unet")]
-        arrays = make_arrays(networks, card, "unet") | {"block.to_q.lora_B": card.make_array((1, 8, 32), "float16")}
+    with open_networks(write_base(tmp_path, backend, dropped=(WEIGHT_NAME,)), backend, card) as networks:
+        assert WEIGHT_NAME not in [tensor.name for tensor in networks.inputs("unet")]
+        assert not list_slotted(networks)
+        arrays = make_arrays(networks, card, "unet") | {WEIGHT_NAME: card.make_array((32, 48), "float16")}
         workspace = card.make_array((networks.workspace_bytes("unet", ONE),), "uint8")
         networks.bind("unet", ONE, arrays, workspace).enqueue(card.make_stream())
 
@@ -569,14 +598,14 @@ def test_arrays_that_do_not_fit_are_named(networks: TensorRtNetworks, card: fake
         ({"sample": replace(sample, shape=(1, 4, 16, 16))}, r"sample is .*\[1, 4, 16, 16\].*\[2, 4, 16, 16\]"),
         ({"sample": replace(sample, pointer=sample.pointer + 16)}, "sample is at address .*multiples of 256"),
         ({"eps": replace(sample, pointer=0)}, "eps is at address 0"),
-        ({"block.to_k.lora_A": sample}, r"arrays are given for block\.to_k\.lora_A"),
+        ({"block.to_k.weight": sample}, r"arrays are given for block\.to_k\.weight"),
     ]
     card.log.clear()
     for change, named in bad:
         with pytest.raises(EngineError, match=named):
             networks.bind("unet", ONE, good | change)
-    with pytest.raises(EngineError, match=r"no array is given for block\.to_q\.lora_B"):
-        networks.bind("unet", ONE, {name: array for name, array in good.items() if name != "block.to_q.lora_B"})
+    with pytest.raises(EngineError, match=r"no array is given for block\.to_q\.weight"):
+        networks.bind("unet", ONE, {name: array for name, array in good.items() if name != WEIGHT_NAME})
     assert set(card.log) == {"synchronize"}
     need = networks.workspace_bytes("unet", ONE)
     for workspace in (None, card.make_array((need - 1,), "uint8")):
@@ -656,7 +685,7 @@ def test_damaged_missing_and_dangerous_plans_are_refused(
     plan.unlink()
     with pytest.raises(EngineError, match=r"unet\.engine: missing, so unet cannot run"):
         open_networks(parts, backend, card)
-    (parts["unet"] / "network.json").write_text(json.dumps({"schema": 2, "inputs": [], "outputs": []}))
+    (parts["unet"] / "network.json").write_text(json.dumps({"schema": 3, "inputs": [], "outputs": []}))
     with pytest.raises(EngineError, match="unet is not a TensorRT engine"):
         open_networks(parts, backend, card)
 
@@ -890,25 +919,27 @@ WEIGHT = (np.random.default_rng(5).standard_normal((64, 64)) / 8).astype(np.floa
 
 
 def write_real_part(folder: Path, backend: str) -> None:
-    """y = x W + (x A) B, built for the GPU at hand, as `dreammix-trt build` writes it."""
+    """y = x V + x W, built for the GPU at hand, as `dreammix-trt build` writes it; W is a slot's."""
     from dreammix_trt.engine.backends.tensorrt.builder import build_engine
     from tests.engine.backends.test_tensorrt_builder import write_network
 
     folder.mkdir(parents=True)
     nodes = [
-        ("MatMul", ["x", "w"], "p"),
-        ("MatMul", ["x", "m.lora_A"], "q"),
-        ("MatMul", ["q", "m.lora_B"], "r"),
-        ("Add", ["p", "r"], "y"),
+        ("MatMul", ["x", "v"], "p"),
+        ("MatMul", ["x", "m.weight"], "q"),
+        ("Add", ["p", "q"], "y"),
     ]
-    shapes: dict[str, list[Any]] = {"x": ["n", 7, 64], "m.lora_A": ["n", 64, 8], "m.lora_B": ["n", 8, 64]}
-    graph = write_network(folder / "graph.onnx", nodes, shapes, {"w": WEIGHT})
-    inputs = [{"name": name, "dtype": "float16", "shape": ["pictures", *shape[1:]]} for name, shape in shapes.items()]
+    shapes: dict[str, list[Any]] = {"x": ["n", 7, 64], "m.weight": [64, 64]}
+    graph = write_network(folder / "graph.onnx", nodes, shapes, {"v": WEIGHT})
+    inputs = [
+        {"name": name, "dtype": "float16", "shape": ["pictures" if side == "n" else side for side in shape]}
+        for name, shape in shapes.items()
+    ]
     outputs = [{"name": "y", "dtype": "float16", "shape": ["pictures", 7, 64]}]
     profiles = profiles_for(inputs, pictures=4, shapes="static", latent_side=16)
     report = build_engine(graph, folder / "m.engine", backend=backend, profiles=profiles, targets=("current",))
-    slots = [{"module": "m", "in": 64, "out": 64, "rank": 8}]
-    entry = {"schema": 2, "inputs": inputs, "outputs": outputs, "slots": slots, "build": report.to_dict()}
+    slots = [Slot.of("m", 64, 64).describe()]
+    entry = {"schema": 3, "inputs": inputs, "outputs": outputs, "slots": slots, "build": report.to_dict()}
     (folder / "network.json").write_text(json.dumps({**entry, "engine": "m.engine"}))
 
 
@@ -947,15 +978,15 @@ def test_a_real_plan_runs_is_captured_and_replayed(real: tuple[Any, TensorRtNetw
 
     def compare(run: Any) -> None:
         values["x"] = (rng.standard_normal(shapes["x"]) / 4).astype(np.float16)
-        for name in ("x", "m.lora_A", "m.lora_B"):
+        for name in ("x", "m.weight"):
             device.upload(arrays[name], values[name], stream)
         device.clear(arrays["y"], stream)
         run()
         got = np.empty(shapes["y"], np.float16)
         device.download(got, arrays["y"], stream)
         device.synchronize(stream)
-        x, a, b = (values[name].astype(np.float64) for name in ("x", "m.lora_A", "m.lora_B"))
-        want = x @ WEIGHT.astype(np.float64) + x @ a @ b
+        x, w = (values[name].astype(np.float64) for name in ("x", "m.weight"))
+        want = x @ WEIGHT.astype(np.float64) + x @ w
         assert np.abs(got - want).max() < 1e-2 * np.abs(want).max()
 
     def play() -> None:
@@ -996,7 +1027,7 @@ def test_the_real_package_without_a_driver_says_what_is_missing(tmp_path: Path) 
 
     (tmp_path / "unet").mkdir()
     build(write_linear(tmp_path / "unet" / "unet.onnx"), ROWS)
-    entry = {"schema": 2, "inputs": [{"name": "x", "dtype": "float16", "shape": ["rows", 64]}], "outputs": []}
+    entry = {"schema": 3, "inputs": [{"name": "x", "dtype": "float16", "shape": ["rows", 64]}], "outputs": []}
     (tmp_path / "unet" / "network.json").write_text(json.dumps({**entry, "engine": "unet.plan"}))
     parts = write_base(tmp_path / "other", "tensorrt-rtx") | {"unet": tmp_path / "unet"}
     with pytest.raises(DeviceError, match=r"cudaError 35.*install or update the NVIDIA driver \("):
