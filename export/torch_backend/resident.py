@@ -46,9 +46,7 @@ class Resident:
             _convert_inputs(self.module, network)
         self._shapes = {name: tuple(each.shape) for name, each in self.module.network.named_parameters()}
         self._dtypes = {name: torch.float32 if name in stays else dtype for name in self._shapes}
-        self._network = network
-        slots = {f"{slot.module}.weight": (slot.outputs, slot.inputs) for slot in network.slots}
-        self._open_values = lambda: values(network, {**self._shapes, **slots})
+        self._network, self._values = network, values
         self._parameters: list[nn.Parameter] = []
         self._host: list[Tensor] = []
 
@@ -70,6 +68,11 @@ class Resident:
                     f"{self.name}: {tensor.name}", gather_weight(tensor.name, shape, used, held), tensor.dtype
                 )
         return found
+
+    def _open_values(self) -> Callable[[str], Tensor]:
+        """A function that gives each weight, those of slots as well."""
+        slots = {f"{slot.module}.weight": (slot.outputs, slot.inputs) for slot in self._network.slots}
+        return self._values(self._network, {**self._shapes, **slots})
 
     def run(self, *given: Tensor) -> tuple[Tensor, ...]:
         """Run the network on tensors that have the dtypes of its arrays."""
