@@ -120,6 +120,7 @@ class Ingredients:
                 latent_side=side // FACTOR,
                 step=divisor // FACTOR,
                 contexts=sorted(set(self.engine.context)),
+                call=kind_of(name).call,
             )
 
         frames = [(side, side)] if shapes == "static" else profile_sizes(side, divisor)

@@ -23,6 +23,7 @@ from dreammix_trt.core.errors import BuildError, EngineError, InputError
 from dreammix_trt.core.files import atomic_file
 from dreammix_trt.engine import hardware
 from dreammix_trt.engine.backends.tensorrt.callbacks import HEARD, Events, get_logger, make_monitor, make_writer
+from dreammix_trt.engine.backends.tensorrt.kernel_list import KernelCounts, count_kernels
 from dreammix_trt.engine.backends.tensorrt.package import PACKAGES, Package, list_targets, load
 from dreammix_trt.engine.backends.tensorrt.plans import holds_host_code, open_guarded_runtime, refuse_host_code
 from dreammix_trt.engine.backends.tensorrt.profiles import Profile, Shape, fits, profiles_for
@@ -34,7 +35,7 @@ __all__ = [
 ]  # fmt: skip
 
 GIB: Final = 1 << 30
-REVISION: Final = 2  # rises when `build_engine` builds something else from the same input; 2: all memory is the user's
+REVISION: Final = 3  # rises when `build_engine` builds something else from the same input; 3: one stream
 MESSAGES: Final = 20  # kept of a build, each once
 Progress = Callable[[float, str], None]
 DTYPES: Final = {
@@ -69,6 +70,7 @@ class BuildReport:
     messages: warnings, each once, at most MESSAGES.
     peak_rss: most memory of this process in bytes; None: unknown.
     peak_anonymous: the same without mapped files.
+    kernels: what the plan launches, for each profile; TensorRT 11, which builds elsewhere, does not say it.
     """
 
     seconds: float
@@ -83,6 +85,7 @@ class BuildReport:
     messages: tuple[str, ...]
     peak_rss: int | None = None
     peak_anonymous: int | None = None
+    kernels: tuple[KernelCounts, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a passport."""
@@ -185,7 +188,8 @@ class _Build:
 
     def run(self, stream: BinaryIO) -> BuildReport:
         """Parse, build, write. The package's messages arrive in this thread as well."""
-        heard = HEARD.messages = []
+        heard, lists = [], []
+        HEARD.messages, HEARD.lists = heard, lists
         started = time.perf_counter()
         try:
             trt, builder = self.trt, self.trt.Builder(get_logger(self.trt))
@@ -205,9 +209,10 @@ class _Build:
                 inputs=_read_tensors(network.get_input, network.num_inputs),
                 outputs=_read_tensors(network.get_output, network.num_outputs),
                 messages=_keep_messages(heard),
+                kernels=count_kernels(lists),
             )
         finally:
-            HEARD.messages = None
+            HEARD.messages = HEARD.lists = None
             self.events.put(None)
 
     def _parse(self, network: Any, heard: list[tuple[str, str]]) -> None:
@@ -232,8 +237,10 @@ class _Build:
         config.progress_monitor = make_monitor(trt, self.events, self.cancelled)
         if self.workspace is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self.workspace)
-        if PACKAGES[self.backend].ahead:  # then contexts never allocate while they run, and graphs can hold them
-            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        config.max_aux_streams = 0  # plans are captured in graphs of one stream; forks cost launches there
+        if PACKAGES[self.backend].ahead:
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # contexts never allocate while they run
+            config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # prints the kernels; the plan is the same
         if self.capabilities:
             config.num_compute_capabilities = len(self.capabilities)
             for index, capability in enumerate(self.capabilities):

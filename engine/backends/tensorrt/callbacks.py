@@ -23,15 +23,22 @@ import threading
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from dreammix_trt.engine.backends.tensorrt.kernel_list import MARK
+
 LOGGER = logging.getLogger(__name__)
 NOTICEABLE = 0.002
 Events = queue.SimpleQueue[tuple[float, str] | None]
 
 
 class Heard(threading.local):
-    """The package's messages in this thread, (severity, text); None: nobody collects them."""
+    """What the package says in this thread; None: nobody collects it.
+
+    messages: (severity, text), warnings and errors.
+    lists: the builder's lists of kernels.
+    """
 
     messages: list[tuple[str, str]] | None = None
+    lists: list[str] | None = None
 
 
 HEARD = Heard()
@@ -65,6 +72,8 @@ def get_logger(trt: Any) -> Any:
         def log(self, severity: Any, message: str) -> None:
             if severity.name not in ("INFO", "VERBOSE"):
                 hear(severity.name, message)
+            elif HEARD.lists is not None and MARK in message:
+                HEARD.lists.append(message)
 
     return Listener()
 

@@ -42,7 +42,7 @@ PACKAGES: Final[Mapping[str, Package]] = {
 NAMES: Final = (
     "Builder.build_serialized_network_to_stream", "Builder.create_builder_config", "Builder.create_network",
     "Builder.create_optimization_profile", "BuilderFlag.TF32", "DataType.HALF", "IAttention.decomposable",
-    "IAttentionInputLayer.attention", "IBuilderConfig.add_optimization_profile", "IBuilderConfig.progress_monitor",
+    "IAttentionInputLayer.attention", "IBuilderConfig.add_optimization_profile", "IBuilderConfig.max_aux_streams", "IBuilderConfig.progress_monitor",
     "IBuilderConfig.set_flag", "IBuilderConfig.set_memory_pool_limit", "ILogger", "INetworkDefinition.get_input",
     "INetworkDefinition.get_layer", "INetworkDefinition.get_output", "INetworkDefinition.num_inputs",
     "INetworkDefinition.num_layers", "INetworkDefinition.num_outputs", "IOptimizationProfile.set_shape",
@@ -53,7 +53,7 @@ NAMES: Final = (
 )  # fmt: skip
 NAMES_AHEAD: Final = (
     "BuilderFlag.REQUIRE_USER_ALLOCATION", "ComputeCapability.CURRENT", "IBuilderConfig.num_compute_capabilities",
-    "IBuilderConfig.set_compute_capability",
+    "IBuilderConfig.profiling_verbosity", "IBuilderConfig.set_compute_capability", "ProfilingVerbosity.DETAILED",
 )  # fmt: skip
 
 # What running uses. Those of TensorRT 11 were never tried here: no release of it could be installed.

@@ -11,6 +11,7 @@ from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import InputError
 
 Shape = tuple[int, ...]
+Span = tuple[int, int, int]  # of a side: the smallest, the one to be fastest at, the largest
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,17 @@ def profiles_for(
     latent_side: int,
     step: int = 8,
     contexts: Sequence[int] = (TOKENS,),
+    call: str = "step",
 ) -> tuple[Profile, ...]:
     """Make the profiles of a network.
 
     inputs: {"name", "shape"} each, shapes with named axes.
-    pictures: the most in a batch; rows go up to twice that.
+    pictures: the most in a batch. One picture and the full batch, with one row a picture and with two, have profiles
+        of their own: fixed sizes keep the kernels of a static plan. A last profile takes the batches between them.
     shapes: "static": latents of latent_side squared. "dynamic": from 0.69 to 1 times latent_side by 0.69 to 1.31, and
         the transpose, in multiples of `step` (SDXL: 88..128 by 88..168 at 128); `fits` bounds the area.
-    contexts: lengths of the text condition; each has profiles of its own, as fixed sizes keep the kernels of a static
-        plan.
+    contexts: lengths of the text condition; each has profiles of its own, for the same reason.
+    call: how the network is called (`NetworkKind.call`); for a prompt or a frame of the VAE it is always called for one.
 
     H and W are eight times h and w. Raises InputError for other values.
     """
@@ -71,13 +74,26 @@ def profiles_for(
         frames = [((low, full, full), (low, full, high)), ((low, full, high), (low, full, full))]
     else:
         raise InputError(f'shapes is {shapes!r}; give "static" or "dynamic"')
-    rows, count = (1, 2 * pictures, 2 * pictures), (1, pictures, pictures)
+    batches = _list_batches(1 if call in ("prompt", "vae") else pictures, both=call != "prompt")
     profiles = []
-    for length, (h, w) in product(contexts, frames):
+    for length, (h, w), (rows, count) in product(contexts, frames, batches):
         sides = {"rows": rows, "pictures": count, "context": (length, length, length)}
         sides |= {"h": h, "w": w, "H": _scale_to_pixels(h), "W": _scale_to_pixels(w)}
         profiles.append(Profile({str(entry["name"]): _make_ranges(entry, sides) for entry in inputs}))
     return tuple(profile for index, profile in enumerate(profiles) if profile not in profiles[:index])
+
+
+def _list_batches(pictures: int, *, both: bool) -> list[tuple[Span, Span]]:
+    """The spans of rows and pictures of every profile, the fixed ones first, as the first that fits is taken.
+
+    both: whether a picture may have two rows.
+    """
+    sizes = dict.fromkeys((1, pictures))
+    fixed = [(k * count, count) for count in sizes for k in ((1, 2) if both else (1,))]
+    batches: list[tuple[Span, Span]] = [((rows,) * 3, (count,) * 3) for rows, count in fixed]
+    if pictures > 2:
+        batches.append(((2, 2 * pictures, 2 * pictures), (2, pictures, pictures)))
+    return batches
 
 
 def fits(h: int, w: int, latent_side: int) -> bool:
@@ -85,7 +101,7 @@ def fits(h: int, w: int, latent_side: int) -> bool:
     return h * w <= latent_side**2
 
 
-def _make_ranges(entry: Mapping[str, Any], sides: Mapping[str, tuple[int, int, int]]) -> tuple[Shape, Shape, Shape]:
+def _make_ranges(entry: Mapping[str, Any], sides: Mapping[str, Span]) -> tuple[Shape, Shape, Shape]:
     for side in entry["shape"]:
         if isinstance(side, str) and side not in sides:
             raise InputError(f"input {entry['name']} has the unknown side {side!r}; known are {', '.join(sides)}")
@@ -94,6 +110,6 @@ def _make_ranges(entry: Mapping[str, Any], sides: Mapping[str, tuple[int, int, i
     return low, usual, high
 
 
-def _scale_to_pixels(span: tuple[int, int, int]) -> tuple[int, int, int]:
+def _scale_to_pixels(span: Span) -> Span:
     low, usual, high = span
     return 8 * low, 8 * usual, 8 * high

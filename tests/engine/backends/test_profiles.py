@@ -16,19 +16,50 @@ UNET: list[dict[str, Any]] = [
 ]
 
 
-def test_static_shapes_differ_in_the_batch_alone() -> None:
-    (profile,) = profiles_for(UNET, pictures=2, shapes="static", latent_side=128)
-    assert profile.shapes == {
-        "sample": ((1, 4, 128, 128), (4, 4, 128, 128), (4, 4, 128, 128)),
-        "inpaint_feature": ((1, 320, 128, 128), (2, 320, 128, 128), (2, 320, 128, 128)),
-        "time_ids": ((1, 6), (4, 6), (4, 6)),
-    }
+def list_sizes(pictures: int, call: str = "step") -> list[tuple[tuple[int, ...], ...]]:
+    """(rows, pictures) of every profile: the smallest, the usual and the largest."""
+    profiles = profiles_for(UNET, pictures=pictures, shapes="static", latent_side=128, call=call)
+    names = ("sample", "inpaint_feature")
+    return [tuple(tuple(shape[0] for shape in profile.shapes[name]) for name in names) for profile in profiles]
+
+
+def test_static_shapes_are_fixed_for_one_row_and_for_two() -> None:
+    one, two = profiles_for(UNET, pictures=1, shapes="static", latent_side=128)
+    for profile, rows in ((one, 1), (two, 2)):
+        assert profile.shapes == {
+            "sample": ((rows, 4, 128, 128),) * 3,
+            "inpaint_feature": ((1, 320, 128, 128),) * 3,
+            "time_ids": ((rows, 6),) * 3,
+        }
+
+
+def test_one_picture_and_the_full_batch_are_fixed_and_the_rest_is_a_range() -> None:
+    one = [((1, 1, 1), (1, 1, 1)), ((2, 2, 2), (1, 1, 1))]
+    assert list_sizes(1) == one
+    assert list_sizes(2) == [*one, ((2, 2, 2), (2, 2, 2)), ((4, 4, 4), (2, 2, 2))]
+    assert list_sizes(4) == [*one, ((4, 4, 4), (4, 4, 4)), ((8, 8, 8), (4, 4, 4)), ((2, 8, 8), (2, 4, 4))]
+
+
+@pytest.mark.parametrize("pictures", [1, 2, 3, 5])
+def test_every_batch_up_to_the_largest_has_a_profile(pictures: int) -> None:
+    profiles = profiles_for(UNET[:2], pictures=pictures, shapes="static", latent_side=128)
+    for count in range(1, pictures + 1):
+        for rows in (count, 2 * count):
+            shapes = {"sample": (rows, 4, 128, 128), "inpaint_feature": (count, 320, 128, 128)}
+            assert any(profile.holds(shapes) for profile in profiles), (count, rows)
+
+
+def test_what_is_called_for_one_has_no_other_profile() -> None:
+    assert list_sizes(4, "prompt") == [((1, 1, 1), (1, 1, 1))]
+    image = [{"name": "image", "dtype": "float32", "shape": ["pictures", 3, "H", "W"]}]
+    (profile,) = profiles_for(image, pictures=4, shapes="static", latent_side=128, call="vae")
+    assert profile.shapes == {"image": ((1, 3, 1024, 1024),) * 3}
 
 
 def test_dynamic_shapes_are_a_landscape_and_its_transpose() -> None:
-    wide, tall = profiles_for(UNET, pictures=1, shapes="dynamic", latent_side=128)
-    assert wide.shapes["sample"] == ((1, 4, 88, 88), (2, 4, 128, 128), (2, 4, 128, 168))
-    assert tall.shapes["sample"] == ((1, 4, 88, 88), (2, 4, 128, 128), (2, 4, 168, 128))
+    wide, *_, tall = profiles_for(UNET, pictures=1, shapes="dynamic", latent_side=128)
+    assert wide.shapes["sample"] == ((1, 4, 88, 88), (1, 4, 128, 128), (1, 4, 128, 168))
+    assert tall.shapes["sample"] == ((2, 4, 88, 88), (2, 4, 128, 128), (2, 4, 168, 128))
 
 
 def test_pictures_are_eight_times_as_large_as_latents() -> None:
@@ -41,13 +72,13 @@ def test_pictures_are_eight_times_as_large_as_latents() -> None:
 @pytest.mark.parametrize("side, step, low, high", [(128, 8, 88, 168), (64, 8, 48, 88), (16, 1, 11, 21), (8, 8, 8, 8)])
 def test_sides_scale_with_the_base_and_keep_to_the_step(side: int, step: int, low: int, high: int) -> None:
     wide = profiles_for(UNET, pictures=1, shapes="dynamic", latent_side=side, step=step)[0]
-    assert wide.shapes["sample"] == ((1, 4, low, low), (2, 4, side, side), (2, 4, side, high))
+    assert wide.shapes["sample"] == ((1, 4, low, low), (1, 4, side, side), (1, 4, side, high))
 
 
 def test_networks_without_sides_have_one_profile() -> None:
     text = [{"name": "input_ids", "shape": ["rows", 77]}, {"name": "lora", "shape": ["pictures", 9]}]
-    (profile,) = profiles_for(text, pictures=1, shapes="dynamic", latent_side=128)
-    assert profile.shapes == {"input_ids": ((1, 77), (2, 77), (2, 77)), "lora": ((1, 9),) * 3}
+    (profile,) = profiles_for(text, pictures=1, shapes="dynamic", latent_side=128, call="prompt")
+    assert profile.shapes == {"input_ids": ((1, 77),) * 3, "lora": ((1, 9),) * 3}
     (fixed,) = profiles_for([{"name": "x", "shape": [2, 3]}], pictures=4, shapes="dynamic", latent_side=128)
     assert fixed.shapes == {"x": ((2, 3), (2, 3), (2, 3))}
 
