@@ -448,7 +448,8 @@ def test_random_networks_are_finite_and_repeatable(base: BaseFiles, plain: dict[
             for name in NAMES:
                 specs = (networks.inputs(name), networks.outputs(name))
                 made = Network(name, name, "", *specs, networks.slots(name), _config_of(name, configs))
-                results = Held(networks, name, SIDES, made.draw_example(SIZES)).run()
+                inputs = {**made.draw_example(SIZES), **networks.weights(name)}
+                results = Held(networks, name, SIDES, inputs).run()
                 for key, value in results.items():
                     assert np.isfinite(value).all() and 0.01 < value.std() < 30, (name, key, value.std())
                     found[label, name, key] = value.astype(np.float32)
