@@ -24,6 +24,10 @@ from _sdxl_files import sdxl_configs, write_head, write_lora, write_patch, write
 
 GIB, MIB = 1 << 30, 1 << 20
 LATENT = 32
+#: what is told of each profile's kernels, by the names of `KernelCounts`
+KERNELS = (
+    "total", "products", "narrow_products", "wide_products", "attentions", "scores", "residuals", "copies", "waits",
+)  # fmt: skip
 
 
 def main() -> int:
@@ -116,6 +120,10 @@ def parts_of(bench: Benchmark, folder: Path, passport: dict[str, Any], network: 
         "engine: of that anonymous [GiB]": build["peak_anonymous"] / GIB,
         "engine [MiB]": build["engine_bytes"] / MIB,
     }
+    for number, counts in enumerate(build.get("kernels", ())):
+        profile = f"profile {number}: "
+        rows |= {f"{profile}{what.replace('_', ' ')}": counts[what] for what in KERNELS}
+        rows[f"{profile}largest value between kernels [MiB]"] = counts["largest_bytes"] / MIB
     for what, value in rows.items():
         bench.add(f"{name}: {what}", value)
     if build["messages"]:

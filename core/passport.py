@@ -224,6 +224,9 @@ def _describe_build(record: Mapping[str, Any]) -> str:
         said.append(f"exported in {_describe_cost(export)}")
     if isinstance(record.get("engine_bytes"), int):
         said.append(f"{record['engine_bytes'] / (1 << 20):.0f} MiB, built in {_describe_cost(record)}")
+    totals = [str(counts["total"]) for counts in record.get("kernels") or () if "total" in counts]
+    if totals:
+        said.append(f"{' or '.join(dict.fromkeys(totals))} kernels a call")
     return "; ".join(said)
 
 

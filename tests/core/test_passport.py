@@ -14,7 +14,8 @@ from dreammix_trt.core.passport import FILE_NAME, SCHEMA, NetworkEntry, Passport
 
 
 def make_passport(**fields: Any) -> Passport:
-    build = {"seconds": 12.4, "engine_bytes": 3 << 20, "peak_anonymous": 2 << 30}
+    kernels = [{"total": 1331}, {"total": 1342}]
+    build = {"seconds": 12.4, "engine_bytes": 3 << 20, "peak_anonymous": 2 << 30, "kernels": kernels}
     network = NetworkEntry("unet", "unet.engine", {"sample": ["2*N", 4, "h", "w"]}, 36, {"max_rel": 2e-6}, build)
     subject = SubjectEntry("mug", "sks", "mug", "patched", "subjects/mug.safetensors", "a" * 64, 2048, "lora", "b" * 64)
     usual: dict[str, Any] = dict(
@@ -146,7 +147,7 @@ def test_the_description_tells_what_a_person_asks_for() -> None:
         "2.0e-06",
         "sm_89",
         "tensorrt-rtx 1.7.1, float16",
-        "3 MiB, built in 12 s with 2.0 GiB",
+        "3 MiB, built in 12 s with 2.0 GiB; 1331 or 1342 kernels a call",
         "lcm.safetensors",
         "sampler lcm",
     )

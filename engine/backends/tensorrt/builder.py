@@ -188,8 +188,8 @@ class _Build:
 
     def run(self, stream: BinaryIO) -> BuildReport:
         """Parse, build, write. The package's messages arrive in this thread as well."""
-        heard, lists = [], []
-        HEARD.messages, HEARD.lists = heard, lists
+        heard = HEARD.messages = []
+        lists = HEARD.lists = []
         started = time.perf_counter()
         try:
             trt, builder = self.trt, self.trt.Builder(get_logger(self.trt))

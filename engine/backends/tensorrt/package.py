@@ -42,7 +42,8 @@ PACKAGES: Final[Mapping[str, Package]] = {
 NAMES: Final = (
     "Builder.build_serialized_network_to_stream", "Builder.create_builder_config", "Builder.create_network",
     "Builder.create_optimization_profile", "BuilderFlag.TF32", "DataType.HALF", "IAttention.decomposable",
-    "IAttentionInputLayer.attention", "IBuilderConfig.add_optimization_profile", "IBuilderConfig.max_aux_streams", "IBuilderConfig.progress_monitor",
+    "IAttentionInputLayer.attention", "IBuilderConfig.add_optimization_profile",
+    "IBuilderConfig.max_aux_streams", "IBuilderConfig.progress_monitor",
     "IBuilderConfig.set_flag", "IBuilderConfig.set_memory_pool_limit", "ILogger", "INetworkDefinition.get_input",
     "INetworkDefinition.get_layer", "INetworkDefinition.get_output", "INetworkDefinition.num_inputs",
     "INetworkDefinition.num_layers", "INetworkDefinition.num_outputs", "IOptimizationProfile.set_shape",

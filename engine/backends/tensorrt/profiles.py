@@ -57,7 +57,7 @@ def profiles_for(
     shapes: "static": latents of latent_side squared. "dynamic": from 0.69 to 1 times latent_side by 0.69 to 1.31, and
         the transpose, in multiples of `step` (SDXL: 88..128 by 88..168 at 128); `fits` bounds the area.
     contexts: lengths of the text condition; each has profiles of its own, for the same reason.
-    call: how the network is called (`NetworkKind.call`); for a prompt or a frame of the VAE it is always called for one.
+    call: how the network is called (`NetworkKind.call`); a prompt or a frame of the VAE always comes alone.
 
     H and W are eight times h and w. Raises InputError for other values.
     """

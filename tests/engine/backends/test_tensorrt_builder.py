@@ -166,16 +166,17 @@ def test_memory_of_a_build_stays_within_the_estimate(rtx: Any, tmp_path: Path) -
     assert wide.nbytes < report["engine_bytes"] < need.disk_bytes
 
 
-def test_a_convolution_builds_for_two_profiles_and_several_gpus(rtx: Any, tmp_path: Path) -> None:
+def test_a_convolution_builds_for_four_profiles_and_several_gpus(rtx: Any, tmp_path: Path) -> None:
     kernel = (RNG.standard_normal((8, 4, 3, 3)) / 6).astype(np.float16)
     nodes = [("Conv", ["x", "k"], "y", {"pads": [1, 1, 1, 1]})]
     path = write_network(tmp_path / "n.onnx", nodes, {"x": ["rows", 4, "h", "w"]}, {"k": kernel})
     inputs = [{"name": "x", "dtype": "float16", "shape": ["rows", 4, "h", "w"]}]
     profiles = tensorrt.profiles_for(inputs, pictures=1, shapes="dynamic", latent_side=16, step=1)
-    assert len(profiles) == 2
+    assert len(profiles) == 4  # landscape and portrait, of one row and of two
     report = build(path, *profiles, targets=("sm_86", "sm_89", "sm_120"))
     assert report.inputs[0].shape == (-1, 4, -1, -1) and report.targets == ("sm_86", "sm_89", "sm_120")
     assert report.engine_bytes == path.with_suffix(".plan").stat().st_size > kernel.nbytes
+    assert len(report.kernels) == 4 and all(counts.kinds["correlation"] == 1 for counts in report.kernels)
 
 
 def test_lora_factors_come_as_inputs(rtx: Any, tmp_path: Path) -> None:
