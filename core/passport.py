@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 from dreammix_trt.core.errors import DreamMixError, EngineError
 from dreammix_trt.core.files import read_json, write_json
 
-SCHEMA = 2
+SCHEMA = 3  # 2 has subjects' factors as inputs, in slots of a rank
 FILE_NAME = "passport.json"
 PLACES: Final = ("store", "networks")
 _HEADS = {"replicate": "Fooocus' patch and head", "zeros": "a UNet of nine channels", "None": "no patch, no head"}
@@ -116,10 +116,8 @@ class Passport:
         if schema != SCHEMA:
             newer = isinstance(schema, int) and schema > SCHEMA
             what = "upgrade dreammix-trt, or build" if newer else "build"
-            raise EngineError(
-                f"{path} has schema {schema!r}, this version reads {SCHEMA}; {what} it again: "
-                f"`{record.get('command') or f'dreammix-trt build --out {folder}'}`"
-            )
+            command = re.sub(r" --slot-rank \d+", "", str(record.get("command") or f"dreammix-trt build --out {folder}"))
+            raise EngineError(f"{path} has schema {schema!r}, this version reads {SCHEMA}; {what} it again: `{command}`")
         try:
             return cls._of(record)
         except (KeyError, TypeError, ValueError) as error:

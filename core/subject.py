@@ -96,9 +96,9 @@ def subject_from_loras(
     """
     factors: Factors = {}
     for part in dict.fromkeys(kind.factors for kind in KINDS if kind.factors):
-        for name in names_of_factors(part):
-            chosen = [each for each in loras if part != "unet" or name in unets_of(each[2])]
-            factors[name] = _stack(chosen, part)
+        for network in names_of_factors(part):
+            chosen = [each for each in loras if part != "unet" or network in unets_of(each[2])]
+            factors[network] = _stack(chosen, part)
     words = sorted({word for lora, _, _ in loras for word in read_caption_words(lora.metadata)})
     found = {network: pairs for network, pairs in factors.items() if pairs}
     return Subject(name, token, class_name, found, **{"caption_words": tuple(words), **more})

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.networks import names_of_group
-from dreammix_trt.core.subject import NOBODY, Role
+from dreammix_trt.core.subject import Role
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.host.texts import HostTexts, Text
 from dreammix_trt.engine.prompts import PromptPlan, plan_prompts

@@ -256,10 +256,14 @@ class LinearNetworks:
         self.seen: list[tuple[str, dict[str, Any]]] = []
 
     def __contains__(self, name: str) -> bool:
-        return name in {"vae_encoder", "vae_decoder", "inpaint_head", "unet", "unet_raw"} - set(self.absent)
+        named = {"vae_encoder", "vae_decoder", "inpaint_head", "unet_kv", "unet", "unet_raw_kv", "unet_raw"}
+        return name in named - set(self.absent)
 
     def slots(self, name: str) -> tuple[Any, ...]:
         return ()
+
+    def weights(self, name: str) -> dict[str, Any]:
+        return {}
 
     def run(self, name: str, **arrays: Any) -> dict[str, F32]:
         assert name in self
