@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -76,7 +77,15 @@ class _Request:
             held = self._held.get(name)
             if held is None or held[0] is not array:
                 whole = np.ascontiguousarray(array)
-                self._request.set_tensor(name, self._tensor(whole, shared_memory=True))
+                self._request.set_tensor(name, self._tensor(_see_writable(whole), shared_memory=True))
                 self._held[name] = array, whole
         self._request.infer()
         return [np.array(self._request.get_tensor(name).data) for name in outputs]
+
+
+def _see_writable(array: Array) -> Array:
+    """The same memory, which may be a file mapped for reading: OpenVINO takes no other array, and writes to no input."""
+    if array.flags.writeable or not array.nbytes:
+        return array
+    memory = (ctypes.c_byte * array.nbytes).from_address(array.ctypes.data)
+    return np.frombuffer(memory, array.dtype).reshape(array.shape)
