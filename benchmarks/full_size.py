@@ -173,9 +173,9 @@ def child(kind: str, inputs: str, onnx: str, paths: list[str]) -> None:
     """One side of `unet_call`, in a process of its own."""
     from dreammix_trt.core.checkpoint import BaseFiles
     from dreammix_trt.core.lora import read_lora
+    from dreammix_trt.core.merging import list_changes, merge_weights
     from dreammix_trt.core.network_weights import weights_of
     from dreammix_trt.core.networks import describe_networks
-    from dreammix_trt.core.merging import list_changes, merge_weights
     from dreammix_trt.core.slots import gather_weight, names_of_weights
     from dreammix_trt.export.parity import OnnxNetwork, run_torch
     from dreammix_trt.export.torch_module import make_torch_module

@@ -42,9 +42,7 @@ def main(words: Sequence[str] | None = None) -> int:
         _add(bench, "units", check_units(chosen.folder / "units.npz"))
     for case, networks in _load_cases(find_cases(chosen.folder, chosen.cases), chosen.backend, chosen.threads or None):
         start = time.perf_counter()
-        _add(
-            bench, case.name, [*_encodings(case), *check_whole_case(case, networks, whole=not chosen.no_run)]
-        )
+        _add(bench, case.name, [*_encodings(case), *check_whole_case(case, networks, whole=not chosen.no_run)])
         if isinstance(networks, EngineSet):
             networks.close()  # its arenas have grown to this case's sizes; sessions come back when needed
         bench.add(f"{case.name}: seconds ({chosen.backend})", time.perf_counter() - start)

@@ -86,6 +86,11 @@ class Network:
         )
         return replace(self, inputs=inputs, outputs=outputs, precision=precision, fused=fused)
 
+    def shapes_of_weights(self) -> dict[str, tuple[int, ...]]:
+        """The inputs that hold the slots' weights: name -> shape."""
+        shapes = {tensor.name: tensor.shape for tensor in self.inputs}
+        return {name: tuple(int(side) for side in shapes[name]) for name in names_of_weights(self.slots)}
+
     def without_slots(self) -> Network:
         """The same network with the base's weights in it."""
         weights = names_of_weights(self.slots)

@@ -116,8 +116,12 @@ class Passport:
         if schema != SCHEMA:
             newer = isinstance(schema, int) and schema > SCHEMA
             what = "upgrade dreammix-trt, or build" if newer else "build"
-            command = re.sub(r" --slot-rank \d+", "", str(record.get("command") or f"dreammix-trt build --out {folder}"))
-            raise EngineError(f"{path} has schema {schema!r}, this version reads {SCHEMA}; {what} it again: `{command}`")
+            command = re.sub(
+                r" --slot-rank \d+", "", str(record.get("command") or f"dreammix-trt build --out {folder}")
+            )
+            raise EngineError(
+                f"{path} has schema {schema!r}, this version reads {SCHEMA}; {what} it again: `{command}`"
+            )
         try:
             return cls._of(record)
         except (KeyError, TypeError, ValueError) as error:

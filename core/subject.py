@@ -301,7 +301,9 @@ def _name_factors(factors: Factors) -> Iterator[tuple[str, tuple[Floats, Floats]
 
 def _places(path: Path, facts: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """Network in the file -> engine networks that take its factors; in schema 1 a target names the UNets."""
-    places = {kind.name: (kind.name,) for kind in KINDS if kind.factors and not kind.factors_of}
+    places: dict[str, tuple[str, ...]] = {
+        kind.name: (kind.name,) for kind in KINDS if kind.factors and not kind.factors_of
+    }
     places[_BOTH] = unets_of("both")
     if facts["schema"] > 1:
         return places

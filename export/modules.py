@@ -102,7 +102,9 @@ class KeysAndValues(nn.Module):
 
     def forward(self, encoder_hidden_states: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         self.slots.take(weights)
-        found = tuple(self.network.get_submodule(name)(encoder_hidden_states) for name in self.modules_by_output.values())
+        found = tuple(
+            self.network.get_submodule(name)(encoder_hidden_states) for name in self.modules_by_output.values()
+        )
         self.slots.drop()
         return found
 
@@ -274,7 +276,9 @@ class PlainAttention:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        assert attention_mask is None and encoder_hidden_states is None, "SDXL attends everywhere; the text is in `given`"
+        assert attention_mask is None and encoder_hidden_states is None, (
+            "SDXL attends everywhere; the text is in `given`"
+        )
         picture, x = hidden_states, hidden_states
         if picture.ndim == 4:
             x = reshape_like_onnx(picture, (0, picture.shape[1], -1)).transpose(1, 2)

@@ -254,7 +254,9 @@ def test_a_base_lora_is_added_to_the_weights_it_is_meant_for(
         network = "unet" if name.startswith("unet") else name
         before, after = weights_of(plain, name), weights_of(passport, name)
         moved = {key for key, value in after.items() if not np.array_equal(value, before[key])}
-        assert len(moved) >= (8 if "_kv" in name else 100 if network == "unet" else 6), "every layer that the LoRA names"
+        assert len(moved) >= (8 if "_kv" in name else 100 if network == "unet" else 6), (
+            "every layer that the LoRA names"
+        )
         for key, value in after.items():
             wanted = before[key] + 0.5 * change_of(style, network, key)
             np.testing.assert_allclose(value, wanted, atol=1e-6 * max(1, np.abs(wanted).max()), err_msg=key)

@@ -274,7 +274,11 @@ def dynamic(shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_free_sides_are_two_profiles(dynamic: Path, shelf: Path) -> None:
     passport = open_engine(dynamic, store=shelf).passport
     assert passport.targets == ["sm_89", "sm_120"] and passport.subjects == ()
-    assert {entry.name for entry in passport.networks} == {*NETWORKS, *TWINS} - {"unet_raw", "unet_raw_kv", "inpaint_head"}
+    assert {entry.name for entry in passport.networks} == {*NETWORKS, *TWINS} - {
+        "unet_raw",
+        "unet_raw_kv",
+        "inpaint_head",
+    }
     for option in ("--target sm_89", "--target sm_120", "--shapes dynamic", "--pictures 2"):
         assert option in passport.command
     builds = {entry.name: entry.build for entry in passport.networks}

@@ -51,7 +51,9 @@ def make_subjects(order: BuildOrder, unet_config: Mapping[str, Any], tell: Tell)
 def check_slots(made: MadeSubject, networks: Sequence[Network], order: BuildOrder) -> None:
     """Raise FileFormatError for a subject that does not fit the slots; it begins with the command that helps."""
     subject, slots = made.subject, {network.name: network.slots for network in networks}
-    taken = {name: [slot for each in networks_of_factors(name) for slot in slots.get(each, ())] for name in subject.factors}
+    taken = {
+        name: [slot for each in networks_of_factors(name) for slot in slots.get(each, ())] for name in subject.factors
+    }
     for name in subject.factors:
         if name not in slots:
             raise FileFormatError(

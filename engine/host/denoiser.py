@@ -34,7 +34,7 @@ class Conditioning:
     sizes: tuple[tuple[int, int], ...]
     target: int
     feature: F32
-    weights: WeightsOf = lambda network: {}  # noqa: E731
+    weights: WeightsOf = lambda network: {}
 
     @property
     def rows_per_picture(self) -> int:

@@ -72,9 +72,7 @@ class HostTexts:
             texts[stage] = Text(stacked, np.stack([encoded[row.pooled][1] for row in rows]))
         return texts
 
-    def _weigh(
-        self, prompt: Prompt, plan: PromptPlan, networks: Networks, weights: WeightsOf, safe: bool
-    ) -> Encoded:
+    def _weigh(self, prompt: Prompt, plan: PromptPlan, networks: Networks, weights: WeightsOf, safe: bool) -> Encoded:
         """A prompt's encoding, its weights applied."""
         halves, pooled = self._encode(prompt, networks, weights, safe)
         tokens = np.concatenate(halves, axis=-1)
@@ -84,9 +82,7 @@ class HostTexts:
         widths = [half.shape[-1] for half in halves]
         return weigh_text(tokens, np.concatenate(empty, axis=-1), prompt.weights, widths), pooled
 
-    def _encode(
-        self, prompt: Prompt, networks: Networks, weights: WeightsOf, safe: bool
-    ) -> tuple[list[F32], F32]:
+    def _encode(self, prompt: Prompt, networks: Networks, weights: WeightsOf, safe: bool) -> tuple[list[F32], F32]:
         """Both encoders' token rows (77, d), and the pooled vector (Dp,); weights are not looked at."""
         key = (safe, prompt.subject, prompt.ids.tobytes())
         if key not in self._kept:

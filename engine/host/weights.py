@@ -1,4 +1,4 @@
-"""The weights of LoRA slots for each role: the base's own, and those that a subject changes, merged when they are needed."""
+"""The weights of LoRA slots for each role: the base's own, but for those that a subject changes, merged when needed."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.network_weights import weights_of
 from dreammix_trt.core.networks import describe_networks
-from dreammix_trt.core.slots import Slot, gather_weight, names_of_weights
+from dreammix_trt.core.slots import Slot, gather_weight
 from dreammix_trt.export.parity import Arrays, run_torch
 from dreammix_trt.export.torch_module import make_torch_module
 
@@ -35,9 +35,10 @@ class TorchEngineSet:
         """The base's own weights of the slots; see `core.seam.Networks`."""
         if name not in self._weights:
             network, held = self._networks[name], weights_of(self.base, name)
-            wanted = set(names_of_weights(network.slots))
-            shapes = {tensor.name: tensor.shape for tensor in network.inputs if tensor.name in wanted}
-            self._weights[name] = {each: gather_weight(each, shape, network.slots, held) for each, shape in shapes.items()}
+            shapes = network.shapes_of_weights()
+            self._weights[name] = {
+                each: gather_weight(each, shape, network.slots, held) for each, shape in shapes.items()
+            }
         return self._weights[name]
 
     def run(self, name: str, **arrays: NDArray[Any]) -> Arrays:

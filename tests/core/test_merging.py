@@ -38,7 +38,9 @@ def test_what_is_not_touched_gets_no_copy() -> None:
     before = {name: weight.copy() for name, weight in pristine.items()}
     merged = merge_weights(pristine, list_changes(random_factors({"a.to_v": (7, 5), "elsewhere": (2, 2)}), SLOTS))
     assert list(merged) == ["a.to_v.weight"]
-    assert all(np.array_equal(pristine[name], weight) for name, weight in before.items()), "the base's own are not written"
+    assert all(np.array_equal(pristine[name], weight) for name, weight in before.items()), (
+        "the base's own are not written"
+    )
     assert merge_weights(pristine, ()) == {}
 
 

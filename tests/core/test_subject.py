@@ -84,6 +84,7 @@ def test_several_loras_add_up(tmp_path: Path) -> None:
     ]
     made = subject_from_loras(loras, "mug", "sks", "mug", base_key="k")
     assert made.target == "both" and made.scale == 1 and made.base_key == "k"
+
     def product(factors: dict[str, tuple[np.ndarray, np.ndarray]], module: str) -> np.ndarray:
         a, b = factors.get(module, (np.zeros((MODULES[module][0], 1)), np.zeros((1, MODULES[module][1]))))
         return a.astype(np.float64) @ b

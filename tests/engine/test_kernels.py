@@ -415,8 +415,15 @@ def test_numpy_can_be_forced(monkeypatch, caplog):
 def test_both_merge_the_same_bits(rank: int, slot: tuple[int, int, int, int, bool], half: bool) -> None:
     inputs, outputs, at, stride, flipped = slot
     place = Slot("x", inputs, outputs, "w", at, stride, flipped)
-    pristine = rng(1).standard_normal(at + stride * (outputs if flipped else inputs)).astype(np.float16 if half else np.float32)
-    a, b = (rng(2 + n).standard_normal(shape).astype(np.float32) for n, shape in enumerate(((inputs, rank), (rank, outputs))))
+    pristine = (
+        rng(1)
+        .standard_normal(at + stride * (outputs if flipped else inputs))
+        .astype(np.float16 if half else np.float32)
+    )
+    a, b = (
+        rng(2 + n).standard_normal(shape).astype(np.float32)
+        for n, shape in enumerate(((inputs, rank), (rank, outputs)))
+    )
     found, expected = pristine.copy(), pristine.copy()
     kernels.merge_weight(pristine, found, place, a, 0.1 * b)
     merge_slot(pristine, expected, place, a, np.float32(0.1) * b)

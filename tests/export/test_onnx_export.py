@@ -113,7 +113,9 @@ def test_keys_and_values_are_those_of_the_text(exported: Exported) -> None:
         text = np.random.default_rng(2).standard_normal((2, 101, 32)).astype(np.float32)
         text = text[..., : network.inputs[0].shape[-1]]
         found = open_network(exported, name).run(encoder_hidden_states=text, **load_file(exported.slot_weights(name)))
-        assert list(found) == [tensor.name for tensor in network.outputs] and len(found) == len(network.slots) == len(truth)
+        assert list(found) == [tensor.name for tensor in network.outputs] and len(found) == len(network.slots) == len(
+            truth
+        )
         for output, value in found.items():
             layer, _, part = output.rpartition(".")
             weight = truth[f"{layer}.to_{part[0]}.weight"].astype(np.float64)
@@ -266,7 +268,9 @@ def test_a_shipped_graph_is_used_only_while_it_fits(
     halves = {network.name: network for network in describe_networks(base, precision="float16")}
     assert find_shipped_graph(halves["vae_decoder"]) is None
     assert find_shipped_graph(halves["vae_decoder_float32"]) == tmp_path / "graphs/vae_decoder"
-    unets = {slots: next(each for each in describe_networks(base, slots) if each.name == "unet") for slots in (True, False)}
+    unets = {
+        slots: next(each for each in describe_networks(base, slots) if each.name == "unet") for slots in (True, False)
+    }
     assert find_shipped_graph(unets[True]) == tmp_path / "graphs/unet" and find_shipped_graph(unets[False]) is None
     (tmp_path / "graphs/vae_decoder/graph.onnx").write_bytes(b"changed")
     assert find_shipped_graph(network_of(exported, "vae_decoder")) is None

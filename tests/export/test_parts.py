@@ -262,7 +262,8 @@ from dreammix_trt.core.network_weights import BaseLora
 from dreammix_trt.export.onnx_export import export_network
 folder = Path(sys.argv[1])
 base = SimpleNamespace(folder=folder, state=lambda name: open_tensors(folder / "model.safetensors"))
-network = SimpleNamespace(name="text_encoder", graph="text_encoder", describe=lambda: {"inputs": [], "slots": []}, slots=())
+described = {"inputs": [], "slots": []}
+network = SimpleNamespace(name="text_encoder", graph="text_encoder", describe=lambda: described, slots=())
 lora = BaseLora(read_lora(folder / "lora.safetensors"))
 with MemoryWatch(0.001) as watch:
     before = watch.anonymous

@@ -248,7 +248,9 @@ def test_damaged_slot_weights_are_told_with_the_remedy(parts: dict[str, Path], t
     save_file({**held, name: held[name][:-1]}, file)
     with (
         EngineSet.load(tmp_path, threads=1) as networks,
-        pytest.raises(EngineError, match=rf"unet\.slots\.safetensors: {re.escape(name)} is .*expected .*dreammix-trt build"),
+        pytest.raises(
+            EngineError, match=rf"unet\.slots\.safetensors: {re.escape(name)} is .*expected .*dreammix-trt build"
+        ),
     ):
         networks.weights("unet")
     _cut(file)
