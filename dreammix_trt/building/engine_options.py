@@ -8,7 +8,7 @@ from typing import Any
 
 from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import InputError, MissingExtraError
-from dreammix_trt.core.networks import Precision
+from dreammix_trt.core.networks import Fused, Precision
 from dreammix_trt.engine.directory import BACKENDS
 from dreammix_trt.engine.machine import PLANS, find_versions
 
@@ -63,9 +63,14 @@ class EngineOptions:
         return "float16" if self.plans else "float32"
 
     @property
-    def fused(self) -> bool:
-        """Whether attention and group norm are single operators in the graphs."""
-        return self.plans and self.precision == "float16"
+    def fused(self) -> Fused:
+        """Whether attention and group norm are single operators in the graphs.
+
+        In float16 ONNX Runtime runs on GPUs, where it has a kernel for attention that keeps no scores.
+        """
+        if self.precision != "float16":
+            return False
+        return True if self.plans else "attention"
 
     @property
     def version(self) -> str:

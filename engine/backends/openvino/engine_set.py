@@ -88,4 +88,4 @@ def _see_writable(array: Array) -> Array:
     if array.flags.writeable or not array.nbytes:
         return array
     memory = (ctypes.c_byte * array.nbytes).from_address(array.ctypes.data)
-    return np.frombuffer(memory, array.dtype).reshape(array.shape)
+    return np.ctypeslib.as_array(memory).view(array.dtype).reshape(array.shape)
