@@ -60,7 +60,9 @@ class OpenVinoSet(EngineSet):
             shelf = None if self.is_large(name) else self.shelf
             compiled = self.compiler.compile(folder, entry, dict(sides), shelf)
         except RuntimeError as error:
-            raise EngineError(f"{folder / entry['graph']}: {name} cannot be compiled ({error}); {REBUILD}") from error
+            said = [line.strip() for line in str(error).splitlines() if not line.startswith("Exception from")]
+            why = " ".join(filter(None, said))
+            raise EngineError(f"{folder / entry['graph']}: {name} cannot be compiled ({why}); {REBUILD}") from error
         return lambda: _Request(compiled)
 
 
@@ -84,7 +86,7 @@ class _Request:
 
 
 def _see_writable(array: Array) -> Array:
-    """The same memory, which may be a file mapped for reading: OpenVINO takes no other array, and writes to no input."""
+    """The same memory, which may be a file mapped for reading: OpenVINO takes no other, and writes to no input."""
     if array.flags.writeable or not array.nbytes:
         return array
     memory = (ctypes.c_byte * array.nbytes).from_address(array.ctypes.data)
