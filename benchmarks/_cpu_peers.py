@@ -97,13 +97,18 @@ def find_absent(compiled: bool) -> Absent:
 
 def make_pipeline(threads: int) -> Any:
     """StableDiffusionXLInpaintPipeline on the embedded model's weights, float32, patched UNet."""
+    import diffusers
     import torch
+    import transformers
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLInpaintPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     from dreammix_trt.core.checkpoint import BaseFiles
 
     torch.set_num_threads(threads)
+    for package in (diffusers, transformers):
+        package.logging.set_verbosity_error()
+        package.logging.disable_progress_bar()
     base = BaseFiles.open()
     folder = base.folder
     options = {"local_files_only": True, "torch_dtype": torch.float32}
