@@ -92,13 +92,17 @@ def sample_place(side: int) -> tuple[Image.Image, Image.Image]:
 
 
 @contextmanager
-def embedded_engine(threads: int) -> Iterator[DreamMix]:
-    """The runtime on the embedded model without a subject, built for the occasion (the base comes from the store)."""
-    from dreammix_trt.building import build
+def embedded_engine(threads: int, backend: str = "", precision: str = "") -> Iterator[DreamMix]:
+    """The runtime on the embedded model without a subject, built for the occasion (the base comes from the store).
+
+    backend, precision: of `EngineOptions`.
+    """
+    from dreammix_trt.building import EngineOptions, build
     from dreammix_trt.engine import DreamMix
 
     with tempfile.TemporaryDirectory() as folder:
-        build(out=Path(folder) / "engine")
+        look = 0 if precision == "bfloat16" else None
+        build(out=Path(folder) / "engine", engine=EngineOptions(backend=backend, precision=precision, look=look))
         with DreamMix.load(Path(folder) / "engine", threads=threads) as dm:
             yield dm
 

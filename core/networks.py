@@ -21,6 +21,7 @@ from dreammix_trt.core.slots import Slot, names_of_weights
 from dreammix_trt.core.tensors import Weights
 
 Precision = Literal["float32", "float16"]
+Fused = bool | Literal["attention"]
 Group = Literal["text", "picture", "unet", "unet_raw"]
 Call = Literal["prompt", "frame", "vae", "stage", "step"]
 
@@ -44,7 +45,8 @@ class Network:
     slots: its LoRA slots; their weights are its last inputs.
     configs: the component configs that its graph is made from.
     precision: of its arithmetic.
-    fused: whether attention and group norm are single operators, as TensorRT wants. Otherwise they are written out.
+    fused: whether attention and group norm are single operators, as TensorRT wants; "attention": that one alone, for
+        which ONNX Runtime has a kernel on GPUs. Otherwise they are written out.
     wide: the units of a float16 VAE that stay float32.
     """
 
@@ -56,7 +58,7 @@ class Network:
     slots: tuple[Slot, ...]
     configs: Mapping[str, Mapping[str, Any]]
     precision: Precision = "float32"
-    fused: bool = False
+    fused: Fused = False
     wide: tuple[str, ...] = ()
 
     @property
@@ -75,7 +77,7 @@ class Network:
             "slots": [slot.describe() for slot in self.slots],
         }
 
-    def at(self, precision: Precision, fused: bool) -> Network:
+    def at(self, precision: Precision, fused: Fused) -> Network:
         """The same network in another precision and form."""
         inputs, outputs = (
             tuple(
@@ -222,7 +224,7 @@ def is_twin(name: str) -> bool:
 
 
 def describe_networks(
-    base: BaseFiles, slots: bool = True, precision: Precision = "float32", fused: bool = False
+    base: BaseFiles, slots: bool = True, precision: Precision = "float32", fused: Fused = False
 ) -> tuple[Network, ...]:
     """Describe every network of a base.
 

@@ -44,7 +44,7 @@ from dreammix_trt.core.store_place import find_store
 from dreammix_trt.core.store_users import User, read_users, record_user
 
 log = logging.getLogger(__name__)
-KINDS: Final = ("base", "graph", "range", "onnx", "engine")
+KINDS: Final = ("base", "graph", "range", "onnx", "engine", "session")
 UNKNOWN: Final = "unknown"
 _MANIFEST = "manifest.json"
 # Only entries with such names are ever listed or removed: the folder that a user names may have other files in it.

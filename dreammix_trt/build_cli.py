@@ -49,14 +49,17 @@ Sampler = Annotated[Literal["dpmpp_2m_sde", "euler", "lcm"] | None, typer.Option
 Steps = Annotated[int | None, typer.Option(min=1, help="Steps that requests use by default.")]
 GuidanceScale = Annotated[float | None, typer.Option(help="Guidance that requests use by default.")]
 Backend = Annotated[
-    Literal["onnxruntime", "tensorrt-rtx", "tensorrt"] | None,
-    typer.Option(help="Default: tensorrt-rtx with --target, else onnxruntime."),
+    Literal["onnxruntime", "openvino", "tensorrt-rtx", "tensorrt"] | None,
+    typer.Option(
+        help="Default: tensorrt-rtx with --target, else onnxruntime; openvino: faster where the processor has bfloat16."
+    ),
 ]
 Targets = Annotated[
     list[str] | None, typer.Option(help="GPU to build for, e.g. sm_89 (RTX 4090); several allowed; no GPU needed.")
 ]
 Precision = Annotated[
-    Literal["float32", "float16"] | None, typer.Option(help="Default: float16 for TensorRT, else float32.")
+    Literal["float32", "float16", "bfloat16"] | None,
+    typer.Option(help="Default: float16 for TensorRT, bfloat16 for OpenVINO where the processor has it, else float32."),
 ]
 Shapes = Annotated[
     Literal["static", "dynamic"],
@@ -79,6 +82,10 @@ NoSafeVae = Annotated[
         help="Leave out the float32 VAE that goes with a float16 one, for pictures that are too much for that; "
         "saves 334 MB of weights for SDXL.",
     ),
+]
+Look = Annotated[
+    int | None,
+    typer.Option(min=0, help="Pictures to paint to see what bfloat16 changes; default: 6 of a small base, else none."),
 ]
 Verify = Annotated[
     bool | None,
@@ -106,7 +113,18 @@ PANELS = {
     "The subject": ("lora", "subject", "name", "token", "class_name", "merge"),
     "What requests use by default": ("sampler", "steps", "guidance_scale"),
     "What it runs on": (
-        *("backend", "target", "precision", "shapes", "pictures", "context", "workspace", "vae_image", "no_safe_vae"),
+        *(
+            "backend",
+            "target",
+            "precision",
+            "shapes",
+            "pictures",
+            "context",
+            "workspace",
+            "vae_image",
+            "no_safe_vae",
+            "look",
+        ),
     ),
     "What is written": ("out", "self_contained", "store", "verify", "as_json"),
 }
@@ -137,6 +155,7 @@ def build(
     workspace: Workspace = None,
     vae_image: VaeImages = None,
     no_safe_vae: NoSafeVae = False,
+    look: Look = None,
     verify: Verify = None,
     merge: Merge = False,
     no_slots: NoSlots = False,
@@ -158,6 +177,7 @@ def build(
         context=_parse_lengths(context),
         vae_images=tuple(vae_image or ()),
         safe_vae=not no_safe_vae,
+        look=look,
     )
     order = BuildOrder(
         out,

@@ -21,7 +21,7 @@ _FULL_SIZE_MEMORY, _FULL_SIZE_DISK = 12 * GIB, 24 * GIB
 # What runs, the fastest first: how it is called, and what builds it.
 _RUNTIMES = {
     "tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT", "onnxruntime (CUDA)": "ONNX Runtime",
-    "onnxruntime": "ONNX Runtime",
+    "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO",
 }  # fmt: skip
 _BUILD = "dreammix-trt build --out ENGINE"
 
@@ -78,7 +78,7 @@ def _to_run(machine: Machine, best: str | None) -> str:
         return f"Nothing can run here yet: `pip install onnxruntime`, then `{_BUILD} --backend onnxruntime`."
     backend, target = best.partition(" ")[0], ""
     where, after = "processor", ""
-    if best != "onnxruntime":
+    if best not in ("onnxruntime", "openvino"):
         gpu = machine.driver.gpus[0]
         where, after = gpu.name, ", and `--device cuda` when you paint"
         target = f" --target {gpu.capability}" if best == "tensorrt-rtx" else ""

@@ -62,7 +62,13 @@ SetFields = Annotated[
 SaveStages = Annotated[Path | None, typer.Option(help="Also write a sheet of what each stage did.")]
 NoMetadata = Annotated[bool, typer.Option("--no-metadata", help="Do not store in the picture how it was made.")]
 Verify = Annotated[bool, typer.Option("--verify", help="Hash every engine file again before loading.")]
-Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="cpu, or cuda: the whole request runs on the GPU.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="cpu|cuda|NAME",
+        help="cuda: the whole request runs on the GPU; NAME: OpenVINO's, for its engines (GPU, AUTO).",
+    ),
+]
 Residency = Annotated[
     Literal["resident", "one-unet", "swap"] | None,
     typer.Option(help="Which weights stay on a GPU; default: the first way that fits into its memory."),
@@ -195,7 +201,7 @@ def _choose_options(
     from dreammix_trt.core.remarks import keep_remarks
 
     asked: dict[str, Any] = {} if residency is None else {"residency": residency}
-    if device == "cpu":
+    if device != "cuda":
         return asked
     if request.mode == "reference":  # the picture is stretched
         height, width = request.reference_resize or (base["native_side"], base["native_side"])

@@ -24,10 +24,19 @@ from dreammix_trt.core.store import Store, check_files
 from dreammix_trt.core.subject import Subject, write_subject
 from dreammix_trt.engine.backends.onnxruntime.engine_set import read_network
 
-BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
+BACKENDS = ("onnxruntime", "openvino", "tensorrt-rtx", "tensorrt")
 #: in every part: the cost of making it; it does not count in comparing parts
 COST = "cost.json"
-_PACKAGES = ("dreammix-trt", "numpy", "onnxruntime", "safetensors", "tokenizers", "tensorrt-rtx", "tensorrt")
+_PACKAGES = (
+    "dreammix-trt",
+    "numpy",
+    "onnxruntime",
+    "openvino",
+    "safetensors",
+    "tokenizers",
+    "tensorrt-rtx",
+    "tensorrt",
+)
 
 
 @dataclass(frozen=True)
@@ -71,14 +80,23 @@ def open_engine(path: Path, *, verify: bool = False, store: Path | None = None) 
 def check_runnable(path: Path, opened: OpenedEngine, device: str, *, verify: bool = False) -> None:
     """Raise EngineError when an engine cannot run on a device.
 
-    device: "cpu" or "cuda".
+    device: "cpu", "cuda", or OpenVINO's name of one.
     verify: look for host code again, where it is remembered that there was none.
 
     Plans do not run on "cpu", nor when they were built for another GPU, version or platform. Plans with code for the
     host are refused.
     """
     passport = opened.passport
-    if passport.backend == "onnxruntime":
+    if passport.backend == "openvino" and device == "cuda":
+        raise EngineError(
+            f"{path} is for OpenVINO, which does not run on NVIDIA's GPUs; leave device='cuda' (`--device cuda`), or "
+            "build one for it with `--target`"
+        )
+    if passport.backend != "openvino" and device not in ("cpu", "cuda"):
+        raise EngineError(
+            f"{path} is for {passport.backend}, and device {device!r} is OpenVINO's; build with `--backend openvino`"
+        )
+    if passport.backend in ("onnxruntime", "openvino"):
         return
     from dreammix_trt.engine.backends.tensorrt.plans import refuse_host_code
     from dreammix_trt.engine.machine import examine, explain_mismatch

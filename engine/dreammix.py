@@ -18,10 +18,11 @@ from dreammix_trt.core.noise import NoiseProvider
 from dreammix_trt.core.request import Request, RequestFields
 from dreammix_trt.core.seam import BaseFacts, DeviceNetworks, Networks, Stream
 from dreammix_trt.core.sources import Source
+from dreammix_trt.core.store import Store
 from dreammix_trt.core.subject import Subject, read_subject
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.backends.onnxruntime.engine_set import REBUILD, EngineSet
-from dreammix_trt.engine.directory import check_runnable, open_engine
+from dreammix_trt.engine.directory import OpenedEngine, check_runnable, open_engine
 from dreammix_trt.engine.host.denoiser import Denoiser
 from dreammix_trt.engine.host.runtime import HostRuntime
 from dreammix_trt.engine.imprint import Origin, find_version
@@ -96,7 +97,8 @@ class DreamMix:
         threads: for the networks and the kernels; None: all cores.
         verify: read every file again, instead of trusting what is remembered of large unchanged ones.
         store: where the base engines are, when not in the default place.
-        device: "cpu", or "cuda": requests run on the GPU as a whole.
+        device: "cpu", or "cuda": requests run on the GPU as a whole; for an engine of OpenVINO also what that calls its
+            devices ("GPU", "AUTO"; "cpu" is its "CPU").
         options: with "cuda", those of `dreammix_trt.engine.Options` (pictures, largest_picture, subjects, ...).
 
         Raises InputError for device and options, EngineError with the fault and how to rebuild, MissingExtraError for
@@ -115,9 +117,8 @@ class DreamMix:
             gpu = open_device(opened, Path(store) if store else None)
             dm = cls.on_device(gpu.device, gpu.networks, tokenizers, subjects, given, stream=gpu.stream, owned=(gpu,))
         else:
-            networks = EngineSet.load(opened.parts, threads)
+            networks = _open_host(opened, threads, Store(Path(store) if store else None), device)
             kernels.set_threads(networks.threads)
-            networks.prepare()
             dm = cls.on_host(networks, networks.facts, tokenizers, subjects, owned=(networks,))
         passport = opened.passport
         dm._origin = replace(dm._origin, base=str(passport.base.get("name", "")), base_key=passport.base_key)
@@ -319,15 +320,27 @@ class DreamMix:
             raise EngineError("this engine was closed: load it again with DreamMix.load, or use it before close()")
 
 
+def _open_host(opened: OpenedEngine, threads: int | None, shelf: Store, device: str) -> EngineSet:
+    """The networks of an engine on the host, on the back end that it was built for."""
+    passport = opened.passport
+    if passport.backend != "openvino":
+        return EngineSet.load(opened.parts, threads, shelf)
+    from dreammix_trt.engine.backends.openvino.engine_set import OpenVinoSet
+
+    name = "CPU" if device == "cpu" else device
+    return OpenVinoSet.open(opened.parts, threads, shelf, device=name, precision=passport.precision)
+
+
 def _check_options(device: str, options: Mapping[str, Any]) -> Options:
     """The options of a device. Refuses unknown devices, options and values before anything is opened."""
     from dataclasses import fields
 
     from dreammix_trt.engine.device.memory_plan import Options
 
-    if device not in ("cpu", "cuda"):
+    if device not in ("cpu", "cuda") and not device.isupper():
         raise InputError(
-            f"device is {device!r}; allowed: cpu, cuda (the first GPU; CUDA_VISIBLE_DEVICES=1 makes it another)"
+            f"device is {device!r}; allowed: cpu, cuda (the first GPU; CUDA_VISIBLE_DEVICES=1 makes it another), or "
+            "for an engine of OpenVINO what that calls it: GPU, AUTO"
         )
     known = [each.name for each in fields(Options)]
     for name in options:

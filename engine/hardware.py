@@ -25,6 +25,9 @@ _SOURCES: Final = "from its sources (nvcc comes along): `pip install . -C cmake.
 INSTALL_KERNELS: Final = f"install dreammix-trt again from a wheel, or {_SOURCES}`"
 
 
+_ARITHMETIC: Final = ("amx", "asimd", "avx", "bf16", "f16c", "fma", "i8mm", "sme", "sse", "sve")
+
+
 @dataclass(frozen=True)
 class Gpu:
     """One NVIDIA device.
@@ -90,6 +93,16 @@ def name_processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def read_processor_features() -> tuple[str, ...]:
+    """The processor's instruction sets for arithmetic, as Linux names them ("avx2", "amx_bf16"); (): unknown."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, words = line.partition(":")
+            if name.strip() in ("flags", "Features"):
+                return tuple(sorted(word for word in set(words.split()) if word.startswith(_ARITHMETIC)))
+    return ()
 
 
 def count_cores() -> int:

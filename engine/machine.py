@@ -30,6 +30,7 @@ from dreammix_trt.engine.hardware import (
     disk_free,
     measure_memory,
     name_processor,
+    read_processor_features,
     why_kernels_do_not_fit,
 )
 
@@ -46,6 +47,7 @@ PLANS: Final = {"tensorrt-rtx": "rtx", "tensorrt": "trt"}
 _DISTRIBUTIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "onnxruntime": ("onnxruntime",),
     "onnxruntime-gpu": ("onnxruntime-gpu",),
+    "openvino": ("openvino",),
     "tensorrt-rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "torch": ("torch",),
@@ -96,6 +98,7 @@ class Machine:
     store: the folder of the store; disk_free belongs to its disk.
     versions: package -> installed version.
     damaged: distributions of ONNX Runtime whose files are gone, or another's: the CPU's and the GPU's share one folder.
+    bfloat16: whether the processor multiplies in it.
     extension: whether the C++ extension is installed.
     kernels: the extension's CUDA kernels, as in `_cpp.build_info()["cuda"]`.
     """
@@ -113,11 +116,13 @@ class Machine:
     damaged: tuple[str, ...] = ()
     extension: bool = False
     kernels: Mapping[str, Any] | None = None
+    bfloat16: bool = False
 
     def list_backends(self) -> list[BackendState]:
         """The state of each back end here, in the order in which a user should try them."""
         return [
             self._judge_onnxruntime(),
+            self._judge_openvino(),
             self._judge_onnxruntime_cuda(),
             self._judge_tensorrt_rtx(),
             self._judge_tensorrt(),
@@ -204,6 +209,13 @@ class Machine:
         if set(installed) <= set(self.damaged):
             return BackendState("onnxruntime", False, False, f"onnxruntime {version}: {_MEND}")
         return BackendState("onnxruntime", True, True, f"onnxruntime {version}{self._describe_limits()}")
+
+    def _judge_openvino(self) -> BackendState:
+        version = self.versions.get("openvino")
+        if not version:
+            return BackendState("openvino", False, False, "not installed; `pip install 'dreammix-trt[openvino]'`")
+        gain = "computes in bfloat16 here" if self.bfloat16 else "no bfloat16 here, so no faster than onnxruntime"
+        return BackendState("openvino", True, True, f"openvino {version}, {gain}{self._describe_limits()}")
 
     def _describe_onnxruntime_fault(self) -> str:
         names = [name for name in _ONNX_RUNTIMES if name in self.versions]
@@ -333,6 +345,7 @@ def examine(store: Path | None = None) -> Machine:
         damaged=tuple(name for name in _ONNX_RUNTIMES if _is_damaged(name)),
         extension=extension,
         kernels=kernels,
+        bfloat16=bool({"avx512_bf16", "amx_bf16"} & set(read_processor_features())),
     )
 
 

@@ -21,13 +21,15 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from dreammix_trt.core.networks import KEY, VALUE, Network
+from dreammix_trt.core.networks import KEY, VALUE, Fused, Network
 from dreammix_trt.core.slots import Slot, names_of_weights
 
 #: domain of the operators in the trace that `onnx_graph` turns into standard ones
 DOMAIN = "dreammix"
 #: parts of the queries where TensorRT has no kernel for a whole attention: scores of 32 MiB stay in a GPU's cache
 QUERY_TILES = 16
+#: wider heads (the VAE's single one) have no fused kernel in TensorRT
+WIDEST_HEAD = 256
 
 
 class UNet(nn.Module):
@@ -320,7 +322,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -
     1024 x 1024 are then 32 MiB at a time instead of 512.
     """
     width = int(q.shape[-1]) // heads
-    if _fused and (width <= 256 or causal):  # TensorRT has no kernel for wider heads (the VAE's single one)
+    if _fused and (width <= WIDEST_HEAD or causal):
         attended: Tensor = _Attention.apply(q, k, v, heads, causal)
         return attended
     length = int(q.shape[1])
@@ -339,14 +341,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -
     return reshape_like_onnx(x.transpose(1, 2), (0, 0, -1))
 
 
-_fused = False
+_fused: Fused = False
 
 
 @contextmanager
-def fuse_operators(on: bool = True) -> Iterator[None]:
+def fuse_operators(on: Fused = True) -> Iterator[None]:
     """Trace attention and group norm as single operators (opset 23) instead of writing them out.
 
-    on: whether to do so inside the block.
+    on: whether to do so inside the block; "attention": that one alone.
     """
     global _fused
     before, _fused = _fused, on
@@ -492,7 +494,7 @@ def _geglu(layer: GEGLU, x: Tensor) -> Tensor:
 
 
 def _group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    if _fused:
+    if _fused is True:
         result: Tensor = _GroupNorm.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
         return result
     return nn.functional.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)

@@ -25,7 +25,7 @@ from dreammix_trt.core.checkpoint import EMBEDDED, TOKENIZERS, BaseFiles
 from dreammix_trt.core.files import read_json, write_json
 from dreammix_trt.core.keymap import blocks_of
 from dreammix_trt.core.network_weights import BaseLora, weights_of
-from dreammix_trt.core.networks import Network, Precision, describe_networks, plain_name
+from dreammix_trt.core.networks import Fused, Network, Precision, describe_networks, plain_name
 from dreammix_trt.core.slots import gather_weight, names_of_weights
 from dreammix_trt.core.tensors import Weights, map_tensors, write_tensors
 from dreammix_trt.export.parity import check_parity, choose_sizes
@@ -63,7 +63,7 @@ def export_base(
     *,
     slots: bool = True,
     precision: Precision = "float32",
-    fused: bool = False,
+    fused: Fused = False,
     verify: bool | None = None,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:

@@ -139,8 +139,13 @@ def _list_whole_inputs(network: Network) -> list[str]:
 
 def _uses_own_operators(network: Network) -> bool:
     """Whether the trace has marks or operators of our own (the exporter complains about an unused opset)."""
-    plain = network.graph in ("inpaint_head", kv_name("unet"))
-    return network.graph == "unet" or bool(network.wide) or (network.fused and not plain)
+    if network.graph == "unet" or network.wide:
+        return True
+    if network.fused == "attention" and network.kind.call == "vae":  # one head as wide as its last layer
+        from dreammix_trt.export.modules import WIDEST_HEAD
+
+        return int(network.configs["vae"]["block_out_channels"][-1]) <= WIDEST_HEAD
+    return bool(network.fused) and network.graph not in ("inpaint_head", kv_name("unet"))
 
 
 @contextmanager

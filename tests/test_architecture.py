@@ -117,16 +117,17 @@ def test_the_engine_never_imports_the_heavy_packages() -> None:
     assert not wrong
 
 
-def test_one_module_imports_onnxruntime() -> None:
-    """The others ask it, so that none loads ONNX Runtime before its reports are switched off."""
+@pytest.mark.parametrize("package", ["onnxruntime", "openvino"])
+def test_one_module_imports_what_reports(package: str) -> None:
+    """The others ask it, so that none loads it before its reports are switched off."""
     places = [path for folder in (*FLOORS, "dreammix_trt", "benchmarks", "tests") for path in files(folder)]
     found = {
         path.resolve().relative_to(ROOT).as_posix()
         for path in places
         for name in imports_of(path, top_level_only=False, types=False)
-        if name.split(".")[0] == "onnxruntime"
+        if name.split(".")[0] == package
     }
-    assert found == {"core/onnx_runtime.py"}
+    assert found == {f"core/{ {'onnxruntime': 'onnx_runtime', 'openvino': 'openvino_runtime'}[package] }.py"}
 
 
 def test_core_loads_nothing_heavy_at_import() -> None:
@@ -134,7 +135,7 @@ def test_core_loads_nothing_heavy_at_import() -> None:
         f"{path.name}: {name}"
         for path in files("core")
         for name in imports_of(path, top_level_only=True)
-        if name.split(".")[0] in HEAVY | {"onnxruntime"}
+        if name.split(".")[0] in HEAVY | {"onnxruntime", "openvino"}
     ]
     assert not wrong
 
@@ -148,7 +149,7 @@ def test_every_module_of_core_and_engine_loads_without_the_heavy_packages() -> N
     code = (
         "import importlib, sys\n"
         f"for name in {names}: importlib.import_module(name)\n"
-        f"print(sorted(set(sys.modules) & {HEAVY | {'onnxruntime'}}))"
+        f"print(sorted(set(sys.modules) & {HEAVY | {'onnxruntime', 'openvino'}}))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip() == "[]"

@@ -211,11 +211,10 @@ def test_wrong_choices_name_the_right_ones(call: Call) -> None:
         ("train", "--loss", "'paper', 'reference'"),
         ("inpaint", "--sampler", "'dpmpp_2m_sde', 'euler', 'lcm'"),
         ("inpaint", "--mode", "'native', 'reference'"),
-        ("inpaint", "--device", "'cpu', 'cuda'"),
         ("inpaint", "--residency", "'resident', 'one-unet', 'swap'"),
         ("build", "--shapes", "'static', 'dynamic'"),
-        ("build", "--backend", "'onnxruntime', 'tensorrt-rtx', 'tensorrt'"),
-        ("build", "--precision", "'float32', 'float16'"),
+        ("build", "--backend", "'onnxruntime', 'openvino', 'tensorrt-rtx', 'tensorrt'"),
+        ("build", "--precision", "'float32', 'float16', 'bfloat16'"),
         ("train-base", "--device", "'cpu', 'cuda'"),
     ):
         done = call(command, option, "wrong")

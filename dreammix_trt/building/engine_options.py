@@ -8,8 +8,9 @@ from typing import Any
 
 from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import InputError, MissingExtraError
-from dreammix_trt.core.networks import Precision
+from dreammix_trt.core.networks import Fused, Precision
 from dreammix_trt.engine.directory import BACKENDS
+from dreammix_trt.engine.machine import PLANS, find_versions
 
 _MOST_CONTEXT = 4096  # rows of a condition; a typing error costs an hour of building else
 
@@ -18,9 +19,10 @@ _MOST_CONTEXT = 4096  # rows of a condition; a typing error costs an hour of bui
 class EngineOptions:
     """What to build for.
 
-    backend: "onnxruntime", "tensorrt-rtx" or "tensorrt"; default: tensorrt-rtx where targets are named, else
-        onnxruntime.
-    precision: "float32" or "float16"; default: float16 for TensorRT, float32 for ONNX Runtime.
+    backend: "onnxruntime", "openvino", "tensorrt-rtx" or "tensorrt"; default: tensorrt-rtx where targets are named,
+        else onnxruntime.
+    precision: "float32" or "float16"; for OpenVINO "float32" or "bfloat16", its arithmetic on float32 graphs. Default:
+        float16 for TensorRT, bfloat16 for OpenVINO where this processor has it, else float32.
     targets: GPUs as "sm_89", several if wanted, or "current".
     shapes: "static" (the base's native square) or "dynamic" (sides from 0.69 to 1.31 of it within its area, in two
         profiles).
@@ -29,6 +31,7 @@ class EngineOptions:
     context: lengths of the text condition, each with profiles of its own (77: the text alone).
     vae_images: pictures on which a float16 VAE is looked at for overflow, besides the built-in ones.
     safe_vae: build a float16 VAE in float32 too, for pictures that are too much for it.
+    look: pictures that are painted to see what bfloat16 changes; 0: none; None: some where the base is small.
     """
 
     backend: str = ""
@@ -40,31 +43,42 @@ class EngineOptions:
     context: tuple[int, ...] = (TOKENS,)
     vae_images: tuple[Path, ...] = ()
     safe_vae: bool = True
+    look: int | None = None
 
     def __post_init__(self) -> None:
         backend = self.backend or ("tensorrt-rtx" if self.targets else "onnxruntime")
         object.__setattr__(self, "backend", backend)
-        object.__setattr__(self, "precision", self.precision or ("float16" if self.plans else "float32"))
+        object.__setattr__(self, "precision", self.precision or self._choose_precision())
 
     @property
     def plans(self) -> bool:
         """Whether plans are built, not just graphs."""
-        return self.backend != "onnxruntime"
+        return self.backend in PLANS
+
+    def _choose_precision(self) -> str:
+        if self.backend == "openvino" and "openvino" in find_versions():
+            from dreammix_trt.engine.backends.openvino.compiling import has_bfloat16
+
+            return "bfloat16" if has_bfloat16() else "float32"
+        return "float16" if self.plans else "float32"
 
     @property
-    def fused(self) -> bool:
-        """Whether attention and group norm are single operators in the graphs."""
-        return self.plans and self.precision == "float16"
+    def fused(self) -> Fused:
+        """Whether attention and group norm are single operators in the graphs.
+
+        In float16 ONNX Runtime runs on GPUs, where it has a kernel for attention that keeps no scores.
+        """
+        if self.precision != "float16":
+            return False
+        return True if self.plans else "attention"
 
     @property
     def version(self) -> str:
         """Of the back end's package; raises MissingExtraError when it is not installed."""
-        from dreammix_trt.engine.machine import find_versions
-
         found = find_versions()
-        version = found.get(self.backend) or (found.get("onnxruntime-gpu") if not self.plans else None)
+        version = found.get(self.backend) or (found.get("onnxruntime-gpu") if self.backend == "onnxruntime" else None)
         if version is None:
-            extra = {"tensorrt-rtx": "rtx", "tensorrt": "trt"}.get(self.backend)
+            extra = {**PLANS, "openvino": "openvino"}.get(self.backend)
             package = f"dreammix-trt[{extra}]" if extra else self.backend
             raise MissingExtraError(f"{self.backend} is not installed, building for it needs it: pip install {package}")
         return version
@@ -73,13 +87,16 @@ class EngineOptions:
         """Raise InputError for what cannot be built, before anything is read."""
         for name, allowed in (
             ("backend", BACKENDS),
-            ("precision", ("float32", "float16")),
+            ("precision", ("float32", "bfloat16") if self.backend == "openvino" else ("float32", "float16")),
             ("shapes", ("static", "dynamic")),
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         if self.targets and not self.plans:
-            raise InputError(f"targets are {', '.join(self.targets)}, but onnxruntime builds for no GPU in particular")
+            raise InputError(
+                f"targets are {', '.join(self.targets)}, but {self.backend} builds for no GPU in particular"
+            )
+        self._check_openvino()
         if not 1 <= self.pictures <= 64:
             raise InputError(f"pictures is {self.pictures}; allowed: 1 to 64")
         if not self.context or any(not TOKENS <= length <= _MOST_CONTEXT for length in self.context):
@@ -101,8 +118,22 @@ class EngineOptions:
             check_targets(self.backend, self.targets)
         elif (self.shapes, self.pictures, self.workspace, self.context) != ("static", 1, None, (TOKENS,)):
             raise InputError(
-                "shapes, pictures, workspace and context are TensorRT's; graphs for onnxruntime take any shape, batch "
-                "and condition"
+                f"shapes, pictures, workspace and context are TensorRT's; graphs for {self.backend} take any shape, "
+                "batch and condition"
+            )
+
+    def _check_openvino(self) -> None:
+        if self.look is not None and (self.precision != "bfloat16" or not 0 <= self.look <= 64):
+            raise InputError(f"look is {self.look}; allowed: 0 to 64, with bfloat16 on OpenVINO alone")
+        if self.backend != "openvino":
+            return
+        _ = self.version
+        from dreammix_trt.engine.backends.openvino.compiling import has_bfloat16
+
+        if self.precision == "bfloat16" and not has_bfloat16():
+            raise InputError(
+                "precision is 'bfloat16', and this processor has neither AVX-512 BF16 nor AMX, so its pictures cannot "
+                "be looked at here; build where it will run, or with --precision float32"
             )
 
     @property
@@ -117,12 +148,15 @@ class EngineOptions:
     def words(self) -> dict[str, Any]:
         """The options of the command line that say the same."""
         usual = EngineOptions(backend=self.backend)
-        given: dict[str, Any] = {"backend": self.backend if self.plans else None, "target": list(self.targets)}
-        given["precision"] = self.precision if self.precision != usual.precision else None
+        chosen = self.backend != "onnxruntime"
+        given: dict[str, Any] = {"backend": self.backend if chosen else None, "target": list(self.targets)}
+        depends = self.backend == "openvino"  # its default is the processor's
+        given["precision"] = self.precision if depends or self.precision != usual.precision else None
         given["shapes"] = self.shapes if self.shapes != usual.shapes else None
         given["pictures"] = self.pictures if self.pictures != usual.pictures else None
         given["workspace"] = self.workspace >> 20 if self.workspace else None  # the option counts MiB
         given["context"] = ",".join(map(str, self.context)) if self.context != usual.context else None
         given["vae_image"] = [str(image) for image in self.vae_images]
         given["no_safe_vae"] = not self.safe_vae
+        given["look"] = self.look
         return given

@@ -118,12 +118,34 @@ def carry_out(order: BuildOrder, update: Update, tell: Callable[[str], None]) ->
     for each in () if order.merge else made:
         check_slots(each, ingredients.networks, order)
     folders = parts.make()
+    ingredients = _settle_precision(order, ingredients, folders, tell)
     if order.self_contained:
         check_room(Estimate(0, sum(folder_bytes(folder) for folder in folders.values())), order.place.parent)
     _tell_replaced(order, order.command(defaults.to_dict()), tell)
     passport = _write(order, ingredients, store, folders, made)
     shelf.register(order.place, () if order.self_contained else set(store.keys.values()))
     return passport
+
+
+def _settle_precision(
+    order: BuildOrder, ingredients: Ingredients, folders: Mapping[str, Path], tell: Callable[[str], None]
+) -> Ingredients:
+    """The same ingredients; with float32 instead of bfloat16 where that changes the pictures too much."""
+    engine, base = ingredients.engine, ingredients.base
+    if engine.precision != "bfloat16":
+        return ingredients
+    from dreammix_trt.building.bfloat16 import LEAST_PSNR, choose_count, look_at_pictures
+
+    count = choose_count(engine.look, base.native_side)
+    if not count:
+        tell("no picture was painted to see what bfloat16 changes; `--look 2` paints two of this base's, in minutes")
+        return ingredients
+    found = look_at_pictures(base, folders, count)
+    tell(str(found))
+    if found.good:
+        return ingredients
+    tell(f"that is less than {LEAST_PSNR:g} dB, so this engine computes in float32")
+    return replace(ingredients, engine=replace(engine, precision="float32"))
 
 
 def _tell_replaced(order: BuildOrder, command: str, tell: Callable[[str], None]) -> None:

@@ -592,4 +592,4 @@ def test_a_closed_engine_is_not_used_again(mug_engine: Path, cup: Path) -> None:
     for use in uses:
         with pytest.raises(EngineError, match="this engine was closed"):
             use()
-    assert not dm.networks._sessions  # type: ignore[attr-defined]
+    assert not dm.networks._opened  # type: ignore[attr-defined]

@@ -96,6 +96,7 @@ class FakeDriver:
 def test_a_machine_without_a_gpu_builds_for_one() -> None:
     assert list_states(BARE) == {
         "onnxruntime": (True, True),
+        "openvino": (False, False),
         "onnxruntime (CUDA)": (True, False),
         "tensorrt-rtx": (True, False),
         "tensorrt": (False, False),
@@ -104,6 +105,16 @@ def test_a_machine_without_a_gpu_builds_for_one() -> None:
     assert "dreammix-trt[trt]" in find_reason(BARE, "tensorrt")
     remedy = "`pip install onnxruntime-gpu`, then `dreammix-trt doctor --mend`"  # the two overwrite each other
     assert remedy in find_reason(BARE, "onnxruntime (CUDA)")
+
+
+def test_openvino_is_worth_its_while_where_the_processor_has_bfloat16() -> None:
+    assert "pip install 'dreammix-trt[openvino]'" in find_reason(BARE, "openvino")
+    here = replace(BARE, versions={**BARE.versions, "openvino": "2026.4.1"})
+    assert list_states(here)["openvino"] == (True, True)
+    assert find_reason(here, "openvino").startswith(
+        "openvino 2026.4.1, no bfloat16 here, so no faster than onnxruntime"
+    )
+    assert find_reason(replace(here, bfloat16=True), "openvino").startswith("openvino 2026.4.1, computes in bfloat16")
 
 
 def test_a_gpu_lets_every_back_end_run() -> None:
@@ -115,6 +126,7 @@ def test_a_gpu_lets_every_back_end_run() -> None:
     cuda = replace(here, versions={"onnxruntime-gpu": "1.31.1", "cuda-python": "13.4.4"})
     assert list_states(cuda) == {
         "onnxruntime": (True, True),
+        "openvino": (False, False),
         "onnxruntime (CUDA)": (True, True),
         "tensorrt-rtx": (False, False),
         "tensorrt": (False, False),

@@ -18,7 +18,7 @@ onnx = pytest.importorskip("onnx")
 from dreammix_trt.core.axes import Tensor  # noqa: E402
 from dreammix_trt.core.errors import BuildError  # noqa: E402
 from dreammix_trt.core.network_weights import weights_of  # noqa: E402
-from dreammix_trt.core.networks import Network, describe_networks  # noqa: E402
+from dreammix_trt.core.networks import Fused, Network, describe_networks  # noqa: E402
 from dreammix_trt.core.tensors import Weights  # noqa: E402
 from dreammix_trt.export.onnx_export import export_network, write_graph  # noqa: E402
 from dreammix_trt.export.parity import BOUNDS, OnnxNetwork, choose_sizes, compare_outputs, run_torch  # noqa: E402
@@ -27,7 +27,7 @@ from dreammix_trt.export.torch_module import make_torch_module  # noqa: E402
 
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 NAMES = ["text_encoder", "text_encoder_2", "unet_kv", "unet", "inpaint_head", "vae_encoder", "vae_decoder"]
-FORMS = {"written out": False, "fused": True}
+FORMS: dict[str, Fused] = {"written out": False, "fused": True, "attention alone": "attention"}
 
 
 class Half(NamedTuple):
@@ -149,17 +149,32 @@ def test_it_stays_close_to_torch(halves: dict[str, Half], name: str) -> None:
 def test_fused_graphs_hold_single_operators_and_plain_ones_none(halves: dict[str, Half]) -> None:
     for name, half in halves.items():
         count = Counter(node.op_type for node in half.model.graph.node)
-        fused = half.network.fused and name not in ("inpaint_head", "unet_kv")
+        fused = bool(half.network.fused) and name not in ("inpaint_head", "unet_kv")
+        whole = half.network.fused is True
         opset = next(item.version for item in half.model.opset_import if item.domain in ("", "ai.onnx"))
         assert opset == (23 if fused else 20)
         assert {item.domain for item in half.model.opset_import} <= {"", "ai.onnx"}
         assert not {node.domain for node in half.model.graph.node} - {"", "ai.onnx"}
-        assert (count["GroupNormalization"] > 0) == (fused and not name.startswith("text"))
+        assert (count["GroupNormalization"] > 0) == (fused and whole and not name.startswith("text"))
         assert (count["Attention"] > 0) == fused and (count["Softmax"] == 0 or not fused)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_text_encoder_without_slots_is_float16_too(small: Any, tmp_path: Path, fused: bool) -> None:
+@pytest.mark.parametrize("name", ["unet", "text_encoder", "vae_decoder"])
+def test_attention_alone_is_what_it_is_written_out(small: Any, tmp_path: Path, name: str) -> None:
+    """In float32, where nothing is rounded on the way; the text encoder's is causal."""
+    made = {}
+    for fused in (False, "attention"):
+        networks = describe_networks(small, False, "float32", fused)  # type: ignore[arg-type]
+        network = next(each for each in networks if each.name == name)
+        made[fused] = export_half(small, network, tmp_path / str(fused), verify=False)
+    inputs = made[False].network.draw_example({"pictures": 1, "rows": 2, "h": 8, "w": 12, "H": 64, "W": 96})
+    plain, single = (OnnxNetwork(half.file).run(**inputs) for half in made.values())
+    for output, wanted in plain.items():
+        np.testing.assert_allclose(single[output], wanted, atol=2e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("fused", FORMS.values())
+def test_a_text_encoder_without_slots_is_float16_too(small: Any, tmp_path: Path, fused: Fused) -> None:
     """Its inputs are only weights and token ids, so no input decides the type of the rest."""
     network = describe_networks(small, False, "float16", fused)[0]
     half = export_half(small, network, tmp_path)

@@ -42,3 +42,15 @@ class Binding:
             self._binding.bind_output(name)
         self._session.run_with_iobinding(self._binding)
         return [value.numpy() for value in self._binding.get_outputs()]
+
+
+class Unbound:
+    """Calls of a session whose inputs are others each time."""
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self._session = session
+
+    def run(self, given: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        """Run the session; see `Binding.run`."""
+        found: list[Array] = self._session.run(list(outputs), dict(given))
+        return found

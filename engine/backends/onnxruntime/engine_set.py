@@ -7,57 +7,90 @@ each in its own place in the store.
 from __future__ import annotations
 
 import json
-import logging
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Final, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from dreammix_trt.core.errors import EngineError, FileFormatError, InputError
-from dreammix_trt.core.networks import is_twin
-from dreammix_trt.core.onnx_runtime import import_onnxruntime
 from dreammix_trt.core.seam import BaseFacts
 from dreammix_trt.core.slots import Slot, names_of_weights, slots_of
+from dreammix_trt.core.store import Store
 from dreammix_trt.core.tensors import map_tensors
-from dreammix_trt.engine.backends.onnxruntime.binding import Binding
+from dreammix_trt.engine.backends.onnxruntime.binding import Binding, Unbound
+from dreammix_trt.engine.backends.onnxruntime.sessions import open_session
 from dreammix_trt.engine.hardware import count_cores
-
-if TYPE_CHECKING:
-    import onnxruntime
 
 SCHEMA = 3
 Array = npt.NDArray[Any]
 REBUILD = "build it again with `dreammix-trt build`"
+#: a network with more bytes of weights has one session for all sides, as each session holds them once more
+LARGE: Final = 256 << 20
+_MOST_SIDES: Final = 4  # for which a network keeps sessions: two frames, with guidance and without
+Sides = tuple[tuple[str, int], ...]  # of the named axes of a call, in the order of their names
+
+
+class Call(Protocol):
+    """A session as one thread uses it."""
+
+    def run(self, given: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        """The outputs for inputs by name, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A session.
+
+    make: gives a call of it.
+    free: the calls that no thread uses now.
+    """
+
+    make: Callable[[], Call]
+    free: list[Call] = field(default_factory=list)
 
 
 class EngineSet:
-    """A base's networks. A session is made at its first use (or by `prepare`) and lives until `close`.
+    """A base's networks on ONNX Runtime.
+
+    A session is made when a network is first called with inputs of certain sides, and lives until `close`, or until
+    the network was called with several other ones. A session whose sides are fixed is made ten times faster, and what
+    it was optimised to can be kept (`sessions`).
 
     parts: name -> folder.
     facts: about the base.
     entries: each network's `network.json`.
     threads: of each network call.
+    shelf: where optimised graphs are kept; None: nowhere.
     """
 
     def __init__(
-        self, parts: Mapping[str, Path], facts: BaseFacts, entries: Mapping[str, Mapping[str, Any]], threads: int
+        self,
+        parts: Mapping[str, Path],
+        facts: BaseFacts,
+        entries: Mapping[str, Mapping[str, Any]],
+        threads: int,
+        shelf: Store | None = None,
     ) -> None:
-        self.parts, self.facts, self.entries, self.threads = parts, facts, entries, threads
-        self._sessions: dict[str, onnxruntime.InferenceSession] = {}
-        self._bindings: dict[str, list[Binding]] = {}  # those that no call uses now
+        self.parts, self.facts, self.entries, self.threads, self.shelf = parts, facts, entries, threads, shelf
+        self._opened: dict[tuple[str, Sides], Opened] = {}  # the one used last is the last one
         self._weights: dict[str, dict[str, Array]] = {}
         self._lock = threading.Lock()
 
     @classmethod
-    def load(cls, parts: str | Path | Mapping[str, Path], threads: int | None = None) -> EngineSet:
-        """Open the parts of a base.
+    def load(
+        cls, parts: str | Path | Mapping[str, Path], threads: int | None = None, shelf: Store | None = None
+    ) -> Self:
+        """Open the parts of a base. No network is read before it is called.
 
         parts: name -> folder, or the folder that holds them all.
         threads: per network call; None: every core that this process may use.
+        shelf: where optimised graphs are kept; None: nowhere.
 
         Raises EngineError for parts that are not valid or lack a file, InputError for threads < 1.
         """
@@ -69,9 +102,9 @@ class EngineSet:
             for file in filter(None, map(entry.get, ("graph", "weights", "slot_weights"))):
                 if not (places[name] / file).is_file():
                     raise EngineError(f"{places[name] / file}: missing, so {name} cannot run; {REBUILD}")
-        return cls(places, read_facts(places["base"]), entries, threads or count_cores())
+        return cls(places, read_facts(places["base"]), entries, threads or count_cores(), shelf)
 
-    def __enter__(self) -> EngineSet:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -83,8 +116,7 @@ class EngineSet:
     def close(self) -> None:
         """Free every session."""
         with self._lock:
-            self._bindings.clear()
-            self._sessions.clear()
+            self._opened.clear()
 
     def slots(self, name: str) -> tuple[Slot, ...]:
         """The LoRA slots of a network."""
@@ -96,15 +128,6 @@ class EngineSet:
             self._weights[name] = map_weights(self.parts[name], self._entry(name))
         return self._weights[name]
 
-    def prepare(self, names: Iterable[str] | None = None) -> None:
-        """Make sessions now, side by side.
-
-        names: their networks; None: all but float32 twins, which may never be needed.
-        """
-        usual = [name for name in self.entries if not is_twin(name)]
-        with ThreadPoolExecutor(max_workers=min(4, count_cores())) as pool:
-            list(pool.map(self._find_session, names if names is not None else usual))
-
     def run(self, name: str, **arrays: Array) -> dict[str, Array]:
         """Run a network.
 
@@ -114,7 +137,7 @@ class EngineSet:
 
         Returns its outputs by name; floats are float32.
         """
-        session, entry = self._find_session(name), self._entry(name)
+        entry = self._entry(name)
         wanted = {**self.weights(name), **arrays}
         given = {
             spec["name"]: wanted[spec["name"]].astype(spec["dtype"], copy=False)
@@ -122,52 +145,68 @@ class EngineSet:
             if spec["name"] in wanted
         }
         names = [spec["name"] for spec in entry["outputs"]]
-        found = self._run_bound(name, session, given, names) if entry.get("slots") else session.run(names, given)
+        with self._borrow(name, find_sides(entry, given) if self._fixes_sides(name) else ()) as call:
+            found = call.run(given, names)
         outputs = [output.astype(np.float32) if output.dtype == np.float16 else output for output in found]
         return dict(zip(names, outputs, strict=True))
 
-    def _run_bound(
-        self, name: str, session: onnxruntime.InferenceSession, given: Mapping[str, Array], names: Sequence[str]
-    ) -> list[Array]:
-        """Run with inputs that stay bound from call to call: hundreds of weights."""
-        with self._lock:
-            free = self._bindings.setdefault(name, [])
-            binding = free.pop() if free else Binding(session)
-        found = binding.run(given, names)
-        with self._lock:
-            free.append(binding)
-        return found
+    def is_large(self, name: str) -> bool:
+        """Whether a network's own weights, slots aside, are too many to be held or kept twice."""
+        file = self._entry(name).get("weights")
+        return bool(file) and (self.parts[name] / file).stat().st_size > LARGE
 
-    def _find_session(self, name: str) -> onnxruntime.InferenceSession:
-        self._entry(name)
-        session = self._sessions.get(name)
-        if session is None:
-            opened = self._open_session(name)
+    def _fixes_sides(self, name: str) -> bool:
+        """Whether sessions of this network are each for certain sides."""
+        return not self.is_large(name)
+
+    @contextmanager
+    def _borrow(self, name: str, sides: Sides) -> Iterator[Call]:
+        """A call of a network with inputs of these sides, which no other thread uses meanwhile."""
+        with self._lock:
+            opened = self._opened.pop((name, sides), None)
+            if opened is not None:
+                self._opened[name, sides] = opened
+        if opened is None:
+            made = Opened(self._open(name, sides))
             with self._lock:
-                session = self._sessions.setdefault(name, opened)
-        return session
+                opened = self._opened.setdefault((name, sides), made)
+                for old in [key for key in self._opened if key[0] == name][:-_MOST_SIDES]:
+                    del self._opened[old]
+        with self._lock:
+            call = opened.free.pop() if opened.free else None
+        call = call or opened.make()
+        yield call
+        with self._lock:
+            opened.free.append(call)
+
+    def _open(self, name: str, sides: Sides) -> Callable[[], Call]:
+        """A session for inputs of these sides; (): of any."""
+        entry = self._entry(name)
+        folder, shelf = self.parts[name], None if self.is_large(name) else self.shelf
+        try:
+            session = open_session(folder, entry, dict(sides), self.threads, shelf)
+        except Exception as error:  # ONNX Runtime raises its own unrelated classes
+            raise EngineError(f"{folder / entry['graph']}: {name} cannot be loaded ({error}); {REBUILD}") from error
+        kind = Binding if entry.get("slots") else Unbound
+        return lambda: kind(session)
 
     def _entry(self, name: str) -> Mapping[str, Any]:
         if name not in self.entries:
             raise EngineError(f"this base has no network {name!r}; it has {', '.join(self.entries)}")
         return self.entries[name]
 
-    def _open_session(self, name: str) -> onnxruntime.InferenceSession:
-        ort = import_onnxruntime()
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
-        options.enable_cpu_mem_arena = False  # it only grows: one call at 1024x1024 held 11 GiB, without it 3
-        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        graph = self.parts[name] / self.entries[name]["graph"]
-        try:
-            session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime raises its own unrelated classes
-            raise EngineError(f"{graph}: {name} cannot be loaded ({error}); {REBUILD}") from error
-        logging.getLogger(__name__).debug("%s: session ready", name)
-        return session
+
+def find_sides(entry: Mapping[str, Any], given: Mapping[str, Array]) -> Sides:
+    """The sides of the named axes in inputs.
+
+    entry: the network's `network.json`.
+    given: inputs by name.
+    """
+    shapes = [(spec["shape"], given[spec["name"]].shape) for spec in entry["inputs"] if spec["name"] in given]
+    found = {
+        side: size for shape, sizes in shapes for side, size in zip(shape, sizes, strict=False) if type(side) is str
+    }
+    return tuple(sorted(found.items()))
 
 
 def list_parts(folder: Path) -> dict[str, Path]:

@@ -6,6 +6,7 @@ the price is one launch after the other, as it cannot be captured (`OnnxBound.ca
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +34,9 @@ from dreammix_trt.engine.hardware import count_cores
 if TYPE_CHECKING:
     import onnxruntime
 
+log = logging.getLogger(__name__)
+#: the first ONNX Runtime whose CUDA provider has flash and memory-efficient kernels for ONNX's Attention
+ATTENTION_FROM = (1, 25)
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 PROVIDERS = {"cuda": _CUDA, "cpu": _CPU}
 
@@ -91,6 +95,8 @@ class OnnxNetworks:
             for file in filter(None, map(entry.get, ("graph", "weights", "slot_weights"))):
                 if not (places[name] / file).is_file():
                     raise EngineError(f"{places[name] / file}: missing, so {name} cannot run; {REBUILD}")
+        if provider == "cuda":
+            _warn_of_old_kernels(entries)
         facts = read_facts(places["base"])
         opened = cls(places, facts, entries, stream, provider=provider, memory_limit=memory_limit)
         usual = [name for name in entries if not is_twin(name)]
@@ -291,6 +297,18 @@ class OnnxBound:
             bind = binding.bind_input if name in self._inputs else binding.bind_output
             bind(name, self._networks.provider, 0, np.dtype(array.dtype).type, array.shape, array.pointer)
         return binding
+
+
+def _warn_of_old_kernels(entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Warn where this ONNX Runtime has no kernel on GPUs for attention as a single operator."""
+    version = str(import_onnxruntime().__version__)
+    number = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if number < ATTENTION_FROM and any(entry.get("fused") == "attention" for entry in entries.values()):
+        log.warning(
+            "onnxruntime-gpu %s computes attention in parts, or on the processor: install %s or newer",
+            version,
+            ".".join(map(str, ATTENTION_FROM)),
+        )
 
 
 def _choose_providers(

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from dreammix_trt.core.errors import DreamMixError, EngineError, InputError
 from dreammix_trt.core.networks import twin_name
+from dreammix_trt.core.store import Store
 from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet, list_parts
 from dreammix_trt.engine.directory import open_engine
 
@@ -185,6 +186,35 @@ def test_a_part_with_a_plan_needs_no_onnx_beside_it(tmp_path: Path) -> None:
         assert networks.slots("unet") == () and networks.facts.defaults == {"sampler": "lcm"}
 
 
+def test_a_network_has_a_session_for_each_of_the_sides_used_last(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    rng = np.random.default_rng(3)
+    with EngineSet.load(write_half_part(tmp_path), threads=1) as networks:
+        for width in (2, 3, 4, 5, 6, 2, 7):
+            mask, latent = (rng.standard_normal((1, 4, 2, width), np.float32) for _ in range(2))
+            found = networks.run("inpaint_head", mask=mask, masked_latent=latent)["feature"]
+            expected = mask.astype(np.float16) * latent.astype(np.float16)
+            np.testing.assert_array_equal(found, expected.astype(np.float32))
+        held = [dict(sides)["w"] for _, sides in networks._opened]
+    assert held == [5, 6, 2, 7] and networks._opened == {}
+
+
+def test_a_large_network_has_one_session_for_all_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnx")
+    parts = write_half_part(tmp_path)
+    entry = json.loads((tmp_path / "inpaint_head/network.json").read_text())
+    (tmp_path / "inpaint_head/weights").write_bytes(bytes(9))
+    (tmp_path / "inpaint_head/network.json").write_text(json.dumps({**entry, "weights": "weights"}))
+    for limit, sessions in ((8, 1), (9, 2)):
+        monkeypatch.setattr("dreammix_trt.engine.backends.onnxruntime.engine_set.LARGE", limit)
+        with EngineSet.load(parts, threads=1, shelf=Store(tmp_path / "store")) as networks:
+            for width in (2, 3):
+                ones = np.ones((1, 4, 2, width), np.float32)
+                networks.run("inpaint_head", mask=ones, masked_latent=ones)
+            assert len(networks._opened) == sessions
+        assert len(Store(tmp_path / "store").entries()) == 2 * (sessions - 1), "what is large is not kept twice"
+
+
 def test_threads_below_one_are_refused(parts: dict[str, Path]) -> None:
     with pytest.raises(InputError, match="threads is 0"):
         EngineSet.load(parts, threads=0)
@@ -196,11 +226,12 @@ def test_twins_are_opened_when_asked_for_and_not_before(tmp_path: Path) -> None:
     write_half_part(tmp_path)
     shutil.copytree(tmp_path / "inpaint_head", tmp_path / twin)
     (tmp_path / twin / "inpaint_head.onnx").write_bytes(b"no graph")
+    ones = np.ones((1, 4, 2, 2), np.float32)
     with EngineSet.load(tmp_path, threads=1) as networks:
-        networks.prepare()
-        assert twin in networks and networks._sessions.keys() == {"inpaint_head"}
+        networks.run("inpaint_head", mask=ones, masked_latent=ones)
+        assert twin in networks
         with pytest.raises(EngineError, match="inpaint_head_float32 cannot be loaded"):
-            networks.prepare([twin])
+            networks.run(twin, mask=ones, masked_latent=ones)
 
 
 def _write_newer(folder: Path) -> None:
@@ -235,7 +266,7 @@ def test_a_damaged_folder_is_refused_with_the_remedy(parts: dict[str, Path], tmp
     act, named = DAMAGES[damage]
     act(tmp_path)
     with pytest.raises(DreamMixError, match=named) as caught, EngineSet.load(tmp_path, threads=1) as networks:
-        networks.prepare(["vae_encoder"])
+        networks.run("vae_encoder", image=np.zeros((1, 3, 64, 64), np.float32))
     assert "dreammix-trt build" in str(caught.value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -223,6 +224,22 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> type[FakeSession]:
     monkeypatch.setattr(ort, "InferenceSession", FakeSession)
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     return FakeSession
+
+
+@pytest.mark.parametrize(("version", "warned"), [("1.24.4", True), ("1.25.0", False), ("1.31.1", False)])
+def test_kernels_for_attention_that_are_not_there_are_told(
+    cuda: type[FakeSession], parts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, version: str, warned: bool,
+) -> None:  # fmt: skip
+    shutil.copytree(parts["text_encoder"], tmp_path / "text_encoder")
+    entry = json.loads((tmp_path / "text_encoder/network.json").read_text())
+    monkeypatch.setattr(ort, "__version__", version)
+    for fused in (False, "attention"):
+        caplog.clear()
+        (tmp_path / "text_encoder/network.json").write_text(json.dumps({**entry, "fused": fused}))
+        mapping = {"base": parts["base"], "text_encoder": tmp_path / "text_encoder"}
+        OnnxNetworks.open(mapping, Line(0xABC0)).close()
+        assert ("install 1.25 or newer" in caplog.text) == (warned and fused == "attention")
 
 
 def test_the_cuda_session_runs_in_the_given_stream_and_waits_for_nothing(

@@ -1,0 +1,120 @@
+"""Compiles parts with OpenVINO, and keeps what it compiled in the store.
+
+What is compiled holds the network's weights once more, so only small networks are kept.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+from dreammix_trt.core.errors import DreamMixError, InputError
+from dreammix_trt.core.files import sha256_of
+from dreammix_trt.core.openvino_runtime import import_openvino
+from dreammix_trt.core.store import Store
+from dreammix_trt.engine.hardware import name_processor, read_processor_features
+
+log = logging.getLogger(__name__)
+#: devices that OpenVINO makes of others
+VIRTUAL: Final = ("AUTO", "HETERO", "MULTI", "BATCH")
+_FILE: Final = "compiled.blob"
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """How networks are compiled.
+
+    device: as OpenVINO names it.
+    precision: "bfloat16" where the device has it, or "float32".
+    threads: of a call on the CPU.
+    """
+
+    device: str = "CPU"
+    precision: str = "float32"
+    threads: int = 1
+
+    def check(self) -> None:
+        """Raise InputError for a device that is not here, MissingExtraError where OpenVINO is not installed."""
+        here = list(self._core.available_devices)
+        first = self.device.partition(":")[0]
+        if first not in VIRTUAL and self.device not in here and first.partition(".")[0] not in here:
+            raise InputError(f"device is {self.device!r}; OpenVINO finds here: {', '.join(here)}; or AUTO")
+
+    def compile(self, folder: Path, entry: Mapping[str, Any], sides: Mapping[str, int], shelf: Store | None) -> Any:
+        """Compile a part for inputs of certain sides.
+
+        folder: the part.
+        entry: its `network.json`.
+        sides: of all named axes.
+        shelf: where what was compiled is taken from, or kept; None: nowhere.
+
+        Returns OpenVINO's compiled model. Raises RuntimeError where OpenVINO refuses the graph.
+        """
+        if shelf is None:
+            return self._compile(folder, entry, sides)
+        facts = self._list_facts(folder, entry, sides)
+        key = shelf.key(facts)
+        kept = shelf.get_sound(key)
+        if kept is not None:
+            try:
+                return self._core.import_model((kept / _FILE).read_bytes(), self.device, self._settings)
+            except RuntimeError as error:
+                log.warning("%s: cannot be used (%s); %s is compiled again", kept, error, entry["graph"])
+                return self._compile(folder, entry, sides)
+        compiled = self._compile(folder, entry, sides)
+        try:
+            with shelf.put(key, facts) as place:
+                if place is not None:  # else another process has just kept it
+                    (place / _FILE).write_bytes(compiled.export_model().getbuffer())
+        except (DreamMixError, RuntimeError) as error:  # a store that cannot be written, a device that exports nothing
+            log.debug("%s: what was compiled is not kept (%s)", entry["graph"], error)
+        return compiled
+
+    def _compile(self, folder: Path, entry: Mapping[str, Any], sides: Mapping[str, int]) -> Any:
+        model = self._core.read_model(str(folder / entry["graph"]))
+        shapes = {spec["name"]: [sides.get(side, side) for side in spec["shape"]] for spec in entry["inputs"]}
+        model.reshape(shapes)
+        compiled = self._core.compile_model(model, self.device, self._settings)
+        log.debug("%s: compiled for %s", entry["graph"], self.device)
+        return compiled
+
+    @cached_property
+    def _core(self) -> Any:
+        return import_openvino().Core()
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        """OpenVINO's properties. A precision that a device lacks would silently become another one."""
+        half = self.precision == "bfloat16" and has_bfloat16(self.device)
+        found: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if half else "f32"}
+        if self.device == "CPU":
+            found |= {"INFERENCE_NUM_THREADS": self.threads, "ENABLE_CPU_PINNING": False}
+        return found
+
+    def _list_facts(self, folder: Path, entry: Mapping[str, Any], sides: Mapping[str, int]) -> dict[str, Any]:
+        """What decides the result of compiling."""
+        files = {file: sha256_of(folder / file) for file in (entry["graph"], entry.get("weights")) if file}
+        return {
+            "kind": "session",
+            "part": Path(entry["graph"]).stem,
+            "files": files,
+            "sides": dict(sides),
+            "openvino": import_openvino().get_version(),
+            "device": self.device,
+            "settings": {name: str(value) for name, value in self._settings.items()},
+            "processor": [name_processor(), *read_processor_features()],
+        }
+
+
+def has_bfloat16(device: str = "CPU") -> bool:
+    """Whether a device computes in bfloat16; a processor does with AVX-512 BF16 or AMX.
+
+    Raises MissingExtraError where OpenVINO is not installed.
+    """
+    if device.partition(":")[0] in VIRTUAL:
+        return False
+    return "BF16" in import_openvino().Core().get_property(device, "OPTIMIZATION_CAPABILITIES")
