@@ -328,7 +328,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -
     length = int(q.shape[1])
     q, k, v = (reshape_like_onnx(x, (0, 0, heads, -1)).transpose(1, 2) for x in (q, k, v))
     if torch.jit.is_tracing():
-        if _fused:
+        if _fused is True:
             tiles = split_like_onnx(q * width**-0.5, QUERY_TILES, 2)
             x = torch.cat([torch.softmax(tile @ k.transpose(-1, -2), dim=-1) @ v for tile in tiles], 2)
             return reshape_like_onnx(x.transpose(1, 2), (0, 0, -1))
