@@ -240,7 +240,7 @@ class _Build:
         config.max_aux_streams = 0  # plans are captured in graphs of one stream; forks cost launches there
         if PACKAGES[self.backend].ahead:
             config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # contexts never allocate while they run
-            config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # prints the kernels; the plan is the same
+            config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # prints the kernels; the plan keeps its size
         if self.capabilities:
             config.num_compute_capabilities = len(self.capabilities)
             for index, capability in enumerate(self.capabilities):

@@ -1,7 +1,7 @@
 """What a plan will launch, read from the list of kernels that the builder prints (docs/reading-a-plan.md).
 
 With detailed verbosity the builder ends with one message, a line a kernel: name, kind, inputs, constants, outputs. The
-plan itself is the same, to the byte. So a plan can be judged where no GPU is: how many launches, whether attention is
+plan keeps its size. So a plan can be judged where no GPU is: how many launches, whether attention is
 one kernel, whether a residual is added where the product is made, what is copied about.
 """
 
