@@ -79,6 +79,21 @@ def test_a_merge_reads_and_writes_every_weight_once_and_reads_the_factors() -> N
     assert report.merge_bytes([layer, layer], 2) == 2 * (2 * 2 * 640 * 1280 + 4 * (4 * 640 + 4 * 1280))
 
 
+def test_numbers_become_the_nearest_of_fp8() -> None:
+    """Against another implementation of the format, at all its numbers, between them and beside these middles."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    from _gpu_cases import to_float8
+
+    codes = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    middles = (codes[1:] + codes[:-1]) / 2
+    values = np.concatenate(
+        [codes, middles, np.nextafter(middles, np.float32(0)), np.nextafter(middles, np.float32(9e9))]
+    )
+    values = np.concatenate([values, -values])
+    np.testing.assert_array_equal(to_float8(values), values.astype(ml_dtypes.float8_e4m3fn).view(np.uint8))
+    np.testing.assert_array_equal(to_float8(np.array([449, -1e9], np.float32)), [0x7E, 0xFE])  # never no number
+
+
 def test_differences_of_other_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="against"):
         report.largest_difference(np.zeros(2), np.zeros(3))
@@ -764,10 +779,18 @@ def test_a_captured_step_gives_the_same_bits(networks: Any, monkeypatch: pytest.
 @pytest.mark.slow
 def test_subjects_swap_and_come_back(networks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = run("subjects", networks, monkeypatch)
-    assert found["A, B, A: the same bits as before"] is True and found["A, B: another result"] is True
+    held = "pristine weights with the host"
+    for told in ("A, B, A", f"A, B, A, {held}"):
+        assert found[f"{told}: the same bits as before"] is True and found[f"{told}: another result between"] is True
+    assert found["the same bits from either place"] is True
     assert found["a swap, p50 of 4 [ms]"] <= found["a swap, p99 of 4 [ms]"]
-    assert found["a swap: kernels launched"] + found["a swap: copies within the device"] > 0
-    assert found["a swap, on the device [ms]"] > 0
+    assert found["a swap: kernels launched"] == found[f"a swap, {held}: kernels launched"] == 1
+    slots = found["unet slots [MB]"] + found["unet_kv slots [MB]"]
+    assert found["unet pristine [MB]"] + found["unet_kv pristine [MB]"] == slots
+    table = found["a swap: uploaded [bytes]"]
+    assert found[f"a swap, {held}: uploaded [bytes]"] - table == pytest.approx(1e6 * slots, rel=0.01)
+    assert 0 < table < 2e4 and found["a swap: fewest bytes it can move [MB]"] > 2 * slots
+    assert found["a swap, on the device [ms]"] > 0 and found[f"a swap, {held}: over the bus [GB/s]"] > 0
     assert found["a step with a subject [ms]"] > 0 and found["a step without a subject [ms]"] > 0
 
 
@@ -857,8 +880,13 @@ def test_the_plain_loop_stands_in_for_a_pipeline_that_cannot_be_imported(
         on = _gpu_models.on_device(TINY, device, networks)
         paint: Any = _gpu_peers.painter(part, TINY, on, TINY.jobs(), compiled=False)
         unet = _gpu_peers.unet_of(TINY, on, compiled=False)
-        ours = _gpu_peers.state_of(on, "unet")
-        assert all(value.data_ptr() == ours[name].data_ptr() for name, value in unet.state_dict().items())
+        ours, theirs = networks._made["unet"].module.network.state_dict(), unet.state_dict()
+        assert all(theirs[name].data_ptr() == value.data_ptr() for name, value in ours.items())
+        slots = {slot.module: (each, slot) for each in ("unet", "unet_kv") for slot in networks.slots(each)}
+        assert {f"{module}.weight" for module in slots} == theirs.keys() - ours.keys()
+        for module, (each, slot) in slots.items():
+            own = slot.view(networks.weights(each)[slot.weight])
+            np.testing.assert_array_equal(theirs[f"{module}.weight"].numpy(), own.T)
         picture = paint({"num_inference_steps": 2, "guidance_scale": 4.0})
     assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8 and picture.std() > 0
     assert "no transformers" in part.notes[0]
