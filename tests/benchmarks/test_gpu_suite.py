@@ -893,6 +893,59 @@ def test_the_plain_loop_stands_in_for_a_pipeline_that_cannot_be_imported(
     assert torch.is_grad_enabled()
 
 
+def test_diffusers_gets_weights_of_slots_from_stacked_inputs() -> None:
+    """q, k and v beside one another in one input, o transposed in another; torch wants (outputs, inputs)."""
+    torch = pytest.importorskip("torch")
+    from _gpu_peers import state_of
+
+    from dreammix_trt.core.slots import Slot
+
+    rng = np.random.default_rng(0)
+    q, k, v, o = (rng.standard_normal((4, 6)).astype(np.float32) for _ in range(4))
+    held = {"qkv": np.concatenate([q, k, v], axis=1), "o": np.ascontiguousarray(o.T)}
+    slots = [*(Slot(name, 4, 6, "qkv", 6 * n, 18) for n, name in enumerate("qkv")), Slot("o", 4, 6, "o", 0, 4, True)]
+    own = torch.nn.Linear(2, 2)
+    networks = SimpleNamespace(
+        _made={"unet": SimpleNamespace(module=SimpleNamespace(network=own))},
+        slots=lambda name: slots, weights=lambda name: held, device=torch.device("cpu"),
+    )  # fmt: skip
+    found = state_of(networks, "unet")
+    assert found.keys() == {"weight", "bias", "q.weight", "k.weight", "v.weight", "o.weight"}
+    assert found["weight"].data_ptr() == own.weight.data_ptr()
+    for name, wanted in zip("qkvo", (q, k, v, o), strict=True):
+        np.testing.assert_array_equal(found[f"{name}.weight"].numpy(), wanted.T)
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_phases_that_cannot_be_captured_miss_a_goal_where_they_should_be(captures: bool) -> None:
+    from _gpu_full import graph_rows
+
+    from dreammix_trt.engine.device.captures import Failure, Statistics
+
+    part = report.Part("full")
+    failed = {"a step on unet": Failure(3, "it allocates")} if captures else {}
+    studio = SimpleNamespace(statistics=Statistics(2, 30, 4, failed), networks=SimpleNamespace(captures=captures))
+    front: Any = SimpleNamespace(studio=studio)
+    graph_rows(part, front, "torch")
+    assert [each["value"] for each in part.rows] == [30, 4, *([1] if captures else [])]
+    assert report.has_failed(part.to_json()) is captures
+    assert part.notes == (["torch: a step on unet was not captured, 3 times: it allocates"] if captures else [])
+
+
+def test_networks_alone_get_numbers_of_every_type() -> None:
+    from _gpu_full import _draw_input
+
+    from dreammix_trt.core.axes import FLOAT8, Tensor
+
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    eighths = _draw_input(np.random.default_rng(0), Tensor("w", FLOAT8, (64, 64)), (64, 64))
+    values = eighths.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    assert eighths.dtype == np.uint8 and np.abs(values).max() < 1 and values.min() < 0 < values.max()
+    halves = _draw_input(np.random.default_rng(0), Tensor("k", "float16", ("rows", 7)), (2, 7))
+    assert halves.dtype == np.float16 and np.abs(halves).max() <= 1
+    assert (_draw_input(np.random.default_rng(0), Tensor("timestep", "float32", ("rows",)), (2,)) == 500).all()
+
+
 def test_a_job_that_takes_other_steps_is_refused() -> None:
     import _gpu_peers
 
