@@ -7,13 +7,13 @@ float64, never from the kernel. Frames are those of one request of `side` pixels
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dreammix_trt.core.axes import FACTOR
+from dreammix_trt.core.axes import FACTOR, FLOAT8
 from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import make_schedule, time_ids
@@ -409,36 +409,81 @@ def _texts(scene: Workbench) -> list[KernelCase]:
 
 
 def _merges(scene: Workbench) -> list[KernelCase]:
-    """A subject of `RANK` in a fifth of SDXL's slots, at miniature sides fewer and narrower; one in four is copied."""
+    """A subject of `RANK` in a fifth of SDXL's slots, at miniature sides fewer and narrower, and the other forms."""
     small = scene.side < 512
     count, wide = (8, 64) if small else (112, 1280)
-    table = np.zeros(count, MERGE)
-    table["source"] = table["target"] = 2 * wide * wide * np.arange(count)
-    table["rank"] = np.where(np.arange(count) % 4, RANK, 0)
-    table["left"] = table["right"] = 4 * wide * RANK * np.arange(count)
-    table["stride"] = table["rows"] = table["columns"] = wide
-    table["kind"] = MERGE_KINDS["float16", "float16"]
-    table["left_scale"], table["right_scale"], table["out_scale"] = 1, 0.8, 1
-    tasks = scene.gpu.plan_merges(table=_at_home(table).ctypes.data, count=count)
-    pristine = np.resize(scene.floats(min(count, 8), wide, wide, dtype="float16"), (count, wide, wide))
-    left, right = (scene.floats(count, *shape) * np.float32(0.1) for shape in ((wide, RANK), (RANK, wide)))
-    merged = pristine.copy()
-    for number in np.flatnonzero(table["rank"]):
-        slot = Slot("", wide, wide, "", 0, wide)
-        factors = left[number], right[number] * np.float32(0.8)
-        kernels.merge_weight(pristine[number], merged[number], slot, *factors)
-    plain = _at_home(table)
-    scene.gpu.plan_merges(table=plain.ctypes.data, count=count)
-    table["first"] = plain["first"]
+    usual = Merging(count, wide, wide, wide, "float16", "float16")
+    goal = None if small else 1.0
     return [
-        KernelCase(
-            "merge a subject", "merge_weights",
-            {"slots": table.view(np.uint8), "pristine": pristine, "left": left, "right": right},
-            {"merged": merged}, {"count": count, "tasks": tasks},
-            inside={"source": "pristine", "target": "merged", "left": "left", "right": "right"},
-            least=2 * pristine.nbytes + (left.nbytes + right.nbytes) * 3 // 4, goal_ms=None if small else 1.0,
-        ),
-    ]  # fmt: skip
+        _merge(scene, "merge a subject", usual, goal_ms=goal),
+        _merge(scene, "merge a subject into FP8", replace(usual, target=FLOAT8), goal_ms=goal),
+        _merge(scene, "merge in place, q beside k and v", Merging(8, 40, 48, 144, "float16", "float16", in_place=True)),
+        _merge(scene, "merge where nothing is aligned", Merging(8, 33, 13, 13, "float16", "float16")),
+        _merge(scene, "merge in float32, in place", Merging(8, 40, 48, 48, "float32", "float32", in_place=True)),
+    ]
+
+
+@dataclass(frozen=True)
+class Merging:
+    """Slots to merge: how many of them, of (rows, columns) numbers, rows `stride` numbers apart; their types."""
+
+    count: int
+    rows: int
+    columns: int
+    stride: int
+    source: str
+    target: str
+    in_place: bool = False
+
+    @property
+    def table(self) -> Array:
+        """The MERGE records with places for addresses; every fourth slot is copied."""
+        numbers, table = np.arange(self.count), np.zeros(self.count, MERGE)
+        for name, dtype in (("source", self.source), ("target", self.target)):
+            table[name] = self.rows * self.stride * (1 if dtype == FLOAT8 else np.dtype(dtype).itemsize) * numbers
+        table["left"], table["right"] = 4 * self.rows * RANK * numbers, 4 * RANK * self.columns * numbers
+        table["rank"] = np.where(numbers % 4, RANK, 0)
+        table["rows"], table["columns"], table["stride"] = self.rows, self.columns, self.stride
+        table["kind"] = MERGE_KINDS[self.source, self.target]
+        table["left_scale"], table["right_scale"] = 1, 0.8
+        table["out_scale"] = 4 if self.target == FLOAT8 else 1
+        return table
+
+
+def _merge(scene: Workbench, label: str, slots: Merging, *, goal_ms: float | None = None) -> KernelCase:
+    """Slots merged at once, against the host's bits."""
+    count, table = slots.count, slots.table
+    plain = _at_home(table)
+    tasks = scene.gpu.plan_merges(table=plain.ctypes.data, count=count)
+    table["first"] = plain["first"]
+    shape = (slots.rows, slots.stride)
+    pristine = np.resize(scene.floats(min(count, 8), *shape, dtype=slots.source), (count, *shape))
+    left, right = (scene.floats(count, *each) * np.float32(0.1) for each in ((slots.rows, RANK), (RANK, slots.columns)))
+    eighths = slots.target == FLOAT8
+    merged = pristine.astype(np.float32 if eighths else slots.target)
+    for number in np.flatnonzero(table["rank"]):
+        slot = Slot("", slots.rows, slots.columns, "", 0, slots.stride)
+        source = pristine[number].astype(merged.dtype)
+        kernels.merge_weight(source, merged[number], slot, left[number], right[number] * np.float32(0.8))
+    wanted = to_float8(merged * np.float32(4)) if eighths else merged
+    touched = 2 * slots.columns / slots.stride if slots.in_place else 1
+    weights = {"merged" if slots.in_place else "pristine": pristine}
+    return KernelCase(
+        label, "merge_weights", {"slots": table.view(np.uint8), **weights, "left": left, "right": right},
+        {"merged": wanted}, {"count": count, "tasks": tasks}, tolerances={"merged": 0.0},
+        inside={"source": next(iter(weights)), "target": "merged", "left": "left", "right": "right"},
+        least=int(touched * pristine.nbytes) + wanted.nbytes * (not slots.in_place)
+        + (left.nbytes + right.nbytes) * 3 // 4,
+        goal_ms=goal_ms,
+    )  # fmt: skip
+
+
+def to_float8(values: F32) -> U8:
+    """The e4m3 codes nearest to finite values, of two the even one; beyond 448 that of 448."""
+    size = np.minimum(np.abs(values.astype(np.float64)), 448)
+    exponent = np.frexp(np.maximum(size, 2.0**-6))[1] - 1  # below 2^-6 the steps stay as they are
+    code = 8 * (exponent + 6) + np.rint(size * 2.0 ** (3 - exponent)).astype(np.int64)
+    return (code | np.where(np.signbit(values), 0x80, 0)).astype(np.uint8)
 
 
 def _at_home(table: Array) -> Array:

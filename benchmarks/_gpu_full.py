@@ -27,6 +27,8 @@ from _gpu_models import (
 from _gpu_parts import ceiling
 from _gpu_report import DECODE_TFLOP, DECODES, ENCODE_TFLOP, ENCODES, Part, job_tflop, step_tflop
 
+from dreammix_trt.core.axes import FLOAT8, Sides
+
 LOOP_GOAL, AROUND_GOAL = "<= 0.03", "<= 0.02"
 _PLAIN_VALUES = {"timestep": 500.0, "time_ids": 1024.0}
 
@@ -94,9 +96,10 @@ class BackEnd:
             networks.load(name)
 
     def time_all(self, tokenizers: Sequence[Any]) -> None:
-        """Steps with and without guidance, the VAE, and whole pictures."""
+        """Steps with and without guidance, what comes before them, the VAE, and whole pictures."""
         self.time_step(2)
         self.time_step(1)
+        self.time_text()
         self.time_vae()
         self.time_pictures(tokenizers, self.setting.jobs())
 
@@ -119,11 +122,19 @@ class BackEnd:
         share = f"{kind}: a step outside the UNet {told}, of its call"
         self.part.add_share(share, around, self.unet[rows], goal=AROUND_GOAL)
 
+    def time_text(self) -> None:
+        """The keys and values of a text with guidance, which a stage takes once for each UNet it uses."""
+        side = self.setting.side // 8
+        if "unet_kv" in self.networks:
+            seconds = _call_time(self.device, self.networks, "unet_kv", Sides(2, 1, side, side), self.stream)
+            self.part.add(f"{self.kind}: keys and values of the text, once a stage and UNet [ms]", 1e3 * seconds)
+
     def time_vae(self) -> None:
         """Both halves on one picture."""
         side = self.setting.side // 8
         for name, tflop in (("vae_encoder", ENCODE_TFLOP), ("vae_decoder", DECODE_TFLOP)):
-            seconds = self.vae[name] = _vae_time(self.device, self.networks, name, side, self.stream)
+            seconds = _call_time(self.device, self.networks, name, Sides(1, 1, side, side), self.stream)
+            self.vae[name] = seconds
             self.part.add(f"{self.kind}: {name} [ms]", 1e3 * seconds)
             if self.setting.width == 1 and self.setting.side == 1024:
                 self._share(f"{self.kind}: {name}, share of the matrix product", tflop, seconds)
@@ -136,6 +147,7 @@ class BackEnd:
                 walls, timings = paint_often(front, self.setting, fields, times=self.setting.repeats)
                 self._job_rows(f"{self.kind}: {name}", fields, walls, timings)
                 traffic_rows(self.part, self.setting, self.device, front, f"{self.kind}: {name}", fields)
+            graph_rows(self.part, front, self.kind)
 
     def _job_rows(
         self, name: str, fields: Mapping[str, Any], walls: list[float], timings: list[dict[str, float]]
@@ -172,11 +184,10 @@ def _step_times(rig: StepRig) -> tuple[float, ...]:
     return tuple(statistics.median(event_seconds(rig.device, rig.stream, work)) for work in works)
 
 
-def _vae_time(device: Any, networks: Any, name: str, side: int, stream: Any = None) -> float:
-    """Median seconds of half the VAE on one picture."""
-    from dreammix_trt.core.axes import Sides
-
-    with bound_alone(device, networks, name, Sides(1, 1, side, side), stream) as (bound, stream):
+def _call_time(device: Any, networks: Any, name: str, sides: Sides, stream: Any = None) -> float:
+    """Median seconds of one call of a network alone."""
+    networks.load(name)
+    with bound_alone(device, networks, name, sides, stream) as (bound, stream):
         return call_seconds(device, bound, stream)
 
 
@@ -189,18 +200,23 @@ def call_seconds(device: Any, bound: Any, stream: Any) -> float:
 
 @contextmanager
 def bound_alone(device: Any, networks: Any, name: str, sides: Any, stream: Any = None) -> Iterator[tuple[Any, Any]]:
-    """A network on memory of its own with random values, run once, and a stream, where none is given."""
+    """A network on memory of its own with random values and the base's own weights, run once, and a stream, where none
+    is given."""
     rng = np.random.default_rng(2)
     with ExitStack() as owned:
         if stream is None:
             stream = device.make_stream()
             owned.callback(stream.close)
         arrays = {
-            tensor.name: array(device, owned, sides.shape(tensor), tensor.dtype)
+            tensor.name: array(device, owned, sides.shape(tensor), tensor.memory_dtype)
             for tensor in (*networks.inputs(name), *networks.outputs(name))
         }
+        pristine = networks.weights(name)
         for tensor in networks.inputs(name):
-            upload(device, stream, arrays[tensor.name], _draw_input(rng, tensor, sides.shape(tensor)))
+            values = pristine.get(tensor.name)
+            if values is None or values.dtype != arrays[tensor.name].dtype:
+                values = _draw_input(rng, tensor, sides.shape(tensor))
+            upload(device, stream, arrays[tensor.name], values)
         workspace = array(device, owned, (max(networks.workspace_bytes(name, sides), 256),), "uint8")
         bound = networks.bind(name, sides, arrays, workspace)
         owned.callback(bound.close)
@@ -212,13 +228,13 @@ def bound_alone(device: Any, networks: Any, name: str, sides: Any, stream: Any =
 
 def _draw_input(rng: np.random.Generator, tensor: Any, shape: tuple[int, ...]) -> Any:
     """Values that a network can be given: tokens, sizes and times where it wants those, and small numbers."""
+    if tensor.dtype == FLOAT8:  # of a slot: numbers below one
+        return rng.integers(0, 0x38, shape, np.uint8) | (rng.integers(0, 2, shape, np.uint8) << 7)
     if np.dtype(tensor.dtype).kind == "i":
         return np.full(shape, 1, tensor.dtype)
     if tensor.name in _PLAIN_VALUES:
         return np.full(shape, _PLAIN_VALUES[tensor.name], tensor.dtype)
-    # a matrix of weights, or of a LoRA's factors, must not make everything behind it overflow
-    scale = 1.0 if any(isinstance(side, str) and side != "pictures" for side in tensor.shape) else 0.03
-    return (scale * np.tanh(rng.standard_normal(shape, np.float32))).astype(tensor.dtype)
+    return np.tanh(rng.standard_normal(shape, np.float32)).astype(tensor.dtype)
 
 
 def paint_often(
@@ -236,6 +252,17 @@ def paint_often(
         walls.append(time.perf_counter() - started)
         timings.append(front.timings)
     return walls[warm:], timings[warm:]
+
+
+def graph_rows(part: Part, front: Front, kind: str) -> None:
+    """How the phases of these pictures ran, and which could not be captured and why."""
+    statistics = front.studio.statistics
+    part.add(f"{kind}: phases replayed as graphs", statistics.replayed)
+    part.add(f"{kind}: phases launch by launch", statistics.plain)
+    if front.studio.networks.captures:
+        part.add(f"{kind}: phases that could not be captured", len(statistics.failed), goal="<= 0")
+    for name, failure in statistics.failed.items():
+        part.note(f"{kind}: {name} was not captured, {failure.times} times: {failure.reason}")
 
 
 def traffic_rows(part: Part, setting: Setting, device: Any, front: Front, name: str, fields: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dreammix_trt.core.request import Request
     from dreammix_trt.core.seam import Array, DeviceNetworks, Stream
     from dreammix_trt.core.subject import Subject
+    from dreammix_trt.engine.device.slot_layout import Pristine
     from dreammix_trt.engine.drivers.device import Device
 
 CHANNELS = 4
@@ -160,7 +161,7 @@ def tokenizers_of(setting: Setting) -> tuple[Any, ...]:
 
 
 def random_subject(networks: DeviceNetworks, name: str, *, seed: int, rank: int = 4) -> Subject:
-    """Factors of every slot of the patched UNet, some percent of a layer's output."""
+    """Factors of every slot of the patched UNet and of what attends for it, some percent of a layer's output."""
     from dreammix_trt.core.networks import networks_of_factors
     from dreammix_trt.core.subject import Subject
 
@@ -263,7 +264,8 @@ def studio_for(
 class StepRig:
     """One step of a batch by itself, bound to memory of its own: the two kernels and the UNet between them.
 
-    Its memory holds random values; every row of its schedule is the same middle one of thirty steps.
+    Its memory holds random values; every row of its schedule is the same middle one of thirty steps. `slot_bytes` are
+    the regions of slots' weights: merged ("unet slots"), and the base's own where they are on the device.
     """
 
     def __init__(
@@ -275,9 +277,11 @@ class StepRig:
         pictures: int = 1,
         rows: int = 2,
         subjects: Sequence[Subject] = (),
+        pristine: Pristine = "device",
         stream: Stream | None = None,
     ) -> None:
-        """latent: height and width; rows: a picture, 2 with guidance; stream: where the networks must run."""
+        """latent: height and width; rows: a picture, 2 with guidance; pristine: where the base's own slot weights are;
+        stream: where the networks must run."""
         from dreammix_trt.core.axes import Sides
 
         self.device, self.pictures, self.rows, self.latent = device, pictures, rows, latent
@@ -287,7 +291,7 @@ class StepRig:
             if stream is None:
                 self._owned.callback(self.stream.close)
             self.sides = Sides(pictures * rows, pictures, *latent)
-            self.weights = self._make_weights(networks, max(len(subjects), 1))
+            self.weights = self._make_weights(networks, max(len(subjects), 1), pristine)
             for subject in subjects:
                 self.weights.add(subject.name, subject)
             self.arrays = self._arrays(networks)
@@ -354,7 +358,7 @@ class StepRig:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _make_weights(self, networks: DeviceNetworks, subjects: int) -> Any:
+    def _make_weights(self, networks: DeviceNetworks, subjects: int, pristine: Pristine) -> Any:
         from dreammix_trt.core.networks import networks_of_factors
         from dreammix_trt.engine.device import slot_layout
         from dreammix_trt.engine.device.arena import Arena
@@ -364,13 +368,14 @@ class StepRig:
 
         mine = networks_of_factors("unet")
         slotted = {name: each for name, each in slot_layout.list_slotted(networks).items() if name in mine}
-        sizes = slot_layout.measure_weights(slotted, turns=False, pristine="device")
-        regions = {**slot_layout.list_tables(slotted, subjects), **{n: ((size,), "uint8") for n, size in sizes.items()}}
+        self.slot_bytes = slot_layout.measure_weights(slotted, turns=False, pristine=pristine)
+        tables = slot_layout.list_tables(slotted, subjects)
+        regions = tables | {name: ((size,), "uint8") for name, size in self.slot_bytes.items()}
         arena = Arena(self.device, regions)
         self._owned.callback(arena.close)
         uploads = Uploads(self.device, self.stream, Pace(self.device, self.stream).wait_for, self._owned)
         return DeviceWeights(
-            self.device, self.stream, networks, slotted, arena, uploads, turns=False, pristine="device"
+            self.device, self.stream, networks, slotted, arena, uploads, turns=False, pristine=pristine
         )
 
     def _arrays(self, networks: DeviceNetworks) -> dict[str, Array]:

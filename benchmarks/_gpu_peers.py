@@ -66,7 +66,7 @@ def _compare(part: Part, setting: Setting, jobs: Mapping[str, Mapping[str, Any]]
                 part.add(f"{name}: diffusers, {kind} [s]", seconds["diffusers"])
                 part.add(f"{name}: ours, torch {kind} in the device runtime [s]", seconds["ours"])
                 part.add(f"{name}: diffusers / ours, both {kind}", seconds["diffusers"] / seconds["ours"])
-    part.note("diffusers computes its VAE in float16")
+    part.note("diffusers computes its VAE in float16; neither side has a subject: ours reads the base's own weights")
 
 
 def in_turns(setting: Setting, fields: Mapping[str, Any], paint: Paint, front: Front) -> dict[str, float]:
@@ -110,21 +110,28 @@ def painter(
 
 
 def state_of(networks: Any, *names: str) -> dict[str, Any]:
-    """The weights of loaded torch networks by torch name: the tensors themselves."""
+    """The weights of loaded torch networks by torch name: the tensors themselves, and copies of the base's own weights
+    of slots, which are inputs of ours."""
+    import torch
+
     state: dict[str, Any] = {}
     for name in names:
         state |= networks._made[name].module.network.state_dict()
+        held = networks.weights(name)
+        for slot in networks.slots(name):
+            weight = np.ascontiguousarray(slot.view(held[slot.weight]).T)
+            state[f"{slot.module}.weight"] = torch.from_numpy(weight).to(networks.device)
     return state
 
 
 def unet_of(setting: Setting, networks: Any, compiled: bool) -> Any:
-    """diffusers' UNet over our weights: they are shared, not copied."""
+    """diffusers' UNet over our weights: shared, but for those of slots."""
     import torch
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(configs_of(setting)["unet"])
-    unet.load_state_dict(state_of(networks, "unet"), assign=True)
+    unet.load_state_dict(state_of(networks, "unet", "unet_kv"), assign=True)
     unet.eval().requires_grad_(False)
     if compiled:  # in place: a pipeline asks its UNet for its config
         unet.compile(mode=setting.compile_mode, fullgraph=True, dynamic=False)

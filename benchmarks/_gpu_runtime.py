@@ -7,7 +7,7 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,7 @@ from _gpu_models import (
 )
 from _gpu_report import GIB, MIB, Part, Spread, merge_bytes
 
-from dreammix_trt.core.networks import networks_of_factors
-from dreammix_trt.core.subject import Subject
+from dreammix_trt.core.networks import KINDS
 
 _MERGE = "merge_weights"  # the kernel that merges a subject into weights
 
@@ -38,60 +37,78 @@ _MERGE = "merge_weights"  # the kernel that merges a subject into weights
 
 
 def subjects(part: Part, setting: Setting) -> None:
-    """How long a swap takes, whether it leaves nothing behind, and what different subjects in one batch cost."""
+    """How long a swap takes, whether it leaves nothing behind, and what subjects in turns cost."""
     side = setting.side // 8
     with device_of(setting) as device, random_networks(setting, device) as networks:
         known = [random_subject(networks, name, seed=seed) for seed, name in enumerate("ABCD")]
+        factors = known[0].factors["unet"]
         with StepRig(device, networks, (side, side), subjects=known) as rig:
-            _swaps(part, setting, rig, known)
+            for name, size in rig.slot_bytes.items():
+                part.add(f"{name} [MB]", size / 1e6)
+            _time_swaps(part, rig, "a swap", setting.swaps, goal="<= 5")
+            _swap_traffic(part, rig, "a swap", factors)
+            _steps_with_and_without(part, rig)
+            ends = _come_back(part, rig, "A, B, A")
             _turns_of_subjects(part, rig, rounds=2 * setting.repeats)
-    part.note("a swap: from the call to the device's answer; pristine weights and factors of rank 4 lie on the device")
+        told = "a swap, pristine weights with the host"
+        with StepRig(device, networks, (side, side), subjects=known, pristine="host") as rig:
+            _time_swaps(part, rig, told, max(setting.swaps // 20, 1))
+            _swap_traffic(part, rig, told, factors)
+            again = _come_back(part, rig, "A, B, A, pristine weights with the host")
+        part.add("the same bits from either place", np.array_equal(ends, again), goal="== 1")
+    part.note("a swap: from the call to the device's answer, every slot of the UNet touched by factors of rank 4 there")
 
 
-def _swaps(part: Part, setting: Setting, rig: StepRig, known: Sequence[Subject]) -> None:
-    merged = sum(each.nbytes for name in networks_of_factors("unet") for each in rig.weights.arrays(name).values())
-    part.add("merged weights of the UNet [MB]", merged / 1e6)
-    turns = itertools.cycle("AB")
-    walls = []
-    for _ in range(setting.swaps + 10):
+def _time_swaps(part: Part, rig: StepRig, told: str, swaps: int, goal: str | None = None) -> None:
+    """Wall time of many swaps. goal: of the 99th percentile."""
+    turns, walls = itertools.cycle("AB"), []
+    warm = min(10, swaps)
+    for _ in range(swaps + warm):
         rig.device.synchronize(rig.stream)
         started = time.perf_counter()
         rig.enter(next(turns))
         rig.device.synchronize(rig.stream)
         walls.append(1e3 * (time.perf_counter() - started))
-    spread = Spread.of(walls[10:])
-    part.add(f"a swap, p50 of {setting.swaps} [ms]", spread.p50)
-    part.add(f"a swap, p99 of {setting.swaps} [ms]", spread.p99, goal="<= 5")
-    _swap_traffic(part, rig, turns, known[0].factors["unet"])
-    _steps_with_and_without(part, rig)
+    spread = Spread.of(walls[warm:])
+    part.add(f"{told}, p50 of {swaps} [ms]", spread.p50)
+    part.add(f"{told}, p99 of {swaps} [ms]", spread.p99, goal=goal)
+
+
+def _swap_traffic(part: Part, rig: StepRig, told: str, factors: Mapping[str, Any]) -> None:
+    """What a swap launches and moves, and how long the device is at it; factors: of one of the subjects."""
+    turns = itertools.cycle("CD")  # neither is there now
+    with count_calls(rig.device) as calls:
+        rig.enter(next(turns))
+        rig.device.synchronize(rig.stream)
+    part.add(f"{told}: kernels launched", calls.kernels.total())
+    part.add(f"{told}: copies within the device", calls.copies)
+    part.add(f"{told}: copied within the device [MB]", calls.copied / 1e6)
+    part.add(f"{told}: uploaded [bytes]", calls.uploaded)
+    if calls.kernels:
+        part.note(f"{told}: {', '.join(f'{count} x {name}' for name, count in calls.kernels.items())}")
+    seconds = statistics.median(event_seconds(rig.device, rig.stream, lambda: rig.enter(next(turns))))
+    part.add(f"{told}, on the device [ms]", 1e3 * seconds)
+    merged = merge_bytes(factors.values(), np.dtype(rig.arrays["sample"].dtype).itemsize)
+    if calls.uploaded > merged // 4:  # weights crossed the bus, which is slower than memory
+        part.add(f"{told}: over the bus [GB/s]", calls.uploaded / seconds / 1e9)
+    elif set(calls.kernels) <= {_MERGE}:  # of other kernels nobody counted the bytes
+        moved = 2 * calls.copied + calls.uploaded + merged * bool(calls.kernels)
+        rate = copy_bandwidth(rig.device, nbytes=max(moved, MIB))
+        part.add(f"{told}: fewest bytes it can move [MB]", moved / 1e6)
+        part.add(f"{told}: share of copying", moved / seconds / rate)
+
+
+def _come_back(part: Part, rig: StepRig, told: str) -> Any:
+    """One subject, another, the first again: rows, and the first's result."""
+    rig.reset()
     ends = []
     for name in "ABA":
         rig.enter(name)
         rig.unet()
         ends.append(rig.result()["eps"])
-    part.add("A, B, A: the same bits as before", bool(np.array_equal(ends[0], ends[2])), goal="== 1")
-    part.add("A, B: another result", not np.array_equal(ends[0], ends[1]), goal="== 1")
-
-
-def _swap_traffic(part: Part, rig: StepRig, turns: Iterator[str], factors: Mapping[str, Any]) -> None:
-    """What a swap launches and moves, and how long the device is at it; factors: of one of the subjects."""
-    with count_calls(rig.device) as calls:
-        rig.enter(next(turns))
-        rig.device.synchronize(rig.stream)
-    part.add("a swap: kernels launched", calls.kernels.total())
-    part.add("a swap: copies within the device", calls.copies)
-    part.add("a swap: copied within the device [MB]", calls.copied / 1e6)
-    part.add("a swap: uploaded [bytes]", calls.uploaded)
-    if calls.kernels:
-        part.note(f"a swap launches {', '.join(f'{count} x {name}' for name, count in calls.kernels.items())}")
-    seconds = statistics.median(event_seconds(rig.device, rig.stream, lambda: rig.enter(next(turns))))
-    part.add("a swap, on the device [ms]", 1e3 * seconds)
-    if set(calls.kernels) <= {_MERGE}:  # of other kernels nobody counted the bytes
-        merged = merge_bytes(factors.values(), np.dtype(rig.arrays["sample"].dtype).itemsize)
-        moved = 2 * calls.copied + calls.uploaded + merged * bool(calls.kernels)
-        rate = copy_bandwidth(rig.device, nbytes=max(moved, MIB))
-        part.add("a swap: fewest bytes it can move [MB]", moved / 1e6)
-        part.add("a swap: share of copying", moved / seconds / rate)
+    part.add(f"{told}: the same bits as before", bool(np.array_equal(ends[0], ends[2])), goal="== 1")
+    part.add(f"{told}: another result between", not np.array_equal(ends[0], ends[1]), goal="== 1")
+    return ends[0]
 
 
 def _steps_with_and_without(part: Part, rig: StepRig) -> None:
@@ -170,9 +187,8 @@ def _turns(part: Part, networks: Any) -> None:
 
 
 def _own(networks: Any) -> list[str]:
-    """The networks that are loaded from the start."""
-    names = ("text_encoder", "text_encoder_2", "unet", "unet_raw", "inpaint_head", "vae_encoder", "vae_decoder")
-    return [name for name in names if name in networks]
+    """The networks that are loaded from the start: all but twins."""
+    return [kind.name for kind in KINDS if kind.name in networks]
 
 
 def _as_if(front: Front, total: int) -> str:

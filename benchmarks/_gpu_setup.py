@@ -15,6 +15,8 @@ import sys
 import zipfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +157,14 @@ def use_extension(folder: Path) -> None:
     """From now on this process takes `dreammix_trt._cpp` from `folder`. Call it before anything imports the kernels."""
     import dreammix_trt
 
-    if "dreammix_trt._cpp" in sys.modules:
+    name = "dreammix_trt._cpp"
+    if name in sys.modules:
         raise RuntimeError("the extension is already loaded: use_extension comes first")
-    dreammix_trt.__path__.insert(0, str(folder))
+    found = PathFinder.find_spec(name, [str(folder)])  # an editable install's finder would give its own
+    if found is None or found.loader is None:
+        raise RuntimeError(f"{folder}: there is no module _cpp for this Python")
+    sys.modules[name] = dreammix_trt._cpp = module_from_spec(found)
+    found.loader.exec_module(dreammix_trt._cpp)
 
 
 def _tool(name: str) -> str:
