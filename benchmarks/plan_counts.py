@@ -68,7 +68,7 @@ def list_networks(width: float, depth: int | None) -> dict[str, Network]:
         patch=None,
     )
     found = {each.name: each for each in describe_networks(base, precision="float16", fused=True)}
-    plain = {each.name: each for each in describe_networks(base, 0, "float16", True)}
+    plain = {each.name: each for each in describe_networks(base, False, "float16", True)}
     found["unet without slots"] = plain["unet"]
     return {name: each for name, each in found.items() if not name.endswith("_float32")}
 

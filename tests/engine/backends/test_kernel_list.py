@@ -158,7 +158,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Planned:
         if name not in found:
             wanted, _, without = name.partition(" ")
             networks = (
-                describe_networks(base, 0, "float16", True)
+                describe_networks(base, False, "float16", True)
                 if without
                 else describe_networks(base, precision="float16", fused=True)
             )
