@@ -71,7 +71,7 @@ class Subject:
 
 
 class Role(NamedTuple):
-    """A loaded subject at a strength: what is packed, kept and entered as one.
+    """A loaded subject at a strength: what is merged and kept as one.
 
     name: of the subject, "" for none.
     scale: beside the subject's own.
@@ -81,7 +81,7 @@ class Role(NamedTuple):
     scale: float = 1.0
 
 
-NOBODY = Role("")  # whose factors are zeros
+NOBODY = Role("")  # whose weights are the base's own
 
 
 def subject_from_loras(

@@ -71,6 +71,12 @@ def test_another_schema_is_refused_with_the_command_that_rebuilds(folder: Path, 
     assert "dreammix-trt build --lora lora --out engine" in str(caught.value)
 
 
+def test_the_command_that_rebuilds_has_no_options_that_are_gone(folder: Path) -> None:
+    change(folder, schema=2, command="dreammix-trt build --out it --slot-rank 16 --precision float16")
+    with pytest.raises(EngineError, match=r"`dreammix-trt build --out it --precision float16`$"):
+        Passport.read(folder)
+
+
 def test_a_passport_of_schema_1_says_how_to_rebuild_though_its_fields_are_others(tmp_path: Path) -> None:
     """As version 0.1 wrote them: other fields, but the command is there, so the remedy is exact."""
     record = {
