@@ -173,7 +173,7 @@ def test_statistics_tell_how_the_phases_ran(simulated: Any) -> None:
     job = make_job(patched_fraction=1)
     paint_jobs(dm, job)
     first = dm.studio.statistics
-    phases = 6  # start, keys and values, a step, local result, hand-over, finish; then the text, which two prompts share
+    phases = 6  # start, keys and values, a step, local result, hand-over, finish; then the text, of two prompts
     assert first == Statistics(captured=phases + 1, replayed=2 + steps - 1, plain=phases + 1)
     paint_jobs(dm, job)
     second = dm.studio.statistics
