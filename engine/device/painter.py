@@ -80,7 +80,7 @@ class DevicePainter:
             self._rooms.append(same or studio.rooms.enter(shape))
         if not self.marks:
             self._mark("")
-        if studio.residency.captures:  # else weights come with their phases
+        if studio.plan.strategy != "swap":  # else weights come with their phases
             for network in dict.fromkeys(step.network for step in self.schedule):
                 studio.weights.enter(self._role, _list_group(network))
         self._mark("subject")

@@ -140,11 +140,11 @@ def test_a_twin_is_bound_before_its_weights_come(loaded: Any, host: DreamMix, ba
 
 @pytest.mark.parametrize("backend", BOTH)
 def test_an_engine_is_read_only_when_it_must_be(loaded: Any, backend: str) -> None:
-    """TensorRT 11 reads it to learn of it and once more with its weights; not to plan the memory."""
+    """TensorRT 11 reads it to learn of it and once more with its weights; not to plan the memory. Twins are not."""
     _, gpu = loaded(backend, shapes="static", residency="resident")
     read = Counter(entry.removeprefix("deserialise ") for entry in gpu.log if entry.startswith("deserialise"))
     assert read.pop("unet") == read.pop("vae_encoder") == (2 if backend == "tensorrt" else 1)
-    assert read["vae_encoder_float32"] == 1
+    assert not read["vae_encoder_float32"]
 
 
 @pytest.mark.parametrize("backend", BOTH)

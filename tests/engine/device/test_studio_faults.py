@@ -173,12 +173,12 @@ def test_statistics_tell_how_the_phases_ran(simulated: Any) -> None:
     job = make_job(patched_fraction=1)
     paint_jobs(dm, job)
     first = dm.studio.statistics
-    phases = 5  # start, a step, local result, hand-over, finish; then the text, which two prompts share
-    assert first == Statistics(captured=phases + 1, replayed=1 + steps - 1, plain=phases + 1)
+    phases = 6  # start, keys and values, a step, local result, hand-over, finish; then the text, of two prompts
+    assert first == Statistics(captured=phases + 1, replayed=2 + steps - 1, plain=phases + 1)
     paint_jobs(dm, job)
     second = dm.studio.statistics
     assert (second.captured, second.plain) == (first.captured, first.plain)
-    assert second.replayed - first.replayed == phases - 1 + steps
+    assert second.replayed - first.replayed == phases - 2 + 2 + steps  # keys and values in both stages
 
 
 def test_a_network_that_can_be_captured_only_later_is_tried_again(
@@ -202,7 +202,7 @@ def test_a_network_that_can_be_captured_only_later_is_tried_again(
     ready.append(True)
     paint_jobs(dm, job)
     assert dm.studio.statistics.failed["a step on unet"].times == 2
-    assert dm.studio.statistics.captured == 6 and caplog.text.count("a step on unet cannot be captured") == 1
+    assert dm.studio.statistics.captured == 7 and caplog.text.count("a step on unet cannot be captured") == 1
 
 
 class Measured:
