@@ -153,7 +153,7 @@ class EngineSet:
     def is_large(self, name: str) -> bool:
         """Whether a network's own weights, slots aside, are too many to be held or kept twice."""
         file = self._entry(name).get("weights")
-        return bool(file) and (self.parts[name] / file).stat().st_size > LARGE
+        return file is not None and (self.parts[name] / file).stat().st_size > LARGE
 
     def _fixes_sides(self, name: str) -> bool:
         """Whether sessions of this network are each for certain sides."""
