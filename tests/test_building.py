@@ -73,6 +73,7 @@ SECOND = """
 import sys, time
 start = time.perf_counter()
 from dreammix_trt.building import build
+from dreammix_trt.engine.directory import open_engine
 build(sys.argv[1], out=sys.argv[2], base=sys.argv[3], name="second")
 heavy = [name for name in ("torch", "diffusers", "transformers", "onnx") if name in sys.modules]
 print(time.perf_counter() - start, heavy)
@@ -378,7 +379,11 @@ def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
 
     def exported(base: Any, network: Any, graph: Path, out: Path, **_: Any) -> None:
         (out / "x.onnx").write_bytes(b"")
-        write_json(out / "network.json", {"schema": 3, "graph": "x.onnx", "weights": "x.onnx", **network.describe()})
+        entry = {"schema": 3, "graph": "x.onnx", "weights": "x.onnx", **network.describe()}
+        if network.slots:
+            (out / "x.slots.safetensors").write_bytes(network.name.encode())
+            entry["slot_weights"] = "x.slots.safetensors"
+        write_json(out / "network.json", entry)
 
     def planned(onnx: Path, out: Path, *, backend: str, **_: Any) -> BuildReport:
         out.write_bytes(b"plan")
@@ -543,6 +548,27 @@ def test_the_command_says_that_there_are_no_twins(held: Held, tmp_path: Path) ->
     assert "--no-safe-vae" not in told[True] and told[False].split().count("--no-safe-vae") == 1
     with pytest.raises(InputError, match=r"safe_vae is off, but only a float16 VAE.*leave --no-safe-vae"):
         build(out=tmp_path / "out", engine=EngineOptions(safe_vae=False))
+
+
+def test_a_plan_lies_beside_the_weights_of_its_slots(held: Held, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install dreammix-trt[rtx]")
+    options = EngineOptions(targets=("sm_89",))
+    for contained in (False, True):
+        store = tmp_path / "store"
+        out = tmp_path / f"out-{contained}"
+        passport = build(base=held.folder, out=out, store=store, engine=options, self_contained=contained)
+        for name in (*UNETS, *TEXTS):
+            folder = out / "networks" / name if contained else Store(store).get(passport.parts[name])
+            assert folder is not None
+            entry = json.loads((folder / "network.json").read_text())
+            assert entry["engine"].endswith(".engine") and entry["slot_weights"] == "x.slots.safetensors"
+            assert (folder / "x.slots.safetensors").read_bytes() == name.encode()
+            assert len(passport.files[f"{name}/x.slots.safetensors"]) == 64
+        assert not any("slots" in file for file in passport.files if file.startswith("vae"))
+        check_engine(out, store=store)
+        (out / "networks/unet/x.slots.safetensors").write_bytes(b"other") if contained else None
+    with pytest.raises(EngineError, match=r"x\.slots\.safetensors"):
+        check_engine(tmp_path / "out-True", store=tmp_path / "store")
 
 
 @pytest.mark.parametrize(

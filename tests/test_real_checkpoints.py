@@ -239,7 +239,7 @@ def test_ranks_add_up_without_a_limit(held: Checkpoint, single: Passport, shelf:
     one, two = (lora(tmp_path / f"{n}.safetensors", seed=n, rank=40) for n in range(2))
     passport = made(shelf, tmp_path / "out", lora=[one, two], **held.given())
     assert passport.parts == single.parts
-    assert subject_factors(tmp_path / "out")[f"unets.{MODULE}.A"].shape == (64, 80)
+    assert subject_factors(tmp_path / "out")[f"unet.{MODULE}.A"].shape == (64, 80)
 
 
 def test_a_target_the_base_does_not_have_is_refused(held: Checkpoint, shelf: Path, tmp_path: Path) -> None:

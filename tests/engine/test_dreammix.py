@@ -196,6 +196,40 @@ def test_a_subject_has_a_strength(mug_engine: Path, cup: Path) -> None:
         np.testing.assert_array_equal(paint(dm, "a zyx cup", subject="cup"), full)
 
 
+def test_one_subject_after_the_other_and_back_has_the_same_bits(mug_engine: Path, cup: Path) -> None:
+    with DreamMix.load(mug_engine, threads=1) as dm:
+        dm.add_subject(cup)
+        one, nobody, other, again, nobody_again = (paint(dm, subject=name) for name in ("mug", "", "cup", "mug", ""))
+    np.testing.assert_array_equal(again, one)
+    np.testing.assert_array_equal(nobody_again, nobody)
+    assert len({each.tobytes() for each in (one, nobody, other)}) == 3
+
+
+def test_a_lora_of_a_high_rank_is_the_sum_of_its_parts(dm: DreamMix, cup: Path, tmp_path: Path) -> None:
+    """The same change as 30 columns of a thirtieth each: pictures agree but for rounding."""
+    subject = read_subject(cup)
+    factors = {
+        network: {module: (np.tile(a, 30), np.tile(b, (30, 1)) / np.float32(30)) for module, (a, b) in modules.items()}
+        for network, modules in subject.factors.items()
+    }
+    assert max(a.shape[1] for modules in factors.values() for a, _ in modules.values()) >= 120
+    plain, wide = (
+        DreamMix.on_host(dm.networks, dm.facts, dm.tokenizers, [each])
+        for each in (subject, replace(subject, factors=factors))
+    )
+    one, other = (np.asarray(paint(each, "a zyx cup"), np.int16) for each in (plain, wide))
+    assert np.abs(one - other).max() <= 1 and (one != np.asarray(paint(dm, "a zyx cup", subject=""))).any()
+
+
+def test_keys_and_values_are_made_once_in_a_stage_for_each_unet(dm: DreamMix) -> None:
+    noted = Noted(dm.networks)
+    fresh = DreamMix.on_host(noted, dm.facts, dm.tokenizers)
+    result = fresh.inpaint(IMAGE, MASK, "a mug", num_inference_steps=8, patched_fraction=0.7)
+    assert {step.network for step in result.schedule} == {"unet", "unet_raw"}
+    assert len(noted.list_calls("unet", "unet_raw")) > 8, "the local stage runs on to its end, on the raw UNet"
+    assert len(noted.list_calls("unet_kv")) == len(noted.list_calls("unet_raw_kv")) == 2
+
+
 def test_a_strength_of_nobody_is_refused(dm: DreamMix) -> None:
     for scale in (-0.1, 2.1, float("nan"), "1"):
         with pytest.raises(InputError, match=r"subject_scale is .*from 0 to 2"):
