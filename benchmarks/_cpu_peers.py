@@ -26,7 +26,7 @@ def pictures(opened: ExitStack, threads: int, steps: int, size: int, *, compiled
     """Whole pictures of the embedded model: name -> paint one; and why others are absent."""
     image, mask = sample_place(size)
     fields: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": 4.0}
-    theirs = {**fields, "height": size, "width": size, "strength": 0.9999, "image": image, "mask_image": mask}
+    theirs = {**fields, "height": size, "width": size, "strength": 1.0, "image": image, "mask_image": mask}
     works, absent = Works(), find_absent(compiled)
     eager = make_pipeline(threads)
     works[EAGER] = lambda: eager(prompt=PROMPT, **theirs)
