@@ -7,7 +7,7 @@ one entry here, one torch module, and a phase of the painters that uses it (docs
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from dreammix_trt.core.keymap import sgm_to_diffusers
 from dreammix_trt.core.slots import LORA_SIDES, Slot, packed_size
 from dreammix_trt.core.tensors import Weights
 
-Precision = Literal["float32", "float16"]
+Precision = Literal["float32", "float16", "bfloat16"]
 Group = Literal["text", "picture", "unet", "unet_raw"]
 Call = Literal["prompt", "frame", "vae", "step"]
 
@@ -43,10 +43,11 @@ class Network:
     inputs, outputs: in call order.
     slots: its LoRA slots in packed order.
     configs: the component configs that its graph is made from.
-    precision: of its arithmetic.
+    precision: of its arithmetic. Inputs and outputs of a bfloat16 network are float16: numpy has no bfloat16.
     fused: whether attention and group norm are single operators and each LoRA factor is an input, as TensorRT wants.
         Otherwise they are written out and the factors are one packed input, which suits ONNX Runtime best.
     wide: the units of a float16 VAE that stay float32.
+    float8: linear or convolution -> the scales of its input and of its weight, powers of two; these compute in E4M3.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Network:
     precision: Precision = "float32"
     fused: bool = False
     wide: tuple[str, ...] = ()
+    float8: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def kind(self) -> NetworkKind:
@@ -67,7 +69,9 @@ class Network:
 
     def describe(self) -> dict[str, Any]:
         """The part of `network.json` that depends on the graph."""
+        quantized = {"float8": {name: list(scales) for name, scales in self.float8.items()}} if self.float8 else {}
         return {
+            **quantized,
             "precision": self.precision,
             "fused": self.fused,
             "wide": list(self.wide),
@@ -90,6 +94,22 @@ class Network:
             for tensors in (inputs, self.outputs)
         )
         return replace(self, inputs=inputs, outputs=outputs, precision=precision, fused=fused)
+
+    def with_bfloat16(self) -> Network:
+        """The same float16 network, which computes in bfloat16 between its inputs and outputs."""
+        return replace(self, precision="bfloat16")
+
+    def with_float8(self, scales: Mapping[str, tuple[float, float]]) -> Network:
+        """The same network, some layers of which compute in E4M3.
+
+        scales: see `float8`.
+        """
+        return replace(self, float8=dict(scales))
+
+    @property
+    def plain(self) -> Network:
+        """The same network without layers in E4M3."""
+        return replace(self, float8={})
 
     def draw_example(self, sizes: Mapping[str, int], seed: int = 0) -> dict[str, NDArray[Any]]:
         """Draw random inputs; LoRA factors are not zero.

@@ -56,7 +56,19 @@ Targets = Annotated[
     list[str] | None, typer.Option(help="GPU to build for, e.g. sm_89 (RTX 4090); several allowed; no GPU needed.")
 ]
 Precision = Annotated[
-    Literal["float32", "float16"] | None, typer.Option(help="Default: float16 for TensorRT, else float32.")
+    Literal["float32", "float16", "fp8"] | None,
+    typer.Option(
+        help="Default: float16 for TensorRT, else float32. fp8: UNets in E4M3, for sm_89 and newer; ONNX Runtime "
+        "emulates it, slowly."
+    ),
+]
+UnetPrecision = Annotated[
+    Literal["bfloat16"] | None,
+    typer.Option(help="For UNets whose values are too large for float16 (TensorRT)."),
+]
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(help="For fp8: what `calibrate` wrote about this base; default: calibration.json in its folder."),
 ]
 Shapes = Annotated[
     Literal["static", "dynamic"],
@@ -106,7 +118,19 @@ PANELS = {
     "The subject": ("lora", "subject", "name", "token", "class_name", "merge"),
     "What requests use by default": ("sampler", "steps", "guidance_scale"),
     "What it runs on": (
-        *("backend", "target", "precision", "shapes", "pictures", "context", "workspace", "vae_image", "no_safe_vae"),
+        *(
+            "backend",
+            "target",
+            "precision",
+            "unet_precision",
+            "calibration",
+            "shapes",
+            "pictures",
+            "context",
+            "workspace",
+            "vae_image",
+            "no_safe_vae",
+        ),
     ),
     "What is written": ("out", "self_contained", "store", "verify", "as_json"),
 }
@@ -131,6 +155,8 @@ def build(
     backend: Backend = None,
     target: Targets = None,
     precision: Precision = None,
+    unet_precision: UnetPrecision = None,
+    calibration: CalibrationFile = None,
     shapes: Shapes = "static",
     pictures: Pictures = 1,
     context: Context = "77",
@@ -151,6 +177,8 @@ def build(
     engine = EngineOptions(
         backend=backend or "",
         precision=precision or "",
+        unet_precision=unet_precision or "",
+        calibration=calibration,
         targets=tuple(target or ()),
         shapes=shapes,
         pictures=pictures,

@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 
 from dreammix_trt.core.checkpoint import EMBEDDED, TOKENIZERS, BaseFiles
 from dreammix_trt.core.files import read_json, write_json
+from dreammix_trt.core.float8 import DTYPE
 from dreammix_trt.core.keymap import blocks_of
 from dreammix_trt.core.network_weights import BaseLora, weights_of
 from dreammix_trt.core.networks import SLOT_RANK, Network, Precision, describe_networks, plain_name
 from dreammix_trt.core.tensors import Weights, write_tensors
+from dreammix_trt.export.onnx_graph import Weight, place_weights
 from dreammix_trt.export.parity import check_parity, choose_sizes
 from dreammix_trt.export.torch_module import check_fit, make_torch_module
 
@@ -181,8 +183,12 @@ def export_network(
     """
     facts = read_json(graph / "graph.json")
     weights, file = weights_of(base, network.name, loras), out / f"{network.graph}.safetensors"
-    _write_weights(network, weights, facts["weights"], file)
-    shutil.copyfile(graph / "graph.onnx", file.with_suffix(".onnx"))
+    wanted = {name: Weight(dtype, tuple(shape), turned) for name, (dtype, shape, turned) in facts["weights"].items()}
+    if network.float8:
+        wanted = _write_quantized(network, graph / "graph.onnx", wanted, file)
+    else:
+        shutil.copyfile(graph / "graph.onnx", file.with_suffix(".onnx"))
+    _write_weights(network, weights, wanted, file)
     described = network.describe()  # without inputs that have no effect: factors of a text encoder's unused last layer
     described["inputs"] = [spec for spec in described["inputs"] if spec["name"] in facts["inputs"]]
     entry = {
@@ -191,7 +197,7 @@ def export_network(
         "weights": file.name,
         "exporter": facts["exporter"],
         **described,
-        "initializers": {name: transposed for name, (_, _, transposed) in facts["weights"].items()},
+        "initializers": {name: weight.transposed for name, weight in wanted.items()},
     }
     entry["parity"] = _find_parity(base, network, weights, facts, out, verify)
     write_json(out / "network.json", entry)
@@ -240,15 +246,29 @@ def _strip_configs(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _write_weights(network: Network, weights: Weights, wanted: Mapping[str, Any], file: Path) -> None:
+def _write_quantized(network: Network, graph: Path, wanted: Mapping[str, Weight], file: Path) -> dict[str, Weight]:
+    """Write the graph of a network with quantised layers, beside its weights; returns the forms that it needs."""
+    import onnx
+
+    from dreammix_trt.export.quantize import quantize_graph
+
+    model, forms = quantize_graph(onnx.load(graph, load_external_data=False), network, wanted)
+    place_weights(model.graph, forms, file.name)
+    file.with_suffix(".onnx").write_bytes(model.SerializeToString())
+    return forms
+
+
+def _write_weights(network: Network, weights: Weights, wanted: Mapping[str, Weight], file: Path) -> None:
     """Write the weights as the graph needs them, without those that have no effect (a text encoder's last layer)."""
-    straight = {name: tuple(shape[::-1] if turned else shape) for name, (_, shape, turned) in wanted.items()}
+    straight = {name: form.shape[::-1] if form.transposed else form.shape for name, form in wanted.items()}
     check_fit(network.name, {name: weights.shape(name) for name in wanted if name in weights}, straight)
 
     def read(name: str) -> NDArray[np.float32]:
-        return weights[name].T if wanted[name][2] else weights[name]
+        if wanted[name].dtype == DTYPE:
+            return weights[name] / np.float32(network.float8[name.removesuffix(".weight")][1])
+        return weights[name].T if wanted[name].transposed else weights[name]
 
-    write_tensors(file, {name: (dtype, tuple(shape)) for name, (dtype, shape, _) in wanted.items()}, read)
+    write_tensors(file, {name: (form.dtype, form.shape) for name, form in wanted.items()}, read)
 
 
 def _find_parity(
@@ -257,6 +277,8 @@ def _find_parity(
     from importlib.util import find_spec
 
     size = sum(math.prod(weights.shape(name)) for name in weights)
+    if network.float8 or network.precision == "bfloat16":  # they differ by more than any bound for faults
+        return {"checked": "not", "parameters": size}
     possible = find_spec("torch") is not None and find_spec("diffusers") is not None
     if verify or (verify is None and possible and size <= CHECKED_PARAMETERS):
         model = out / f"{network.graph}.onnx"

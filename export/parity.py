@@ -47,11 +47,12 @@ class OnnxNetwork:
         return dict(zip(names, self._session.run(names, used), strict=True))
 
 
-def run_torch(module: Any, network: Network, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+def run_torch(module: Any, network: Network, inputs: Mapping[str, NDArray[Any]], device: str = "cpu") -> Arrays:
     """Run a torch module in float32, whatever the precision of the inputs.
 
     module: from `make_torch_module`.
     inputs: by name.
+    device: where the module's parameters are.
 
     Returns outputs by name.
     """
@@ -59,12 +60,12 @@ def run_torch(module: Any, network: Network, inputs: Mapping[str, NDArray[Any]])
 
     def tensor(value: NDArray[Any]) -> Any:
         wide = value.astype(np.float32) if value.dtype == np.float16 else value
-        return torch.from_numpy(np.ascontiguousarray(wide))
+        return torch.from_numpy(np.ascontiguousarray(wide)).to(device)
 
     with torch.inference_mode():
         result = module(*(tensor(inputs[spec.name]) for spec in network.inputs))
     tensors = result if isinstance(result, tuple) else (result,)
-    return {spec.name: tensor.contiguous().numpy() for spec, tensor in zip(network.outputs, tensors, strict=True)}
+    return {spec.name: tensor.contiguous().cpu().numpy() for spec, tensor in zip(network.outputs, tensors, strict=True)}
 
 
 def choose_sizes(divisor: int) -> tuple[dict[str, int], ...]:
