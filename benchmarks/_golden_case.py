@@ -125,11 +125,6 @@ class Case:
         return found
 
     @property
-    def rank(self) -> int:
-        """Rank the slots need for all LoRAs at once, at least the usual 8."""
-        return max(8, sum(lora.rank for lora, _, _ in self.loras(0)))
-
-    @property
     def _token(self) -> str:
         """A word of the prompt, as our TAS insists on the subject's being there and the recorded one does not."""
         words = self.config["prompt"].lower().split()
@@ -159,7 +154,7 @@ class WeakPatch(BaseFiles):
         return fooocus.apply_patch(self.state("unet"), patch, names, biases=self.patch_biases, alpha=self.alpha)
 
 
-def networks_for(case: Case, backend: str, rank: int, threads: int | None = None) -> Networks:
+def networks_for(case: Case, backend: str, threads: int | None = None) -> Networks:
     """The case's model on a back end; its ONNX parts are exported once and kept beside the store."""
     base = case.base
     if backend == "torch":
@@ -169,20 +164,20 @@ def networks_for(case: Case, backend: str, rank: int, threads: int | None = None
             import torch
 
             torch.set_num_threads(threads)
-        return TorchEngineSet(base, slot_rank=rank)
+        return TorchEngineSet(base)
     from dreammix_trt.export import onnx_export
     from dreammix_trt.export.onnx_graph import exporter_versions
 
     code = b"".join(file.read_bytes() for file in sorted(Path(onnx_export.__file__).parent.glob("*.py")))
     parts = {
-        "files": base.hash_contents(), "biases": base.patch_biases, "alpha": getattr(base, "alpha", 1.0), "rank": rank,
+        "files": base.hash_contents(), "biases": base.patch_biases, "alpha": getattr(base, "alpha", 1.0),
         "exporter": exporter_versions(), "code": hashlib.sha256(code).hexdigest(),
     }  # fmt: skip
     shelf, key = Store(cache_home() / "golden"), Store.key(parts)
     if shelf.get(key) is None:
         with shelf.put(key, parts) as folder:
             if folder is not None:
-                onnx_export.export_base(base, folder, slot_rank=rank)
+                onnx_export.export_base(base, folder)
     found = shelf.get(key)
     assert found is not None
     return EngineSet.load(found, threads)
@@ -200,6 +195,9 @@ class Recorder:
 
     def slots(self, name: str) -> tuple[Any, ...]:
         return self._networks.slots(name)
+
+    def weights(self, name: str) -> Mapping[str, Array]:
+        return self._networks.weights(name)
 
     def run(self, name: str, **arrays: Any) -> dict[str, Array]:
         # copies: an output that is kept holds its place in the runtime's arena, which then grows by gigabytes

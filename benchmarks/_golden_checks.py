@@ -15,11 +15,13 @@ import numpy.typing as npt
 
 from benchmarks._golden_case import Case, Run, pictures
 from benchmarks.golden_units import Check, row_of
-from dreammix_trt.core.packing import pack
+from dreammix_trt.core.networks import kv_name
 from dreammix_trt.core.schedule import Schedule, Step, make_schedule
 from dreammix_trt.core.seam import Networks
+from dreammix_trt.core.subject import Role
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.canvas.frames import Canvas, Frame, from_decoded
+from dreammix_trt.engine.host.weights import HostWeights
 from dreammix_trt.engine.jobs import lay_canvas
 from dreammix_trt.engine.text import Tokenizer, apply_tas, elimination_text, plan_tas
 
@@ -66,11 +68,9 @@ class _Checks:
             "gch": self.canvas.global_frame(self.request.gch_field),
         }
         self._features: dict[str, Array] = {}
-        self.lora = {
-            name: pack(case.subject.factors_for(name), networks.slots(name))[None]
-            for name in ("text_encoder", "text_encoder_2", "unet", "unet_raw")
-            if name in networks
-        }
+        weights = HostWeights(networks)
+        weights.add("golden", case.subject)
+        self.weights = weights.use(Role("golden"))
 
     def _row(self, name: str, got: Array, bound: float, label: str = "") -> Iterator[Check]:
         if name in self.case:
@@ -150,7 +150,7 @@ class _Checks:
         outputs = []
         for encoder, folder in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
             ids = Tokenizer.load(self.base.folder / folder).encode(prompt, truncate=True)[None]
-            outputs.append(self.run(encoder, input_ids=ids, lora=self.lora[encoder]))
+            outputs.append(self.run(encoder, input_ids=ids, **self.weights(encoder)))
         return np.concatenate([output["hidden"][0] for output in outputs], -1), outputs[1]["pooled"][0]
 
     def networks(self) -> Iterator[Check]:
@@ -192,15 +192,17 @@ class _Checks:
         rows = len(text)
         scaled = self.case[f"x_in_{at}"] / np.float32(np.sqrt(step.sigma**2 + 1))
         feature = self._feature(s)
+        attends = kv_name(step.network)
+        attended = self.run(attends, encoder_hidden_states=text, **self.weights(attends))
         eps = self.run(
             step.network,
             sample=np.repeat(scaled, rows, 0),
             timestep=np.full(rows, step.timestep, np.float32),
-            encoder_hidden_states=text,
             text_embeds=self.case[f"{s}_unet_pooled"],
             time_ids=self.case["time_ids"][step.index][-rows:],
             inpaint_feature=feature if step.network == "unet" else np.zeros_like(feature),
-            lora=self.lora[step.network],
+            **attended,
+            **self.weights(step.network),
         )["eps"]
         if rows == 2:
             yield from self._row(f"unet_uncond_{at}", eps[:1], UNET)

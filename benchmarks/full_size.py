@@ -173,10 +173,10 @@ def child(kind: str, inputs: str, onnx: str, paths: list[str]) -> None:
     """One side of `unet_call`, in a process of its own."""
     from dreammix_trt.core.checkpoint import BaseFiles
     from dreammix_trt.core.lora import read_lora
+    from dreammix_trt.core.merging import list_changes, merge_weights
     from dreammix_trt.core.network_weights import weights_of
     from dreammix_trt.core.networks import describe_networks
-    from dreammix_trt.core.packing import pack
-    from dreammix_trt.core.slots import unpack
+    from dreammix_trt.core.slots import gather_weight, names_of_weights
     from dreammix_trt.export.parity import OnnxNetwork, run_torch
     from dreammix_trt.export.torch_module import make_torch_module
 
@@ -184,11 +184,10 @@ def child(kind: str, inputs: str, onnx: str, paths: list[str]) -> None:
     network = next(each for each in describe_networks(base, precision="float16", fused=True) if each.name == "unet")
     if kind == "make inputs":
         made = network.draw_example({"pictures": 1, "rows": 2, "h": LATENT, "w": LATENT})
-        factors = read_lora(paths[3], base.configs["unet"]).factors["unet"]
-        made |= {
-            name: rows.astype(np.float16)
-            for name, rows in unpack(pack(factors, network.slots)[None], network.slots).items()
-        }
+        factors, held = read_lora(paths[3], base.configs["unet"]).factors["unet"], weights_of(base, "unet")
+        for name in names_of_weights(network.slots):
+            made[name] = gather_weight(name, made[name].shape, network.slots, held).astype(np.float16)
+        made |= merge_weights(made, list_changes(factors, network.slots))
         np.savez(inputs, **made)
         return
     arrays = dict(np.load(inputs))

@@ -21,7 +21,6 @@ from benchmarks._common import Benchmark  # noqa: E402
 from benchmarks._golden_case import BACKENDS, Case, find_cases, networks_for, replay  # noqa: E402
 from benchmarks._golden_checks import check_case  # noqa: E402
 from benchmarks.golden_units import Check, check_units  # noqa: E402
-from dreammix_trt.core.packing import pack  # noqa: E402
 from dreammix_trt.core.seam import Networks  # noqa: E402
 from dreammix_trt.engine import kernels  # noqa: E402
 from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet  # noqa: E402
@@ -43,9 +42,7 @@ def main(words: Sequence[str] | None = None) -> int:
         _add(bench, "units", check_units(chosen.folder / "units.npz"))
     for case, networks in _load_cases(find_cases(chosen.folder, chosen.cases), chosen.backend, chosen.threads or None):
         start = time.perf_counter()
-        _add(
-            bench, case.name, [*_encodings(case, networks), *check_whole_case(case, networks, whole=not chosen.no_run)]
-        )
+        _add(bench, case.name, [*_encodings(case), *check_whole_case(case, networks, whole=not chosen.no_run)])
         if isinstance(networks, EngineSet):
             networks.close()  # its arenas have grown to this case's sizes; sessions come back when needed
         bench.add(f"{case.name}: seconds ({chosen.backend})", time.perf_counter() - start)
@@ -59,21 +56,21 @@ def check_whole_case(case: Case, networks: Networks, *, whole: bool = True) -> l
 
 def _load_cases(cases: list[Case], backend: str, threads: int | None) -> list[tuple[Case, Networks]]:
     """Each case with its networks, shared by the cases of one model."""
-    rank = max((case.rank for case in cases), default=0)
     made: dict[str, Networks] = {}
     for case in cases:
         base = str(case.base)
-        made[base] = made.get(base) or networks_for(case, backend, rank, threads)
+        made[base] = made.get(base) or networks_for(case, backend, threads)
     return [(case, made[str(case.base)]) for case in cases]
 
 
-def _encodings(case: Case, networks: Networks) -> list[Check]:
+def _encodings(case: Case) -> list[Check]:
     """The interchangeable files of a LoRA give the same factors (up to a rounding of the scale)."""
     rows = []
-    slots = networks.slots("unet")
     for n, lora in enumerate(case.config["loras"]):
-        packed = [pack(case.loras(k)[n][0].factors.get("unet", {}), slots) for k in range(len(lora["files"]))]
-        error = max(float(abs(other - packed[0]).max()) for other in packed)
+        first, *others = (case.loras(k)[n][0].factors.get("unet", {}) for k in range(len(lora["files"])))
+        assert all(other.keys() == first.keys() for other in others)
+        pairs = [(first[module], other[module]) for other in others for module in first]
+        error = max((float(abs(a @ b - c @ d).max()) for (a, b), (c, d) in pairs), default=0.0)
         rows.append(Check(f"lora {n}: encodings agree", error, 1e-6, error <= 1e-6))
     return rows
 

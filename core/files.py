@@ -111,6 +111,19 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return record
 
 
+def share_file(source: Path, target: Path) -> None:
+    """Put a file that is never written again at a second place too: as a hard link where that is possible, else a copy.
+
+    Whole or not at all; `target` is replaced.
+    """
+    with atomic_file(target) as temporary:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
 def sha256_of(path: str | os.PathLike[str], *, verify: bool = False) -> str:
     """SHA-256 of a file in hex. Hashes of large files are remembered by path, size, modification time and inode.
 

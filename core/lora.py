@@ -36,6 +36,7 @@ from dreammix_trt.core.lora_names import (
     place_of,
 )
 from dreammix_trt.core.lora_parts import PEFT_CONFIG, PEFT_FILES, AdapterScales, make_pair, read_tensors
+from dreammix_trt.core.networks import kind_of
 from dreammix_trt.core.recognise import recognise_file
 
 log = logging.getLogger(__name__)
@@ -223,8 +224,8 @@ def check_weights(lora: Lora, network: str, shapes: Mapping[str, tuple[int, ...]
 
 
 def network_part(network: str) -> str:
-    """The part of a LoRA that an engine's network takes; "unet_raw" takes "unet"."""
-    return "unet" if network == "unet_raw" else network
+    """The part of a LoRA that an engine's network takes: "unet" for both UNets and what attends for them."""
+    return kind_of(network).factors or network
 
 
 def describe_other_base(factors: Mapping[str, tuple[Floats, Floats]], here: Mapping[str, int]) -> str:

@@ -24,10 +24,11 @@ class BaseLora:
 
     def touches(self, network: str) -> bool:
         """Whether the LoRA changes a network's weights."""
-        part = kind_of(network).factors
-        if part is None:
+        kind = kind_of(network)
+        if kind.factors is None:
             return False
-        return (part != "unet" or network in unets_of(self.target)) and bool(self.lora.factors.get(part))
+        targeted = kind.factors != "unet" or (kind.factors_of or kind.name) in unets_of(self.target)
+        return targeted and bool(self.lora.factors.get(kind.factors))
 
 
 def weights_of(base: BaseFiles, network: str, loras: Sequence[BaseLora] = ()) -> Weights:
@@ -38,9 +39,11 @@ def weights_of(base: BaseFiles, network: str, loras: Sequence[BaseLora] = ()) ->
 
     Raises FileFormatError when a LoRA names modules that the base lacks or has in another shape.
     """
-    weights = kind_of(network).weights(base)
+    kind = kind_of(network)
+    weights = kind.weights(base)
     for each in loras:
         if each.touches(network):
             check_weights(each.lora, network, {name: weights.shape(name) for name in weights})
             weights = weights.change(weight_changes(each.lora, network, each.scale))
-    return weights
+    holds = kind.holds
+    return weights if holds is None else weights.rename(lambda name: name if holds(name) else None)

@@ -16,18 +16,19 @@ from numpy.typing import NDArray
 from dreammix_trt.core.axes import Tensor
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.config_fields import TOKENS
+from dreammix_trt.core.float8 import DTYPE
 from dreammix_trt.core.keymap import sgm_to_diffusers
-from dreammix_trt.core.slots import LORA_SIDES, Slot, packed_size
+from dreammix_trt.core.slots import Slot, names_of_weights
 from dreammix_trt.core.tensors import Weights
 
 Precision = Literal["float32", "float16", "bfloat16"]
 Group = Literal["text", "picture", "unet", "unet_raw"]
-Call = Literal["prompt", "frame", "vae", "step"]
+Call = Literal["prompt", "frame", "vae", "stage", "step"]
 
-SLOT_RANK: Final = 8
-LORA: Final = "lora"  # the packed input of LoRA factors
+KEY, VALUE = ".key", ".value"  # what a cross-attention layer attends to; the endings of their names
 _TWIN: Final = "_float32"
 _ATTENTION_LINEARS: Final = (".to_q", ".to_k", ".to_v", ".to_out.0")
+_FROM_TEXT: Final = (".attn2.to_k", ".attn2.to_v")
 
 
 # -- one network of one base ------------------------------------------------------------------------------------------
@@ -41,11 +42,10 @@ class Network:
     graph: the name of its graph (`unet_raw` shares `unet`'s).
     module: its torch module, "package.module:Class"; export makes it with `Class.of(network)`.
     inputs, outputs: in call order.
-    slots: its LoRA slots in packed order.
+    slots: its LoRA slots; their weights are its last inputs.
     configs: the component configs that its graph is made from.
     precision: of its arithmetic. Inputs and outputs of a bfloat16 network are float16: numpy has no bfloat16.
-    fused: whether attention and group norm are single operators and each LoRA factor is an input, as TensorRT wants.
-        Otherwise they are written out and the factors are one packed input, which suits ONNX Runtime best.
+    fused: whether attention and group norm are single operators, as TensorRT wants. Otherwise they are written out.
     wide: the units of a float16 VAE that stay float32.
     float8: linear or convolution -> the scales of its input and of its weight, powers of two; these compute in E4M3.
     """
@@ -77,42 +77,64 @@ class Network:
             "wide": list(self.wide),
             "inputs": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.inputs],
             "outputs": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.outputs],
-            "slots": [{"module": s.module, "in": s.inputs, "out": s.outputs, "rank": s.rank} for s in self.slots],
+            "slots": [slot.describe() for slot in self.slots],
         }
 
     def at(self, precision: Precision, fused: bool) -> Network:
         """The same network in another precision and form."""
-        inputs = self.inputs
-        if fused and self.slots:  # A and B of every slot, in the order of a packed row
-            factors = (Tensor(name, "float32", ("pictures", *shape)) for s in self.slots for name, shape in s.factors)
-            inputs = (*(tensor for tensor in inputs if tensor.name != LORA), *factors)
         inputs, outputs = (
             tuple(
                 replace(tensor, dtype=precision) if tensor.dtype == "float32" and not tensor.stays_float32 else tensor
                 for tensor in tensors
             )
-            for tensors in (inputs, self.outputs)
+            for tensors in (self.inputs, self.outputs)
         )
         return replace(self, inputs=inputs, outputs=outputs, precision=precision, fused=fused)
+
+    def shapes_of_weights(self) -> dict[str, tuple[int, ...]]:
+        """The inputs that hold the slots' weights: name -> shape."""
+        shapes = {tensor.name: tensor.shape for tensor in self.inputs}
+        return {name: tuple(int(side) for side in shapes[name]) for name in names_of_weights(self.slots)}
+
+    def without_slots(self) -> Network:
+        """The same network with the base's weights in it."""
+        weights = names_of_weights(self.slots)
+        return replace(self, inputs=tuple(each for each in self.inputs if each.name not in weights), slots=())
 
     def with_bfloat16(self) -> Network:
         """The same float16 network, which computes in bfloat16 between its inputs and outputs."""
         return replace(self, precision="bfloat16")
 
     def with_float8(self, scales: Mapping[str, tuple[float, float]]) -> Network:
-        """The same network, some layers of which compute in E4M3.
+        """The same network, some layers of which compute in E4M3. In the fused form their slots hold codes.
 
         scales: see `float8`.
         """
-        return replace(self, float8=dict(scales))
+        made = replace(self, float8=dict(scales))
+        if not self.fused:
+            return made
+        slots = tuple(slot.as_float8(scales[slot.module][1]) if slot.module in scales else slot for slot in self.slots)
+        shapes = {slot.weight: (slot.outputs, slot.inputs) for slot in slots if slot.scale is not None}
+        inputs = tuple(
+            replace(tensor, dtype=DTYPE, shape=shapes[tensor.name]) if tensor.name in shapes else tensor
+            for tensor in self.inputs
+        )
+        return replace(made, slots=slots, inputs=inputs)
 
     @property
     def plain(self) -> Network:
         """The same network without layers in E4M3."""
-        return replace(self, float8={})
+        slots = tuple(
+            slot if slot.scale is None else Slot.of(slot.module, slot.inputs, slot.outputs) for slot in self.slots
+        )
+        inputs = tuple(
+            replace(tensor, dtype=self.precision, shape=tensor.shape[::-1]) if tensor.dtype == DTYPE else tensor
+            for tensor in self.inputs
+        )
+        return replace(self, float8={}, slots=slots, inputs=inputs)
 
     def draw_example(self, sizes: Mapping[str, int], seed: int = 0) -> dict[str, NDArray[Any]]:
-        """Draw random inputs; LoRA factors are not zero.
+        """Draw random inputs; the slots' weights are of the size that layers begin training with.
 
         sizes: of the named axes, for example {"pictures": 1, "rows": 2, "h": 16, "w": 24}; "context" is 77 by default.
 
@@ -133,10 +155,8 @@ class Network:
         values: NDArray[Any] = rng.standard_normal(shape)
         if tensor.name == "time_ids":
             values = 128 * np.abs(values)
-        elif tensor.name == LORA or tensor.name.endswith(LORA_SIDES):
-            values = (
-                0.03 * values
-            )  # several times a trained LoRA's; still larger factors make rounding errors grow a hundredfold
+        elif tensor.name in names_of_weights(self.slots):
+            values = values / np.sqrt(shape[-2])
         elif tensor.name == "mask":
             values = values > 0
         elif tensor.name == "image":
@@ -153,11 +173,14 @@ class NetworkKind:
 
     name: of the network.
     phase: networks of one phase are needed together, so their weights are loaded together.
-    call: how it is called: for one "prompt", one "frame", one frame or tile of the "vae", or one "step" of a batch.
-    describe: (base, rank of the LoRA slots, 0 for none) -> the network; None when the base does not have it.
-    weights: base -> the network's own weights by torch name.
+    call: how it is called: for one "prompt", one "frame", one frame or tile of the "vae", once in a "stage" of a batch,
+        or once in each of its "step"s.
+    describe: (base, whether it has LoRA slots) -> the network; None when the base does not have it.
+    weights: base -> weights by torch name: its own, or those of the component that it is a part of.
+    holds: torch name -> whether the weight is its own; None: all are.
     component: the part of a base that decides its weights (`BaseFiles.hash_contents`).
     factors: the part of a LoRA that it takes ("unet" for both UNets); None when it takes none.
+    factors_of: the network under whose name a subject keeps its factors; "": its own.
     twin: whether a float16 build also makes it in float32, for pictures that overflow.
     required: whether the runtime needs it.
     """
@@ -165,10 +188,12 @@ class NetworkKind:
     name: str
     group: Group
     call: Call
-    describe: Callable[[BaseFiles, int], Network | None]
+    describe: Callable[[BaseFiles, bool], Network | None]
     weights: Callable[[BaseFiles], Weights]
     component: str
     factors: str | None = None
+    factors_of: str = ""
+    holds: Callable[[str], bool] | None = None
     twin: bool = False
     required: bool = True
 
@@ -188,8 +213,18 @@ def names_of_group(group: Group) -> tuple[str, ...]:
 
 
 def names_of_factors(part: str) -> tuple[str, ...]:
-    """The networks that take a part of a LoRA: both UNets for "unet", the text encoder for "text_encoder"."""
-    return tuple(kind.name for kind in KINDS if kind.factors == part)
+    """The names under which a subject keeps a part of a LoRA: both UNets for "unet"."""
+    return tuple(kind.name for kind in KINDS if kind.factors == part and not kind.factors_of)
+
+
+def networks_of_factors(name: str) -> tuple[str, ...]:
+    """The networks that take the factors which a subject keeps under a name: a UNet and what attends for it."""
+    return tuple(kind.name for kind in KINDS if kind.factors and name in (kind.name, kind.factors_of))
+
+
+def kv_name(unet: str) -> str:
+    """The network that gives a UNet's cross-attention its keys and values."""
+    return f"{unet}_kv"
 
 
 def unets_of(target: str) -> tuple[str, ...]:
@@ -224,17 +259,17 @@ def is_twin(name: str) -> bool:
 
 
 def describe_networks(
-    base: BaseFiles, slot_rank: int = SLOT_RANK, precision: Precision = "float32", fused: bool = False
+    base: BaseFiles, slots: bool = True, precision: Precision = "float32", fused: bool = False
 ) -> tuple[Network, ...]:
     """Describe every network of a base.
 
-    slot_rank: of the LoRA slots; 0: no slots.
+    slots: whether the weights of LoRA slots are inputs. Without them no subject can be chosen later.
     precision, fused: see `Network`.
 
     Returns the networks in running order. With float16 the float32 twins follow; their graphs are those of a float32
     base.
     """
-    plain = [network for kind in KINDS if (network := kind.describe(base, slot_rank)) is not None]
+    plain = [network for kind in KINDS if (network := kind.describe(base, slots)) is not None]
     found = [network.at(precision, fused) for network in plain]
     if precision == "float16":
         found += [replace(network, name=twin_name(network.name)) for network in plain if network.kind.twin]
@@ -246,40 +281,58 @@ def describe_networks(
 _MODULES: Final = "dreammix_trt.export.modules"
 
 
-def _describe_text_encoder(base: BaseFiles, name: str, rank: int) -> Network:
+def _describe_text_encoder(base: BaseFiles, name: str, has_slots: bool) -> Network:
     config = base.configs[name]
     width, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
     slots = tuple(
-        Slot(f"text_model.encoder.layers.{layer}.self_attn.{part}_proj", width, width, rank)
+        Slot.of(f"text_model.encoder.layers.{layer}.self_attn.{part}_proj", width, width)
         for layer in range(layers)
         for part in ("q", "k", "v", "out")
-        if rank
+        if has_slots
     )
-    inputs = (Tensor("input_ids", "int64", ("rows", TOKENS)), *_describe_packed_input(slots))
+    inputs = (Tensor("input_ids", "int64", ("rows", TOKENS)), *_describe_weights(slots))
     outputs = [Tensor("hidden", "float32", ("rows", TOKENS, width))]
     if name == "text_encoder_2":
         outputs.append(Tensor("pooled", "float32", ("rows", int(config["projection_dim"]))))
     return Network(name, name, f"{_MODULES}:TextEncoder", inputs, tuple(outputs), slots, {name: config})
 
 
-def _describe_unet(base: BaseFiles, name: str, rank: int) -> Network:
+def _describe_unet(base: BaseFiles, name: str, has_slots: bool) -> Network:
     config, latent = base.configs["unet"], base.latent_channels
-    slots = tuple(_list_unet_slots(config, rank)) if rank else ()
+    linears = tuple(_list_attention_linears(config))
+    slots = tuple(slot for slot in linears if has_slots and not slot.module.endswith(_FROM_TEXT))
     pooled = int(base.configs["text_encoder_2"]["projection_dim"])
     inputs = (
         Tensor("sample", "float32", ("rows", latent, "h", "w")),
         Tensor("timestep", "float32", ("rows",)),
-        Tensor("encoder_hidden_states", "float32", ("rows", "context", int(config["cross_attention_dim"]))),
         Tensor("text_embeds", "float32", ("rows", pooled)),
         Tensor("time_ids", "float32", ("rows", 6)),
         Tensor("inpaint_feature", "float32", ("pictures", base.feature_channels, "h", "w")),
-        *_describe_packed_input(slots),
+        *_describe_keys_and_values(linears),
+        *_describe_weights(slots),
     )
     outputs = (Tensor("eps", "float32", ("rows", latent, "h", "w")),)
     return Network(name, "unet", f"{_MODULES}:UNet", inputs, outputs, slots, {"unet": config})
 
 
-def _list_unet_slots(config: Mapping[str, Any], rank: int) -> Iterator[Slot]:
+def _describe_kv(base: BaseFiles, name: str, has_slots: bool) -> Network:
+    """What depends on the text alone in all steps of a stage: keys and values of the UNet's cross-attention layers."""
+    config = base.configs["unet"]
+    linears = tuple(slot for slot in _list_attention_linears(config) if slot.module.endswith(_FROM_TEXT))
+    slots = linears if has_slots else ()
+    text = Tensor("encoder_hidden_states", "float32", ("rows", "context", int(config["cross_attention_dim"])))
+    return Network(
+        kv_name(name),
+        kv_name("unet"),
+        f"{_MODULES}:KeysAndValues",
+        (text, *_describe_weights(slots)),
+        tuple(_describe_keys_and_values(linears)),
+        slots,
+        {"unet": config},
+    )
+
+
+def _list_attention_linears(config: Mapping[str, Any]) -> Iterator[Slot]:
     """List the attention projections in the order of the sgm names: down, middle, up."""
     channels, context = list(config["block_out_channels"]), int(config["cross_attention_dim"])
     for name in sgm_to_diffusers(config).values():
@@ -289,15 +342,24 @@ def _list_unet_slots(config: Mapping[str, Any], rank: int) -> Iterator[Slot]:
         place = module.split(".")
         by_block = {"down_blocks": channels, "up_blocks": channels[::-1]}.get(place[0])
         width = by_block[int(place[1])] if by_block else channels[-1]
-        from_text = place[-2] == "attn2" and place[-1] in ("to_k", "to_v")
-        yield Slot(module, context if from_text else width, width, rank)
+        yield Slot.of(module, context if module.endswith(_FROM_TEXT) else width, width)
 
 
-def _describe_packed_input(slots: Sequence[Slot]) -> tuple[Tensor, ...]:
-    return (Tensor(LORA, "float32", ("pictures", packed_size(slots))),) if slots else ()
+def _describe_keys_and_values(linears: Sequence[Slot]) -> Iterator[Tensor]:
+    """Keys and values of every cross-attention layer, in the order of the layers."""
+    for slot in linears:
+        if slot.module.endswith(_FROM_TEXT):
+            layer, _, part = slot.module.rpartition(".")
+            yield Tensor(layer + {"to_k": KEY, "to_v": VALUE}[part], "float32", ("rows", "context", slot.outputs))
 
 
-def _describe_inpaint_head(base: BaseFiles, _rank: int) -> Network | None:
+def _describe_weights(slots: Sequence[Slot]) -> Iterator[Tensor]:
+    """The inputs that hold the slots' weights."""
+    for slot in slots:
+        yield Tensor(slot.weight, "float32", (slot.inputs, slot.outputs))
+
+
+def _describe_inpaint_head(base: BaseFiles, _slots: bool) -> Network | None:
     if not base.has_head:
         return None
     channels, latent = base.feature_channels, base.latent_channels
@@ -310,18 +372,23 @@ def _describe_inpaint_head(base: BaseFiles, _rank: int) -> Network | None:
     return Network("inpaint_head", "inpaint_head", f"{_MODULES}:InpaintHead", inputs, feature, (), configs)
 
 
-def _describe_vae_encoder(base: BaseFiles, _rank: int) -> Network:
+def _describe_vae_encoder(base: BaseFiles, _slots: bool) -> Network:
     image = Tensor("image", "float32", ("pictures", 3, "H", "W"))
     moments = tuple(Tensor(name, "float32", ("pictures", base.latent_channels, "h", "w")) for name in ("mean", "std"))
     configs = {"vae": base.configs["vae"]}
     return Network("vae_encoder", "vae_encoder", f"{_MODULES}:VaeEncoder", (image,), moments, (), configs)
 
 
-def _describe_vae_decoder(base: BaseFiles, _rank: int) -> Network:
+def _describe_vae_decoder(base: BaseFiles, _slots: bool) -> Network:
     latent = Tensor("latent", "float32", ("pictures", base.latent_channels, "h", "w"))
     image = Tensor("image", "float32", ("pictures", 3, "H", "W"))
     configs = {"vae": base.configs["vae"]}
     return Network("vae_decoder", "vae_decoder", f"{_MODULES}:VaeDecoder", (latent,), (image,), (), configs)
+
+
+def _reads_text(name: str) -> bool:
+    """Whether a weight of a UNet makes keys or values of the text."""
+    return name.removesuffix(".weight").endswith(_FROM_TEXT)
 
 
 def _half_of_vae(*prefixes: str) -> Callable[[BaseFiles], Weights]:
@@ -334,7 +401,7 @@ KINDS: Final[list[NetworkKind]] = [
         "text_encoder",
         "text",
         "prompt",
-        lambda base, rank: _describe_text_encoder(base, "text_encoder", rank),
+        lambda base, slots: _describe_text_encoder(base, "text_encoder", slots),
         lambda base: base.state("text_encoder"),
         component="text_encoder",
         factors="text_encoder",
@@ -343,7 +410,7 @@ KINDS: Final[list[NetworkKind]] = [
         "text_encoder_2",
         "text",
         "prompt",
-        lambda base, rank: _describe_text_encoder(base, "text_encoder_2", rank),
+        lambda base, slots: _describe_text_encoder(base, "text_encoder_2", slots),
         lambda base: base.state("text_encoder_2"),
         component="text_encoder_2",
         factors="text_encoder_2",
@@ -367,22 +434,47 @@ KINDS: Final[list[NetworkKind]] = [
         required=False,
     ),
     NetworkKind(
+        "unet_kv",
         "unet",
-        "unet",
-        "step",
-        lambda base, rank: _describe_unet(base, "unet", rank),
+        "stage",
+        lambda base, slots: _describe_kv(base, "unet", slots),
         lambda base: base.unet_patched_state(),
         component="unet",
         factors="unet",
+        factors_of="unet",
+        holds=_reads_text,
+    ),
+    NetworkKind(
+        "unet",
+        "unet",
+        "step",
+        lambda base, slots: _describe_unet(base, "unet", slots),
+        lambda base: base.unet_patched_state(),
+        component="unet",
+        factors="unet",
+        holds=lambda name: not _reads_text(name),
+    ),
+    NetworkKind(
+        "unet_raw_kv",
+        "unet_raw",
+        "stage",
+        lambda base, slots: _describe_kv(base, "unet_raw", slots) if base.patch else None,
+        lambda base: base.state("unet"),
+        component="unet_raw",
+        factors="unet",
+        factors_of="unet_raw",
+        holds=_reads_text,
+        required=False,
     ),
     NetworkKind(
         "unet_raw",
         "unet_raw",
         "step",
-        lambda base, rank: _describe_unet(base, "unet_raw", rank) if base.patch else None,
+        lambda base, slots: _describe_unet(base, "unet_raw", slots) if base.patch else None,
         lambda base: base.state("unet"),
         component="unet_raw",
         factors="unet",
+        holds=lambda name: not _reads_text(name),
         required=False,
     ),
     NetworkKind(

@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 from dreammix_trt.core.errors import DreamMixError, EngineError
 from dreammix_trt.core.files import read_json, write_json
 
-SCHEMA = 2
+SCHEMA = 3  # 2 has subjects' factors as inputs, in slots of a rank
 FILE_NAME = "passport.json"
 PLACES: Final = ("store", "networks")
 _HEADS = {"replicate": "Fooocus' patch and head", "zeros": "a UNet of nine channels", "None": "no patch, no head"}
@@ -68,7 +68,7 @@ class Passport:
     base_key: names the weights and slots, independent of the back end.
     parts: part -> its key in the store.
     networks_at: "store", or the directory below this one that has the parts ("networks").
-    base: name, hashes of the source files, native side, slot rank, LoRAs in the weights.
+    base: name, hashes of the source files, native side, whether it has slots, LoRAs in the weights.
     versions: of the packages that made it.
     files: "PART/FILE" -> hash.
     command: builds it again.
@@ -116,9 +116,11 @@ class Passport:
         if schema != SCHEMA:
             newer = isinstance(schema, int) and schema > SCHEMA
             what = "upgrade dreammix-trt, or build" if newer else "build"
+            command = re.sub(
+                r" --slot-rank \d+", "", str(record.get("command") or f"dreammix-trt build --out {folder}")
+            )
             raise EngineError(
-                f"{path} has schema {schema!r}, this version reads {SCHEMA}; {what} it again: "
-                f"`{record.get('command') or f'dreammix-trt build --out {folder}'}`"
+                f"{path} has schema {schema!r}, this version reads {SCHEMA}; {what} it again: `{command}`"
             )
         try:
             return cls._of(record)
@@ -173,7 +175,7 @@ class Passport:
             ),
             ("inpainting", _HEADS.get(str(base.get("head", "")), "unknown")),
             *(("remark", str(text)) for text in base.get("remarks", ())),
-            ("LoRA slots", f"rank {base.get('slot_rank')}"),
+            ("LoRA slots", "none: no subject can be added" if base.get("slots") is False else "of any rank"),
             ("LoRAs in the weights", ", ".join(base.get("loras", ())) or "none"),
             ("request defaults", ", ".join(f"{k} {v}" for k, v in base.get("defaults", {}).items()) or "the usual"),
             ("built with", self.command),

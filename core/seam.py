@@ -49,14 +49,21 @@ class Networks(Protocol):
     def run(self, name: str, **arrays: Any) -> dict[str, npt.NDArray[Any]]:
         """Run a network.
 
-        arrays: inputs by name; floats are float32.
+        arrays: inputs by name; floats are float32. Weights of slots that are not given are the base's own.
 
         Returns outputs by name; floats are float32.
         """
         ...
 
     def slots(self, name: str) -> tuple[Slot, ...]:
-        """The LoRA slots of a network, in packed order."""
+        """The LoRA slots of a network; none for a network that is not there."""
+        ...
+
+    def weights(self, name: str) -> Mapping[str, npt.NDArray[Any]]:
+        """The base's own weights of the slots: input name -> array of the input's shape and dtype, not to be written.
+
+        A slot whose layer has no effect has no such input.
+        """
         ...
 
 
@@ -146,8 +153,12 @@ class DeviceNetworks(Protocol):
 
     def __contains__(self, name: str) -> bool: ...
     def slots(self, name: str) -> tuple[Slot, ...]: ...
+    def weights(self, name: str) -> Mapping[str, npt.NDArray[Any]]:
+        """The base's own weights of the slots, as for `Networks`, in host memory or in a mapped file."""
+        ...
+
     def inputs(self, name: str) -> tuple[Tensor, ...]:
-        """The inputs. LoRA factors are one packed `lora` (pictures, P), or separate inputs in packed order."""
+        """The inputs; the weights of slots are the last ones."""
         ...
 
     def outputs(self, name: str) -> tuple[Tensor, ...]: ...
@@ -166,7 +177,7 @@ class DeviceNetworks(Protocol):
         ...
 
     def weight_bytes(self, name: str) -> int:
-        """The device memory that a network's weights take while loaded."""
+        """The device memory that a network's own weights take while loaded; those of slots are not its own."""
         ...
 
     def workspace_bytes(self, name: str, sides: Sides) -> int:

@@ -1,7 +1,7 @@
-"""LoRA slots: the linear layers of a network that take factors, and the packed row with the factors of all slots.
+"""LoRA slots: the linear layers of a network whose weights are inputs of its graph, so that a subject can change them.
 
-A packed row has for every slot in order A (inputs, rank) and then B (rank, outputs), flattened. The engine adds
-`x @ A @ B` to the layer's output, so zeros switch a slot off.
+Without a subject a slot's input is the base's own weight, W. With one it is W + A B, merged when the subject is chosen
+(merging.py).
 """
 
 from __future__ import annotations
@@ -10,59 +10,80 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
-LORA_SIDES = (".lora_A", ".lora_B")  # the endings of the names of factors that are separate inputs
 
 
 class Slot(NamedTuple):
-    """A linear layer that takes factors A (inputs, rank) and B (rank, outputs).
+    """A linear layer whose weight W (inputs, outputs) is an input of the graph, or a part of one.
 
     module: its torch name.
+    weight: the name of the input.
+    at: the number in the input at which W begins.
+    stride: numbers from one row to the next, in the order in which they are stored.
+    flipped: whether W is stored transposed, (outputs, inputs).
+    scale: where the input holds E4M3 codes, what a code is multiplied with (float8.py); None: it holds W itself.
     """
 
     module: str
     inputs: int
     outputs: int
-    rank: int
+    weight: str
+    at: int
+    stride: int
+    flipped: bool = False
+    scale: float | None = None
 
-    @property
-    def factors(self) -> tuple[tuple[str, tuple[int, int]], ...]:
-        """Name and shape of A and B as separate inputs, in packed order."""
-        shapes = (self.inputs, self.rank), (self.rank, self.outputs)
-        return tuple((f"{self.module}{side}", shape) for side, shape in zip(LORA_SIDES, shapes, strict=True))
+    @classmethod
+    def of(cls, module: str, inputs: int, outputs: int) -> Slot:
+        """A slot whose input is W alone."""
+        return cls(module, inputs, outputs, f"{module}.weight", 0, outputs)
 
-    @property
-    def size(self) -> int:
-        """How many numbers this slot takes in the packed row."""
-        return (self.inputs + self.outputs) * self.rank
+    def as_float8(self, scale: float) -> Slot:
+        """The same slot as E4M3 codes in an input of its own, (outputs, inputs)."""
+        return self._replace(weight=f"{self.module}.weight", at=0, stride=self.inputs, flipped=True, scale=scale)
+
+    def view(self, weight: NDArray[Any]) -> NDArray[Any]:
+        """W (inputs, outputs) in an array of the whole input; a view."""
+        flat = weight.reshape(-1)[self.at :]
+        rows, columns = (self.outputs, self.inputs) if self.flipped else (self.inputs, self.outputs)
+        assert len(flat) >= (rows - 1) * self.stride + columns, f"{self.module} is not in {weight.shape}"
+        stored = as_strided(flat, (rows, columns), (self.stride * flat.itemsize, flat.itemsize))
+        return stored.T if self.flipped else stored
+
+    def describe(self) -> dict[str, Any]:
+        """Its entry in `network.json`."""
+        coded = {} if self.scale is None else {"scale": self.scale}
+        return dict(zip(_WORDS, self[:-1], strict=True)) | coded
+
+
+_WORDS = ("module", "in", "out", "weight", "at", "stride", "flipped")
 
 
 def slots_of(entry: Mapping[str, Any]) -> tuple[Slot, ...]:
     """The slots of a network.
 
-    entry: its `network.json`, with a list "slots" of module, in, out, rank.
+    entry: its `network.json`, with a list "slots".
     """
-    return tuple(Slot(row["module"], row["in"], row["out"], row["rank"]) for row in entry.get("slots", ()))
+    return tuple(Slot(*(row[word] for word in _WORDS), row.get("scale")) for row in entry.get("slots", ()))
 
 
-def packed_size(slots: Sequence[Slot]) -> int:
-    """P: how many numbers a packed row has."""
-    return sum(slot.size for slot in slots)
+def names_of_weights(slots: Sequence[Slot]) -> tuple[str, ...]:
+    """The inputs of a graph that hold the slots' weights, each once, in the order of the slots."""
+    return tuple(dict.fromkeys(slot.weight for slot in slots))
 
 
-def unpack(rows: Floats, slots: Sequence[Slot]) -> dict[str, Floats]:
-    """Split packed rows into one array per factor, for engines with separate inputs.
+def gather_weight(name: str, shape: tuple[int, ...], slots: Sequence[Slot], weights: Mapping[str, Floats]) -> Floats:
+    """Make an input of the graph from the base's weights, float32.
 
-    rows: float32 (N, P).
-
-    Returns "<module>.lora_A" -> (N, in, rank) and "<module>.lora_B" -> (N, rank, out). For one row these are views.
+    name, shape: of the input.
+    slots: of the network.
+    weights: torch name -> (outputs, inputs), as torch has them.
     """
-    found, at = {}, 0
+    whole = np.zeros(shape, np.float32)
     for slot in slots:
-        for name, shape in slot.factors:
-            size = shape[0] * shape[1]
-            found[name] = rows[:, at : at + size].reshape(len(rows), *shape)
-            at += size
-    return found
+        if slot.weight == name:
+            slot.view(whole)[...] = weights[f"{slot.module}.weight"].T
+    return whole

@@ -1,7 +1,7 @@
 """A subject as data: what one object adds to a base, and the file that keeps it.
 
 A subject has parts, each of which may be absent. Today there is one: LoRA factors, named and unpadded, so that the file
-does not depend on an engine's slots or rank (packing.py lays them out). Several LoRAs become one subject by stacking
+does not depend on an engine (merging.py merges them into weights). Several LoRAs become one subject by stacking
 their factors along the rank, as x A1 B1 + x A2 B2 = x [A1 A2] [B1; B2].
 """
 
@@ -21,7 +21,7 @@ from dreammix_trt.core.errors import FileFormatError, InputError
 from dreammix_trt.core.files import atomic_file, sha256_of
 from dreammix_trt.core.lora import TARGETS, Factors, Lora, LoraSpec, Target, read_lora
 from dreammix_trt.core.lora_words import find_words, read_caption_words
-from dreammix_trt.core.networks import KINDS, unets_of
+from dreammix_trt.core.networks import KINDS, kind_of, names_of_factors, unets_of
 from dreammix_trt.core.slots import Floats
 from dreammix_trt.core.tensors import open_tensors
 
@@ -44,7 +44,7 @@ class Subject:
     class_name: what it is ("mug").
     factors: engine network ("unet" with the patch, "unet_raw" without, "text_encoder", "text_encoder_2") -> module ->
         (A float32 (in, r), B float32 (r, out)), alpha / rank folded in. None: the networks stay the base's.
-    scale: strength of the factors, multiplied in by `packing.pack`.
+    scale: strength of the factors, multiplied in by `merging.list_changes`.
     base_key: the base it was made for.
     source_sha256: of the LoRA file.
     caption_words: of the captions that it was trained with, lower case; (): nobody knows.
@@ -60,8 +60,8 @@ class Subject:
     caption_words: tuple[str, ...] = field(default=(), repr=False)
 
     def factors_for(self, network: str) -> dict[str, tuple[Floats, Floats]]:
-        """The factors an engine network takes."""
-        return self.factors.get(network, {})
+        """The factors of a network and those it shares with others; `merging.list_changes` takes its own."""
+        return self.factors.get(kind_of(network).factors_of or network, {})
 
     @property
     def target(self) -> Target:
@@ -95,12 +95,10 @@ def subject_from_loras(
     more: the remaining fields of `Subject`.
     """
     factors: Factors = {}
-    for kind in KINDS:
-        if kind.factors is None:
-            continue
-        on_unet = kind.factors == "unet"
-        chosen = [each for each in loras if not on_unet or kind.name in unets_of(each[2])]
-        factors[kind.name] = _stack(chosen, kind.factors)
+    for part in dict.fromkeys(kind.factors for kind in KINDS if kind.factors):
+        for network in names_of_factors(part):
+            chosen = [each for each in loras if part != "unet" or network in unets_of(each[2])]
+            factors[network] = _stack(chosen, part)
     words = sorted({word for lora, _, _ in loras for word in read_caption_words(lora.metadata)})
     found = {network: pairs for network, pairs in factors.items() if pairs}
     return Subject(name, token, class_name, found, **{"caption_words": tuple(words), **more})
@@ -303,7 +301,10 @@ def _name_factors(factors: Factors) -> Iterator[tuple[str, tuple[Floats, Floats]
 
 def _places(path: Path, facts: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """Network in the file -> engine networks that take its factors; in schema 1 a target names the UNets."""
-    places = {kind.name: (kind.name,) for kind in KINDS if kind.factors} | {_BOTH: unets_of("both")}
+    places: dict[str, tuple[str, ...]] = {
+        kind.name: (kind.name,) for kind in KINDS if kind.factors and not kind.factors_of
+    }
+    places[_BOTH] = unets_of("both")
     if facts["schema"] > 1:
         return places
     if facts.get("target") not in TARGETS:

@@ -176,6 +176,20 @@ def read_places(path: str | Path) -> dict[str, tuple[str, tuple[int, ...], int, 
     return _read_header(MappedFile.open(path))[0]
 
 
+def map_tensors(path: str | Path) -> dict[str, Array]:
+    """Map a safetensors file into memory: name -> array, not to be written. Pages are read when they are used.
+
+    Raises `FileFormatError` for a file that is missing, truncated or of another format, and for bfloat16.
+    """
+    file = MappedFile.open(path)
+    places, whole, found = _read_header(file)[0], file.numbers("uint8", 0, file.size), {}
+    for name, (dtype, shape, offset, size) in places.items():
+        if dtype == "bfloat16":
+            raise FileFormatError(f"{path}: tensor {name!r} is bfloat16, which numpy does not have; save it as float32")
+        found[name] = whole[offset : offset + size].view(LAYOUTS[dtype]).reshape(shape)
+    return found
+
+
 def plan_places(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
 ) -> dict[str, tuple[str, tuple[int, ...], int, int]]:

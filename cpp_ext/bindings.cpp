@@ -19,6 +19,7 @@
 #include "fill.hpp"
 #include "gpu/build_info.hpp"
 #include "latent_mask.hpp"
+#include "merge.hpp"
 #include "paste.hpp"
 #include "philox.hpp"
 #include "resize.hpp"
@@ -243,6 +244,32 @@ Out<float> normals(std::uint64_t seed, std::uint32_t draw, std::uint32_t step, c
     return out;
 }
 
+// left (rows, rank) and right (rank, columns) into rows of `columns` numbers, `stride` apart, from `at` on.
+void merge_weight(const nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu>& pristine,
+                  const nb::ndarray<nb::ndim<1>, nb::c_contig, nb::device::cpu>& out, std::int64_t at, std::int64_t stride,
+                  const In<float>& left, const In<float>& right) {
+    const bool half = pristine.dtype().bits == 16;
+    const auto type = half ? nb::dlpack::dtype{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float), 16, 1} : nb::dtype<float>();
+    require(pristine.dtype() == type && out.dtype() == type, "pristine and out must be float32 or float16 both");
+    const Shape a = shape_of(left), b = shape_of(right);
+    require(a.size() == 2 && b.size() == 2 && a[1] == b[0], "left must be (rows, rank), right (rank, columns)");
+    const auto rows = static_cast<std::int64_t>(a[0]), columns = static_cast<std::int64_t>(b[1]);
+    const auto count = static_cast<std::int64_t>(pristine.size());
+    require(out.size() == pristine.size() && at >= 0 && at <= count && stride >= columns && stride <= count, "the slot is not in the weight");
+    if (rows == 0 || columns == 0) return;
+    require(at + (rows - 1) * stride + columns <= count, "the slot is not in the weight");
+    const auto merge = [&](auto* from, auto* to) {
+        dmx::merge_weight(from + at, to + at, static_cast<ptrdiff_t>(stride), static_cast<ptrdiff_t>(rows),
+                          static_cast<ptrdiff_t>(columns), left.data(), right.data(), static_cast<int>(a[1]));
+    };
+    const nb::gil_scoped_release released;
+    if (half) {
+        merge(static_cast<const dmx::Half*>(pristine.data()), static_cast<dmx::Half*>(out.data()));
+    } else {
+        merge(static_cast<const float*>(pristine.data()), static_cast<float*>(out.data()));
+    }
+}
+
 using Block = std::tuple<std::uint32_t, std::uint32_t, std::uint32_t, std::uint32_t>;
 
 Block philox(const Block& counter, const std::pair<std::uint32_t, std::uint32_t>& key) {
@@ -290,6 +317,7 @@ NB_MODULE(_cpp, module) {
     module.def("tas_project", &tas_project, "tokens"_a, "remove"_a, "positions"_a);
     module.def("paste", &paste, "original"_a, "content"_a, "box"_a, "weight"_a, "alpha"_a = nb::none());
     module.def("soft_alpha", &soft_alpha, "height"_a, "width"_a);
+    module.def("merge_weight", &merge_weight, "pristine"_a, "out"_a, "at"_a, "stride"_a, "left"_a, "right"_a);
     module.def("normals", &normals, "seed"_a, "draw"_a, "step"_a, "shape"_a);
     module.def("philox", &philox, "counter"_a, "key"_a);
     module.def("set_threads", &set_threads, "count"_a);

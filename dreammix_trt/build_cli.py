@@ -100,7 +100,7 @@ Verify = Annotated[
     ),
 ]
 Merge = Annotated[bool, typer.Option("--merge", help="Bake the subject into weights of its own.")]
-SlotRank = Annotated[int, typer.Option(min=0, max=256, help="Largest LoRA rank the base takes; 0: no slots.")]
+NoSlots = Annotated[bool, typer.Option("--no-slots", help="Attention weights are fixed: no subject can be added.")]
 PatchBiases = Annotated[bool, typer.Option("--patch-biases", help="Apply the patch's biases too (Fooocus).")]
 SelfContained = Annotated[bool, typer.Option("--self-contained", help="Copy the base's parts into OUT.")]
 
@@ -114,7 +114,7 @@ dreammix-trt build --base sdxl.safetensors --patch v26.fooocus.patch --head head
 dreammix-trt build --base sdxl-inpainting/ --lora lora/ --target sm_89 -o mug-for-rtx-4090/
 """
 PANELS = {
-    "The base": ("base", "patch", "head", "vae", "tokenizer", "base_lora", "patch_biases", "slot_rank"),
+    "The base": ("base", "patch", "head", "vae", "tokenizer", "base_lora", "patch_biases", "no_slots"),
     "The subject": ("lora", "subject", "name", "token", "class_name", "merge"),
     "What requests use by default": ("sampler", "steps", "guidance_scale"),
     "What it runs on": (
@@ -165,7 +165,7 @@ def build(
     no_safe_vae: NoSafeVae = False,
     verify: Verify = None,
     merge: Merge = False,
-    slot_rank: SlotRank = 8,
+    no_slots: NoSlots = False,
     patch_biases: PatchBiases = False,
     self_contained: SelfContained = False,
     store: Store = None,
@@ -197,7 +197,7 @@ def build(
         token=_parse_words("--token", token or ()),
         class_name=_parse_words("--class-name", class_name or ()),
         merge=merge,
-        slot_rank=slot_rank,
+        slots=not no_slots,
         defaults=Defaults(sampler, steps, guidance_scale),
         engine=engine,
         verify=verify,

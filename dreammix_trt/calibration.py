@@ -6,7 +6,7 @@ Every finished step of the work is in the file at once, so a run that was stoppe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,9 @@ from PIL import Image
 from dreammix_trt.core.calibration import Calibration, is_kept, key_of_unet
 from dreammix_trt.core.checkpoint import EMBEDDED, BaseFiles
 from dreammix_trt.core.errors import InputError, MissingExtraError
+from dreammix_trt.core.keymap import blocks_of
 from dreammix_trt.core.pictures import read_image, readable_suffixes
+from dreammix_trt.core.seam import BaseFacts
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.on_torch import open_tokenizers
 
@@ -110,12 +112,11 @@ def calibrate(base: BaseFiles, out: Path, options: CalibrationOptions, update: U
     try:
         from dreammix_trt.export.calibrating import UNETS, Watched
         from dreammix_trt.export.torch_backend.engine_set import TorchEngineSet
-        from dreammix_trt.export.torch_backend.on_device import facts_of
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             f"{error.name} is not installed, calibrating needs it: pip install 'dreammix-trt[export]'"
         ) from error
-    networks = TorchEngineSet(base, slot_rank=0, device=options.device, one_unet=base.folder != EMBEDDED)
+    networks = TorchEngineSet(base, slots=False, device=options.device, one_unet=base.folder != EMBEDDED)
     if options.threads:
         import torch
 
@@ -123,7 +124,9 @@ def calibrate(base: BaseFiles, out: Path, options: CalibrationOptions, update: U
     unets = [name for name in UNETS if name in networks]
     state = _open_state(base, out, unets)
     watched = Watched(networks)
-    facts = replace(facts_of(base), native_side=options.side or base.native_side)
+    side = options.side or base.native_side
+    blocks = blocks_of(base.configs["unet"])
+    facts = BaseFacts(side, base.divisor, base.scaling_factor, base.feature_channels, unet=blocks)
     with DreamMix.on_host(watched, facts, open_tokenizers(base)) as dm:
         cases = list(draw_cases(base, options))
         for number, case in enumerate(cases):

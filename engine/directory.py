@@ -19,7 +19,7 @@ from typing import Any
 from dreammix_trt.core.errors import EngineError
 from dreammix_trt.core.files import atomic_directory, read_json, sha256_of
 from dreammix_trt.core.passport import FILE_NAME, SCHEMA, NetworkEntry, Passport, SubjectEntry
-from dreammix_trt.core.slots import LORA_SIDES
+from dreammix_trt.core.slots import names_of_weights, slots_of
 from dreammix_trt.core.store import Store, check_files
 from dreammix_trt.core.subject import Subject, write_subject
 from dreammix_trt.engine.backends.onnxruntime.engine_set import read_network
@@ -198,6 +198,7 @@ def _write(folder: Path, subject: Subject, source: str) -> SubjectEntry:
 
 
 def _make_entry(name: str, entry: Mapping[str, Any], folder: Path) -> NetworkEntry:
+    weights = set(names_of_weights(slots_of(entry)))
     cost = {"export": read_json(folder / COST)} if (folder / COST).is_file() else {}
     return NetworkEntry(
         name=name,
@@ -205,7 +206,7 @@ def _make_entry(name: str, entry: Mapping[str, Any], folder: Path) -> NetworkEnt
         inputs={
             spec["name"]: list(spec["shape"])
             for spec in entry["inputs"]
-            if not spec["name"].endswith(LORA_SIDES)  # there are a thousand, and the slots list them
+            if spec["name"] not in weights  # there are hundreds, and the slots list them
         },
         slots=len(entry.get("slots", ())),
         parity=dict(entry.get("parity", {})),

@@ -21,11 +21,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from dreammix_trt.core.slots import Slot
 from dreammix_trt.engine import numpy_kernels
 from dreammix_trt.engine.numpy_kernels import CASCADE
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
+Weight = npt.NDArray[Any]
 Box = tuple[int, int, int, int]
 
 _FILTERS = ("lanczos", "bicubic", "bilinear")
@@ -252,6 +254,36 @@ def soft_alpha(height: int, width: int) -> F32:
     """
     _require(height > 0 and width > 0, f"size {height} x {width} is empty")
     return _impl.soft_alpha(int(height), int(width))
+
+
+def merge_weight(pristine: Weight, out: Weight, slot: Slot, a: F32, b: F32) -> None:
+    """Write W + A B into a slot's part of `out`: in float32, summed in the order of the ranks, rounded once.
+
+    pristine, out: the whole input that the slot lies in, float32 or float16 both, in C order; `out` is written.
+    a: float32 (inputs, rank).
+    b: float32 (rank, outputs).
+
+    numpy gives the same bits (docs/algorithm.md, 12.3).
+    """
+    for name, array in (("pristine", pristine), ("out", out)):
+        fits = isinstance(array, np.ndarray) and array.dtype in (np.float32, np.float16) and array.flags.c_contiguous
+        _require(fits, f"{name} must be a contiguous float32 or float16 array")
+    _require(out.dtype == pristine.dtype and out.shape == pristine.shape, "out is not like pristine")
+    a, b = _check_array(a, np.float32, "a"), _check_array(b, np.float32, "b")
+    fits = a.ndim == b.ndim == 2 and a.shape == (slot.inputs, len(b)) and b.shape[1] == slot.outputs
+    _require(fits, f"a {a.shape} and b {b.shape} are not the factors of {slot.inputs} -> {slot.outputs}")
+    left, right = (b.T, a.T) if slot.flipped else (a, b)
+    _require(slot.stride >= right.shape[1], f"rows of {right.shape[1]} numbers are {slot.stride} apart")
+    last = slot.at + (len(left) - 1) * slot.stride + right.shape[1]
+    _require(slot.at >= 0 and last <= pristine.size, f"{slot.module} is not in {pristine.shape}")
+    _impl.merge_weight(
+        pristine.reshape(-1),
+        out.reshape(-1),
+        slot.at,
+        slot.stride,
+        np.ascontiguousarray(left),
+        np.ascontiguousarray(right),
+    )
 
 
 def normals(seed: int, draw: int, step: int, shape: Sequence[int]) -> F32:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
 from dreammix_trt.core import noise as _noise
+from dreammix_trt.core.merging import merge_slot
+from dreammix_trt.core.slots import Slot
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
@@ -196,6 +199,14 @@ def soft_alpha(height: int, width: int) -> F32:
     columns = np.arange(width)[None, :] - width // 2
     gauss = np.exp(-(rows**2 + columns**2) / (2 * deviation**2))
     return np.float32(0.1) + np.float32(0.9) * gauss.astype(np.float32)
+
+
+def merge_weight(
+    pristine: npt.NDArray[Any], out: npt.NDArray[Any], at: int, stride: int, left: F32, right: F32
+) -> None:
+    rows, columns = len(left), right.shape[1]
+    slot = Slot("", rows, columns, "", at, stride)
+    merge_slot(pristine, out, slot, left, right)
 
 
 def normals(seed: int, draw: int, step: int, shape: Sequence[int]) -> F32:

@@ -44,6 +44,9 @@ class Watched:
     def slots(self, name: str) -> tuple[Slot, ...]:
         return self._networks.slots(name)
 
+    def weights(self, name: str) -> Mapping[str, NDArray[Any]]:
+        return self._networks.weights(name)
+
     def run(self, name: str, **arrays: NDArray[Any]) -> Arrays:
         """Run a network; watch it, if it is a UNet."""
         if name not in UNETS:

@@ -21,26 +21,28 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from dreammix_trt.core.networks import Network
-from dreammix_trt.core.slots import Slot
+from dreammix_trt.core.networks import KEY, VALUE, Network
+from dreammix_trt.core.slots import Slot, names_of_weights
 
 #: domain of the operators in the trace that `onnx_graph` turns into standard ones
 DOMAIN = "dreammix"
 
 
 class UNet(nn.Module):
-    """SDXL's UNet with the inpaint feature and the packed LoRA as inputs."""
+    """SDXL's UNet. Keys and values of the text, the inpaint feature and the weights of its slots are inputs."""
 
     @classmethod
     def of(cls, network: Network) -> UNet:
         """The module of a described network."""
-        return cls(dict(network.configs["unet"]), network.slots)
+        return cls(dict(network.configs["unet"]), network)
 
-    def __init__(self, config: dict[str, Any], slots: Sequence[Slot]) -> None:
+    def __init__(self, config: dict[str, Any], network: Network) -> None:
         super().__init__()
         self.network = UNet2DConditionModel.from_config(config)
         _use_own_operators(self.network)
-        self.lora = LoraInputs(self.network, slots)
+        layers = [tensor.name.removesuffix(KEY) for tensor in network.inputs if tensor.name.endswith(KEY)]
+        self.crossing = [_leave_text_to_others(self.network.get_submodule(layer)) for layer in layers]
+        self.slots = SlotWeights(self.network, network.slots)
         self._feature: Tensor | None = None
         self.network.conv_in.register_forward_hook(self._add_feature)
         for embedding in (self.network.time_proj, self.network.add_time_proj):  # angles up to 1000 need float32
@@ -50,26 +52,61 @@ class UNet(nn.Module):
         self,
         sample: Tensor,
         timestep: Tensor,
-        encoder_hidden_states: Tensor,
         text_embeds: Tensor,
         time_ids: Tensor,
         inpaint_feature: Tensor,
-        *lora: Tensor,
+        *more: Tensor,
     ) -> Tensor:
+        """more: key and value (rows, context, C) of every cross-attention layer, then the weights of the slots."""
         self._feature = inpaint_feature
-        self.lora.take(lora, sample)
+        for number, attention in enumerate(self.crossing):
+            attention.given = more[2 * number], more[2 * number + 1]
+        self.slots.take(more[2 * len(self.crossing) :])
         conditions = {"text_embeds": text_embeds, "time_ids": time_ids}
-        eps: Tensor = self.network(
-            sample, timestep, encoder_hidden_states, added_cond_kwargs=conditions, return_dict=False
-        )[0]
-        self._feature = None
-        self.lora.drop()
+        eps: Tensor = self.network(sample, timestep, None, added_cond_kwargs=conditions, return_dict=False)[0]
+        self._drop()
         return eps
+
+    def _drop(self) -> None:
+        """Forget what was given for a pass: its memory belongs to the caller."""
+        self._feature = None
+        self.slots.drop()
+        for attention in self.crossing:
+            attention.given = None
 
     def _add_feature(self, _module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
         """Add the feature after conv_in, so that it enters the first skip, too. All rows of a picture share it."""
         assert self._feature is not None
         return out + _to_rows(self._feature, out)
+
+
+class KeysAndValues(nn.Module):
+    """What a UNet's cross-attention layers make of the text: the key and value of each, which no step changes."""
+
+    @classmethod
+    def of(cls, network: Network) -> KeysAndValues:
+        """The module of a described network."""
+        return cls(network)
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = nn.Module()
+        width = network.inputs[0].shape[-1]
+        self.modules_by_output = {}
+        for tensor in network.outputs:
+            layer, _, part = tensor.name.rpartition(".")
+            name = layer + {KEY: ".to_k", VALUE: ".to_v"}[f".{part}"]
+            _place(self.network, name, nn.Linear(int(width), int(tensor.shape[-1]), bias=False))
+            self.modules_by_output[tensor.name] = name
+        self.slots = SlotWeights(self.network, network.slots)
+
+    def forward(self, encoder_hidden_states: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        self.slots.take(weights)
+        found = tuple(
+            self.network.get_submodule(name)(encoder_hidden_states) for name in self.modules_by_output.values()
+        )
+        self.slots.drop()
+        return found
 
 
 class TextEncoder(nn.Module):
@@ -93,13 +130,13 @@ class TextEncoder(nn.Module):
             self.network.text_projection = nn.Linear(config["hidden_size"], config["projection_dim"], bias=False)
         self.pooled = pooled
         self.end = config.get("eos_token_id", 2)
-        self.lora = LoraInputs(self.network, slots)
+        self.slots = SlotWeights(self.network, slots)
 
-    def forward(self, input_ids: Tensor, *lora: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        self.lora.take(lora, input_ids)
+    def forward(self, input_ids: Tensor, *weights: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        self.slots.take(weights)
         text: Any = self.network.text_model
         hidden, last = text(input_ids)
-        self.lora.drop()
+        self.slots.drop()
         if not self.pooled:
             return hidden
         # as in transformers: with old configs (a wrong eos_token_id of 2) the end mark is the largest id
@@ -176,61 +213,30 @@ class VaeDecoder(nn.Module):
         return image
 
 
-class LoraInputs:
-    """Adds `x @ A @ B` to the output of each slot's linear layer. A and B are inputs with one entry per picture.
-
-    They come as one packed row per picture, or as one tensor per factor; back ends differ in what suits them
-    (docs/architecture.md).
-    """
+class SlotWeights:
+    """Gives the linear layers of slots their weights, which are inputs of the network. They have none of their own."""
 
     def __init__(self, network: nn.Module, slots: Sequence[Slot]) -> None:
-        self.slots = tuple(slots)
-        self._factors: list[Tensor] = []
-        self._sides: tuple[Any, Any] | None = None
-        for number, slot in enumerate(self.slots):
-            network.get_submodule(slot.module).register_forward_hook(self._hook(number))
+        self._names, self._given = names_of_weights(slots), dict[str, Tensor]()
+        for slot in slots:
+            layer: Any = network.get_submodule(slot.module)
+            layer.weight = None
+            layer.forward = partial(self._apply, slot, layer)
 
-    def take(self, given: Sequence[Tensor], batch: Tensor) -> None:
-        """Take the factors for the next pass.
-
-        In a trace a packed row is repeated for the k rows of its picture before it is split: one small copy saves every
-        slot two reshapes with shapes that are known only at run time. In torch itself the factors are views.
-
-        given: nothing (no slots), one packed (N, P), or A (N, in, rank) and B (N, rank, out) of every slot.
-        batch: any tensor of k*N rows.
-        """
-        repeated = len(given) == 1 and torch.jit.is_tracing()
-        self._sides = (given[0].shape[0], batch.shape[0]) if given and not repeated else None
-        if len(given) == 1:
-            rows = _to_rows(given[0], batch) if repeated else given[0]
-            sizes = [size for slot in self.slots for size in (slot.inputs * slot.rank, slot.rank * slot.outputs)]
-            heights = [height for slot in self.slots for height in (slot.inputs, slot.rank)]
-            parts = torch.split(rows, sizes, dim=1)
-            given = [reshape_like_onnx(part, (0, height, -1)) for part, height in zip(parts, heights, strict=True)]
-        self._factors = list(given)
+    def take(self, given: Sequence[Tensor]) -> None:
+        """Take the weights for the next pass, in the order of the inputs."""
+        self._given = dict(zip(self._names, given, strict=True))
 
     def drop(self) -> None:
-        """Forget the factors after the pass: their memory belongs to the caller."""
-        self._factors = []
+        """Forget the weights after the pass: their memory belongs to the caller."""
+        self._given = {}
 
-    def _hook(self, number: int) -> Any:
-        def add(_module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            if not self._factors:
-                return out
-            a, b = self._factors[2 * number : 2 * number + 2]
-            x = inputs[0]
-            if self._sides is None:  # each row has its own factors
-                return out + x @ a @ b
-            pictures, rows = self._sides
-            below = x.reshape(pictures, -1, int(x.shape[-1]))  # the rows of a picture, concatenated
-            if torch.jit.is_tracing():
-                return out + (below @ a @ b).reshape(rows, -1, int(b.shape[-1]))
-            added = torch.baddbmm(
-                out.reshape(pictures, -1, out.shape[-1]), below @ a, b
-            )  # multiplies and adds in one kernel
-            return added.reshape(out.shape)
-
-        return add
+    def _apply(self, slot: Slot, layer: nn.Linear, x: Tensor) -> Tensor:
+        weight = self._given[slot.weight]
+        if not torch.jit.is_tracing():
+            return nn.functional.linear(x, weight.T, layer.bias)  # multiplies and adds in one kernel
+        out = x @ weight
+        return out if layer.bias is None else out + layer.bias
 
 
 def reshape_like_onnx(x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -255,7 +261,12 @@ class _Reshape(torch.autograd.Function):
 
 
 class PlainAttention:
-    """diffusers' attention written out, so that the graph has few nodes and no shape arithmetic."""
+    """diffusers' attention written out, so that the graph has few nodes and no shape arithmetic.
+
+    given: key and value, in place of those that the layer would make.
+    """
+
+    given: tuple[Tensor, Tensor] | None = None
 
     def __call__(
         self,
@@ -265,14 +276,16 @@ class PlainAttention:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        assert attention_mask is None, "SDXL attends everywhere"
+        assert attention_mask is None and encoder_hidden_states is None, (
+            "SDXL attends everywhere; the text is in `given`"
+        )
         picture, x = hidden_states, hidden_states
         if picture.ndim == 4:
             x = reshape_like_onnx(picture, (0, picture.shape[1], -1)).transpose(1, 2)
         if attn.group_norm is not None:
             x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
-        context = x if encoder_hidden_states is None else encoder_hidden_states
-        x = attn.to_out[0](_attend(attn.to_q(x), attn.to_k(context), attn.to_v(context), attn.heads))
+        key, value = self.given or (attn.to_k(x), attn.to_v(x))
+        x = attn.to_out[0](_attend(attn.to_q(x), key, value, attn.heads))
         if picture.ndim == 4:
             x = x.transpose(1, 2).reshape_as(picture)
         x = x + picture if attn.residual_connection else x
@@ -414,6 +427,23 @@ def _to_rows(x: Tensor, batch: Tensor) -> Tensor:
     shape = x.shape[1:]
     wide = x.unsqueeze(1).expand(x.shape[0], repeats, *shape)
     return wide.reshape(-1, *shape)
+
+
+def _leave_text_to_others(attention: nn.Module) -> PlainAttention:
+    """Take the projections of the text out of a cross-attention layer; returns what then needs their results."""
+    attention.to_k = attention.to_v = None
+    processor: PlainAttention = attention.processor
+    return processor
+
+
+def _place(root: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a layer below `root` at a dotted name."""
+    *way, last = name.split(".")
+    for part in way:
+        if part not in dict(root.named_children()):
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    root.add_module(last, layer)
 
 
 def _use_own_operators(network: nn.Module) -> None:

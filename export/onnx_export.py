@@ -1,7 +1,8 @@
 """Turns a base model into the parts that engines are built from: a folder per network, and one for what they share.
 
 A network's part is `GRAPH.onnx` (its weights are external, at offsets in the next file; any ONNX tool opens it),
-`GRAPH.safetensors` and `network.json`. The part `base` is `base.json` and both tokenizers. A graph depends only on the
+`GRAPH.safetensors`, `GRAPH.slots.safetensors` (the base's own weights of its LoRA slots, which are inputs of the graph)
+and `network.json`. The part `base` is `base.json` and both tokenizers. A graph depends only on the
 configuration: traced once, it serves both UNets, every checkpoint of that shape, and machines without torch.
 """
 
@@ -25,17 +26,18 @@ from dreammix_trt.core.files import read_json, write_json
 from dreammix_trt.core.float8 import DTYPE
 from dreammix_trt.core.keymap import blocks_of
 from dreammix_trt.core.network_weights import BaseLora, weights_of
-from dreammix_trt.core.networks import SLOT_RANK, Network, Precision, describe_networks, plain_name
-from dreammix_trt.core.tensors import Weights, write_tensors
+from dreammix_trt.core.networks import Network, Precision, describe_networks, plain_name
+from dreammix_trt.core.slots import gather_weight, names_of_weights
+from dreammix_trt.core.tensors import Weights, map_tensors, write_tensors
 from dreammix_trt.export.onnx_graph import Weight, place_weights
 from dreammix_trt.export.parity import check_parity, choose_sizes
 from dreammix_trt.export.torch_module import check_fit, make_torch_module
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 2
+SCHEMA = 3
 #: increase it when the exporter's code makes other graphs for the same configuration
-GRAPH_REVISION = 2
+GRAPH_REVISION = 3
 #: torch and ONNX Runtime together need eight bytes per parameter; `benchmarks/full_size.py` checks larger networks in
 #: two processes
 CHECKED_PARAMETERS = 200_000_000
@@ -61,7 +63,7 @@ def export_base(
     base: BaseFiles,
     out_dir: str | Path,
     *,
-    slot_rank: int = SLOT_RANK,
+    slots: bool = True,
     precision: Precision = "float32",
     fused: bool = False,
     verify: bool | None = None,
@@ -72,14 +74,14 @@ def export_base(
     Uses the graphs shipped with this package where they fit. Builds call the functions below one by one instead, so
     that each finished part is kept.
 
-    slot_rank: of the LoRA slots; 0: no slots.
+    slots: whether the weights of LoRA slots are inputs.
     precision, fused: see `Network`.
     verify: see `export_network`.
     progress: called with (what, done, total).
 
     Returns network -> its `network.json`.
     """
-    out, networks = Path(out_dir), describe_networks(base, slot_rank, precision, fused)
+    out, networks = Path(out_dir), describe_networks(base, slots, precision, fused)
     report = progress or (lambda what, done, total: None)
     entries = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -92,7 +94,7 @@ def export_base(
             (out / network.name).mkdir(parents=True)
             entries[network.name] = export_network(base, network, graph, out / network.name, verify=verify)
         (out / "base").mkdir()
-        export_facts(base, slot_rank, out / "base")
+        export_facts(base, slots, out / "base")
     report("done", len(networks), len(networks))
     return entries
 
@@ -139,16 +141,16 @@ def find_shipped_graph(network: Network) -> Path | None:
     return folder
 
 
-def make_shipped_graphs(base: BaseFiles, out: str | Path, *, slot_rank: int = SLOT_RANK) -> None:
+def make_shipped_graphs(base: BaseFiles, out: str | Path, *, slots: bool = True) -> None:
     """Trace and check the graphs of a base and write them without weights.
 
     out: the folder `graphs` of the embedded model, where `find_shipped_graph` looks.
-    slot_rank: of the LoRA slots.
+    slots: whether the weights of LoRA slots are inputs.
     """
     out = Path(out)
     with tempfile.TemporaryDirectory(dir=out.parent) as name:
         scratch = Path(name)
-        for network in describe_networks(base, slot_rank):
+        for network in describe_networks(base, slots):
             graph = scratch / "graphs" / network.graph
             if not graph.exists():
                 graph.mkdir(parents=True)
@@ -184,17 +186,20 @@ def export_network(
     facts = read_json(graph / "graph.json")
     weights, file = weights_of(base, network.name, loras), out / f"{network.graph}.safetensors"
     wanted = {name: Weight(dtype, tuple(shape), turned) for name, (dtype, shape, turned) in facts["weights"].items()}
+    _check_fit(network, weights, wanted)
     if network.float8:
         wanted = _write_quantized(network, graph / "graph.onnx", wanted, file)
     else:
         shutil.copyfile(graph / "graph.onnx", file.with_suffix(".onnx"))
     _write_weights(network, weights, wanted, file)
-    described = network.describe()  # without inputs that have no effect: factors of a text encoder's unused last layer
+    described = network.describe()  # without inputs that have no effect: weights of a text encoder's unused last layer
     described["inputs"] = [spec for spec in described["inputs"] if spec["name"] in facts["inputs"]]
+    slots = _write_slot_weights(network, weights, described["inputs"], file.with_suffix(".slots.safetensors"))
     entry = {
         "schema": SCHEMA,
         "graph": f"{network.graph}.onnx",
         "weights": file.name,
+        **({"slot_weights": slots.name} if slots else {}),
         "exporter": facts["exporter"],
         **described,
         "initializers": {name: weight.transposed for name, weight in wanted.items()},
@@ -204,10 +209,10 @@ def export_network(
     return entry
 
 
-def export_facts(base: BaseFiles, slot_rank: int, out: Path, defaults: Mapping[str, Any] | None = None) -> None:
+def export_facts(base: BaseFiles, slots: bool, out: Path, defaults: Mapping[str, Any] | None = None) -> None:
     """Write the part `base`: the facts for the sampling loop (`base.json`) and both tokenizers.
 
-    slot_rank: of the LoRA slots.
+    slots: whether the weights of LoRA slots are inputs.
     out: the folder of the part.
     defaults: fields of a request that suit this base (a few-step LoRA's sampler, steps and guidance).
     """
@@ -223,7 +228,7 @@ def export_facts(base: BaseFiles, slot_rank: int, out: Path, defaults: Mapping[s
         "patch_biases": base.patch_biases,
         "head": base.head_padding if base.has_head else None,
         "pad_tokens": {name: base.pad_token(name) for name in TOKENIZERS},
-        "slot_rank": slot_rank,
+        "slots": slots,
         "defaults": dict(defaults or {}),
         "unet": blocks_of(base.configs["unet"]),
     }
@@ -258,10 +263,15 @@ def _write_quantized(network: Network, graph: Path, wanted: Mapping[str, Weight]
     return forms
 
 
+def _check_fit(network: Network, weights: Weights, wanted: Mapping[str, Weight]) -> None:
+    """Raise `FileFormatError` for weights, those of slots too, that do not fit the graph."""
+    shapes = {name: form.shape[::-1] if form.transposed else form.shape for name, form in wanted.items()}
+    shapes |= {f"{slot.module}.weight": (slot.outputs, slot.inputs) for slot in network.slots}
+    check_fit(network.name, {name: weights.shape(name) for name in shapes if name in weights}, shapes)
+
+
 def _write_weights(network: Network, weights: Weights, wanted: Mapping[str, Weight], file: Path) -> None:
     """Write the weights as the graph needs them, without those that have no effect (a text encoder's last layer)."""
-    straight = {name: form.shape[::-1] if form.transposed else form.shape for name, form in wanted.items()}
-    check_fit(network.name, {name: weights.shape(name) for name in wanted if name in weights}, straight)
 
     def read(name: str) -> NDArray[np.float32]:
         if wanted[name].dtype == DTYPE:
@@ -269,6 +279,25 @@ def _write_weights(network: Network, weights: Weights, wanted: Mapping[str, Weig
         return weights[name].T if wanted[name].transposed else weights[name]
 
     write_tensors(file, {name: (form.dtype, form.shape) for name, form in wanted.items()}, read)
+
+
+def _write_slot_weights(
+    network: Network, weights: Weights, inputs: Sequence[Mapping[str, Any]], file: Path
+) -> Path | None:
+    """Write the slots' weights as the graph's inputs want them; returns the file, or None where there are none.
+
+    Where an input wants E4M3 codes they are float16 in the file: a subject is added to them before they are rounded.
+
+    inputs: that the graph has.
+    """
+    kept_as = {DTYPE: "float16"}
+    shapes = {spec["name"]: (kept_as.get(spec["dtype"], str(spec["dtype"])), tuple(spec["shape"])) for spec in inputs}
+    names = [name for name in names_of_weights(network.slots) if name in shapes]
+
+    if names:
+        wanted = {name: shapes[name] for name in names}
+        write_tensors(file, wanted, lambda name: gather_weight(name, wanted[name][1], network.slots, weights))
+    return file if names else None
 
 
 def _find_parity(
@@ -281,8 +310,18 @@ def _find_parity(
         return {"checked": "not", "parameters": size}
     possible = find_spec("torch") is not None and find_spec("diffusers") is not None
     if verify or (verify is None and possible and size <= CHECKED_PARAMETERS):
-        model = out / f"{network.graph}.onnx"
-        figures = check_parity(network, model, make_torch_module(network, weights), choose_sizes(base.divisor))
-        return {**figures, "checked": "at build"}
+        return {**_check_graph(network, weights, out / f"{network.graph}.onnx", base.divisor), "checked": "at build"}
     recorded = facts["parity"].get(plain_name(network.name)) if base.folder == EMBEDDED else None
     return {**recorded, "checked": "at export"} if recorded else {"checked": "not", "parameters": size}
+
+
+def _check_graph(network: Network, weights: Weights, graph: Path, divisor: int) -> dict[str, Any]:
+    """Compare a graph with torch: with random weights in its slots, and with the base's own, which lie beside it."""
+    sizes = choose_sizes(divisor)
+    found = check_parity(network, graph, make_torch_module(network, weights), sizes)
+    if network.slots:
+        held = map_tensors(graph.with_suffix(".slots.safetensors"))
+        plain = network.without_slots()
+        own = check_parity(plain, graph, make_torch_module(plain, weights), sizes[:1], given=held)
+        found |= {figure: max(found[figure], own[figure]) for figure in ("max_abs", "max_rel")}
+    return found

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dreammix_trt.core.errors import BuildError, MissingExtraError
-from dreammix_trt.core.networks import Network
-from dreammix_trt.core.slots import LORA_SIDES
+from dreammix_trt.core.networks import KEY, VALUE, Network, kv_name
+from dreammix_trt.core.slots import names_of_weights
 from dreammix_trt.core.tensors import plan_places
 from dreammix_trt.export.precision import assign_types
 from dreammix_trt.export.torch_module import make_torch_module
@@ -75,8 +75,7 @@ def trace_graph(network: Network) -> Graph:
     transposed = _name_weights(model.graph, shapes)
     dtypes = assign_types(model.graph, network, transposed)
     _use_standard_operators(model)
-    few = [spec.name for spec in network.inputs if not spec.name.endswith(LORA_SIDES)]
-    model = _slim(model, few)
+    model = _slim(model, _list_whole_inputs(network))
     for item in model.graph.initializer:  # the same encoding for all constants, so that equal ones are found
         item.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(item), item.name))
     onnx.checker.check_model(model, full_check=True)  # now, since later it would look for the files of the weights
@@ -132,9 +131,16 @@ def _trace(module: Any, network: Network) -> bytes:
     return out.getvalue()
 
 
+def _list_whole_inputs(network: Network) -> list[str]:
+    """The inputs of the whole network; the others are those of single layers, hundreds of them."""
+    weights = set(names_of_weights(network.slots))
+    return [spec.name for spec in network.inputs if spec.name not in weights and not spec.name.endswith((KEY, VALUE))]
+
+
 def _uses_own_operators(network: Network) -> bool:
     """Whether the trace has marks or operators of our own (the exporter complains about an unused opset)."""
-    return network.graph == "unet" or bool(network.wide) or (network.fused and network.graph != "inpaint_head")
+    plain = network.graph in ("inpaint_head", kv_name("unet"))
+    return network.graph == "unet" or bool(network.wide) or (network.fused and not plain)
 
 
 @contextmanager

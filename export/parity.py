@@ -84,14 +84,20 @@ def choose_sizes(divisor: int) -> tuple[dict[str, int], ...]:
 
 
 def check_parity(
-    network: Network, graph: Path, module: Any, sizes: Sequence[Mapping[str, int]], bound: float | None = None
+    network: Network,
+    graph: Path,
+    module: Any,
+    sizes: Sequence[Mapping[str, int]],
+    bound: float | None = None,
+    given: Mapping[str, NDArray[Any]] | None = None,
 ) -> dict[str, Any]:
-    """Compare a graph with its torch module. LoRA inputs are not zero.
+    """Compare a graph with its torch module. The weights of slots are random.
 
     graph: the ONNX file.
     module: from `make_torch_module`.
     sizes: of the named axes, one entry per comparison.
     bound: the largest allowed difference; None: that of the network's precision.
+    given: inputs of the graph that the module does not have.
 
     Returns the largest differences over all outputs and sizes: {"max_abs", "max_rel" (of the output's largest value),
     "bound", "sizes"}. Raises `BuildError` naming the network when a difference exceeds the bound.
@@ -101,7 +107,7 @@ def check_parity(
     worst = (0.0, 0.0)
     for seed, case in enumerate(sizes):
         inputs = network.draw_example(case, seed)
-        found = compare_outputs(run_torch(module, network, inputs), session.run(**inputs), bound)
+        found = compare_outputs(run_torch(module, network, inputs), session.run(**inputs, **(given or {})), bound)
         for name, (absolute, relative, passed) in found.items():
             if not passed:
                 raise BuildError(

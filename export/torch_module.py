@@ -15,6 +15,7 @@ from dreammix_trt.core.tensors import Weights
 
 def make_torch_module(network: Network, weights: Weights | None = None) -> Any:
     """Make the torch module of a network, in eval mode and float32. Its `.network` has the parameters by torch name.
+    The weights of slots are not among them: they are inputs.
 
     weights: by torch name; None: make a hollow module for tracing. Each of its parameters has the full shape and one
         number of storage, so a UNet of 2.6 billion parameters takes no memory. No two parameters are equal, so the
@@ -32,6 +33,7 @@ def make_torch_module(network: Network, weights: Weights | None = None) -> Any:
         module = _load_class(network.module).of(network).eval().requires_grad_(False)
     if weights is not None:
         shapes = {name: tuple(value.shape) for name, value in module.network.state_dict().items()}
+        shapes |= {f"{slot.module}.weight": (slot.outputs, slot.inputs) for slot in network.slots}
         check_fit(network.name, {name: weights.shape(name) for name in weights}, shapes)
     for number, (name, place, part, parameter) in enumerate(_parameters(module.network)):
         if weights is None:

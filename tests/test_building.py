@@ -134,10 +134,9 @@ def test_a_lora_for_another_base_is_refused_with_names_and_shapes(tmp_path: Path
     assert not (tmp_path / "engine").exists()
 
 
-def test_a_rank_above_the_slots_is_refused_with_the_remedy(tmp_path: Path, mug_engine: Path) -> None:
-    lora = write_lora(tmp_path / "wide", seed=1, rank=16)
-    with pytest.raises(FileFormatError, match="--slot-rank 16"):
-        build(lora, out=tmp_path / "engine")
+def test_a_lora_of_any_rank_is_a_subject_of_the_same_base(tmp_path: Path, small_base: Path, mug_engine: Path) -> None:
+    passport = build(write_lora(tmp_path / "wide", seed=1, rank=48), base=small_base, out=tmp_path / "engine")
+    assert passport.parts == Passport.read(mug_engine).parts
 
 
 def test_truncated_or_missing_loras_are_named(tmp_path: Path, mug_lora: Path) -> None:
@@ -249,19 +248,21 @@ def test_a_base_lora_is_added_to_the_weights_it_is_meant_for(
     passport = build(base=small_base, out=tmp_path / "out", base_loras=[option], verify=False)
     assert f"--base-lora {option}" in passport.command and passport.base["loras"] == [option]
     differing = {name for name, key in passport.parts.items() if plain.parts[name] != key}
-    assert differing == {*changed, "text_encoder", "text_encoder_2"}
+    assert differing == {*changed, *(f"{name}_kv" for name in changed), "text_encoder", "text_encoder_2"}
     assert passport.base_key != plain.base_key
     for name in differing:
-        network = "unet" if name == "unet_raw" else name
+        network = "unet" if name.startswith("unet") else name
         before, after = weights_of(plain, name), weights_of(passport, name)
         moved = {key for key, value in after.items() if not np.array_equal(value, before[key])}
-        assert len(moved) >= (100 if network == "unet" else 6), "every layer that the LoRA names"
+        assert len(moved) >= (8 if "_kv" in name else 100 if network == "unet" else 6), (
+            "every layer that the LoRA names"
+        )
         for key, value in after.items():
             wanted = before[key] + 0.5 * change_of(style, network, key)
             np.testing.assert_allclose(value, wanted, atol=1e-6 * max(1, np.abs(wanted).max()), err_msg=key)
             assert (key in moved) == (not np.array_equal(wanted, before[key])), key
         kernels = {value.shape[2:] for key, value in after.items() if key in moved and value.ndim == 4}
-        assert network != "unet" or (3, 3) in kernels, "convolutions are changed too"
+        assert name not in ("unet", "unet_raw") or (3, 3) in kernels, "convolutions are changed too"
 
 
 def test_two_base_loras_add_up(style: Path, tmp_path: Path) -> None:
@@ -372,7 +373,7 @@ def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
 
     def exported(base: Any, network: Any, graph: Path, out: Path, **_: Any) -> None:
         (out / "x.onnx").write_bytes(b"")
-        write_json(out / "network.json", {"schema": 2, "graph": "x.onnx", "weights": "x.onnx", **network.describe()})
+        write_json(out / "network.json", {"schema": 3, "graph": "x.onnx", "weights": "x.onnx", **network.describe()})
 
     def planned(onnx: Path, out: Path, *, backend: str, **_: Any) -> BuildReport:
         out.write_bytes(b"plan")
@@ -389,7 +390,8 @@ def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
     yield Held(folder)
 
 
-UNETS, TEXTS, VAES = {"unet", "unet_raw"}, {"text_encoder", "text_encoder_2"}, {"vae_encoder", "vae_decoder"}
+PATCHED, RAW = {"unet", "unet_kv"}, {"unet_raw", "unet_raw_kv"}
+UNETS, TEXTS, VAES = PATCHED | RAW, {"text_encoder", "text_encoder_2"}, {"vae_encoder", "vae_decoder"}
 EVERYTHING = {*UNETS, *TEXTS, *VAES, "inpaint_head"}
 TWINS = {f"{name}_float32" for name in VAES}
 HALF = {*EVERYTHING, *TWINS}
@@ -435,16 +437,15 @@ def test_parts_depend_on_the_options_that_change_them(held: Held, tmp_path: Path
     assert held.differing(before, vae=other) == VAES
     patch = Path(shutil.copy(next(held.folder.glob("*.fooocus.patch")), tmp_path / "other.patch"))
     assert held.differing(before, patch=patch) == set()
-    assert held.differing(before, patch_biases=True) == {"unet", "base"}
-    assert held.differing(before, slot_rank=16) == {*UNETS, *TEXTS, "base"}
-    assert held.differing(before, slot_rank=0) == {*UNETS, *TEXTS, "base"}
+    assert held.differing(before, patch_biases=True) == {*PATCHED, "base"}
+    assert held.differing(before, slots=False) == {*UNETS, *TEXTS, "base"}
     assert held.differing(before, engine=EngineOptions(precision="float16")) == HALF
     assert held.differing(before, defaults=Defaults(sampler="euler")) == {"base"}
     assert held.differing(before, self_contained=True) == set()
     mug = write_lora(tmp_path / "mug", seed=1)
     assert held.differing(before, lora=mug, name="mug") == set(), "a subject is data"
-    assert held.differing(before, lora=mug, name="mug", merge=True) == {"unet"}
-    assert held.differing(before, base_loras=[f"{mug}:1:raw"]) == {"unet_raw"}
+    assert held.differing(before, lora=mug, name="mug", merge=True) == PATCHED
+    assert held.differing(before, base_loras=[f"{mug}:1:raw"]) == RAW
     assert held.keys(base_loras=[mug]) != held.keys(base_loras=[f"{mug}:0.5"])
 
 
@@ -583,7 +584,7 @@ def test_a_base_s_key_is_that_of_its_weights_and_slots(held: Held, tmp_path: Pat
 
     plain = key()
     assert key(engine=EngineOptions(precision="float16")) == plain == key(defaults=Defaults(sampler="lcm"))
-    assert len({plain, key(slot_rank=4), key(patch_biases=True)}) == 3
+    assert len({plain, key(slots=False), key(patch_biases=True)}) == 3
 
 
 def test_options_that_contradict_each_other_are_refused(tmp_path: Path, mug_lora: Path) -> None:
@@ -596,8 +597,6 @@ def test_options_that_contradict_each_other_are_refused(tmp_path: Path, mug_lora
     ):
         with pytest.raises(InputError, match=told):
             build(out=tmp_path / "out", engine=options)
-    with pytest.raises(InputError, match="slot_rank is 999; allowed: 0"):
-        build(out=tmp_path / "out", slot_rank=999)
     with pytest.raises(InputError, match="merge needs a LoRA"):
         build(out=tmp_path / "out", merge=True)
     assert not (tmp_path / "out").exists()

@@ -80,11 +80,11 @@ def test_attention_alone_fits_the_slots(small_base: Path, mug_engine: Path, tmp_
     assert "replaces the engine" in replaced and replaced.endswith(passport.command)
 
 
-def test_a_rank_above_the_slots_is_told_the_whole_command(small_base: Path, mug_engine: Path, tmp_path: Path) -> None:
-    lora = write_lora(tmp_path / "wide", seed=1, rank=16)
-    with pytest.raises(FileFormatError, match=r"^subject engine: build with slots of its rank: ") as caught:
-        build(lora, base=small_base, out=tmp_path / "engine")
-    assert command_in(caught.value)[-2:] == ["--slot-rank", "16"]
+def test_without_slots_a_subject_is_to_be_merged(small_base: Path, mug_engine: Path, tmp_path: Path) -> None:
+    lora = write_lora(tmp_path / "mug", seed=1, rank=16)
+    with pytest.raises(FileFormatError, match=r"^subject engine: merge it .*as --no-slots asks") as caught:
+        build(lora, base=small_base, out=tmp_path / "engine", slots=False)
+    assert {"--merge", "--no-slots"} <= {*command_in(caught.value)}
 
 
 def test_several_subjects_at_once(small_base: Path, mug_engine: Path, mug_lora: Path, tmp_path: Path) -> None:

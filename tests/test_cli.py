@@ -260,7 +260,7 @@ def test_the_build_tells_its_options() -> None:
     options = (
         "--base", "--patch", "--head", "--vae", "--tokenizer", "--lora", "--base-lora", "--sampler", "--steps",
         "--guidance-scale", "--backend", "--target", "--precision", "--shapes", "--pictures", "--workspace",
-        "--vae-image", "--no-safe-vae", "--verify", "--no-verify", "--merge", "--slot-rank", "--patch-biases",
+        "--vae-image", "--no-safe-vae", "--verify", "--no-verify", "--merge", "--no-slots", "--patch-biases",
         "--self-contained", "--store",
     )  # fmt: skip
     for option in options:

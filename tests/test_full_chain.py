@@ -26,6 +26,7 @@ from benchmarks import _sdxl_files as files
 from dreammix_trt.building import EngineOptions, build
 from dreammix_trt.core.errors import EngineError, FileFormatError
 from dreammix_trt.core.files import folder_bytes
+from dreammix_trt.core.networks import KINDS
 from dreammix_trt.core.passport import Passport
 from dreammix_trt.core.store import Store
 from dreammix_trt.core.subject import read_subject
@@ -39,7 +40,7 @@ from dreammix_trt.export.parity import BOUNDS
 from tests.support.mini_sdxl import Checkpoint, mini_configs, small_configs, write_single
 
 ROOT = Path(__file__).resolve().parent.parent
-NETWORKS = {"text_encoder", "text_encoder_2", "unet", "unet_raw", "inpaint_head", "vae_encoder", "vae_decoder"}
+NETWORKS = {kind.name for kind in KINDS}
 TWINS = {"vae_encoder_float32", "vae_decoder_float32"}  # of a float16 VAE
 SIDE = 128
 RNG = np.random.default_rng(1)
@@ -193,7 +194,7 @@ def test_the_passport_holds_figures_of_each_build(plans: Path, shelf: Path) -> N
         for name, (low, usual, high) in profile.items():
             assert low <= usual <= high, name
     unet = next(entry for entry in passport.networks if entry.name == "unet")
-    assert unet.slots == 56
+    assert unet.slots == 42
     (profile,) = unet.build["profiles"]
     assert profile["sample"] == [[1, 4, 128, 128], [2, 4, 128, 128], [2, 4, 128, 128]]
     assert profile["inpaint_feature"][0] == [1, 32, 128, 128]
@@ -273,7 +274,11 @@ def dynamic(shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_free_sides_are_two_profiles(dynamic: Path, shelf: Path) -> None:
     passport = open_engine(dynamic, store=shelf).passport
     assert passport.targets == ["sm_89", "sm_120"] and passport.subjects == ()
-    assert {entry.name for entry in passport.networks} == {*NETWORKS, *TWINS} - {"unet_raw", "inpaint_head"}
+    assert {entry.name for entry in passport.networks} == {*NETWORKS, *TWINS} - {
+        "unet_raw",
+        "unet_raw_kv",
+        "inpaint_head",
+    }
     for option in ("--target sm_89", "--target sm_120", "--shapes dynamic", "--pictures 2"):
         assert option in passport.command
     builds = {entry.name: entry.build for entry in passport.networks}
@@ -291,6 +296,7 @@ def test_a_subject_for_slots_that_plans_lack_is_refused(dynamic: Path, shelf: Pa
     configs = small_configs()
     base = files.write_folder(tmp_path / "base", configs)
     lora = files.write_lora(tmp_path / "lora.safetensors", configs, rank=12)
-    with pytest.raises(FileFormatError, match="--slot-rank 12"):
-        build(lora, out=folder, base=base, store=tmp_path / "empty", engine=EngineOptions(targets=("sm_89",)))
+    options = EngineOptions(targets=("sm_89",))
+    with pytest.raises(FileFormatError, match="as --no-slots asks"):
+        build(lora, out=folder, base=base, store=tmp_path / "empty", slots=False, engine=options)
     assert not folder.exists() and Store(tmp_path / "empty").entries() == []

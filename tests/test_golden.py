@@ -26,7 +26,7 @@ from tests.support.tiny_model import random_factors, unet_attention_modules, wri
 def torch_networks(golden: Path) -> Networks:
     """The tiny model of the golden data in torch."""
     pytest.importorskip("torch")
-    return networks_for(find_cases(golden, ["case1"])[0], "torch", 8)
+    return networks_for(find_cases(golden, ["case1"])[0], "torch")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def engine_set(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     pytest.importorskip("torch")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DREAMMIX_HOME", str(tmp_path_factory.mktemp("golden-engines")))
-        networks = networks_for(find_cases(golden, ["case1"])[0], "onnxruntime", 8)
+        networks = networks_for(find_cases(golden, ["case1"])[0], "onnxruntime")
     assert isinstance(networks, EngineSet)
     with networks:
         yield networks
@@ -137,7 +137,7 @@ def test_any_folder_of_the_format_can_be_checked(name: str, tiny: Path) -> None:
     np.savez(folder / "golden.npz", unet_output_steps=np.zeros(0, np.int32))
     case, noise = Case(folder), _Noted()
     case.noise = noise  # type: ignore[assignment]
-    networks = networks_for(case, "torch", case.rank)
+    networks = networks_for(case, "torch")
     run = replay(case, networks)
     np.savez(folder / "golden.npz", **_recorded(run, noise, bool(case.request.substitute)))
     for file, shown in (

@@ -21,13 +21,14 @@ pytest.importorskip("onnxslim")
 from benchmarks import _sdxl_files as files
 from dreammix_trt.building import EngineOptions, build
 from dreammix_trt.core.errors import BuildError, DreamMixError, FileFormatError, InputError
+from dreammix_trt.core.networks import KINDS
 from dreammix_trt.core.passport import Passport
 from dreammix_trt.core.store import Store
 from dreammix_trt.export.parity import OnnxNetwork
 from tests.support.mini_sdxl import Checkpoint, small_configs, trace_once, write_single
 from tests.support.sgm import write_header
 
-NETWORKS = {"text_encoder", "text_encoder_2", "unet", "unet_raw", "inpaint_head", "vae_encoder", "vae_decoder"}
+NETWORKS = {kind.name for kind in KINDS}
 CONFIGS = small_configs()
 
 
@@ -122,7 +123,7 @@ def test_a_nine_channel_unet_is_the_same_graph_with_a_head_of_its_own(
 
     wide = files.write_single_file(tmp_path / "inpainting.safetensors", CONFIGS, in_channels=9)
     passport = made(shelf, tmp_path / "out", base=wide, tokenizer=held.tokenizer)
-    assert {entry.name for entry in passport.networks} == NETWORKS - {"unet_raw"}
+    assert {entry.name for entry in passport.networks} == NETWORKS - {"unet_raw", "unet_raw_kv"}
     assert passport.base["head"] == "zeros" and single.base["head"] == "replicate"
     assert weight_files(passport)["unet"] == weight_files(single)["unet_raw"]
     assert passport.files["unet/unet.onnx"] == single.files["unet/unet.onnx"]
@@ -234,13 +235,11 @@ def test_several_loras_with_scales_and_targets_are_one_subject(
     assert all(option in passport.command for option in (f"{one}:0.5", f"{two}:-2:raw", f"{three}:1.5:both"))
 
 
-def test_ranks_that_exceed_the_slots_together_are_refused(
-    held: Checkpoint, single: Passport, shelf: Path, tmp_path: Path
-) -> None:
-    one, two = (lora(tmp_path / f"{n}.safetensors", seed=n, rank=5) for n in range(2))
-    made(shelf, tmp_path / "alone", lora=one, **held.given())
-    with pytest.raises(FileFormatError, match=r"--slot-rank 10 .*its rank is 10, the slots take 8"):
-        made(shelf, tmp_path / "out", lora=[one, two], **held.given())
+def test_ranks_add_up_without_a_limit(held: Checkpoint, single: Passport, shelf: Path, tmp_path: Path) -> None:
+    one, two = (lora(tmp_path / f"{n}.safetensors", seed=n, rank=40) for n in range(2))
+    passport = made(shelf, tmp_path / "out", lora=[one, two], **held.given())
+    assert passport.parts == single.parts
+    assert subject_factors(tmp_path / "out")[f"unets.{MODULE}.A"].shape == (64, 80)
 
 
 def test_a_target_the_base_does_not_have_is_refused(held: Checkpoint, shelf: Path, tmp_path: Path) -> None:
@@ -298,10 +297,6 @@ def _with_space(place: Path, held: Checkpoint) -> dict[str, Any]:
     return {"lora": f"{lora(place / 'mine.safetensors')}:1:nowhere"}
 
 
-def _wide_ranks(place: Path, held: Checkpoint) -> dict[str, Any]:
-    return {"lora": lora(place / "wide.safetensors", rank=16)}
-
-
 def _broken_base_lora(place: Path, held: Checkpoint) -> dict[str, Any]:
     from tests.support.mini_sdxl import mini_configs
 
@@ -339,7 +334,6 @@ BAD: dict[str, tuple[Any, str]] = {
     "a patch for another width": (_other_width, r"other\.patch.*base\.safetensors"),
     "a head for another width": (_other_head, r"other\.pth.*48 channels.*32"),
     "a LoRA for Stable Diffusion 1.5": (_lora_15, r"another base \(Stable Diffusion 1\.x\)"),
-    "ranks above the slots": (_wide_ranks, r"build with slots of its rank: .*--slot-rank 16 "),
     "an unknown target": (_with_space, "unknown target 'nowhere'"),
     "a base LoRA for another base": (_broken_base_lora, r"other-base\.safetensors.*another base.*which the base lacks"),
     "a DoRA": (_dora, r"dora\.safetensors.*DoRA"),

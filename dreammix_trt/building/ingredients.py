@@ -36,7 +36,7 @@ class Ingredients:
     """
 
     base: BaseFiles
-    slot_rank: int
+    slots: bool
     engine: EngineOptions
     loras: Sequence[tuple[BaseLora, str]]
     defaults: Mapping[str, Any]
@@ -46,7 +46,7 @@ class Ingredients:
     def base_key(self) -> str:
         """Which weights and slots these are, whatever the back end and precision."""
         sources = {kind.component: self.sources_of(kind.name) for kind in KINDS}
-        return Store.key({"sources": sources, "slot_rank": self.slot_rank})
+        return Store.key({"sources": sources, "slots": self.slots})
 
     @property
     def merged(self) -> list[BaseLora]:
@@ -57,7 +57,7 @@ class Ingredients:
     def networks(self) -> tuple[Network, ...]:
         """Those that an engine of this base has."""
         precision: Precision = "float16" if self.engine.half else "float32"
-        networks = describe_networks(self.base, self.slot_rank, precision, self.engine.fused)
+        networks = describe_networks(self.base, self.slots, precision, self.engine.fused)
         kept = (network for network in networks if self.engine.safe_vae or not is_twin(network.name))
         return tuple(self._specialise(network) if network.kind.call == "step" else network for network in kept)
 
@@ -80,7 +80,7 @@ class Ingredients:
             "revision": 2,  # of what base.json says: 2 has the UNet's blocks
             "native_side": self.base.native_side,
             "configs": self.base.configs,
-            "slot_rank": self.slot_rank,
+            "slots": self.slots,
             "tokenizer": self.base.hash_contents("tokenizer"),
             "defaults": dict(self.defaults),
             "head": self.base.head_padding if self.base.has_head else None,

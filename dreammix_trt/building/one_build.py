@@ -43,7 +43,7 @@ def build(
     token: str | Mapping[str, str] | None = None,
     class_name: str | Mapping[str, str] | None = None,
     merge: bool = False,
-    slot_rank: int = 8,
+    slots: bool = True,
     patch_biases: bool = False,
     base_loras: Sequence[LoraOption] = (),
     defaults: Defaults | None = None,
@@ -66,7 +66,7 @@ def build(
     token, class_name: the subject's word in prompts, and what it is; of several, by name. None: as the LoRA's metadata
         says (`core/lora_words.py`), else "sks" and nothing.
     merge: bake the subject into weights of its own.
-    slot_rank: largest LoRA rank that subjects of this base may have (0: no slots).
+    slots: whether subjects can be swapped in; without, the engine draws the base alone, or the subject that is merged.
     patch_biases: apply the patch's biases, too.
     base_loras: merged into the base (few-step, style), given as `lora` is, target "both" by default.
     defaults: of requests to this base; filled in for LCM, Lightning and Hyper-SD LoRAs.
@@ -89,7 +89,7 @@ def build(
         token=token,
         class_name=class_name,
         merge=merge,
-        slot_rank=slot_rank,
+        slots=slots,
         defaults=defaults or Defaults(),
         engine=engine or EngineOptions(),
         verify=verify,
@@ -114,7 +114,7 @@ def carry_out(order: BuildOrder, update: Update, tell: Callable[[str], None]) ->
     baked = [*merged, *made[0].loras] if order.merge else merged
     loras = [(BaseLora(lora, spec.scale, spec.target), sha256_of(lora.source_path)) for lora, spec in baked]
     calibration = find_calibration(order, files)
-    ingredients = Ingredients(files, order.slot_rank, order.engine, loras, defaults.to_dict(), calibration)
+    ingredients = Ingredients(files, order.slots, order.engine, loras, defaults.to_dict(), calibration)
     store = PartStore(shelf, order.place, update)
     parts = Parts(ingredients, store, order.verify, tell)
     for each in () if order.merge else made:
@@ -155,7 +155,7 @@ def _write(
         "name": files.name,
         "remarks": list(files.remarks),
         "native_side": files.native_side,
-        "slot_rank": order.slot_rank,
+        "slots": order.slots,
         "files": files.hash_contents(),
         "head": files.head_padding if files.has_head else None,
         "loras": [describe_lora(spec, "both") for spec in baked],

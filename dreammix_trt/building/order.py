@@ -70,7 +70,7 @@ class BuildOrder:
     token: Words = None
     class_name: Words = None
     merge: bool = False
-    slot_rank: int = 8
+    slots: bool = True
     defaults: Defaults = field(default_factory=Defaults)
     engine: EngineOptions = field(default_factory=EngineOptions)
     verify: bool | None = None
@@ -106,8 +106,6 @@ class BuildOrder:
 
     def check(self) -> None:
         """Raise InputError for what cannot be built, before anything is read."""
-        if not 0 <= self.slot_rank <= 256:
-            raise InputError(f"slot_rank is {self.slot_rank}; allowed: 0 (no slots) to 256")
         check_place(self.out, PASSPORT)
         self.engine.check()
         for field_name in ("name", "token", "class_name"):
@@ -156,7 +154,7 @@ class BuildOrder:
             "token": _list_given(self.token),
             "class_name": _list_given(self.class_name),
             "merge": self.merge,
-            "slot_rank": self.slot_rank if self.slot_rank != BuildOrder.slot_rank else None,
+            "no_slots": not self.slots,
             "patch_biases": self.base.patch_biases,
             "base_lora": [describe_lora(spec, "both") for spec in self.base_specs],
             "self_contained": self.self_contained,

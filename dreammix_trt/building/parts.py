@@ -18,9 +18,9 @@ from dreammix_trt.building.ingredients import Ingredients
 from dreammix_trt.building.needs import check_needs
 from dreammix_trt.building.part_store import PartStore
 from dreammix_trt.core.errors import BuildError, FileFormatError
-from dreammix_trt.core.files import read_json, write_json
+from dreammix_trt.core.files import read_json, share_file, write_json
 from dreammix_trt.core.networks import Network
-from dreammix_trt.core.slots import LORA_SIDES
+from dreammix_trt.core.slots import names_of_weights
 from dreammix_trt.engine.directory import COST
 from dreammix_trt.export.onnx_export import export_facts, export_network, find_shipped_graph, graph_digest, write_graph
 
@@ -54,10 +54,10 @@ class Parts:
         return {**folders, "base": self._make_base()}
 
     def _make_base(self) -> Path:
-        base, slot_rank, defaults = self._base, self._ingredients.slot_rank, self._ingredients.defaults
+        base, slots, defaults = self._base, self._ingredients.slots, self._ingredients.defaults
 
         def make(out: Path) -> None:
-            export_facts(base, slot_rank, out, defaults)
+            export_facts(base, slots, out, defaults)
 
         return self._store.provide("base", "base", self._ingredients.of_base(), make, needed=True)
 
@@ -127,11 +127,12 @@ class Parts:
         if report.decomposed:
             self._tell(f"{network.name}: no fused kernel for some attention; {report.decomposed} may be taken apart")
         kept = {key: value for key, value in entry.items() if key not in ("graph", "weights", "initializers")}
-        told = report.to_dict()
-        told["inputs"] = [tensor for tensor in told["inputs"] if not tensor["name"].endswith(LORA_SIDES)]
+        if "slot_weights" in entry:
+            share_file(source / entry["slot_weights"], out / entry["slot_weights"])
+        weights, told = set(names_of_weights(network.slots)), report.to_dict()
+        told["inputs"] = [tensor for tensor in told["inputs"] if tensor["name"] not in weights]
         told["profiles"] = [
-            {name: span for name, span in profile.to_dict().items() if not name.endswith(LORA_SIDES)}
-            for profile in profiles
-        ]  # of a thousand LoRA factors the slots say enough
+            {name: span for name, span in profile.to_dict().items() if name not in weights} for profile in profiles
+        ]  # of hundreds of weights the slots say enough
         build = {**told, "export": read_json(source / COST)}
         write_json(out / "network.json", {**kept, "engine": f"{network.graph}.engine", "build": build})

@@ -11,12 +11,11 @@ from dreammix_trt.core.errors import FileFormatError, InputError
 from dreammix_trt.core.lora import Lora, LoraSpec, read_lora
 from dreammix_trt.core.lora_names import join_first
 from dreammix_trt.core.lora_words import find_words
-from dreammix_trt.core.networks import Network
-from dreammix_trt.core.packing import find_misfits, pack
+from dreammix_trt.core.merging import check_fit, find_misfits
+from dreammix_trt.core.networks import Network, networks_of_factors
 from dreammix_trt.core.subject import Subject, find_subject_file, make_subject, open_subject
 
 Tell = Callable[[str], None]
-MOST_RANK = 256
 
 
 @dataclass(frozen=True)
@@ -52,33 +51,29 @@ def make_subjects(order: BuildOrder, unet_config: Mapping[str, Any], tell: Tell)
 def check_slots(made: MadeSubject, networks: Sequence[Network], order: BuildOrder) -> None:
     """Raise FileFormatError for a subject that does not fit the slots; it begins with the command that helps."""
     subject, slots = made.subject, {network.name: network.slots for network in networks}
+    taken = {
+        name: [slot for each in networks_of_factors(name) for slot in slots.get(each, ())] for name in subject.factors
+    }
     for name in subject.factors:
         if name not in slots:
             raise FileFormatError(
                 f"subject {subject.name}: has factors for {name}, which this base does not have; "
                 "give its LoRA the target 'patched'"
             )
-    found = {name: find_misfits(factors, slots[name]) for name, factors in subject.factors.items()}
+    found = {name: find_misfits(factors, taken[name]) for name, factors in subject.factors.items()}
     homeless = sum(len(misfits.homeless) for misfits in found.values())
-    rank = max((a.shape[1] for factors in subject.factors.values() for a, _ in factors.values()), default=0)
-    if not any(misfits.foreign for misfits in found.values()):
-        if homeless and made.loras:
-            command = replace(_order_alone(made, order), merge=True).command()
-            kinds = sorted({kind for misfits in found.values() for kind in misfits.homeless_kinds})
-            raise FileFormatError(
-                f"subject {subject.name}: merge it into the weights of an engine of its own: `{command}`; "
-                f"{homeless} of its {sum(map(len, subject.factors.values()))} layers have no slots, which attention "
-                f"alone has: {join_first(kinds, 8)}"
-            )
-        if order.slot_rank < rank <= MOST_RANK:
-            command = replace(order, slot_rank=rank).command()
-            raise FileFormatError(
-                f"subject {subject.name}: build with slots of its rank: `{command}`; its rank is {rank}, the slots "
-                f"take {order.slot_rank} (ranks of several LoRAs on one layer add up)"
-            )
+    if homeless and made.loras and not any(misfits.foreign for misfits in found.values()):
+        command = replace(_order_alone(made, order), merge=True).command()
+        kinds = sorted({kind for misfits in found.values() for kind in misfits.homeless_kinds})
+        why = "which attention alone has" if order.slots else "as --no-slots asks"
+        raise FileFormatError(
+            f"subject {subject.name}: merge it into the weights of an engine of its own: `{command}`; "
+            f"{homeless} of its {sum(map(len, subject.factors.values()))} layers have no slots, {why}: "
+            f"{join_first(kinds, 8)}"
+        )
     for name, factors in subject.factors.items():
         try:
-            pack(factors, slots[name])
+            check_fit(factors, taken[name])
         except FileFormatError as error:
             raise FileFormatError(f"subject {subject.name}: {error}") from error
 

@@ -9,8 +9,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from dreammix_trt.core.networks import kv_name
 from dreammix_trt.core.schedule import Step, time_ids
 from dreammix_trt.core.seam import Networks
+from dreammix_trt.engine.host.weights import WeightsOf
 
 F32 = npt.NDArray[np.float32]
 
@@ -24,7 +26,7 @@ class Conditioning:
     sizes: (height, width) in pixels given as the original size, one pair for each picture.
     target: side in pixels given as the target size.
     feature: (N, C, h, w), of the inpaint head.
-    factors: network -> (N, P), packed LoRA factors.
+    weights: network -> the weights of its slots that are not the base's own, by input.
     """
 
     text: F32
@@ -32,7 +34,7 @@ class Conditioning:
     sizes: tuple[tuple[int, int], ...]
     target: int
     feature: F32
-    factors: Mapping[str, F32]
+    weights: WeightsOf = lambda network: {}
 
     @property
     def rows_per_picture(self) -> int:
@@ -62,6 +64,7 @@ class EngineDenoiser:
 
     def __init__(self, networks: Networks) -> None:
         self._networks = networks
+        self._attended: dict[str, tuple[Conditioning, Mapping[str, F32]]] = {}
         self._nothing: dict[tuple[int, ...], F32] = {}
 
     def __call__(self, latents: F32, step: Step, conditioning: Conditioning) -> F32:
@@ -71,13 +74,23 @@ class EngineDenoiser:
             name,
             sample=latents,
             timestep=np.full(len(latents), step.timestep, np.float32),
-            encoder_hidden_states=conditioning.text,
             text_embeds=conditioning.pooled,
             time_ids=conditioning.time_ids(step),
             inpaint_feature=conditioning.feature if patched else self._zeros(conditioning.feature.shape),
-            lora=conditioning.factors[name],
+            **self._attend(name, conditioning),
+            **conditioning.weights(name),
         )
         return output["eps"]
+
+    def _attend(self, unet: str, conditioning: Conditioning) -> Mapping[str, F32]:
+        """The text's keys and values for a UNet, made at its first step of a stage."""
+        known = self._attended.get(unet)
+        if known is None or known[0] is not conditioning:
+            name = kv_name(unet)
+            text, weights = conditioning.text, conditioning.weights(name)
+            known = conditioning, self._networks.run(name, encoder_hidden_states=text, **weights)
+            self._attended[unet] = known
+        return known[1]
 
     def _zeros(self, shape: tuple[int, ...]) -> F32:
         if shape not in self._nothing:

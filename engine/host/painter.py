@@ -20,6 +20,7 @@ from dreammix_trt.engine.host.clock import PhaseClock
 from dreammix_trt.engine.host.denoiser import Conditioning, Denoiser
 from dreammix_trt.engine.host.sampling import StageInputs, Taken, take_step
 from dreammix_trt.engine.host.texts import Text
+from dreammix_trt.engine.host.weights import WeightsOf
 from dreammix_trt.engine.painting import Preview
 
 F32 = npt.NDArray[np.float32]
@@ -31,7 +32,7 @@ class Sitting:
     """One picture to paint, and everything that it is painted with.
 
     texts: of the stages "lcg" and "gch".
-    factors: network -> (P,), the subject's packed row.
+    weights: network -> the weights that the subject changes.
     noise: its random numbers.
     """
 
@@ -39,7 +40,7 @@ class Sitting:
     request: Request
     schedule: Schedule
     texts: Mapping[str, Text]
-    factors: Mapping[str, F32]
+    weights: WeightsOf
     noise: NoiseProvider
 
 
@@ -153,7 +154,7 @@ class HostPainter:
             sizes=(self._first_size,),
             target=self._facts.native_side,
             feature=self._make_feature(f"vae_noise_{name}_masked"),
-            factors={network: row[None] for network, row in self._sitting.factors.items()},
+            weights=self._sitting.weights,
         )
         self.stage = StageInputs(latent, background, self.frame.latent_mask, conditioning)
         self._before = None

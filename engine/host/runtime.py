@@ -12,20 +12,20 @@ import numpy as np
 import numpy.typing as npt
 
 from dreammix_trt.core.errors import EngineError, NotFiniteError
-from dreammix_trt.core.networks import KINDS, twin_name
+from dreammix_trt.core.networks import twin_name
 from dreammix_trt.core.noise import SeededNoise
-from dreammix_trt.core.packing import pack
 from dreammix_trt.core.seam import BaseFacts, Networks
-from dreammix_trt.core.slots import packed_size
-from dreammix_trt.core.subject import NOBODY, Role, Subject
+from dreammix_trt.core.slots import Slot
+from dreammix_trt.core.subject import Subject
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.canvas.geometry import Size
 from dreammix_trt.engine.host.clock import PhaseClock
 from dreammix_trt.engine.host.denoiser import Denoiser, EngineDenoiser
 from dreammix_trt.engine.host.painter import HostPainter, Sitting
 from dreammix_trt.engine.host.texts import HostTexts
+from dreammix_trt.engine.host.weights import HostWeights
 from dreammix_trt.engine.painting import paint_safely
-from dreammix_trt.engine.runtime import Painted, Painting, Work, find_subject
+from dreammix_trt.engine.runtime import Painted, Painting, Work
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -47,11 +47,7 @@ class HostRuntime:
         self.networks, self.facts = networks, facts
         self.timings: Mapping[str, float] = {}
         self._denoiser, self._closed, self._texts = denoiser, False, HostTexts()
-        self._names = [kind.name for kind in KINDS if kind.factors and kind.name in networks]
-        self._subjects: dict[str, Subject] = {}
-        self._factors: dict[Role, dict[str, F32]] = {
-            NOBODY: {name: np.zeros(packed_size(networks.slots(name)), np.float32) for name in self._names}
-        }
+        self._weights = HostWeights(networks)
 
     @property
     def has_raw_unet(self) -> bool:
@@ -59,29 +55,14 @@ class HostRuntime:
         return "unet_raw" in self.networks
 
     def add_subject(self, name: str, subject: Subject) -> None:
-        """Pack a subject's factors for every network that takes factors."""
-        factors = self.pack_factors(subject)
-        if name in self._subjects:
-            self.remove_subject(name)
-        self._subjects[name], self._factors[Role(name)] = subject, factors
+        """Check that a subject fits, and keep it. Its weights are merged when a picture needs them."""
+        self._weights.add(name, subject)
+        self._texts.forget(name)
 
     def remove_subject(self, name: str) -> None:
         """Forget a subject at all its strengths."""
-        del self._subjects[name]
-        self._factors = {role: factors for role, factors in self._factors.items() if role.name != name}
+        self._weights.remove(name)
         self._texts.forget(name)
-
-    def pack_factors(self, subject: Subject) -> dict[str, F32]:
-        """A subject's packed rows: network -> float32 (P,)."""
-        return {name: pack(subject.factors_for(name), self.networks.slots(name), subject.scale) for name in self._names}
-
-    def _find_factors(self, role: Role) -> dict[str, F32]:
-        """The packed rows of a role. Beside every subject as it is, one at another strength is kept."""
-        if role not in self._factors:
-            factors = self.pack_factors(find_subject(self._subjects, role))
-            self._factors = {kept: rows for kept, rows in self._factors.items() if kept.scale == 1}
-            self._factors[role] = factors
-        return self._factors[role]
 
     def check(self, work: Work) -> Hashable:
         """A value that no other picture has: no picture shares a batch with another."""
@@ -97,11 +78,11 @@ class HostRuntime:
 
         def open_painter(safe: bool) -> HostPainter:
             networks = _Watched(self.networks, clock, safe, self._check_open)
-            factors = self._find_factors(work.subject)
+            weights = self._weights.use(work.subject, safe)
             with clock("text"):
-                texts = self._texts.compose(work.prompts, networks, factors, safe)
+                texts = self._texts.compose(work.prompts, networks, weights, safe)
             noise = work.noise or SeededNoise(work.seed, kernels.normals)
-            sitting = Sitting(work.canvas, work.request, work.schedule, texts, factors, noise)
+            sitting = Sitting(work.canvas, work.request, work.schedule, texts, weights, noise)
             denoiser = self._denoiser or EngineDenoiser(networks)
             kept = shown if 0 in keep else None
             return HostPainter(
@@ -145,8 +126,11 @@ class _Watched:
     def __contains__(self, name: str) -> bool:
         return name in self._networks
 
-    def slots(self, name: str) -> tuple[Any, ...]:
+    def slots(self, name: str) -> tuple[Slot, ...]:
         return self._networks.slots(name)
+
+    def weights(self, name: str) -> Mapping[str, npt.NDArray[Any]]:
+        return self._networks.weights(name)
 
     def run(self, name: str, **arrays: Any) -> dict[str, npt.NDArray[Any]]:
         self._ready()

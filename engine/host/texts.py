@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy.typing as npt
 from dreammix_trt.core.networks import names_of_group
 from dreammix_trt.core.seam import Networks
 from dreammix_trt.core.subject import Role
+from dreammix_trt.engine.host.weights import WeightsOf
 from dreammix_trt.engine.prompts import Prompt, PromptPlan, RowSource, weigh_text
 from dreammix_trt.engine.text import apply_tas
 
@@ -40,21 +40,21 @@ class HostTexts:
     def forget(self, subject: str | None = None) -> None:
         """Drop what was encoded.
 
-        subject: only what was encoded with this subject's factors; None: all.
+        subject: only what was encoded with this subject's weights; None: all.
         """
         self._kept = {key: value for key, value in self._kept.items() if subject is not None and key[1].name != subject}
 
-    def compose(self, plan: PromptPlan, networks: Networks, factors: Mapping[str, F32], safe: bool) -> dict[str, Text]:
+    def compose(self, plan: PromptPlan, networks: Networks, weights: WeightsOf, safe: bool) -> dict[str, Text]:
         """Make the condition of each stage.
 
-        factors: network -> the subject's packed row (P,).
+        weights: network -> the weights that the subject changes.
         safe: encode with the twins.
 
         Returns stage -> its condition.
         """
 
         def encode(*prompts: Prompt) -> Encoded:
-            chunks = [self._weigh(prompt, plan, networks, factors, safe) for prompt in prompts]
+            chunks = [self._weigh(prompt, plan, networks, weights, safe) for prompt in prompts]
             return np.concatenate([tokens for tokens, _ in chunks]), chunks[0][1]
 
         tokens, pooled = encode(*plan.prompt)
@@ -72,26 +72,22 @@ class HostTexts:
             texts[stage] = Text(stacked, np.stack([encoded[row.pooled][1] for row in rows]))
         return texts
 
-    def _weigh(
-        self, prompt: Prompt, plan: PromptPlan, networks: Networks, factors: Mapping[str, F32], safe: bool
-    ) -> Encoded:
+    def _weigh(self, prompt: Prompt, plan: PromptPlan, networks: Networks, weights: WeightsOf, safe: bool) -> Encoded:
         """A prompt's encoding, its weights applied."""
-        halves, pooled = self._encode(prompt, networks, factors, safe)
+        halves, pooled = self._encode(prompt, networks, weights, safe)
         tokens = np.concatenate(halves, axis=-1)
         if prompt.weights is None or plan.empty is None:
             return tokens, pooled
-        empty, _ = self._encode(plan.empty, networks, factors, safe)
+        empty, _ = self._encode(plan.empty, networks, weights, safe)
         widths = [half.shape[-1] for half in halves]
         return weigh_text(tokens, np.concatenate(empty, axis=-1), prompt.weights, widths), pooled
 
-    def _encode(
-        self, prompt: Prompt, networks: Networks, factors: Mapping[str, F32], safe: bool
-    ) -> tuple[list[F32], F32]:
+    def _encode(self, prompt: Prompt, networks: Networks, weights: WeightsOf, safe: bool) -> tuple[list[F32], F32]:
         """Both encoders' token rows (77, d), and the pooled vector (Dp,); weights are not looked at."""
         key = (safe, prompt.subject, prompt.ids.tobytes())
         if key not in self._kept:
             outputs = [
-                networks.run(name, input_ids=ids[None], lora=factors[name][None])
+                networks.run(name, input_ids=ids[None], **weights(name))
                 for name, ids in zip(names_of_group("text"), prompt.ids, strict=True)
             ]
             if len(self._kept) >= _MOST_KEPT:

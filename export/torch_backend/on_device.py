@@ -105,7 +105,7 @@ class TorchNetworks:
         found = _list_networks(base, slot_rank, dtype, names)
         if dtype == "float16":
             found = [replace(network, wide=_choose_wide_units(base, network, wide)) for network in found]
-        return cls(found, facts or facts_of(base), values, device, dtype, compile, resident)
+        return cls(found, facts or _facts_of(base), values, device, dtype, compile, resident)
 
     @classmethod
     def random(
@@ -140,7 +140,7 @@ class TorchNetworks:
             return lambda name: draw_weight((seed, plain_name(network.name), name), shapes[name], place)
 
         listed = _list_networks(base, slot_rank, dtype, names)
-        return cls(listed, facts or facts_of(base), values, device, dtype, compile, resident)
+        return cls(listed, facts or _facts_of(base), values, device, dtype, compile, resident)
 
     def __enter__(self) -> TorchNetworks:
         return self
@@ -250,8 +250,7 @@ class TorchNetworks:
         return view_array(array, self.device)
 
 
-def facts_of(base: BaseFiles) -> BaseFacts:
-    """What the runtime must know about a base, without defaults of requests."""
+def _facts_of(base: BaseFiles) -> BaseFacts:
     blocks = blocks_of(base.configs["unet"])
     return BaseFacts(base.native_side, base.divisor, base.scaling_factor, base.feature_channels, {}, blocks)
 

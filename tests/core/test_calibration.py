@@ -28,7 +28,9 @@ def made() -> Calibration:
 def test_what_is_read_is_what_was_written(made: Calibration, tmp_path: Path) -> None:
     made.write(tmp_path / "calibration.json")
     assert Calibration.read(tmp_path / "calibration.json") == made
-    assert json.loads((tmp_path / "calibration.json").read_text())["kept_in_float16"] == {"unet": ["conv_in", "up.conv1"]}
+    assert json.loads((tmp_path / "calibration.json").read_text())["kept_in_float16"] == {
+        "unet": ["conv_in", "up.conv1"]
+    }
 
 
 def test_what_e4m3_hurts_much_more_than_others_stays_float16(made: Calibration) -> None:

@@ -31,7 +31,7 @@ def make_passport(**fields: Any) -> Passport:
         base={
             "name": "micro-sdxl",
             "native_side": 128,
-            "slot_rank": 8,
+            "slots": True,
             "files": {},
             "loras": ["lcm.safetensors"],
             "defaults": {"sampler": "lcm"},
@@ -62,7 +62,7 @@ def test_a_passport_is_read_back_as_written(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("schema", "told"),
-    [(SCHEMA + 1, "upgrade"), (1, "schema 1, this version reads 2; build it"), (0, "build it again"), (None, "build")],
+    [(SCHEMA + 1, "upgrade"), (2, "schema 2, this version reads 3; build it"), (0, "build it again"), (None, "build")],
 )
 def test_another_schema_is_refused_with_the_command_that_rebuilds(folder: Path, schema: object, told: str) -> None:
     change(folder, schema=schema)
@@ -139,7 +139,7 @@ def test_the_description_tells_what_a_person_asks_for() -> None:
         "micro-sdxl",
         "128x128",
         "in the store",
-        "rank 8",
+        "of any rank",
         "a sks mug",
         "2 KiB",
         "36 LoRA slots",
@@ -157,7 +157,7 @@ def test_the_description_tells_what_a_person_asks_for() -> None:
 def test_a_part_that_was_not_compared_says_so() -> None:
     from dataclasses import replace
 
-    plain = make_passport(targets=[], base={"name": "sdxl", "native_side": 1024, "slot_rank": 0})
+    plain = make_passport(targets=[], base={"name": "sdxl", "native_side": 1024, "slots": False})
     (network,) = plain.networks
     plain = replace(plain, networks=(replace(network, parity={"checked": "not"}, build={}),), subjects=())
     text = "\n".join(f"{title}: {row}" for title, rows in plain.describe() for row in rows)

@@ -10,8 +10,6 @@ from safetensors.numpy import load_file, save_file
 from dreammix_trt.core.errors import FileFormatError, InputError
 from dreammix_trt.core.lora import Factors, Lora, LoraSpec, Target, read_lora
 from dreammix_trt.core.lora_names import SDXL
-from dreammix_trt.core.packing import pack
-from dreammix_trt.core.slots import Slot, packed_size, slots_of
 from dreammix_trt.core.subject import (
     Subject,
     find_subject_file,
@@ -23,70 +21,6 @@ from dreammix_trt.core.subject import (
 from tests.support.tiny_model import random_factors, unet_attention_modules, write_tiny_lora
 
 MODULES = {"a.to_k": (6, 5), "a.to_v": (7, 5), "b.to_out.0": (5, 5)}
-SLOTS = tuple(Slot(module, inputs, outputs, 8) for module, (inputs, outputs) in MODULES.items())
-
-
-def unpack(row: np.ndarray, slots: tuple[Slot, ...]) -> dict[str, np.ndarray]:
-    """module -> A @ B, read by the layout's definition: per slot A (in, rank), then B (rank, out)."""
-    found, at = {}, 0
-    for slot in slots:
-        a = row[at : at + slot.inputs * slot.rank].reshape(slot.inputs, slot.rank)
-        at += a.size
-        b = row[at : at + slot.rank * slot.outputs].reshape(slot.rank, slot.outputs)
-        at += b.size
-        found[slot.module] = a @ b
-    assert at == row.size
-    return found
-
-
-@pytest.mark.parametrize("rank", [1, 4, 8])
-def test_pack_pads_and_scales(rank: int) -> None:
-    factors = random_factors(MODULES, rank=rank)
-    row = pack(factors, SLOTS, scale=0.5)
-    assert row.shape == (packed_size(SLOTS),) and row.dtype == np.float32
-    for module, product in unpack(row, SLOTS).items():
-        a, b = factors[module]
-        np.testing.assert_allclose(product, 0.5 * a @ b, rtol=1e-5, atol=1e-7)
-
-
-def test_slots_without_factors_are_zero() -> None:
-    factors = random_factors({"a.to_v": (7, 5)})
-    products = unpack(pack(factors, SLOTS), SLOTS)
-    assert not products["a.to_k"].any() and not products["b.to_out.0"].any() and products["a.to_v"].any()
-    assert not pack({}, SLOTS).any()
-
-
-def test_a_lora_for_another_base_lists_what_does_not_fit() -> None:
-    with pytest.raises(
-        FileFormatError, match=r"another base; 2 modules.*a\.to_k \(9 -> 5, here 6 -> 5\).*z \(2 -> 2, no such slot\)"
-    ):
-        pack(random_factors({"a.to_k": (9, 5), "z": (2, 2), "a.to_v": (7, 5)}), SLOTS)
-
-
-@pytest.mark.parametrize(("width", "family"), [(768, "Stable Diffusion 1.x"), (1024, "Stable Diffusion 2.x")])
-def test_a_lora_for_another_model_is_recognised(width: int, family: str) -> None:
-    slots = tuple(Slot(f"x.{name}.to_k", width, 5, 4) for name, width in (("attn1", 5), ("attn2", 2048)))
-    factors = random_factors({"x.attn1.to_k": (5, 5), "x.attn2.to_k": (width, 5)})
-    with pytest.raises(
-        FileFormatError, match=rf"another base \({family}\); 1 modules do not fit: x\.attn2\.to_k \({width}"
-    ):
-        pack(factors, slots)
-    with pytest.raises(FileFormatError, match="another base; 1 modules"):
-        pack(random_factors({"x.attn1.to_k": (7, 5), "x.attn2.to_k": (2048, 5)}), slots)
-
-
-def test_layers_without_slots_are_to_be_merged() -> None:
-    others = {"b.ff.net.0.proj": (5, 9), "b.resnets.1.conv1": (45, 5)}
-    told = r"^merge this LoRA.*build --lora FILE --merge.*2 of its 5 layers.*ff\.net\.0\.proj.*resnets\.1\.conv1"
-    with pytest.raises(FileFormatError, match=told):
-        pack(random_factors({**MODULES, **others}), SLOTS)
-    with pytest.raises(FileFormatError, match=r"another base; 3 modules do not fit: b\.ff.*b\.to_out\.1"):
-        pack(random_factors({"b.to_out.1": (5, 5), **others}), SLOTS)
-
-
-def test_too_high_a_rank_names_the_command() -> None:
-    with pytest.raises(FileFormatError, match=r"rank 16, the engine's slots take 8.*dreammix-trt build --slot-rank 16"):
-        pack(random_factors(MODULES, rank=16), SLOTS)
 
 
 def test_the_file_keeps_everything(tmp_path: Path) -> None:
@@ -139,7 +73,7 @@ def test_target_chooses_the_unet(target: Target, patched: bool, raw: bool, tmp_p
 
 
 def test_several_loras_add_up(tmp_path: Path) -> None:
-    """x (s1 A1 B1 + s2 A2 B2) for the networks that get it: in memory, from the file, and packed."""
+    """x (s1 A1 B1 + s2 A2 B2) for the networks that get it: in memory and from the file."""
     first, second = random_factors(MODULES, seed=1), random_factors({"a.to_k": (6, 5)}, rank=3, seed=2)
     text = random_factors({"t": (3, 3)}, seed=3)
     style = random_factors({"b.to_out.0": (5, 5)}, seed=4)
@@ -150,7 +84,6 @@ def test_several_loras_add_up(tmp_path: Path) -> None:
     ]
     made = subject_from_loras(loras, "mug", "sks", "mug", base_key="k")
     assert made.target == "both" and made.scale == 1 and made.base_key == "k"
-    wanted: Factors = {"unet": {}, "unet_raw": {}}
 
     def product(factors: dict[str, tuple[np.ndarray, np.ndarray]], module: str) -> np.ndarray:
         a, b = factors.get(module, (np.zeros((MODULES[module][0], 1)), np.zeros((1, MODULES[module][1]))))
@@ -158,25 +91,16 @@ def test_several_loras_add_up(tmp_path: Path) -> None:
 
     write_subject(tmp_path / "mug.safetensors", made)
     for subject in (made, read_subject(tmp_path / "mug.safetensors")):
-        rows = {network: unpack(pack(subject.factors_for(network), SLOTS), SLOTS) for network in wanted}
         for module in MODULES:
             for network, other, scale in (("unet", style, 3.0), ("unet_raw", second, -2.0)):
                 expected = 0.5 * product(first, module) + scale * product(other, module)
-                np.testing.assert_allclose(rows[network][module], expected, atol=2e-3 * np.abs(expected).max())
+                found = product(subject.factors_for(network), module)
+                np.testing.assert_allclose(found, expected, atol=2e-3 * np.abs(expected).max())
         for encoder, scale in (("text_encoder", 0.5 - 2.0), ("text_encoder_2", -2.0)):
             a, b = subject.factors_for(encoder)["t"]
             np.testing.assert_allclose(a @ b, scale * text["t"][0] @ text["t"][1], atol=5e-3)
     a, _ = made.factors["unet_raw"]["a.to_k"]
     assert a.shape == (6, 4 + 3) and made.factors["unet"]["a.to_k"][0].shape == (6, 4)
-
-
-def test_ranks_that_add_up_beyond_the_slot_are_refused() -> None:
-    lora = lora_of(unet=random_factors(MODULES))
-    subject = subject_from_loras([(lora, 1.0, "patched")] * 3, "x")
-    with pytest.raises(
-        FileFormatError, match=r"rank 12, .*slots take 8 \(ranks of several LoRAs.*add up\).*--slot-rank 12"
-    ):
-        pack(subject.factors_for("unet"), SLOTS)
 
 
 def test_what_both_unets_share_is_stored_once(tmp_path: Path) -> None:
@@ -259,11 +183,6 @@ def test_a_part_that_is_not_known_asks_for_an_update(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "x.safetensors", {"dreammix_subject": json.dumps(facts)})
     with pytest.raises(FileFormatError, match=r"parts that this version does not know \(smell\); update"):
         read_subject(tmp_path / "x.safetensors")
-
-
-def test_slots_come_from_the_table() -> None:
-    entry = {"slots": [{"module": "a.to_k", "in": 6, "out": 5, "rank": 8}]}
-    assert slots_of(entry) == SLOTS[:1] and slots_of({}) == ()
 
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:

@@ -52,6 +52,9 @@ class Noted:
     def slots(self, name: str) -> tuple[Any, ...]:
         return tuple(self.networks.slots(name))
 
+    def weights(self, name: str) -> Any:
+        return self.networks.weights(name)
+
     def run(self, name: str, **arrays: Any) -> dict[str, Any]:
         assert name in self
         self.seen.append((name, arrays))
@@ -436,7 +439,11 @@ def test_without_guidance_nothing_runs_for_the_negative_prompt(dm: DreamMix, sub
         fields = {"num_inference_steps": STEPS, "guidance_scale": guidance, "substitute": substitute}
         fresh.inpaint(IMAGE, MASK, "a red sks mug", negative_prompt="a table", **fields)
         assert {len(arrays["sample"]) for arrays in noted.list_calls("unet", "unet_raw")} == {rows}
-        assert {len(arrays["encoder_hidden_states"]) for arrays in noted.list_calls("unet", "unet_raw")} == {rows}
+        attended = [name for name in dm.networks.entries["unet"]["inputs"] if name["name"].endswith(".key")]
+        assert attended
+        for each in attended:
+            assert {len(arrays[each["name"]]) for arrays in noted.list_calls("unet", "unet_raw")} == {rows}
+        assert {len(arrays["encoder_hidden_states"]) for arrays in noted.list_calls("unet_kv", "unet_raw_kv")} == {rows}
         assert len(noted.list_calls("text_encoder")) == rows + len(substitute)
 
 

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image, __version__
 
 from dreammix_trt.core import noise
+from dreammix_trt.core.merging import merge_slot
+from dreammix_trt.core.slots import Slot
 from dreammix_trt.engine import kernels, numpy_kernels
 
 TOLERANCE = 2e-6
@@ -404,3 +406,45 @@ def test_numpy_can_be_forced(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         assert kernels._choose() is numpy_kernels
     assert not caplog.records
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("slot", [(70, 130, 0, 130, False), (40, 33, 7, 90, False), (40, 33, 7, 90, True)], ids=str)
+@pytest.mark.parametrize("rank", [0, 1, 5, 64])
+@needs_cpp
+def test_both_merge_the_same_bits(rank: int, slot: tuple[int, int, int, int, bool], half: bool) -> None:
+    inputs, outputs, at, stride, flipped = slot
+    place = Slot("x", inputs, outputs, "w", at, stride, flipped)
+    pristine = (
+        rng(1)
+        .standard_normal(at + stride * (outputs if flipped else inputs))
+        .astype(np.float16 if half else np.float32)
+    )
+    a, b = (
+        rng(2 + n).standard_normal(shape).astype(np.float32)
+        for n, shape in enumerate(((inputs, rank), (rank, outputs)))
+    )
+    found, expected = pristine.copy(), pristine.copy()
+    kernels.merge_weight(pristine, found, place, a, 0.1 * b)
+    merge_slot(pristine, expected, place, a, np.float32(0.1) * b)
+    np.testing.assert_array_equal(found, expected)
+    outside = np.ones(pristine.size, bool)
+    place.view(outside)[...] = False
+    assert np.array_equal(found[outside], pristine[outside]), "what lies between the rows is not its own"
+    assert (found != pristine).any() == (rank > 0)
+
+
+def test_merging_refuses_what_does_not_fit(both: ModuleType) -> None:
+    slot, weight = Slot.of("x", 4, 3), np.zeros((4, 3), np.float32)
+    a, b = np.ones((4, 2), np.float32), np.ones((2, 3), np.float32)
+    both.merge_weight(weight, weight.copy(), slot, a, b)
+    for pristine, out, place, message in (
+        (weight.astype(np.float64), weight, slot, "pristine must be"),
+        (weight, weight.astype(np.float16), slot, "out is not like pristine"),
+        (weight, weight[:3], slot, "out is not like pristine"),
+        (weight, weight, slot._replace(at=1), "x is not in"),
+        (weight, weight, slot._replace(stride=2), "rows of 3 numbers are 2 apart"),
+        (weight, weight, slot._replace(inputs=5), "are not the factors of 5 -> 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            both.merge_weight(pristine, out.copy(), place, a, b)

@@ -473,11 +473,11 @@ UNBUILT = replace(BARE, versions={}, kernels=None)
         (
             {
                 "command": "dreammix-trt build --out it --backend tensorrt-rtx --precision float16 "
-                "--vae-image a.png --no-safe-vae --pictures 2 --slot-rank 4"
+                "--vae-image a.png --no-safe-vae --pictures 2 --no-slots"
             },
             BARE,
             ["no NVIDIA driver"],
-            "(name another --out to keep this one): `dreammix-trt build --out it --slot-rank 4 --backend onnxruntime`",
+            "(name another --out to keep this one): `dreammix-trt build --out it --no-slots --backend onnxruntime`",
         ),
         ({"command": None}, BARE, ["no NVIDIA driver"], "(name another --out to keep this one)"),
         (

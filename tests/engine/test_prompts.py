@@ -12,7 +12,7 @@ from PIL import Image
 
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.networks import names_of_group
-from dreammix_trt.core.subject import NOBODY, Role
+from dreammix_trt.core.subject import Role
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.host.texts import HostTexts, Text
 from dreammix_trt.engine.prompts import PromptPlan, plan_prompts
@@ -34,15 +34,13 @@ def plan(dm: DreamMix, prompt: str, contexts: Any = None, subject: str = "", **f
 
 def compose(dm: DreamMix, prompt: str, **fields: Any) -> Text:
     """The local stage's condition."""
-    factors = dm.runtime._factors[NOBODY]  # type: ignore[attr-defined]
-    return HostTexts().compose(plan(dm, prompt, **fields), dm.networks, factors, False)["lcg"]
+    return HostTexts().compose(plan(dm, prompt, **fields), dm.networks, lambda network: {}, False)["lcg"]
 
 
 def encode(dm: DreamMix, prompt: str) -> tuple[np.ndarray, np.ndarray]:
     """Token rows and pooled vector of a short prompt, by the networks alone."""
-    factors = dm.runtime._factors[NOBODY]  # type: ignore[attr-defined]
     outputs = [
-        dm.networks.run(name, input_ids=tokenizer.encode(prompt)[None], lora=factors[name][None])
+        dm.networks.run(name, input_ids=tokenizer.encode(prompt)[None])
         for name, tokenizer in zip(names_of_group("text"), dm.tokenizers, strict=True)
     ]
     return np.concatenate([each["hidden"][0] for each in outputs], axis=-1), outputs[1]["pooled"][0]

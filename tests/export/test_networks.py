@@ -10,7 +10,8 @@ diffusers = pytest.importorskip("diffusers")
 
 from dreammix_trt.core.checkpoint import BaseFiles  # noqa: E402
 from dreammix_trt.core.lora import read_lora  # noqa: E402
-from dreammix_trt.core.packing import pack  # noqa: E402
+from dreammix_trt.core.merging import list_changes, merge_weights  # noqa: E402
+from dreammix_trt.core.networks import kv_name  # noqa: E402
 from dreammix_trt.export.torch_backend.engine_set import TorchEngineSet  # noqa: E402
 from tests.export.conftest import Exported  # noqa: E402
 
@@ -40,19 +41,24 @@ def unet_inputs(recorded: TorchEngineSet, golden: Path, step: int) -> tuple[str,
     ]
     picked = feature[0, run["head_feature_channels"]]
     assert difference(picked, run[f"{stage}_head_feature_ch"]) <= 1e-5
-    lora = pack(read_lora(golden / "lora/lora_kohya.safetensors").factors["unet"], recorded.slots("unet"))
+    factors = read_lora(golden / "lora/lora_kohya.safetensors").factors["unet"] if patched else {}
+    name = "unet" if patched else "unet_raw"
+    weights, own = (
+        recorded.weights(each) | merge_weights(recorded.weights(each), list_changes(factors, recorded.slots(each)))
+        for each in (kv_name(name), name)
+    )
     x = run[f"x_in_step{step:02d}"] / np.sqrt(run["sigmas"][step] ** 2 + 1)
     inputs = {
         "sample": np.repeat(x, 2, 0).astype(np.float32),
         "timestep": np.full(2, run["unet_timesteps"][step], np.float32),
-        "encoder_hidden_states": run[f"{stage}_unet_text"],
         "text_embeds": run[f"{stage}_unet_pooled"],
         "time_ids": run["time_ids"][step],
         "inpaint_feature": feature * patched,
-        "lora": lora[None] * patched,
+        **recorded.run(kv_name(name), encoder_hidden_states=run[f"{stage}_unet_text"], **weights),
+        **own,
     }
     truth = np.concatenate([run[f"unet_{row}_step{step:02d}"] for row in ("uncond", "cond")])
-    return ("unet" if patched else "unet_raw"), inputs, truth
+    return name, inputs, truth
 
 
 @pytest.mark.slow
@@ -102,8 +108,7 @@ def test_the_recorded_prompt_gives_the_recorded_embeddings(recorded: TorchEngine
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         found = [49406, *tokenizer.encode("a photo of a sks red clay teapot on the table").ids, 49407]
         ids = np.array([found + [pad] * (77 - len(found))])
-        slots = recorded.slots(encoder)
-        outputs = recorded.run(encoder, input_ids=ids, lora=np.zeros((1, sum(slot.size for slot in slots)), np.float32))
+        outputs = recorded.run(encoder, input_ids=ids)
         hidden.append(outputs["hidden"])
         pooled = outputs.get("pooled", pooled)
     assert difference(np.concatenate(hidden, -1), run["prompt_embeds_raw"]) <= 1e-5
@@ -134,10 +139,9 @@ def test_text_encoders_are_those_of_transformers(exported: Exported, name: str, 
     ids[0, 5:], ids[1, 9:] = vocabulary - 1, vocabulary - 1
     if name.endswith("2"):
         ids[0, 6:], ids[1, 10:] = 0, 0
-    lora = torch.zeros(1, sum(slot.size for slot in network.slots))
     with torch.inference_mode():
         truth = theirs(ids, output_hidden_states=True)
-        found = make_torch_module(network, weights)(ids, lora)
+        found = make_torch_module(network.without_slots(), weights)(ids)
     hidden = found[0] if name.endswith("2") else found
     assert difference(hidden.numpy(), truth.hidden_states[-2].numpy()) <= 1e-5
     if name.endswith("2"):
@@ -151,16 +155,20 @@ def test_networks_are_those_of_diffusers(exported: Exported) -> None:
     unet.load_state_dict({name: torch.from_numpy(value) for name, value in base.state("unet").items()})
     vae = diffusers.AutoencoderKL.from_config(dict(base.configs["vae"])).eval()
     vae.load_state_dict({name: torch.from_numpy(value) for name, value in base.state("vae").items()})
-    inputs = ours._networks["unet"].draw_example({"pictures": 1, "rows": 2, "h": 8, "w": 12})
-    inputs["lora"][:], inputs["inpaint_feature"][:] = 0, 0
+    networks = {name: ours._networks[name].without_slots() for name in ("unet_raw", "unet_raw_kv")}
+    inputs = networks["unet_raw"].draw_example({"pictures": 1, "rows": 2, "h": 8, "w": 12})
+    inputs["inpaint_feature"][:] = 0
+    told = networks["unet_raw_kv"].draw_example({"rows": 2})
     image = np.tanh(np.random.default_rng(0).standard_normal((1, 3, 64, 96))).astype(np.float32)
-    sample, timestep, text, pooled, time_ids, _, _ = (torch.from_numpy(value) for value in inputs.values())
+    given = ("sample", "timestep", "text_embeds", "time_ids")
+    sample, timestep, pooled, time_ids = (torch.from_numpy(inputs[name]) for name in given)
+    text = torch.from_numpy(told["encoder_hidden_states"])
     with torch.inference_mode():
         added = {"text_embeds": pooled, "time_ids": time_ids}
         eps = unet(sample, timestep, text, added_cond_kwargs=added).sample.numpy()
         posterior = vae.encode(torch.from_numpy(image)).latent_dist
         decoded = vae.decode(posterior.mean).sample.numpy()
-    assert difference(ours.run("unet_raw", **inputs)["eps"], eps) <= 1e-5
+    assert difference(ours.run("unet_raw", **inputs | ours.run("unet_raw_kv", **told))["eps"], eps) <= 1e-5
     moments = ours.run("vae_encoder", image=image)
     assert difference(moments["mean"], posterior.mean.numpy()) <= 1e-5
     assert difference(moments["std"], posterior.std.numpy()) <= 1e-5
@@ -170,4 +178,5 @@ def test_networks_are_those_of_diffusers(exported: Exported) -> None:
 def test_the_torch_set_answers_like_an_engine_set(exported: Exported) -> None:
     ours = TorchEngineSet(exported.base)
     assert "unet" in ours and "asuka_prior" not in ours
-    assert len(ours.slots("unet")) == 88 and ours.slots("vae_encoder") == ()
+    assert len(ours.slots("unet")) == 66 and len(ours.slots("unet_kv")) == 22 and ours.slots("vae_encoder") == ()
+    assert ours.weights("vae_encoder") == {} and len(ours.weights("unet_kv")) == 22

@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import BuildError, FileFormatError
+from dreammix_trt.core.merging import list_changes, merge_weights
 from dreammix_trt.core.network_weights import weights_of
 from dreammix_trt.core.networks import Network, describe_networks
-from dreammix_trt.core.packing import pack
 from dreammix_trt.core.slots import slots_of
 from dreammix_trt.core.tensors import Weights
 from dreammix_trt.export import onnx_export
@@ -27,7 +27,11 @@ from tests.export.conftest import Exported
 from tests.support.tiny_model import random_factors, write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ["text_encoder", "text_encoder_2", "vae_encoder", "inpaint_head", "unet", "unet_raw", "vae_decoder"]
+NAMES = [
+    *("text_encoder", "text_encoder_2", "vae_encoder", "inpaint_head"),
+    *("unet_kv", "unet", "unet_raw_kv", "unet_raw", "vae_decoder"),
+]
+SLOTTED = [name for name in NAMES if name.startswith(("text", "unet"))]
 
 
 def open_network(exported: Exported, name: str) -> OnnxNetwork:
@@ -43,20 +47,21 @@ def test_the_set_is_complete(exported: Exported) -> None:
     assert list(table) == NAMES
     assert sorted(path.name for path in exported.folder.iterdir()) == sorted([*NAMES, "base"])
     for name, entry in table.items():
-        graph = "unet" if name == "unet_raw" else name
+        graph = name.replace("_raw", "")
         held = {path.name for path in (exported.folder / name).iterdir()}
-        assert held == {"network.json", f"{graph}.onnx", f"{graph}.safetensors"}
+        slots = {f"{graph}.slots.safetensors"} if name in SLOTTED else set()
+        assert held == {"network.json", f"{graph}.onnx", f"{graph}.safetensors", *slots}
         assert json.loads((exported.folder / name / "network.json").read_text()) == entry
     assert exported.graph("unet").read_bytes() == exported.graph("unet_raw").read_bytes()
     assert exported.weights("unet").read_bytes() != exported.weights("unet_raw").read_bytes()
     facts = json.loads((exported.folder / "base/base.json").read_text())
     assert facts["pad_tokens"] == {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}
     assert (facts["native_side"], facts["divisor"], facts["feature_channels"], facts["patched"]) == (64, 32, 32, True)
-    assert (facts["head"], facts["slot_rank"], facts["defaults"]) == ("replicate", 8, {})
+    assert (facts["head"], facts["slots"], facts["defaults"]) == ("replicate", True, {})
     for name in ("tokenizer", "tokenizer_2"):
         source = exported.base.folder / name
         assert (exported.folder / "base" / name / "merges.txt").read_bytes() == (source / "merges.txt").read_bytes()
-    assert sum(exported.graph(name).stat().st_size for name in NAMES if name != "unet_raw") < 1_200_000
+    assert sum(exported.graph(name).stat().st_size for name in NAMES if "raw" not in name) < 1_200_000
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -83,49 +88,90 @@ def test_weights_stand_outside_under_their_torch_names(exported: Exported, name:
     assert inside < 40_000, "a weight was baked into the graph"
 
 
-def test_zero_lora_is_no_lora_and_one_unet_differs_from_the_other(exported: Exported) -> None:
+@pytest.mark.parametrize("name", SLOTTED)
+def test_weights_of_slots_are_the_last_inputs_and_lie_beside_the_graph(exported: Exported, name: str) -> None:
+    import onnx
+
+    entry, network = exported.table[name], network_of(exported, name)
+    held, truth = load_file(exported.slot_weights(name)), weights_of(exported.base, name)
+    graph = onnx.load(exported.graph(name), load_external_data=False).graph
+    listed = [spec["name"] for spec in entry["inputs"]]
+    assert listed == [item.name for item in graph.input] and listed[-len(held) :] == sorted(held, key=listed.index)
+    assert slots_of(entry) == network.slots
+    last = f".layers.{exported.base.configs[name]['num_hidden_layers'] - 1}." if name == "text_encoder" else "none"
+    assert held.keys() == {slot.weight for slot in network.slots if last not in slot.weight}
+    for slot in network.slots:
+        if slot.weight in held:
+            np.testing.assert_array_equal(slot.view(held[slot.weight]), truth[f"{slot.module}.weight"].T)
+    assert not held.keys() & load_file(exported.weights(name)).keys(), "no weight is stored twice"
+
+
+def test_keys_and_values_are_those_of_the_text(exported: Exported) -> None:
+    """text W^T in float64, for each cross-attention layer of both UNets."""
+    for name in ("unet_kv", "unet_raw_kv"):
+        network, truth = network_of(exported, name), weights_of(exported.base, name)
+        text = network.draw_example({"rows": 2, "context": 101})["encoder_hidden_states"]
+        found = open_network(exported, name).run(encoder_hidden_states=text, **load_file(exported.slot_weights(name)))
+        assert list(found) == [tensor.name for tensor in network.outputs] and len(found) == len(network.slots) == len(
+            truth
+        )
+        for output, value in found.items():
+            layer, _, part = output.rpartition(".")
+            weight = truth[f"{layer}.to_{part[0]}.weight"].astype(np.float64)
+            assert value.shape == (2, 101, len(weight))
+            np.testing.assert_allclose(value, text @ weight.T, atol=1e-5)
+
+
+def pristine(exported: Exported, name: str) -> dict[str, np.ndarray]:
+    return load_file(exported.slot_weights(name))
+
+
+def test_another_subject_is_another_set_of_weights(exported: Exported) -> None:
     network = network_of(exported, "unet")
     patched, raw = open_network(exported, "unet"), open_network(exported, "unet_raw")
     inputs = network.draw_example({"pictures": 1, "rows": 2, "h": 8, "w": 8})
-    inputs["lora"][:] = 0
-    off = patched.run(**inputs)["eps"]
-    assert np.abs(off - raw.run(**inputs)["eps"]).max() > 1e-3
+    off = patched.run(**inputs | pristine(exported, "unet"))["eps"]
+    assert np.abs(off - raw.run(**inputs | pristine(exported, "unet_raw"))["eps"]).max() > 1e-3
     factors = random_factors({slot.module: (slot.inputs, slot.outputs) for slot in network.slots})
-    inputs["lora"] = pack(factors, slots_of(exported.table["unet"]))[None]
-    on = patched.run(**inputs)["eps"]
+    merged = merge_weights(pristine(exported, "unet"), list_changes(factors, network.slots))
+    on = patched.run(**inputs | pristine(exported, "unet") | merged)["eps"]
     assert np.abs(on - off).max() > 1e-3
-    inputs["lora"] = 0 * inputs["lora"]
-    assert np.array_equal(patched.run(**inputs)["eps"], off)
+    assert np.array_equal(patched.run(**inputs | pristine(exported, "unet"))["eps"], off)
 
 
-def test_packed_factors_equal_merged_weights(exported: Exported) -> None:
-    """The engine's `x @ A @ B` equals the W + (A B)^T of a merge, in every slot."""
+@pytest.mark.parametrize("rank", [3, 40])
+def test_weights_as_inputs_equal_merged_weights(exported: Exported, rank: int) -> None:
+    """The graph with W + A B in its inputs equals torch with the W + (A B)^T of a merge, in every slot."""
     import torch
 
     network = network_of(exported, "unet")
-    factors = random_factors({slot.module: (slot.inputs, slot.outputs) for slot in network.slots}, rank=3)
+    factors = random_factors({slot.module: (slot.inputs, slot.outputs) for slot in network.slots}, rank=rank)
     weights = dict(weights_of(exported.base, "unet"))
     for module, (a, b) in factors.items():
         weights[f"{module}.weight"] = weights[f"{module}.weight"] + (a @ b).T
-    merged = make_torch_module(network, Weights.of(weights))
-    inputs = network.draw_example({"pictures": 1, "rows": 2, "h": 8, "w": 12})
-    inputs["lora"] = pack(factors, network.slots)[None]
-    found = open_network(exported, "unet").run(**inputs)["eps"]
-    inputs["lora"][:] = 0
+    plain = network.without_slots()
+    inputs = plain.draw_example({"pictures": 1, "rows": 2, "h": 8, "w": 12})
+    held = pristine(exported, "unet")
+    found = open_network(exported, "unet").run(
+        **inputs, **held | merge_weights(held, list_changes(factors, network.slots))
+    )["eps"]
     with torch.inference_mode():
+        merged = make_torch_module(plain, Weights.of(weights))
         truth = merged(*(torch.from_numpy(value) for value in inputs.values())).numpy()
     assert np.abs(found - truth).max() <= BOUNDS["float32"] * np.abs(truth).max()
 
 
-def test_a_batch_carries_two_subjects(exported: Exported) -> None:
-    """Rows [neg0, pos0, neg1, pos1] with a LoRA row and a feature each: as if the pictures ran alone."""
+def test_pictures_of_a_batch_do_not_see_each_other(exported: Exported) -> None:
+    """Rows [neg0, pos0, neg1, pos1] with a feature for each picture: as if the pictures ran alone."""
     network = network_of(exported, "unet")
     session = open_network(exported, "unet")
     both = network.draw_example({"pictures": 2, "rows": 4, "h": 8, "w": 8})
     together = session.run(**both)["eps"]
+    by_row = {tensor.name for tensor in network.inputs if tensor.shape[0] == "rows"}
     for picture in range(2):
         rows, one = slice(2 * picture, 2 * picture + 2), slice(picture, picture + 1)
-        alone = {key: value[one if key in ("lora", "inpaint_feature") else rows] for key, value in both.items()}
+        alone = {key: value[rows] if key in by_row else value for key, value in both.items()}
+        alone["inpaint_feature"] = both["inpaint_feature"][one]
         np.testing.assert_allclose(session.run(**alone)["eps"], together[rows], atol=2e-5)
 
 
@@ -201,7 +247,7 @@ def graphs(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_shipped_graphs_hold_no_weights(exported: Exported, graphs: Path) -> None:
-    assert sorted(path.name for path in graphs.iterdir()) == sorted(set(NAMES) - {"unet_raw"})
+    assert sorted(path.name for path in graphs.iterdir()) == sorted(name for name in NAMES if "raw" not in name)
     assert [path.name for path in graphs.parent.iterdir()] == ["graphs"]
     for folder in graphs.iterdir():
         assert {path.name for path in folder.iterdir()} == {"graph.json", "graph.onnx"}
@@ -221,8 +267,10 @@ def test_a_shipped_graph_is_used_only_while_it_fits(
     halves = {network.name: network for network in describe_networks(base, precision="float16")}
     assert find_shipped_graph(halves["vae_decoder"]) is None
     assert find_shipped_graph(halves["vae_decoder_float32"]) == tmp_path / "graphs/vae_decoder"
-    unets = {rank: next(each for each in describe_networks(base, rank) if each.name == "unet") for rank in (8, 16)}
-    assert find_shipped_graph(unets[8]) == tmp_path / "graphs/unet" and find_shipped_graph(unets[16]) is None
+    unets = {
+        slots: next(each for each in describe_networks(base, slots) if each.name == "unet") for slots in (True, False)
+    }
+    assert find_shipped_graph(unets[True]) == tmp_path / "graphs/unet" and find_shipped_graph(unets[False]) is None
     (tmp_path / "graphs/vae_decoder/graph.onnx").write_bytes(b"changed")
     assert find_shipped_graph(network_of(exported, "vae_decoder")) is None
 
@@ -266,4 +314,4 @@ def test_a_base_without_patch_has_one_unet(tmp_path: Path) -> None:
     tiny.patch.unlink()
     tiny.head.unlink()
     names = [network.name for network in describe_networks(BaseFiles.open(tiny.folder))]
-    assert names == [name for name in NAMES if name not in ("unet_raw", "inpaint_head")]
+    assert names == [name for name in NAMES if "raw" not in name and name != "inpaint_head"]

@@ -21,7 +21,7 @@ from benchmarks import _sdxl_files as files  # noqa: E402
 from dreammix_trt.core.checkpoint import BaseFiles  # noqa: E402
 from dreammix_trt.core.network_weights import weights_of  # noqa: E402
 from dreammix_trt.core.networks import Network, describe_networks, is_twin  # noqa: E402
-from dreammix_trt.core.tensors import read_places  # noqa: E402
+from dreammix_trt.core.tensors import map_tensors, read_places  # noqa: E402
 from dreammix_trt.export.onnx_export import export_network, find_shipped_graph, graph_digest, write_graph  # noqa: E402
 from dreammix_trt.export.onnx_graph import trace_graph  # noqa: E402
 from dreammix_trt.export.parity import BOUNDS, OnnxNetwork  # noqa: E402
@@ -30,7 +30,10 @@ from tests.export.conftest import Exported  # noqa: E402
 from tests.support.mini_sdxl import small_configs  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ["text_encoder", "text_encoder_2", "unet", "unet_raw", "inpaint_head", "vae_encoder", "vae_decoder"]
+NAMES = [
+    *("text_encoder", "text_encoder_2", "vae_encoder", "inpaint_head"),
+    *("unet_kv", "unet", "unet_raw_kv", "unet_raw", "vae_decoder"),
+]
 
 
 # Parts as files
@@ -71,21 +74,25 @@ def test_places_in_the_graph_are_those_of_the_weight_file(exported: Exported, na
         assert set(opened.keys()) == set(places)
 
 
-def test_no_slots_is_the_same_as_slots_full_of_zeros(small: Any, tmp_path: Path) -> None:
-    sizes = {"pictures": 1, "rows": 2, "h": 8, "w": 6}
+@pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2", "unet_kv", "unet"])
+def test_the_bases_own_weights_give_the_bits_of_a_graph_without_slots(small: Any, tmp_path: Path, name: str) -> None:
     outputs = {}
-    for rank in (0, 4):
-        network = next(each for each in describe_networks(small, rank) if each.name == "unet")
-        (tmp_path / f"{rank}").mkdir()
-        write_graph(network, tmp_path / f"{rank}")
-        entry = export_network(small, network, tmp_path / f"{rank}", tmp_path / f"{rank}", verify=False)
-        inputs = network.draw_example(sizes)
-        assert ("lora" in inputs) == bool(entry["slots"]) == bool(rank)
-        session = OnnxNetwork(tmp_path / f"{rank}" / entry["graph"], threads=1)
-        outputs[rank] = session.run(**{**inputs, "lora": np.zeros_like(inputs.get("lora", np.zeros(1)))})["eps"]
-        if rank:
-            assert np.abs(session.run(**inputs)["eps"] - outputs[rank]).max() > 1e-4
-    np.testing.assert_allclose(outputs[0], outputs[4], atol=1e-6)
+    for slots in (False, True):
+        network, out = describe(small, name, slots), tmp_path / f"{slots}"
+        out.mkdir()
+        write_graph(network, out)
+        entry = export_network(small, network, out, out, verify=False)
+        assert bool(entry["slots"]) == ("slot_weights" in entry) == slots
+        held = map_tensors(out / entry["slot_weights"]) if slots else {}
+        inputs = network.without_slots().draw_example({"pictures": 1, "rows": 2, "h": 8, "w": 6})
+        session = OnnxNetwork(out / entry["graph"], threads=1)
+        outputs[slots] = session.run(**inputs, **held)
+        if slots:
+            other = session.run(**inputs, **{each: 0.9 * array for each, array in held.items()})
+            assert all(np.abs(other[key] - value).max() > 1e-4 for key, value in outputs[True].items())
+    assert outputs[False].keys() == outputs[True].keys()
+    for key, value in outputs[False].items():
+        np.testing.assert_array_equal(outputs[True][key], value)
 
 
 @pytest.mark.slow
@@ -103,8 +110,8 @@ def test_sdxl_at_a_fifth_of_its_width_agrees_with_torch(tmp_path: Path) -> None:
 # What decides a graph
 
 
-def describe(base: Any, name: str, rank: int = 8, **options: Any) -> Network:
-    return next(network for network in describe_networks(base, rank, **options) if network.name == name)
+def describe(base: Any, name: str, slots: bool = True, **options: Any) -> Network:
+    return next(network for network in describe_networks(base, slots, **options) if network.name == name)
 
 
 def change_config(base: Any, component: str, **entries: Any) -> Any:
@@ -152,16 +159,17 @@ def test_both_unets_and_every_checkpoint_of_a_shape_share_a_graph(small: Any, tm
     assert graph_digest(describe(small, "unet")) == graph_digest(describe(small, "unet_raw"))
     other = files.write_single_file(tmp_path / "other.safetensors", small_configs(), seed=9)
     base = BaseFiles.open(other, tokenizer=small.tokenizer)
-    assert [graph_digest(describe(base, name)) for name in NAMES if name not in ("unet_raw", "inpaint_head")] == [
-        graph_digest(describe(small, name)) for name in NAMES if name not in ("unet_raw", "inpaint_head")
+    assert [graph_digest(describe(base, name)) for name in NAMES if "raw" not in name and name != "inpaint_head"] == [
+        graph_digest(describe(small, name)) for name in NAMES if "raw" not in name and name != "inpaint_head"
     ]
 
 
 def test_the_digest_tells_apart_what_the_graph_does(small: Any) -> None:
     unets = [
         describe(small, "unet"),
-        describe(small, "unet", 16),
-        describe(small, "unet", 0),
+        describe(small, "unet", False),
+        describe(small, "unet_kv"),
+        describe(small, "unet_kv", False),
         describe(small, "unet", precision="float16"),
         describe(small, "unet", fused=True),
         describe(small, "unet", precision="float16", fused=True),
@@ -229,12 +237,13 @@ def full_size() -> BaseFiles:
     return BaseFiles(Path("none"), Path("none.patch"), None, False, {**configs, "scheduler": {}})
 
 
-@pytest.mark.parametrize("name", ["unet", "text_encoder_2", "vae_decoder"])
+@pytest.mark.parametrize("name", ["unet_kv", "unet", "text_encoder_2", "vae_decoder"])
 def test_a_hollow_module_of_full_size_holds_next_to_nothing(name: str) -> None:
     """Every parameter has its shape and one number. No two numbers are equal, so none can be merged."""
-    module = make_torch_module(describe(full_size(), name))
+    module = make_torch_module(describe(full_size(), name, False))
     parameters = dict(module.network.named_parameters())
-    sizes = {"unet": 2_567_463_684, "text_encoder_2": 694_659_840, "vae_decoder": 49_490_199}
+    sizes = {"unet_kv": 340_787_200, "text_encoder_2": 694_659_840, "vae_decoder": 49_490_199}
+    sizes["unet"] = 2_567_463_684 - sizes["unet_kv"]
     assert sum(value.numel() for value in parameters.values()) == sizes[name]
     stored = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in parameters.values()}
     stored |= {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in module.buffers()}
@@ -253,7 +262,8 @@ from dreammix_trt.core.network_weights import BaseLora
 from dreammix_trt.export.onnx_export import export_network
 folder = Path(sys.argv[1])
 base = SimpleNamespace(folder=folder, state=lambda name: open_tensors(folder / "model.safetensors"))
-network = SimpleNamespace(name="text_encoder", graph="text_encoder", describe=lambda: {"inputs": [], "slots": []})
+described = {"inputs": [], "slots": []}
+network = SimpleNamespace(name="text_encoder", graph="text_encoder", describe=lambda: described, slots=())
 lora = BaseLora(read_lora(folder / "lora.safetensors"))
 with MemoryWatch(0.001) as watch:
     before = watch.anonymous

@@ -28,7 +28,7 @@ CODE = onnx.TensorProto.FLOAT8E4M3FN
 
 
 def describe_unet(base: Any, **form: Any) -> Network:
-    return next(each for each in describe_networks(base, 0, **form) if each.name == "unet")
+    return next(each for each in describe_networks(base, False, **form) if each.name == "unet")
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +127,7 @@ def test_layers_that_share_an_input_share_its_rounding(
             assert numbers[node.input[1]] == onnx.TensorProto.FLOAT16, "DequantizeLinear gives the type of its scale"
 
 
-def test_a_scale_for_a_layer_that_is_not_there_is_refused(
-    small: Any, traces: dict[bool, Path], tmp_path: Path
-) -> None:
+def test_a_scale_for_a_layer_that_is_not_there_is_refused(small: Any, traces: dict[bool, Path], tmp_path: Path) -> None:
     network = describe_unet(small).with_float8({"mid_block.attentions.7.proj_in": (1.0, 1.0)})
     with pytest.raises(BuildError, match=r"unet: no linear .* takes mid_block\.attentions\.7\.proj_in\.weight"):
         export(small, network, traces[False], tmp_path / "part")

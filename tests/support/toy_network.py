@@ -12,7 +12,7 @@ from dreammix_trt.core.tensors import Weights
 GAIN = np.array([0.5, -1.0, 2.0, 1.5], np.float32)
 
 
-def describe_toy(base: BaseFiles, _rank: int) -> Network:
+def describe_toy(base: BaseFiles, _slots: bool) -> Network:
     latent = Tensor("latent", "float32", ("pictures", base.latent_channels, "h", "w"))
     changed = Tensor("changed", "float32", ("pictures", base.latent_channels, "h", "w"))
     configs = {"toy": {"channels": base.latent_channels}}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,17 +17,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dreammix_trt.core.errors import EngineError, InputError
+from dreammix_trt.core.errors import EngineError, FileFormatError, InputError
 from dreammix_trt.core.networks import is_twin
 from dreammix_trt.core.onnx_runtime import import_onnxruntime
 from dreammix_trt.core.seam import BaseFacts
-from dreammix_trt.core.slots import Slot, slots_of, unpack
+from dreammix_trt.core.slots import Slot, names_of_weights, slots_of
+from dreammix_trt.core.tensors import map_tensors
+from dreammix_trt.engine.backends.onnxruntime.binding import Binding
 from dreammix_trt.engine.hardware import count_cores
 
 if TYPE_CHECKING:
     import onnxruntime
 
-SCHEMA = 2
+SCHEMA = 3
 Array = npt.NDArray[Any]
 REBUILD = "build it again with `dreammix-trt build`"
 
@@ -46,6 +48,8 @@ class EngineSet:
     ) -> None:
         self.parts, self.facts, self.entries, self.threads = parts, facts, entries, threads
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+        self._bindings: dict[str, list[Binding]] = {}  # those that no call uses now
+        self._weights: dict[str, dict[str, Array]] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -62,7 +66,7 @@ class EngineSet:
             raise InputError(f"threads is {threads}; it must be at least 1")
         entries = {name: read_network(folder) for name, folder in places.items() if name != "base"}
         for name, entry in entries.items():
-            for file in filter(None, (entry.get("graph"), entry.get("weights"))):
+            for file in filter(None, map(entry.get, ("graph", "weights", "slot_weights"))):
                 if not (places[name] / file).is_file():
                     raise EngineError(f"{places[name] / file}: missing, so {name} cannot run; {REBUILD}")
         return cls(places, read_facts(places["base"]), entries, threads or count_cores())
@@ -79,11 +83,18 @@ class EngineSet:
     def close(self) -> None:
         """Free every session."""
         with self._lock:
+            self._bindings.clear()
             self._sessions.clear()
 
     def slots(self, name: str) -> tuple[Slot, ...]:
-        """The LoRA slots of a network, in packed order."""
+        """The LoRA slots of a network."""
         return slots_of(self.entries[name]) if name in self.entries else ()
+
+    def weights(self, name: str) -> Mapping[str, Array]:
+        """The base's own weights of the slots, mapped from their file at first use; see `core.seam.Networks`."""
+        if name not in self._weights:
+            self._weights[name] = map_weights(self.parts[name], self._entry(name))
+        return self._weights[name]
 
     def prepare(self, names: Iterable[str] | None = None) -> None:
         """Make sessions now, side by side.
@@ -97,33 +108,49 @@ class EngineSet:
     def run(self, name: str, **arrays: Array) -> dict[str, Array]:
         """Run a network.
 
-        arrays: its inputs, contiguous; floats are float32. `lora` is packed, whatever form the graph takes the factors
-            in. Inputs that the network does not have (the factors of one without slots) are ignored.
+        arrays: its inputs, contiguous; floats are float32, weights of slots may be of the input's own dtype. Those that
+            are not given are the base's own. An array that is given again and again costs nothing. Inputs that the
+            network does not have (the weights of one without slots) are ignored.
 
         Returns its outputs by name; floats are float32.
         """
-        session, entry = self._find_session(name), self.entries[name]
-        if "lora" in arrays and all(spec["name"] != "lora" for spec in entry["inputs"]):
-            arrays |= unpack(arrays["lora"], self.slots(name))
+        session, entry = self._find_session(name), self._entry(name)
+        wanted = {**self.weights(name), **arrays}
         given = {
-            spec["name"]: arrays[spec["name"]].astype(spec["dtype"], copy=False)
+            spec["name"]: wanted[spec["name"]].astype(spec["dtype"], copy=False)
             for spec in entry["inputs"]
-            if spec["name"] in arrays
+            if spec["name"] in wanted
         }
-        outputs = [
-            output.astype(np.float32) if output.dtype == np.float16 else output for output in session.run(None, given)
-        ]
-        return dict(zip((spec["name"] for spec in entry["outputs"]), outputs, strict=True))
+        names = [spec["name"] for spec in entry["outputs"]]
+        found = self._run_bound(name, session, given, names) if entry.get("slots") else session.run(names, given)
+        outputs = [output.astype(np.float32) if output.dtype == np.float16 else output for output in found]
+        return dict(zip(names, outputs, strict=True))
+
+    def _run_bound(
+        self, name: str, session: onnxruntime.InferenceSession, given: Mapping[str, Array], names: Sequence[str]
+    ) -> list[Array]:
+        """Run with inputs that stay bound from call to call: hundreds of weights."""
+        with self._lock:
+            free = self._bindings.setdefault(name, [])
+            binding = free.pop() if free else Binding(session)
+        found = binding.run(given, names)
+        with self._lock:
+            free.append(binding)
+        return found
 
     def _find_session(self, name: str) -> onnxruntime.InferenceSession:
-        if name not in self.entries:
-            raise EngineError(f"this base has no network {name!r}; it has {', '.join(self.entries)}")
+        self._entry(name)
         session = self._sessions.get(name)
         if session is None:
             opened = self._open_session(name)
             with self._lock:
                 session = self._sessions.setdefault(name, opened)
         return session
+
+    def _entry(self, name: str) -> Mapping[str, Any]:
+        if name not in self.entries:
+            raise EngineError(f"this base has no network {name!r}; it has {', '.join(self.entries)}")
+        return self.entries[name]
 
     def _open_session(self, name: str) -> onnxruntime.InferenceSession:
         ort = import_onnxruntime()
@@ -159,6 +186,29 @@ def read_network(folder: Path) -> dict[str, Any]:
             f"{folder / 'network.json'}: schema {record.get('schema')!r}, this version reads {SCHEMA}; {REBUILD}"
         )
     return record
+
+
+def map_weights(folder: Path, entry: Mapping[str, Any]) -> dict[str, Array]:
+    """The base's own weights of a network's slots: input name -> array in the mapped file, not to be written.
+
+    folder: the network's part.
+    entry: its `network.json`.
+
+    Raises EngineError for a file that is damaged or lacks a weight.
+    """
+    if not entry.get("slot_weights"):
+        return {}
+    file, names = folder / entry["slot_weights"], set(names_of_weights(slots_of(entry)))
+    try:
+        held = map_tensors(file)
+    except FileFormatError as error:
+        raise EngineError(f"{error}; {REBUILD}") from error
+    for spec in entry["inputs"]:
+        name, array = spec["name"], held.get(spec["name"])
+        if name in names and (array is None or array.shape != tuple(spec["shape"])):
+            found = "missing" if array is None else f"{array.shape}"
+            raise EngineError(f"{file}: {name} is {found}, expected {tuple(spec['shape'])}; {REBUILD}")
+    return held
 
 
 def read_facts(folder: Path) -> BaseFacts:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from dreammix_trt.core.errors import DreamMixError, EngineError, InputError
 from dreammix_trt.core.networks import twin_name
@@ -32,8 +35,10 @@ def networks(parts: dict[str, Path]) -> Iterator[EngineSet]:
 def draw_unet_inputs(networks: EngineSet, pictures: int = 1) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(5)
     sides = {"pictures": pictures, "rows": 2 * pictures, "context": 77, "h": 8, "w": 12}
-    arrays = {}
+    arrays, weights = {}, networks.weights("unet")
     for spec in networks.entries["unet"]["inputs"]:
+        if spec["name"] in weights:
+            continue
         shape = [sides.get(side, side) for side in spec["shape"]]
         arrays[spec["name"]] = (0.1 * rng.standard_normal(shape)).astype(np.float32)
     return arrays
@@ -76,12 +81,45 @@ def test_the_same_call_gives_the_same_bits_in_any_batch(networks: EngineSet) -> 
     np.testing.assert_allclose(networks.run("unet", **alone)["eps"], both[2:], atol=1e-5)
 
 
-def test_lora_factors_change_the_answer_and_zeros_do_not(networks: EngineSet) -> None:
+def test_weights_that_are_not_given_are_the_bases_own(networks: EngineSet) -> None:
+    inputs, own = draw_unet_inputs(networks), networks.weights("unet")
+    assert own.keys() == {slot.weight for slot in networks.slots("unet")}
+    plain = networks.run("unet", **inputs)["eps"]
+    np.testing.assert_array_equal(networks.run("unet", **inputs, **own)["eps"], plain)
+    name = next(iter(own))
+    assert not own[name].flags.writeable, "it is mapped, and the same for everybody"
+    changed = networks.run("unet", **inputs, **{name: own[name] * np.float32(1.5)})["eps"]
+    assert np.abs(changed - plain).max() > 1e-5
+    np.testing.assert_array_equal(networks.run("unet", **inputs)["eps"], plain)
+    assert networks.slots("vae_decoder") == () and networks.weights("vae_decoder") == {}
+
+
+def test_an_array_that_is_written_between_calls_is_read_again(networks: EngineSet) -> None:
+    """Inputs stay bound from call to call, and so does the memory of an array that is given again."""
     inputs = draw_unet_inputs(networks)
-    off = networks.run("unet", **{**inputs, "lora": np.zeros_like(inputs["lora"])})["eps"]
-    assert np.abs(networks.run("unet", **inputs)["eps"] - off).max() > 1e-4
-    assert sum(slot.size for slot in networks.slots("unet")) == inputs["lora"].shape[1]
-    assert networks.slots("vae_decoder") == ()
+    first = networks.run("unet", **inputs)["eps"]
+    inputs["sample"] += 1
+    second = networks.run("unet", **inputs)["eps"]
+    fresh = networks.run("unet", **{name: array.copy() for name, array in inputs.items()})["eps"]
+    assert np.abs(second - first).max() > 1e-4
+    np.testing.assert_array_equal(second, fresh)
+
+
+def test_results_outlive_later_calls(networks: EngineSet) -> None:
+    inputs = draw_unet_inputs(networks)
+    first = networks.run("unet", **inputs)["eps"]
+    kept = first.copy()
+    networks.run("unet", **{**inputs, "sample": inputs["sample"] + 1})
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_several_threads_share_a_network(networks: EngineSet) -> None:
+    many = [{**draw_unet_inputs(networks), "timestep": np.full(2, 100 * n + 1, np.float32)} for n in range(6)]
+    alone = [networks.run("unet", **inputs)["eps"] for inputs in many]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda inputs: networks.run("unet", **inputs)["eps"], many))
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_an_unknown_network_is_named(networks: EngineSet) -> None:
@@ -105,7 +143,7 @@ def write_half_part(folder: Path) -> dict[str, Path]:
     (folder / "inpaint_head").mkdir()
     (folder / "inpaint_head/inpaint_head.onnx").write_bytes(model.SerializeToString())
     entry = {
-        "schema": 2,
+        "schema": 3,
         "graph": "inpaint_head.onnx",
         "inputs": [{"name": name, "dtype": "float16", "shape": sides} for name in ("mask", "masked_latent")],
         "outputs": [{"name": "feature", "dtype": "float16", "shape": sides}],
@@ -139,7 +177,7 @@ def test_inputs_a_network_does_not_have_are_left_out(tmp_path: Path) -> None:
 
 def test_a_part_with_a_plan_needs_no_onnx_beside_it(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
-    (tmp_path / "unet/network.json").write_text(json.dumps({"schema": 2, "engine": "unet.engine", "inputs": []}))
+    (tmp_path / "unet/network.json").write_text(json.dumps({"schema": 3, "engine": "unet.engine", "inputs": []}))
     (tmp_path / "base").mkdir()
     facts = {"native_side": 64, "divisor": 32, "scaling_factor": 0.13, "feature_channels": 4}
     (tmp_path / "base/base.json").write_text(json.dumps({**facts, "defaults": {"sampler": "lcm"}}))
@@ -179,6 +217,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda folder: (folder / "vae_encoder/vae_encoder.safetensors").unlink(), "vae_encoder.safetensors"),
     "no graph": (lambda folder: (folder / "unet/unet.onnx").unlink(), "unet.onnx"),
     "broken graph": (lambda folder: (folder / "vae_encoder/vae_encoder.onnx").write_bytes(b"x"), "vae_encoder.onnx"),
+    "no slot weights": (lambda folder: (folder / "unet/unet.slots.safetensors").unlink(), "unet.slots.safetensors"),
     "cut weights": (lambda folder: _cut(folder / "vae_encoder/vae_encoder.safetensors"), "vae_encoder"),
     "empty weights": (lambda folder: _cut(folder / "vae_encoder/vae_encoder.safetensors", 0), "vae_encoder"),
 }
@@ -198,3 +237,22 @@ def test_a_damaged_folder_is_refused_with_the_remedy(parts: dict[str, Path], tmp
     with pytest.raises(DreamMixError, match=named) as caught, EngineSet.load(tmp_path, threads=1) as networks:
         networks.prepare(["vae_encoder"])
     assert "dreammix-trt build" in str(caught.value)
+
+
+def test_damaged_slot_weights_are_told_with_the_remedy(parts: dict[str, Path], tmp_path: Path) -> None:
+    for name, folder in parts.items():
+        shutil.copytree(folder, tmp_path / name)
+    file = tmp_path / "unet/unet.slots.safetensors"
+    held = load_file(file)
+    name = next(iter(held))
+    save_file({**held, name: held[name][:-1]}, file)
+    with (
+        EngineSet.load(tmp_path, threads=1) as networks,
+        pytest.raises(
+            EngineError, match=rf"unet\.slots\.safetensors: {re.escape(name)} is .*expected .*dreammix-trt build"
+        ),
+    ):
+        networks.weights("unet")
+    _cut(file)
+    with EngineSet.load(tmp_path, threads=1) as networks, pytest.raises(EngineError, match=r"unet\.slots.*build"):
+        networks.weights("unet")

@@ -256,13 +256,19 @@ class LinearNetworks:
         self.seen: list[tuple[str, dict[str, Any]]] = []
 
     def __contains__(self, name: str) -> bool:
-        return name in {"vae_encoder", "vae_decoder", "inpaint_head", "unet", "unet_raw"} - set(self.absent)
+        named = {"vae_encoder", "vae_decoder", "inpaint_head", "unet_kv", "unet", "unet_raw_kv", "unet_raw"}
+        return name in named - set(self.absent)
 
     def slots(self, name: str) -> tuple[Any, ...]:
         return ()
 
+    def weights(self, name: str) -> dict[str, Any]:
+        return {}
+
     def run(self, name: str, **arrays: Any) -> dict[str, F32]:
         assert name in self
+        if name.endswith("_kv"):
+            return {"a.key": arrays["encoder_hidden_states"]}
         if name.startswith("unet"):
             self.seen.append((name, arrays))
             return {"eps": np.zeros_like(arrays["sample"])}
@@ -286,7 +292,7 @@ def test_a_picture_through_both_stages() -> None:
     canvas = Canvas.of(image, mask, native=64, divisor=8)
     texts = {name: Text(np.zeros((2, 77, 2), np.float32), np.zeros((2, 2), np.float32)) for name in SHAPES}
     schedule, noise = make_schedule(request), SeededNoise(9)
-    sitting = Sitting(canvas, request, schedule, texts, {}, noise)
+    sitting = Sitting(canvas, request, schedule, texts, nothing, noise)
     ours, finished = paint_all(HostPainter(sitting, networks, facts, FakeDenoiser()))
 
     def encode(picture: F32) -> Any:
@@ -321,6 +327,11 @@ def test_a_picture_through_both_stages() -> None:
     assert (finished != image).any()
 
 
+def nothing(network: str) -> dict[str, Any]:
+    """The weights that nobody changes."""
+    return {}
+
+
 def make_painter(networks: LinearNetworks, request: Request) -> HostPainter:
     """A picture whose texts have as many rows as the request's guidance takes."""
     image, mask = np.random.default_rng(5).integers(0, 256, (64, 64, 3), np.uint8), np.zeros((64, 64), np.uint8)
@@ -328,9 +339,9 @@ def make_painter(networks: LinearNetworks, request: Request) -> HostPainter:
     facts = BaseFacts(native_side=64, divisor=8, scaling_factor=0.5, feature_channels=8)
     rows = 2 if request.guided else 1
     texts = {name: Text(np.zeros((rows, 77, 2), np.float32), np.zeros((rows, 2), np.float32)) for name in SHAPES}
-    canvas, lora = Canvas.of(image, mask, native=64, divisor=8), dict.fromkeys(("unet", "unet_raw"), np.zeros(3, "f4"))
+    canvas = Canvas.of(image, mask, native=64, divisor=8)
     schedule = make_schedule(request, raw_unet="unet_raw" in networks)
-    sitting = Sitting(canvas, request, schedule, texts, lora, SeededNoise(3))
+    sitting = Sitting(canvas, request, schedule, texts, nothing, SeededNoise(3))
     return HostPainter(sitting, networks, facts, EngineDenoiser(networks))
 
 
@@ -341,9 +352,9 @@ def test_the_networks_see_one_row_a_picture_where_guidance_is_off(guidance: floa
     rows = 2 if guidance > 1 else 1
     assert len(networks.seen) >= 8
     for _, arrays in networks.seen:
-        by_row = ("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids")
+        by_row = ("sample", "timestep", "a.key", "text_embeds", "time_ids")
         assert {len(arrays[name]) for name in by_row} == {rows}
-        assert {len(arrays[name]) for name in ("inpaint_feature", "lora")} == {1}
+        assert len(arrays["inpaint_feature"]) == 1
         assert arrays["sample"].flags.c_contiguous
 
 
