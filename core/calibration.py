@@ -17,8 +17,10 @@ from dreammix_trt.core.store import Store
 
 SCHEMA: Final = 1
 FILE_NAME: Final = "calibration.json"
-#: how many times the median of a UNet's layers the error of a layer may be that computes in E4M3
-TIMES_MEDIAN: Final = 8.0
+#: what the layers in E4M3 may do to a UNet's output, each alone, summed: mean square as a share of the output's
+BUDGET: Final = 1e-3
+#: share of the layers that may stay float16 for this: with more of them E4M3 would gain little
+MOST_HURT: Final = 0.25
 #: layers that are never quantised, whatever their error: they meet the latent itself, or take next to no time
 _ALWAYS_KEPT: Final = (
     "conv_in",
@@ -62,10 +64,19 @@ class Calibration:
 
     def kept(self, network: str) -> tuple[str, ...]:
         """The layers of a UNet that stay float16: those that never compute in E4M3, and those that it hurts most."""
-        layers = self.layers[network]
-        errors = sorted(layer.error for name, layer in layers.items() if layer.error is not None and not is_kept(name))
-        limit = TIMES_MEDIAN * errors[len(errors) // 2] if errors else math.inf
-        return tuple(name for name, layer in layers.items() if is_kept(name) or (layer.error or 0.0) > limit)
+        hurt = self.hurt(network)
+        return tuple(name for name in self.layers[network] if is_kept(name) or name in hurt)
+
+    def hurt(self, network: str) -> tuple[str, ...]:
+        """The layers that E4M3 hurts most, worst first: as few as leave the others' errors below `BUDGET` together."""
+        errors = {name: layer.error or 0.0 for name, layer in self.layers[network].items() if not is_kept(name)}
+        worst, rest = sorted(errors, key=errors.__getitem__, reverse=True), sum(errors.values())
+        most = int(MOST_HURT * len(errors))
+        for number, name in enumerate(worst[:most]):
+            if rest <= BUDGET:
+                return tuple(worst[:number])
+            rest -= errors[name]
+        return tuple(worst[:most])
 
     def scales(self, network: str) -> dict[str, tuple[float, float]]:
         """The layers of a UNet that compute in E4M3: name -> scale of the input, scale of the weight."""

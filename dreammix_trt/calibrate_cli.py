@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.lora_names import join_first
 from dreammix_trt.terminal import AsJson, Threads, print_json, say, show_progress
 
 BasePath = Annotated[
@@ -89,13 +90,15 @@ def calibrate(
     )
     with show_progress("calibrating") as update:
         found = run(BaseSources(base, patch, head, vae, tokenizer, patch_biases).open(), out, options, update)
-    unets = {
-        name: {"float8": len(found.scales(name)), "kept_in_float16": list(found.kept(name))} for name in found.layers
-    }
+    kept = {name: list(found.kept(name)) for name in found.layers}
     if as_json:
-        print_json({"calibration": str(out), "requests": len(found.runs), "unets": unets})
-    for name, facts in unets.items():
-        say(f"{name}: {facts['float8']} layers can compute in E4M3, {len(facts['kept_in_float16'])} stay float16")
+        print_json({"calibration": str(out), "requests": len(found.runs), "kept_in_float16": kept})
+    for name, layers in kept.items():
+        hurt = found.hurt(name)
+        say(
+            f"{name}: {len(found.scales(name))} layers compute in E4M3, {len(layers)} stay float16, {len(hurt)} of "
+            f"these for their error{': ' if hurt else ''}{join_first(list(hurt))}"
+        )
     say(f"next: dreammix-trt build --precision fp8 --calibration {out} --target sm_89 --out ENGINE")
 
 

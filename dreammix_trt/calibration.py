@@ -19,7 +19,7 @@ from dreammix_trt.core.checkpoint import EMBEDDED, BaseFiles
 from dreammix_trt.core.errors import InputError, MissingExtraError
 from dreammix_trt.core.keymap import blocks_of
 from dreammix_trt.core.pictures import read_image, readable_suffixes
-from dreammix_trt.core.seam import BaseFacts
+from dreammix_trt.core.seam import BaseFacts, Networks
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.on_torch import open_tokenizers
 
@@ -124,10 +124,7 @@ def calibrate(base: BaseFiles, out: Path, options: CalibrationOptions, update: U
     unets = [name for name in UNETS if name in networks]
     state = _open_state(base, out, unets)
     watched = Watched(networks)
-    side = options.side or base.native_side
-    blocks = blocks_of(base.configs["unet"])
-    facts = BaseFacts(side, base.divisor, base.scaling_factor, base.feature_channels, unet=blocks)
-    with DreamMix.on_host(watched, facts, open_tokenizers(base)) as dm:
+    with open_torch(base, watched, options.side) as dm:
         cases = list(draw_cases(base, options))
         for number, case in enumerate(cases):
             if case.name not in state.runs:
@@ -140,6 +137,17 @@ def calibrate(base: BaseFiles, out: Path, options: CalibrationOptions, update: U
             state = _measure(dm, watched, cases[0], options, state, out, update)
     update("errors", 1.0, f"in {out}")
     return state
+
+
+def open_torch(base: BaseFiles, networks: Networks, side: int | None = None) -> DreamMix:
+    """A base's networks on the host, ready to paint.
+
+    networks: a `TorchEngineSet`, or what wraps one.
+    side: taken for the base's native side; None: its own.
+    """
+    blocks = blocks_of(base.configs["unet"])
+    facts = BaseFacts(side or base.native_side, base.divisor, base.scaling_factor, base.feature_channels, unet=blocks)
+    return DreamMix.on_host(networks, facts, open_tokenizers(base))
 
 
 def draw_cases(base: BaseFiles, options: CalibrationOptions) -> Iterator[Case]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dreammix_trt.core.calibration import TIMES_MEDIAN, Calibration, Layer
+from dreammix_trt.core.calibration import BUDGET, MOST_HURT, Calibration, Layer
 from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.float8 import HEADROOM, LARGEST
 
@@ -33,10 +33,12 @@ def test_what_is_read_is_what_was_written(made: Calibration, tmp_path: Path) -> 
     }
 
 
-def test_what_e4m3_hurts_much_more_than_others_stays_float16(made: Calibration) -> None:
-    assert made.kept("unet") == ("conv_in", "up.conv1")
-    just = made.weigh("unet", {"up.conv1": TIMES_MEDIAN * 3e-5})
-    assert just.kept("unet") == ("conv_in",)
+def test_as_few_as_bring_the_sum_of_errors_down_stay_float16(made: Calibration) -> None:
+    assert made.hurt("unet") == ("up.conv1",) and made.kept("unet") == ("conv_in", "up.conv1")
+    assert made.weigh("unet", {"up.conv1": BUDGET - 6.1e-5}).hurt("unet") == ()
+    assert made.weigh("unet", {"up.conv1": BUDGET - 5.9e-5}).hurt("unet") == ("up.conv1",)
+    all_bad = made.weigh("unet", {f"mid.{name}": 2 * BUDGET for name in ("proj_in", "proj_out", "ff")})
+    assert len(all_bad.hurt("unet")) == MOST_HURT * 4
     unmeasured = Calibration("b", {}, (), {"unet": {n: Layer(x.input, x.weight) for n, x in LAYERS.items()}})
     assert unmeasured.kept("unet") == ("conv_in",)
 
