@@ -18,13 +18,13 @@ from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import make_schedule, time_ids
 from dreammix_trt.core.seam import BaseFacts
+from dreammix_trt.core.slots import Slot
 from dreammix_trt.core.subject import NOBODY
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.canvas.frames import Canvas, dilate_mask, from_decoded, seam_weight, to_latent_range
 from dreammix_trt.engine.canvas.geometry import fill_cascade
 from dreammix_trt.engine.device.blocks import MOST_STEPS, PICTURE, Picture, fill_block
-from dreammix_trt.engine.device.records import FACTOR as FACTOR_RECORD
-from dreammix_trt.engine.device.records import JOB, SEGMENT, STEP
+from dreammix_trt.engine.device.records import JOB, MERGE, MERGE_KINDS, STEP
 from dreammix_trt.engine.prompts import Prompt, PromptPlan, weigh_text
 from dreammix_trt.engine.runtime import Work
 
@@ -44,7 +44,8 @@ class KernelCase:
     given: arrays it reads, and those it changes in place; wanted: name -> what must stand there afterwards; scratch:
     bytes by name; plain: arguments that are no arrays. tolerances: where they are not those of the type. least: the
     fewest bytes it moves, where that is not every input read once and every result written once. times: how often a
-    picture in two stages needs it before, between and after the steps.
+    picture in two stages needs it before, between and after the steps. inside: of the MERGE records in "slots", field
+    -> the array that its addresses count from; such arrays are no arguments of the kernel.
     """
 
     label: str
@@ -57,6 +58,13 @@ class KernelCase:
     least: int | None = None
     times: int = 0
     goal_ms: float | None = None
+    inside: Mapping[str, str] = field(default_factory=dict)
+
+    def link(self, slots: Array, addresses: Mapping[str, int]) -> None:
+        """Turn the records' places into addresses. slots: the table's bytes."""
+        table = slots.view(MERGE)
+        for name, there in self.inside.items():
+            table[name] += np.uint64(addresses[there])
 
     @property
     def moved(self) -> int:
@@ -107,7 +115,7 @@ def all_cases(side: int, gpu: Any) -> list[KernelCase]:
     """Every kernel at least once."""
     scene = Workbench(side, gpu)
     cases = [*_cuts(scene), *_canvas(scene), *_tiles(scene), *_steps(scene), *_latents(scene), *_texts(scene)]
-    return [*cases, *_factors(scene)]
+    return [*cases, *_merges(scene)]
 
 
 def kernels_of(gpu: Any) -> set[str]:
@@ -366,7 +374,7 @@ def _latents(scene: Workbench) -> list[KernelCase]:
     ]  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------ text, factors
+# ------------------------------------------------------------------------------------------------ text, weights
 
 
 def _texts(scene: Workbench) -> list[KernelCase]:
@@ -400,42 +408,45 @@ def _texts(scene: Workbench) -> list[KernelCase]:
     ]  # fmt: skip
 
 
-def _factors(scene: Workbench) -> list[KernelCase]:
-    """Attention factors as SDXL's: `RANK` in slots of twice the rank, at miniature sides fewer and narrower."""
+def _merges(scene: Workbench) -> list[KernelCase]:
+    """A subject of `RANK` in a fifth of SDXL's slots, at miniature sides fewer and narrower; one in four is copied."""
     small = scene.side < 512
-    count, wide = (8, 64) if small else (560, 1280)
-    slot = 2 * wide * 2 * RANK
-    records, raw, at = [], [], 0
-    packed = np.zeros(count * slot, np.float32)
-    for number in range(count):
-        for part, (shape, target) in enumerate((((wide, RANK), (wide, 2 * RANK)), ((RANK, wide), (2 * RANK, wide)))):
-            values = scene.floats(*shape)
-            start = number * slot + part * wide * 2 * RANK
-            scale = (1.0, 0.8)[part]
-            records.append((at, start, *shape, *target, scale, 0))
-            place = packed[start : start + target[0] * target[1]].reshape(target)
-            place[: shape[0], : shape[1]] = values * np.float32(scale)
-            raw.append(values.reshape(-1))
-            at += values.size
-    row = _half(packed)
-    segments = np.array([(n * slot // 2, n * slot // 2, slot // 2) for n in range(2 * count)], SEGMENT)
-    batch = np.zeros((2 * count, 2, slot // 2), np.float16)
-    batch[:, 1] = row.reshape(2 * count, slot // 2)
-    pack = KernelCase(
-        "pack factors", "pack_factors",
-        {"raw": np.concatenate(raw), "factors": np.array(records, FACTOR_RECORD).view(np.uint8),
-         "out": np.zeros(packed.size, np.float16)},
-        {"out": row}, {"count": len(records), "raw_half": 0, "out_half": 1}, least=4 * at + row.nbytes,
-    )  # fmt: skip
+    count, wide = (8, 64) if small else (112, 1280)
+    table = np.zeros(count, MERGE)
+    table["source"] = table["target"] = 2 * wide * wide * np.arange(count)
+    table["rank"] = np.where(np.arange(count) % 4, RANK, 0)
+    table["left"] = table["right"] = 4 * wide * RANK * np.arange(count)
+    table["stride"] = table["rows"] = table["columns"] = wide
+    table["kind"] = MERGE_KINDS["float16", "float16"]
+    table["left_scale"], table["right_scale"], table["out_scale"] = 1, 0.8, 1
+    tasks = scene.gpu.plan_merges(table=_at_home(table).ctypes.data, count=count)
+    pristine = np.resize(scene.floats(min(count, 8), wide, wide, dtype="float16"), (count, wide, wide))
+    left, right = (scene.floats(count, *shape) * np.float32(0.1) for shape in ((wide, RANK), (RANK, wide)))
+    merged = pristine.copy()
+    for number in np.flatnonzero(table["rank"]):
+        slot = Slot("", wide, wide, "", 0, wide)
+        factors = left[number], right[number] * np.float32(0.8)
+        kernels.merge_weight(pristine[number], merged[number], slot, *factors)
+    plain = _at_home(table)
+    scene.gpu.plan_merges(table=plain.ctypes.data, count=count)
+    table["first"] = plain["first"]
     return [
-        pack,
         KernelCase(
-            "place a subject in a batch", "place_factors",
-            {"row": row, "segments": segments.view(np.uint8), "out": np.zeros(2 * row.size, np.float16)},
-            {"out": batch.reshape(-1)}, {"count": len(segments), "pictures": 2, "picture": 1, "half": 1},
-            least=2 * row.nbytes,
+            "merge a subject", "merge_weights",
+            {"slots": table.view(np.uint8), "pristine": pristine, "left": left, "right": right},
+            {"merged": merged}, {"count": count, "tasks": tasks},
+            inside={"source": "pristine", "target": "merged", "left": "left", "right": "right"},
+            least=2 * pristine.nbytes + (left.nbytes + right.nbytes) * 3 // 4, goal_ms=None if small else 1.0,
         ),
     ]  # fmt: skip
+
+
+def _at_home(table: Array) -> Array:
+    """The records with addresses that are none, at which nothing looks, to count their tasks."""
+    found = table.copy()
+    for name in ("source", "target", "left", "right"):
+        found[name] += np.uint64(4096)
+    return found
 
 
 def _half(values: Any) -> Array:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -109,6 +111,41 @@ def torch_seconds(torch_device: str, work: Work, *, warm: int = 3) -> list[float
         pairs.append((start, end))
     torch.cuda.synchronize()
     return [start.elapsed_time(end) / 1000 for start, end in pairs]
+
+
+@dataclass
+class Calls:
+    """What a device was asked for: kernels by name, bytes copied within it, uploaded and downloaded, in how many
+    copies. Networks' own kernels and replayed graphs are not among them."""
+
+    kernels: Counter[str] = field(default_factory=Counter)
+    copies: int = 0
+    copied: int = 0
+    uploaded: int = 0
+    downloaded: int = 0
+
+
+@contextmanager
+def count_calls(device: Device) -> Iterator[Calls]:
+    """Count what the runtime asks of the device within the block."""
+    calls, launch, copy = Calls(), device.launch_kernel, device.copy
+    before = dict(device.transferred)
+
+    def counted_launch(name: str, stream: Stream, **arguments: Any) -> None:
+        calls.kernels[name] += 1
+        launch(name, stream, **arguments)
+
+    def counted_copy(to: Array, source: Array, stream: Stream) -> None:
+        calls.copies, calls.copied = calls.copies + 1, calls.copied + to.nbytes
+        copy(to, source, stream)
+
+    device.launch_kernel, device.copy = counted_launch, counted_copy
+    try:
+        yield calls
+    finally:
+        device.launch_kernel, device.copy = launch, copy
+        calls.uploaded = device.transferred["uploaded"] - before["uploaded"]
+        calls.downloaded = device.transferred["downloaded"] - before["downloaded"]
 
 
 def array(device: Device, owned: ExitStack, shape: Sequence[int], dtype: str) -> Array:

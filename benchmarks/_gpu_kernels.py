@@ -21,12 +21,40 @@ if TYPE_CHECKING:
 CACHE = 128 << 20  # bytes that no GPU's cache holds
 MOST_COPIES = 16  # of a case's arrays, to rotate among
 PRE_AND_POST_MS = 8.0
+_CHECKED_SIDE = 64  # under a checker everything is a hundred times slower
 
 
 def kernels(part: Part, setting: Setting) -> None:
     """The part on the setting's device."""
     with device_of(setting) as device:
         measure(part, device, side=setting.side)
+
+
+def memcheck(part: Part, setting: Setting) -> None:
+    """Every kernel once on small arrays, right or not; for a checker of memory accesses around this process."""
+    from dreammix_trt import _cpp
+
+    wrong = []
+    with device_of(setting) as device, ExitStack() as owned:
+        stream = device.make_stream()
+        owned.callback(stream.close)
+        cases = all_cases(_CHECKED_SIDE, _cpp.gpu)
+        for case in cases:
+            with ExitStack() as arrays:
+                if not is_right(part, device, stream, case, on_device(device, stream, arrays, case), _cpp.gpu):
+                    wrong.append(case.label)
+    if setting.simulate:
+        part.note("simulated: there was no checker around it")
+    part.add("kernels that ran", len({case.kernel for case in cases}))
+    part.add("cases that are not right", len(wrong), goal="== 0")
+
+
+def is_right(part: Part, device: Device, stream: Stream, case: KernelCase, arrays: dict[str, Array], gpu: Any) -> bool:
+    """Run a case once and hold its results against the right values and the host's; rows where something is to say."""
+    on_host = run_on_host(gpu, case)
+    run(device, stream, case, arrays)
+    found = {name: download(device, stream, arrays[name]) for name in case.wanted}
+    return all([compare(part, case, name, found[name], on_host[name]) for name in case.wanted])
 
 
 def measure(part: Part, device: Device, *, side: int) -> None:
@@ -61,17 +89,12 @@ def measure(part: Part, device: Device, *, side: int) -> None:
 
 def one(part: Part, device: Device, gpu: Any, case: KernelCase, bandwidth: float) -> tuple[bool, float]:
     """A case's rows; returns whether it is right, and its seconds."""
-    on_host = run_on_host(gpu, case)
     with ExitStack() as owned:
         stream = device.make_stream()
         owned.callback(stream.close)
         copies = max(2, min(MOST_COPIES, -(-CACHE // max(case.moved, 1))))
         sets = [on_device(device, stream, owned, case) for _ in range(copies)]
-        run(device, stream, case, sets[0])
-        found = {name: download(device, stream, sets[0][name]) for name in case.wanted}
-        right = True
-        for name in case.wanted:
-            right &= compare(part, case, name, found[name], on_host[name])
+        right = is_right(part, device, stream, case, sets[0], gpu)
         works = [lambda arrays=arrays: run(device, stream, case, arrays) for arrays in sets[1:]]
         seconds = statistics.median(replay_seconds(device, stream, works))
     goal = None if case.goal_ms is None else f"<= {case.goal_ms:g}"
@@ -103,14 +126,17 @@ def difference(found: Any, truth: Any) -> float:
 
 def run(device: Device, stream: Stream, case: KernelCase, arrays: dict[str, Array]) -> None:
     """Enqueue the case's kernel."""
-    device.launch_kernel(case.kernel, stream, **{**case.plain, **arrays})
+    given = {name: each for name, each in arrays.items() if name not in case.inside.values()}
+    device.launch_kernel(case.kernel, stream, **{**case.plain, **given})
 
 
 def on_device(device: Device, stream: Stream, owned: ExitStack, case: KernelCase) -> dict[str, Array]:
     """The case's arrays on the device, results poisoned."""
-    arrays = {}
-    for name, values in _arrays(case).items():
-        arrays[name] = array(device, owned, values.shape, str(values.dtype))
+    given = _arrays(case)
+    arrays = {name: array(device, owned, values.shape, str(values.dtype)) for name, values in given.items()}
+    if case.inside:
+        case.link(given["slots"], {name: each.pointer for name, each in arrays.items()})
+    for name, values in given.items():
         upload(device, stream, arrays[name], values)
     return arrays
 
@@ -119,6 +145,9 @@ def run_on_host(gpu: Any, case: KernelCase) -> dict[str, Any]:
     """The same kernel on the host; the results by name."""
     arrays = _arrays(case)
     pointers = {name: values.ctypes.data for name, values in arrays.items()}
+    if case.inside:
+        case.link(arrays["slots"], pointers)
+    pointers = {name: pointer for name, pointer in pointers.items() if name not in case.inside.values()}
     plain = {name: 0 if value is None else value for name, value in case.plain.items()}
     getattr(gpu, case.kernel)(**{**plain, **pointers}, stream=None)
     return {name: arrays[name] for name in case.wanted}

@@ -98,7 +98,7 @@ def configs_of(setting: Setting) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def random_networks(setting: Setting, device: Device, *, compiled: bool = False) -> Iterator[Any]:
-    """SDXL with random weights made on the device, patched, with LoRA inputs: `TorchNetworks`."""
+    """SDXL with random weights made on the device, patched, slots' weights as inputs: `TorchNetworks`."""
     from dreammix_trt.export.torch_backend.on_device import TorchNetworks
 
     configs = {name: config for name, config in configs_of(setting).items() if name != "scheduler"}
@@ -160,18 +160,18 @@ def tokenizers_of(setting: Setting) -> tuple[Any, ...]:
 
 
 def random_subject(networks: DeviceNetworks, name: str, *, seed: int, rank: int = 4) -> Subject:
-    """Factors of every UNet slot, some percent of a layer's output."""
+    """Factors of every slot of the patched UNet, some percent of a layer's output."""
+    from dreammix_trt.core.networks import networks_of_factors
     from dreammix_trt.core.subject import Subject
 
     rng = np.random.default_rng(seed)
 
     def pair(slot: Any) -> tuple[Any, Any]:
-        used = min(rank, slot.rank)
-        a = rng.standard_normal((slot.inputs, used), np.float32) * np.float32(slot.inputs**-0.5)
-        return a, rng.standard_normal((used, slot.outputs), np.float32) * np.float32(0.03)
+        a = rng.standard_normal((slot.inputs, rank), np.float32) * np.float32(slot.inputs**-0.5)
+        return a, rng.standard_normal((rank, slot.outputs), np.float32) * np.float32(0.03)
 
-    factors = {unet: {slot.module: pair(slot) for slot in networks.slots(unet)} for unet in ("unet",)}
-    return Subject(name, "sks", "mug", factors)
+    slots = [slot for each in networks_of_factors("unet") if each in networks for slot in networks.slots(each)]
+    return Subject(name, "sks", "mug", {"unet": {slot.module: pair(slot) for slot in slots}})
 
 
 def sample_picture(side: int) -> tuple[Any, Any]:
@@ -228,10 +228,14 @@ class Front:
         from dreammix_trt.engine.device.arena import measure_regions
         from dreammix_trt.engine.device.memory_plan import plan_memory
 
-        plan, taken = self.studio.plan, measure_regions(self.studio.needs.regions)
+        plan, needs = self.studio.plan, self.studio.needs
+        taken = measure_regions(needs.shared)
         workspace = taken.pop("workspace")
         usable = total - (plan.total - plan.free)
-        return plan_memory(self.studio.networks, usable, total, self.studio.options, taken, workspace, loaded=())
+        options = self.studio.options
+        return plan_memory(
+            self.studio.networks, usable, total, options, taken, workspace, slotted=needs.slotted, loaded=()
+        )
 
 
 @contextmanager
@@ -275,8 +279,6 @@ class StepRig:
     ) -> None:
         """latent: height and width; rows: a picture, 2 with guidance; stream: where the networks must run."""
         from dreammix_trt.core.axes import Sides
-        from dreammix_trt.engine.device.arena import Arena
-        from dreammix_trt.engine.device.subjects import Layout, Subjects
 
         self.device, self.pictures, self.rows, self.latent = device, pictures, rows, latent
         self._owned = ExitStack()
@@ -285,13 +287,10 @@ class StepRig:
             if stream is None:
                 self._owned.callback(self.stream.close)
             self.sides = Sides(pictures * rows, pictures, *latent)
-            self.layout = Layout(networks, pictures)
-            arena = Arena(device, self.layout.list_regions(max(len(subjects), 1)))
-            self._owned.callback(arena.close)
-            self.subjects = Subjects(device, self.stream, self.layout, arena, lambda: device.synchronize(self.stream))
+            self.weights = self._make_weights(networks, max(len(subjects), 1))
             for subject in subjects:
-                self.subjects.add(subject.name, subject)
-            self.arrays = self._arrays(networks, arena["bound factors"])
+                self.weights.add(subject.name, subject)
+            self.arrays = self._arrays(networks)
             self._state = self._states()
             size = networks.workspace_bytes("unet", self.sides)
             workspace = array(device, self._owned, (max(size, 256),), "uint8")
@@ -301,6 +300,13 @@ class StepRig:
         except BaseException:
             self._owned.close()
             raise
+
+    def enter(self, name: str) -> None:
+        """Let the UNet, and what attends for it, hold a subject's weights; "": the base's own."""
+        from dreammix_trt.core.networks import networks_of_factors
+        from dreammix_trt.core.subject import Role
+
+        self.weights.enter(Role(name), networks_of_factors("unet"))
 
     def unet(self) -> None:
         """Enqueue the network alone."""
@@ -321,7 +327,7 @@ class StepRig:
         """Random inputs and state again, always the same; the counter at 0."""
         rng = np.random.default_rng(1)
         for name, each in {**self.arrays, **self._state}.items():
-            if "lora" in name or name in ("scratch", "table", "jobs"):
+            if name in self.weights.arrays("unet") or name in ("scratch", "table", "jobs"):
                 continue
             values = _random(rng, name, each.shape).astype(each.dtype)
             upload(self.device, self.stream, each, values)
@@ -348,13 +354,33 @@ class StepRig:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _arrays(self, networks: DeviceNetworks, factors: Array) -> dict[str, Array]:
+    def _make_weights(self, networks: DeviceNetworks, subjects: int) -> Any:
+        from dreammix_trt.core.networks import networks_of_factors
+        from dreammix_trt.engine.device import slot_layout
+        from dreammix_trt.engine.device.arena import Arena
+        from dreammix_trt.engine.device.pace import Pace
+        from dreammix_trt.engine.device.transfers import Uploads
+        from dreammix_trt.engine.device.weights import DeviceWeights
+
+        mine = networks_of_factors("unet")
+        slotted = {name: each for name, each in slot_layout.list_slotted(networks).items() if name in mine}
+        sizes = slot_layout.measure_weights(slotted, turns=False, pristine="device")
+        regions = {**slot_layout.list_tables(slotted, subjects), **{n: ((size,), "uint8") for n, size in sizes.items()}}
+        arena = Arena(self.device, regions)
+        self._owned.callback(arena.close)
+        uploads = Uploads(self.device, self.stream, Pace(self.device, self.stream).wait_for, self._owned)
+        return DeviceWeights(
+            self.device, self.stream, networks, slotted, arena, uploads, turns=False, pristine="device"
+        )
+
+    def _arrays(self, networks: DeviceNetworks) -> dict[str, Array]:
+        merged = dict(self.weights.arrays("unet"))
         own = {
             tensor.name: array(self.device, self._owned, self.sides.shape(tensor), tensor.dtype)
             for tensor in (*networks.inputs("unet"), *networks.outputs("unet"))
-            if "lora" not in tensor.name
+            if tensor.name not in merged
         }
-        return own | self.layout.cut_arrays("unet", factors, self.pictures)
+        return own | merged
 
     def _states(self) -> dict[str, Array]:
         from dreammix_trt import _cpp

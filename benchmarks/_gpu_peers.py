@@ -1,6 +1,6 @@
-"""The part `peers`: whole pictures by diffusers on the same GPU with the same weights, eager and compiled.
+"""The parts `peers-*`: whole pictures by diffusers on the same GPU with the same weights, eager and compiled.
 
-Equal sizes, steps and guidance. Ours does more for a picture (two stages, five VAE encodes, LoRA inputs); diffusers
+Equal sizes, steps and guidance. Ours does more for a picture (two stages, five VAE encodes); diffusers
 gets its VAE in float16, which its users of a fixed VAE have, and, in a row of its own, as it comes: in float32.
 """
 
@@ -29,35 +29,44 @@ from _gpu_report import Part
 from _sdxl_files import write_tokenizers
 from PIL import Image
 
-EAGER_GOAL, COMPILED_GOAL = ">= 2", ">= 1.2"
-Times = dict[str, float]
 Paint = Callable[[Mapping[str, Any]], object]
 
 
-def peers(part: Part, setting: Setting) -> None:
-    """Rows of both sides and their ratios, by job."""
-    theirs: dict[str, Times] = {}
-    ours: dict[str, Times] = {}
-    for compiled in (False, True)[: 1 + setting.compiled]:
-        kind = "compiled" if compiled else "eager"
-        with device_of(setting) as device, random_networks(setting, device, compiled=compiled) as networks:
-            paint = painter(part, setting, networks, compiled)
-            with studio_for(device, networks, tokenizers_of(setting), largest_picture=setting.side**2) as front:
-                both = {name: in_turns(setting, fields, paint, front) for name, fields in setting.jobs().items()}
-            if not compiled and not setting.simulate:
-                in_float32(part, setting, networks)
-        for name, seconds in both.items():
-            part.add(f"{name}: diffusers, {kind} [s]", seconds["diffusers"])
-            part.add(f"{name}: ours, torch {kind} in the device runtime [s]", seconds["ours"])
-            part.add(f"{name}: diffusers / ours, both {kind}", seconds["diffusers"] / seconds["ours"])
-        theirs[kind] = {name: seconds["diffusers"] for name, seconds in both.items()}
-        ours[kind] = {name: seconds["ours"] for name, seconds in both.items()}
-    for name in setting.jobs():
-        best = min(times[name] for times in ours.values())
-        for kind, goal in (("eager", EAGER_GOAL), ("compiled", COMPILED_GOAL)):
-            if kind in theirs:
-                part.add(f"{name}: diffusers, {kind} / ours, best", theirs[kind][name] / best, goal=goal)
-    part.note("diffusers computes its VAE in float16; ours carries LoRA inputs in both")
+def peers_eager(part: Part, setting: Setting) -> None:
+    """Every job by both sides in eager torch."""
+    _compare(part, setting, setting.jobs(), compiled=False)
+
+
+def peers_compiled(part: Part, setting: Setting, job: int) -> None:
+    """One job by both sides through torch.compile; job: its number in `Setting.jobs`."""
+    if not setting.compiled:
+        part.skip("left out, as was asked (--eager)")
+        return
+    name, fields = list(setting.jobs().items())[job]
+    _compare(part, setting, {name: fields}, compiled=True)
+
+
+def peers_float32(part: Part, setting: Setting) -> None:
+    """Diffusers as it comes: the VAE is brought to float32 and back for every picture."""
+    with device_of(setting) as device, random_networks(setting, device) as networks:
+        paint = painter(part, setting, networks, setting.jobs(), compiled=False, upcast=True)
+        for name, fields in setting.jobs().items():
+            seconds = median_seconds({"paint": lambda fields=fields: paint(fields)}, repeats=setting.repeats)["paint"]
+            part.add(f"{name}: diffusers, eager, VAE in float32 [s]", seconds)
+
+
+def _compare(part: Part, setting: Setting, jobs: Mapping[str, Mapping[str, Any]], *, compiled: bool) -> None:
+    """Rows of both sides and their ratio, a job after the other, so that a part that is stopped has the first."""
+    kind = "compiled" if compiled else "eager"
+    with device_of(setting) as device, random_networks(setting, device, compiled=compiled) as networks:
+        paint = painter(part, setting, networks, jobs, compiled)
+        with studio_for(device, networks, tokenizers_of(setting), largest_picture=setting.side**2) as front:
+            for name, fields in jobs.items():
+                seconds = in_turns(setting, fields, paint, front)
+                part.add(f"{name}: diffusers, {kind} [s]", seconds["diffusers"])
+                part.add(f"{name}: ours, torch {kind} in the device runtime [s]", seconds["ours"])
+                part.add(f"{name}: diffusers / ours, both {kind}", seconds["diffusers"] / seconds["ours"])
+    part.note("diffusers computes its VAE in float16")
 
 
 def in_turns(setting: Setting, fields: Mapping[str, Any], paint: Paint, front: Front) -> dict[str, float]:
@@ -70,16 +79,16 @@ def in_turns(setting: Setting, fields: Mapping[str, Any], paint: Paint, front: F
     return median_seconds(works, repeats=setting.repeats)
 
 
-def in_float32(part: Part, setting: Setting, networks: Any) -> None:
-    """Diffusers as it comes: the VAE is brought to float32 and back for every picture."""
-    paint = painter(part, setting, networks, compiled=False, upcast=True)
-    for name, fields in setting.jobs().items():
-        seconds = median_seconds({"paint": lambda fields=fields: paint(fields)}, repeats=setting.repeats)["paint"]
-        part.add(f"{name}: diffusers, eager, VAE in float32 [s]", seconds)
-
-
-def painter(part: Part, setting: Setting, networks: Any, compiled: bool, upcast: bool = False) -> Paint:
-    """Diffusers' side: its own pipeline, or where that cannot be imported a loop that does what it does."""
+def painter(
+    part: Part,
+    setting: Setting,
+    networks: Any,
+    jobs: Mapping[str, Mapping[str, Any]],
+    compiled: bool,
+    upcast: bool = False,
+) -> Paint:
+    """Diffusers' side, warm for these jobs: its own pipeline, or where that cannot be imported a loop that does what it
+    does."""
     import torch
 
     with torch.no_grad():
@@ -92,7 +101,7 @@ def painter(part: Part, setting: Setting, networks: Any, compiled: bool, upcast:
                 "plain loop that does the pipeline's work, without text encoders"
             )
             paint = plain_loop(setting, networks, compiled)
-    for fields in setting.jobs().values():
+    for fields in jobs.values():
         paint(fields)  # what is counted now, and compiled
     return paint
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -17,7 +18,17 @@ from _common import Benchmark
 
 NAME = "gpu_suite"
 MIB, GIB = 1 << 20, 1 << 30
-PARTS = ("machine", "kernels", "loop", "full", "compiled", "peers", "graphs", "subjects", "memory", "soak", "rtx")
+PARTS = (
+    "machine", "build", "kernels", "memcheck", "loop", "graphs", "networks", "subjects", "full",
+    "compiled-step", "compiled-vae", "compiled-guided", "compiled-quick",
+    "peers-eager", "peers-float32", "peers-guided", "peers-quick", "memory", "soak", "rtx", "ratios",
+)  # fmt: skip
+GROUPS = {
+    "compiled": tuple(name for name in PARTS if name.startswith("compiled-")),
+    "peers": tuple(name for name in PARTS if name.startswith("peers-") or name == "ratios"),
+}
+PEER_GOALS = {"eager": ">= 2", "compiled": ">= 1.2"}  # of diffusers' time over our best
+UNFINISHED = "not finished"  # the error of a part whose process may still be running
 
 # TFLOP of full-size SDXL, 2 a multiply-add, attention included: the UNet's step of two rows by latent size, and at
 # 1024x1024 pixels the VAE's halves and both text encoders. Counted with torch's FlopCounterMode on diffusers' modules.
@@ -70,6 +81,14 @@ def job_tflop(steps: int, rows: int, side: int = 1024, scale: float = 1.0) -> fl
     return steps * step + area * (ENCODES * ENCODE_TFLOP + DECODES * DECODE_TFLOP) + TEXT_TFLOP
 
 
+def merge_bytes(factors: Iterable[tuple[Any, Any]], itemsize: int) -> int:
+    """Fewest bytes moved by merging a subject into weights: pristine read, merged written, factors read in float32.
+
+    factors: A (inputs, rank) and B (rank, outputs) of every layer it touches; itemsize: of the weights.
+    """
+    return sum(2 * itemsize * a.shape[0] * b.shape[1] + 4 * (a.size + b.size) for a, b in factors)
+
+
 def largest_difference(found: Any, truth: Any) -> float:
     """Largest difference over the truth's largest value; infinite where anything found is not a number."""
     import numpy as np
@@ -98,6 +117,7 @@ class Part:
     facts: dict[str, Any] = field(default_factory=dict)  # the machine, the settings
     notes: list[str] = field(default_factory=list)
     error: str | None = None
+    skipped: str | None = None  # why there is nothing to measure here
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
@@ -129,9 +149,15 @@ class Part:
         self.error = text
         self.keep(self)
 
+    def skip(self, why: str) -> None:
+        """Why the part cannot be measured here, and what would help; it is not called passed."""
+        self.skipped = why
+        self.keep(self)
+
     def to_json(self) -> dict[str, Any]:
         told = {"seconds": round(self.seconds, 1), "notes": self.notes, "error": self.error}
-        return {**self.facts, "rows": self.rows, **told}
+        skipped = {} if self.skipped is None else {"skipped": self.skipped}
+        return {**self.facts, "rows": self.rows, **told, **skipped}
 
 
 def has_failed(record: Mapping[str, Any]) -> bool:
@@ -139,15 +165,55 @@ def has_failed(record: Mapping[str, Any]) -> bool:
     return record.get("error") is not None or any(row["pass"] is False for row in record["rows"])
 
 
+def is_complete(record: Mapping[str, Any] | None) -> bool:
+    """Whether a part ran to its end, whatever its goals."""
+    return record is not None and record.get("error") is None and not record.get("skipped")
+
+
+def keep_rows(record: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A part's record with the rows that only an earlier, stopped run of it had: same GPU, same settings.
+
+    Those rows come behind, and a note counts them. A part that is complete keeps its own rows alone.
+    """
+    if before is None or is_complete(record) or _circumstances(before) != _circumstances(record):
+        return dict(record)
+    own = {row["metric"] for row in record["rows"]}
+    kept = [row for row in before["rows"] if row["metric"] not in own]
+    notes = [f"{len(kept)} rows are an earlier run's"] if kept else []
+    return {**record, "rows": [*record["rows"], *kept], "notes": [*record.get("notes", ()), *notes]}
+
+
+def _circumstances(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What two runs of a part must share for their rows to stand side by side."""
+    machine = record.get("machine", {})
+    return machine.get("gpu"), machine.get("driver"), machine.get("processor"), record.get("settings")
+
+
 # ------------------------------------------------------------------------------------------------ choosing, keeping
 
 
 def chosen(names: Sequence[str]) -> tuple[str, ...]:
-    """The parts to run in their order, each once; none named: all. Raises ValueError naming what is no part."""
-    unknown = [name for name in names if name not in PARTS]
+    """The parts to run in their order, each once; none named: all; a group's name stands for its parts.
+
+    Raises ValueError naming what is no part.
+    """
+    unknown = [name for name in names if name not in (*PARTS, *GROUPS)]
     if unknown:
-        raise ValueError(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    return tuple(name for name in PARTS if name in names or not names)
+        raise ValueError(f"no part {', '.join(unknown)}; there are {', '.join((*PARTS, *GROUPS))}")
+    wanted = {part for name in names for part in GROUPS.get(name, (name,))}
+    return tuple(name for name in PARTS if name in wanted or not names)
+
+
+def read_parts(path: Path, *, simulated: bool = False) -> dict[str, Any]:
+    """The records of a file by part; {} for one that is absent, damaged, no result of this suite, or of the other kind
+    (simulated or real)."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    same = isinstance(found, dict) and found.get("name") == NAME and found.get("simulated", False) == simulated
+    parts = found.get("parts") if same else None
+    return parts if isinstance(parts, dict) else {}
 
 
 def merge_parts(path: Path, parts: Mapping[str, Mapping[str, Any]], *, simulated: bool = False) -> dict[str, Any]:
@@ -155,13 +221,7 @@ def merge_parts(path: Path, parts: Mapping[str, Mapping[str, Any]], *, simulated
 
     A file that is absent, damaged or no result of this suite counts as empty; so do simulated results for real ones.
     """
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        before = {}
-    same = isinstance(before, dict) and before.get("name") == NAME and before.get("simulated", False) == simulated
-    kept = before.get("parts") if same else None
-    every = {**(kept if isinstance(kept, dict) else {}), **parts}
+    every = {**read_parts(path, simulated=simulated), **parts}
     told = {"simulated": True} if simulated else {}
     return {"name": NAME, **told, "parts": {name: every[name] for name in PARTS if name in every}}
 
@@ -177,6 +237,28 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
         os.replace(scratch, path)
     finally:
         Path(scratch).unlink(missing_ok=True)
+
+
+def add_ratios(part: Part, parts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Diffusers' times over our best, by job, of the parts `peers-*` that were measured under the same circumstances.
+
+    parts: the file's. Their last record says which circumstances. Skips the part where there is no pair of times.
+    """
+    peers = [record for name, record in parts.items() if name.startswith("peers-") and record["rows"]]
+    alike = [record for record in peers if _circumstances(record) == _circumstances(peers[-1])]
+    times = {row["metric"]: row["value"] for record in alike for row in record["rows"]}
+    kinds = "|".join(PEER_GOALS)
+    ours: dict[str, list[float]] = {}
+    for metric, seconds in times.items():
+        if found := re.fullmatch(rf"(.*): ours, torch ({kinds}) in the device runtime \[s\]", metric):
+            ours.setdefault(found[1], []).append(seconds)
+    for metric, seconds in times.items():
+        found = re.fullmatch(rf"(.*): diffusers, ({kinds}) \[s\]", metric)
+        if found and found[1] in ours:
+            goal = PEER_GOALS[found[2]]
+            part.add(f"{found[1]}: diffusers, {found[2]} / ours, best", seconds / min(ours[found[1]]), goal=goal)
+    if not part.rows:
+        part.skip("there are no times to compare: run the parts `peers` into the same file first")
 
 
 # ------------------------------------------------------------------------------------------------ table
@@ -196,6 +278,7 @@ def table(parts: Mapping[str, Mapping[str, Any]], *, goals: bool = True) -> str:
         padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
         lines += ["  " + "  ".join(row).rstrip() for row in padded]
         lines += [f"  note: {note}" for note in record.get("notes", ())]
+        lines += [f"  SKIPPED: {record['skipped']}"] if record.get("skipped") else []
         lines += [f"  FAILED: {record['error']}"] if record.get("error") else []
     return "\n".join(lines) + "\n"
 

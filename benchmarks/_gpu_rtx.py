@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _gpu_full import time_networks
+from _gpu_full import BackEnd
 from _gpu_models import Setting, device_of
 from _gpu_parts import ceiling
 from _gpu_report import Part
@@ -94,6 +94,6 @@ def time_engine(part: Part, setting: Setting, folder: Path) -> None:
     here = open_device(opened)
     try:
         kind = f"{opened.passport.backend} ({folder.name})"
-        time_networks(part, setting, here.device, here.networks, kind, rate, tokenizers, here.stream)
+        BackEnd(part, setting, here.device, here.networks, kind, rate, here.stream).time_all(tokenizers)
     finally:
         here.close()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import statistics
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _gpu_clock import event_seconds
+from _gpu_clock import copy_bandwidth, count_calls, event_seconds
 from _gpu_full import paint_often
 from _gpu_models import (
     PROMPT,
@@ -25,9 +27,12 @@ from _gpu_models import (
     studio_for,
     tokenizers_of,
 )
-from _gpu_report import GIB, MIB, Part, Spread
+from _gpu_report import GIB, MIB, Part, Spread, merge_bytes
 
-from dreammix_trt.core.subject import Role
+from dreammix_trt.core.networks import networks_of_factors
+from dreammix_trt.core.subject import Subject
+
+_MERGE = "merge_weights"  # the kernel that merges a subject into weights
 
 # ------------------------------------------------------------------------------------------------ subjects
 
@@ -38,58 +43,92 @@ def subjects(part: Part, setting: Setting) -> None:
     with device_of(setting) as device, random_networks(setting, device) as networks:
         known = [random_subject(networks, name, seed=seed) for seed, name in enumerate("ABCD")]
         with StepRig(device, networks, (side, side), subjects=known) as rig:
-            _swaps(part, setting, rig)
-        for pictures in (2, 4):
-            with StepRig(device, networks, (side, side), pictures=pictures, subjects=known) as rig:
-                _batches(part, rig, pictures)
-    part.note("a swap: from the call to the device's answer; the factors lie on the device, rank 4 in slots of 8")
+            _swaps(part, setting, rig, known)
+            _turns_of_subjects(part, rig, rounds=2 * setting.repeats)
+    part.note("a swap: from the call to the device's answer; pristine weights and factors of rank 4 lie on the device")
 
 
-def _swaps(part: Part, setting: Setting, rig: StepRig) -> None:
-    from dreammix_trt.engine.device.subjects import resident_bytes
-
-    part.add("a subject's row [MB]", resident_bytes(rig.layout)["row"] / 1e6)
-    times = []
-    for turn in range(setting.swaps + 10):
+def _swaps(part: Part, setting: Setting, rig: StepRig, known: Sequence[Subject]) -> None:
+    merged = sum(each.nbytes for name in networks_of_factors("unet") for each in rig.weights.arrays(name).values())
+    part.add("merged weights of the UNet [MB]", merged / 1e6)
+    turns = itertools.cycle("AB")
+    walls = []
+    for _ in range(setting.swaps + 10):
         rig.device.synchronize(rig.stream)
         started = time.perf_counter()
-        rig.subjects.enter([Role("AB"[turn % 2])])
+        rig.enter(next(turns))
         rig.device.synchronize(rig.stream)
-        times.append(1e3 * (time.perf_counter() - started))
-    spread = Spread.of(times[10:])
+        walls.append(1e3 * (time.perf_counter() - started))
+    spread = Spread.of(walls[10:])
     part.add(f"a swap, p50 of {setting.swaps} [ms]", spread.p50)
     part.add(f"a swap, p99 of {setting.swaps} [ms]", spread.p99, goal="<= 5")
+    _swap_traffic(part, rig, turns, known[0].factors["unet"])
+    _steps_with_and_without(part, rig)
     ends = []
     for name in "ABA":
-        rig.subjects.enter([Role(name)])
+        rig.enter(name)
         rig.unet()
         ends.append(rig.result()["eps"])
     part.add("A, B, A: the same bits as before", bool(np.array_equal(ends[0], ends[2])), goal="== 1")
     part.add("A, B: another result", not np.array_equal(ends[0], ends[1]), goal="== 1")
 
 
-def _batches(part: Part, rig: StepRig, pictures: int) -> None:
-    """A batch of different subjects against one of a single subject, swaps included, in turns."""
-    mixed, single = [Role(name) for name in "ABCD"[:pictures]], [Role("A")] * pictures
+def _swap_traffic(part: Part, rig: StepRig, turns: Iterator[str], factors: Mapping[str, Any]) -> None:
+    """What a swap launches and moves, and how long the device is at it; factors: of one of the subjects."""
+    with count_calls(rig.device) as calls:
+        rig.enter(next(turns))
+        rig.device.synchronize(rig.stream)
+    part.add("a swap: kernels launched", calls.kernels.total())
+    part.add("a swap: copies within the device", calls.copies)
+    part.add("a swap: copied within the device [MB]", calls.copied / 1e6)
+    part.add("a swap: uploaded [bytes]", calls.uploaded)
+    if calls.kernels:
+        part.note(f"a swap launches {', '.join(f'{count} x {name}' for name, count in calls.kernels.items())}")
+    seconds = statistics.median(event_seconds(rig.device, rig.stream, lambda: rig.enter(next(turns))))
+    part.add("a swap, on the device [ms]", 1e3 * seconds)
+    if set(calls.kernels) <= {_MERGE}:  # of other kernels nobody counted the bytes
+        merged = merge_bytes(factors.values(), np.dtype(rig.arrays["sample"].dtype).itemsize)
+        moved = 2 * calls.copied + calls.uploaded + merged * bool(calls.kernels)
+        rate = copy_bandwidth(rig.device, nbytes=max(moved, MIB))
+        part.add("a swap: fewest bytes it can move [MB]", moved / 1e6)
+        part.add("a swap: share of copying", moved / seconds / rate)
+
+
+def _steps_with_and_without(part: Part, rig: StepRig) -> None:
+    """A step with a subject against one without: the difference is what a subject costs while it paints."""
+    graph = rig.capture(rig.step)
+    step = rig.step if graph is None else lambda: graph.launch(rig.stream)
+    for told, name in (("with a subject", "A"), ("without a subject", "")):
+        rig.enter(name)
+        seconds = statistics.median(event_seconds(rig.device, rig.stream, step))
+        part.add(f"a step {told} [ms]", 1e3 * seconds)
+    if graph is not None:
+        rig.device.synchronize(rig.stream)
+        graph.close()
+
+
+def _turns_of_subjects(part: Part, rig: StepRig, rounds: int) -> None:
+    """Four pictures of two subjects, of four steps each: sorted, as `inpaint_batch` paints them, and in turns."""
     graph = rig.capture(rig.step)
     step = rig.step if graph is None else lambda: graph.launch(rig.stream)
 
-    def work(roles: list[Role]) -> float:
-        rig.subjects.enter([Role("D")] * pictures)  # so that both must place all their rows
+    def work(order: str) -> float:
+        rig.enter("D")
         rig.device.synchronize(rig.stream)
 
         def run() -> None:
-            rig.subjects.enter(roles)
-            for _ in range(4):
-                step()
+            for name in order:
+                rig.enter(name)
+                for _ in range(4):
+                    step()
 
         return event_seconds(rig.device, rig.stream, run, repeats=1, warm=0)[0]
 
-    work(mixed)
-    rounds = [(work(mixed), work(single)) for _ in range(10)]
-    several, one = (statistics.median(times) for times in zip(*rounds, strict=True))
-    part.add(f"batch of {pictures}, one subject, 4 steps [ms]", 1e3 * one)
-    part.add(f"batch of {pictures}: different subjects cost more by", several / one - 1, goal="<= 0.05")
+    work("ABAB")
+    times = [(work("ABAB"), work("AABB")) for _ in range(rounds)]
+    turns, ordered = (statistics.median(each) for each in zip(*times, strict=True))
+    part.add("four pictures of two subjects, 4 steps each, sorted [ms]", 1e3 * ordered)
+    part.add("the same in turns: cost more by", turns / ordered - 1)
     if graph is not None:
         rig.device.synchronize(rig.stream)
         graph.close()

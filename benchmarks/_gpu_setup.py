@@ -9,16 +9,19 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from _common import machine
 
 ROOT = Path(__file__).resolve().parent.parent
+OWN_WHEEL = "dreammix_trt-"  # how the name of a wheel of this project begins
 _ASKED = {
     "name": "gpu", "compute_cap": "capability", "memory.total": "memory [MiB]", "driver_version": "driver",
     "clocks.sm": "SM clock [MHz]", "clocks.mem": "memory clock [MHz]", "clocks.max.sm": "SM clock, most [MHz]",
@@ -32,11 +35,13 @@ _ASKED = {
 def unpack_wheels(wheels: Path, to: Path) -> list[Path]:
     """Unpack every wheel of a folder below `to`; returns the folders to be imported from, in the files' order.
 
-    Raises FileNotFoundError where the folder has none.
+    The project's own wheel is left out: this checkout is what is measured. Raises FileNotFoundError where the folder
+    has no wheel at all.
     """
     files = sorted(wheels.glob("*.whl"))
     if not files:
         raise FileNotFoundError(f"{wheels} holds no wheel (*.whl)")
+    files = [file for file in files if not file.name.startswith(OWN_WHEEL)]
     places = []
     for file in files:
         place = to / file.name.removesuffix(".whl")
@@ -78,28 +83,72 @@ def extension_info(environment: Mapping[str, str]) -> dict[str, Any] | None:
     return found
 
 
-def build_extension(folder: Path, capability: str, environment: Mapping[str, str] | None = None) -> Path:
+def build_extension(
+    folder: Path, capability: str, environment: Mapping[str, str] | None = None, *, limit: float | None = None
+) -> Path:
     """Build the extension with kernels for one GPU ("sm_90"); returns the folder that holds it.
+
+    limit: seconds that each of cmake's two runs may take. What was built before, and is newer than its sources, stays.
 
     Needs cmake, nvcc, a C++ compiler and nanobind, which may lie on the environment's PYTHONPATH. Raises RuntimeError
     with the end of what a tool said.
     """
+    alone = folder / "alone"
+    if _is_fresh(alone) and extension_serves(info_of_extension(alone, environment or os.environ), capability):
+        return alone
     nanobind = _ran([sys.executable, "-m", "nanobind", "--cmake_dir"], environment).strip()
     command = [
         _tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release", "-DDREAMMIX_CUDA=ON",
         f"-DDREAMMIX_CUDA_ARCHITECTURES={_number(capability)}-real", f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dnanobind_DIR={nanobind}", f"-DCMAKE_CUDA_COMPILER={_tool('nvcc')}",
     ]  # fmt: skip
-    _ran(command, environment)
+    _ran(command, environment, limit)
     cores = str(min(16, os.cpu_count() or 1))
-    _ran([_tool("cmake"), "--build", str(folder), "--config", "Release", "-j", cores], environment)
+    _ran([_tool("cmake"), "--build", str(folder), "--config", "Release", "-j", cores], environment, limit)
     built = [file for kind in ("so", "pyd") for file in folder.rglob(f"_cpp*.{kind}") if file.parent.name != "alone"]
     if not built:
         raise RuntimeError(f"{folder}: cmake built no _cpp module")
-    alone = folder / "alone"
     alone.mkdir(exist_ok=True)
-    shutil.copy2(max(built, key=lambda file: file.stat().st_mtime), alone)
+    shutil.copy(max(built, key=lambda file: file.stat().st_mtime), alone)
     return alone
+
+
+def _is_fresh(folder: Path) -> bool:
+    """Whether a module lies there that is newer than every source of it."""
+    made = [file.stat().st_mtime for file in folder.glob("_cpp*")]
+    sources = [ROOT / "CMakeLists.txt", *(file for file in (ROOT / "cpp_ext").rglob("*") if file.is_file())]
+    return bool(made) and min(made) > max(file.stat().st_mtime for file in sources)
+
+
+def extract_extension(wheel: Path, to: Path) -> Path:
+    """Take the `_cpp` module alone out of a wheel of this project; returns the folder that holds it then.
+
+    Raises RuntimeError for a wheel without one.
+    """
+    with zipfile.ZipFile(wheel) as packed:
+        modules = [name for name in packed.namelist() if Path(name).match("dreammix_trt/_cpp*.*")]
+        modules = [name for name in modules if name.endswith((".so", ".pyd"))]
+        if not modules:
+            raise RuntimeError(f"{wheel} holds no _cpp module: it is a wheel without the C++ extension")
+        to.mkdir(parents=True, exist_ok=True)
+        for name in modules:
+            (to / Path(name).name).write_bytes(packed.read(name))
+    return to
+
+
+def info_of_extension(folder: Path, environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """`build_info()` of the module in a folder, asked in another process; None where it does not load."""
+    code = (
+        "import json, sys, pathlib, _gpu_setup as setup; setup.use_extension(pathlib.Path(sys.argv[1])); "
+        "import dreammix_trt._cpp as c; print(json.dumps(c.build_info()))"
+    )
+    given = with_paths([ROOT / "benchmarks", ROOT], environment)
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], env=given, capture_output=True, text=True)
+    try:
+        found: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        return None
+    return found
 
 
 def use_extension(folder: Path) -> None:
@@ -119,12 +168,29 @@ def _tool(name: str) -> str:
     return found
 
 
-def _ran(command: list[str], environment: Mapping[str, str] | None = None) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    if done.returncode:
-        last = "\n".join((done.stdout + done.stderr).splitlines()[-30:])
+def _ran(command: list[str], environment: Mapping[str, str] | None = None, limit: float | None = None) -> str:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            said, wrong = process.communicate(timeout=limit)
+        finally:
+            end_group(process)
+    if process.returncode:
+        last = "\n".join((said + wrong).splitlines()[-30:])
         raise RuntimeError(f"`{' '.join(command)}` failed:\n{last}")
-    return done.stdout
+    return said
+
+
+def end_group(process: subprocess.Popen[Any]) -> None:
+    """End a process that was started in a session of its own, with whatever it started: compilers, say, or a checker's
+    process. What has ended already is left alone."""
+    with suppress(ProcessLookupError, PermissionError):
+        if os.name == "posix":
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
 
 
 def _number(capability: str) -> int:

@@ -18,6 +18,7 @@ from dreammix_trt.core.config_fields import TOKENS
 
 FACTOR: Final = 8  # pixels of a latent cell's side
 AXES: Final = ("rows", "pictures", "context", "h", "w", "H", "W")
+FLOAT8: Final = "float8_e4m3fn"  # 4 bits of exponent, 3 of fraction, no infinities
 _ALWAYS_FLOAT32: Final = ("timestep", "time_ids")  # float16 cannot count to 1000 in thirds
 
 
@@ -25,7 +26,7 @@ _ALWAYS_FLOAT32: Final = ("timestep", "time_ids")  # float16 cannot count to 100
 class Tensor:
     """An input or output of a network.
 
-    dtype: of numpy.
+    dtype: of numpy, or `FLOAT8`.
     shape: each side a number or the name of an axis.
     """
 
@@ -37,6 +38,11 @@ class Tensor:
     def of(cls, entry: Mapping[str, Any]) -> Tensor:
         """Make a tensor from its entry in `network.json`."""
         return cls(str(entry["name"]), str(entry["dtype"]), tuple(entry["shape"]))
+
+    @property
+    def memory_dtype(self) -> str:
+        """The numpy type that holds it in memory: bytes for FP8, which numpy does not have."""
+        return "uint8" if self.dtype == FLOAT8 else self.dtype
 
     @property
     def stays_float32(self) -> bool:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and hashes that are remembered."""
+"""Files that are written whole or not at all, and answers about large files that are remembered."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from dreammix_trt.core.errors import BuildError, DreamMixError, FileFormatError, InputError
 
-_REMEMBERED_FROM = 1 << 20  # hashing a smaller file is faster than looking up its hash
+_REMEMBERED_FROM = 1 << 20  # reading a smaller file is faster than looking up what is known of it
+_SHA256: Final = "sha256"
 
 
 @contextlib.contextmanager
@@ -125,26 +126,37 @@ def share_file(source: Path, target: Path) -> None:
 
 
 def sha256_of(path: str | os.PathLike[str], *, verify: bool = False) -> str:
-    """SHA-256 of a file in hex. Hashes of large files are remembered by path, size, modification time and inode.
+    """SHA-256 of a file in hex. Hashes of large files are remembered (`ask_file`).
 
     verify: read the file even if its hash is remembered.
 
     Raises `FileFormatError` when the file is missing or cannot be read.
     """
+    return ask_file(path, _SHA256, digest_of, verify=verify)
+
+
+def ask_file(path: str | os.PathLike[str], question: str, find: Callable[[Path], str], *, verify: bool = False) -> str:
+    """What `find` says of a file. Answers are remembered for large files: by path, size, modification time and inode.
+
+    A file that was found to have another hash has lost its other answers.
+
+    question: the name of the answer; when `find` changes what it says, the name must change as well.
+    find: reads the file and gives the answer.
+    verify: ask `find` even if the answer is remembered.
+
+    Raises `FileFormatError` when the file is missing, and what `find` raises.
+    """
     file = Path(path).resolve()
     with explain_read_errors(file):
         status = file.stat()
     if status.st_size < _REMEMBERED_FROM:
-        return digest_of(file)
+        return find(file)
     mark = _mark(file, status)
-    if not verify:
-        with contextlib.suppress(FileFormatError):
-            record = read_json(_memory(mark))
-            if record.get("mark") == mark and isinstance(record.get("sha256"), str):
-                return str(record["sha256"])
-    digest = digest_of(file)
-    _remember(mark, digest)
-    return digest
+    answer = None if verify else _recall(mark).get(question)
+    if answer is None:
+        answer = find(file)
+        _remember(mark, {question: answer})
+    return answer
 
 
 def digest_of(path: Path) -> str:
@@ -157,16 +169,13 @@ def digest_of(path: Path) -> str:
 
 
 def carry_remembered(old: Path, new: Path) -> None:
-    """Remember a file's hash under its new path, where it was remembered under its old one. Does not read the file.
+    """Remember what was known of a file under its new path as well. Does not read the file.
 
     old, new: resolved paths before and after a rename.
     """
     with contextlib.suppress(DreamMixError, OSError):
         status = new.stat()
-        mark = _mark(old, status)
-        record = read_json(_memory(mark)) if status.st_size >= _REMEMBERED_FROM else {}
-        if record.get("mark") == mark:
-            _remember(_mark(new, status), str(record["sha256"]))
+        _remember(_mark(new, status), _recall(_mark(old, status)))
 
 
 def remember_sha256(path: Path, digest: str) -> None:
@@ -174,7 +183,7 @@ def remember_sha256(path: Path, digest: str) -> None:
     file = path.resolve()
     status = file.stat()
     if status.st_size >= _REMEMBERED_FROM:
-        _remember(_mark(file, status), digest)
+        _remember(_mark(file, status), {_SHA256: digest})
 
 
 def given_home() -> Path | None:
@@ -240,9 +249,26 @@ def _memory(mark: str) -> Path:
     return cache_home() / "hashes" / f"{hashlib.sha256(mark.encode()).hexdigest()}.json"
 
 
-def _remember(mark: str, digest: str) -> None:
-    with contextlib.suppress(DreamMixError, OSError):  # without a writable home we only lose time
-        write_json(_memory(mark), {"mark": mark, "sha256": digest})
+def _recall(mark: str) -> dict[str, str]:
+    """The remembered answers about a file, by question."""
+    try:
+        record = read_json(_memory(mark))
+    except FileFormatError:
+        return {}
+    if record.pop("mark", None) != mark:
+        return {}
+    return {question: answer for question, answer in record.items() if isinstance(answer, str)}
+
+
+def _remember(mark: str, answers: Mapping[str, str]) -> None:
+    """Add answers to those that are remembered of a file. Without a writable home we only lose time."""
+    if not answers:
+        return
+    known = _recall(mark)
+    if _SHA256 in known and _SHA256 in answers and known[_SHA256] != answers[_SHA256]:
+        known = {}  # another file in the old one's clothes
+    with contextlib.suppress(DreamMixError, OSError):
+        write_json(_memory(mark), {"mark": mark, **known, **answers})
 
 
 def _swap(temporary: Path, target: Path) -> None:

@@ -176,6 +176,11 @@ class DeviceNetworks(Protocol):
         """The largest batch; None: any."""
         ...
 
+    @property
+    def captures(self) -> bool:
+        """Whether the back end lets graphs be captured at all; `Bound.capturable` says it of one network, now."""
+        ...
+
     def weight_bytes(self, name: str) -> int:
         """The device memory that a network's own weights take while loaded; those of slots are not its own."""
         ...

@@ -149,24 +149,30 @@ void tas(Pointer tokens, Pointer removed, Pointer plan, int rows, int width, Str
                 place_of(stream, blocks, threads));
 }
 
-void place_factors(Pointer row, Pointer segments, int count, Pointer out, int pictures, int picture, int half, Stream stream,
-                   int blocks, int threads) {
-    require_all({row, segments, out});
-    require_positive({count, pictures});
-    require(picture >= 0 && picture < pictures, "picture must lie in 0..pictures - 1");
-    static_cast<void>(reals(row, half)), static_cast<void>(reals(out, half));
-    dmx::launch(dmx::PlaceFactors{at<const unsigned char>(row), at<const dmx::Segment>(segments), count,
-                                  at<unsigned char>(out), pictures, picture, half != 0 ? 2 : 4},
-                place_of(stream, blocks, threads));
+// Checks the records of a table in host memory, whose arrays are on the device, and numbers their tasks. Returns how many
+// there are.
+std::int64_t plan_merges(Pointer table, int count) {
+    require_all({table});
+    require_positive({count});
+    std::int64_t tasks = 0;
+    for (dmx::Merge* slot = at<dmx::Merge>(table); slot != at<dmx::Merge>(table) + count; ++slot) {
+        require(slot->source != nullptr && slot->target != nullptr, "an array is missing (0); only those said to may be");
+        require(slot->rank >= 0 && (slot->rank == 0 || (slot->left != nullptr && slot->right != nullptr)),
+                "a slot of a rank above 0 has no factors");
+        require(slot->kind >= dmx::Merge::floats && slot->kind <= dmx::Merge::eighths, "kind must be 0, 1 or 2");
+        require_positive({slot->rows, slot->columns});
+        require(slot->stride >= slot->columns, "stride must be at least columns");
+        slot->first = static_cast<std::int32_t>(tasks);
+        tasks += dmx::MergeWeights::tasks_of(*slot);
+    }
+    require(tasks <= (1 << 30), "a table has more than 2^30 tasks");
+    return tasks;
 }
 
-void pack_factors(Pointer raw, Pointer factors, int count, Pointer out, int raw_half, int out_half, Stream stream, int blocks,
-                  int threads) {
-    require_all({raw, factors, out});
-    require_positive({count});
-    require(raw != out, "raw and out must be different arrays");
-    dmx::launch(dmx::PackFactors{reals(raw, raw_half), at<const dmx::Factor>(factors), count, reals(out, out_half)},
-                place_of(stream, blocks, threads));
+void merge_weights(Pointer slots, int count, std::int64_t tasks, Stream stream, int blocks, int threads) {
+    require_all({slots});
+    require_positive({count, tasks});
+    dmx::launch(dmx::MergeWeights{at<const dmx::Merge>(slots), count, tasks}, place_of(stream, blocks, threads));
 }
 
 using Layout = std::pair<size_t, std::map<std::string, size_t>>;
@@ -204,10 +210,11 @@ std::map<std::string, Layout> layouts() {
                                          DMX_FIELD(StepRow, c_dx0), DMX_FIELD(StepRow, c_noise), DMX_FIELD(StepRow, time_ids),
                                          DMX_FIELD(StepRow, blend_step),
                                          DMX_FIELD(StepRow, solver_step)}}},
-        {"SEGMENT", {sizeof(dmx::Segment), {DMX_FIELD(Segment, source), DMX_FIELD(Segment, target), DMX_FIELD(Segment, size)}}},
-        {"FACTOR", {sizeof(dmx::Factor), {DMX_FIELD(Factor, source), DMX_FIELD(Factor, target), DMX_FIELD(Factor, rows),
-                                          DMX_FIELD(Factor, cols), DMX_FIELD(Factor, target_rows),
-                                          DMX_FIELD(Factor, target_cols), DMX_FIELD(Factor, scale)}}},
+        {"MERGE", {sizeof(dmx::Merge), {DMX_FIELD(Merge, source), DMX_FIELD(Merge, target), DMX_FIELD(Merge, left),
+                                        DMX_FIELD(Merge, right), DMX_FIELD(Merge, stride), DMX_FIELD(Merge, rows),
+                                        DMX_FIELD(Merge, columns), DMX_FIELD(Merge, rank), DMX_FIELD(Merge, kind),
+                                        DMX_FIELD(Merge, first), DMX_FIELD(Merge, left_scale),
+                                        DMX_FIELD(Merge, right_scale), DMX_FIELD(Merge, out_scale)}}},
     };
 }
 
@@ -242,8 +249,8 @@ void bind_numbers(nb::module_& gpu) {
            "flags"_a, "first_bit"_a, "second_bit"_a);
     define(gpu, "weigh_text", &weigh_text, "tokens"_a, "empty"_a, "weights"_a, "rows"_a, "first_width"_a, "width"_a);
     define(gpu, "tas", &tas, "tokens"_a, "removed"_a, "plan"_a, "rows"_a, "width"_a);
-    define(gpu, "place_factors", &place_factors, "row"_a, "segments"_a, "count"_a, "out"_a, "pictures"_a, "picture"_a, "half"_a);
-    define(gpu, "pack_factors", &pack_factors, "raw"_a, "factors"_a, "count"_a, "out"_a, "raw_half"_a, "out_half"_a);
+    define(gpu, "merge_weights", &merge_weights, "slots"_a, "count"_a, "tasks"_a);
+    gpu.def("plan_merges", &plan_merges, "table"_a, "count"_a);
     gpu.def("draws", &draws, "Draw of core.noise.DRAWS -> its number here.");
     gpu.def("layouts", &layouts, "Record of engine/device/records.py -> (bytes, {field: offset}).");
 }

@@ -46,7 +46,7 @@ class OpenedEngine:
 def open_engine(path: Path, *, verify: bool = False, store: Path | None = None) -> OpenedEngine:
     """Check an engine directory and find its parts.
 
-    verify: hash every file again; else hashes of large unchanged files are remembered.
+    verify: read every file again; else hashes of large unchanged files are remembered.
     store: the store's folder; None: the default one.
 
     Raises EngineError with the file and the command that rebuilds.
@@ -68,10 +68,11 @@ def open_engine(path: Path, *, verify: bool = False, store: Path | None = None) 
     return OpenedEngine(passport, parts, tuple(path / entry.file for entry in passport.subjects))
 
 
-def check_runnable(path: Path, opened: OpenedEngine, device: str) -> None:
+def check_runnable(path: Path, opened: OpenedEngine, device: str, *, verify: bool = False) -> None:
     """Raise EngineError when an engine cannot run on a device.
 
     device: "cpu" or "cuda".
+    verify: look for host code again, where it is remembered that there was none.
 
     Plans do not run on "cpu", nor when they were built for another GPU, version or platform. Plans with code for the
     host are refused.
@@ -83,7 +84,7 @@ def check_runnable(path: Path, opened: OpenedEngine, device: str) -> None:
     from dreammix_trt.engine.machine import examine, explain_mismatch
 
     for entry in passport.networks:
-        refuse_host_code(opened.parts[entry.name] / entry.file)
+        refuse_host_code(opened.parts[entry.name] / entry.file, verify=verify)
     built_for = {
         "backend": passport.backend,
         "version": passport.backend_version,

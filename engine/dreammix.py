@@ -94,7 +94,7 @@ class DreamMix:
         """Load an engine directory that `dreammix-trt build` made.
 
         threads: for the networks and the kernels; None: all cores.
-        verify: hash every file again.
+        verify: read every file again, instead of trusting what is remembered of large unchanged ones.
         store: where the base engines are, when not in the default place.
         device: "cpu", or "cuda": requests run on the GPU as a whole.
         options: with "cuda", those of `dreammix_trt.engine.Options` (pictures, largest_picture, subjects, ...).
@@ -104,7 +104,7 @@ class DreamMix:
         """
         given = _check_options(device, options)
         opened = open_engine(Path(path), verify=verify, store=Path(store) if store else None)
-        check_runnable(Path(path), opened, device)
+        check_runnable(Path(path), opened, device, verify=verify)
         tokenizers = [Tokenizer.load(opened.parts["base"] / name) for name in ("tokenizer", "tokenizer_2")]
         subjects = [read_subject(file) for file in opened.subjects]
         if device == "cuda":
@@ -281,8 +281,9 @@ class DreamMix:
 
         jobs: (image, mask_image, request) each; `request(prompt, ...)` makes the request.
 
-        On a GPU, pictures of equal frame and steps share a batch of up to `pictures`, whatever their subjects, prompts
-        and sizes. On the CPU they are painted one after the other.
+        The jobs of one subject at one strength are painted before those of the next, in the order in which subjects
+        first come, so that each is merged into the weights once. On a GPU, those of equal frame and steps share a batch
+        of up to `pictures`, whatever their prompts and sizes. On the CPU they are painted one after the other.
 
         Returns one result per job, in order. Raises InputError that names the value at fault.
         """

@@ -180,7 +180,7 @@ def _limit_feather(canvas: Canvas, request: Request) -> Canvas:
 def paint_jobs(
     runtime: Runtime, jobs: Sequence[LaidOut], keep_stages: bool, check_open: Callable[[], None]
 ) -> Iterator[StepEvent]:
-    """Paint the pictures of all jobs in batches of equal shape.
+    """Paint the pictures of all jobs in batches of equal shape, one subject after the other.
 
     keep_stages: whether results have pictures of what each stage did.
     check_open: raises when the runtime may no longer be used.
@@ -188,9 +188,9 @@ def paint_jobs(
     Yields an event after each step. A job's result comes with the last step of its last picture.
     """
     pictures = [(job, k) for job in jobs for k in range(len(job.works))]
-    shapes = [job.shapes[k] for job, k in pictures]
+    shapes, roles = [job.shapes[k] for job, k in pictures], [job.works[k].subject for job, k in pictures]
     total, index = sum(len(job.schedule) for job, _ in pictures), 0
-    for numbers in batch_by_shape(shapes, runtime.most_pictures):
+    for numbers in batch_by_shape(shapes, runtime.most_pictures, roles):
         check_open()
         batch = [pictures[number] for number in numbers]
         (job, first), count = batch[0], len(batch)

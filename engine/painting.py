@@ -152,18 +152,25 @@ def describe_overflow(network: str, how: str) -> str:
     remedy = "lower guidance_scale or the subject's scale"
     if kind_of(network).call == "vae":
         remedy += ", or build with a VAE that stays within float16 (`--vae`)"
+    elif kind_of(network).call == "step":
+        remedy += (
+            "; where the UNet is float16, build it in bfloat16, which reaches as far as float32 (`dreammix-trt build "
+            "--unet-precision bfloat16`)"
+        )
     return f"{network} gave values that are not numbers {how}: {remedy}"
 
 
-def batch_by_shape(shapes: Sequence[object], most: int) -> Iterator[list[int]]:
-    """Group pictures into batches: at most `most` of equal shape, in order of the first of each.
+def batch_by_shape(shapes: Sequence[object], most: int, roles: Sequence[object]) -> Iterator[list[int]]:
+    """Group pictures into batches: at most `most` of equal shape and role, in order of the first of each.
 
     shapes: of each picture; pictures of equal shape can share a batch.
+    roles: of each picture. Roles run one after the other, so that the weights of each are merged once.
 
     Yields the numbers of a batch's pictures.
     """
-    waiting = list(range(len(shapes)))
-    while waiting:
-        batch = [number for number in waiting if shapes[number] == shapes[waiting[0]]][:most]
-        waiting = [number for number in waiting if number not in batch]
-        yield batch
+    for role in dict.fromkeys(roles):
+        waiting = [number for number, other in enumerate(roles) if other == role]
+        while waiting:
+            batch = [number for number in waiting if shapes[number] == shapes[waiting[0]]][:most]
+            waiting = [number for number in waiting if number not in batch]
+            yield batch

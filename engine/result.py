@@ -42,7 +42,7 @@ class Result:
     request: as it was painted.
     seeds: of each picture.
     timings: seconds per phase, summed over the pictures, disjoint. "network:..." are the networks. On a GPU the
-        device's seconds are in "upload", "text", "start", "loop", "hand over", "finish" and "download", networks
+        device's seconds are in "subject", "upload", "text", "start", "loop", "hand over", "finish" and "download", networks
         included, and the host's in "read", "canvas", "write" and "weights" (loaded for this request).
     stages: named pictures of what each stage did, when asked for; on a GPU "local result" and "last result".
     origin: what painted it.

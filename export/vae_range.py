@@ -172,12 +172,14 @@ class _Watch:
         graph."""
         kept: dict[str, Any] = {}
 
-        def see(_module: Any, _inputs: Any, out: Any) -> None:
-            q, k = (x.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for x in (kept["q"], out))
-            self._see(name, (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2))
+        def see(part: str, out: Any) -> None:
+            kept[part] = out.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+            if len(kept) == 2:
+                q, k = kept.pop("q"), kept.pop("k")
+                self._see(name, (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2))
 
-        attention.to_q.register_forward_hook(lambda _module, _inputs, out: kept.update(q=out))
-        attention.to_k.register_forward_hook(see)  # runs after to_q
+        attention.to_q.register_forward_hook(lambda _module, _inputs, out: see("q", out))
+        attention.to_k.register_forward_hook(lambda _module, _inputs, out: see("k", out))
 
 
 def _file_of(base: BaseFiles) -> Path:

@@ -22,6 +22,7 @@ from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import EngineError, FileFormatError, InputError
 from dreammix_trt.core.files import folder_bytes, write_json
 from dreammix_trt.core.passport import Passport
+from dreammix_trt.core.slots import slots_of
 from dreammix_trt.core.store import Store
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.directory import check_engine
@@ -42,11 +43,15 @@ def parts_of(passport: Passport, store: Path | None = None) -> dict[str, Path]:
 
 
 def weights_of(passport: Passport, name: str) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
-    """A part's weights by torch name, as torch has them."""
+    """A part's weights by torch name, as torch has them; those of slots lie in a file of their own."""
     folder = parts_of(passport)[name]
     entry = json.loads((folder / "network.json").read_text())
     held = load_file(folder / entry["weights"])
-    return {key: held[key].T if turned else held[key] for key, turned in entry["initializers"].items()}
+    plain = {key: held[key].T if turned else held[key] for key, turned in entry["initializers"].items()}
+    slots = load_file(folder / entry["slot_weights"]) if "slot_weights" in entry else {}
+    return plain | {
+        f"{slot.module}.weight": slot.view(slots[slot.weight]).T for slot in slots_of(entry) if slot.weight in slots
+    }
 
 
 def test_the_passport_says_what_the_engine_was_made_from(mug_engine: Path, mug_lora: Path) -> None:
@@ -178,8 +183,8 @@ def test_a_missing_subject_is_found(spoiled: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"schema": 3}, "schema 3"),
-        ({"schema": 1}, "schema 1"),
+        ({"schema": 4}, "schema 4"),
+        ({"schema": 2}, "schema 2"),
         ({"schema": 0}, "schema 0"),
         ({"networks": 3}, "damaged"),
         ({"parts": {"base": "0" * 64}}, "damaged"),
@@ -467,7 +472,7 @@ def test_another_patch_changes_the_patched_unet_alone(held: Held, tmp_path: Path
 
     before = held.keys()
     other = write_patch(tmp_path / "other.fooocus.patch", dict(BaseFiles.open(held.folder).configs), keys="all")
-    assert held.differing(before, patch=other) == {"unet"}
+    assert held.differing(before, patch=other) == PATCHED
 
 
 def test_plans_depend_on_what_they_are_built_for(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,7 +486,7 @@ def test_plans_depend_on_what_they_are_built_for(held: Held, monkeypatch: pytest
     plain = {entry.key for entry in store.entries() if entry.kind == "onnx"}
     changes = [
         (options(targets=("sm_86",)), HALF), (options(targets=("sm_89", "sm_86")), HALF),
-        (options(shapes="dynamic"), HALF - TEXTS), (options(pictures=2), HALF),
+        (options(shapes="dynamic"), HALF - TEXTS - {"unet_kv", "unet_raw_kv"}), (options(pictures=2), HALF),
         (options(workspace=1 << 30), HALF), (options(safe_vae=False), TWINS),
     ]  # fmt: skip
     for changed, parts in changes:
@@ -555,7 +560,7 @@ def test_the_vae_takes_tiles_where_frames_are_that_large(
     base = BaseFiles.open(held.folder)
     base = replace(base, configs={**base.configs, "unet": {**base.configs["unet"], "sample_size": side // 8}})
     engine = EngineOptions(backend="tensorrt-rtx", targets=("sm_89",), shapes=shapes)
-    ingredients = Ingredients(base, 8, engine, (), {})
+    ingredients = Ingredients(base, True, engine, (), {})
     found = {
         network.name: [profile.shapes[spec][2][2:] for profile in ingredients.profiles_of(network.name, [described])]
         for network in ingredients.networks

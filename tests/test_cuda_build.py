@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 SOURCES = ROOT / "cpp_ext" / "gpu"
 NUMBERS = {
     "StepBefore", "StepAfter", "EncodeLatent", "Noised", "Scaled", "Convert", "CheckFinite", "JoinText",
-    "WeighText", "Tas", "PlaceFactors", "PackFactors",
+    "WeighText", "Tas", "MergeWeights",
 }  # fmt: skip
 
 

@@ -257,7 +257,7 @@ def test_a_plan_with_code_for_the_host_is_refused(plans: Path, shelf: Path, monk
     check = "dreammix_trt.engine.backends.tensorrt.plans.holds_host_code"
     monkeypatch.setattr(check, lambda plan: plan.name == "unet.engine")
     with pytest.raises(EngineError, match=r"unet\.engine carries code for the host"):
-        DreamMix.load(plans, store=shelf)
+        DreamMix.load(plans, store=shelf, verify=True)  # it is remembered that it has none
 
 
 @pytest.fixture(scope="module")

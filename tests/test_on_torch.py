@@ -25,7 +25,8 @@ from dreammix_trt.export.torch_backend.on_device import TorchNetworks
 from dreammix_trt.on_torch import load_torch
 from tests.engine.conftest import make_scene
 
-BASE = ("text_encoder", "text_encoder_2", "unet", "unet_raw", "inpaint_head", "vae_encoder", "vae_decoder")
+RAW = ("unet_raw_kv", "unet_raw")
+BASE = ("text_encoder", "text_encoder_2", "unet_kv", "unet", *RAW, "inpaint_head", "vae_encoder", "vae_decoder")
 
 
 def test_torch_paints_what_the_engine_paints(small_base: Path, mug_engine: Path) -> None:
@@ -61,7 +62,7 @@ def test_weights_come_as_the_memory_plan_says(residency: str, monkeypatch: pytes
     options = Options(largest_picture=128 * 128, subjects=1, residency=residency)
     with SimulatedDevice() as device, opened(device, options=options) as dm:
         assert dm.studio is not None and dm.studio.plan.strategy == residency
-        expected = {*BASE} - {"unet_raw"} if residency == "one-unet" else set()
+        expected = {*BASE} - {*RAW} if residency == "one-unet" else set()
         assert set(came) == set(dm.studio.shared.loaded) == expected
         assert dm.inpaint(image, mask, "a red mug", num_inference_steps=4, seed=3).images
         assert len(dm.studio.shared.loaded) < len(BASE)

@@ -41,10 +41,8 @@ void launch(const Tas& kernel, Place place) {
     run(kernel, {std::max(kernel.rows, 1), threads, threads * sizeof(double)}, place);
 }
 
-void launch(const PlaceFactors& kernel, Place place) {
-    run(kernel, {std::max(kernel.count * PlaceFactors::parts, 1), 256}, place);
+void launch(const MergeWeights& kernel, Place place) {
+    run(kernel, grid_for(kernel.tasks * MergeWeights::task_tiles, MergeWeights::task_tiles), place);
 }
-
-void launch(const PackFactors& kernel, Place place) { run(kernel, {std::max(kernel.count, 1), 256}, place); }
 
 }  // namespace dmx

@@ -3,7 +3,7 @@
 
 #include "latents.hpp"
 #include "launch.hpp"
-#include "lora.hpp"
+#include "merge.hpp"
 #include "steps.hpp"
 #include "text.hpp"
 
@@ -19,7 +19,6 @@ void launch(const CheckFinite& kernel, Place place);
 void launch(const JoinText& kernel, Place place);
 void launch(const WeighText& kernel, Place place);
 void launch(const Tas& kernel, Place place);
-void launch(const PlaceFactors& kernel, Place place);
-void launch(const PackFactors& kernel, Place place);
+void launch(const MergeWeights& kernel, Place place);
 
 }  // namespace dmx

@@ -32,15 +32,14 @@ struct StepRow {
     std::int32_t blend_step, solver_step, unused;
 };
 
-struct Segment {
-    std::int64_t source, target, size;
-};
-
-struct Factor {
-    std::int64_t source, target;
-    std::int32_t rows, cols, target_rows, target_cols;
-    float scale;
-    std::int32_t unused;
+struct Merge {
+    enum Kind : std::int32_t { floats, halves, eighths };
+    const void* source;
+    void* target;
+    const float *left, *right;
+    std::int64_t stride;
+    std::int32_t rows, columns, rank, kind, first;
+    float left_scale, right_scale, out_scale;
 };
 
 // The draws that kernels choose themselves, with the numbers of DRAWS in core/noise.py (a test compares them). The
@@ -48,6 +47,6 @@ struct Factor {
 enum class Draw : std::uint32_t { init = 0, blend = 1, solver = 2, renoise = 3 };
 
 static_assert(sizeof(Cut) == 64 && sizeof(Sheet) == 64 && sizeof(Field) == 32 && sizeof(Job) == 24);
-static_assert(sizeof(StepRow) == 96 && sizeof(Segment) == 24 && sizeof(Factor) == 40);
+static_assert(sizeof(StepRow) == 96 && sizeof(Merge) == 72);
 
 }  // namespace dmx

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
 
 from dreammix_trt.core.seam import Array, Shape
 from dreammix_trt.engine.drivers.device import Device
@@ -17,6 +18,28 @@ def measure_regions(regions: Regions) -> dict[str, int]:
     regions: name -> (shape, numpy dtype).
     """
     return {name: -(-Array(0, *region).nbytes // ALIGNMENT) * ALIGNMENT for name, region in regions.items()}
+
+
+class Pieces:
+    """Arrays side by side in one region, each aligned.
+
+    arrays: name -> (shape, numpy dtype).
+    nbytes: of the region.
+    """
+
+    def __init__(self, arrays: Regions) -> None:
+        taken = measure_regions(arrays)
+        self.arrays, self.nbytes = dict(arrays), sum(taken.values())
+        starts = [0, *accumulate(taken.values())]
+        self._starts = dict(zip(arrays, starts, strict=False))
+
+    def cut(self, region: Array, at: int = 0) -> dict[str, Array]:
+        """The arrays in a region, from byte `at` on."""
+        whole = region.reshape((region.nbytes,), "uint8")
+        return {
+            name: whole.part(at + self._starts[name], Array(0, *array).nbytes).reshape(*array)
+            for name, array in self.arrays.items()
+        }
 
 
 class Arena:

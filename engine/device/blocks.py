@@ -104,7 +104,7 @@ class Picture:
 
     @property
     def variant(self) -> tuple[Any, ...]:
-        """What pictures of one batch must share, since their steps run as one: sizes, steps and what is captured."""
+        """What pictures of one batch must share, since their steps run as one: sizes, steps, the subject's weights."""
         schedule = self.work.schedule
         return (
             tuple(framing.work for framing in self.framings),
@@ -115,6 +115,7 @@ class Picture:
             self.work.request.guided,
             self.work.prompts.text_rows,
             self.work.prompts.extra,
+            self.work.subject,
         )
 
 
@@ -308,6 +309,6 @@ def check_batch(batch: Sequence[Picture]) -> None:
     """Raise InputError where pictures cannot run as one batch."""
     if len({picture.variant for picture in batch}) > 1:
         raise InputError(
-            "pictures of one batch must have frames of one size and equal steps, guidance and stages; "
-            "paint them one after the other"
+            "pictures of one batch must have frames of one size, one subject at one strength, and equal steps, "
+            "guidance and stages; paint them one after the other"
         )

@@ -1,7 +1,8 @@
 """How an engine set uses a device's memory. The plan is made before the first request and can be printed.
 
 It covers weights, the workspace that all networks share (they never run at once), the arena's regions and a reserve.
-Where not everything fits, the raw UNet is omitted. Where that is not enough, networks take turns.
+Where not everything fits, the base's own weights of LoRA slots stay with the host, and a subject's swap takes longer.
+Where that is not enough the raw UNet is omitted, and where that is not enough networks take turns.
 """
 
 from __future__ import annotations
@@ -13,13 +14,21 @@ from typing import Any, Final
 from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import InputError, OutOfMemoryError
 from dreammix_trt.core.files import size_text
-from dreammix_trt.core.networks import is_twin, list_groups, names_of_group, twin_name
+from dreammix_trt.core.networks import is_twin, kind_of, list_groups, names_of_group, plain_name, twin_name
 from dreammix_trt.core.seam import DeviceNetworks
+from dreammix_trt.engine.device.slot_layout import PIECES, SHARED, Pristine, SlottedNetwork, measure_weights
 
 MIB: Final = 1 << 20
 
 #: What helps where memory is short, in the order in which it is tried.
 STRATEGIES: Final = ("resident", "one-unet", "swap")
+_CHOICES: Final[tuple[tuple[str, Pristine], ...]] = (
+    ("resident", "device"),
+    ("resident", "host"),
+    ("one-unet", "device"),
+    ("one-unet", "host"),
+    ("swap", "host"),
+)
 
 # For what cannot be measured beforehand: kernels that the driver loads or TensorRT-RTX compiles at their first use,
 # their local memory, rounding of allocations to 2 MiB, and what a desktop takes meanwhile. It does not include the
@@ -36,7 +45,8 @@ class Options:
     pictures: the largest batch.
     largest_picture: width times height of the largest picture that a request may bring. It takes some twenty bytes of
         device memory a pixel. Larger pictures are refused.
-    subjects: how many stay on the device; others are uploaded again when a request needs them.
+    subjects: for how many there is memory for factors on the device, of rank 8 and for one UNet; larger ones take the
+        room of several, and those without room are uploaded again when a request needs them.
     texts: how many prompts stay encoded there; others are encoded again.
     shapes: how many frame sizes (and batch sizes) keep graphs.
     context: the most rows of the text condition, where the engines take any number; 77 for each 75 tokens of a prompt.
@@ -79,6 +89,25 @@ class MemoryRow:
 
 
 @dataclass(frozen=True)
+class SwapCost:
+    """What it takes to choose a subject that touches every slot of the first UNet; sizes in bytes.
+
+    bus: pristine weights that come from the host again.
+    device: read and written within the device, without the factors.
+    every_phase: whether `bus` is paid by each phase that needs other weights, not by a swap alone.
+    """
+
+    bus: int
+    device: int
+    every_phase: bool
+
+    def __str__(self) -> str:
+        bus = f"{size_text(self.bus)} over the bus" if self.bus else "nothing but a table over the bus"
+        when = "another subject, and each phase that needs other weights" if self.every_phase else "another subject"
+        return f"{when}: at most {bus}, {size_text(self.device)} read and written on the device"
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """How the memory of a device is used. `str` makes a table. Sizes in bytes.
 
@@ -89,6 +118,9 @@ class MemoryPlan:
     safe: the float32 twins that fit beside the rest.
     without: the float32 twins that do not fit.
     notice: what users of this plan should know; None where nothing is missing.
+    pristine: where the base's own weights of LoRA slots are: on the "device", or with the "host" alone. The raw UNet's
+        are always with the host.
+    swap: what another subject costs; None: the networks have no slots.
     """
 
     strategy: str
@@ -98,6 +130,12 @@ class MemoryPlan:
     safe: tuple[str, ...]
     without: tuple[str, ...]
     notice: str | None
+    pristine: Pristine = "device"
+    swap: SwapCost | None = None
+
+    def keeps(self, name: str) -> bool:
+        """Whether a network is used at all."""
+        return self.strategy != "one-unet" or kind_of(name).group != "unet_raw"
 
     @property
     def needed(self) -> int:
@@ -115,7 +153,7 @@ class MemoryPlan:
         cells.append(("total", size_text(self.needed), f"the device has {size_text(self.total)}"))
         name, size = (max(len(cell[column]) for cell in cells) for column in (0, 1))
         lines = [f"  {cell[0]:<{name}}  {cell[1]:>{size}}  {cell[2]}".rstrip() for cell in cells]
-        return "\n".join([head, *lines, *([f"  {self.notice}"] if self.notice else [])])
+        return "\n".join([head, *lines, *(f"  {said}" for said in (self.swap, self.notice) if said)])
 
 
 def plan_memory(
@@ -126,6 +164,7 @@ def plan_memory(
     regions: Mapping[str, int],
     workspace: int,
     *,
+    slotted: Mapping[str, SlottedNetwork] | None = None,
     loaded: Collection[str] | None = None,
     beside: bool = False,
 ) -> MemoryPlan:
@@ -133,8 +172,9 @@ def plan_memory(
 
     free: bytes that are free now.
     total: bytes of the device.
-    regions: bytes of each region of the arena, by name.
+    regions: bytes of each region of the arena, by name, but those of slots' weights.
     workspace: bytes for the network that needs most (almost 0 where the back end allocates its own).
+    slotted: the networks whose slots' weights the arena holds.
     loaded: networks whose weights are on the device now, so that `free` lacks them; None: all but the float32 twins.
     beside: another runtime uses the same networks, with the same options.
 
@@ -147,11 +187,11 @@ def plan_memory(
     if options.residency == "one-unet" and "unet_raw" not in weights:
         raise InputError("residency is 'one-unet', but this base has no second UNet; leave residency out")
     shared = (*_list_regions(regions), _make_workspace_row(workspace), *_list_reserves(options))
-    tried = []
-    for strategy in [options.residency] if options.residency else STRATEGIES:
-        if strategy == "one-unet" and "unet_raw" not in weights:
+    slotted, tried = slotted or {}, []
+    for strategy, pristine in _CHOICES:
+        if options.residency not in (None, strategy) or (strategy == "one-unet" and "unet_raw" not in weights):
             continue
-        tried.append(_plan_strategy(strategy, weights, shared, usable, total))
+        tried.append(_plan_strategy(strategy, pristine, weights, slotted, shared, usable, total))
         if tried[-1].fits:
             return tried[-1]
     least = min(tried, key=lambda plan: plan.needed)
@@ -159,10 +199,19 @@ def plan_memory(
 
 
 def _plan_strategy(
-    strategy: str, weights: Mapping[str, int], shared: Sequence[MemoryRow], usable: int, total: int
+    strategy: str,
+    pristine: Pristine,
+    weights: Mapping[str, int],
+    slotted: Mapping[str, SlottedNetwork],
+    shared: Sequence[MemoryRow],
+    usable: int,
+    total: int,
 ) -> MemoryPlan:
     """A strategy's plan, which may not fit. It has as many twins as fit, the smallest first."""
-    kept = {name: size for name, size in weights.items() if not (strategy == "one-unet" and name == "unet_raw")}
+    omitted = names_of_group("unet_raw") if strategy == "one-unet" else ()
+    kept = {name: size for name, size in weights.items() if plain_name(name) not in omitted}
+    slotted = {name: each for name, each in slotted.items() if name not in omitted}
+    shared = (*_list_slots(strategy, pristine, slotted), *shared)
     plain = {name: size for name, size in kept.items() if not is_twin(name)}
     rows = _list_weights(strategy, plain)
     safe: list[str] = []
@@ -172,14 +221,47 @@ def _plan_strategy(
             rows, safe = more, [*safe, name]
     without = tuple(sorted(kept.keys() - plain.keys() - set(safe)))
     return MemoryPlan(
-        strategy, (*rows, *shared), usable, total, tuple(sorted(safe)), without, _write_notice(strategy, without)
+        strategy,
+        (*rows, *shared),
+        usable,
+        total,
+        tuple(sorted(safe)),
+        without,
+        _write_notice(strategy, without),
+        pristine,
+        _price_swap(strategy, pristine, slotted),
     )
+
+
+def _list_slots(strategy: str, pristine: Pristine, slotted: Mapping[str, SlottedNetwork]) -> Iterator[MemoryRow]:
+    """The regions of slots' weights."""
+    purposes = {
+        "slots": "weights with the subject's in them",
+        "pristine": "the base's own weights, into which subjects are merged",
+        SHARED: "weights with the subject's in them; the networks of each phase take turns",
+        PIECES: "the host's weights on their way into weights of another type",
+    }
+    sizes = measure_weights(slotted, turns=strategy == "swap", pristine=pristine)
+    for name, size in sizes.items():
+        yield MemoryRow(name, size, purposes.get(name) or purposes[name.split()[-1]])
+
+
+def _price_swap(strategy: str, pristine: Pristine, slotted: Mapping[str, SlottedNetwork]) -> SwapCost | None:
+    group = [slotted[name] for name in names_of_group("unet") if name in slotted]
+    if not group:
+        return None
+    source, target = sum(each.pristine.nbytes for each in group), sum(each.merged.nbytes for each in group)
+    return SwapCost(0 if pristine == "device" else source, source + target, strategy == "swap")
 
 
 def _list_weights(strategy: str, weights: Mapping[str, int]) -> tuple[MemoryRow, ...]:
     if strategy != "swap":
         return tuple(
-            MemoryRow(name, size, "weights, from the first overflow on" if is_twin(name) else "weights")
+            MemoryRow(
+                name,
+                size,
+                "weights, from the first overflow on; scratch memory then as well" if is_twin(name) else "weights",
+            )
             for name, size in weights.items()
         )
     turns = dict(_list_turns(weights))

@@ -9,21 +9,22 @@ from functools import cached_property
 
 from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import EngineError, InputError
-from dreammix_trt.core.networks import KINDS, twin_name
+from dreammix_trt.core.networks import KINDS
 from dreammix_trt.core.seam import BaseFacts, DeviceNetworks
 from dreammix_trt.engine.canvas.geometry import Size
-from dreammix_trt.engine.device import blocks, phases, room, texts
+from dreammix_trt.engine.device import blocks, phases, room, slot_layout, texts
 from dreammix_trt.engine.device.arena import Regions, measure_regions
 from dreammix_trt.engine.device.blocks import Picture
 from dreammix_trt.engine.device.memory_plan import MemoryPlan, Options, plan_memory
 from dreammix_trt.engine.device.room import RoomShape
-from dreammix_trt.engine.device.subjects import Layout
 from dreammix_trt.engine.device.tools import CHANNELS
 from dreammix_trt.engine.drivers.device import Device
 
 
 class Needs:
     """What networks need with options.
+
+    slotted: the networks with slots, whose weights the memory plan places.
 
     Raises InputError for options that the engines were not built for, EngineError for a base that lacks a network.
     """
@@ -40,7 +41,7 @@ class Needs:
         for kind in KINDS:
             if kind.required and kind.name not in networks:
                 raise EngineError(f"the base has no network {kind.name!r}; build it again with `dreammix-trt build`")
-        self.layout = Layout(networks, options.pictures)
+        self.slotted = slot_layout.list_slotted(networks)
 
     @cached_property
     def largest(self) -> RoomShape:
@@ -103,17 +104,23 @@ class Needs:
         return blocks.list_regions(self._options.pictures, self.most_context, width)
 
     @cached_property
-    def regions(self) -> Regions:
-        """All regions of the arena."""
+    def shared(self) -> Regions:
+        """The regions of the arena that every memory plan has."""
         options, networks = self._options, self._networks
         return {
             **phases.list_regions(measure_scratch, self.largest, options.largest_picture),
             **self.blocks,
             **room.list_regions(networks, self.largest),
             **texts.list_regions(networks, options.pictures, 2, options.texts, self.most_context),
-            **self.layout.list_regions(options.subjects),
+            **slot_layout.list_tables(self.slotted, options.subjects),
             "workspace": ((self._measure_workspace(),), "uint8"),
         }
+
+    def list_regions(self, plan: MemoryPlan) -> Regions:
+        """All regions of the arena under a plan."""
+        kept = {name: each for name, each in self.slotted.items() if plan.keeps(name)}
+        weights = slot_layout.measure_weights(kept, turns=plan.strategy == "swap", pristine=plan.pristine)
+        return {**self.shared, **{name: ((size,), "uint8") for name, size in weights.items()}}
 
     def plan(self, device: Device, *, beside: bool) -> MemoryPlan:
         """Make the memory plan on a device.
@@ -121,21 +128,28 @@ class Needs:
         beside: another runtime uses the same networks.
         """
         free, total = device.memory()
-        taken = measure_regions(self.regions)
+        taken = measure_regions(self.shared)
         workspace = taken.pop("workspace")
         loaded = [name for name in self._networks.loaded if name in self._networks]
-        plan = plan_memory(self._networks, free, total, self._options, taken, workspace, loaded=loaded, beside=beside)
+        plan = plan_memory(
+            self._networks,
+            free,
+            total,
+            self._options,
+            taken,
+            workspace,
+            slotted=self.slotted,
+            loaded=loaded,
+            beside=beside,
+        )
         logging.getLogger(__name__).info("%s", plan)
         return plan
 
     def _measure_workspace(self) -> int:
-        """Scratch for the network that needs most: they never run at once."""
-        needs = [256]
-        for kind in KINDS:
-            for name in (kind.name, twin_name(kind.name)):
-                if name in self._networks:
-                    needs.append(self._networks.workspace_bytes(name, self.largest.sides_of(kind.call)))
-        return max(needs)
+        """Scratch for the network that needs most: they never run at once. Twins get theirs when they are needed."""
+        present = [kind for kind in KINDS if kind.name in self._networks]
+        sides = {kind.name: self.largest.sides_of(kind.call) for kind in present}
+        return max([256, *(self._networks.workspace_bytes(name, each) for name, each in sides.items())])
 
 
 def measure_scratch(kernel: str, pictures: int, height: int, width: int) -> int:

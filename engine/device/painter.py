@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dreammix_trt.core.errors import EngineError, NotFiniteError
-from dreammix_trt.core.networks import KINDS, flag_of, names_of_group
+from dreammix_trt.core.networks import KINDS, flag_of, kind_of, names_of_group
 from dreammix_trt.core.schedule import Step
 from dreammix_trt.core.seam import Array
 from dreammix_trt.engine.device import phases
@@ -41,6 +41,11 @@ def add_up_marks(marks: Marks) -> dict[str, float]:
     return seconds
 
 
+def _list_group(network: str) -> tuple[str, ...]:
+    """The networks that are needed together with one."""
+    return names_of_group(kind_of(network).group)
+
+
 class DevicePainter:
     """See `engine.painting.Painter`.
 
@@ -57,14 +62,16 @@ class DevicePainter:
         self._step_done = -1
         self._rooms: list[tuple[Room, bool]] = []
         self._now = 0  # the stage under way
+        self._role = batch[0].work.subject
+        self._attended = ""  # the UNet that has the keys and values of this stage
 
     # -- the phases ---------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Enter the rooms, upload, encode the texts, start every picture."""
+        """Enter the rooms, merge the subject, upload, encode the texts, start every picture."""
         studio, first = self._studio, self._batch[0]
         studio.pace.wait()
-        studio.rooms.leave()  # the rooms of a batch that was not finished
+        studio.leave_rooms()  # those of a batch that was not finished
         rows = 2 if first.work.request.guided else 1
         context = studio.needs.check_context(first.work.prompts.context)
         for framing in first.framings:
@@ -73,6 +80,10 @@ class DevicePainter:
             self._rooms.append(same or studio.rooms.enter(shape))
         if not self.marks:
             self._mark("")
+        if studio.residency.captures:  # else weights come with their phases
+            for network in dict.fromkeys(step.network for step in self.schedule):
+                studio.weights.enter(self._role, _list_group(network))
+        self._mark("subject")
         studio.transfers.upload(self._batch, studio.facts, studio.stream)
         self._mark("upload")
         self._prepare_texts()
@@ -89,7 +100,12 @@ class DevicePainter:
     def step(self, step: Step) -> None:
         """Carry out one row of the schedule. The host stays a few steps ahead."""
         self._check_turn()
-        self._studio.residency.need(step.network, safe=self._safe)
+        names = _list_group(step.network)
+        self._studio.residency.need(*names, safe=self._safe)
+        self._studio.weights.enter(self._role, names)
+        if self._attended != step.network:
+            self._play(phases.Attend(step.network))
+            self._attended = step.network
         self._play(phases.TakeStep(step.network))
         self._step_done = step.index
         self._studio.pace.count_step()
@@ -104,6 +120,7 @@ class DevicePainter:
             self._play(phases.DecodeLocal(k, "x" if self.keeps_local else "x0"))
             self._now = 1
             self._play(phases.HandOver(k, picture.work.request.gch_background == "original"))
+        self._attended = ""  # the second stage has another text
         self._count_from(step.index)
         self._studio.pace.begin()
         self._mark("hand over")
@@ -157,14 +174,13 @@ class DevicePainter:
         return self._rooms[self._now][0]
 
     def _prepare_texts(self) -> None:
-        """Enter the subjects and write the texts of every picture."""
+        """Write the texts of every picture."""
         studio = self._studio
         studio.device.clear(studio.arena["flags"], studio.stream)
-        studio.subjects.enter([picture.work.subject for picture in self._batch])
         plans = [picture.work.prompts for picture in self._batch]
         if any(studio.texts.lacks(plan) for plan in plans):
             studio.residency.need(*names_of_group("text"), safe=self._safe)
-        dtype = self._room.arrays["unet"]["encoder_hidden_states"].dtype
+        dtype = self._room.text.dtype
         for k, plan in enumerate(plans):
             context, capture = self._room.shape.context, studio.residency.captures
             studio.texts.compose(k, context, dtype, plan, safe=self._safe, capture=capture)

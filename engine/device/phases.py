@@ -2,7 +2,7 @@
 
 The order is that of engine/host/painter.py, kernel for function. A phase is a plain list of launches whose arguments
 never change for a room, so it can be captured as a graph. Only the phase's value decides the list: it is the key of the
-graph and the only input of recording.
+graph and the only input of recording. Its `str` is its name for people.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dreammix_trt.core.axes import FACTOR
-from dreammix_trt.core.networks import flag_of
+from dreammix_trt.core.networks import flag_of, kv_name
 from dreammix_trt.core.schedule import STAGES, Stage
 from dreammix_trt.core.seam import Array, BaseFacts, Stream
 from dreammix_trt.engine.canvas.geometry import fill_cascade
@@ -41,12 +41,28 @@ class Start:
     fills: bool
     dilates: bool
 
+    def __str__(self) -> str:
+        return f"start of picture {self.k} ({self.stage})"
+
+
+@dataclass(frozen=True)
+class Attend:
+    """The keys and values of the batch's text for one UNet: once in a stage, and where the UNet changes within it."""
+
+    network: str
+
+    def __str__(self) -> str:
+        return f"keys and values for {self.network}"
+
 
 @dataclass(frozen=True)
 class TakeStep:
     """One whole step of the batch on one UNet, between two launches. The counter says which row it is."""
 
     network: str
+
+    def __str__(self) -> str:
+        return f"a step on {self.network}"
 
 
 @dataclass(frozen=True)
@@ -59,6 +75,9 @@ class DecodeLocal:
     k: int
     source: Latent
 
+    def __str__(self) -> str:
+        return f"local result of picture {self.k}"
+
 
 @dataclass(frozen=True)
 class HandOver:
@@ -69,6 +88,9 @@ class HandOver:
 
     k: int
     original: bool
+
+    def __str__(self) -> str:
+        return f"hand-over of picture {self.k}"
 
 
 @dataclass(frozen=True)
@@ -83,8 +105,11 @@ class Finish:
     second: bool
     keeps_local: bool
 
+    def __str__(self) -> str:
+        return f"finish of picture {self.k}"
 
-Phase = Start | TakeStep | DecodeLocal | HandOver | Finish
+
+Phase = Start | Attend | TakeStep | DecodeLocal | HandOver | Finish
 
 
 def list_regions(device_scratch: Callable[[str, int, int, int], int], largest: RoomShape, pixels: int) -> Regions:
@@ -145,6 +170,8 @@ class Phases:
         match phase:
             case Start():
                 self._start(phase)
+            case Attend():
+                self._attend(phase.network)
             case TakeStep():
                 self._take_step(phase.network)
             case DecodeLocal():
@@ -166,6 +193,19 @@ class Phases:
         last = self._tools.arena["last decoded"].reshape((*self._tools.room.shape.size, 3))
         self._vae.decode(k, self._tools.latents(source)[k], last, flag=self._tools.arena["found"])
         return last
+
+    def _attend(self, network: str) -> None:
+        name, attended = kv_name(network), self._tools.room.attended
+        self._tools.device.clear(attended, self._tools.stream)  # what aligns them is checked as well
+        self._tools.room.enqueue(name, self._tools.stream)
+        self._tools.launch(
+            "check_finite",
+            values=attended,
+            count=attended.size,
+            half=attended.half,
+            flags=self._tools.flag(0),
+            bit=flag_of(name),
+        )
 
     def _take_step(self, network: str) -> None:
         shape, arrays, latent = self._tools.room.shape, self._tools.room.arrays[network], self._tools.room.shape.latent
@@ -280,10 +320,10 @@ class Phases:
     def _set_condition(self, k: int, stage: Stage) -> None:
         """Give the UNet the stage's condition of picture k: text, and the head's feature of the masked picture."""
         rows, unet = self._tools.room.shape.rows_per_picture, self._tools.room.arrays["unet"]
-        dtype, context = unet["encoder_hidden_states"].dtype, self._tools.room.shape.context
-        condition = self._texts.rows_of(STAGES.index(stage), context, dtype)
-        for name, source in zip(("encoder_hidden_states", "text_embeds"), condition, strict=True):
-            self._tools.device.copy(unet[name].part(k * rows, rows), source.part(k * rows, rows), self._tools.stream)
+        text, context = self._tools.room.text, self._tools.room.shape.context
+        condition = self._texts.rows_of(STAGES.index(stage), context, text.dtype)
+        for place, source in zip((text, unet["text_embeds"]), condition, strict=True):
+            self._tools.device.copy(place.part(k * rows, rows), source.part(k * rows, rows), self._tools.stream)
         feature = unet["inpaint_feature"].part(k, 1)
         head = self._tools.room.arrays.get("inpaint_head")
         if head is None:

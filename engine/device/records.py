@@ -9,6 +9,8 @@ from typing import Final
 
 import numpy as np
 
+from dreammix_trt.core.axes import FLOAT8
+
 _I, _F = np.int32, np.float32
 
 #: How a picture (height, width) is cut (box row0..col1, ends exclusive) and resampled to (out_height, out_width).
@@ -52,21 +54,15 @@ STEP: Final = np.dtype(
     + [("blend_step", _I), ("solver_step", _I), ("unused", _I)]
 )
 
-#: Where one LoRA factor is: (rows, columns) at `source` numbers into the subject's packed row; at `target` numbers into
-#: the bound buffer of a batch of one. In a larger batch it starts at target * pictures.
-SEGMENT: Final = np.dtype([("source", np.int64), ("target", np.int64), ("size", np.int64)])
-
-#: One factor as a file has it, (rows, cols) at `source`, and its place in a row, (target_rows, target_cols) at
-#: `target`, with zeros where the file has less; scale multiplies it.
-FACTOR: Final = np.dtype(
-    [
-        ("source", np.int64),
-        ("target", np.int64),
-        ("rows", _I),
-        ("cols", _I),
-        ("target_rows", _I),
-        ("target_cols", _I),
-        ("scale", _F),
-        ("unused", _I),
-    ]
+#: A slot's weight to merge: target = (source + left right) * out_scale, (rows, columns) as it is stored, rows `stride`
+#: numbers apart; left (rows, rank) and right (rank, columns) are float32, times their scales. source may be target. The
+#: first four are addresses. kind: of `MERGE_KINDS`. first: number of its first task (`gpu.plan_merges` counts them).
+MERGE: Final = np.dtype(
+    [(name, np.uint64) for name in ("source", "target", "left", "right")]
+    + [("stride", np.int64)]
+    + [(name, _I) for name in ("rows", "columns", "rank", "kind", "first")]
+    + [(name, _F) for name in ("left_scale", "right_scale", "out_scale")]
 )
+
+#: (type of the source, type of the target) -> kind
+MERGE_KINDS: Final = {("float32", "float32"): 0, ("float16", "float16"): 1, ("float16", FLOAT8): 2}

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, Final
 
-from dreammix_trt.core.networks import KINDS, is_twin, twin_name, unets_of
+from dreammix_trt.core.networks import KINDS, is_twin, kv_name, names_of_group, twin_name, unets_of
 from dreammix_trt.core.seam import DeviceNetworks
+from dreammix_trt.core.slots import names_of_weights
 from dreammix_trt.engine.device.memory_plan import MemoryPlan
 from dreammix_trt.engine.device.room import choose_twin
 
@@ -18,15 +19,16 @@ _LOADING: Final = threading.Lock()  # runtimes that share networks load a twin o
 class Usable:
     """Networks without those of `hidden`, and without float32 twins that cannot stand in for their network.
 
-    A twin cannot stand in where it takes factors of another type: a subject's factors are on the device in one type. A
-    UNet's twin needs the other UNet's twin, as both get the same rows.
+    A twin cannot stand in where it takes slots' weights of another type: they are on the device in one type. A UNet's
+    twin needs the other UNet's twin, and the twins of what attends for them, as all get the same arrays.
     """
 
     def __init__(self, networks: DeviceNetworks, hidden: Collection[str] = ()) -> None:
         self._networks = networks
         self._hidden = {*hidden, *_find_unlike_twins(networks)}
-        if any(name in self and twin_name(name) not in self for name in unets_of("both")):
-            self._hidden |= {twin_name(name) for name in unets_of("both")}
+        together = [each for name in unets_of("both") for each in (name, kv_name(name))]
+        if any(name in self and twin_name(name) not in self for name in together):
+            self._hidden |= {twin_name(name) for name in together}
 
     def __contains__(self, name: str) -> bool:
         return name in self._networks and name not in self._hidden
@@ -37,17 +39,17 @@ class Usable:
 
 def restrict_to_plan(networks: DeviceNetworks, plan: MemoryPlan) -> Usable:
     """Networks without those that a memory plan has no room for."""
-    one = plan.strategy == "one-unet"
-    return Usable(networks, {*plan.without, *(("unet_raw", twin_name("unet_raw")) if one else ())})
+    raw = names_of_group("unet_raw") if plan.strategy == "one-unet" else ()
+    return Usable(networks, {*plan.without, *raw, *map(twin_name, raw)})
 
 
 def _find_unlike_twins(networks: DeviceNetworks) -> Iterator[str]:
-    """Twins that take LoRA factors in another type than the networks for which they stand in."""
+    """Twins that take slots' weights in another type than the networks for which they stand in."""
     for name in [kind.name for kind in KINDS]:
         if name in networks and twin_name(name) in networks:
             known = {tensor.name: tensor.dtype for tensor in networks.inputs(name)}
-            factors = {"lora", *(factor for slot in networks.slots(name) for factor, _ in slot.factors)}
-            if any(t.name in factors and known.get(t.name) != t.dtype for t in networks.inputs(twin_name(name))):
+            weights = names_of_weights(networks.slots(name))
+            if any(t.name in weights and known.get(t.name) != t.dtype for t in networks.inputs(twin_name(name))):
                 yield twin_name(name)
 
 
@@ -58,6 +60,9 @@ class Residency:
     wait: waits for all work under way, before weights are unloaded.
     shared: other runtimes use the networks, so none is unloaded.
     seconds: spent so far on loading and unloading.
+
+    A float32 twin is loaded at the first overflow. Then its weights stay, as the plan counts them; under "swap" they
+    take their turn. Its contexts and scratch memory are its room's, and go with the request (`Rooms`).
     """
 
     def __init__(
@@ -87,8 +92,8 @@ class Residency:
 
     @property
     def captures(self) -> bool:
-        """Whether graphs stay valid: weights that are loaded again may have other addresses."""
-        return self._plan.strategy != "swap"
+        """Whether graphs are made and stay valid: weights that are loaded again may have other addresses."""
+        return self._plan.strategy != "swap" and self._networks.captures
 
     def need(self, *names: str, safe: bool = False) -> None:
         """Load these networks' weights where they are not loaded; under "swap" unload all others first.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,18 +16,19 @@ import numpy as np
 
 from dreammix_trt.core.axes import FACTOR, Sides, Tensor
 from dreammix_trt.core.config_fields import TOKENS
-from dreammix_trt.core.errors import OutOfMemoryError
-from dreammix_trt.core.networks import KINDS, Call, NetworkKind, twin_name
+from dreammix_trt.core.networks import KINDS, Call, NetworkKind, kv_name, twin_name
 from dreammix_trt.core.seam import Array, Bound, DeviceNetworks, Stream
 from dreammix_trt.engine.canvas.geometry import Size, floor_to_cells
 from dreammix_trt.engine.canvas.tiles import Tiling, needs_tiles, tiles_of
-from dreammix_trt.engine.device.arena import Arena, Regions
-from dreammix_trt.engine.device.subjects import Layout
-from dreammix_trt.engine.drivers.device import CapturedGraph, Device, Memory
+from dreammix_trt.engine.device.arena import Arena, Pieces, Regions
+from dreammix_trt.engine.device.captures import Graphs, Tally
+from dreammix_trt.engine.device.weights import DeviceWeights
+from dreammix_trt.engine.drivers.device import Device, Memory
 
 Ramps = list[tuple[Array, Array]]
 
-UNET_INPUTS = {
+# The regions that networks of a batch share: those called in a stage or a step.
+BATCH_INPUTS = {
     "sample": "sample",
     "timestep": "timestep",
     "encoder_hidden_states": "text",
@@ -35,6 +36,7 @@ UNET_INPUTS = {
     "time_ids": "time ids",
     "inpaint_feature": "feature",
 }
+KEYS_AND_VALUES = "keys and values"
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class RoomShape:
 
     @property
     def batch(self) -> Sides:
-        """The sides of a UNet call."""
+        """The sides of a call for the whole batch: of a UNet, or of what attends for it."""
         return Sides(self.pictures * self.rows_per_picture, self.pictures, *self.latent, self.context)
 
     @property
@@ -86,7 +88,8 @@ class RoomShape:
 
     def sides_of(self, call: Call) -> Sides:
         """The sides of a network by the way it is called (core/networks.py)."""
-        return {"prompt": self.one, "frame": self.one, "vae": self.vae, "step": self.batch}[call]
+        one, batch = self.one, self.batch
+        return {"prompt": one, "frame": one, "vae": self.vae, "stage": batch, "step": batch}[call]
 
 
 def choose_twin(networks: DeviceNetworks, name: str, safe: bool) -> str:
@@ -100,18 +103,23 @@ def list_regions(networks: DeviceNetworks, largest: RoomShape) -> Regions:
 
     largest: the largest room.
 
-    The UNets share theirs. Every other network has its own, large enough for float32, which twins use.
+    The UNets share theirs, and so do the networks that attend for them. Every other network has its own, large enough
+    for float32, which twins use. Slots' weights are elsewhere (`DeviceWeights`).
     """
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     batch = largest.batch
-    inputs = {tensor.name: tensor for tensor in networks.inputs("unet")}
-    for name, region in UNET_INPUTS.items():
-        found[region] = (batch.shape(inputs[name]), _choose_dtype(networks, "unet", inputs[name]))
+    for name in (kv_name("unet"), "unet"):
+        for tensor in networks.inputs(name):
+            if tensor.name in BATCH_INPUTS:
+                found[BATCH_INPUTS[tensor.name]] = (batch.shape(tensor), _choose_dtype(networks, name, tensor))
     found["no feature"] = found["feature"]
     eps = networks.outputs("unet")[0]
     found["eps"] = (batch.shape(eps), _choose_dtype(networks, "unet", eps))
+    keys = networks.outputs(kv_name("unet"))
+    whole = Pieces({tensor.name: (batch.shape(tensor), _choose_dtype(networks, "unet", tensor)) for tensor in keys})
+    found[KEYS_AND_VALUES] = ((whole.nbytes,), "uint8")
     for kind in _list_kinds(networks):
-        if kind.call != "step":
+        if kind.call not in ("stage", "step"):
             sides = largest.sides_of(kind.call)
             for tensor in (*networks.inputs(kind.name), *networks.outputs(kind.name)):
                 found[f"{kind.name} {tensor.name}"] = (sides.shape(tensor), "float32")
@@ -132,6 +140,7 @@ class Room:
     """The bound networks of a shape.
 
     arrays: by network and tensor name.
+    keys_and_values: what cross-attention layers attend to; both UNets' in turn.
     """
 
     def __init__(
@@ -140,33 +149,51 @@ class Room:
         device: Device,
         networks: DeviceNetworks,
         arena: Arena,
-        layout: Layout,
+        weights: DeviceWeights,
         workspace: Array,
         upload: Callable[[Array, np.ndarray], None],
+        tally: Tally,
     ) -> None:
         """Bind the networks of a shape.
 
         workspace: scratch that the networks share.
         upload: copies values to the device, and waits.
+        tally: counts how the phases run.
         """
         self.shape = shape
         self.arrays: dict[str, dict[str, Array]] = {}
         self._device, self._networks, self._workspace, self._upload = device, networks, workspace, upload
         self._bound: dict[str, Bound] = {}
-        self._graphs: dict[Hashable, CapturedGraph] = {}
+        self._graphs = Graphs(device, tally)
         self._used: set[str] = set()  # networks of the present phase
-        self._plain: set[Hashable] = set()  # phases that cannot be captured
         self._arena = arena
         self._memory: list[Memory] = []
         self._ramps: dict[int, Ramps] = {}
+        outputs = networks.outputs(choose_twin(networks, kv_name("unet"), shape.safe))
+        self._attends = Pieces({tensor.name: (shape.batch.shape(tensor), tensor.dtype) for tensor in outputs})
+        self.keys_and_values = self._attends.cut(arena[KEYS_AND_VALUES])
         try:
             if shape.tiling:
                 self._ramps = {factor: self._upload_ramps(shape.tiling, factor) for factor in (1, FACTOR)}
+            actual = {kind.name: choose_twin(networks, kind.name, shape.safe) for kind in _list_kinds(networks)}
+            self._fit_workspace(actual)
             for kind in _list_kinds(networks):
-                self._bind(kind, layout)
+                self._bind(kind, actual[kind.name], weights)
         except BaseException:
             self.close()
             raise
+
+    @property
+    def text(self) -> Array:
+        """The token rows of the batch's condition, (rows, context, D)."""
+        return self.arrays[kv_name("unet")]["encoder_hidden_states"]
+
+    @property
+    def attended(self) -> Array:
+        """The memory of all keys and values, and of what aligns them, as numbers."""
+        first = next(iter(self.keys_and_values.values()))
+        size = self._attends.nbytes // np.dtype(first.dtype).itemsize
+        return self._arena[KEYS_AND_VALUES].reshape((size,), first.dtype)
 
     def enqueue(self, name: str, stream: Stream) -> None:
         """Run a network of the room."""
@@ -179,29 +206,17 @@ class Room:
         phase: a value that decides everything that is recorded.
         capture: whether it may be captured.
         """
-        graph = self._graphs.get(phase)
-        if graph is not None:
-            graph.launch(stream)
-            return
         self._used.clear()
-        record(phase)
-        ready = all(self._bound[name].capturable for name in self._used)  # the others may never have run
-        if capture and ready and phase not in self._plain:
-            graph = try_capture(self._device, stream, lambda: record(phase))
-            if graph is None:
-                self._plain.add(phase)
-            else:
-                self._graphs[phase] = graph
+        self._graphs.play(phase, lambda: record(phase), stream, capture=capture, find_obstacle=self._find_obstacle)
 
     def close(self) -> None:
         """Free graphs and bindings. The device must be idle."""
-        for graph in self._graphs.values():
-            graph.close()
+        self._graphs.close()
         for bound in self._bound.values():
             bound.close()
         for memory in self._memory:
             memory.free()
-        self._graphs, self._bound, self._memory = {}, {}, []
+        self._bound, self._memory = {}, []
 
     def ramps(self, factor: int) -> Ramps:
         """Each tile's weights along rows and columns, float32.
@@ -221,42 +236,55 @@ class Room:
         starts = [index * (height + width) for index in range(len(tiles))]
         return [(whole.part(at, height), whole.part(at + height, width)) for at in starts]
 
-    def _bind(self, kind: NetworkKind, layout: Layout) -> None:
-        name, sides = kind.name, self.shape.sides_of(kind.call)
-        actual = choose_twin(self._networks, name, self.shape.safe)
-        arrays = {}
-        for tensor in (*self._networks.inputs(actual), *self._networks.outputs(actual)):
-            region = _region_of(kind, tensor)
-            if region is not None:
-                arrays[tensor.name] = self._arena[region].reshape(sides.shape(tensor), tensor.dtype)
-        arrays |= layout.cut_arrays(name, self._arena["bound factors"], sides.pictures)
-        self.arrays[name] = arrays
-        need = self._networks.workspace_bytes(actual, sides)
-        if need > self._workspace.nbytes:  # a smaller frame may use kernels that need more than the largest frame's
+    def _find_obstacle(self) -> str | None:
+        """Why what just ran cannot be captured; None: it can. Networks that did not run may never have run."""
+        return find_obstacle({name: self._bound[name] for name in sorted(self._used)})
+
+    def _fit_workspace(self, actual: Mapping[str, str]) -> None:
+        """Take scratch memory of the room's own where a network needs more than what all rooms share.
+
+        Twins are not counted in that. A smaller frame may use kernels that need more than the largest frame's.
+
+        actual: network -> itself or its twin.
+        """
+        need = max(
+            self._networks.workspace_bytes(actual[kind.name], self.shape.sides_of(kind.call))
+            for kind in _list_kinds(self._networks)
+        )
+        if need > self._workspace.nbytes:
             self._memory.append(self._device.allocate(need))
             self._workspace = Array(self._memory[-1].pointer, (need,), "uint8")
+
+    def _bind(self, kind: NetworkKind, actual: str, weights: DeviceWeights) -> None:
+        """actual: the network itself, or its twin."""
+        name, sides = kind.name, self.shape.sides_of(kind.call)
+        arrays = dict(weights.arrays(name))
+        if kind.call in ("stage", "step"):
+            arrays |= self.keys_and_values
+        tensors = {t.name: t for t in (*self._networks.inputs(actual), *self._networks.outputs(actual))}
+        arrays = {each: array for each, array in arrays.items() if each in tensors}
+        for tensor in tensors.values():
+            if tensor.name not in arrays:
+                region = self._arena[_find_region(kind, tensor)]
+                arrays[tensor.name] = region.reshape(sides.shape(tensor), tensor.dtype)
+        self.arrays[name] = arrays
         self._bound[name] = self._networks.bind(actual, sides, arrays, self._workspace)
 
 
-def try_capture(device: Device, stream: Stream, record: Callable[[], None]) -> CapturedGraph | None:
-    """Capture what just ran plainly as a graph. None, with a log entry, where it cannot be captured."""
-    try:
-        return device.capture(stream, record)
-    except (OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:  # back ends report it in errors of their own
-        if getattr(error, "lost", False):
-            raise
-        logging.getLogger(__name__).warning("a phase cannot be captured and goes on running plainly: %s", error)
-        return None
+def find_obstacle(bound: Mapping[str, Bound]) -> str | None:
+    """The first of these networks that the back end does not let be captured, in words; None: all can be."""
+    for name, each in bound.items():
+        if not each.capturable:
+            return f"{name} has run, and its back end says that it cannot be captured now"
+    return None
 
 
-def _region_of(kind: NetworkKind, tensor: Tensor) -> str | None:
-    """The region of a tensor of a network; None: it is among the factors (`Layout`)."""
-    if kind.call != "step":
+def _find_region(kind: NetworkKind, tensor: Tensor) -> str:
+    """The region of a tensor of a network."""
+    if kind.call not in ("stage", "step"):
         return f"{kind.name} {tensor.name}"
     raw = {"inpaint_feature": "no feature"} if kind.name == "unet_raw" else {}
-    return {**UNET_INPUTS, **raw, "eps": "eps"}.get(tensor.name)
+    return {**BATCH_INPUTS, **raw, "eps": "eps"}[tensor.name]
 
 
 class Rooms:
@@ -264,7 +292,8 @@ class Rooms:
 
     A shape gets a room that stays when there is space for one, or when the shape comes a second time while another room
     was not used for longer. Else it gets a guest's room, whose phases run uncaptured and which is closed after the
-    request. A room that the same request has entered is never closed.
+    request. A room that the same request has entered is never closed. A room of float32 twins is always a guest's: what
+    twins take beside their weights goes with the request that overflowed.
     """
 
     def __init__(self, make: Callable[[RoomShape], Room], most: int = 4) -> None:
@@ -280,6 +309,8 @@ class Rooms:
     def enter(self, shape: RoomShape) -> tuple[Room, bool]:
         """The room of a shape, and whether its phases may be captured. The device must be idle."""
         self._entered.add(shape)
+        if shape.safe:
+            return self._receive(shape), False
         if shape in self._kept:
             self._kept.move_to_end(shape)
             return self._kept[shape], True
@@ -290,14 +321,17 @@ class Rooms:
             if len(self._seen) > 4 * self._most:
                 self._seen.popitem(last=False)
             logging.getLogger(__name__).debug("%s runs uncaptured: %d shapes are kept", shape, self._most)
-            room = self._make(shape)
-            self._guests.append(room)
-            return room, False
+            return self._receive(shape), False
         if full and oldest is not None:
             self._kept.pop(oldest).close()
         self._seen.pop(shape, None)
         room = self._kept[shape] = self._make(shape)
         return room, True
+
+    def _receive(self, shape: RoomShape) -> Room:
+        """A room of a guest."""
+        self._guests.append(self._make(shape))
+        return self._guests[-1]
 
     def leave(self) -> None:
         """End a request: close the guests' rooms. The device must be idle."""

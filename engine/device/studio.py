@@ -9,7 +9,7 @@ import logging
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import cast
+from typing import Final, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,24 +21,33 @@ from dreammix_trt.engine.canvas.geometry import Size
 from dreammix_trt.engine.device import blocks
 from dreammix_trt.engine.device.arena import Arena
 from dreammix_trt.engine.device.blocks import Picture
+from dreammix_trt.engine.device.captures import Statistics, Tally
 from dreammix_trt.engine.device.memory_plan import MemoryPlan, Options
 from dreammix_trt.engine.device.needs import Needs
 from dreammix_trt.engine.device.pace import Pace
 from dreammix_trt.engine.device.painter import DevicePainter, Marks, add_up_marks
 from dreammix_trt.engine.device.residency import Residency, Usable, restrict_to_plan
 from dreammix_trt.engine.device.room import Room, Rooms, RoomShape
-from dreammix_trt.engine.device.subjects import Subjects
+from dreammix_trt.engine.device.slot_layout import list_slotted
 from dreammix_trt.engine.device.texts import DeviceTexts
-from dreammix_trt.engine.device.transfers import Transfers
+from dreammix_trt.engine.device.transfers import Transfers, Uploads
+from dreammix_trt.engine.device.weights import DeviceWeights
 from dreammix_trt.engine.drivers.device import Device, put
 from dreammix_trt.engine.painting import paint_safely
 from dreammix_trt.engine.runtime import Painted, Painting, Work
 
 U8 = npt.NDArray[np.uint8]
+_TWINS_NEED_ROOM: Final = (
+    "a network overflowed float16, and there is no room to paint again with the float32 twins, which need weights and "
+    "scratch memory beside the rest: load with fewer pictures or shapes or a smaller largest_picture, end other "
+    "programs that use the GPU, or build with a VAE that stays within float16 (`--vae`)"
+)
 
 
 class Studio:
     """A base on a device (see `engine.runtime.Runtime`). One request at a time. Close it after use.
+
+    A batch has one subject, whose factors are merged into the networks' weights before it is painted (`weights`).
 
     networks: those that the memory plan has room for.
     shared: all of the base's networks.
@@ -74,6 +83,7 @@ class Studio:
         self.closed = False
         self._marks: Marks = []
         self._weights_before = 0.0
+        self._tally = Tally()
         with self.explain_memory(), ExitStack() as made:
             self.stream = stream or device.make_stream()
             if stream is None:
@@ -96,12 +106,21 @@ class Studio:
                 "ONNX Runtime's networks run in the one stream they were opened with: load the engine a second time"
             )
         self.residency = Residency(networks, self.plan, self.pace.wait, shared=shares)
-        self.arena = Arena(device, self.needs.regions)
+        self.arena = Arena(device, self.needs.list_regions(self.plan))
         made.callback(self.arena.close)
         self.transfers = Transfers(device, self.arena, list(self.needs.blocks), made)
         self._put(self.arena["numbers"], np.arange(blocks.MOST_STEPS + 1, dtype=np.int32))  # the values of the counter
-        self.subjects = Subjects(device, self.stream, self.needs.layout, self.arena, self.pace.wait)
-        self.texts = DeviceTexts(device, self.stream, networks, self.arena, self.needs.layout, self.subjects, self._put)
+        self.weights = DeviceWeights(
+            device,
+            self.stream,
+            networks,
+            list_slotted(networks),
+            self.arena,
+            Uploads(device, self.stream, self.pace.wait_for, made),
+            turns=self.plan.strategy == "swap",
+            pristine=self.plan.pristine,
+        )
+        self.texts = DeviceTexts(device, self.stream, networks, self.arena, self.weights, self._put, self._tally)
         made.callback(self.texts.close)
         self.rooms = Rooms(self._make_room, self.options.shapes)
         made.callback(self.rooms.close)
@@ -109,7 +128,7 @@ class Studio:
     def _make_room(self, shape: RoomShape) -> Room:
         self.residency.free_weights()
         workspace = self.arena["workspace"]
-        return Room(shape, self.device, self.networks, self.arena, self.needs.layout, workspace, self._put)
+        return Room(shape, self.device, self.networks, self.arena, self.weights, workspace, self._put, self._tally)
 
     # -- what a runtime offers ----------------------------------------------------------------------------------------
 
@@ -144,13 +163,13 @@ class Studio:
         Raises FileFormatError where it does not fit the base, DeviceError; then nothing changes.
         """
         self._check_open()
-        self.subjects.add(name, subject)
+        self.weights.add(name, subject)
         self.texts.forget(name)
 
     def remove_subject(self, name: str) -> None:
-        """Forget a subject; its rows on the device are free for others."""
+        """Forget a subject; its room on the device is free for others."""
         self._check_open()
-        self.subjects.remove(name)
+        self.weights.remove(name)
         self.texts.forget(name)
 
     def check(self, work: Work) -> Hashable:
@@ -192,9 +211,11 @@ class Studio:
             painted = [
                 Painted(image, painters[-1].show_stages(k) if k in keep else {}) for k, image in enumerate(images)
             ]
-        except (OutOfMemoryError, MemoryError):
+        except (OutOfMemoryError, MemoryError) as error:
             self._recover()
             with self.explain_memory():
+                if len(painters) > 1:
+                    raise OutOfMemoryError(f"{error}; {_TWINS_NEED_ROOM}") from error
                 raise
         except NotFiniteError:
             self.texts.forget()
@@ -207,7 +228,7 @@ class Studio:
                 self.turn = None
                 self.pace.wait_quietly()
                 if not self.pace.lost:
-                    self.rooms.leave()
+                    self.leave_rooms()
 
     @property
     def timings(self) -> Mapping[str, float]:
@@ -229,6 +250,11 @@ class Studio:
         """How many shapes (frame and batch size) keep captured graphs now."""
         return len(self.rooms)
 
+    @property
+    def statistics(self) -> Statistics:
+        """How its phases ran so far: captured, replayed, plainly, and which could not be captured and why."""
+        return self._tally.statistics
+
     def another(self) -> Studio:
         """Make a second studio over the same networks, with its own memory and stream. Close it before this one.
 
@@ -241,6 +267,11 @@ class Studio:
                 "from each other: use one, or free memory so that all networks stay"
             )
         return Studio(self.device, self.shared, replace(self.options, residency=self.plan.strategy), shares=True)
+
+    def leave_rooms(self) -> None:
+        """Free what was bound for one request: guests' rooms and twins. The device must be idle."""
+        self.rooms.leave()
+        self.texts.leave()
 
     def bring(self, array: Array) -> U8:
         """Copy a device's array to the host, once all earlier work is done."""

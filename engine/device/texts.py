@@ -6,20 +6,22 @@ Encoded prompts stay on the device, so a prompt that comes again (nearly always 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from dreammix_trt.core.axes import Sides
 from dreammix_trt.core.config_fields import TOKENS
-from dreammix_trt.core.networks import flag_of, names_of_group, twin_name
+from dreammix_trt.core.networks import flag_of, kv_name, names_of_group, twin_name
 from dreammix_trt.core.schedule import STAGES
 from dreammix_trt.core.seam import Array, Bound, DeviceNetworks, Stream
+from dreammix_trt.core.slots import names_of_weights
 from dreammix_trt.engine.device.arena import Arena, Regions
 from dreammix_trt.engine.device.blocks import measure_tas_plan
-from dreammix_trt.engine.device.room import choose_twin, try_capture
-from dreammix_trt.engine.device.subjects import Layout, Subjects
-from dreammix_trt.engine.drivers.device import CapturedGraph, Device
+from dreammix_trt.engine.device.captures import Graphs, Tally
+from dreammix_trt.engine.device.room import choose_twin, find_obstacle
+from dreammix_trt.engine.device.weights import DeviceWeights
+from dreammix_trt.engine.drivers.device import Device, Memory
 from dreammix_trt.engine.prompts import Key, Prompt, PromptPlan, RowSource, count_prompts
 
 _SIDES = Sides(1, 1, 1, 1)
@@ -36,8 +38,8 @@ def list_regions(networks: DeviceNetworks, pictures: int, rows: int, kept: int, 
     """
     kept, text_rows = max(kept, count_prompts(context)), TOKENS * (context // TOKENS)
     width, pooled = find_widths(networks)
-    unet = {tensor.name: tensor.dtype for tensor in networks.inputs("unet")}
-    wide = "float32" if twin_name("unet") in networks else unet["encoder_hidden_states"]
+    told = {tensor.name: tensor.dtype for tensor in networks.inputs(kv_name("unet"))}
+    wide = "float32" if twin_name("unet") in networks else told["encoder_hidden_states"]
     found: dict[str, tuple[tuple[int, ...], str]] = {
         "kept tokens": ((kept, TOKENS, width), "float32"),
         "kept pooled": ((kept, pooled), "float32"),
@@ -50,8 +52,9 @@ def list_regions(networks: DeviceNetworks, pictures: int, rows: int, kept: int, 
         "joined pooled": ((pooled,), "float32"),
     }
     for name in names_of_group("text"):
+        weights = names_of_weights(networks.slots(name))
         for tensor in (*networks.inputs(name), *networks.outputs(name)):
-            if "lora" not in tensor.name:
+            if tensor.name not in weights:
                 dtype = "float32" if tensor.dtype == "float16" else tensor.dtype
                 found[f"{name} {tensor.name}"] = (_SIDES.shape(tensor), dtype)
     return found
@@ -59,7 +62,7 @@ def list_regions(networks: DeviceNetworks, pictures: int, rows: int, kept: int, 
 
 def find_widths(networks: DeviceNetworks) -> tuple[int, int]:
     """Numbers of a token and of a pooled vector."""
-    inputs = {tensor.name: tensor.shape for tensor in networks.inputs("unet")}
+    inputs = {tensor.name: tensor.shape for name in (kv_name("unet"), "unet") for tensor in networks.inputs(name)}
     return int(inputs["encoder_hidden_states"][-1]), int(inputs["text_embeds"][-1])
 
 
@@ -72,16 +75,17 @@ class DeviceTexts:
         stream: Stream,
         networks: DeviceNetworks,
         arena: Arena,
-        layout: Layout,
-        subjects: Subjects,
+        weights: DeviceWeights,
         upload: Callable[[Array, np.ndarray], None],
+        tally: Tally,
     ) -> None:
         """Begin with nothing encoded.
 
         upload: copies values to the device, and waits.
+        tally: counts how the encoders run.
         """
-        self._device, self._stream, self._arena, self._subjects = device, stream, arena, subjects
-        self._networks, self._layout = networks, layout
+        self._device, self._stream, self._networks = device, stream, networks
+        self._arena, self._weights, self._tally = arena, weights, tally
         self._kept: OrderedDict[Key, int] = OrderedDict()
         self._unproven: set[Key] = set()
         self._encoders: dict[bool, _Encoders] = {}
@@ -125,7 +129,7 @@ class DeviceTexts:
             if prompt.key in self._kept:
                 self._kept.move_to_end(prompt.key)
                 continue
-            self._subjects.enter_text(prompt.subject)
+            self._weights.enter(prompt.subject, names_of_group("text"))
             slot = self._choose_slot({other.key for other in prompts})
             place = picture * count_prompts(plan.text_rows) + number
             self._encode(self._arena["ids"][place], slot, safe, capture)
@@ -134,6 +138,11 @@ class DeviceTexts:
             self._kept[prompt.key] = slot
             self._unproven.add(prompt.key)
         self._write_stages(picture, context, dtype, plan)
+
+    def leave(self) -> None:
+        """End a request: free what is bound of twins. The device must be idle."""
+        if True in self._encoders:
+            self._encoders.pop(True).close()
 
     def close(self) -> None:
         """Free what is bound. The device must be idle."""
@@ -152,7 +161,8 @@ class DeviceTexts:
     def _encode(self, ids: Array, slot: int, safe: bool, capture: bool) -> None:
         encoders = self._encoders.get(safe)
         if encoders is None:
-            encoders = self._encoders[safe] = _Encoders(self._device, self._networks, self._arena, self._layout, safe)
+            encoders = _Encoders(self._device, self._networks, self._arena, self._weights, self._tally, safe)
+            self._encoders[safe] = encoders
         for k, name in enumerate(names_of_group("text")):
             self._device.copy(encoders.arrays[name]["input_ids"], ids[k], self._stream)
         encoders.play(self._stream, capture)
@@ -253,7 +263,8 @@ class _Encoders:
         device: Device,
         networks: DeviceNetworks,
         arena: Arena,
-        layout: Layout,
+        weights: DeviceWeights,
+        tally: Tally,
         safe: bool,
     ) -> None:
         self._device, self._arena = device, arena
@@ -261,34 +272,46 @@ class _Encoders:
         self._flags = flags.part(flags.shape[0] - 1, 1)  # the last one is the texts'
         self.arrays: dict[str, dict[str, Array]] = {}
         self._bound: dict[str, Bound] = {}
-        self._graph: CapturedGraph | None = None
-        self._plain = False  # cannot be captured
+        self._memory: Memory | None = None
+        self._graphs = Graphs(device, tally)
+        self._name = "text, in float32" if safe else "text"
         try:
-            for name in names_of_group("text"):
-                actual = choose_twin(networks, name, safe)
-                tensors = [t for t in (*networks.inputs(actual), *networks.outputs(actual)) if "lora" not in t.name]
+            chosen = {name: choose_twin(networks, name, safe) for name in names_of_group("text")}
+            workspace = self._find_workspace(networks, chosen.values())
+            for name, actual in chosen.items():
+                merged = weights.arrays(name)
+                tensors = [t for t in (*networks.inputs(actual), *networks.outputs(actual)) if t.name not in merged]
                 own = {t.name: arena[f"{name} {t.name}"].reshape(_SIDES.shape(t), t.dtype) for t in tensors}
-                self.arrays[name] = own | layout.cut_arrays(name, arena["bound factors"], 1)
-                self._bound[name] = networks.bind(actual, _SIDES, self.arrays[name], arena["workspace"])
+                self.arrays[name] = own | dict(merged)
+                self._bound[name] = networks.bind(actual, _SIDES, self.arrays[name], workspace)
         except BaseException:
             self.close()
             raise
 
     def play(self, stream: Stream, capture: bool) -> None:
         """Encode the bound ids into "joined" and "joined pooled"."""
-        if self._graph is not None and capture:
-            self._graph.launch(stream)
-            return
-        self._record(stream)
-        if capture and not self._plain and all(bound.capturable for bound in self._bound.values()):
-            self._graph = try_capture(self._device, stream, lambda: self._record(stream))
-            self._plain = self._graph is None
+        self._graphs.play(
+            self._name,
+            lambda: self._record(stream),
+            stream,
+            capture=capture,
+            find_obstacle=lambda: find_obstacle(self._bound),
+        )
 
     def close(self) -> None:
-        if self._graph is not None:
-            self._graph.close()
+        self._graphs.close()
         for bound in self._bound.values():
             bound.close()
+        if self._memory is not None:
+            self._memory.free()
+
+    def _find_workspace(self, networks: DeviceNetworks, names: Iterable[str]) -> Array:
+        """The scratch memory that all share, or their own where twins need more."""
+        shared, need = self._arena["workspace"], max(networks.workspace_bytes(name, _SIDES) for name in names)
+        if need <= shared.nbytes:
+            return shared
+        self._memory = self._device.allocate(need)
+        return Array(self._memory.pointer, (need,), "uint8")
 
     def _record(self, stream: Stream) -> None:
         for bound in self._bound.values():

@@ -1,8 +1,8 @@
-"""Transfers between host and device through pinned memory: what a batch uploads, and the pictures that it downloads."""
+"""Transfers between host and device through pinned memory: what a batch uploads and downloads, weights and factors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -12,7 +12,7 @@ from dreammix_trt.core.seam import Array, BaseFacts, Stream
 from dreammix_trt.engine.canvas.geometry import Size
 from dreammix_trt.engine.device.arena import Arena
 from dreammix_trt.engine.device.blocks import Picture, fill_block
-from dreammix_trt.engine.drivers.device import Device, Pinned
+from dreammix_trt.engine.drivers.device import Device, Mark, Pinned
 
 U8 = npt.NDArray[np.uint8]
 
@@ -67,3 +67,57 @@ class Transfers:
         pinned = self._up[name].array[at : at + data.nbytes]
         pinned[:] = data
         self._device.upload(to.reshape((data.nbytes,), "uint8"), pinned, stream)
+
+
+class Uploads:
+    """Uploads from any host memory, through two pinned pieces that take turns: one is filled while the other is copied.
+
+    wait_for: waits for a point in the stream.
+    made: frees the pinned memory; nothing may be under way then.
+    size: bytes of a piece.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        stream: Stream,
+        wait_for: Callable[[Mark], None],
+        made: ExitStack,
+        size: int = 8 << 20,
+    ) -> None:
+        self._device, self._stream, self._wait_for = device, stream, wait_for
+        self._pieces: list[Pinned] = []
+        for _ in range(2):
+            self._pieces.append(device.allocate_pinned(size))
+            made.callback(self._pieces[-1].free)
+        self._marks: list[Mark | None] = [None, None]
+        self._next = 0
+
+    def send(self, to: Array, parts: Iterable[npt.NDArray[np.uint8]]) -> None:
+        """Enqueue the upload of parts, one after the other, to a region. Waits only for pieces that are under way."""
+        region, at, filled = to.reshape((to.nbytes,), "uint8"), 0, 0
+        for part in parts:
+            start = 0
+            while start < len(part):
+                piece = self._open_piece() if not filled else self._pieces[self._next].array
+                count = min(len(part) - start, len(piece) - filled)
+                piece[filled : filled + count] = part[start : start + count]
+                start, filled = start + count, filled + count
+                if filled == len(piece):
+                    at, filled = self._close_piece(region, at, filled), 0
+        if filled:
+            self._close_piece(region, at, filled)
+
+    def _open_piece(self) -> npt.NDArray[np.uint8]:
+        """The next piece, once nothing reads it any more."""
+        mark = self._marks[self._next]
+        if mark is not None:
+            self._wait_for(mark)
+        return self._pieces[self._next].array
+
+    def _close_piece(self, region: Array, at: int, filled: int) -> int:
+        """Copy a filled piece to the region. Returns where the next goes."""
+        self._device.upload(region.part(at, filled), self._pieces[self._next].array[:filled], self._stream)
+        self._marks[self._next] = self._device.mark(self._stream)
+        self._next = 1 - self._next
+        return at + filled

@@ -22,7 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -338,11 +338,10 @@ class SimulatedNetworks:
     """A host `EngineSet` (or anything with its `run`) as `DeviceNetworks` of a `SimulatedDevice`.
 
     half: float32 inputs and outputs that TensorRT would have in float16 are float16.
-    factors: LoRA factors are inputs of their own.
     frames, lengths, most_pictures: as a built engine would restrict them; lengths are those of the condition.
     twins: networks that also exist in float32.
     capturable: whether its networks can be captured.
-    unread: factors that are no inputs, as engines lack what nothing reads.
+    unread: inputs that are not there, as engines lack what nothing reads.
     away: networks that are not loaded at first.
     """
 
@@ -352,7 +351,6 @@ class SimulatedNetworks:
         runner: Any,
         *,
         half: bool = False,
-        factors: bool = False,
         frames: tuple[tuple[int, int], ...] | None = None,
         lengths: tuple[int, ...] | None = None,
         most_pictures: int | None = None,
@@ -361,7 +359,8 @@ class SimulatedNetworks:
         unread: Collection[str] = (),
         away: Collection[str] = (),
     ) -> None:
-        self._device, self._runner, self._half, self._factors = device, runner, half, factors
+        self._device, self._runner, self._half = device, runner, half
+        self._weights: dict[str, dict[str, npt.NDArray[Any]]] = {}
         self._frames, self._lengths, self.most_pictures = frames, lengths, most_pictures
         self._twins, self._capturable = twins, capturable
         self._unread = unread
@@ -375,6 +374,13 @@ class SimulatedNetworks:
     def slots(self, name: str) -> tuple[Slot, ...]:
         slots: tuple[Slot, ...] = self._runner.slots(plain_name(name))
         return slots
+
+    def weights(self, name: str) -> Mapping[str, npt.NDArray[Any]]:
+        if name not in self._weights:
+            types = {tensor.name: tensor.dtype for tensor in self.inputs(name)}
+            held = self._runner.weights(plain_name(name))
+            self._weights[name] = {key: held[key].astype(types[key], copy=False) for key in held if key in types}
+        return self._weights[name]
 
     def inputs(self, name: str) -> tuple[Tensor, ...]:
         return tuple(self._list_tensors(name, "inputs"))
@@ -430,17 +436,12 @@ class SimulatedNetworks:
             raise DeviceError(f"{name} is enqueued, but its weights are not loaded")
         values = {key: self._device.view(array) for key, array in arrays.items()}
         outputs = {tensor.name for tensor in self.outputs(name)}
+        weights = self.weights(name)
         given = {
-            key: np.array(value, np.float32 if value.dtype == np.float16 else None)
+            key: value.astype(np.float32 if value.dtype == np.float16 else value.dtype, copy=key not in weights)
             for key, value in values.items()
             if key not in outputs
         }
-        if self._factors and self.slots(name):
-            factors = dict(factor for slot in self.slots(name) for factor in slot.factors)
-            found = {factor: given.pop(factor) for factor in factors if factor not in self._unread}
-            pictures = len(next(iter(found.values())))
-            rows = [found.get(factor, np.zeros((pictures, *shape), np.float32)) for factor, shape in factors.items()]
-            given["lora"] = np.concatenate([row.reshape(pictures, -1) for row in rows], axis=1)
         for key, value in self._runner.run(plain_name(name), **given).items():
             with np.errstate(over="ignore"):
                 values[key][...] = value
@@ -459,16 +460,8 @@ class SimulatedNetworks:
         for entry in self._runner.entries[plain_name(name)][side]:
             tensor = Tensor.of(entry)
             keeps = wide or not self._half or tensor.dtype != "float32" or tensor.name in ("timestep", "time_ids")
-            dtype = tensor.dtype if keeps else "float16"
-            if tensor.name == "lora" and self._factors:
-                found += [
-                    Tensor(key, dtype, ("pictures", *shape))
-                    for slot in self.slots(name)
-                    for key, shape in slot.factors
-                    if key not in self._unread
-                ]
-            else:
-                found.append(Tensor(tensor.name, dtype, tensor.shape))
+            if tensor.name not in self._unread:
+                found.append(replace(tensor, dtype=tensor.dtype if keeps else "float16"))
         return found
 
 

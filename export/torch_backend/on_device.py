@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from dreammix_trt.core.axes import Sides, Tensor
@@ -19,7 +20,7 @@ from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import EngineError, InputError
 from dreammix_trt.core.keymap import blocks_of
 from dreammix_trt.core.network_weights import BaseLora, weights_of
-from dreammix_trt.core.networks import SLOT_RANK, Network, describe_networks, is_twin, plain_name, twin_name
+from dreammix_trt.core.networks import Network, describe_networks, is_twin, plain_name, twin_name
 from dreammix_trt.core.seam import Array, BaseFacts
 from dreammix_trt.core.slots import Slot
 from dreammix_trt.export.torch_backend.bound import TorchBound, translate_memory_errors, view_array
@@ -72,7 +73,7 @@ class TorchNetworks:
         device: str = "cuda",
         dtype: str = "float16",
         compile: bool | str = False,
-        slot_rank: int = SLOT_RANK,
+        slots: bool = True,
         loras: Sequence[BaseLora] = (),
         names: Collection[str] | None = None,
         wide: Mapping[str, Sequence[str]] | None = None,
@@ -85,7 +86,7 @@ class TorchNetworks:
         dtype: one of `DTYPES`.
         compile: whether to torch.compile the UNets and the VAE. True: in mode `MODE`; or the name of another mode. The
             first `enqueue` of every `bind` waits for it.
-        slot_rank: of the LoRA slots; 0: no LoRA inputs.
+        slots: whether the weights of LoRA slots are inputs; else no subject can be chosen.
         loras: merged into the weights.
         names: make only these networks.
         wide: network -> units of a float16 VAE that stay float32. None: those that `vae_range` finds, which takes
@@ -102,7 +103,7 @@ class TorchNetworks:
             check_fit(network.name, {name: weights.shape(name) for name in weights}, shapes)
             return lambda name: torch.from_numpy(np.array(weights[name]))
 
-        found = _list_networks(base, slot_rank, dtype, names)
+        found = _list_networks(base, slots, dtype, names)
         if dtype == "float16":
             found = [replace(network, wide=_choose_wide_units(base, network, wide)) for network in found]
         return cls(found, facts or _facts_of(base), values, device, dtype, compile, resident)
@@ -116,7 +117,7 @@ class TorchNetworks:
         device: str = "cuda",
         dtype: str = "float16",
         compile: bool | str = False,
-        slot_rank: int = SLOT_RANK,
+        slots: bool = True,
         names: Collection[str] | None = None,
         patched: bool = True,
         seed: int = 0,
@@ -131,7 +132,7 @@ class TorchNetworks:
         device: as for `of`, or "meta": sizes without memory; nothing can be bound.
         patched: whether to make `unet_raw` and a head, as a patched base has them.
         seed: of the weights.
-        dtype, compile, slot_rank, names, facts, resident: as for `of`.
+        dtype, compile, slots, names, facts, resident: as for `of`.
         """
         nowhere = Path("random") if patched else None
         base, place = BaseFiles(Path("random"), nowhere, nowhere, False, configs), _find_device(device)
@@ -139,7 +140,7 @@ class TorchNetworks:
         def values(network: Network, shapes: Shapes) -> Callable[[str], Any]:
             return lambda name: draw_weight((seed, plain_name(network.name), name), shapes[name], place)
 
-        listed = _list_networks(base, slot_rank, dtype, names)
+        listed = _list_networks(base, slots, dtype, names)
         return cls(listed, facts or _facts_of(base), values, device, dtype, compile, resident)
 
     def __enter__(self) -> TorchNetworks:
@@ -152,11 +153,16 @@ class TorchNetworks:
         return name in self._networks
 
     def slots(self, name: str) -> tuple[Slot, ...]:
-        """The LoRA slots of a network, in packed order."""
+        """The LoRA slots of a network."""
         return self._networks[name].slots if name in self._networks else ()
 
+    def weights(self, name: str) -> Mapping[str, npt.NDArray[Any]]:
+        """The base's own weights of the slots, in host memory from the first use on. Raises as `load`."""
+        self._network(name)
+        return self._made[name].slot_weights
+
     def inputs(self, name: str) -> tuple[Any, ...]:
-        """The inputs of a network as `Tensor`s. LoRA factors are one packed `lora`."""
+        """The inputs of a network as `Tensor`s; the weights of slots are the last ones."""
         return self._network(name).inputs
 
     def outputs(self, name: str) -> tuple[Any, ...]:
@@ -174,8 +180,13 @@ class TorchNetworks:
     def most_pictures(self) -> None:
         """None: batches of any size."""
 
+    @property
+    def captures(self) -> bool:
+        """On a GPU."""
+        return bool(self.device.type == "cuda")
+
     def weight_bytes(self, name: str) -> int:
-        """The device memory of a network's weights while loaded."""
+        """The device memory of a network's own weights while loaded."""
         self._network(name)
         return self._made[name].nbytes
 
@@ -255,11 +266,11 @@ def _facts_of(base: BaseFiles) -> BaseFacts:
     return BaseFacts(base.native_side, base.divisor, base.scaling_factor, base.feature_channels, {}, blocks)
 
 
-def _list_networks(base: BaseFiles, slot_rank: int, dtype: str, names: Collection[str] | None) -> list[Network]:
+def _list_networks(base: BaseFiles, slots: bool, dtype: str, names: Collection[str] | None) -> list[Network]:
     """List the networks and, unless dtype is float32, their twins."""
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
-    plain = {network.name: network for network in describe_networks(base, slot_rank)}
+    plain = {network.name: network for network in describe_networks(base, slots)}
     unknown = sorted(set(names or ()) - set(plain))
     if unknown:
         raise InputError(f"names: {', '.join(unknown)}; this base has {', '.join(plain)}")
@@ -267,7 +278,7 @@ def _list_networks(base: BaseFiles, slot_rank: int, dtype: str, names: Collectio
     if dtype == "float32":
         return [*chosen.values()]
     own = (
-        {network.name: network for network in describe_networks(base, slot_rank, "float16")}
+        {network.name: network for network in describe_networks(base, slots, "float16")}
         if dtype == "float16"
         else plain
     )

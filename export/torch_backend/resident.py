@@ -6,19 +6,23 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.networks import Network
+from dreammix_trt.core.slots import gather_weight, names_of_weights
 from dreammix_trt.export.torch_module import make_torch_module
 
 Shapes = Mapping[str, tuple[int, ...]]
 #: (network, shapes of its parameters) -> a function that gives a parameter's values by name, float32, on any device
 Values = Callable[[Network, Shapes], Callable[[str], Tensor]]
-#: held while a pass is enqueued, because all threads share a module's LoRA inputs and torch's cuBLAS workspaces, and
+#: held while a pass is enqueued, because all threads share a module's slot weights and torch's cuBLAS workspaces, and
 #: while memory is given back: as long as a thread allocates in a pool, torch frees nothing or aborts the process
 turn = threading.Lock()
 _LARGEST = 65504.0
@@ -50,6 +54,25 @@ class Resident:
     def nbytes(self) -> int:
         """The memory that the weights need on the device, loaded or not."""
         return sum(math.prod(shape) * self._dtypes[name].itemsize for name, shape in self._shapes.items())
+
+    @cached_property
+    def slot_weights(self) -> dict[str, npt.NDArray[Any]]:
+        """The base's own weights of the slots, as the inputs take them. Raises FileFormatError as `load`."""
+        wanted, value_of, found = set(names_of_weights(self._network.slots)), self._open_values(), {}
+        for tensor in self._network.inputs:
+            if tensor.name in wanted:
+                used = [slot for slot in self._network.slots if slot.weight == tensor.name]
+                held = {f"{slot.module}.weight": value_of(f"{slot.module}.weight").cpu().numpy() for slot in used}
+                shape = tuple(int(side) for side in tensor.shape)
+                found[tensor.name] = _round(
+                    f"{self.name}: {tensor.name}", gather_weight(tensor.name, shape, used, held), tensor.dtype
+                )
+        return found
+
+    def _open_values(self) -> Callable[[str], Tensor]:
+        """A function that gives each weight, those of slots as well."""
+        slots = {f"{slot.module}.weight": (slot.outputs, slot.inputs) for slot in self._network.slots}
+        return self._values(self._network, {**self._shapes, **slots})
 
     def run(self, *given: Tensor) -> tuple[Tensor, ...]:
         """Run the network on tensors that have the dtypes of its arrays."""
@@ -93,7 +116,7 @@ class Resident:
         self.module, self._parameters, self._host, self.loaded = None, [], [], False
 
     def _make(self) -> None:
-        value_of = self._values(self._network, self._shapes)
+        value_of = self._open_values()
         made = {}
         for name, dtype in self._dtypes.items():
             weight = _put_weight(value_of(name), dtype, self.device, f"{self.name}: {name}")
@@ -140,6 +163,12 @@ def draw_weight(what: tuple[object, ...], shape: tuple[int, ...], device: torch.
     digest = hashlib.sha256("/".join(map(str, what)).encode()).digest()
     source = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return value.normal_(mean, spread, generator=source)
+
+
+def _round(what: str, values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:
+    if dtype == "float16" and not (np.abs(values) <= _LARGEST).all():
+        raise FileFormatError(f"{what} has values beyond float16; use bfloat16 or float32")
+    return values.astype(dtype)
 
 
 def _put_weight(value: Tensor, dtype: torch.dtype, device: torch.device, what: str) -> Tensor:

@@ -74,6 +74,11 @@ def test_differences_are_relative_and_never_overlook_a_nan(
     assert report.largest_difference(found, truth) == wanted
 
 
+def test_a_merge_reads_and_writes_every_weight_once_and_reads_the_factors() -> None:
+    layer = np.zeros((640, 4), np.float32), np.zeros((4, 1280), np.float32)
+    assert report.merge_bytes([layer, layer], 2) == 2 * (2 * 2 * 640 * 1280 + 4 * (4 * 640 + 4 * 1280))
+
+
 def test_differences_of_other_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="against"):
         report.largest_difference(np.zeros(2), np.zeros(3))
@@ -84,13 +89,15 @@ def test_differences_of_other_shapes_are_refused() -> None:
 
 def test_parts_run_once_and_in_order() -> None:
     assert report.chosen(["soak", "kernels", "soak"]) == ("kernels", "soak")
+    assert report.chosen(["compiled", "soak", "compiled-vae"])[-2:] == ("compiled-quick", "soak")
+    assert report.chosen(["peers"]) == ("peers-eager", "peers-float32", "peers-guided", "peers-quick", "ratios")
     assert report.chosen([]) == report.PARTS
     with pytest.raises(ValueError, match="colonel"):
         report.chosen(["colonel"])
 
 
 def test_every_part_has_a_function() -> None:
-    for name in report.PARTS:
+    for name in sorted({*report.PARTS} - {"build", "ratios"}):  # these two need no process of their own
         assert callable(gpu_suite.work_of(name)), name
 
 
@@ -164,6 +171,63 @@ def test_the_table_shows_rows_goals_notes_and_errors() -> None:
     assert report.table({"rtx": record()}).startswith("rtx")
 
 
+def run_on(gpu: str, *rows: dict[str, Any], error: str | None = None, steps: int = 30) -> dict[str, Any]:
+    return {"machine": {"gpu": gpu}, "settings": {"steps": steps}, **record(*rows, error=error)}
+
+
+def row(metric: str, value: float) -> dict[str, Any]:
+    return {**ROW, "metric": metric, "value": value}
+
+
+def test_a_part_stopped_again_keeps_what_its_earlier_run_had() -> None:
+    before = run_on("H200", row("a", 1), row("b", 1), error="stopped")
+    again = run_on("H200", row("b", 2), row("c", 2), error="stopped")
+    found = report.keep_rows(again, before)
+    assert {each["metric"]: each["value"] for each in found["rows"]} == {"b": 2, "c": 2, "a": 1}
+    assert found["notes"] == ["1 rows are an earlier run's"]
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        run_on("H200", row("b", 2)),
+        run_on("L4", row("b", 2), error="x"),
+        run_on("H200", row("b", 2), error="x", steps=8),
+    ],
+    ids=["complete", "another GPU", "other settings"],
+)
+def test_rows_that_do_not_belong_together_are_not_mixed(again: dict[str, Any]) -> None:
+    assert report.keep_rows(again, run_on("H200", row("a", 1), error="stopped")) == again
+
+
+def peers(gpu: str, kind: str, theirs: float, ours: float) -> dict[str, Any]:
+    return run_on(
+        gpu, row(f"30 steps: diffusers, {kind} [s]", theirs),
+        row(f"30 steps: ours, torch {kind} in the device runtime [s]", ours),
+    )  # fmt: skip
+
+
+def test_ratios_hold_diffusers_against_our_best_of_all_parts() -> None:
+    part = report.Part("ratios")
+    parts = {"peers-eager": peers("H200", "eager", 9.0, 4.0), "peers-guided": peers("H200", "compiled", 3.3, 3.0)}
+    report.add_ratios(part, parts)
+    assert [(each["metric"], each["value"], each["pass"]) for each in part.rows] == [
+        ("30 steps: diffusers, eager / ours, best", 3.0, True),
+        ("30 steps: diffusers, compiled / ours, best", 1.1, False),
+    ]
+
+
+def test_ratios_are_not_taken_across_machines_nor_of_nothing() -> None:
+    part = report.Part("ratios")
+    parts = {"peers-eager": peers("L4", "eager", 9.0, 1.0), "peers-guided": peers("H200", "compiled", 3.3, 3.0)}
+    report.add_ratios(part, parts)
+    assert [each["metric"] for each in part.rows] == ["30 steps: diffusers, compiled / ours, best"]
+    nothing = report.Part("ratios")
+    report.add_ratios(nothing, {"soak": run_on("H200", row("requests", 3))})
+    assert nothing.skipped and not report.is_complete(nothing.to_json()) and not report.has_failed(nothing.to_json())
+    assert "SKIPPED: there are no times" in report.table({"ratios": nothing.to_json()})
+
+
 # ------------------------------------------------------------------------------------------------ what must be there
 
 
@@ -185,6 +249,17 @@ def test_wheels_are_unpacked_and_imported_from(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["left", "right", "True"]
     assert environment["PYTHONPATH"].endswith(f"{os.pathsep}/before")
+
+
+def test_our_own_wheel_gives_its_module_and_never_stands_before_the_checkout(tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    wheel(wheels, "dreammix_trt", {"dreammix_trt/_cpp.abi3.so": "code", "dreammix_trt/_cpp.pyi": "", "x/_cpp.so": ""})
+    assert setup.unpack_wheels(wheels, tmp_path / "to") == []
+    (file,) = wheels.iterdir()
+    assert [each.name for each in setup.extract_extension(file, tmp_path / "module").iterdir()] == ["_cpp.abi3.so"]
+    wheel(wheels, "dreammix_trt", {"dreammix_trt/__init__.py": ""})
+    with pytest.raises(RuntimeError, match="without the C\\+\\+ extension"):
+        setup.extract_extension(file, tmp_path / "none")
 
 
 def test_a_folder_without_wheels_is_named(tmp_path: Path) -> None:
@@ -212,7 +287,7 @@ def test_the_build_names_the_gpu_at_hand_and_takes_the_module_alone(
 ) -> None:
     said: list[list[str]] = []
 
-    def ran(command: list[str], environment: dict[str, str]) -> str:
+    def ran(command: list[str], environment: dict[str, str], limit: float | None = None) -> str:
         said.append(command)
         assert environment == {"PYTHONPATH": "wheels"}
         if "--build" in command:
@@ -221,6 +296,7 @@ def test_the_build_names_the_gpu_at_hand_and_takes_the_module_alone(
         return "/nanobind\n"
 
     monkeypatch.setattr(setup, "_ran", ran)
+    monkeypatch.setattr(setup, "info_of_extension", lambda *_: None)  # what lies there does not load
     monkeypatch.setattr(setup, "_tool", lambda name: f"/bin/{name}")
     for _ in range(2):  # again: over what is there
         alone = setup.build_extension(tmp_path, "sm_90", {"PYTHONPATH": "wheels"})
@@ -230,9 +306,49 @@ def test_the_build_names_the_gpu_at_hand_and_takes_the_module_alone(
     assert {"-DDREAMMIX_CUDA=ON", "-DDREAMMIX_CUDA_ARCHITECTURES=90-real", "-Dnanobind_DIR=/nanobind"} <= set(said[1])
 
 
+@pytest.mark.parametrize(
+    ("newer", "architecture", "stays"), [(True, "sm_90", True), (False, "sm_90", False), (True, "sm_75", False)]
+)
+def test_what_was_built_before_stays_while_it_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, newer: bool, architecture: str, stays: bool
+) -> None:
+    def ran(*_: Any) -> str:
+        raise RuntimeError("it builds")
+
+    info = {"cuda": {"architectures": [architecture], "ptx": None}}
+    monkeypatch.setattr(setup, "_ran", ran)
+    monkeypatch.setattr(setup, "info_of_extension", lambda *_: info)
+    module = tmp_path / "alone" / "_cpp.abi3.so"
+    module.parent.mkdir()
+    module.write_bytes(b"code")
+    if not newer:
+        os.utime(module, (0, 0))
+    if stays:
+        assert setup.build_extension(tmp_path, "sm_90") == module.parent
+    else:
+        with pytest.raises(RuntimeError, match="it builds"):
+            setup.build_extension(tmp_path, "sm_90")
+
+
 def test_a_tool_that_fails_is_quoted() -> None:
     with pytest.raises(RuntimeError, match=r"(?s)failed:.*so it broke"):
         setup._ran([sys.executable, "-c", "raise SystemExit('so it broke')"])
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks processes up in /proc")
+def test_a_tool_that_takes_too_long_ends_with_what_it_started(tmp_path: Path) -> None:
+    code = f"import subprocess; subprocess.run(['bash', '-c', 'echo $$ > {tmp_path / 'pid'}; exec sleep 60'])"
+    with pytest.raises(subprocess.TimeoutExpired):
+        setup._ran([sys.executable, "-c", code], limit=3)
+    has_ended(int((tmp_path / "pid").read_text()))
+
+
+def has_ended(pid: int) -> None:
+    """Wait until a process is gone, or dead and not yet collected."""
+    state, deadline = Path("/proc", str(pid), "stat"), time.perf_counter() + 10
+    while state.exists() and state.read_text().split()[2] not in "ZX" and time.perf_counter() < deadline:
+        time.sleep(0.05)
+    assert not state.exists() or state.read_text().split()[2] in "ZX"
 
 
 def test_an_extension_elsewhere_is_taken_and_the_installed_one_stays(tmp_path: Path) -> None:
@@ -311,6 +427,34 @@ def test_a_part_that_takes_too_long_is_stopped_and_keeps_its_rows(
     assert json.loads((tmp_path / "suite.json").read_text())["parts"]["soak"] == found
 
 
+def test_rows_are_in_the_file_while_the_part_still_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = f"open(out, 'w').write(json.dumps({record(ROW)!r})); time.sleep(60)"
+    in_place_of_the_child(monkeypatch, tmp_path, code)
+    monkeypatch.setattr(gpu_suite, "_POLL", 0.2)
+    written: list[dict[str, Any]] = []
+
+    def kept(path: Path, content: dict[str, Any]) -> None:
+        written.append(content["parts"]["soak"])
+        if written[-1]["rows"]:
+            raise SystemExit(143)  # as when the suite itself is told to end
+
+    monkeypatch.setattr(gpu_suite, "write", kept)
+    with pytest.raises(SystemExit):
+        gpu_suite.supervise("soak", given(limit=30), os.environ, tmp_path / "suite.json", tmp_path)
+    assert {each["error"] for each in written} == {"not finished", "interrupted"} and written[-1]["rows"] == [ROW]
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks processes up in /proc")
+def test_no_process_of_a_stopped_part_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import subprocess; helper = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(helper.pid)); time.sleep(60)"
+    )
+    in_place_of_the_child(monkeypatch, tmp_path, code)
+    gpu_suite.supervise("soak", given(limit=3), os.environ, tmp_path / "suite.json", tmp_path)
+    has_ended(int((tmp_path / "pid").read_text()))
+
+
 def test_a_part_that_crashes_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_place_of_the_child(monkeypatch, tmp_path, "sys.exit(9)")
     found = gpu_suite.supervise("soak", given(), os.environ, tmp_path / "suite.json", tmp_path)
@@ -332,6 +476,89 @@ def test_an_error_within_a_part_is_kept_with_its_rows(tmp_path: Path, monkeypatc
     assert found["notes"] == ["warning: painting again"] and found["settings"]["simulate"] is True
 
 
+def test_a_part_is_skipped_where_a_package_is_missing_and_fails_where_ours_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for missing, wanted in (("diffusers", "skipped"), ("_gpu_nothing", "error")):
+
+        def work(name: str, missing: str = missing) -> None:
+            raise ModuleNotFoundError(f"No module named {missing!r}", name=f"{missing}.models")
+
+        monkeypatch.setattr(gpu_suite, "work_of", work)
+        gpu_suite.child("soak", Setting(simulate=True), tmp_path / "soak.json")
+        found = json.loads((tmp_path / "soak.json").read_text())
+        assert missing in found[wanted] and report.has_failed(found) is (wanted == "error")
+
+
+def test_resuming_runs_what_is_not_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def supervised(name: str, *_: Any) -> dict[str, Any]:
+        ran.append(name)
+        return {"settings": gpu_suite.asdict(gpu_suite.setting_of(given())), **record(ROW)}
+
+    monkeypatch.setattr(gpu_suite, "supervise", supervised)
+    monkeypatch.setattr(gpu_suite, "gpu_state", dict)
+    out, kernels = tmp_path / "suite.json", SimpleNamespace(plain={}, environment=dict)
+    resumed = given(resume=True)
+    for names, wanted in (
+        (["loop", "soak"], ["loop", "soak"]),  # both for the first time
+        (["loop", "graphs"], ["graphs"]),
+    ):
+        ran.clear()
+        gpu_suite.run_parts(names, resumed, kernels, out, tmp_path)
+        assert ran == wanted
+    stopped = {**json.loads(out.read_text())["parts"]["loop"], "error": "stopped after 600 s"}
+    report.write(out, report.merge_parts(out, {"loop": stopped}, simulated=True))
+    ran.clear()
+    gpu_suite.run_parts(["loop", "soak"], resumed, kernels, out, tmp_path)
+    assert ran == ["loop"]
+    ran.clear()
+    gpu_suite.run_parts(["loop", "soak"], given(resume=True, steps=9), kernels, out, tmp_path)
+    assert ran == ["loop", "soak"]  # other settings
+
+
+def test_without_kernels_the_parts_that_need_none_still_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> Path:
+        raise RuntimeError("nvcc is needed to build the kernels and is not on PATH")
+
+    monkeypatch.setattr(gpu_suite, "build_extension", fails)
+    monkeypatch.setattr(gpu_suite, "extension_info", lambda _: None)
+    monkeypatch.setattr(gpu_suite, "supervise", lambda *_: record(ROW))
+    real = given(simulate=False)
+    kernels = gpu_suite.Kernels(real, "sm_90", tmp_path)
+    found = gpu_suite.run_parts(["machine", "build", "kernels"], real, kernels, tmp_path / "suite.json", tmp_path)
+    assert found["machine"]["rows"] == [ROW] and "nvcc is needed" in found["build"]["error"]
+    assert found["kernels"]["error"] == "there are no kernels for this GPU; the part `build` says why"
+
+
+def test_kernels_are_taken_from_a_wheel_that_fits_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel(tmp_path / "wheels", "dreammix_trt", {"dreammix_trt/_cpp.abi3.so": "code"})
+    (file,) = (tmp_path / "wheels").iterdir()
+    monkeypatch.setattr(gpu_suite, "extension_info", lambda _: None)
+    for architectures, wanted in ((["sm_90"], None), (["sm_75"], "no kernels for sm_90")):
+        info = {"cuda": {"architectures": architectures, "ptx": None}}
+        monkeypatch.setattr(gpu_suite, "info_of_extension", lambda *_, info=info: info)
+        kernels = gpu_suite.Kernels(given(simulate=False, kernels=file), "sm_90", tmp_path)
+        if wanted is None:
+            assert (Path(kernels.environment()[gpu_suite._EXTENSION]) / "_cpp.abi3.so").read_text() == "code"
+        else:
+            assert wanted in (kernels.part.error or "")
+
+
+def test_memcheck_runs_under_the_checker_or_says_that_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(gpu_suite, "supervise", lambda *arguments: seen.append(arguments[-1]) or record())
+    kernels: Any = SimpleNamespace(plain={}, environment=dict)
+    for found in ("/bin/compute-sanitizer", None):
+        monkeypatch.setattr(gpu_suite.shutil, "which", lambda *_, found=found, **__: found)
+        records = gpu_suite.run_parts(["memcheck"], given(simulate=False), kernels, tmp_path / "s.json", tmp_path)
+    assert seen == [["/bin/compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "99"]]
+    assert "compute-sanitizer is not on PATH" in records["memcheck"]["skipped"]
+
+
 # ------------------------------------------------------------------------------------------------ on a simulated device
 
 
@@ -349,6 +576,35 @@ def test_a_copy_is_timed_over_all_its_bytes(device: Any, monkeypatch: pytest.Mon
     copied = [entry for entry in device.record if entry.kind == "copy"]
     assert [array.nbytes for array in copied[0].arrays.values()] == [1 << 20] * 2
     assert device.used == 0
+
+
+def test_what_a_device_is_asked_for_is_counted(device: Any) -> None:
+    from contextlib import ExitStack
+
+    stream = device.make_stream()
+    with ExitStack() as owned:
+        here, there = (clock.array(device, owned, (100,), "float32") for _ in range(2))
+        with clock.count_calls(device) as calls:
+            device.upload(here, np.zeros(100, np.float32), stream)
+            device.copy(there, here, stream)
+            device.launch_kernel("scaled", stream, latent=here, out=there, factor=1.0, count=100, half=0)
+            device.synchronize(stream)
+        device.copy(there, here, stream)
+    assert (calls.copies, calls.copied, calls.uploaded, calls.downloaded) == (1, 400, 400, 0)
+    assert dict(calls.kernels) == {"scaled": 1}
+
+
+def test_kernels_are_counted_among_what_the_profiler_saw() -> None:
+    import _gpu_networks
+
+    def event(kind: str, name: str) -> Any:
+        return SimpleNamespace(device_type=SimpleNamespace(name=kind), name=name)
+
+    seen = [event("CUDA", "gemm(float*)"), event("CUDA", "gemm(float*)"), event("CUDA", "Memcpy DtoD"),
+            event("CUDA", "Memset (Device)"), event("CPU", "cudaLaunchKernel"), event("CUDA", "softmax")]  # fmt: skip
+    found = _gpu_networks.kernels_of(seen)
+    assert found == {"gemm(float*)": 2, "softmax": 1}
+    assert _gpu_networks.name_kernels(found) == "2 x gemm; 1 x softmax"
 
 
 def test_a_replay_counts_one_of_its_works(device: Any) -> None:
@@ -418,6 +674,7 @@ def run(name: str, networks: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
     """A part's rows by metric, simulated, in this process."""
     import _gpu_full
     import _gpu_models
+    import _gpu_networks
     import _gpu_parts
     import _gpu_peers
     import _gpu_runtime
@@ -426,7 +683,7 @@ def run(name: str, networks: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
     def made(setting: Any, device: Any, *, compiled: bool = False) -> Iterator[Any]:
         yield _gpu_models.on_device(setting, device, networks)
 
-    for module in (_gpu_full, _gpu_parts, _gpu_peers, _gpu_runtime):
+    for module in (_gpu_full, _gpu_networks, _gpu_parts, _gpu_peers, _gpu_runtime):
         monkeypatch.setattr(module, "random_networks", made)
     monkeypatch.setattr(clock, "REPEATS", 1)
     part = report.Part(name, goals=False)
@@ -492,8 +749,8 @@ def test_an_engine_is_timed_in_its_own_stream_from_nothing_loaded(
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
 def test_peers_paint_as_many_steps_as_we(networks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    found = run("peers", networks, monkeypatch)
-    assert {f"{name}: diffusers, eager / ours, best" for name in TINY.jobs()} <= found.keys()
+    found = run("peers-eager", networks, monkeypatch)
+    assert {f"{name}: diffusers / ours, both eager" for name in TINY.jobs()} <= found.keys()
     assert len(found["notes"]) == 1  # diffusers' own pipeline ran
 
 
@@ -509,6 +766,31 @@ def test_subjects_swap_and_come_back(networks: Any, monkeypatch: pytest.MonkeyPa
     found = run("subjects", networks, monkeypatch)
     assert found["A, B, A: the same bits as before"] is True and found["A, B: another result"] is True
     assert found["a swap, p50 of 4 [ms]"] <= found["a swap, p99 of 4 [ms]"]
+    assert found["a swap: kernels launched"] + found["a swap: copies within the device"] > 0
+    assert found["a swap, on the device [ms]"] > 0
+    assert found["a step with a subject [ms]"] > 0 and found["a step without a subject [ms]"] > 0
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.slow
+def test_every_network_is_measured_alone(networks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dreammix_trt.core.networks import KINDS
+
+    found = run("networks", networks, monkeypatch)
+    names = [kind.name for kind in KINDS if kind.name in networks]
+    assert names and all(found[f"{name}: a call [ms]"] > 0 for name in names)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.slow
+def test_the_compiled_parts_share_the_rows_of_full(networks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "torch, compiled: UNet call with guidance [ms]" in run("compiled-step", networks, monkeypatch)
+    assert "torch, compiled: vae_decoder [ms]" in run("compiled-vae", networks, monkeypatch)
+    found = run("compiled-quick", networks, monkeypatch)
+    quick = list(TINY.jobs())[1]
+    assert f"torch, compiled: {quick}: whole picture [s]" in found
+    assert f"torch, compiled: {quick}: loop beyond the sum of its UNet calls" in found
+    assert "torch, compiled: UNet call without guidance [ms]" in found
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -572,7 +854,7 @@ def test_the_plain_loop_stands_in_for_a_pipeline_that_cannot_be_imported(
     part = report.Part("peers")
     with _gpu_models.device_of(TINY) as device:
         on = _gpu_models.on_device(TINY, device, networks)
-        paint: Any = _gpu_peers.painter(part, TINY, on, compiled=False)
+        paint: Any = _gpu_peers.painter(part, TINY, on, TINY.jobs(), compiled=False)
         unet = _gpu_peers.unet_of(TINY, on, compiled=False)
         ours = _gpu_peers.state_of(on, "unet")
         assert all(value.data_ptr() == ours[name].data_ptr() for name, value in unet.state_dict().items())

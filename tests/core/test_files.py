@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from dreammix_trt.core.errors import BuildError, FileFormatError, InputError
 from dreammix_trt.core.files import (
+    ask_file,
     atomic_directory,
     atomic_file,
     check_place,
@@ -119,6 +121,43 @@ def test_hashes_of_large_files_are_remembered_until_verified(tmp_path: Path) -> 
     assert sha256_of(file, verify=True) != first
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert sha256_of(file) != first
+
+
+def test_an_answer_about_a_large_file_is_found_once(tmp_path: Path) -> None:
+    """Until the file changes in size, time or inode, until it is asked to verify, or another hash is found."""
+    file, asked = tmp_path / "large.bin", []
+    file.write_bytes(b"a" * (1 << 20))
+
+    def find(path: Path) -> str:
+        asked.append(path)
+        return f"answer {len(asked)}"
+
+    assert [ask_file(file, "q", find) for _ in range(3)] == ["answer 1"] * 3 and asked == [file.resolve()]
+    assert ask_file(file, "another question", find) == "answer 2" and ask_file(file, "q", find) == "answer 1"
+    first = sha256_of(file)
+    assert ask_file(file, "q", find) == "answer 1", "beside the hash"
+    assert ask_file(file, "q", find, verify=True) == ask_file(file, "q", find) == "answer 3"
+
+    status = file.stat()
+    with file.open("r+b") as stream:
+        stream.write(b"b")
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert sha256_of(file, verify=True) != first
+    assert ask_file(file, "q", find) == "answer 4", "the file behind the mark is another one"
+
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert ask_file(file, "q", find) == "answer 5"
+    with file.open("ab") as stream:
+        stream.write(b"c")
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert ask_file(file, "q", find) == "answer 6"
+    shutil.copy2(file, tmp_path / "copy")
+    (tmp_path / "copy").replace(file)
+    assert ask_file(file, "q", find) == "answer 7", "same size and time, another inode"
+
+    small = tmp_path / "small.bin"
+    small.write_bytes(b"s")
+    assert [ask_file(small, "q", find) for _ in range(2)] == ["answer 8", "answer 9"]
 
 
 def test_a_hash_is_remembered_across_a_move(tmp_path: Path) -> None:

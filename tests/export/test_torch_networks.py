@@ -21,21 +21,22 @@ from dreammix_trt.core.axes import Sides  # noqa: E402
 from dreammix_trt.core.checkpoint import BaseFiles  # noqa: E402
 from dreammix_trt.core.errors import EngineError, FileFormatError, InputError  # noqa: E402
 from dreammix_trt.core.lora import Lora  # noqa: E402
-from dreammix_trt.core.network_weights import BaseLora, weights_of  # noqa: E402
+from dreammix_trt.core.merging import list_changes, merge_weights  # noqa: E402
+from dreammix_trt.core.network_weights import BaseLora  # noqa: E402
 from dreammix_trt.core.networks import Network, describe_networks  # noqa: E402
 from dreammix_trt.core.seam import Array, BaseFacts, DeviceNetworks  # noqa: E402
-from dreammix_trt.core.slots import unpack  # noqa: E402
-from dreammix_trt.export.parity import run_torch  # noqa: E402
 from dreammix_trt.export.torch_backend import resident as torch_resident  # noqa: E402
 from dreammix_trt.export.torch_backend.engine_set import TorchEngineSet  # noqa: E402
 from dreammix_trt.export.torch_backend.on_device import TorchNetworks  # noqa: E402
-from dreammix_trt.export.torch_module import make_torch_module  # noqa: E402
 from tests.support.mini_sdxl import small_configs  # noqa: E402
 from tests.support.tiny_model import write_tiny_model  # noqa: E402
 
 SIDES = Sides(rows=4, pictures=2, height=8, width=12)
 SIZES = {"rows": 4, "pictures": 2, "h": 8, "w": 12, "H": 64, "W": 96}
-NAMES = ("text_encoder", "text_encoder_2", "unet", "unet_raw", "inpaint_head", "vae_encoder", "vae_decoder")
+NAMES = (
+    "text_encoder", "text_encoder_2", "unet_kv", "unet", "unet_raw_kv", "unet_raw", "inpaint_head", "vae_encoder",
+    "vae_decoder",
+)  # fmt: skip
 #: largest difference to float32, as a share of the largest value: ten roundings or so
 BOUNDS = {"float32": 1e-6, "float16": 6e-3, "bfloat16": 6e-2}
 
@@ -148,52 +149,54 @@ def test_times_and_sizes_stay_float32(
         np.testing.assert_array_equal(held.run()["eps"], before)
 
 
-def test_each_picture_has_factors_of_its_own(
+def test_weights_of_slots_are_the_bases_own(
     opened: Callable[[str], TorchNetworks], truth: TorchEngineSet, plain: dict[str, Network]
 ) -> None:
-    inputs = plain["unet"].draw_example(SIZES, seed=1)
-    held = Held(opened("float32"), "unet", SIDES, inputs)
-    both = held.run()["eps"]
-    held.inputs["lora"][1] = 0
-    second_off = held.run()["eps"]
-    np.testing.assert_allclose(second_off[:2], both[:2], atol=1e-6)
-    assert np.abs(second_off[2:] - both[2:]).max() > 1e-3
-    alone = {key: value[: len(value) // 2] for key, value in inputs.items()}
-    assert difference(truth.run("unet", **alone)["eps"], both[:2]) < 1e-5
+    """With them a network computes what the oracle does where no weights are given."""
+    for name in ("unet", "unet_kv", "text_encoder_2"):
+        networks, inputs = opened("float32"), plain[name].draw_example(SIZES, seed=1)
+        held = networks.weights(name)
+        assert held.keys() == {slot.weight for slot in plain[name].slots} and networks.weights(name) is held
+        given = {key: value for key, value in inputs.items() if key not in held}
+        found = Held(networks, name, SIDES, {**given, **held}).run()
+        for key, value in truth.run(name, **given).items():
+            assert difference(found[key], value) <= 1e-6
+        for key, value in opened("float16").weights(name).items():
+            assert value.dtype == np.float16
+            np.testing.assert_array_equal(value, held[key].astype(np.float16))
+    assert opened("float32").weights("vae_decoder") == {}
 
 
-def test_factors_equal_merged_weights(
+def test_merged_inputs_equal_merged_networks(
     base: BaseFiles, opened: Callable[[str], TorchNetworks], plain: dict[str, Network]
 ) -> None:
-    """`x @ A @ B` is what W + (A B)^T gives, in every slot."""
-    sides, sizes = Sides(2, 1, 8, 12), {**SIZES, "rows": 2, "pictures": 1}
-    for name, part in (("unet", "unet"), ("text_encoder_2", "text_encoder_2")):
-        inputs = plain[name].draw_example(sizes, seed=4)
-        pieces = unpack(inputs["lora"], plain[name].slots)
+    """W + A B in the inputs is what a network computes whose weights a LoRA was merged into, in every slot."""
+    rng = np.random.default_rng(4)
+    for name, part in (("unet", "unet"), ("unet_kv", "unet"), ("text_encoder_2", "text_encoder_2")):
         factors = {
-            s.module: (pieces[f"{s.module}.lora_A"][0], pieces[f"{s.module}.lora_B"][0]) for s in plain[name].slots
+            slot.module: (
+                rng.standard_normal((slot.inputs, 4)).astype(np.float32) / 8,
+                rng.standard_normal((4, slot.outputs)).astype(np.float32) / 8,
+            )
+            for slot in plain[name].slots
         }
-        loras = [BaseLora(Lora({part: factors}, 8, Path(), {}))]
-        with TorchNetworks.of(base, device="cpu", dtype="float32", slot_rank=0, names=[name], loras=loras) as merged:
-            wanted = Held(merged, name, sides, inputs).run()
-        found = Held(opened("float32"), name, sides, inputs).run()
+        inputs = plain[name].draw_example(SIZES, seed=4)
+        loras = [BaseLora(Lora({part: factors}, 4, Path(), {}))]
+        with TorchNetworks.of(base, device="cpu", dtype="float32", slots=False, names=[name], loras=loras) as merged:
+            wanted = Held(merged, name, SIDES, inputs).run()
+        own = opened("float32").weights(name)
+        weights = {**own, **merge_weights(own, list_changes(factors, plain[name].slots))}
+        found = Held(opened("float32"), name, SIDES, {**inputs, **weights}).run()
+        plainly = Held(opened("float32"), name, SIDES, {**inputs, **own}).run()
         assert max(difference(found[key], value) for key, value in wanted.items()) < 1e-5
-
-
-def test_factors_one_by_one_compute_the_same(base: BaseFiles, truth: TorchEngineSet, plain: dict[str, Network]) -> None:
-    """The module takes packed rows or one tensor per factor; TensorRT's graphs have the latter."""
-    inputs = plain["unet"].draw_example(SIZES, seed=2)
-    fused = next(network for network in describe_networks(base, fused=True) if network.name == "unet")
-    factors = {**inputs, **unpack(inputs["lora"], fused.slots)}
-    found = run_torch(make_torch_module(fused, weights_of(base, "unet")), fused, factors)["eps"]
-    np.testing.assert_allclose(found, truth.run("unet", **inputs)["eps"], atol=1e-6)
+        assert max(difference(plainly[key], value) for key, value in wanted.items()) > 1e-3
 
 
 def test_a_pass_keeps_nothing_of_its_callers(opened: Callable[[str], TorchNetworks], plain: dict[str, Network]) -> None:
     networks = opened("float32")
     Held(networks, "unet", SIDES, plain["unet"].draw_example(SIZES)).run()
     module = networks._made["unet"].module
-    assert module._feature is None and module.lora._factors == []
+    assert module._feature is None and module.slots._given == {}
 
 
 def test_wide_units_of_a_float16_vae_compute_in_float32(base: BaseFiles, plain: dict[str, Network]) -> None:
@@ -220,11 +223,19 @@ def test_weights_beyond_float16_are_refused(base: BaseFiles) -> None:
     width = base.configs["unet"]["block_out_channels"][-1]
     factors = {"unet": {module: (np.ones((width, 1), np.float32), np.full((1, width), 1e5, np.float32))}}
     loras = [BaseLora(Lora(factors, 1, Path(), {}), target="raw")]
+    options: dict[str, Any] = {"device": "cpu", "names": ["unet_raw"], "loras": loras}
     with pytest.raises(FileFormatError, match=rf"unet_raw: {module}\.weight has values beyond float16"):
-        TorchNetworks.of(base, device="cpu", names=["unet_raw"], loras=loras)
-    with TorchNetworks.of(base, device="cpu", names=["unet_raw"], loras=loras, dtype="bfloat16") as networks:
+        TorchNetworks.of(base, slots=False, **options)
+    with (
+        TorchNetworks.of(base, **options) as networks,
+        pytest.raises(FileFormatError, match=rf"unet_raw: {module}\.weight has values beyond float16"),
+    ):
+        networks.weights("unet_raw")
+    with TorchNetworks.of(base, **options, slots=False, dtype="bfloat16") as networks:
         weight = dict(networks._made["unet_raw"].module.network.named_parameters())[f"{module}.weight"]
         assert float(weight.min()) > 9e4
+    with TorchNetworks.of(base, **options, dtype="bfloat16") as networks:
+        assert networks.weights("unet_raw")[f"{module}.weight"].min() > 9e4
 
 
 # What they are bound to
@@ -248,7 +259,7 @@ def test_arrays_that_do_not_fit_are_named(opened: Callable[[str], TorchNetworks]
     mask, latent = (np.zeros((2, channels, 8, 12), np.float16) for channels in (1, 4))
     feature = np.zeros((2, networks.facts.feature_channels, 8, 12), np.float16)
     arrays = {"mask": array(mask), "masked_latent": array(latent), "feature": array(feature)}
-    networks.bind("inpaint_head", SIDES, {**arrays, "lora": array(mask)}).close()
+    networks.bind("inpaint_head", SIDES, {**arrays, "unknown": array(mask)}).close()
     with pytest.raises(EngineError, match=r"inpaint_head: no array for mask; bind one of \(2, 1, 8, 12\) float16"):
         networks.bind("inpaint_head", SIDES, {key: value for key, value in arrays.items() if key != "mask"})
     with pytest.raises(EngineError, match=r"feature is bound to \(2, 32, 8, 12\) float16; it takes \(3, 32, 8, 12\)"):
@@ -316,11 +327,13 @@ def test_it_answers_as_the_seam_wants(opened: Callable[[str], TorchNetworks], ba
     assert networks.facts == BaseFacts(64, 32, 0.13025, 32, {})
     assert networks.frames() is None and networks.most_pictures is None
     assert networks.workspace_bytes("unet", SIDES) == 0
-    assert len(networks.slots("unet")) == 88 and networks.slots("vae_encoder") == networks.slots("none") == ()
-    assert [spec.name for spec in networks.inputs("unet")][-1] == "lora"
+    slots, told = networks.slots("unet"), networks.slots("unet_kv")
+    assert (len(slots), len(told)) == (66, 22) and networks.slots("vae_encoder") == networks.slots("none") == ()
+    assert [spec.name for spec in networks.inputs("unet")][-len(slots) :] == [slot.weight for slot in slots]
     numbers = sum(math.prod(shape) for shape in shapes_of("unet", base.configs["unet"]).values())
-    assert networks.weight_bytes("unet") == 2 * numbers
-    assert networks.weight_bytes("unet_float32") == 4 * numbers
+    own = numbers - sum(slot.inputs * slot.outputs for slot in (*slots, *told))
+    assert networks.weight_bytes("unet") == 2 * own and networks.weight_bytes("unet_kv") == 0
+    assert networks.weight_bytes("unet_float32") == 4 * own
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
@@ -330,7 +343,7 @@ def test_weights_come_when_they_are_asked_for(base: BaseFiles, plain: dict[str, 
     inputs = plain["vae_decoder"].draw_example(SIZES)
     with TorchNetworks.of(base, device="cpu", dtype=dtype, wide=wide, resident=()) as networks:
         sizes = {name: networks.weight_bytes(name) for name in networks._made}
-        assert networks.loaded == () and len(sizes) == (7 if dtype == "float32" else 14)
+        assert networks.loaded == () and len(sizes) == (9 if dtype == "float32" else 18)
         held = Held(networks, "vae_decoder", SIDES, inputs)
         with pytest.raises(EngineError, match="vae_decoder cannot run: load it first"):
             held.run()
@@ -453,22 +466,26 @@ def _config_of(name: str, configs: dict[str, Any]) -> dict[str, Any]:
 def test_a_full_size_sdxl_is_described_without_memory() -> None:
     configs = sdxl_configs()
     facts = object()
-    with TorchNetworks.random(configs, facts, device="meta", slot_rank=4) as networks:
+    with TorchNetworks.random(configs, facts, device="meta") as networks:
         assert networks.facts is facts
         for name, component in (("unet", "unet"), ("unet_raw", "unet"), ("text_encoder_2", "text_encoder_2")):
-            shapes = shapes_of(component, configs[component])
+            slots = networks.slots(name) + (networks.slots(f"{name}_kv") if component == "unet" else ())
+            weights = {f"{slot.module}.weight" for slot in slots}
+            shapes = {
+                key: shape for key, shape in shapes_of(component, configs[component]).items() if key not in weights
+            }
             found = {key: tuple(each.shape) for key, each in networks._made[name].module.network.named_parameters()}
             assert found == shapes
             assert networks.weight_bytes(name) == 2 * sum(map(math.prod, shapes.values()))
-        assert 5.1e9 < networks.weight_bytes("unet") < 5.2e9
-        assert len(networks.slots("unet")) == 560
+        assert 3.2e9 < networks.weight_bytes("unet") < 3.3e9
+        assert (len(networks.slots("unet")), len(networks.slots("unet_kv"))) == (420, 140)
         arrays = {
             spec.name: Array(256, SIDES.shape(spec), spec.dtype)
             for spec in (*networks.inputs("vae_decoder"), *networks.outputs("vae_decoder"))
         }
         with pytest.raises(EngineError, match="'meta' are sizes alone"):
             networks.bind("vae_decoder", SIDES, arrays)
-    with TorchNetworks.random(configs, device="meta", slot_rank=0, patched=False, names=["unet"]) as networks:
+    with TorchNetworks.random(configs, device="meta", slots=False, patched=False, names=["unet"]) as networks:
         assert "unet_raw" not in networks and networks.slots("unet") == ()
 
 

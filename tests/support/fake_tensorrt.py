@@ -29,13 +29,15 @@ class Gpu:
     """The `Device` as far as networks use it, and what the stand-in package knows of it.
 
     total: memory in bytes; weights: bytes of weights that are loaded, by plan; capturing: a capture is under way;
-    compute: a network's arithmetic, by the name of its plan, on the arrays it is bound to.
+    compute: a network's arithmetic, by the name of its plan, on the arrays it is bound to; no_start: what keeps a
+    runtime from starting.
     """
 
     total: int = 1 << 30
     name: str = "NVIDIA Stand-in 4090"
     capability: str = "sm_89"
     driver: bool = True
+    no_start: str = ""
     capturing: bool = False
     capturable: bool = True
     current: bool = False
@@ -112,7 +114,8 @@ def make_package(gpu: Gpu, backend: str = "tensorrt-rtx", version: str | None = 
     trt.ExecutionContextAllocationStrategy = enum.Enum(
         "ExecutionContextAllocationStrategy", ["STATIC", "ON_PROFILE_CHANGE", "USER_MANAGED"]
     )
-    trt.ILogger = ILogger
+    trt.ILogger, trt.Logger, trt.IErrorRecorder = ILogger, Logger, IErrorRecorder
+    trt.ErrorCodeTRT = enum.Enum("ErrorCodeTRT", ["UNSPECIFIED_ERROR"])
     trt.ICudaEngine, trt.IExecutionContext = (JitEngine, JitContext) if jit else (ICudaEngine, IExecutionContext)
     trt.Runtime = type("Runtime", (JitRuntime if jit else Runtime,), {"trt": trt, "gpu": gpu})
     if jit:
@@ -140,15 +143,37 @@ class ILogger:
         raise NotImplementedError
 
 
+class Logger(ILogger):
+    """The package's own."""
+
+    ERROR = "ERROR"
+
+    def __init__(self, min_severity: Any) -> None:
+        self.severity = min_severity
+
+    def log(self, severity: Any, message: str) -> None:
+        if severity.name == self.severity:
+            print(f"[TRT] [E] {message}")
+
+
+class IErrorRecorder:
+    def report_error(self, code: Any, text: str) -> bool:
+        raise NotImplementedError
+
+
 class Runtime:
     """Deserialises; weights come at once."""
 
     trt: Any
     gpu: Gpu
+    error_recorder: IErrorRecorder | None = None
 
     def __init__(self, logger: ILogger) -> None:
         self.logger = logger
         self._allowed = True
+        if self.gpu.no_start:
+            self.say(self.gpu.no_start)
+            raise TypeError("pybind11::init(): factory function returned nullptr")
 
     @property
     def engine_host_code_allowed(self) -> bool:
@@ -159,7 +184,11 @@ class Runtime:
         self._allowed = value
 
     def say(self, text: str, severity: str = "ERROR") -> None:
-        self.logger.log(SimpleNamespace(name=severity), text)
+        """An error goes to the recorder, if there is one, and not to the logger; all else to the logger."""
+        if severity == "ERROR" and self.error_recorder is not None:
+            self.error_recorder.report_error(self.trt.ErrorCodeTRT.UNSPECIFIED_ERROR, text)
+        else:
+            self.logger.log(SimpleNamespace(name=severity), text)
 
     def deserialize_cuda_engine(self, serialized_engine: Any) -> Any:
         assert not self._allowed and not self.gpu.capturing and self.gpu.current
@@ -171,7 +200,10 @@ class Runtime:
         if plan is None:
             self.say("Error Code 1: Serialization (Serialization assertion header.magicTag == kEXPECTED failed)")
             return None
-        return self.make_engine(plan)
+        engine = self.make_engine(plan)
+        if engine is not None:
+            engine.blob = serialized_engine
+        return engine
 
     def make_engine(self, plan: dict[str, Any]) -> Any:
         if not self.gpu.fit(plan["name"], plan["weights"]):
@@ -211,6 +243,8 @@ class JitRuntime(Runtime):
 
 class ICudaEngine:
     num_io_tensors = num_optimization_profiles = 0
+    blob: Any = None  # the bytes it was made of, which it reads when it likes
+    error_recorder: IErrorRecorder | None = None
 
     def __init__(self, runtime: Runtime, plan: dict[str, Any]) -> None:
         self.runtime, self.plan, self.gpu = runtime, plan, runtime.gpu
@@ -219,8 +253,12 @@ class ICudaEngine:
         self.num_optimization_profiles = max(1, len(plan["profiles"]))
 
     def __del__(self) -> None:
-        self.gpu.log.append(f"free {self.plan['name']}")
+        self.gpu.log.append(f"free {self.plan['name']}{' after its bytes' if self.has_lost_bytes() else ''}")
         self.gpu.weights.pop(self.plan["name"], None)
+
+    def has_lost_bytes(self) -> bool:
+        """Whether the mapped file that it was made of was closed."""
+        return bool(getattr(self.blob, "closed", False))
 
     @property
     def loaded(self) -> bool:
@@ -260,7 +298,7 @@ class ICudaEngine:
 
 class JitEngine(ICudaEngine):
     def load_weights(self, blob: Any) -> bool:
-        if self.loaded or read_plan(blob) != self.plan:
+        if self.loaded or blob is not self.blob or read_plan(blob) != self.plan:
             return False
         if not self.gpu.fit(self.plan["name"], self.plan["weights"]):
             self.runtime.say("Error Code 1: Cuda Runtime (cudaError 2: out of memory)")
@@ -324,6 +362,8 @@ class IRuntimeCache:
 
 class IExecutionContext:
     """Refuses what the documentation forbids: see `execute_async_v3`."""
+
+    error_recorder: IErrorRecorder | None = None
 
     def __init__(self, engine: ICudaEngine) -> None:
         self.engine, self.plan, self.gpu = engine, engine.plan, engine.gpu
@@ -412,6 +452,9 @@ class IExecutionContext:
         }
 
     def find_fault(self) -> str | None:
+        assert self.error_recorder is not None and self.engine.error_recorder is not None, "errors would go nowhere"
+        if self.engine.has_lost_bytes():
+            return "Error Code 1: the plan's bytes are gone"
         if self.plan.get("fails"):
             return str(self.plan["fails"])
         if self.addresses.keys() != self.plan["tensors"].keys():
@@ -428,16 +471,21 @@ class IExecutionContext:
 
 
 class JitContext(IExecutionContext):
+    asked = 0
+
     def execute_async_v3(self, stream_handle: int) -> bool:
-        kernel = f"{self.plan['name']}/{'x'.join(map(str, self.shapes[self.list_inputs()[0]]))}"
+        kernel = f"{self.plan.get('graph', self.plan['name'])}/{'x'.join(map(str, self.shapes[self.list_inputs()[0]]))}"
         if self.cache is not None and kernel not in self.cache.kernels:
             self.gpu.compilations.append(kernel)
             self.cache.kernels.add(kernel)
         return super().execute_async_v3(stream_handle)
 
     def is_stream_capturable(self, stream: int) -> bool:
+        """not_capturable: True, or after how many questions it can be."""
         assert self.ran and not self.gpu.capturing
-        return self.gpu.capturable and not self.plan.get("not_capturable", False)
+        self.asked += 1
+        refused = self.plan.get("not_capturable", False)
+        return self.gpu.capturable and (self.asked > refused if type(refused) is int else not refused)
 
 
 def read_plan(buffer: Any) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dreammix_trt.core.axes import Sides, Tensor
 from dreammix_trt.core.errors import DeviceError, EngineError, InputError, OutOfMemoryError
@@ -19,7 +20,13 @@ from dreammix_trt.core.networks import is_twin
 from dreammix_trt.core.onnx_runtime import import_onnxruntime
 from dreammix_trt.core.seam import Array, BaseFacts, Stream
 from dreammix_trt.core.slots import Slot, slots_of
-from dreammix_trt.engine.backends.onnxruntime.engine_set import REBUILD, list_parts, read_facts, read_network
+from dreammix_trt.engine.backends.onnxruntime.engine_set import (
+    REBUILD,
+    list_parts,
+    map_weights,
+    read_facts,
+    read_network,
+)
 from dreammix_trt.engine.canvas.geometry import Size
 from dreammix_trt.engine.hardware import count_cores
 
@@ -34,7 +41,7 @@ class OnnxNetworks:
     """See the module. One session per network, made by `open` or `load`. `close` or a with statement frees them.
 
     ONNX Runtime ties a session to one stream when it is made. So these networks belong to one stream of the runtime,
-    and each of several contexts on a device needs its own networks. The parts' LoRA factors are one packed `lora`.
+    and each of several contexts on a device needs its own networks.
     """
 
     def __init__(
@@ -50,6 +57,7 @@ class OnnxNetworks:
         self.facts, self._parts, self._entries, self._stream = facts, parts, entries, stream
         self.provider, self._providers = provider, _choose_providers(provider, stream, memory_limit)
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+        self._weights: dict[str, dict[str, npt.NDArray[Any]]] = {}
         self.bound: list[OnnxBound] = []
 
     @classmethod
@@ -80,7 +88,7 @@ class OnnxNetworks:
         for name, entry in entries.items():
             if not entry.get("graph"):
                 raise EngineError(f"{places[name]}: {name} is not an ONNX graph; build with `--backend onnxruntime`")
-            for file in filter(None, (entry["graph"], entry.get("weights"))):
+            for file in filter(None, map(entry.get, ("graph", "weights", "slot_weights"))):
                 if not (places[name] / file).is_file():
                     raise EngineError(f"{places[name] / file}: missing, so {name} cannot run; {REBUILD}")
         facts = read_facts(places["base"])
@@ -100,8 +108,14 @@ class OnnxNetworks:
         return name in self._entries
 
     def slots(self, name: str) -> tuple[Slot, ...]:
-        """The LoRA slots of a network, in packed order."""
+        """The LoRA slots of a network."""
         return slots_of(self._entries[name]) if name in self._entries else ()
+
+    def weights(self, name: str) -> Mapping[str, npt.NDArray[Any]]:
+        """The base's own weights of the slots, mapped from their file at first use."""
+        if name not in self._weights:
+            self._weights[name] = map_weights(self._parts[name], self._entry(name))
+        return self._weights[name]
 
     def inputs(self, name: str) -> tuple[Tensor, ...]:
         """Those in `network.json`."""
@@ -123,6 +137,11 @@ class OnnxNetworks:
     def most_pictures(self) -> int | None:
         """None: any batch."""
         return None
+
+    @property
+    def captures(self) -> bool:
+        """Never (`OnnxBound.capturable`)."""
+        return False
 
     def weight_bytes(self, name: str) -> int:
         """The size of the weights' file: ONNX Runtime takes at least that much."""

@@ -26,7 +26,10 @@ class TensorRtBound:
 
     @property
     def capturable(self) -> bool:
-        """False before the first `enqueue`, and again after the weights were unloaded."""
+        """False before the first `enqueue`, and again after the weights were unloaded.
+
+        Where the package says no, it is asked again after the next run.
+        """
         return self._capturable
 
     def enqueue(self, stream: Stream) -> None:
@@ -40,7 +43,7 @@ class TensorRtBound:
             raise EngineError(f"{self._network.name}: closed; bind it again")
         if self._context is None or not self._network.loaded:
             raise EngineError(f"{self._network.name}: its weights are unloaded; load them first")
-        self._device.enqueue_work(self._network.name, stream, lambda: self._run(handle))
+        self._device.enqueue_work(self._network.name, stream, lambda: self._start(handle))
 
     def close(self) -> None:
         """Free the context. The arrays belong to their owner. The stream must be idle."""
@@ -64,6 +67,16 @@ class TensorRtBound:
         if whole:
             self._context = None
 
+    def _start(self, handle: int) -> None:
+        """Run. The first time alone: kernels are compiled, and networks of one structure share them."""
+        if self._ran:
+            self._run(handle)
+            return
+        with self._network.lock:
+            self._run(handle)
+            self._ran = True
+            self._network.keep_compiled()
+
     def _run(self, handle: int) -> None:
         context = self._context
         with collect_messages() as messages:
@@ -74,7 +87,5 @@ class TensorRtBound:
                 done = False
         if not done:
             raise explain_failure(f"{self._network.name} cannot be run", messages)
-        if not self._ran:
-            self._ran = True
-            self._capturable = bool(context.is_stream_capturable(handle)) if self._network.jit else True
-            self._network.keep_compiled()
+        if not self._capturable:  # so no capture is under way
+            self._capturable = not self._network.jit or bool(context.is_stream_capturable(handle))

@@ -1,7 +1,16 @@
-"""What TensorRT calls back while it builds and runs: logger, progress monitor, writer.
+"""What TensorRT calls back while it builds and runs: loggers, error recorder, progress monitor, writer.
 
 The packages ignore exceptions of a callback, Ctrl-C and a full disk included, and report success nevertheless. So
 nothing here raises: errors are kept for the caller, who asks for them.
+
+**Building and running have loggers of their own.** A logger written in Python takes the GIL for every message, also for
+the hundreds that nobody wants, so a thread inside TensorRT would wait for whoever runs Python. Building takes one
+(`get_logger`): its warnings are wanted. Running takes the package's own, in C++ (`get_quiet_logger`), and an error
+recorder (`get_recorder`): errors, and nothing else, go to the recorder and to no logger, so they reach our messages.
+Runtime, engine and context each get the recorder. Two answers are told to the logger alone, so they are asked of a
+runtime with the listener, which does nothing else: whether it starts, and whether a plan fits
+(`plans.check_validity`). Tried on TensorRT-RTX 1.7.1: every runtime and every builder of a process keeps the logger it
+was made with, in whatever order they are made.
 """
 
 from __future__ import annotations
@@ -38,25 +47,70 @@ def collect_messages() -> Iterator[list[tuple[str, str]]]:
         HEARD.messages = before
 
 
+def hear(severity: str, text: str) -> None:
+    """Give a message to the collector of this thread."""
+    LOGGER.debug("%s: %s", severity, text)
+    if HEARD.messages is not None:
+        HEARD.messages.append((severity, text))
+
+
 @functools.cache
 def get_logger(trt: Any) -> Any:
-    """The one logger that a package accepts in a process.
-
-    A message goes to the collector of the thread in which it arises.
-    """
+    """The logger for building. A warning or error goes to the collector of the thread in which it arises."""
 
     class Listener(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            if severity.name in ("INFO", "VERBOSE"):
-                return
-            LOGGER.debug("%s: %s", severity.name, message)
-            if HEARD.messages is not None:
-                HEARD.messages.append((severity.name, message))
+            if severity.name not in ("INFO", "VERBOSE"):
+                hear(severity.name, message)
 
     return Listener()
+
+
+@functools.cache
+def get_quiet_logger(trt: Any) -> Any:
+    """The logger for running, the package's own. It prints errors that no recorder takes, and nothing else."""
+    return trt.Logger(trt.Logger.ERROR)
+
+
+@functools.cache
+def get_recorder(trt: Any) -> Any:
+    """What takes errors while running. An error goes to the collector of the thread in which it arises.
+
+    It keeps none itself: the packages ask a recorder for its number of errors, and never for one that was told.
+    """
+
+    class Recorder(trt.IErrorRecorder):
+        def __init__(self) -> None:
+            trt.IErrorRecorder.__init__(self)
+            self.told = 0
+
+        def report_error(self, code: Any, text: str) -> bool:
+            self.told += 1
+            hear("ERROR", text)
+            return True  # whoever met the error stops
+
+        def num_errors(self) -> int:
+            return self.told
+
+        def get_num_errors(self) -> int:  # by this name the bindings call it
+            return self.told
+
+        def get_error_code(self, index: int) -> Any:
+            return trt.ErrorCodeTRT.UNSPECIFIED_ERROR
+
+        def get_error_desc(self, index: int) -> str:
+            return "told when it arose"
+
+        def has_overflowed(self) -> bool:
+            return False
+
+        def clear(self) -> None:
+            self.told = 0
+
+    return Recorder()
 
 
 def make_monitor(trt: Any, events: Events, cancelled: threading.Event) -> Any:

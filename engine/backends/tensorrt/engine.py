@@ -1,11 +1,15 @@
 """The engine of a plan and its contexts. A context is made for shapes, then gets memory and addresses.
 
+The plan's file stays mapped as long as there is an engine of it: the package may read weights when it needs them, and
+wants the very bytes again when weights come back. Mapped pages take no memory that others could use.
+
 Variables called trt, runtime, engine, context, config and kernels are the package's objects. A test compares their
 attributes with the package's.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +17,7 @@ from typing import Any
 
 from dreammix_trt.core.errors import EngineError
 from dreammix_trt.core.seam import Array, Shape
-from dreammix_trt.engine.backends.tensorrt.callbacks import collect_messages
-from dreammix_trt.engine.backends.tensorrt.compiled import Compiled, kernels_file
+from dreammix_trt.engine.backends.tensorrt.callbacks import collect_messages, get_recorder
 from dreammix_trt.engine.backends.tensorrt.place import PlanPlace, handle_of
 from dreammix_trt.engine.backends.tensorrt.plans import (
     REBUILD,
@@ -43,16 +46,18 @@ class PlanEngine:
     """The engine of one plan, which may be dropped and loaded again. Callers of its methods hold the place's lock.
 
     shapes: the shapes it takes: those in `network.json`, after `learn` those of the engine itself.
-    build: the record of its build in `network.json`.
+    entry: its `network.json`.
 
-    It remembers the memory that contexts need, and what TensorRT-RTX compiled for them, while the engine is dropped.
+    It remembers the memory that contexts need while the engine is dropped.
     """
 
-    def __init__(self, place: PlanPlace, shapes: PlanShapes, build: Mapping[str, Any]) -> None:
+    def __init__(self, place: PlanPlace, shapes: PlanShapes, entry: Mapping[str, Any]) -> None:
         self.shapes = shapes
-        self._place, self._origin = place, Origin(shapes.plan, build, place.gpu)
+        self._place, self._origin = place, Origin(shapes.plan, entry.get("build") or {}, place.gpu)
+        self._kernels = place.shelf.find(entry)
         self._engine: Any = None
-        self._compiled: Compiled | None = None
+        self._data: mmap.mmap | None = None  # the plan's bytes, while there is an engine
+        self._config: Any = None
         self._needs: dict[ContextKey, int] = {}
         self._ready: tuple[ContextKey, Any] | None = None  # a context that `measure` made and nobody has bound yet
 
@@ -67,18 +72,23 @@ class PlanEngine:
         weights: whether the weights come as well; only TensorRT-RTX can omit them.
         """
         trt, runtime, package = self._place.trt, self._place.runtime, self._place.package
-        check_origin(trt, package, self._origin)
-        with map_plan(self._origin.plan) as data:
-            if package.jit:
-                check_validity(trt, package, runtime, data, self._origin)
-                runtime.defer_weights_loading = True  # else the weights could not be unloaded
-            with collect_messages() as messages:
-                engine = runtime.deserialize_cuda_engine(data)
-            if engine is None:
-                raise explain_failure(f"{self._origin.plan} cannot be loaded", messages)
-            self._engine = engine
-            if package.jit and weights:
-                self._bring_weights(data)
+        self.check()
+        data = map_plan(self._origin.plan)
+        if package.jit:
+            check_validity(trt, package, data, self._origin)
+            runtime.defer_weights_loading = True  # else the weights could not be unloaded
+        with collect_messages() as messages:
+            engine = runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            raise explain_failure(f"{self._origin.plan} cannot be loaded", messages)
+        engine.error_recorder = get_recorder(trt)
+        self._data, self._engine = data, engine
+        if package.jit and weights:
+            self.bring_weights()
+
+    def check(self) -> None:
+        """Raise EngineError or DeviceError for a plan that `network.json` says does not fit here."""
+        check_origin(self._place.trt, self._place.package, self._origin)
 
     def learn(self) -> None:
         """Ask the engine for its shapes. Raises EngineError where they differ from those in `network.json`."""
@@ -86,8 +96,10 @@ class PlanEngine:
 
     def bring_weights(self) -> None:
         """Load the weights that `give_weights_back` unloaded (TensorRT-RTX only)."""
-        with map_plan(self._origin.plan) as data:
-            self._bring_weights(data)
+        engine = self._engine
+        with collect_messages() as messages:
+            if not engine.load_weights(self._data):
+                raise explain_failure(f"{self._origin.plan}: its weights cannot be loaded", messages)
 
     def give_weights_back(self) -> None:
         """Unload the weights; contexts stay (TensorRT-RTX only)."""
@@ -98,14 +110,13 @@ class PlanEngine:
                 raise explain_failure(f"{self._origin.plan}: its weights cannot be unloaded", messages)
 
     def drop(self) -> None:
-        """Drop the engine. Nobody else may have a context of it."""
-        self._ready = self._engine = None
+        """Drop the engine, then the mapped plan. Nobody else may have a context of it."""
+        self._ready = self._config = self._engine = None
+        self._data = None
 
-    def close(self) -> None:
-        """Drop the engine for good, and keep what was compiled."""
+    def drop_contexts(self) -> None:
+        """Drop the context that nobody has bound."""
         self._ready = None
-        self.keep_compiled()
-        self._compiled = self._engine = None
 
     def measure(self, shapes: Mapping[str, Shape], profile: int) -> int:
         """Bytes of workspace at these shapes, from a context that stays ready for the next `make_context`.
@@ -149,8 +160,7 @@ class PlanEngine:
 
     def keep_compiled(self) -> None:
         """Write what was compiled, where something new was."""
-        if self._compiled is not None:
-            self._compiled.keep()
+        self._kernels.keep()
 
     @contextmanager
     def _hold_engine(self) -> Iterator[None]:
@@ -164,12 +174,6 @@ class PlanEngine:
             yield
         finally:
             self.drop()
-
-    def _bring_weights(self, data: Any) -> None:
-        engine = self._engine
-        with collect_messages() as messages:
-            if not engine.load_weights(data):
-                raise explain_failure(f"{self._origin.plan}: its weights cannot be loaded", messages)
 
     def _key_of(self, shapes: Mapping[str, Shape], profile: int) -> ContextKey:
         return profile, tuple(shapes[tensor.name] for tensor in self.shapes.inputs)
@@ -201,6 +205,7 @@ class PlanEngine:
                 context = self._make_context()
                 if context is None or not context.set_optimization_profile_async(profile, handle):
                     raise explain_failure(f"{name}: no context for profile {profile}", messages)
+                context.error_recorder = get_recorder(place.trt)
                 place.device.synchronize(place.stream)
                 for tensor in self.shapes.inputs:
                     if not context.set_input_shape(tensor.name, shapes[tensor.name]):
@@ -215,14 +220,15 @@ class PlanEngine:
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if not self._place.package.jit:
             return engine.create_execution_context(strategy=strategy)
-        if self._compiled is None:
+        if self._config is None:
             config = engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
             config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # graphs are captured around the engine
             # Never fallback kernels first and better ones later: a captured graph would keep the fallback.
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-            self._compiled = Compiled.of(config, kernels_file(self._place, self.shapes.plan))
-        return engine.create_execution_context(runtime_config=self._compiled.config)
+            self._kernels.join(config)
+            self._config = config
+        return engine.create_execution_context(runtime_config=self._config)
 
     def _explain_failure(self, what: str, error: RuntimeError, messages: list[tuple[str, str]]) -> EngineError:
         return explain_failure(f"{self.shapes.name}: {what}", messages or [("ERROR", str(error))])

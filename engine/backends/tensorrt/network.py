@@ -1,14 +1,22 @@
-"""One network on TensorRT-RTX or TensorRT 11. Its weights can be unloaded and loaded while it stays bound."""
+"""One network on TensorRT-RTX or TensorRT 11. Its weights can be unloaded and loaded while it stays bound.
+
+A network that was not opened is only its `network.json` and its file: no engine, no context, nothing compiled. Whoever
+first asks for more opens it. So a float32 twin costs nothing until a picture overflows.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy.typing as npt
 
 from dreammix_trt.core.axes import Sides
 from dreammix_trt.core.errors import EngineError
 from dreammix_trt.core.seam import Array, BaseFacts
+from dreammix_trt.engine.backends.onnxruntime.engine_set import map_weights
 from dreammix_trt.engine.backends.tensorrt.bound import TensorRtBound
 from dreammix_trt.engine.backends.tensorrt.engine import Binding, PlanEngine
 from dreammix_trt.engine.backends.tensorrt.place import PlanPlace
@@ -20,16 +28,22 @@ class PlanNetwork:
     """A network that runs a plan. Callers of its methods hold the place's lock.
 
     bound: what is bound to it.
+    opened: whether its engine was asked what it takes.
     loads: how often its weights were loaded.
     """
 
     def __init__(self, name: str, folder: Path, entry: Mapping[str, Any], place: PlanPlace) -> None:
-        self.name, self.entry, self._place = name, entry, place
+        self.name, self.entry, self._folder, self._place = name, entry, folder, place
         self.plan = plan_of(name, folder, entry)
         self.jit, self.lock = place.package.jit, place.lock
-        self.loads, self.loaded = 0, False
+        self.loads, self.loaded, self.opened = 0, False, False
         self.bound: list[TensorRtBound] = []
-        self._engine = PlanEngine(place, PlanShapes.from_entry(name, self.plan, entry), entry.get("build") or {})
+        self._engine = PlanEngine(place, PlanShapes.from_entry(name, self.plan, entry), entry)
+
+    @cached_property
+    def slot_weights(self) -> Mapping[str, npt.NDArray[Any]]:
+        """The base's own weights of the slots, in their mapped file."""
+        return map_weights(self._folder, self.entry)
 
     @property
     def shapes(self) -> PlanShapes:
@@ -44,15 +58,23 @@ class PlanNetwork:
         self._place.check()
         self._engine.bring(weights=weights)
         self._engine.learn()
+        self.opened = True
         if weights:
             self._announce()
         elif not self.jit:
             self._engine.measure_profiles()  # the engine is here now
             self._engine.drop()
 
+    def check(self) -> None:
+        """Raise EngineError or DeviceError for a plan that `network.json` says does not fit here."""
+        self._engine.check()
+
     def load(self) -> None:
         """See `TensorRtNetworks.load`."""
         if self.loaded:
+            return
+        if not self.opened:
+            self.open(weights=True)
             return
         self._place.check()
         if self._engine.here:
@@ -73,15 +95,20 @@ class PlanNetwork:
             self._let_go()
             self.loaded = False
 
-    def close(self) -> None:
-        """Free contexts first, then keep what was compiled, then drop the engine."""
+    def close_contexts(self) -> None:
+        """Free every context."""
         for bound in list(self.bound):
             bound.close()
-        self._engine.close()
+        self._engine.drop_contexts()
+
+    def close(self) -> None:
+        """Drop the engine, after `close_contexts`."""
+        self._engine.drop()
         self.loaded = False
 
     def measure_workspace(self, sides: Sides, facts: BaseFacts) -> int:
         """See `TensorRtNetworks.workspace_bytes`."""
+        self._learn()
         return self._engine.measure(*self.shapes.choose(sides, facts))
 
     def bind(
@@ -89,6 +116,7 @@ class PlanNetwork:
     ) -> TensorRtBound:
         """See `TensorRtNetworks.bind`."""
         self._place.check()
+        self._learn()
         shapes, profile = self.shapes.choose(sides, facts)
         self.shapes.check_arrays(shapes, arrays)
         bound = TensorRtBound(self, self._place.device, Binding(shapes, profile, dict(arrays), workspace))
@@ -104,6 +132,11 @@ class PlanNetwork:
     def keep_compiled(self) -> None:
         """Write what was compiled, where something new was."""
         self._engine.keep_compiled()
+
+    def _learn(self) -> None:
+        """Open it where it is not."""
+        if not self.opened:
+            self.open(weights=False)
 
     def _announce(self) -> None:
         """Count it as loaded. The last step of loading: from here on other threads run what is bound."""

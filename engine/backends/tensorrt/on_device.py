@@ -15,6 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
 
 from dreammix_trt.core.axes import FACTOR, Sides, Tensor
 from dreammix_trt.core.config_fields import TOKENS
@@ -95,11 +98,15 @@ class TensorRtNetworks:
         return name in self._networks
 
     def slots(self, name: str) -> tuple[Slot, ...]:
-        """The LoRA slots of a network, in packed order."""
+        """The LoRA slots of a network."""
         return slots_of(self._networks[name].entry) if name in self._networks else ()
 
+    def weights(self, name: str) -> Mapping[str, npt.NDArray[Any]]:
+        """The base's own weights of the slots, mapped from their file at first use."""
+        return self._network(name).slot_weights
+
     def inputs(self, name: str) -> tuple[Tensor, ...]:
-        """Those in `network.json`; LoRA factors are inputs of their own."""
+        """Those in `network.json` that the engine has; the weights of slots are the last ones."""
         return self._network(name).shapes.inputs
 
     def outputs(self, name: str) -> tuple[Tensor, ...]:
@@ -115,8 +122,9 @@ class TensorRtNetworks:
         return tuple(sorted((FACTOR * h[0], FACTOR * w[0]) for h, w in frames))
 
     def contexts(self) -> tuple[int, ...] | None:
-        """The fixed lengths in the UNets' profiles."""
-        spans = [network.shapes.spans for name, network in self._networks.items() if kind_of(name).call == "step"]
+        """The fixed lengths in the profiles of the UNets, and of what attends for them."""
+        told = ("stage", "step")
+        spans = [network.shapes.spans for name, network in self._networks.items() if kind_of(name).call in told]
         lengths = {span["context"] for each in spans for span in each if "context" in span}
         if any(low != high for low, high in lengths):
             return None
@@ -127,10 +135,15 @@ class TensorRtNetworks:
         """The largest batch that all networks take."""
         most = [
             max(span["pictures"][1] for span in network.shapes.spans)
-            for network in self._networks.values()
-            if all("pictures" in span for span in network.shapes.spans)
+            for name, network in self._networks.items()
+            if not is_twin(name) and all("pictures" in span for span in network.shapes.spans)
         ]
         return min(most, default=None)
+
+    @property
+    def captures(self) -> bool:
+        """Always, once a network ran."""
+        return True
 
     def weight_bytes(self, name: str) -> int:
         """The size of the plan, which is little more than its weights (measured: 5183 MB for 5146 MB)."""
@@ -153,8 +166,8 @@ class TensorRtNetworks:
     ) -> TensorRtBound:
         """Make a context of its own with every address set.
 
-        arrays: one for every input and output, by name ("MODULE.lora_A", ".lora_B" as well), at multiples of ALIGNMENT
-            bytes, of exactly the network's dtype and shape.
+        arrays: one for every input and output, by name (the slots' weights as well), at multiples of ALIGNMENT bytes,
+            of exactly the network's dtype and shape.
         workspace: at least `workspace_bytes`.
 
         The weights need not be loaded; on TensorRT 11 the context is then made with them.
@@ -188,9 +201,14 @@ class TensorRtNetworks:
             self._network(name).load()
 
     def close(self) -> None:
-        """Free contexts, engines and the runtime, in this order, and keep what was compiled. Again does nothing."""
+        """Keep what was compiled; free contexts, kernels, engines, runtime, in this order. Again does nothing."""
         with self._place.lock:
-            for network in self._networks.values():
+            networks = self._networks.values()
+            for network in networks:
+                network.close_contexts()
+            self._place.shelf.keep()
+            self._place.shelf.close()
+            for network in networks:
                 network.close()
             self._place.close()
 
@@ -200,10 +218,13 @@ class TensorRtNetworks:
         return self._networks[name]
 
     def _bring(self, resident: Collection[str]) -> None:
-        """Open the networks, first those that do not stay loaded."""
+        """Open the networks, first those that do not stay loaded. Twins wait until they are needed."""
         try:
             for name in sorted(self._networks, key=lambda name: name in resident):
-                self._networks[name].open(weights=name in resident)
+                if name in resident or not is_twin(name):
+                    self._networks[name].open(weights=name in resident)
+                else:
+                    self._networks[name].check()
         except OutOfMemoryError as error:
             free, total = self._place.device.memory()
             plan = ", ".join(f"{name} {size_text(self.weight_bytes(name))}" for name in self._networks)

@@ -58,15 +58,17 @@ NAMES_AHEAD: Final = (
 
 # What running uses. Those of TensorRT 11 were never tried here: no release of it could be installed.
 RUNTIME_NAMES: Final = (
-    "ExecutionContextAllocationStrategy.USER_MANAGED", "ICudaEngine.create_execution_context",
-    "ICudaEngine.get_tensor_dtype", "ICudaEngine.get_tensor_location", "ICudaEngine.get_tensor_mode",
-    "ICudaEngine.get_tensor_name", "ICudaEngine.get_tensor_profile_shape", "ICudaEngine.get_tensor_shape",
-    "ICudaEngine.num_io_tensors", "ICudaEngine.num_optimization_profiles", "IExecutionContext.execute_async_v3",
-    "IExecutionContext.get_tensor_shape", "IExecutionContext.infer_shapes", "IExecutionContext.set_device_memory",
-    "IExecutionContext.set_input_shape", "IExecutionContext.set_optimization_profile_async",
-    "IExecutionContext.set_tensor_address", "IExecutionContext.update_device_memory_size_for_shapes", "ILogger",
-    "Runtime.deserialize_cuda_engine", "Runtime.engine_host_code_allowed", "TensorIOMode.INPUT",
-    "TensorLocation.DEVICE",
+    "ErrorCodeTRT.UNSPECIFIED_ERROR", "ExecutionContextAllocationStrategy.USER_MANAGED",
+    "ICudaEngine.create_execution_context", "ICudaEngine.error_recorder", "ICudaEngine.get_tensor_dtype",
+    "ICudaEngine.get_tensor_location", "ICudaEngine.get_tensor_mode", "ICudaEngine.get_tensor_name",
+    "ICudaEngine.get_tensor_profile_shape", "ICudaEngine.get_tensor_shape",
+    "ICudaEngine.num_io_tensors", "ICudaEngine.num_optimization_profiles", "IErrorRecorder",
+    "IExecutionContext.error_recorder", "IExecutionContext.execute_async_v3", "IExecutionContext.get_tensor_shape",
+    "IExecutionContext.infer_shapes", "IExecutionContext.set_device_memory", "IExecutionContext.set_input_shape",
+    "IExecutionContext.set_optimization_profile_async", "IExecutionContext.set_tensor_address",
+    "IExecutionContext.update_device_memory_size_for_shapes", "ILogger", "Logger.ERROR",
+    "Runtime.deserialize_cuda_engine", "Runtime.engine_host_code_allowed", "Runtime.error_recorder",
+    "TensorIOMode.INPUT", "TensorLocation.DEVICE",
 )  # fmt: skip
 RUNTIME_NAMES_JIT: Final = (
     "CudaGraphStrategy.DISABLED", "DynamicShapesKernelSpecializationStrategy.EAGER",

@@ -9,6 +9,7 @@ from typing import Any
 
 from dreammix_trt.core.errors import DeviceError, EngineError
 from dreammix_trt.core.seam import Stream
+from dreammix_trt.engine.backends.tensorrt.compiled import Shelf
 from dreammix_trt.engine.backends.tensorrt.package import Package
 from dreammix_trt.engine.drivers.device import Device
 
@@ -19,7 +20,8 @@ class PlanPlace:
 
     stream: for setting up contexts.
     cache: folder that keeps compiled kernels; None: they are not kept.
-    lock: held while a context is made, or weights are loaded or unloaded.
+    lock: held while a context is made or runs for the first time, or weights are loaded or unloaded.
+    shelf: what was compiled for the networks.
     """
 
     trt: Any
@@ -29,6 +31,10 @@ class PlanPlace:
     stream: Stream
     cache: Path | None
     lock: threading.RLock = field(default_factory=threading.RLock)
+    shelf: Shelf = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shelf = Shelf(self.cache, self.gpu, str(self.trt.__version__))
 
     def check(self) -> None:
         """Raise EngineError after `close`; else make the device current in this thread."""

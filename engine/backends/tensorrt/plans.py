@@ -5,22 +5,29 @@ Whether loading one would run programs on this computer, whether it fits here, a
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import mmap
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from dreammix_trt.core.errors import DeviceError, EngineError, OutOfMemoryError
+from dreammix_trt.core.files import ask_file
 from dreammix_trt.engine import hardware
-from dreammix_trt.engine.backends.tensorrt.callbacks import collect_messages, get_logger
+from dreammix_trt.engine.backends.tensorrt.callbacks import (
+    collect_messages,
+    get_logger,
+    get_quiet_logger,
+    get_recorder,
+)
 from dreammix_trt.engine.backends.tensorrt.package import PACKAGES, Package, check_runtime, load
 from dreammix_trt.engine.machine import RTX_TARGETS
 
 REBUILD: Final = "build it again with `dreammix-trt build`"
+_HOST_CODE, _NO_HOST_CODE = "found", "none"
+_QUESTION: Final = "host code, rule 1"  # the number rises when `holds_host_code` changes: then all plans are read again
 LOGGER = logging.getLogger(__name__)
 
 
@@ -41,9 +48,19 @@ def holds_host_code(plan: Path) -> bool:
         return image.search(data) is not None
 
 
-def refuse_host_code(plan: Path) -> None:
-    """Raise EngineError for a plan that would run programs on this computer when it is loaded."""
-    if holds_host_code(plan):
+def refuse_host_code(plan: Path, *, verify: bool = False) -> None:
+    """Raise EngineError for a plan that would run programs on this computer when it is loaded.
+
+    What was found in a large file is remembered beside its hash, so a second load need not read it. The runtime refuses
+    host code as well (`open_guarded_runtime`).
+
+    verify: read the plan again.
+    """
+
+    def find(file: Path) -> str:
+        return _HOST_CODE if holds_host_code(file) else _NO_HOST_CODE
+
+    if ask_file(plan, _QUESTION, find, verify=verify) != _NO_HOST_CODE:
         raise EngineError(
             f"{plan} carries code for the host, which loading would run; this program never builds such engines: "
             "do not trust its source, and build it again with `dreammix-trt build`"
@@ -53,6 +70,8 @@ def refuse_host_code(plan: Path) -> None:
 def open_guarded_runtime(backend: str) -> Any:
     """Open the runtime of a back end so that it refuses plans with host code itself.
 
+    It is started twice: first with the logger that hears why it does not start, then with the one for running.
+
     Raises MissingExtraError or EngineError for a package that is absent or lacks something, DeviceError where the
     package cannot start.
     """
@@ -60,12 +79,13 @@ def open_guarded_runtime(backend: str) -> Any:
     check_runtime(trt, PACKAGES[backend])
     with collect_messages() as messages:
         try:
-            runtime = trt.Runtime(get_logger(trt))
+            trt.Runtime(get_logger(trt))
         except (RuntimeError, TypeError) as error:  # pybind11 raises TypeError where the factory gives nothing
             raise explain_failure(
                 f"{PACKAGES[backend].title} does not start", messages or [("ERROR", str(error))]
             ) from error
-    runtime = trt.Runtime(get_logger(trt))
+    runtime = trt.Runtime(get_quiet_logger(trt))
+    runtime.error_recorder = get_recorder(trt)
     runtime.engine_host_code_allowed = False
     if runtime.engine_host_code_allowed:
         raise EngineError(f"{PACKAGES[backend].title} does not refuse engines with host code; install it again")
@@ -96,19 +116,16 @@ class Origin:
         return tuple(self.build.get("targets") or ())
 
 
-@contextlib.contextmanager
-def map_plan(plan: Path) -> Iterator[mmap.mmap]:
-    """A plan's bytes without a copy: its pages come from the file and go again.
+def map_plan(plan: Path) -> mmap.mmap:
+    """A plan's bytes without a copy: its pages come from the file and go again. Keep it as long as its engine.
 
     Raises EngineError for a file that is missing, unreadable or empty.
     """
     try:
         with plan.open("rb") as stream:
-            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
         raise EngineError(f"{plan}: missing, unreadable or empty ({error}); {REBUILD}") from error
-    with data:
-        yield data
 
 
 def check_origin(trt: Any, package: Package, origin: Origin) -> None:
@@ -122,11 +139,14 @@ def check_origin(trt: Any, package: Package, origin: Origin) -> None:
         raise _make_gpu_error(package, origin)
 
 
-def check_validity(trt: Any, package: Package, runtime: Any, data: Any, origin: Origin) -> None:
+def check_validity(trt: Any, package: Package, data: Any, origin: Origin) -> None:
     """Raise the error that fits what TensorRT-RTX finds wrong with a plan on this GPU, before loading it.
 
     data: the plan's bytes.
+
+    It asks a runtime of its own, which costs microseconds: what is wrong with the driver goes to the logger alone.
     """
+    runtime = trt.Runtime(get_logger(trt))
     with collect_messages() as messages:
         validity, bits = runtime.get_engine_validity(data)
     if validity == trt.EngineValidity.SUBOPTIMAL:

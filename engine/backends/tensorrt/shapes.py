@@ -45,7 +45,7 @@ class PlanShapes:
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         given = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         self._compare(trt, engine, given, [name for name in names if name not in given])
-        # TensorRT may omit an input that nothing reads: a LoRA slot of a layer whose output is not used.
+        # TensorRT may omit an input that nothing reads: the weight of a layer whose output is not used.
         inputs = tuple(tensor for tensor in self.inputs if tensor.name in given)
         profiles = tuple(_read_profile(engine, inputs, index) for index in range(engine.num_optimization_profiles))
         return replace(self, inputs=inputs, profiles=profiles)
@@ -74,7 +74,7 @@ class PlanShapes:
             array = arrays.get(tensor.name)
             if array is None:
                 raise EngineError(f"{self.name}: no array is given for {tensor.name}")
-            if array.dtype != tensor.dtype or tuple(array.shape) != shapes[tensor.name]:
+            if array.dtype != tensor.memory_dtype or tuple(array.shape) != shapes[tensor.name]:
                 raise EngineError(
                     f"{self.name}: {tensor.name} is {array.dtype} {list(array.shape)}, "
                     f"the engine takes {tensor.dtype} {list(shapes[tensor.name])}"

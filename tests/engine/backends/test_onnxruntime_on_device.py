@@ -91,20 +91,26 @@ def test_every_network_computes_what_the_host_does_in_place(
                 value[:] = value[::-1].copy() if value.dtype == np.int64 else 0.5 * value
 
 
-def test_each_picture_has_factors_of_its_own(networks: OnnxNetworks) -> None:
+def test_weights_of_slots_are_the_bases_own_and_may_be_others(networks: OnnxNetworks, host: EngineSet) -> None:
     held = Held(networks, "unet")
-    both = held.run()["eps"]
-    held.inputs["lora"][1] = 0
-    found = held.run()["eps"]
-    np.testing.assert_allclose(found[:2], both[:2], atol=1e-6)
-    assert np.abs(found[2:] - both[2:]).max() > 1e-3
+    for name, weight in networks.weights("unet").items():
+        np.testing.assert_array_equal(weight, host.weights("unet")[name])
+        held.inputs[name][:] = weight
+    given = {name: value for name, value in held.inputs.items() if name not in networks.weights("unet")}
+    wanted = host.run("unet", **given)["eps"]
+    plain = held.run()["eps"]
+    np.testing.assert_allclose(plain, wanted, atol=1e-5 * np.abs(wanted).max())
+    held.inputs[networks.slots("unet")[0].weight][:] *= 2
+    assert np.abs(held.run()["eps"] - plain).max() > 1e-3 * np.abs(plain).max()
 
 
 def test_it_answers_as_the_seam_wants(networks: OnnxNetworks, host: EngineSet, parts: dict[str, Path]) -> None:
     seam: DeviceNetworks = networks
     assert "unet" in seam and "unet_float32" not in seam
     assert seam.facts == host.facts and seam.slots("unet") == host.slots("unet") and seam.slots("none") == ()
-    assert [tensor.name for tensor in seam.inputs("unet")][-1] == "lora"
+    slots = seam.slots("unet")
+    assert [tensor.name for tensor in seam.inputs("unet")][-len(slots) :] == [slot.weight for slot in slots]
+    assert seam.weights("unet").keys() == {slot.weight for slot in slots} and seam.weights("vae_decoder") == {}
     assert seam.frames() is None and seam.most_pictures is None and seam.workspace_bytes("unet", SIDES) == 0
     assert seam.weight_bytes("unet") == (parts["unet"] / "unet.safetensors").stat().st_size
     assert not Held(networks, "inpaint_head").bound.capturable

@@ -4,6 +4,7 @@ there is a GPU by a real plan."""
 from __future__ import annotations
 
 import ast
+import gc
 import json
 import logging
 import sys
@@ -16,42 +17,48 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from dreammix_trt.core.axes import Sides
 from dreammix_trt.core.errors import DeviceError, EngineError, OutOfMemoryError
 from dreammix_trt.core.seam import Array, DeviceNetworks
+from dreammix_trt.core.slots import Slot
 from dreammix_trt.engine import hardware
 from dreammix_trt.engine.backends.tensorrt import bound as tensorrt_bound
+from dreammix_trt.engine.backends.tensorrt import callbacks, plans
 from dreammix_trt.engine.backends.tensorrt import compiled as tensorrt_compiled
 from dreammix_trt.engine.backends.tensorrt import engine as tensorrt_engine
 from dreammix_trt.engine.backends.tensorrt import network as tensorrt_network
 from dreammix_trt.engine.backends.tensorrt import on_device as tensorrt_networks
 from dreammix_trt.engine.backends.tensorrt import package as tensorrt_package
 from dreammix_trt.engine.backends.tensorrt import place as tensorrt_place
-from dreammix_trt.engine.backends.tensorrt import plans
 from dreammix_trt.engine.backends.tensorrt import shapes as tensorrt_shapes
+from dreammix_trt.engine.backends.tensorrt.callbacks import collect_messages
 from dreammix_trt.engine.backends.tensorrt.on_device import ProfileError, TensorRtNetworks
 from dreammix_trt.engine.backends.tensorrt.package import PACKAGES, RUNTIME_NAMES, RUNTIME_NAMES_JIT, check_runtime
 from dreammix_trt.engine.backends.tensorrt.plans import explain_failure
 from dreammix_trt.engine.backends.tensorrt.profiles import profiles_for
+from dreammix_trt.engine.device.slot_layout import list_slotted
 from dreammix_trt.engine.hardware import Driver, Gpu
 from tests.support import fake_tensorrt as fake
 
 BOTH = ["tensorrt-rtx", "tensorrt"]
 NATIVE = 128  # pixels
-SLOTS = [{"module": "block.to_q", "in": 32, "out": 32, "rank": 8}]
+WEIGHT_NAME = "block.to_q.weight"
+SLOTS = [Slot.of("block.to_q", 32, 48).describe()]
+SLOT_WEIGHTS = {WEIGHT_NAME: np.arange(32 * 48, dtype=np.float16).reshape(32, 48)}
 UNET_INPUTS = [
     {"name": "sample", "dtype": "float16", "shape": ["rows", 4, "h", "w"]},
     {"name": "timestep", "dtype": "float32", "shape": ["rows"]},
     {"name": "inpaint_feature", "dtype": "float16", "shape": ["pictures", 8, "h", "w"]},
-    {"name": "block.to_q.lora_A", "dtype": "float16", "shape": ["pictures", 32, 8]},
-    {"name": "block.to_q.lora_B", "dtype": "float16", "shape": ["pictures", 8, 32]},
+    {"name": WEIGHT_NAME, "dtype": "float16", "shape": [32, 48]},
 ]
 UNET_OUTPUTS = [{"name": "eps", "dtype": "float16", "shape": ["rows", 4, "h", "w"]}]
 VAE_INPUTS = [{"name": "latent", "dtype": "float16", "shape": ["pictures", 4, "h", "w"]}]
 VAE_OUTPUTS = [{"name": "image", "dtype": "float16", "shape": ["pictures", 3, "H", "W"]}]
 KINDS = {"float16": "HALF", "float32": "FLOAT", "int64": "INT64"}
 ONE = Sides(rows=2, pictures=1, height=16, width=16)
+TWIN = "vae_decoder_float32"
 
 
 def write_part(
@@ -63,9 +70,13 @@ def write_part(
     pictures: int = 1,
     version: str | None = "1.7.1.116",
     slots: list[Any] | None = None,
+    weights: Mapping[str, np.ndarray] | None = None,
     **plan: Any,
 ) -> None:
-    """A part as `dreammix-trt build` writes it, its engine a stand-in's plan: fixed sides are static in it."""
+    """A part as `dreammix-trt build` writes it, its engine a stand-in's plan: fixed sides are static in it.
+
+    weights: of the slots.
+    """
     profiles = profiles_for(inputs, pictures=pictures, shapes=shapes, latent_side=NATIVE // 8, step=1)
     tensors = {}
     for mode, specs in (("INPUT", inputs), ("OUTPUT", outputs)):
@@ -88,14 +99,17 @@ def write_part(
         **plan,
     )
     build = {"targets": ["sm_89"]} | ({"version": version} if version else {})
-    entry = {"schema": 2, "inputs": inputs, "outputs": outputs, "slots": slots or []}
+    entry = {"schema": 3, "inputs": inputs, "outputs": outputs, "slots": slots or []}
+    if weights:
+        save_file(dict(weights), folder / "slots.safetensors")
+        entry["slot_weights"] = "slots.safetensors"
     (folder / "network.json").write_text(json.dumps({**entry, "engine": f"{folder.name}.engine", "build": build}))
 
 
 def write_base(root: Path, backend: str, **options: Any) -> dict[str, Path]:
     """The parts of a base with a UNet and a VAE decoder."""
     options = {"version": None} | options if backend == "tensorrt" else options
-    write_part(root / "unet", UNET_INPUTS, UNET_OUTPUTS, slots=SLOTS, **options)
+    write_part(root / "unet", UNET_INPUTS, UNET_OUTPUTS, slots=SLOTS, weights=SLOT_WEIGHTS, **options)
     write_part(root / "vae_decoder", VAE_INPUTS, VAE_OUTPUTS, **options)
     (root / "base").mkdir(exist_ok=True)
     facts = {"native_side": NATIVE, "divisor": 8, "scaling_factor": 0.13, "feature_channels": 8}
@@ -154,6 +168,23 @@ def test_a_base_tells_its_networks_frames_and_batch(networks: TensorRtNetworks, 
     assert seam.workspace_bytes("unet", ONE) == 100 * 2 * 4 * 16 * 16
     with pytest.raises(EngineError, match="no network 'unet_raw'; it has unet, vae_decoder"):
         seam.inputs("unet_raw")
+
+
+def test_weights_of_slots_are_mapped_from_their_file(networks: TensorRtNetworks, tmp_path: Path) -> None:
+    held = networks.weights("unet")
+    assert held.keys() == {WEIGHT_NAME} and networks.weights("unet") is held and networks.weights("vae_decoder") == {}
+    np.testing.assert_array_equal(held[WEIGHT_NAME], SLOT_WEIGHTS[WEIGHT_NAME])
+    assert not held[WEIGHT_NAME].flags.writeable
+    slotted = list_slotted(networks)["unet"]
+    assert slotted.merged.arrays == {WEIGHT_NAME: ((32, 48), "float16")} and slotted.in_place
+
+
+def test_weights_of_slots_that_are_damaged_are_refused(card: fake.Gpu, backend: str, tmp_path: Path) -> None:
+    parts = write_base(tmp_path, backend)
+    save_file({WEIGHT_NAME: np.zeros((32, 32), np.float16)}, tmp_path / "unet" / "slots.safetensors")
+    told = r"slots\.safetensors: block\.to_q\.weight is \(32, 32\), expected \(32, 48\)"
+    with open_networks(parts, backend, card) as networks, pytest.raises(EngineError, match=told):
+        networks.weights("unet")
 
 
 def test_dynamic_sides_take_any_frame_within_the_profiles(card: fake.Gpu, backend: str, tmp_path: Path) -> None:
@@ -221,10 +252,15 @@ def test_asking_for_the_workspace_makes_the_context_that_is_bound(networks: Tens
 
 
 def test_the_package_says_whether_a_context_may_be_captured(card: fake.Gpu, tmp_path: Path) -> None:
-    with open_networks(write_base(tmp_path, "tensorrt-rtx", not_capturable=True), "tensorrt-rtx", card) as networks:
-        unet = bind_network(networks, card)
-        unet.enqueue(card.make_stream())
-        assert not unet.capturable
+    """It is asked after each run until it says yes."""
+    for refused, after in ((True, [False, False, False]), (1, [False, True, True])):
+        parts = write_base(tmp_path / str(refused), "tensorrt-rtx", not_capturable=refused)
+        with open_networks(parts, "tensorrt-rtx", card) as networks:
+            unet, said = bind_network(networks, card), []
+            for _ in after:
+                unet.enqueue(card.make_stream())
+                said.append(unet.capturable)
+            assert said == after
 
 
 def test_the_first_run_within_a_capture_is_refused(networks: TensorRtNetworks, card: fake.Gpu) -> None:
@@ -237,9 +273,10 @@ def test_the_first_run_within_a_capture_is_refused(networks: TensorRtNetworks, c
 
 
 def test_an_input_that_the_engine_left_out_is_not_bound(card: fake.Gpu, backend: str, tmp_path: Path) -> None:
-    with open_networks(write_base(tmp_path, backend, dropped=("block.to_q.lora_B",)), backend, card) as networks:
-        assert "block.to_q.lora_B" not in [tensor.name for tensor in networks.inputs("unet")]
-        arrays = make_arrays(networks, card, "unet") | {"block.to_q.lora_B": card.make_array((1, 8, 32), "float16")}
+    with open_networks(write_base(tmp_path, backend, dropped=(WEIGHT_NAME,)), backend, card) as networks:
+        assert WEIGHT_NAME not in [tensor.name for tensor in networks.inputs("unet")]
+        assert not list_slotted(networks)
+        arrays = make_arrays(networks, card, "unet") | {WEIGHT_NAME: card.make_array((32, 48), "float16")}
         workspace = card.make_array((networks.workspace_bytes("unet", ONE),), "uint8")
         networks.bind("unet", ONE, arrays, workspace).enqueue(card.make_stream())
 
@@ -292,20 +329,61 @@ def test_networks_can_share_memory_that_is_too_small_for_all(card: fake.Gpu, bac
     assert card.weights == {}
 
 
-def test_a_float32_twin_stays_away_until_it_is_needed(card: fake.Gpu, backend: str, tmp_path: Path) -> None:
+def test_a_float32_twin_costs_nothing_until_it_is_needed(card: fake.Gpu, backend: str, tmp_path: Path) -> None:
+    """No engine, no context, nothing compiled; then it is bound, loaded and run like any other."""
     parts = write_base(tmp_path, backend)
-    parts["vae_decoder_float32"] = tmp_path / "vae_decoder_float32"
+    parts[TWIN] = tmp_path / TWIN
     version = None if backend == "tensorrt" else "1.7.1.116"
-    write_part(parts["vae_decoder_float32"], VAE_INPUTS, VAE_OUTPUTS, version=version)
+    write_part(parts[TWIN], VAE_INPUTS, VAE_OUTPUTS, version=version)
     with open_networks(parts, backend, card) as networks:
-        assert networks.loaded == ("unet", "vae_decoder")
-        arrays = make_arrays(networks, card, "vae_decoder_float32")
-        twin = networks.bind("vae_decoder_float32", ONE, arrays, card.make_array((1 << 20,), "uint8"))
+        arrays = make_arrays(networks, card, TWIN)
+        assert TWIN in networks and networks.weight_bytes(TWIN) and networks.slots(TWIN) == ()
+        assert networks.most_pictures == 1 and networks.frames() == ((NATIVE, NATIVE),)
+        networks.unload(TWIN)
+        assert networks.loaded == ("unet", "vae_decoder") and networks.count_loads(TWIN) == 0
+        assert not [entry for entry in card.log if TWIN in entry]
+
+        twin = networks.bind(TWIN, ONE, arrays, card.make_array((networks.workspace_bytes(TWIN, ONE),), "uint8"))
         with pytest.raises(EngineError, match="load them first"):
             twin.enqueue(card.make_stream())
-        networks.load("vae_decoder_float32")
+        networks.load(TWIN)
         twin.enqueue(card.make_stream())
-        assert networks.loaded == ("unet", "vae_decoder", "vae_decoder_float32")
+        assert networks.loaded == ("unet", "vae_decoder", TWIN) and networks.count_loads(TWIN) == 1
+    assert card.log.count(f"deserialise {TWIN}") == (2 if backend == "tensorrt" else 1)
+    assert card.weights == {}
+
+
+def test_a_float32_twin_can_be_loaded_before_it_is_bound(card: fake.Gpu, backend: str, tmp_path: Path) -> None:
+    parts = write_base(tmp_path, backend) | {TWIN: tmp_path / TWIN}
+    write_part(parts[TWIN], VAE_INPUTS, VAE_OUTPUTS, version=None)
+    with open_networks(parts, backend, card, resident=()) as networks:
+        networks.load(TWIN)
+        bind_network(networks, card, TWIN).enqueue(card.make_stream())
+        assert card.log.count(f"deserialise {TWIN}") == 1 and networks.loaded == (TWIN,)
+
+
+def test_a_float32_twin_of_another_version_is_refused_at_once(card: fake.Gpu, backend: str, tmp_path: Path) -> None:
+    parts = write_base(tmp_path, backend) | {TWIN: tmp_path / TWIN}
+    write_part(parts[TWIN], VAE_INPUTS, VAE_OUTPUTS, version="1.6.0")
+    with pytest.raises(EngineError, match=r"vae_decoder_float32\.engine: built with .* 1\.6\.0"):
+        open_networks(parts, backend, card, resident=())
+
+
+def test_the_bytes_of_a_plan_live_as_long_as_its_engine(
+    networks: TensorRtNetworks, card: fake.Gpu, tmp_path: Path
+) -> None:
+    """The package may read them when it likes; weights that come back are the very bytes, not the file's of today."""
+    unet, stream = bind_network(networks, card), card.make_stream()
+    unet.enqueue(stream)
+    (tmp_path / "parts" / "vae_decoder" / "vae_decoder.engine").unlink()
+    bind_network(networks, card, "vae_decoder").enqueue(stream)
+    networks.unload("unet")
+    networks.load("unet")
+    gc.collect()
+    unet.enqueue(stream)
+    networks.close()
+    freed = [entry for entry in card.log if entry.startswith("free ") and "context" not in entry]
+    assert freed[-2:] == ["free unet", "free vae_decoder"]
 
 
 def test_what_is_opened_without_weights_answers_is_bound_and_runs_once_they_came(
@@ -375,8 +453,8 @@ def test_closing_frees_contexts_before_engines(networks: TensorRtNetworks, card:
     freed = [entry for entry in card.log if entry.startswith(("free", "close"))]
     assert freed == [
         "free context unet",
-        "free unet",
         "free context vae_decoder",
+        "free unet",
         "free vae_decoder",
         "close stream",
     ]
@@ -412,12 +490,71 @@ def test_kernels_are_compiled_once_and_kept(card: fake.Gpu, tmp_path: Path, capl
     assert list_compiled() == []
 
 
-def test_another_engine_has_another_file_of_kernels(card: fake.Gpu, tmp_path: Path) -> None:
-    for version in ("one", "other"):
-        parts = write_base(tmp_path / version, "tensorrt-rtx", note=version)
-        with open_networks(parts, "tensorrt-rtx", card, cache=tmp_path / "cache") as networks:
-            bind_network(networks, card).enqueue(card.make_stream())
-    assert len(list((tmp_path / "cache").iterdir())) == 2 and len(card.compilations) == 2
+def write_two_unets(root: Path, **other: Any) -> dict[str, Path]:
+    """A base with two UNets of one graph.
+
+    other: how the second one's description differs.
+    """
+    parts = write_base(root, "tensorrt-rtx", graph="unet") | {"unet_raw": root / "unet_raw"}
+    write_part(parts["unet_raw"], UNET_INPUTS, UNET_OUTPUTS, slots=SLOTS, graph="unet", version="1.7.1.116")
+    (parts["unet_raw"] / "unet_raw.engine").rename(parts["unet_raw"] / "unet.engine")
+    entry = json.loads((parts["unet_raw"] / "network.json").read_text()) | {"engine": "unet.engine"} | other
+    (parts["unet_raw"] / "network.json").write_text(json.dumps(entry))
+    return parts
+
+
+def run_unets(parts: Mapping[str, Path], card: fake.Gpu, cache: Path | None) -> list[str]:
+    """Run both UNets; returns what was compiled."""
+    card.compilations.clear()
+    with open_networks(parts, "tensorrt-rtx", card, cache=cache) as networks:
+        for name in ("unet", "unet_raw"):
+            bind_network(networks, card, name).enqueue(card.make_stream())
+    return list(card.compilations)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_two_networks_of_one_graph_share_their_kernels(card: fake.Gpu, tmp_path: Path, kept: bool) -> None:
+    """Both UNets' weights differ; their kernels do not. Another base of this structure finds them as well."""
+    parts, cache = write_two_unets(tmp_path / "parts"), tmp_path / "cache" if kept else None
+    plans_of = [(parts[name] / "unet.engine").read_bytes() for name in ("unet", "unet_raw")]
+    assert plans_of[0] != plans_of[1]
+    assert run_unets(parts, card, cache) == ["unet/2x4x16x16"]
+    if cache is not None:
+        assert len(list(cache.iterdir())) == 1
+        assert run_unets(write_two_unets(tmp_path / "other", note="another checkpoint"), card, cache) == []
+
+
+@pytest.mark.parametrize("other", [{"precision": "bfloat16"}, {"wide": ["mid"]}, {"build": {"version": "1.7.1.116"}}])
+def test_networks_of_another_structure_have_another_file(card: fake.Gpu, tmp_path: Path, other: dict[str, Any]) -> None:
+    run_unets(write_two_unets(tmp_path / "parts", **other), card, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_two_processes_that_compile_at_once_leave_the_larger_file(tmp_path: Path) -> None:
+    """A file is replaced as a whole. What it lacks is compiled again, which costs time only."""
+    file = tmp_path / "cache" / "a.kernels"
+
+    def start(*found: str) -> tuple[tensorrt_compiled.Kernels, fake.IRuntimeCache]:
+        config: Any = fake.IRuntimeConfig(None)  # type: ignore[arg-type]
+        made = tensorrt_compiled.Kernels(file)
+        made.join(config)
+        assert config.cache.kernels == set(found)
+        return made, config.cache
+
+    (one, ones), (other, others) = start(), start()
+    others.kernels |= {"a", "b"}
+    other.keep()
+    ones.kernels.add("c")
+    one.keep()
+    start("a", "b")
+    ones.kernels |= {"d", "e"}
+    one.keep()
+    start("c", "d", "e")
+    file.unlink()
+    others.kernels.add("f")
+    other.keep()
+    start("a", "b", "f")
+    assert list(file.parent.iterdir()) == [file]
 
 
 def test_a_place_that_takes_no_files_costs_time_only(
@@ -461,14 +598,14 @@ def test_arrays_that_do_not_fit_are_named(networks: TensorRtNetworks, card: fake
         ({"sample": replace(sample, shape=(1, 4, 16, 16))}, r"sample is .*\[1, 4, 16, 16\].*\[2, 4, 16, 16\]"),
         ({"sample": replace(sample, pointer=sample.pointer + 16)}, "sample is at address .*multiples of 256"),
         ({"eps": replace(sample, pointer=0)}, "eps is at address 0"),
-        ({"block.to_k.lora_A": sample}, r"arrays are given for block\.to_k\.lora_A"),
+        ({"block.to_k.weight": sample}, r"arrays are given for block\.to_k\.weight"),
     ]
     card.log.clear()
     for change, named in bad:
         with pytest.raises(EngineError, match=named):
             networks.bind("unet", ONE, good | change)
-    with pytest.raises(EngineError, match=r"no array is given for block\.to_q\.lora_B"):
-        networks.bind("unet", ONE, {name: array for name, array in good.items() if name != "block.to_q.lora_B"})
+    with pytest.raises(EngineError, match=r"no array is given for block\.to_q\.weight"):
+        networks.bind("unet", ONE, {name: array for name, array in good.items() if name != WEIGHT_NAME})
     assert set(card.log) == {"synchronize"}
     need = networks.workspace_bytes("unet", ONE)
     for workspace in (None, card.make_array((need - 1,), "uint8")):
@@ -548,7 +685,7 @@ def test_damaged_missing_and_dangerous_plans_are_refused(
     plan.unlink()
     with pytest.raises(EngineError, match=r"unet\.engine: missing, so unet cannot run"):
         open_networks(parts, backend, card)
-    (parts["unet"] / "network.json").write_text(json.dumps({"schema": 2, "inputs": [], "outputs": []}))
+    (parts["unet"] / "network.json").write_text(json.dumps({"schema": 3, "inputs": [], "outputs": []}))
     with pytest.raises(EngineError, match="unet is not a TensorRT engine"):
         open_networks(parts, backend, card)
 
@@ -626,20 +763,71 @@ def test_messages_become_errors_with_a_remedy(card: fake.Gpu, text: str, kind: t
     assert "no reason given" in str(explain_failure("unet", []))
 
 
+# --- what the package says --------------------------------------------------------------------------------------------
+
+
+def test_while_networks_run_no_message_is_told_to_python_but_errors(
+    card: fake.Gpu, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The logger is the package's own; errors come by the recorder, into the message, and are printed nowhere."""
+    parts = write_base(tmp_path, "tensorrt-rtx", fails="Error Code 1: Cuda Runtime (an illegal memory access)")
+    trt = sys.modules["tensorrt_rtx"]
+    listened: list[str] = []
+    with open_networks(parts, "tensorrt-rtx", card) as networks:
+        runtime = networks._place.runtime
+        assert type(runtime.logger) is trt.Logger
+        callbacks.get_logger(trt).log = lambda severity, text: listened.append(text)
+        unet = bind_network(networks, card)
+        for _ in range(2):
+            with pytest.raises(DeviceError, match=r"unet cannot be run.*illegal memory access"):
+                unet.enqueue(card.make_stream())
+        runtime.say("unheard of", "INFO")
+    assert listened == [] and capfd.readouterr().out == ""
+
+
+def test_a_runtime_that_does_not_start_says_why(card: fake.Gpu, backend: str, tmp_path: Path) -> None:
+    card.no_start = "Error Code 1: Cuda Runtime (cudaError 35: CUDA driver version is insufficient)"
+    with pytest.raises(DeviceError, match=r"does not start: .*cudaError 35"):
+        open_networks(write_base(tmp_path, backend), backend, card)
+
+
+def test_the_real_packages_errors_come_by_the_recorder_and_builders_keep_their_listener(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """TensorRT-RTX in one process: a runtime, a builder, a runtime. Each has its own logger, in any order."""
+    rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install dreammix-trt[rtx]")
+    first = plans.open_guarded_runtime("tensorrt-rtx")
+    builder = rtx.Builder(callbacks.get_logger(rtx))
+    for runtime in (first, plans.open_guarded_runtime("tensorrt-rtx")):
+        assert runtime.logger is callbacks.get_quiet_logger(rtx)
+        with collect_messages() as messages:
+            assert runtime.deserialize_cuda_engine(b"no plan" * 100) is None
+        assert messages and messages[0][0] == "ERROR" and "magicTag" in messages[0][1]
+    with collect_messages() as messages:
+        config = builder.create_builder_config()
+        config.set_memory_pool_limit(rtx.MemoryPoolType.WORKSPACE, 1 << 20)
+        network = builder.create_network(0)
+        assert builder.build_serialized_network(network, config) is None, "a network without outputs"
+    assert messages and any("output" in text for _, text in messages)
+    assert capfd.readouterr() == ("", "")
+
+
 # --- names ------------------------------------------------------------------------------------------------------------
 
 # Read in the source of TensorRT's published bindings at 11.1 (python/src/infer/pyCore.cpp, pyFoundationalTypes.cpp):
 # these names stand there, and the release notes list none of them as removed.
 IN_THE_SOURCE_OF_11 = {
-    "ExecutionContextAllocationStrategy.USER_MANAGED", "ICudaEngine.create_execution_context",
-    "ICudaEngine.get_tensor_dtype", "ICudaEngine.get_tensor_location", "ICudaEngine.get_tensor_mode",
-    "ICudaEngine.get_tensor_name", "ICudaEngine.get_tensor_profile_shape", "ICudaEngine.get_tensor_shape",
-    "ICudaEngine.num_io_tensors", "ICudaEngine.num_optimization_profiles", "IExecutionContext.execute_async_v3",
-    "IExecutionContext.get_tensor_shape", "IExecutionContext.infer_shapes", "IExecutionContext.set_device_memory",
-    "IExecutionContext.set_input_shape", "IExecutionContext.set_optimization_profile_async",
-    "IExecutionContext.set_tensor_address", "IExecutionContext.update_device_memory_size_for_shapes", "ILogger",
-    "Runtime.deserialize_cuda_engine", "Runtime.engine_host_code_allowed", "TensorIOMode.INPUT",
-    "TensorLocation.DEVICE",
+    "ErrorCodeTRT.UNSPECIFIED_ERROR", "ExecutionContextAllocationStrategy.USER_MANAGED",
+    "ICudaEngine.create_execution_context", "ICudaEngine.error_recorder", "ICudaEngine.get_tensor_dtype",
+    "ICudaEngine.get_tensor_location", "ICudaEngine.get_tensor_mode", "ICudaEngine.get_tensor_name",
+    "ICudaEngine.get_tensor_profile_shape", "ICudaEngine.get_tensor_shape",
+    "ICudaEngine.num_io_tensors", "ICudaEngine.num_optimization_profiles", "IErrorRecorder",
+    "IExecutionContext.error_recorder", "IExecutionContext.execute_async_v3", "IExecutionContext.get_tensor_shape",
+    "IExecutionContext.infer_shapes", "IExecutionContext.set_device_memory", "IExecutionContext.set_input_shape",
+    "IExecutionContext.set_optimization_profile_async", "IExecutionContext.set_tensor_address",
+    "IExecutionContext.update_device_memory_size_for_shapes", "ILogger", "Logger.ERROR",
+    "Runtime.deserialize_cuda_engine", "Runtime.engine_host_code_allowed", "Runtime.error_recorder",
+    "TensorIOMode.INPUT", "TensorLocation.DEVICE",
 }  # fmt: skip
 UNVERIFIED_IN_11: set[str] = set()  # add a name here that is used and was found nowhere; none was ever run
 REMOVED_IN_11 = {"ICudaEngine.device_memory_size", "ICudaEngine.get_device_memory_size_for_profile"}
@@ -696,7 +884,7 @@ def test_no_attribute_of_the_package_is_used_that_is_not_listed() -> None:
                 used.add(found)
     unknown = {name for name in used if not any(name == known or known.startswith(f"{name}.") for known in listed)}
     assert unknown - {"__version__", "Runtime", "EngineInvalidityDiagnostics"} == set()
-    checked = {"ILogger", "EngineInvalidityDiagnostics"}
+    checked = {"ILogger", "Logger", "IErrorRecorder", "ErrorCodeTRT", "EngineInvalidityDiagnostics"}
     unused = {name for name in (*RUNTIME_NAMES, *RUNTIME_NAMES_JIT) if name.split(".")[0] not in checked} - used
     assert unused == set()
 
@@ -731,25 +919,27 @@ WEIGHT = (np.random.default_rng(5).standard_normal((64, 64)) / 8).astype(np.floa
 
 
 def write_real_part(folder: Path, backend: str) -> None:
-    """y = x W + (x A) B, built for the GPU at hand, as `dreammix-trt build` writes it."""
+    """y = x V + x W, built for the GPU at hand, as `dreammix-trt build` writes it; W is a slot's."""
     from dreammix_trt.engine.backends.tensorrt.builder import build_engine
     from tests.engine.backends.test_tensorrt_builder import write_network
 
     folder.mkdir(parents=True)
     nodes = [
-        ("MatMul", ["x", "w"], "p"),
-        ("MatMul", ["x", "m.lora_A"], "q"),
-        ("MatMul", ["q", "m.lora_B"], "r"),
-        ("Add", ["p", "r"], "y"),
+        ("MatMul", ["x", "v"], "p"),
+        ("MatMul", ["x", "m.weight"], "q"),
+        ("Add", ["p", "q"], "y"),
     ]
-    shapes: dict[str, list[Any]] = {"x": ["n", 7, 64], "m.lora_A": ["n", 64, 8], "m.lora_B": ["n", 8, 64]}
-    graph = write_network(folder / "graph.onnx", nodes, shapes, {"w": WEIGHT})
-    inputs = [{"name": name, "dtype": "float16", "shape": ["pictures", *shape[1:]]} for name, shape in shapes.items()]
+    shapes: dict[str, list[Any]] = {"x": ["n", 7, 64], "m.weight": [64, 64]}
+    graph = write_network(folder / "graph.onnx", nodes, shapes, {"v": WEIGHT})
+    inputs = [
+        {"name": name, "dtype": "float16", "shape": ["pictures" if side == "n" else side for side in shape]}
+        for name, shape in shapes.items()
+    ]
     outputs = [{"name": "y", "dtype": "float16", "shape": ["pictures", 7, 64]}]
     profiles = profiles_for(inputs, pictures=4, shapes="static", latent_side=16)
     report = build_engine(graph, folder / "m.engine", backend=backend, profiles=profiles, targets=("current",))
-    slots = [{"module": "m", "in": 64, "out": 64, "rank": 8}]
-    entry = {"schema": 2, "inputs": inputs, "outputs": outputs, "slots": slots, "build": report.to_dict()}
+    slots = [Slot.of("m", 64, 64).describe()]
+    entry = {"schema": 3, "inputs": inputs, "outputs": outputs, "slots": slots, "build": report.to_dict()}
     (folder / "network.json").write_text(json.dumps({**entry, "engine": "m.engine"}))
 
 
@@ -788,15 +978,15 @@ def test_a_real_plan_runs_is_captured_and_replayed(real: tuple[Any, TensorRtNetw
 
     def compare(run: Any) -> None:
         values["x"] = (rng.standard_normal(shapes["x"]) / 4).astype(np.float16)
-        for name in ("x", "m.lora_A", "m.lora_B"):
+        for name in ("x", "m.weight"):
             device.upload(arrays[name], values[name], stream)
         device.clear(arrays["y"], stream)
         run()
         got = np.empty(shapes["y"], np.float16)
         device.download(got, arrays["y"], stream)
         device.synchronize(stream)
-        x, a, b = (values[name].astype(np.float64) for name in ("x", "m.lora_A", "m.lora_B"))
-        want = x @ WEIGHT.astype(np.float64) + x @ a @ b
+        x, w = (values[name].astype(np.float64) for name in ("x", "m.weight"))
+        want = x @ WEIGHT.astype(np.float64) + x @ w
         assert np.abs(got - want).max() < 1e-2 * np.abs(want).max()
 
     def play() -> None:
@@ -837,7 +1027,7 @@ def test_the_real_package_without_a_driver_says_what_is_missing(tmp_path: Path) 
 
     (tmp_path / "unet").mkdir()
     build(write_linear(tmp_path / "unet" / "unet.onnx"), ROWS)
-    entry = {"schema": 2, "inputs": [{"name": "x", "dtype": "float16", "shape": ["rows", 64]}], "outputs": []}
+    entry = {"schema": 3, "inputs": [{"name": "x", "dtype": "float16", "shape": ["rows", 64]}], "outputs": []}
     (tmp_path / "unet" / "network.json").write_text(json.dumps({**entry, "engine": "unet.plan"}))
     parts = write_base(tmp_path / "other", "tensorrt-rtx") | {"unet": tmp_path / "unet"}
     with pytest.raises(DeviceError, match=r"cudaError 35.*install or update the NVIDIA driver \("):

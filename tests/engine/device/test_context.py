@@ -22,7 +22,7 @@ def appending(host: DreamMix, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]
     """Plans get "rows" appended token rows, drawn from the request's seed."""
     width = next(
         tensor["shape"][-1]
-        for tensor in host.networks.entries["unet"]["inputs"]
+        for tensor in host.networks.entries["unet_kv"]["inputs"]
         if tensor["name"] == "encoder_hidden_states"
     )
     chosen = {"rows": EXTRA}

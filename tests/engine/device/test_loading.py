@@ -87,7 +87,8 @@ def loaded(
         for name in (*engines.entries, *TWINS):
             entry, parts[name] = engines.entries[plain_name(name)], tmp_path / name
             tensors = entry["inputs"], entry["outputs"]
-            write_part(parts[name], *tensors, slots=entry["slots"], shapes=shapes, version=version)
+            told = {"slots": entry["slots"], "weights": engines.weights(plain_name(name))}
+            write_part(parts[name], *tensors, **told, shapes=shapes, version=version)
         engine: Any = SimpleNamespace(passport=SimpleNamespace(backend=backend), parts=parts)
         here = open_device(engine, tmp_path / "store")
         assert here.networks.loaded == () and not gpu.weights
@@ -152,7 +153,7 @@ def test_networks_that_take_turns_are_there_with_their_phase_alone(loaded: Any, 
     assert gpu.weights == {}
     paint(dm, 128, 128)
     together = [set(map(plain_name, held)) for held in gpu.held]
-    assert {"unet"} in together and all(
+    assert {"unet_kv", "unet"} in together and all(
         any(held <= set(phase) for phase in map(names_of_group, list_groups())) for held in together
     )
 
@@ -177,7 +178,7 @@ def test_onnx_runtimes_sessions_take_turns_and_are_gone_after_theirs(
             assert held == []
             for size in ((128, 128), (128, 160), (128, 128)):
                 assert np.abs(paint(dm, *size) - paint(host, *size)).max() <= 1
-    assert {"unet"} in held and all(
+    assert {"unet_kv", "unet"} in held and all(
         any(each <= set(phase) for phase in map(names_of_group, list_groups())) for each in held
     )
 

@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dreammix_trt.core.merging import sum_products
 from dreammix_trt.core.networks import flag_of
 from dreammix_trt.core.noise import DRAWS, SeededNoise, normals
-from dreammix_trt.core.packing import pack
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import Schedule, Step, make_schedule
 from dreammix_trt.core.seam import Array, BaseFacts
-from dreammix_trt.core.slots import Slot, packed_size
+from dreammix_trt.core.slots import Slot
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.device.blocks import make_steps
-from dreammix_trt.engine.device.records import FACTOR, JOB, SEGMENT
+from dreammix_trt.engine.device.records import JOB, MERGE, MERGE_KINDS
 from dreammix_trt.engine.host.denoiser import Conditioning, FakeDenoiser
 from dreammix_trt.engine.host.sampling import StageInputs, Taken
 from dreammix_trt.engine.prompts import weigh_text
@@ -473,62 +473,147 @@ def test_tas(unwanted: list[int], positions: list[int], group: Any) -> None:
     np.testing.assert_allclose(tokens, wanted, rtol=0, atol=1e-6)
 
 
-@halves
-def test_factors_are_placed_bit_for_bit(half: bool, group: Any) -> None:
-    """Sizes and starts that are aligned to 16 bytes and such that are not."""
-    word = np.uint16 if half else np.uint32
-    sizes, sources = [64, 3, 1, 160, 21], [8, 80, 91, 96, 300]
-    targets = np.cumsum([0, *sizes])
-    row = np.random.default_rng(0).integers(0, 2 ** (8 * word().itemsize), 400).astype(word)
-    segments = np.array(list(zip(sources, targets[:-1], sizes, strict=True)), SEGMENT)
-    for pictures in (1, 3):
-        out = np.full(targets[-1] * pictures + 1, 7, word)
-        wanted = out.copy()
-        for picture in range(pictures):
-            for source, target, size in zip(sources, targets[:-1], sizes, strict=True):
-                start = target * pictures + picture * size
-                wanted[start : start + size] = row[source : source + size] ^ picture
-            launch(
-                "place_factors",
-                group,
-                row=row ^ word(picture),
-                segments=segments,
-                count=len(sizes),
-                out=out,
-                pictures=pictures,
-                picture=picture,
-                half=int(half),
-            )
-        assert np.array_equal(out, wanted)
+EIGHTHS = np.array([(code >> 3 or 1, code & 7, code >> 3 > 0) for code in range(127)])  # of e4m3: all positive ones
+VALUES = (EIGHTHS[:, 1] / 8 + EIGHTHS[:, 2]) * 2.0 ** (EIGHTHS[:, 0] - 7)
 
 
-@halves
-def test_packed_factors_are_the_hosts(half: bool, group: Any) -> None:
-    slots = (Slot("one.attn1.to_k", 6, 10, 4), Slot("two.attn1.to_k", 7, 3, 4))
-    factors = {
-        slots[0].module: (draw_random(6, 2), draw_random(2, 10)),
-        slots[1].module: (draw_random(7, 4), draw_random(4, 3)),
-    }
-    halved = {module: (a.astype(np.float16), b.astype(np.float16)) for module, (a, b) in factors.items()}
-    raw = np.concatenate([part.ravel() for pair in halved.values() for part in pair])
-    records, source, target = [], 0, 0
-    for slot in slots:
-        for part, (_, shape), scale in zip(halved[slot.module], slot.factors, (1.0, 0.8), strict=True):
-            records.append((source, target, *part.shape, *shape, scale, 0))
-            source, target = source + part.size, target + shape[0] * shape[1]
-    out = np.full(packed_size(slots), np.nan, dtype_of(half))
-    launch(
-        "pack_factors",
-        group,
-        raw=raw,
-        factors=np.array(records, FACTOR),
-        count=4,
-        out=out,
-        raw_half=1,
-        out_half=int(half),
+def to_eighths(values: np.ndarray) -> np.ndarray:
+    """The e4m3 codes nearest to float32 values, of two the even one; beyond the largest the largest."""
+    size = np.minimum(np.abs(values.astype(np.float64)), VALUES[-1])
+    below = np.clip(np.searchsorted(VALUES, size, side="right") - 1, 0, 125)
+    over, under = VALUES[below + 1] - size, size - VALUES[below]
+    code = np.where((over < under) | ((over == under) & (below % 2 == 1)), below + 1, below)
+    return np.where(np.isnan(values), 0x7F, code | np.where(np.signbit(values), 0x80, 0)).astype(np.uint8)
+
+
+class Merging:
+    """Slots in one block of memory, which moves to the device as a whole. Addresses are counted from its beginning."""
+
+    def __init__(self) -> None:
+        self.memory, self.end = np.zeros(1 << 18, np.uint8), 64
+        self.records: list[tuple[float, ...]] = []
+
+    def put(self, values: np.ndarray, aside: int = 0) -> int:
+        """Place values. aside: bytes by which they miss a multiple of 16."""
+        start = -(-self.end // 16) * 16 + aside
+        self.end = start + values.nbytes
+        self.memory[start : self.end] = values.reshape(-1).view(np.uint8)
+        return start
+
+    def view(self, start: int, like: np.ndarray) -> np.ndarray:
+        return self.memory[start : start + like.nbytes].view(like.dtype).reshape(like.shape)
+
+    def run(self, group: Any) -> None:
+        table = np.array(self.records, MERGE)
+        if isinstance(group, tuple):
+            args = self._place(table, self.memory.ctypes.data)
+            launch("merge_weights", group, slots=table, **args)
+            return
+        with ExitStack() as stack:
+            stream = group.make_stream()
+            stack.callback(stream.close)
+            there, slots = (stack.enter_context(group.allocate(each.nbytes)) for each in (self.memory, table))
+            args = self._place(table, there.pointer)
+            arrays = [Array(each.pointer, (each.nbytes,), "uint8") for each in (there, slots)]
+            for array, values in zip(arrays, (self.memory, table.view(np.uint8)), strict=True):
+                group.upload(array, values, stream)
+            group.launch_kernel("merge_weights", stream, slots=arrays[1], **args)
+            group.download(self.memory, arrays[0], stream)
+            group.synchronize(stream)
+
+    def _place(self, table: np.ndarray, base: int) -> dict[str, int]:
+        for name in ("source", "target", "left", "right"):
+            table[name] += np.uint64(base)
+        return {"count": len(table), "tasks": gpu.plan_merges(table=table.ctypes.data, count=len(table))}
+
+
+@pytest.mark.parametrize("kind", MERGE_KINDS, ids=lambda kind: kind[1])
+def test_merged_weights_are_the_hosts_to_the_bit(kind: tuple[str, str], group: Any) -> None:
+    """Sizes and places that are aligned and such that are not, parts of wider inputs, ranks, strengths, in place."""
+    merging, wanted = Merging(), []
+    source_type, eighths = np.dtype(kind[0]), kind[1] not in ("float16", "float32")
+    for number, (rows, columns, rank, stride, aside, in_place) in enumerate([
+        (19, 48, 5, 48, 0, False),
+        (64, 128, 8, 128, 0, True),
+        (33, 48, 4, 144, 0, False),
+        (7, 13, 3, 13, 0, False),
+        (9, 32, 2, 33, 0, True),
+        (8, 32, 3, 32, source_type.itemsize, False),
+        (16, 64, 0, 64, 0, False),
+        (1, 1, 1, 1, 0, False),
+        (300, 16, 17, 16, 0, False),
+    ]):  # fmt: skip
+        weight = (draw_random(rows, stride, seed=number) * 3).astype(source_type)
+        left, right = draw_random(rows, rank, seed=number + 50), draw_random(rank, columns, seed=number + 90)
+        out = np.full(weight.shape, 7, np.uint8 if eighths else source_type)
+        at = merging.put(weight, aside)
+        to = at if in_place and not eighths else merging.put(out, aside if not eighths else 0)
+        factors = [merging.put(left), merging.put(right)]
+        scales = (0.75, 1.5, 4.0 if eighths else 1.0)
+        merging.records.append((at, to, *factors, stride, rows, columns, rank, MERGE_KINDS[kind], 0, *scales))
+        before = weight.copy() if to == at else out
+        slot = Slot("m", rows, columns, "m", 0, stride)
+        scaled = left * np.float32(0.75), right * np.float32(1.5)
+        if eighths:
+            wide = weight[:, :columns].astype(np.float32) + sum_products(*scaled)
+            before[:, :columns] = to_eighths(wide * np.float32(4))
+        else:
+            kernels.merge_weight(weight, before, slot, *scaled)
+        wanted.append((to, before))
+    merging.run(group)
+    for to, values in wanted:
+        np.testing.assert_array_equal(merging.view(to, values), values)
+
+
+def test_eighths_are_the_nearest_ones(group: Any) -> None:
+    """Every code, the middles between neighbours, what is beside them, the smallest, the largest and beyond."""
+    middles = (VALUES[1:] + VALUES[:-1]) / 2
+    near = np.concatenate(
+        [np.nextafter(each.astype(np.float32), np.float32(to)) for each in (VALUES, middles) for to in (0, 9e9)]
     )
-    read = {module: (a.astype(np.float32), b.astype(np.float32)) for module, (a, b) in halved.items()}
-    assert np.array_equal(out, pack(read, slots, 0.8).astype(out.dtype))
+    edges = [447.9, 448, 449, 463.99, 464, 465, 480, 1e30, np.inf, np.nan, 2.0**-10, 2.0**-11, 1e-40, 0]
+    values = np.concatenate([VALUES, middles, near, edges, draw_random(500) * 100, draw_random(500) / 100]).astype(
+        np.float32
+    )
+    values = np.concatenate([values, -values, np.zeros(-2 * len(values) % 16, np.float32)])
+    for half in (False, True):  # what float16 holds goes in as it is; the rest as the product of factors
+        merging, rows = Merging(), len(values) // 16
+        with np.errstate(over="ignore"):
+            given = values.astype(np.float16).reshape(rows, 16) if half else np.zeros((rows, 16), np.float16)
+        out, one = np.zeros((rows, 16), np.uint8), np.ones((1, 1), np.float32)
+        for n in range(rows):
+            left, right = merging.put(one), merging.put(values[16 * n : 16 * n + 16])
+            places = (merging.put(given[n]), merging.put(out[n]))
+            merging.records.append((*places, left, right, 16, 1, 16, 0 if half else 1, 2, 0, 1, 1, 1))
+        merging.run(group)
+        got = np.concatenate([merging.view(int(record[1]), out[0]) for record in merging.records])
+        wanted = to_eighths(np.float32(0) + (given.astype(np.float32).ravel() if half else values))
+        finite = ~np.isnan(values)
+        np.testing.assert_array_equal(got[finite], wanted[finite])
+        assert (got[~finite] & 0x7F == 0x7F).all()
+
+
+def test_tables_of_slots_are_checked() -> None:
+    merging = Merging()
+    at, to = merging.put(np.ones((2, 4), np.float32)), merging.put(np.ones((2, 4), np.float32))
+    good = np.array([(at, to, 0, 0, 4, 2, 4, 0, 0, 0, 1, 1, 1)], MERGE)
+    assert gpu.plan_merges(table=good.ctypes.data, count=1) == 1
+    for name, value, text in (
+        ("source", 0, "missing"), ("rank", 3, "no factors"), ("rank", -1, "no factors"), ("kind", 3, "kind"),
+        ("rows", 0, "positive"), ("stride", 3, "stride"),
+    ):  # fmt: skip
+        wrong = good.copy()
+        wrong[name] = value
+        with pytest.raises(ValueError, match=text):
+            gpu.plan_merges(table=wrong.ctypes.data, count=1)
+
+
+def test_a_tables_tasks_are_numbered_by_slot() -> None:
+    """Aligned slots take tiles of 32 numbers, others of 4, and 256 tiles are one task."""
+    sizes = [(64, 128), (1000, 1280), (31, 33)]
+    table = np.array([(4096, 8192, 0, 0, columns, rows, columns, 0, 1, 0, 1, 1, 1) for rows, columns in sizes], MERGE)
+    assert gpu.plan_merges(table=table.ctypes.data, count=3) == 1 + 157 + 2
+    assert list(table["first"]) == [0, 1, 158]
 
 
 def test_wrong_arguments_are_refused() -> None:

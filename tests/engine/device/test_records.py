@@ -9,7 +9,7 @@ from dreammix_trt.core.noise import DRAWS
 from dreammix_trt.engine.device import records
 
 gpu = pytest.importorskip("dreammix_trt._cpp").gpu
-NAMES = ("CUT", "SHEET", "FIELD", "JOB", "STEP", "SEGMENT", "FACTOR")
+NAMES = ("CUT", "SHEET", "FIELD", "JOB", "STEP", "MERGE")
 
 
 def test_every_record_is_compared() -> None:

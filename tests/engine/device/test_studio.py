@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dreammix_trt.core.errors import DeviceError, EngineError, InputError, NotFi
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.seam import Array
 from dreammix_trt.engine import DreamMix
+from dreammix_trt.engine.device.records import MERGE
 from dreammix_trt.engine.dreammix import Job
 from dreammix_trt.engine.drivers.simulated import RecordEntry, SimulatedDevice
 from tests.engine.conftest import make_scene
@@ -58,7 +60,7 @@ def test_the_pictures_are_the_hosts(simulated: Any, host: DreamMix, fields: dict
 
 
 def test_half_networks_stay_near_the_host(simulated: Any, host: DreamMix) -> None:
-    dm, _, _ = simulated(networks={"half": True, "factors": True})
+    dm, _, _ = simulated(networks={"half": True})
     got, expected = paint_pixels(dm).astype(int), paint_pixels(host).astype(int)
     assert np.abs(got - expected).max() <= 4
     assert (got != expected).any()  # float16 was really between
@@ -79,7 +81,33 @@ def test_nothing_crosses_to_the_host_and_nothing_waits(simulated: Any) -> None:
     paint_pixels(dm, seed=4)
     kinds = Counter(entry.kind for entry in list_between(device, start))
     assert not kinds.keys() & {"upload", "download", "allocate", "pinned", "free", "capture", "synchronize"}
-    assert kinds["launch"] == 1 + STEPS + 2 + 1  # start, steps, both halves of the hand-over, finish
+    attends = 3  # the raw UNet's in the local stage, both in the global one
+    assert kinds["launch"] == 1 + attends + STEPS + 2 + 1  # start, ..., steps, both halves of the hand-over, finish
+
+
+def test_keys_and_values_are_made_once_for_each_stage_and_unet(simulated: Any) -> None:
+    dm, device, _ = simulated()
+    for _ in range(2):  # plainly, then replayed
+        start = len(device.record)
+        result = dm.inpaint(*make_scene(), "a red sks mug", num_inference_steps=STEPS, seed=3)
+        wanted, before = [], None
+        for step in result.schedule:
+            if (step.stage, step.network) != before:
+                wanted.append(f"{step.network}_kv")
+            wanted.append(step.network)
+            before = step.stage, step.network
+        ran = [entry.name for entry in device.record[start:] if entry.kind == "work" and entry.name.startswith("unet")]
+        assert ran == wanted and len(wanted) == STEPS + 3
+
+
+@pytest.mark.parametrize("name", ["unet_kv", "unet_raw_kv"])
+def test_keys_and_values_that_overflow_are_told(simulated: Any, name: str) -> None:
+    broken: list[Overflowing] = []
+    dm, _, _ = simulated(runner=lambda engines: broken.append(Overflowing(engines, name)) or broken[-1])
+    with pytest.raises(NotFiniteError, match=f"^{name} gave"):
+        paint_pixels(dm)
+    broken[0].on = False
+    assert paint_pixels(dm).any()
 
 
 def test_a_step_is_two_launches_around_the_network(simulated: Any) -> None:
@@ -121,18 +149,31 @@ def test_graphs_serve_any_picture_prompt_seed_subject_and_number_of_steps(
     assert not [entry for entry in device.record[start:] if entry.kind == "capture"]
 
 
-def test_swapping_subjects_and_back_is_exact_and_touches_only_the_bound_factors(simulated: Any, cup: Path) -> None:
-    dm, device, _ = simulated(networks={"factors": True, "half": True})
+@pytest.mark.parametrize("way", ["device", "host", "swap"])
+def test_swapping_subjects_and_back_is_exact(simulated: Any, host: DreamMix, cup: Path, way: str) -> None:
+    """Wherever the base's own weights are. Beside them a swap is a table and one launch, and nothing is captured."""
+    options: dict[str, Any] = {"networks": {"half": True}, "residency": "swap" if way == "swap" else "resident"}
+    dm, device, networks = simulated(**options)
+    if way == "host":
+        dm, device, networks = simulated(device=SimulatedDevice(dm.studio.plan.needed - 1), **options)
     dm.add_subject(cup)
-    first = paint_pixels(dm, subject="mug")
-    second = paint_pixels(dm, subject="cup")
-    start = len(device.record)
-    again = paint_pixels(dm, subject="mug")
-    assert (first == again).all() and (first != second).any()
-    bound = dm.studio.arena["bound factors"] if dm.studio else None
-    assert bound is not None
-    writes = [entry for entry in device.record[start:] if _writes(entry, bound)]
-    assert [(entry.kind, entry.graph) for entry in writes] == [("copy", None)]
+    pictures = {}
+    for subject in ("mug", "cup", "", "mug"):
+        start, before = len(device.record), replace(dm.studio.weights.count)
+        pixels = paint_pixels(dm, subject=subject)
+        assert (pictures.setdefault(subject, pixels) == pixels).all()
+    assert dm.studio.plan.pristine == ("device" if way == "device" else "host")
+    assert len({each.tobytes() for each in pictures.values()}) == 3
+    assert np.abs(pixels.astype(int) - paint_pixels(host, subject="mug")).max() <= 4
+    count, sizes = dm.studio.weights.count, {name: weight.nbytes for name, weight in networks.weights("unet").items()}
+    if way == "device":
+        assert count.launches - before.launches == 1
+        assert count.uploaded - before.uploaded == (count.slots - before.slots) * MERGE.itemsize
+        kinds = [(entry.kind, entry.name) for entry in device.record[start:] if entry.kind != "mark"]
+        assert kinds.index(("kernel", "merge_weights")) == kinds.index(("upload", "")) + 1
+        assert not [kind for kind, _ in kinds if kind in ("capture", "allocate", "pinned", "free")]
+    elif way == "host":
+        assert 0 < count.uploaded - before.uploaded < 2 * sum(sizes.values())
 
 
 def _writes(entry: RecordEntry, region: Array) -> bool:
@@ -140,27 +181,46 @@ def _writes(entry: RecordEntry, region: Array) -> bool:
     return any(region.pointer <= array.pointer < region.pointer + region.nbytes for array in targets)
 
 
-def test_one_batch_serves_different_subjects(simulated: Any, cup: Path) -> None:
+def test_the_merged_weights_never_move_and_nothing_but_the_merge_writes_them(simulated: Any, cup: Path) -> None:
+    dm, device, _ = simulated()
+    dm.add_subject(cup)
+    assert dm.studio is not None
+    arrays = dict(dm.studio.weights.arrays("unet"))
+    start = len(device.record)
+    for subject in ("mug", "cup"):
+        paint_pixels(dm, subject=subject)
+    assert dm.studio.weights.arrays("unet") == arrays
+    assert all(room.arrays["unet"].items() >= arrays.items() for room in dm.studio.rooms._kept.values())
+    whole = dm.studio.arena["unet slots"]
+    assert not [entry for entry in device.record[start:] if _writes(entry, whole)]
+
+
+def test_a_batch_has_one_subject_and_each_is_merged_once(simulated: Any, cup: Path) -> None:
     image, mask = make_scene()
     request = Request("a red sks mug", num_inference_steps=STEPS, seed=3)
-    together, device, _ = simulated(networks={"factors": True}, pictures=2)
-    alone, _, _ = simulated(networks={"factors": True})
+    together, device, _ = simulated(pictures=2)
+    alone, _, _ = simulated()
     for dm in (together, alone):
         dm.add_subject(cup)
-    jobs = [Job(image, mask, request.replace(subject=name, seed=seed)) for name, seed in (("mug", 3), ("cup", 8))]
-    start = len(device.record)
+    order = [("mug", 3), ("cup", 8), ("mug", 4), ("", 1), ("cup", 9)]
+    jobs = [Job(image, mask, request.replace(subject=name, seed=seed)) for name, seed in order]
+    assert together.studio is not None
+    start, before = len(device.record), together.studio.weights.count.launches
     both = [np.asarray(result.images[0]).astype(int) for result in together.inpaint_batch(jobs)]
+    unets = [entry for entry in device.record[start:] if entry.kind == "work" and entry.name in ("unet", "unet_raw")]
+    assert len(unets) == 3 * STEPS  # the mugs in each call, then the cups, then the one without a subject
+    assert together.studio.weights.count.launches - before == 3
     singly = [np.asarray(result.images[0]).astype(int) for result in alone.inpaint_batch(jobs)]
     for got, expected in zip(both, singly, strict=True):
         assert np.abs(got - expected).max() <= 1
-    unets = [entry for entry in device.record[start:] if entry.kind == "work" and entry.name.startswith("unet")]
-    assert len(unets) == STEPS  # both pictures in each call
+    works = [together._lay_out(job).works[0] for job in jobs[:2]]
+    with pytest.raises(InputError, match="one subject at one strength"):
+        next(together.runtime.paint(works))
 
 
-@pytest.mark.parametrize("factors", [True, False])
-def test_strengths_are_the_hosts(simulated: Any, host: DreamMix, factors: bool) -> None:
-    """One at a time with a single row on the device, and several strengths of one subject in a batch."""
-    dm, _, _ = simulated(networks={"factors": factors}, subjects=1)
+def test_strengths_are_the_hosts(simulated: Any, host: DreamMix) -> None:
+    """One at a time, and several strengths of one subject asked for at once."""
+    dm, _, _ = simulated(subjects=1)
     scales = (1.0, 0.5, 0.0, 2.0, 1.0)
     expected = [paint_pixels(host, subject="mug", subject_scale=scale).astype(int) for scale in scales]
     got = [paint_pixels(dm, subject="mug", subject_scale=scale).astype(int) for scale in scales]
@@ -169,7 +229,7 @@ def test_strengths_are_the_hosts(simulated: Any, host: DreamMix, factors: bool) 
     np.testing.assert_array_equal(got[0], got[4])
     np.testing.assert_array_equal(got[2], paint_pixels(dm, subject="").astype(int))
     assert len({each.tobytes() for each in got}) == 4
-    together, _, _ = simulated(networks={"factors": factors}, pictures=2, subjects=1)
+    together, _, _ = simulated(pictures=2, subjects=1)
     image, mask = make_scene()
     request = Request("a red sks mug", num_inference_steps=STEPS, seed=3, subject="mug")
     results = together.inpaint_batch([Job(image, mask, request.replace(subject_scale=scale)) for scale in scales[:4]])
@@ -185,12 +245,12 @@ def test_a_removed_subject_leaves_the_device(simulated: Any, host: DreamMix, cup
     dm.add_subject(cup)
     second = paint_pixels(dm, subject="cup")
     dm.remove_subject("mug")
-    assert dm.studio is not None and {role.name for role in dm.studio.subjects._resident} == {"cup"}
+    assert dm.studio is not None and dm.studio.weights.resident == ("cup",)
     np.testing.assert_array_equal(paint_pixels(dm), second)  # the default now
     with pytest.raises(InputError, match="loaded are: 'cup'"):
         paint_pixels(dm, subject="mug")
     dm.remove_subject("cup")
-    assert not dm.studio.subjects._resident
+    assert not dm.studio.weights.resident
     assert np.abs(paint_pixels(dm).astype(int) - paint_pixels(host, subject="")).max() <= 1
     dm.add_subject(cup, "mug")  # another one of the first one's name
     np.testing.assert_array_equal(paint_pixels(dm), second)
@@ -230,7 +290,7 @@ def test_leaving_the_iteration_stops_the_work_and_harms_nothing(simulated: Any) 
             break
     del event
     gc.collect()
-    unets = [entry for entry in device.record[start:] if entry.kind == "work" and entry.name.startswith("unet")]
+    unets = [entry for entry in device.record[start:] if entry.kind == "work" and entry.name in ("unet", "unet_raw")]
     assert len(unets) == 2
     assert (paint_pixels(dm) == whole).all()
 

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from dreammix_trt.core.errors import DeviceError, EngineError, NotFiniteError, OutOfMemoryError
+from dreammix_trt.core.networks import is_twin, twin_name
 from dreammix_trt.core.subject import read_subject
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.device import pace
+from dreammix_trt.engine.device.captures import Failure, Statistics
 from dreammix_trt.engine.device.painter import DevicePainter
 from dreammix_trt.engine.drivers.simulated import (
     SimulatedBound,
@@ -30,6 +32,8 @@ from tests.engine.device.test_studio_more import (
     need_more_where_not_square,
     paint_jobs,
 )
+
+TWINS = tuple(map(twin_name, (*VAES, "text_encoder")))
 
 
 @pytest.fixture
@@ -156,16 +160,127 @@ def test_whatever_a_back_end_raises_while_captured_it_goes_on_plainly(
     expected = paint_jobs(host, make_job())
     for _ in range(2):
         assert_alike(paint_jobs(dm, make_job()), expected)
-    assert caplog.text.count("cannot be captured and goes on running plainly") == 2  # start and hand-over, once each
+    refused = {"start of picture 0 (lcg)", "hand-over of picture 0"}
+    assert {name: failure.times for name, failure in dm.studio.statistics.failed.items()} == dict.fromkeys(refused, 2)
+    for name in refused:
+        assert caplog.text.count(f"{name} cannot be captured (operation not permitted") == 1
+
+
+def test_statistics_tell_how_the_phases_ran(simulated: Any) -> None:
+    """A first request runs plainly what a second one replays; a back end that refuses is named."""
+    dm, _, _ = simulated()
+    steps = make_job().request.num_inference_steps
+    job = make_job(patched_fraction=1)
+    paint_jobs(dm, job)
+    first = dm.studio.statistics
+    phases = 5  # start, a step, local result, hand-over, finish; and the text, of two prompts
+    assert first == Statistics(captured=phases + 2, replayed=first.replayed, plain=phases + 2)
+    assert first.replayed
+    paint_jobs(dm, job)
+    second = dm.studio.statistics
+    assert (second.captured, second.plain) == (first.captured, first.plain)
+    assert second.replayed - first.replayed == phases - 1 + steps
+
+
+def test_a_network_that_can_be_captured_only_later_is_tried_again(
+    simulated: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    dm, _, _ = simulated()
+    plain = SimulatedBound.capturable.fget
+    ready = []
+
+    def capturable(self: Any) -> bool:
+        return plain(self) and (self._name != "unet" or bool(ready))
+
+    monkeypatch.setattr(SimulatedBound, "capturable", property(capturable))
+    job = make_job(patched_fraction=1, num_inference_steps=2)
+    paint_jobs(dm, job)
+    (failed,) = dm.studio.statistics.failed.items()
+    assert failed == (
+        "a step on unet",
+        Failure(2, "unet has run, and its back end says that it cannot be captured now"),
+    )
+    ready.append(True)
+    paint_jobs(dm, job)
+    assert dm.studio.statistics.failed["a step on unet"].times == 2
+    assert dm.studio.statistics.captured == 7 and caplog.text.count("a step on unet cannot be captured") == 1
+
+
+class Measured:
+    """What networks were asked for their workspace and bound, by name; twins need more than all others."""
+
+    LARGE = 3 << 20
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[str] = []
+        self.bound: list[tuple[str, int]] = []
+        bind = SimulatedNetworks.bind
+
+        def workspace_bytes(networks: Any, name: str, sides: Any) -> int:
+            self.asked.append(name)
+            return self.LARGE if is_twin(name) else 1 << 16
+
+        def bound(networks: Any, name: str, sides: Any, arrays: Any, workspace: Any = None) -> Any:
+            self.bound.append((name, workspace.nbytes))
+            return bind(networks, name, sides, arrays, workspace)
+
+        monkeypatch.setattr(SimulatedNetworks, "workspace_bytes", workspace_bytes)
+        monkeypatch.setattr(SimulatedNetworks, "bind", bound)
+
+
+def test_a_twin_takes_nothing_before_an_overflow_and_only_weights_after_it(
+    simulated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = Measured(monkeypatch)
+    dm, device, networks = simulated(networks={"half": True, "twins": (*VAES, "text_encoder"), "away": TWINS})
+    paint_jobs(dm, make_job())
+    used, kept = device.used, dm.studio.shapes
+    assert measured.bound and not [name for name in measured.asked if is_twin(name)]
+    assert not [name for name, _ in measured.bound if is_twin(name)] and not set(TWINS) & set(networks.loaded)
+    counted = {row.name for row in dm.studio.plan.rows if is_twin(row.name)}
+    assert counted == set(TWINS), "weights, as a plan counts them"
+    assert dm.studio.arena["workspace"].nbytes == 1 << 16
+
+    with monkeypatch.context() as patched:
+        let_overflow(patched, "vae_decoder")
+        allocated = len(device.record)
+        paint_jobs(dm, make_job())
+        large = [e for e in device.record[allocated:] if e.kind == "allocate" and e.name == str(Measured.LARGE)]
+        assert len(large) == 2, "one for the room, one for the text encoders"
+    assert {name for name, _ in measured.bound if is_twin(name)} == set(TWINS)
+    assert all(nbytes == Measured.LARGE for name, nbytes in measured.bound if is_twin(name))
+    assert device.used == used and dm.studio.shapes == kept, "what was bound for the twins is gone"
+    assert set(TWINS) <= set(networks.loaded), "their weights stay"
+    before = dm.studio.statistics
+    paint_jobs(dm, make_job())
+    assert dm.studio.statistics.captured == before.captured, "graphs of the usual networks are still there"
+
+
+def test_a_twin_without_room_is_told_with_what_helps(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    Measured(monkeypatch)
+    dm, device, _ = simulated(networks={"half": True, "twins": VAES, "away": TWINS})
+    expected = paint_jobs(dm, make_job())
+    total = device.total
+    with monkeypatch.context() as patched:
+        let_overflow(patched, "vae_decoder")
+        device.total = device.used + Measured.LARGE - 1
+        with pytest.raises(OutOfMemoryError, match=r"no room to paint again with the float32 twins.*`--vae`") as told:
+            paint_jobs(dm, make_job())
+        assert "The memory plan was:" in str(told.value)
+    device.total = total
+    assert_alike(paint_jobs(dm, make_job()), expected)
 
 
 def test_only_a_network_with_a_twin_is_worth_another_try(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the UNet spoils, the decoder passes on; its twin could not mend that."""
     dm, _, _ = simulated(networks={"half": True, "twins": VAES})
     ran = let_overflow(monkeypatch, "unet", "unet_raw")
-    with pytest.raises(NotFiniteError, match=r"^unet gave values that are not numbers and there is no float32 twin"):
+    with pytest.raises(
+        NotFiniteError, match=r"^unet gave values that are not numbers and there is no float32 twin"
+    ) as told:
         paint_jobs(dm, make_job())
-    assert len([name for name in ran if name.startswith("unet")]) == make_job().request.num_inference_steps
+    assert "`dreammix-trt build --unet-precision bfloat16`" in str(told.value) and "--vae" not in str(told.value)
+    assert len([name for name in ran if name in ("unet", "unet_raw")]) == make_job().request.num_inference_steps
     assert not [name for name in ran if name.endswith("_float32")]
 
 
@@ -214,12 +329,12 @@ def test_a_subject_that_cannot_be_brought_changes_nothing(
     dm, device, _ = simulated()
     expected = paint_jobs(host, make_job(subject="mug"))
 
-    def full(nbytes: int) -> Any:
-        raise OutOfMemoryError("no pinned memory")
+    def broken(*_: Any) -> Any:
+        raise DeviceError("the copy failed")
 
     with monkeypatch.context() as patched:
-        patched.setattr(device, "allocate_pinned", full)
-        with pytest.raises(OutOfMemoryError, match="no pinned memory"):
+        patched.setattr(device, "upload", broken)
+        with pytest.raises(DeviceError, match="the copy failed"):
             dm.add_subject(cup, name="mug")
     assert_alike(paint_jobs(dm, make_job(subject="mug")), expected)
 

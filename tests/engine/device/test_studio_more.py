@@ -16,7 +16,6 @@ from dreammix_trt.core.subject import read_subject
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.device import needs, pace, residency, studio
 from dreammix_trt.engine.device.memory_plan import Options, plan_memory
-from dreammix_trt.engine.device.subjects import Subjects
 from dreammix_trt.engine.dreammix import Job
 from dreammix_trt.engine.drivers.simulated import SimulatedDevice, SimulatedMark, SimulatedNetworks
 from tests.engine.conftest import make_scene
@@ -63,18 +62,23 @@ def test_results_come_in_the_order_of_the_jobs(simulated: Any, hosts: DreamMix) 
     assert_alike(paint_jobs(dm, *jobs), paint_jobs(hosts, *jobs))
 
 
-@pytest.mark.parametrize("factors", [True, False])
-def test_unlike_pictures_share_a_batch(simulated: Any, hosts: DreamMix, cup: Path, factors: bool) -> None:
-    """Sizes, seeds, subjects, prompts with and without TAS; one resident subject, the fewest texts, each batch size."""
-    dm, _, _ = simulated(pictures=3, networks={"factors": factors}, subjects=1, texts=1)
+@pytest.mark.parametrize("subject", ["cup", "mug", None])
+def test_unlike_pictures_share_a_batch(simulated: Any, hosts: DreamMix, cup: Path, subject: str | None) -> None:
+    """Sizes, seeds, prompts with and without TAS, the fewest texts, each batch size; and unlike subjects, in turn."""
+    dm, device, _ = simulated(pictures=3, subjects=1, texts=1)
     dm.add_subject(cup)
     jobs = [
         make_job((120, 120), 1, seed=(1 << 64) - 2, subject="cup", prompt="a blue sks mug", substitute=("blue",)),
         make_job((128, 128), 2, subject="", negative_prompt=None, prompt="hello"),
         make_job((124, 124), 3, gch_background="intermediate", soft_blending=True, vae_sample=True, lcg_mask_dilate=7),
     ]
+    if subject is not None:
+        jobs = [job._replace(request=job.request.replace(subject=subject)) for job in jobs]
     expected = paint_jobs(hosts, *jobs)
+    start = len(device.record)
     assert_alike(paint_jobs(dm, *jobs), expected)
+    unets = [entry for entry in device.record[start:] if entry.kind == "work" and entry.name in ("unet", "unet_raw")]
+    assert len(unets) == STEPS * (3 if subject is None else 1)
     assert_alike(paint_jobs(dm, *jobs[1:]), expected[1:])
     assert_alike(paint_jobs(dm, jobs[0]), expected[:1])
     assert_alike(paint_jobs(dm, *jobs[::-1]), expected[::-1])
@@ -239,26 +243,24 @@ def test_a_failure_anywhere_harms_no_later_request(
         assert device.used == used
 
 
-def test_a_batch_whose_subjects_came_halfway_is_entered_again(
+def test_a_subject_that_was_merged_halfway_is_merged_again(
     simulated: Any, cup: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dm, _, _ = simulated(pictures=2, networks={"factors": True})
+    dm, device, _ = simulated()
     dm.add_subject(cup)
-    jobs = [make_job(subject="mug"), make_job(subject="cup")]
-    expected = paint_jobs(dm, *jobs)
-    enter, seen = Subjects._enter, []
+    expected = paint_jobs(dm, make_job(subject="mug"), make_job(subject="cup"))
+    launch = device.launch_kernel
 
-    def failing(self: Any, picture: int, pictures: int, name: str) -> None:
-        seen.append(name)
-        if len(seen) == 2:
-            raise OutOfMemoryError("no pinned memory")
-        enter(self, picture, pictures, name)
+    def failing(name: str, *given: Any, **named: Any) -> Any:
+        launch(name, *given, **named)
+        if name == "merge_weights":
+            raise DeviceError("boom")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Subjects, "_enter", failing)
-        with pytest.raises(OutOfMemoryError):
-            paint_jobs(dm, *jobs[::-1])
-    assert_alike(paint_jobs(dm, *jobs), expected)
+        patched.setattr(device, "launch_kernel", failing)
+        with pytest.raises(DeviceError, match="boom"):
+            paint_jobs(dm, make_job(subject="mug"))
+    assert_alike(paint_jobs(dm, make_job(subject="cup"), make_job(subject="mug")), expected[::-1])
 
 
 def test_a_runtime_that_cannot_be_made_leaves_nothing(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,7 +326,7 @@ def test_a_twin_there_is_no_room_for_stays_away(
 
 
 @pytest.mark.parametrize("name", ["unet", "text_encoder_2"])
-def test_twins_that_take_other_factors_are_not_used(simulated: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_twins_that_take_other_weights_are_not_used(simulated: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     dm, _, networks = simulated(networks={"half": True, "twins": (name, *VAES)})
     assert f"{name}_float32" not in networks.loaded
     with monkeypatch.context() as patched:
