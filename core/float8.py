@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 LARGEST: Final = 448.0
-DTYPE: Final = "float8_e4m3fn"
 #: how much larger than in the base a weight may become, once a subject is merged into it
 HEADROOM: Final = 2.0
 

@@ -13,10 +13,9 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dreammix_trt.core.axes import Tensor
+from dreammix_trt.core.axes import FLOAT8, Tensor
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.config_fields import TOKENS
-from dreammix_trt.core.float8 import DTYPE
 from dreammix_trt.core.keymap import sgm_to_diffusers
 from dreammix_trt.core.slots import Slot, names_of_weights
 from dreammix_trt.core.tensors import Weights
@@ -114,9 +113,9 @@ class Network:
         if not self.fused:
             return made
         slots = tuple(slot.as_float8(scales[slot.module][1]) if slot.module in scales else slot for slot in self.slots)
-        shapes = {slot.weight: (slot.outputs, slot.inputs) for slot in slots if slot.scale is not None}
+        shapes = {slot.weight: (slot.outputs, slot.inputs) for slot in slots if slot.module in scales}
         inputs = tuple(
-            replace(tensor, dtype=DTYPE, shape=shapes[tensor.name]) if tensor.name in shapes else tensor
+            replace(tensor, dtype=FLOAT8, shape=shapes[tensor.name]) if tensor.name in shapes else tensor
             for tensor in self.inputs
         )
         return replace(made, slots=slots, inputs=inputs)
@@ -125,10 +124,11 @@ class Network:
     def plain(self) -> Network:
         """The same network without layers in E4M3."""
         slots = tuple(
-            slot if slot.scale is None else Slot.of(slot.module, slot.inputs, slot.outputs) for slot in self.slots
+            Slot.of(slot.module, slot.inputs, slot.outputs) if slot.module in self.float8 else slot
+            for slot in self.slots
         )
         inputs = tuple(
-            replace(tensor, dtype=self.precision, shape=tensor.shape[::-1]) if tensor.dtype == DTYPE else tensor
+            replace(tensor, dtype=self.precision, shape=tensor.shape[::-1]) if tensor.dtype == FLOAT8 else tensor
             for tensor in self.inputs
         )
         return replace(self, float8={}, slots=slots, inputs=inputs)

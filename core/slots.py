@@ -24,7 +24,8 @@ class Slot(NamedTuple):
     at: the number in the input at which W begins.
     stride: numbers from one row to the next, in the order in which they are stored.
     flipped: whether W is stored transposed, (outputs, inputs).
-    scale: where the input holds E4M3 codes, what a code is multiplied with (float8.py); None: it holds W itself.
+    scale: what the numbers in the input are multiplied with: 1, or a power of two where it holds E4M3 codes
+        (float8.py).
     """
 
     module: str
@@ -34,7 +35,7 @@ class Slot(NamedTuple):
     at: int
     stride: int
     flipped: bool = False
-    scale: float | None = None
+    scale: float = 1.0
 
     @classmethod
     def of(cls, module: str, inputs: int, outputs: int) -> Slot:
@@ -55,8 +56,8 @@ class Slot(NamedTuple):
 
     def describe(self) -> dict[str, Any]:
         """Its entry in `network.json`."""
-        coded = {} if self.scale is None else {"scale": self.scale}
-        return dict(zip(_WORDS, self[:-1], strict=True)) | coded
+        scale = {} if self.scale == 1 else {"scale": self.scale}
+        return dict(zip(_WORDS, self[:-1], strict=True)) | scale
 
 
 _WORDS = ("module", "in", "out", "weight", "at", "stride", "flipped")
@@ -67,7 +68,7 @@ def slots_of(entry: Mapping[str, Any]) -> tuple[Slot, ...]:
 
     entry: its `network.json`, with a list "slots".
     """
-    return tuple(Slot(*(row[word] for word in _WORDS), row.get("scale")) for row in entry.get("slots", ()))
+    return tuple(Slot(*(row[word] for word in _WORDS), float(row.get("scale", 1))) for row in entry.get("slots", ()))
 
 
 def names_of_weights(slots: Sequence[Slot]) -> tuple[str, ...]:

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dreammix_trt.core.axes import FLOAT8
 from dreammix_trt.core.checkpoint import EMBEDDED, TOKENIZERS, BaseFiles
 from dreammix_trt.core.files import read_json, write_json
-from dreammix_trt.core.float8 import DTYPE
 from dreammix_trt.core.keymap import blocks_of
 from dreammix_trt.core.network_weights import BaseLora, weights_of
 from dreammix_trt.core.networks import Network, Precision, describe_networks, plain_name
@@ -274,7 +274,7 @@ def _write_weights(network: Network, weights: Weights, wanted: Mapping[str, Weig
     """Write the weights as the graph needs them, without those that have no effect (a text encoder's last layer)."""
 
     def read(name: str) -> NDArray[np.float32]:
-        if wanted[name].dtype == DTYPE:
+        if wanted[name].dtype == FLOAT8:
             return weights[name] / np.float32(network.float8[name.removesuffix(".weight")][1])
         return weights[name].T if wanted[name].transposed else weights[name]
 
@@ -290,7 +290,7 @@ def _write_slot_weights(
 
     inputs: that the graph has.
     """
-    kept_as = {DTYPE: "float16"}
+    kept_as = {FLOAT8: "float16"}
     shapes = {spec["name"]: (kept_as.get(spec["dtype"], str(spec["dtype"])), tuple(spec["shape"])) for spec in inputs}
     names = [name for name in names_of_weights(network.slots) if name in shapes]
 

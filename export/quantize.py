@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dreammix_trt.core.axes import FLOAT8
 from dreammix_trt.core.errors import BuildError
-from dreammix_trt.core.float8 import DTYPE
 from dreammix_trt.core.networks import Network
 from dreammix_trt.export.onnx_graph import Weight
 
@@ -84,15 +84,15 @@ class _Quantizer:
         item = self.inputs.get(weight)
         if item is not None:
             kind, dims = item.type.tensor_type, [side.dim_value for side in item.type.tensor_type.shape.dim]
-            kind.elem_type = _code(DTYPE)
+            kind.elem_type = _code(FLOAT8)
             for side, value in zip(kind.shape.dim, dims[::-1] if linear else dims, strict=True):
                 side.dim_value = value
         else:
             form = self.weights[weight]
             stored = form.shape[::-1] if form.transposed else form.shape
-            self.weights[weight] = Weight(DTYPE, stored, False)
+            self.weights[weight] = Weight(FLOAT8, stored, False)
             tensor = self.constants[weight]
-            tensor.data_type = _code(DTYPE)
+            tensor.data_type = _code(FLOAT8)
             tensor.dims[:] = stored
             linear = linear and form.transposed
         value = self._add("DequantizeLinear", [weight, self._scale(of_weight)], f"{weight}_wide")
@@ -118,7 +118,7 @@ class _Quantizer:
 
         if name not in self.constants:
             if eight:
-                made = onnx.helper.make_tensor(name, _code(DTYPE), [], value.tobytes(), raw=True)
+                made = onnx.helper.make_tensor(name, _code(FLOAT8), [], value.tobytes(), raw=True)
             else:
                 made = onnx.numpy_helper.from_array(value, name)
             self.graph.initializer.append(made)
@@ -143,5 +143,5 @@ def _code(dtype: str) -> int:
     """ONNX's number for a type."""
     import onnx
 
-    codes = {DTYPE: onnx.TensorProto.FLOAT8E4M3FN}
+    codes = {FLOAT8: onnx.TensorProto.FLOAT8E4M3FN}
     return int(codes[dtype])

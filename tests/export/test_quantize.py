@@ -13,8 +13,9 @@ import pytest
 onnx = pytest.importorskip("onnx")
 torch = pytest.importorskip("torch")
 
+from dreammix_trt.core.axes import FLOAT8  # noqa: E402
 from dreammix_trt.core.errors import BuildError  # noqa: E402
-from dreammix_trt.core.float8 import DTYPE, HEADROOM, from_e4m3, scale_for  # noqa: E402
+from dreammix_trt.core.float8 import HEADROOM, from_e4m3, scale_for  # noqa: E402
 from dreammix_trt.core.network_weights import weights_of  # noqa: E402
 from dreammix_trt.core.networks import Network, describe_networks  # noqa: E402
 from dreammix_trt.core.slots import slots_of  # noqa: E402
@@ -103,7 +104,7 @@ def test_a_graph_for_a_gpu_has_codes_in_the_order_of_torch(
     for name in coded:
         dtype, shape, offset, size = places[name]
         said = {item.key: item.value for item in external[name].external_data}
-        assert (dtype, shape, str(offset), str(size)) == (DTYPE, weights.shape(name), said["offset"], said["length"])
+        assert (dtype, shape, str(offset), str(size)) == (FLOAT8, weights.shape(name), said["offset"], said["length"])
         codes = np.frombuffer(content[offset : offset + size], np.uint8).reshape(shape)
         scale = scales[name.removesuffix(".weight")][1]
         difference = np.abs(from_e4m3(codes) * scale - weights[name])
@@ -124,7 +125,7 @@ def test_slots_for_a_gpu_are_codes_and_their_own_weights_halves(
         assert (slot.flipped, slot.stride, slot.scale) == (True, slot.inputs, scales[slot.module][1])
         assert inputs[name].elem_type == CODE
         assert tuple(side.dim_value for side in inputs[name].shape.dim) == tuple(described[name]["shape"]) == shape
-        assert described[name]["dtype"] == DTYPE
+        assert described[name]["dtype"] == FLOAT8
         assert kept[name].dtype == np.float16
         np.testing.assert_array_equal(kept[name], weights[f"{slot.module}.weight"].astype(np.float16))
         np.testing.assert_array_equal(slot.view(np.asarray(kept[name])), kept[name].T)
