@@ -67,7 +67,7 @@ def calibrate(
     images: Images = None,
     count: Count = 16,
     steps: Steps = 10,
-    probes: Probes = 4,
+    probes: Probes = 2,
     side: Side = None,
     device: Device = "cpu",
     threads: Threads = None,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from dreammix_trt.core.calibration import Calibration, is_kept, key_of_unet
+from dreammix_trt.core.calibration import Calibration, is_kept, key_of_unet, weight_of_step
 from dreammix_trt.core.checkpoint import EMBEDDED, BaseFiles
 from dreammix_trt.core.errors import InputError, MissingExtraError
 from dreammix_trt.core.keymap import blocks_of
@@ -83,7 +83,7 @@ class CalibrationOptions:
     images: Sequence[Path] = ()
     count: int = 16
     steps: int = 10
-    probes: int = 4
+    probes: int = 2
     side: int | None = None
     device: str = "cpu"
     threads: int | None = None
@@ -230,7 +230,7 @@ def _measure(
     out: Path,
     update: Update,
 ) -> Calibration:
-    """Measure the errors of the layers that have none yet, on calls of one request that lie evenly in its steps."""
+    """Measure the errors of the layers that have none yet, in the steps of one request that count most."""
     wanted = {
         name: [layer for layer, found in layers.items() if found.error is None and not is_kept(layer)]
         for name, layers in state.layers.items()
@@ -243,8 +243,8 @@ def _measure(
     watched.take()
     for name, layers in wanted.items():
         calls = [arrays for called, arrays in watched.calls if called == name]
-        places = np.linspace(0, len(calls) - 1, min(options.probes, len(calls))).round().astype(int)
-        errors = watched.measure_errors(name, [calls[place] for place in places], state.scales_of_all(name), layers)
+        calls.sort(key=lambda arrays: weight_of_step(float(arrays["timestep"][0])), reverse=True)
+        errors = watched.measure_errors(name, calls[: options.probes], state.scales_of_all(name), layers)
         for number, (layer, error) in enumerate(zip(layers, errors, strict=True)):
             update("errors", number / len(layers), f"{name}: {layer}")
             state = state.weigh(name, {layer: error})

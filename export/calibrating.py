@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dreammix_trt.core.calibration import Layer
+from dreammix_trt.core.calibration import Layer, weight_of_step
 from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.float8 import LARGEST
 from dreammix_trt.core.networks import KINDS
@@ -75,19 +75,21 @@ class Watched:
     def measure_errors(
         self, name: str, calls: Sequence[Arrays], scales: Mapping[str, tuple[float, float]], layers: Iterable[str]
     ) -> Iterator[float]:
-        """What E4M3 in one layer alone does to a UNet's output.
+        """What E4M3 in one layer alone does to a UNet's output: `Layer.error`.
 
         calls: what the UNet is given.
         scales: of every one of the layers, see `emulate_float8`.
 
-        Returns for every layer the mean square of the difference as a share of the output's; a mean over the calls.
+        Returns one number for every layer; a mean over the calls.
         """
+        weights = [weight_of_step(float(call["timestep"][0])) for call in calls]
         truths = [self._networks.run(name, **call)["eps"] for call in calls]
         network = self._networks.module(name).network
         for layer in layers:
             with emulate_float8(network, {layer: scales[layer]}):
                 found = [self._networks.run(name, **call)["eps"] for call in calls]
-            yield float(np.mean([compare(eps, truth) for eps, truth in zip(found, truths, strict=True)]))
+            errors = [compare(eps, truth) for eps, truth in zip(found, truths, strict=True)]
+            yield float(np.mean([weight * error for weight, error in zip(weights, errors, strict=True)]))
 
 
 def compare(found: NDArray[Any], truth: NDArray[Any]) -> float:

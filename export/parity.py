@@ -13,7 +13,7 @@ from dreammix_trt.core.axes import FACTOR
 from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import BuildError, MissingExtraError
 from dreammix_trt.core.networks import Network
-from dreammix_trt.core.onnx_runtime import import_onnxruntime
+from dreammix_trt.core.onnx_runtime import KEEP_QUANTIZERS, import_onnxruntime
 
 #: largest allowed difference, as a share of an output's largest value; torch always computes in float32
 BOUNDS = {"float32": 1e-4, "float16": 2e-2}
@@ -35,6 +35,7 @@ class OnnxNetwork:
         if light:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry(*KEEP_QUANTIZERS)
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(graph, options, ["CPUExecutionProvider"])

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from dreammix_trt.core.errors import EngineError, FileFormatError, InputError
 from dreammix_trt.core.networks import is_twin
-from dreammix_trt.core.onnx_runtime import import_onnxruntime
+from dreammix_trt.core.onnx_runtime import KEEP_QUANTIZERS, import_onnxruntime
 from dreammix_trt.core.seam import BaseFacts
 from dreammix_trt.core.slots import Slot, names_of_weights, slots_of
 from dreammix_trt.core.tensors import map_tensors
@@ -161,6 +161,7 @@ class EngineSet:
         options.enable_cpu_mem_arena = False  # it only grows: one call at 1024x1024 held 11 GiB, without it 3
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry(*KEEP_QUANTIZERS)
         graph = self.parts[name] / self.entries[name]["graph"]
         try:
             session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
