@@ -102,7 +102,7 @@ class Calibration:
                 known[name] = replace(before, input=max(before.input, layer.input), weight=layer.weight)
         return replace(self, runs=(*self.runs, run), layers=layers)
 
-    def weigh(self, network: str, errors: Mapping[str, float]) -> Calibration:
+    def weigh(self, network: str, errors: Mapping[str, float | None]) -> Calibration:
         """This and the errors of some layers of a UNet."""
         known = {
             name: replace(layer, error=errors.get(name, layer.error)) for name, layer in self.layers[network].items()
