@@ -71,7 +71,7 @@ class CalibrationOptions:
     prompts: texts to paint; empty: the built-in ones, in the model's own words for the embedded model.
     images: pictures to paint into; empty: drawn ones.
     count: requests.
-    steps: of each.
+    steps: of each; with fewer than five a request leaves a UNet out.
     probes: calls of each UNet on which the error of every layer is measured; 0: errors are not measured, and only the
         layers that are never quantised stay float16.
     side: of the pictures, in pixels; None: the base's native side. A smaller one is faster.
@@ -90,7 +90,7 @@ class CalibrationOptions:
 
     def check(self) -> None:
         """Raise InputError for what cannot be done."""
-        for name, low in (("count", 1), ("steps", 2), ("probes", 0)):
+        for name, low in (("count", 1), ("steps", 5), ("probes", 0)):
             if getattr(self, name) < low:
                 raise InputError(f"{name} is {getattr(self, name)}; allowed: {low} and more")
         if self.side is not None and (self.side < 64 or self.side % 64):
