@@ -7,20 +7,20 @@ one entry here, one torch module, and a phase of the painters that uses it (docs
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dreammix_trt.core.axes import Tensor
+from dreammix_trt.core.axes import FLOAT8, Tensor
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.keymap import sgm_to_diffusers
 from dreammix_trt.core.slots import Slot, names_of_weights
 from dreammix_trt.core.tensors import Weights
 
-Precision = Literal["float32", "float16"]
+Precision = Literal["float32", "float16", "bfloat16"]
 Fused = bool | Literal["attention"]
 Group = Literal["text", "picture", "unet", "unet_raw"]
 Call = Literal["prompt", "frame", "vae", "stage", "step"]
@@ -44,10 +44,11 @@ class Network:
     inputs, outputs: in call order.
     slots: its LoRA slots; their weights are its last inputs.
     configs: the component configs that its graph is made from.
-    precision: of its arithmetic.
+    precision: of its arithmetic. Inputs and outputs of a bfloat16 network are float16: numpy has no bfloat16.
     fused: whether attention and group norm are single operators, as TensorRT wants; "attention": that one alone, for
         which ONNX Runtime has a kernel on GPUs. Otherwise they are written out.
     wide: the units of a float16 VAE that stay float32.
+    float8: linear or convolution -> the scales of its input and of its weight, powers of two; these compute in E4M3.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Network:
     precision: Precision = "float32"
     fused: Fused = False
     wide: tuple[str, ...] = ()
+    float8: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def kind(self) -> NetworkKind:
@@ -68,7 +70,9 @@ class Network:
 
     def describe(self) -> dict[str, Any]:
         """The part of `network.json` that depends on the graph."""
+        quantized = {"float8": {name: list(scales) for name, scales in self.float8.items()}} if self.float8 else {}
         return {
+            **quantized,
             "precision": self.precision,
             "fused": self.fused,
             "wide": list(self.wide),
@@ -97,6 +101,39 @@ class Network:
         """The same network with the base's weights in it."""
         weights = names_of_weights(self.slots)
         return replace(self, inputs=tuple(each for each in self.inputs if each.name not in weights), slots=())
+
+    def with_bfloat16(self) -> Network:
+        """The same float16 network, which computes in bfloat16 between its inputs and outputs."""
+        return replace(self, precision="bfloat16")
+
+    def with_float8(self, scales: Mapping[str, tuple[float, float]]) -> Network:
+        """The same network, some layers of which compute in E4M3. In the fused form their slots hold codes.
+
+        scales: see `float8`.
+        """
+        made = replace(self, float8=dict(scales))
+        if not self.fused:
+            return made
+        slots = tuple(slot.as_float8(scales[slot.module][1]) if slot.module in scales else slot for slot in self.slots)
+        shapes = {slot.weight: (slot.outputs, slot.inputs) for slot in slots if slot.module in scales}
+        inputs = tuple(
+            replace(tensor, dtype=FLOAT8, shape=shapes[tensor.name]) if tensor.name in shapes else tensor
+            for tensor in self.inputs
+        )
+        return replace(made, slots=slots, inputs=inputs)
+
+    @property
+    def plain(self) -> Network:
+        """The same network without layers in E4M3."""
+        slots = tuple(
+            Slot.of(slot.module, slot.inputs, slot.outputs) if slot.module in self.float8 else slot
+            for slot in self.slots
+        )
+        inputs = tuple(
+            replace(tensor, dtype=self.precision, shape=tensor.shape[::-1]) if tensor.dtype == FLOAT8 else tensor
+            for tensor in self.inputs
+        )
+        return replace(self, float8={}, slots=slots, inputs=inputs)
 
     def draw_example(self, sizes: Mapping[str, int], seed: int = 0) -> dict[str, NDArray[Any]]:
         """Draw random inputs; the slots' weights are of the size that layers begin training with.

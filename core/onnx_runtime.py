@@ -13,6 +13,9 @@ from typing import Any
 #: Environment variables that switch reports off: ONNX Runtime's, and that of the libraries that training uses.
 SWITCHES = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
+#: for sessions: leave QuantizeLinear where it is. ONNX Runtime moves it before a Transpose, which takes no E4M3.
+KEEP_QUANTIZERS = ("session.disable_quant_qdq", "1")
+
 
 def forbid_reports() -> None:
     """Switch reports off in this process and in those that it starts."""

@@ -24,6 +24,8 @@ class Slot(NamedTuple):
     at: the number in the input at which W begins.
     stride: numbers from one row to the next, in the order in which they are stored.
     flipped: whether W is stored transposed, (outputs, inputs).
+    scale: what the numbers in the input are multiplied with: 1, or a power of two where it holds E4M3 codes
+        (float8.py).
     """
 
     module: str
@@ -33,11 +35,16 @@ class Slot(NamedTuple):
     at: int
     stride: int
     flipped: bool = False
+    scale: float = 1.0
 
     @classmethod
     def of(cls, module: str, inputs: int, outputs: int) -> Slot:
         """A slot whose input is W alone."""
         return cls(module, inputs, outputs, f"{module}.weight", 0, outputs)
+
+    def as_float8(self, scale: float) -> Slot:
+        """The same slot as E4M3 codes in an input of its own, (outputs, inputs)."""
+        return self._replace(weight=f"{self.module}.weight", at=0, stride=self.inputs, flipped=True, scale=scale)
 
     def view(self, weight: NDArray[Any]) -> NDArray[Any]:
         """W (inputs, outputs) in an array of the whole input; a view."""
@@ -49,7 +56,8 @@ class Slot(NamedTuple):
 
     def describe(self) -> dict[str, Any]:
         """Its entry in `network.json`."""
-        return dict(zip(_WORDS, self, strict=True))
+        scale = {} if self.scale == 1 else {"scale": self.scale}
+        return dict(zip(_WORDS, self[:-1], strict=True)) | scale
 
 
 _WORDS = ("module", "in", "out", "weight", "at", "stride", "flipped")
@@ -60,7 +68,9 @@ def slots_of(entry: Mapping[str, Any]) -> tuple[Slot, ...]:
 
     entry: its `network.json`, with a list "slots".
     """
-    return tuple(Slot(*(row[word] for word in _WORDS)) for row in entry.get("slots", ()))
+    return tuple(
+        Slot(*(row[word] for word in _WORDS), scale=float(row.get("scale", 1))) for row in entry.get("slots", ())
+    )
 
 
 def names_of_weights(slots: Sequence[Slot]) -> tuple[str, ...]:

@@ -18,7 +18,8 @@ Array = NDArray[Any]
 Floats = NDArray[np.float32]
 View = Callable[[Array], Array]
 
-#: dtype name -> numpy dtype in the file; numpy has no bfloat16, whose 16 bits are the upper half of a float32
+#: dtype name -> numpy dtype in the file; numpy has no bfloat16, whose 16 bits are the upper half of a float32,
+#: and no E4M3 (core/float8.py)
 LAYOUTS: dict[str, np.dtype[Any]] = {
     "float64": np.dtype("<f8"),
     "float32": np.dtype("<f4"),
@@ -27,6 +28,7 @@ LAYOUTS: dict[str, np.dtype[Any]] = {
     "int64": np.dtype("<i8"),
     "int32": np.dtype("<i4"),
     "uint8": np.dtype("u1"),
+    "float8_e4m3fn": np.dtype("u1"),
 }
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.files import atomic_file, explain_read_errors
+from dreammix_trt.core.float8 import to_e4m3
 from dreammix_trt.core.foreign_files import describe_foreign
 from dreammix_trt.core.stored import FLOATS, LAYOUTS, Array, Floats, MappedFile, Stored, View, check_finite, is_finite
 from dreammix_trt.core.torch_zip import MAGIC, read_torch_zip
@@ -32,6 +33,7 @@ _DTYPES = {
     "I64": "int64",
     "I32": "int32",
     "U8": "uint8",
+    "F8_E4M3": "float8_e4m3fn",
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # the format's own limit
@@ -214,7 +216,7 @@ def write_tensors(
     of 64 bytes begins at a multiple of 64.
 
     tensors: name -> (dtype of `LAYOUTS`, shape), known before anything is read.
-    read: name -> the numbers, of that shape and any dtype.
+    read: name -> the numbers, of that shape and any dtype; for E4M3 divided by their scale.
     metadata: the file's `__metadata__`.
 
     Raises `FileFormatError` naming a tensor that does not fit its dtype, and `ValueError` when `read` gives another
@@ -251,6 +253,8 @@ def _lay_out(
 
 def _encode(values: Array, dtype: str, origin: str) -> Array:
     """Convert numbers to what the file has, in C order. Raises `FileFormatError` when they do not fit."""
+    if dtype == "float8_e4m3fn":
+        return to_e4m3(check_finite(np.asarray(values, np.float32), origin))
     with np.errstate(over="ignore", invalid="ignore"):
         if dtype != "bfloat16":
             stored = np.ascontiguousarray(values, LAYOUTS[dtype])

@@ -58,8 +58,19 @@ Targets = Annotated[
     list[str] | None, typer.Option(help="GPU to build for, e.g. sm_89 (RTX 4090); several allowed; no GPU needed.")
 ]
 Precision = Annotated[
-    Literal["float32", "float16", "bfloat16"] | None,
-    typer.Option(help="Default: float16 for TensorRT, bfloat16 for OpenVINO where the processor has it, else float32."),
+    Literal["float32", "float16", "bfloat16", "fp8"] | None,
+    typer.Option(
+        help="Default: float16 for TensorRT, bfloat16 for OpenVINO where the processor has it, else float32. "
+        "fp8: UNets in E4M3, for sm_89 and newer; ONNX Runtime emulates it, slowly."
+    ),
+]
+UnetPrecision = Annotated[
+    Literal["bfloat16"] | None,
+    typer.Option(help="For UNets whose values are too large for float16 (TensorRT)."),
+]
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(help="For fp8: what `calibrate` wrote about this base; default: calibration.json in its folder."),
 ]
 Shapes = Annotated[
     Literal["static", "dynamic"],
@@ -117,6 +128,8 @@ PANELS = {
             "backend",
             "target",
             "precision",
+            "unet_precision",
+            "calibration",
             "shapes",
             "pictures",
             "context",
@@ -149,6 +162,8 @@ def build(
     backend: Backend = None,
     target: Targets = None,
     precision: Precision = None,
+    unet_precision: UnetPrecision = None,
+    calibration: CalibrationFile = None,
     shapes: Shapes = "static",
     pictures: Pictures = 1,
     context: Context = "77",
@@ -170,6 +185,8 @@ def build(
     engine = EngineOptions(
         backend=backend or "",
         precision=precision or "",
+        unet_precision=unet_precision or "",
+        calibration=calibration,
         targets=tuple(target or ()),
         shapes=shapes,
         pictures=pictures,

@@ -18,6 +18,9 @@ from dreammix_trt import __version__
 from dreammix_trt.build_cli import EXAMPLES as BUILD_EXAMPLES
 from dreammix_trt.build_cli import PANELS as BUILD_PANELS
 from dreammix_trt.build_cli import build
+from dreammix_trt.calibrate_cli import EXAMPLES as CALIBRATE_EXAMPLES
+from dreammix_trt.calibrate_cli import PANELS as CALIBRATE_PANELS
+from dreammix_trt.calibrate_cli import calibrate
 from dreammix_trt.core.errors import Cancelled, DreamMixError, InputError
 from dreammix_trt.core.files import is_full
 from dreammix_trt.doctor_cli import doctor
@@ -143,6 +146,7 @@ app.command("doctor")(doctor)
 
 app.command(epilog=TRAIN_EXAMPLES, panels=TRAIN_PANELS)(train)
 app.command(epilog=BUILD_EXAMPLES, panels=BUILD_PANELS)(build)
+app.command(epilog=CALIBRATE_EXAMPLES, panels=CALIBRATE_PANELS)(calibrate)
 
 
 @app.command()

@@ -48,7 +48,7 @@ def load_torch(
         raise MissingExtraError(
             f"{error.name} is not installed, running in torch needs it: pip install 'dreammix-trt[export]'"
         ) from error
-    tokenizers = _tokenizers(base)
+    tokenizers = open_tokenizers(base)
     with ExitStack() as opened:
         if device is None:
             from dreammix_trt.engine.drivers.cuda import CudaDevice
@@ -61,7 +61,8 @@ def load_torch(
     return DreamMix.on_device(device, made, tokenizers, subjects, options, owned=[owned])
 
 
-def _tokenizers(base: BaseFiles) -> list[Tokenizer]:
+def open_tokenizers(base: BaseFiles) -> list[Tokenizer]:
+    """Both tokenizers of a base."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("tokenizer", "tokenizer_2"):
             base.write_tokenizer(name, Path(folder) / name)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dreammix_trt.core.axes import FLOAT8
 from dreammix_trt.core.checkpoint import EMBEDDED, TOKENIZERS, BaseFiles
 from dreammix_trt.core.files import read_json, write_json
 from dreammix_trt.core.keymap import blocks_of
@@ -28,6 +29,7 @@ from dreammix_trt.core.network_weights import BaseLora, weights_of
 from dreammix_trt.core.networks import Fused, Network, Precision, describe_networks, plain_name
 from dreammix_trt.core.slots import gather_weight, names_of_weights
 from dreammix_trt.core.tensors import Weights, map_tensors, write_tensors
+from dreammix_trt.export.onnx_graph import Weight, place_weights
 from dreammix_trt.export.parity import check_parity, choose_sizes
 from dreammix_trt.export.torch_module import check_fit, make_torch_module
 
@@ -183,12 +185,16 @@ def export_network(
     """
     facts = read_json(graph / "graph.json")
     weights, file = weights_of(base, network.name, loras), out / f"{network.graph}.safetensors"
+    wanted = {name: Weight(dtype, tuple(shape), turned) for name, (dtype, shape, turned) in facts["weights"].items()}
+    _check_fit(network, weights, wanted)
+    if network.float8:
+        wanted = _write_quantized(network, graph / "graph.onnx", wanted, file)
+    else:
+        shutil.copyfile(graph / "graph.onnx", file.with_suffix(".onnx"))
+    _write_weights(network, weights, wanted, file)
     described = network.describe()  # without inputs that have no effect: weights of a text encoder's unused last layer
     described["inputs"] = [spec for spec in described["inputs"] if spec["name"] in facts["inputs"]]
-    _check_fit(network, weights, facts["weights"])
-    _write_weights(weights, facts["weights"], file)
     slots = _write_slot_weights(network, weights, described["inputs"], file.with_suffix(".slots.safetensors"))
-    shutil.copyfile(graph / "graph.onnx", file.with_suffix(".onnx"))
     entry = {
         "schema": SCHEMA,
         "graph": f"{network.graph}.onnx",
@@ -196,7 +202,7 @@ def export_network(
         **({"slot_weights": slots.name} if slots else {}),
         "exporter": facts["exporter"],
         **described,
-        "initializers": {name: transposed for name, (_, _, transposed) in facts["weights"].items()},
+        "initializers": {name: weight.transposed for name, weight in wanted.items()},
     }
     entry["parity"] = _find_parity(base, network, weights, facts, out, verify)
     write_json(out / "network.json", entry)
@@ -245,20 +251,34 @@ def _strip_configs(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _check_fit(network: Network, weights: Weights, wanted: Mapping[str, Any]) -> None:
+def _write_quantized(network: Network, graph: Path, wanted: Mapping[str, Weight], file: Path) -> dict[str, Weight]:
+    """Write the graph of a network with quantised layers, beside its weights; returns the forms that it needs."""
+    import onnx
+
+    from dreammix_trt.export.quantize import quantize_graph
+
+    model, forms = quantize_graph(onnx.load(graph, load_external_data=False), network, wanted)
+    place_weights(model.graph, forms, file.name)
+    file.with_suffix(".onnx").write_bytes(model.SerializeToString())
+    return forms
+
+
+def _check_fit(network: Network, weights: Weights, wanted: Mapping[str, Weight]) -> None:
     """Raise `FileFormatError` for weights, those of slots too, that do not fit the graph."""
-    shapes = {name: tuple(shape[::-1] if turned else shape) for name, (_, shape, turned) in wanted.items()}
+    shapes = {name: form.shape[::-1] if form.transposed else form.shape for name, form in wanted.items()}
     shapes |= {f"{slot.module}.weight": (slot.outputs, slot.inputs) for slot in network.slots}
     check_fit(network.name, {name: weights.shape(name) for name in shapes if name in weights}, shapes)
 
 
-def _write_weights(weights: Weights, wanted: Mapping[str, Any], file: Path) -> None:
+def _write_weights(network: Network, weights: Weights, wanted: Mapping[str, Weight], file: Path) -> None:
     """Write the weights as the graph needs them, without those that have no effect (a text encoder's last layer)."""
 
     def read(name: str) -> NDArray[np.float32]:
-        return weights[name].T if wanted[name][2] else weights[name]
+        if wanted[name].dtype == FLOAT8:
+            return weights[name] / np.float32(network.float8[name.removesuffix(".weight")][1])
+        return weights[name].T if wanted[name].transposed else weights[name]
 
-    write_tensors(file, {name: (dtype, tuple(shape)) for name, (dtype, shape, _) in wanted.items()}, read)
+    write_tensors(file, {name: (form.dtype, form.shape) for name, form in wanted.items()}, read)
 
 
 def _write_slot_weights(
@@ -266,9 +286,12 @@ def _write_slot_weights(
 ) -> Path | None:
     """Write the slots' weights as the graph's inputs want them; returns the file, or None where there are none.
 
+    Where an input wants E4M3 codes they are float16 in the file: a subject is added to them before they are rounded.
+
     inputs: that the graph has.
     """
-    shapes = {spec["name"]: (str(spec["dtype"]), tuple(spec["shape"])) for spec in inputs}
+    kept_as = {FLOAT8: "float16"}
+    shapes = {spec["name"]: (kept_as.get(spec["dtype"], str(spec["dtype"])), tuple(spec["shape"])) for spec in inputs}
     names = [name for name in names_of_weights(network.slots) if name in shapes]
 
     if names:
@@ -283,6 +306,8 @@ def _find_parity(
     from importlib.util import find_spec
 
     size = sum(math.prod(weights.shape(name)) for name in weights)
+    if network.float8 or network.precision == "bfloat16":  # they differ by more than any bound for faults
+        return {"checked": "not", "parameters": size}
     possible = find_spec("torch") is not None and find_spec("diffusers") is not None
     if verify or (verify is None and possible and size <= CHECKED_PARAMETERS):
         return {**_check_graph(network, weights, out / f"{network.graph}.onnx", base.divisor), "checked": "at build"}

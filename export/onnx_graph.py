@@ -266,21 +266,32 @@ def _merge_equal_nodes(graph: onnx.GraphProto) -> None:
 
 
 def _make_weights_external(graph: onnx.GraphProto, weights: Mapping[str, Weight], location: str) -> None:
-    """Turn the weight inputs into initializers that say where in the file `location` their data will be."""
+    """Turn the weight inputs into initializers whose data will be in the file `location`."""
     import onnx
 
     inputs = [item for item in graph.input if item.name not in weights]
     del graph.input[:]
     graph.input.extend(inputs)
-    places = plan_places({name: (weight.dtype, weight.shape) for name, weight in weights.items()})
     for name, weight in sorted(weights.items()):
-        code = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(weight.dtype))
-        tensor = onnx.TensorProto(name=name, data_type=code, dims=weight.shape)
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        _, _, offset, length = places[name]
-        for key, value in (("location", location), ("offset", offset), ("length", length)):
-            tensor.external_data.add(key=key, value=str(value))
-        graph.initializer.append(tensor)
+        code = {"bfloat16": onnx.TensorProto.BFLOAT16}.get(weight.dtype) or onnx.helper.np_dtype_to_tensor_dtype(
+            np.dtype(weight.dtype)
+        )
+        graph.initializer.append(onnx.TensorProto(name=name, data_type=code, dims=weight.shape))
+    place_weights(graph, weights, location)
+
+
+def place_weights(graph: onnx.GraphProto, weights: Mapping[str, Weight], location: str) -> None:
+    """Say of every weight where in the file `location` its data will be."""
+    import onnx
+
+    places = plan_places({name: (weight.dtype, weight.shape) for name, weight in weights.items()})
+    for tensor in graph.initializer:
+        if tensor.name in places:
+            _, _, offset, length = places[tensor.name]
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            del tensor.external_data[:]
+            for key, value in (("location", location), ("offset", offset), ("length", length)):
+                tensor.external_data.add(key=key, value=str(value))
 
 
 def _shorten_names(graph: onnx.GraphProto, network: Network) -> None:

@@ -13,7 +13,7 @@ from dreammix_trt.core.axes import FACTOR
 from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import BuildError, MissingExtraError
 from dreammix_trt.core.networks import Network
-from dreammix_trt.core.onnx_runtime import import_onnxruntime
+from dreammix_trt.core.onnx_runtime import KEEP_QUANTIZERS, import_onnxruntime
 
 #: largest allowed difference, as a share of an output's largest value; torch always computes in float32
 BOUNDS = {"float32": 1e-4, "float16": 2e-2}
@@ -35,6 +35,7 @@ class OnnxNetwork:
         if light:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry(*KEEP_QUANTIZERS)
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(graph, options, ["CPUExecutionProvider"])
@@ -47,11 +48,12 @@ class OnnxNetwork:
         return dict(zip(names, self._session.run(names, used), strict=True))
 
 
-def run_torch(module: Any, network: Network, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+def run_torch(module: Any, network: Network, inputs: Mapping[str, NDArray[Any]], device: str = "cpu") -> Arrays:
     """Run a torch module in float32, whatever the precision of the inputs.
 
     module: from `make_torch_module`.
     inputs: by name.
+    device: where the module's parameters are.
 
     Returns outputs by name.
     """
@@ -59,12 +61,12 @@ def run_torch(module: Any, network: Network, inputs: Mapping[str, NDArray[Any]])
 
     def tensor(value: NDArray[Any]) -> Any:
         wide = value.astype(np.float32) if value.dtype == np.float16 else value
-        return torch.from_numpy(np.ascontiguousarray(wide))
+        return torch.from_numpy(np.ascontiguousarray(wide)).to(device)
 
     with torch.inference_mode():
         result = module(*(tensor(inputs[spec.name]) for spec in network.inputs))
     tensors = result if isinstance(result, tuple) else (result,)
-    return {spec.name: tensor.contiguous().numpy() for spec, tensor in zip(network.outputs, tensors, strict=True)}
+    return {spec.name: tensor.contiguous().cpu().numpy() for spec, tensor in zip(network.outputs, tensors, strict=True)}
 
 
 def choose_sizes(divisor: int) -> tuple[dict[str, int], ...]:

@@ -1,5 +1,7 @@
 """The types in a graph: the network's precision everywhere, and float32 where the trace is marked so.
 
+A bfloat16 network has float16 inputs and outputs, with casts behind and before them.
+
 TensorRT's networks are strongly typed: the graph gives every value its type. The trace is made in float32, because a
 CPU runs it, and has two marks (`modules.narrow`, `modules.widen`). Here the marks become casts, and weights and
 constants get the type of the values they meet.
@@ -7,10 +9,11 @@ constants get the type of the values they meet.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dreammix_trt.core.axes import Tensor
 from dreammix_trt.core.errors import BuildError
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
     import onnx
 
 NARROW, WIDE = "Narrow", "Wide"
-_DTYPES = ("float32", "float16")
+_DTYPES = ("float32", "float16", "bfloat16")
 _SHAPING = ("Identity", "Reshape", "Shape", "Size", "Squeeze", "Transpose", "Unsqueeze")
 
 
@@ -31,8 +34,8 @@ def assign_types(graph: onnx.GraphProto, network: Network, weights: Mapping[str,
     network: of the trace.
     weights: their names, which are inputs of the graph.
 
-    Returns the dtype of each weight. Raises `BuildError` when float32 and float16 values meet in one operator without a
-    mark, which is a bug in the network's torch form.
+    Returns the dtype of each weight. Raises `BuildError` when values of two types meet in one operator without a mark,
+    which is a bug in the network's torch form.
     """
     marks = {NARROW: network.precision, WIDE: "float32"}
     return _Types(graph, network, set(weights), marks).run()
@@ -51,7 +54,10 @@ class _Types:
         self.casts: dict[tuple[str, str], str] = {}
 
     def run(self) -> dict[str, str]:
-        for node in list(self.graph.node):
+        nodes = list(self.graph.node)
+        if self.network.precision == "bfloat16":
+            self._cast_inputs(nodes)
+        for node in nodes:
             self._visit(node)
         del self.graph.node[:], self.graph.value_info[:]
         self.graph.node.extend(self.nodes)
@@ -62,6 +68,17 @@ class _Types:
             if dtype:
                 item.type.tensor_type.elem_type = _code(dtype)
         return {name: self.weight_types.get(name, self.network.precision) for name in self.weights}
+
+    def _cast_inputs(self, nodes: Sequence[onnx.NodeProto]) -> None:
+        """Let the nodes read float16 inputs through casts to bfloat16."""
+        import onnx
+
+        cast = {name: f"{name}_bfloat16" for name, dtype in self.known.items() if dtype == "float16"}
+        for name, inner in cast.items():
+            self.nodes.append(onnx.helper.make_node("Cast", [name], [inner], inner, to=_code("bfloat16")))
+            self.known[inner] = "bfloat16"
+        for node in nodes:
+            node.input[:] = [cast.get(name, name) for name in node.input]
 
     def _visit(self, node: onnx.NodeProto) -> None:
         if node.op_type in self.marks and node.domain:
@@ -85,7 +102,9 @@ class _Types:
         counted = list(range(1)) if node.op_type == "Resize" else list(range(len(node.input)))
         met = {self.known[node.input[k]] for k in counted if node.input[k] in self.known}
         if len(met) > 1:
-            raise BuildError(f"{node.name}: float16 and float32 meet without a mark; this is a bug, please report it")
+            raise BuildError(
+                f"{node.name}: {' and '.join(sorted(met))} meet without a mark; this is a bug, please report it"
+            )
         if not met and node.op_type not in _SHAPING and any(self._weight(node.input[k]) for k in counted):
             met = {self.network.precision}  # only weights meet: a text encoder's embeddings
         if met:
@@ -132,7 +151,7 @@ class _Types:
         weight = self._weight(name)
         if weight:
             if self.weight_types.setdefault(weight, dtype) != dtype:
-                raise BuildError(f"weight {weight} meets float16 and float32; this is a bug, please report it")
+                raise BuildError(f"weight {weight} meets two types; this is a bug, please report it")
             return name
         if dtype == "float32":
             return name
@@ -140,9 +159,7 @@ class _Types:
             new = f"{name}_{dtype}"
             if name in self.constants:
                 values = onnx.numpy_helper.to_array(self.constants[name])
-                limit = np.finfo(dtype).max
-                half = np.clip(values, -limit, limit).astype(dtype)
-                self.graph.initializer.append(onnx.numpy_helper.from_array(half, new))
+                self.graph.initializer.append(onnx.numpy_helper.from_array(_narrow(values, dtype), new))
             else:
                 self.nodes.append(onnx.helper.make_node("Cast", [name], [new], new, to=_code(dtype)))
             self.casts[name, dtype] = new
@@ -168,5 +185,18 @@ class _Types:
                 self.graph.node.append(cast)
 
 
+def _narrow(values: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Float32 numbers in a narrower type; what is too large becomes the largest."""
+    if dtype == "bfloat16":
+        import ml_dtypes  # of onnx; its range is that of float32
+
+        rounded: NDArray[Any] = values.astype(ml_dtypes.bfloat16)
+        return rounded
+    limit = np.finfo(dtype).max
+    narrow: NDArray[Any] = np.clip(values, -limit, limit).astype(dtype)
+    return narrow
+
+
 def _code(dtype: str) -> int:
-    return {"float32": 1, "float16": 10}[dtype]
+    """ONNX's number for a type."""
+    return {"float32": 1, "float16": 10, "bfloat16": 16}[dtype]

@@ -12,6 +12,7 @@ from dreammix_trt.core.networks import Fused, Precision
 from dreammix_trt.engine.directory import BACKENDS
 from dreammix_trt.engine.machine import PLANS, find_versions
 
+_FIRST_WITH_E4M3 = 89  # compute capability
 _MOST_CONTEXT = 4096  # rows of a condition; a typing error costs an hour of building else
 
 
@@ -21,8 +22,12 @@ class EngineOptions:
 
     backend: "onnxruntime", "openvino", "tensorrt-rtx" or "tensorrt"; default: tensorrt-rtx where targets are named,
         else onnxruntime.
-    precision: "float32" or "float16"; for OpenVINO "float32" or "bfloat16", its arithmetic on float32 graphs. Default:
-        float16 for TensorRT, bfloat16 for OpenVINO where this processor has it, else float32.
+    precision: "float32", "float16" or "fp8" (UNets in E4M3, all else in float16; on ONNX Runtime in float32, which
+        emulates it); for OpenVINO "float32" or "bfloat16", its arithmetic on float32 graphs. Default: float16 for
+        TensorRT, bfloat16 for OpenVINO where this processor has it, else float32.
+    unet_precision: "bfloat16": the UNets' own precision, for one whose values are too large for float16; "": that of
+        the rest.
+    calibration: what "fp8" needs to know about the base (`calibration.calibrate`); None: the file in the base's folder.
     targets: GPUs as "sm_89", several if wanted, or "current".
     shapes: "static" (the base's native square) or "dynamic" (sides from 0.69 to 1.31 of it within its area, in two
         profiles).
@@ -36,6 +41,8 @@ class EngineOptions:
 
     backend: str = ""
     precision: Precision | str = ""
+    unet_precision: str = ""
+    calibration: Path | None = None
     targets: tuple[str, ...] = ()
     shapes: str = "static"
     pictures: int = 1
@@ -68,9 +75,14 @@ class EngineOptions:
 
         In float16 ONNX Runtime runs on GPUs, where it has a kernel for attention that keeps no scores.
         """
-        if self.precision != "float16":
+        if not self.half:
             return False
         return True if self.plans else "attention"
+
+    @property
+    def half(self) -> bool:
+        """Whether the networks compute in float16, but for UNets of another precision."""
+        return self.precision == "float16" or (self.precision == "fp8" and self.plans)
 
     @property
     def version(self) -> str:
@@ -87,7 +99,11 @@ class EngineOptions:
         """Raise InputError for what cannot be built, before anything is read."""
         for name, allowed in (
             ("backend", BACKENDS),
-            ("precision", ("float32", "bfloat16") if self.backend == "openvino" else ("float32", "float16")),
+            (
+                "precision",
+                ("float32", "bfloat16") if self.backend == "openvino" else ("float32", "float16", "fp8"),
+            ),
+            ("unet_precision", ("", "bfloat16")),
             ("shapes", ("static", "dynamic")),
         ):
             if getattr(self, name) not in allowed:
@@ -107,10 +123,11 @@ class EngineOptions:
         for image in self.vae_images:
             if not Path(image).is_file():
                 raise InputError(f"{image}: no such picture (vae_images)")
-        if self.vae_images and self.precision != "float16":
+        if self.vae_images and not self.half:
             raise InputError("vae_images are given, but only a float16 VAE is looked at for overflow")
-        if not self.safe_vae and self.precision != "float16":
+        if not self.safe_vae and not self.half:
             raise InputError("safe_vae is off, but only a float16 VAE is built in float32 too; leave --no-safe-vae")
+        self._check_unets()
         if self.plans:
             from dreammix_trt.engine.backends.tensorrt.builder import check_targets
 
@@ -136,6 +153,25 @@ class EngineOptions:
                 "be looked at here; build where it will run, or with --precision float32"
             )
 
+    def _check_unets(self) -> None:
+        """Raise InputError for UNets that cannot compute as is asked."""
+        if self.unet_precision and (not self.plans or self.precision != "float16"):
+            raise InputError(
+                f"unet_precision is {self.unet_precision!r}: it goes with TensorRT and precision float16 alone, not "
+                f"{self.backend} and {self.precision}"
+            )
+        if self.calibration is not None and self.precision != "fp8":
+            raise InputError(f"a calibration is given, but only precision fp8 uses one; it is {self.precision}")
+        if self.calibration is not None and not Path(self.calibration).is_file():
+            raise InputError(f"{self.calibration}: no such calibration; make it with `dreammix-trt calibrate`")
+        if self.precision == "fp8":
+            for gpu in self.gpus:
+                if int(gpu.removeprefix("sm_")) < _FIRST_WITH_E4M3:
+                    raise InputError(
+                        f"precision is fp8, but {gpu} cannot multiply E4M3 numbers; sm_{_FIRST_WITH_E4M3} (RTX 40) is "
+                        "the first that can: build for that, or with precision float16"
+                    )
+
     @property
     def gpus(self) -> tuple[str, ...]:
         """The GPUs that plans are for, by name also where "current" was asked for."""
@@ -152,6 +188,8 @@ class EngineOptions:
         given: dict[str, Any] = {"backend": self.backend if chosen else None, "target": list(self.targets)}
         depends = self.backend == "openvino"  # its default is the processor's
         given["precision"] = self.precision if depends or self.precision != usual.precision else None
+        given["unet_precision"] = self.unet_precision or None
+        given["calibration"] = str(self.calibration) if self.calibration else None
         given["shapes"] = self.shapes if self.shapes != usual.shapes else None
         given["pictures"] = self.pictures if self.pictures != usual.pictures else None
         given["workspace"] = self.workspace >> 20 if self.workspace else None  # the option counts MiB

@@ -14,6 +14,7 @@ from typing import Any
 from dreammix_trt.building.engine_options import EngineOptions
 from dreammix_trt.building.part_store import part_key
 from dreammix_trt.core.axes import FACTOR
+from dreammix_trt.core.calibration import Calibration
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.files import sha256_of
 from dreammix_trt.core.network_weights import BaseLora
@@ -31,6 +32,7 @@ class Ingredients:
 
     loras: merged into the weights, each with its file's hash.
     defaults: of requests.
+    calibration: of the UNets, where they compute in E4M3.
     """
 
     base: BaseFiles
@@ -38,6 +40,7 @@ class Ingredients:
     engine: EngineOptions
     loras: Sequence[tuple[BaseLora, str]]
     defaults: Mapping[str, Any]
+    calibration: Calibration | None = None
 
     @property
     def base_key(self) -> str:
@@ -53,9 +56,16 @@ class Ingredients:
     @cached_property
     def networks(self) -> tuple[Network, ...]:
         """Those that an engine of this base has."""
-        precision: Precision = "float16" if self.engine.precision == "float16" else "float32"
+        precision: Precision = "float16" if self.engine.half else "float32"
         networks = describe_networks(self.base, self.slots, precision, self.engine.fused)
-        return tuple(network for network in networks if self.engine.safe_vae or not is_twin(network.name))
+        kept = (network for network in networks if self.engine.safe_vae or not is_twin(network.name))
+        return tuple(self._specialise(network) if network.kind.call == "step" else network for network in kept)
+
+    def _specialise(self, unet: Network) -> Network:
+        """A UNet in the precision that is asked for UNets alone."""
+        if self.engine.unet_precision == "bfloat16":
+            return unet.with_bfloat16()
+        return unet.with_float8(self.calibration.scales(unet.name)) if self.calibration else unet
 
     def sources_of(self, name: str) -> dict[str, Any]:
         """Everything that decides the weights of a network: for half a VAE, all of the VAE."""
@@ -91,7 +101,12 @@ class Ingredients:
 
     def of_onnx(self, network: Network) -> dict[str, Any]:
         """Of a network's graph and weights."""
-        return {"layout": SCHEMA, "graph": graph_digest(network), "sources": self.sources_of(network.name)}
+        facts = {"layout": SCHEMA, "graph": graph_digest(network.plain), "sources": self.sources_of(network.name)}
+        if not network.float8:
+            return facts
+        from dreammix_trt.export.quantize import REVISION
+
+        return {**facts, "float8": {"revision": REVISION, "scales": dict(network.float8)}}
 
     def of_plan(self, network: Network) -> dict[str, Any]:
         """Of a network's TensorRT plan."""

@@ -40,8 +40,9 @@ def _list_needs(ingredients: Ingredients, store: PartStore) -> Iterator[Estimate
             continue
         if engine.plans and store.holds(network.name, "engine", ingredients.of_plan(network)):
             continue
-        size = 2 if network.precision == "float16" else 4
-        count = size * sum(math.prod(weights.shape(name)) for name in weights)
+        size = 4 if network.precision == "float32" else 2
+        eight = {f"{module}.weight" for module in network.float8}
+        count = sum(math.prod(weights.shape(name)) * (1 if name in eight else size) for name in weights)
         if not store.holds(network.name, "onnx", ingredients.of_onnx(network)):
             yield Estimate(_TRACING if count > GIB else 0, count)
         if engine.plans:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dreammix_trt import __version__
+from dreammix_trt.building.calibrated import describe_float8, find_calibration
 from dreammix_trt.building.defaults import Defaults, fill_in
 from dreammix_trt.building.engine_options import EngineOptions
 from dreammix_trt.building.ingredients import Ingredients
@@ -112,7 +113,8 @@ def carry_out(order: BuildOrder, update: Update, tell: Callable[[str], None]) ->
     defaults = fill_in(order.defaults, order.base_specs, tell)
     baked = [*merged, *made[0].loras] if order.merge else merged
     loras = [(BaseLora(lora, spec.scale, spec.target), sha256_of(lora.source_path)) for lora, spec in baked]
-    ingredients = Ingredients(files, order.slots, order.engine, loras, defaults.to_dict())
+    calibration = find_calibration(order, files)
+    ingredients = Ingredients(files, order.slots, order.engine, loras, defaults.to_dict(), calibration)
     store = PartStore(shelf, order.place, update)
     parts = Parts(ingredients, store, order.verify, tell)
     for each in () if order.merge else made:
@@ -181,6 +183,7 @@ def _write(
         "loras": [describe_lora(spec, "both") for spec in baked],
         "merged": made[0].subject.name if order.merge else None,
         "defaults": defaults,
+        **describe_float8(ingredients.networks, ingredients.calibration),
     }
     return write_engine(
         Path(order.out),

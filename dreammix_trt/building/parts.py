@@ -101,6 +101,7 @@ class Parts:
             raise BuildError(f"{network.name}: its files changed while they were read; build again")
 
     def _find_graph(self, network: Network) -> Path:
+        network = network.plain  # layers are quantised in the graph of the network without
         shipped = find_shipped_graph(network)
         if shipped:
             return shipped

@@ -20,7 +20,6 @@ from dreammix_trt.core.errors import EngineError
 from dreammix_trt.core.merging import check_fit
 from dreammix_trt.core.networks import kind_of, networks_of_factors
 from dreammix_trt.core.seam import Array, DeviceNetworks, Stream
-from dreammix_trt.core.slots import Slot
 from dreammix_trt.core.subject import NOBODY, Role, Subject
 from dreammix_trt.engine.device.arena import Arena, Pieces
 from dreammix_trt.engine.device.factors import Factor, Factors, Key, Pair, Pairs
@@ -276,7 +275,7 @@ class DeviceWeights:
         left, right, rank = factor or Factor(0, 0, 0)
         kind, first = MERGE_KINDS[source.dtype, network.types[slot.weight]], 0
         scales = (scale, 1.0) if slot.flipped else (1.0, scale)
-        return (*places, left, right, slot.stride, rows, columns, rank, kind, first, *scales, 1 / _find_scale(slot))
+        return (*places, left, right, slot.stride, rows, columns, rank, kind, first, *scales, 1 / slot.scale)
 
     def _launch(self, records: list[tuple[float, ...]]) -> None:
         table = np.array(records, MERGE)
@@ -315,8 +314,3 @@ def check_subject(subject: Subject, networks: DeviceNetworks) -> None:
         names = [name for name in networks_of_factors(part) if name in networks]
         if names:
             check_fit(factors, [slot for name in names for slot in networks.slots(name)])
-
-
-def _find_scale(slot: Slot) -> float:
-    """What a stored FP8 number is multiplied by; 1 for other types."""
-    return float(getattr(slot, "scale", 1.0))

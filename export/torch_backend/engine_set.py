@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.network_weights import weights_of
-from dreammix_trt.core.networks import describe_networks
+from dreammix_trt.core.networks import describe_networks, kind_of
 from dreammix_trt.core.slots import Slot, gather_weight
 from dreammix_trt.export.parity import Arrays, run_torch
 from dreammix_trt.export.torch_module import make_torch_module
@@ -18,8 +18,9 @@ from dreammix_trt.export.torch_module import make_torch_module
 class TorchEngineSet:
     """`run(name, **arrays) -> dict` for every network of a base. Weights are read at a network's first use."""
 
-    def __init__(self, base: BaseFiles, *, slots: bool = True) -> None:
-        self.base = base
+    def __init__(self, base: BaseFiles, *, slots: bool = True, device: str = "cpu", one_unet: bool = False) -> None:
+        """device: "cpu" or "cuda". one_unet: read a UNet again when it is needed, so that one alone is in memory."""
+        self.base, self._device, self._one_unet = base, device, one_unet
         self._networks = {network.name: network for network in describe_networks(base, slots)}
         self._modules: dict[str, Any] = {}
         self._weights: dict[str, Arrays] = {}
@@ -30,6 +31,14 @@ class TorchEngineSet:
     def slots(self, name: str) -> tuple[Slot, ...]:
         """The LoRA slots of a network."""
         return self._networks[name].slots
+
+    def module(self, name: str) -> Any:
+        """The torch module of a network, its weights read."""
+        if name not in self._modules:
+            if self._one_unet and kind_of(name).call == "step":
+                self._modules = {other: made for other, made in self._modules.items() if kind_of(other).call != "step"}
+            self._modules[name] = make_torch_module(self._networks[name], weights_of(self.base, name)).to(self._device)
+        return self._modules[name]
 
     def weights(self, name: str) -> Mapping[str, NDArray[Any]]:
         """The base's own weights of the slots; see `core.seam.Networks`."""
@@ -48,7 +57,4 @@ class TorchEngineSet:
 
         Returns outputs by name, float32.
         """
-        network = self._networks[name]
-        if name not in self._modules:
-            self._modules[name] = make_torch_module(network, weights_of(self.base, name))
-        return run_torch(self._modules[name], network, {**self.weights(name), **arrays})
+        return run_torch(self.module(name), self._networks[name], {**self.weights(name), **arrays}, self._device)

@@ -386,7 +386,7 @@ def test_a_not_a_number_is_found_where_it_is(small: tuple[dict[str, Any], dict[s
 
 def test_quantised_and_cut_files_say_so(small_file: Path, tmp_path: Path) -> None:
     shapes = shapes_of(small_file)
-    with pytest.raises(FileFormatError, match=r"is stored as F8_E4M3; save the weights as fp16"):
+    with pytest.raises(FileFormatError, match=r"is stored as float8_e4m3fn; save the weights as fp16"):
         BaseFiles.open(write_header(tmp_path / "f8.safetensors", shapes, "F8_E4M3", 1))
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(small_file.read_bytes()[:-1000])

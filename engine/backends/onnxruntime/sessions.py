@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dreammix_trt.core.errors import DreamMixError
 from dreammix_trt.core.files import sha256_of
-from dreammix_trt.core.onnx_runtime import import_onnxruntime
+from dreammix_trt.core.onnx_runtime import KEEP_QUANTIZERS, import_onnxruntime
 from dreammix_trt.core.store import Store
 from dreammix_trt.engine.hardware import name_processor, read_processor_features
 
@@ -83,6 +83,7 @@ def _choose_options(
     options.enable_cpu_mem_arena = False  # it only grows: one call at 1024x1024 held 11 GiB, without it 3
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry(*KEEP_QUANTIZERS)
     for side, size in sides.items():
         options.add_free_dimension_override_by_name(side, size)
     if keep is not None:
