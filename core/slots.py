@@ -56,8 +56,8 @@ class Slot(NamedTuple):
 
     def describe(self) -> dict[str, Any]:
         """Its entry in `network.json`."""
-        scale = {} if self.scale == 1 else {"scale": self.scale}
-        return dict(zip(_WORDS, self[:-1], strict=True)) | scale
+        words = _WORDS if self.scale == 1 else (*_WORDS, "scale")
+        return dict(zip(words, self, strict=False))
 
 
 _WORDS = ("module", "in", "out", "weight", "at", "stride", "flipped")
@@ -68,9 +68,7 @@ def slots_of(entry: Mapping[str, Any]) -> tuple[Slot, ...]:
 
     entry: its `network.json`, with a list "slots".
     """
-    return tuple(
-        Slot(*(row[word] for word in _WORDS), scale=float(row.get("scale", 1))) for row in entry.get("slots", ())
-    )
+    return tuple(Slot(*(({"scale": 1.0} | row)[word] for word in (*_WORDS, "scale"))) for row in entry.get("slots", ()))
 
 
 def names_of_weights(slots: Sequence[Slot]) -> tuple[str, ...]:
