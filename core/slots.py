@@ -68,7 +68,8 @@ def slots_of(entry: Mapping[str, Any]) -> tuple[Slot, ...]:
 
     entry: its `network.json`, with a list "slots".
     """
-    return tuple(Slot(*(row[word] for word in _WORDS), float(row.get("scale", 1))) for row in entry.get("slots", ()))
+    rows = entry.get("slots", ())
+    return tuple(Slot(*(row[word] for word in _WORDS))._replace(scale=float(row.get("scale", 1))) for row in rows)
 
 
 def names_of_weights(slots: Sequence[Slot]) -> tuple[str, ...]:

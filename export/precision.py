@@ -190,9 +190,9 @@ def _narrow(values: NDArray[Any], dtype: str) -> NDArray[Any]:
     if dtype == "bfloat16":
         import ml_dtypes  # of onnx; its range is that of float32
 
-        return values.astype(ml_dtypes.bfloat16)
+        return np.asarray(values.astype(ml_dtypes.bfloat16))
     limit = np.finfo(dtype).max
-    return np.clip(values, -limit, limit).astype(dtype)
+    return np.asarray(np.clip(values, -limit, limit).astype(dtype))
 
 
 def _code(dtype: str) -> int:
