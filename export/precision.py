@@ -190,11 +190,9 @@ def _narrow(values: NDArray[Any], dtype: str) -> NDArray[Any]:
     if dtype == "bfloat16":
         import ml_dtypes  # of onnx; its range is that of float32
 
-        rounded: NDArray[Any] = values.astype(ml_dtypes.bfloat16)
-        return rounded
+        return np.asarray(values.astype(ml_dtypes.bfloat16))
     limit = np.finfo(dtype).max
-    narrow: NDArray[Any] = np.clip(values, -limit, limit).astype(dtype)
-    return narrow
+    return np.asarray(np.clip(values, -limit, limit).astype(dtype))
 
 
 def _code(dtype: str) -> int:

@@ -19,13 +19,13 @@ from dreammix_trt.core.axes import Tensor  # noqa: E402
 from dreammix_trt.core.errors import BuildError  # noqa: E402
 from dreammix_trt.core.network_weights import weights_of  # noqa: E402
 from dreammix_trt.core.networks import Fused, Network, describe_networks  # noqa: E402
-from dreammix_trt.core.tensors import Weights  # noqa: E402
+from dreammix_trt.core.tensors import Weights, read_places  # noqa: E402
 from dreammix_trt.export.onnx_export import export_network, write_graph  # noqa: E402
 from dreammix_trt.export.parity import BOUNDS, OnnxNetwork, choose_sizes, compare_outputs, run_torch  # noqa: E402
 from dreammix_trt.export.precision import NARROW, WIDE, assign_types  # noqa: E402
 from dreammix_trt.export.torch_module import make_torch_module  # noqa: E402
 
-FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+FLOAT, HALF, BRAIN = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16
 NAMES = ["text_encoder", "text_encoder_2", "unet_kv", "unet", "inpaint_head", "vae_encoder", "vae_decoder"]
 FORMS: dict[str, Fused] = {"written out": False, "fused": True, "attention alone": "attention"}
 
@@ -71,7 +71,7 @@ def types_of(model: Any) -> dict[str, int]:
             kind = attributes["value"].t.data_type
         else:
             kind = COUNTS.get(node.op_type, taken[1 if node.op_type == "Where" else 0])
-            floats = set(taken[:1] if node.op_type == "Resize" else taken) & {FLOAT, HALF}
+            floats = set(taken[:1] if node.op_type == "Resize" else taken) & {FLOAT, HALF, BRAIN}
             assert len(floats) < 2, f"{node.name}: {node.op_type} of {taken}"
         found |= dict.fromkeys(node.output, kind)
     for item in model.graph.output:
@@ -285,3 +285,40 @@ def test_a_float32_end_is_narrowed_to_the_output_that_was_promised() -> None:
     assign_types(trace, network, {})
     assert [node.op_type for node in trace.node] == ["Cast", "Neg", "Cast"]
     assert trace.node[-1].output[0] == "y" and trace.output[0].type.tensor_type.elem_type == HALF
+
+
+def test_a_bfloat16_unet_has_float16_inputs_and_outputs(small: Any, tmp_path: Path) -> None:
+    network = next(each for each in describe_networks(small, True, "float16", True) if each.name == "unet")
+    made = export_half(small, network.with_bfloat16(), tmp_path, verify=False)
+    types = types_of(made.model)
+    external = {i.name: i.data_type for i in made.model.graph.initializer if i.data_location == i.EXTERNAL}
+    assert set(external.values()) == {BRAIN} and BRAIN in types.values()
+    given = {item.name: item.type.tensor_type.elem_type for item in made.model.graph.input}
+    assert {name for name, kind in given.items() if kind == FLOAT} == {"timestep", "time_ids"}
+    assert {kind for name, kind in given.items() if name not in ("timestep", "time_ids")} == {HALF}
+    narrowed = {source for source, _, to in casts(made) if to == BRAIN}
+    assert {name for name, kind in given.items() if kind == HALF} <= narrowed
+    assert [to for _, name, to in casts(made) if name == "eps"] == [HALF]
+    stored = made.file.with_suffix(".safetensors").read_bytes()
+    dtype, shape, offset, size = read_places(made.file.with_suffix(".safetensors"))["conv_out.weight"]
+    numbers = np.frombuffer(stored[offset : offset + size], "<u2").astype(np.uint32) << 16
+    exact = weights_of(small, "unet")["conv_out.weight"]
+    assert dtype == "bfloat16"
+    np.testing.assert_allclose(numbers.view(np.float32).reshape(shape), exact, rtol=2**-8)
+
+
+def test_tensorrt_reads_unets_in_bfloat16(small: Any, tmp_path: Path) -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    network = next(each for each in describe_networks(small, True, "float16", True) if each.name == "unet")
+    made = export_half(small, network.with_bfloat16(), tmp_path, verify=False)
+    read = parse(trt, made.file)
+    assert (read.num_outputs, read.get_output(0).dtype, read.get_input(0).dtype) == (1, trt.float16, trt.float16)
+
+
+def parse(trt: Any, file: Path) -> Any:
+    """The graph as TensorRT's strongly typed network."""
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR))
+    assert parser.parse_from_file(str(file)), [parser.get_error(k).desc() for k in range(parser.num_errors)]
+    return network

@@ -39,8 +39,8 @@ REVISION: Final = 3  # rises when `build_engine` builds something else from the 
 MESSAGES: Final = 20  # kept of a build, each once
 Progress = Callable[[float, str], None]
 DTYPES: Final = {
-    "FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32", "INT8": "int8",
-    "UINT8": "uint8", "BOOL": "bool",
+    "FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8_e4m3fn", "INT64": "int64",
+    "INT32": "int32", "INT8": "int8", "UINT8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 
 
