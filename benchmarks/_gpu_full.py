@@ -66,8 +66,9 @@ def _torch_back_end(part: Part, setting: Setting, *, compiled: bool) -> Iterator
     rate = ceiling(setting)
     part.add("float16 matrix product [TFLOP/s]", rate / 1e12)
     if compiled and not setting.compiled:
-        part.note("not compiled, as was asked: eager torch under this part's name")
-    kind, compiled = f"torch, {'compiled' if compiled else 'eager'}", compiled and setting.compiled
+        part.note("in eager torch, as was asked (--eager)")
+    compiled = compiled and setting.compiled
+    kind = f"torch, {'compiled' if compiled else 'eager'}"
     with device_of(setting) as device, random_networks(setting, device, compiled=compiled) as networks:
         yield BackEnd(part, setting, device, networks, kind, rate)
 
