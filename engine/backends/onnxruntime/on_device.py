@@ -18,7 +18,7 @@ import numpy.typing as npt
 from dreammix_trt.core.axes import Sides, Tensor
 from dreammix_trt.core.errors import DeviceError, EngineError, InputError, OutOfMemoryError
 from dreammix_trt.core.networks import is_twin
-from dreammix_trt.core.onnx_runtime import import_onnxruntime
+from dreammix_trt.core.onnx_runtime import KEEP_QUANTIZERS, import_onnxruntime
 from dreammix_trt.core.seam import Array, BaseFacts, Stream
 from dreammix_trt.core.slots import Slot, slots_of
 from dreammix_trt.engine.backends.onnxruntime.engine_set import (
@@ -225,6 +225,7 @@ class OnnxNetworks:
         options.intra_op_num_threads = count_cores() if self.provider == "cpu" else 1
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry(*KEEP_QUANTIZERS)
         graph = self._parts[name] / self._entries[name]["graph"]
         try:
             session = ort.InferenceSession(str(graph), options, providers=self._providers)
