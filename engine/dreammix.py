@@ -337,7 +337,10 @@ def _check_options(device: str, options: Mapping[str, Any]) -> Options:
 
     from dreammix_trt.engine.device.memory_plan import Options
 
-    if device not in ("cpu", "cuda") and not device.isupper():
+    plain = str(device).lower()
+    if plain != device and plain in ("cpu", "cuda"):
+        raise InputError(f"device is {device!r}; write {plain!r}")
+    if device not in ("cpu", "cuda") and not (isinstance(device, str) and device.isupper()):
         raise InputError(
             f"device is {device!r}; allowed: cpu, cuda (the first GPU; CUDA_VISIBLE_DEVICES=1 makes it another), or "
             "for an engine of OpenVINO what that calls it: GPU, AUTO"

@@ -132,11 +132,11 @@ class TensorRtNetworks:
 
     @property
     def most_pictures(self) -> int | None:
-        """The largest batch that all networks take."""
+        """The largest batch that the UNets take; other networks take one picture at a time, or rows."""
         most = [
             max(span["pictures"][1] for span in network.shapes.spans)
             for name, network in self._networks.items()
-            if not is_twin(name) and all("pictures" in span for span in network.shapes.spans)
+            if kind_of(name).call == "step" and all("pictures" in span for span in network.shapes.spans)
         ]
         return min(most, default=None)
 

@@ -21,6 +21,8 @@ from safetensors.numpy import save_file
 
 from dreammix_trt.core.axes import Sides
 from dreammix_trt.core.errors import DeviceError, EngineError, OutOfMemoryError
+from dreammix_trt.core.networks import KINDS as NETWORK_KINDS
+from dreammix_trt.core.networks import kind_of
 from dreammix_trt.core.seam import Array, DeviceNetworks
 from dreammix_trt.core.slots import Slot
 from dreammix_trt.engine import hardware
@@ -77,7 +79,9 @@ def write_part(
 
     weights: of the slots.
     """
-    profiles = profiles_for(inputs, pictures=pictures, shapes=shapes, latent_side=NATIVE // 8, step=1)
+    known = folder.name in {kind.name for kind in NETWORK_KINDS}
+    call = kind_of(folder.name).call if known else "step"
+    profiles = profiles_for(inputs, pictures=pictures, shapes=shapes, latent_side=NATIVE // 8, step=1, call=call)
     tensors = {}
     for mode, specs in (("INPUT", inputs), ("OUTPUT", outputs)):
         for spec in specs:

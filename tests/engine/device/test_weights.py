@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,19 +25,6 @@ from dreammix_trt.engine.drivers.simulated import SimulatedDevice
 from tests.engine.device.test_number_kernels import to_eighths
 
 FLOAT8 = "float8_e4m3fn"
-
-
-class ScaledSlot(NamedTuple):
-    """A slot of FP8 numbers, which stand for `scale` times themselves."""
-
-    module: str
-    inputs: int
-    outputs: int
-    weight: str
-    at: int
-    stride: int
-    flipped: bool
-    scale: float
 
 
 def list_slots(name: str) -> tuple[Slot, ...]:
@@ -80,7 +67,7 @@ class Networks:
 
     def slots(self, name: str) -> tuple[Any, ...]:
         slots = list_slots(name)
-        return tuple(ScaledSlot(*slot, 0.5) for slot in slots) if self.types[name] == FLOAT8 else slots
+        return tuple(slot._replace(scale=0.5) for slot in slots) if self.types[name] == FLOAT8 else slots
 
     def weights(self, name: str) -> Mapping[str, np.ndarray]:
         return self.held[name]
