@@ -193,6 +193,7 @@ class Studio:
             raise InputError(f"{len(batch)} pictures in a batch; this runtime was loaded for {self.options.pictures}")
         pictures = [Picture.of(work) for work in batch]
         blocks.check_batch(pictures)
+        chosen = self.weights.choose(batch[0].subject)
         turn = self.turn = object()
         self.texts.settle(proven=False)
         self._marks, self._weights_before = [], self.residency.seconds
@@ -201,7 +202,7 @@ class Studio:
         def open_painter(safe: bool) -> DevicePainter:
             if safe:
                 self.texts.forget()  # they are not the twins'
-            painters.append(DevicePainter(self, pictures, safe=safe, marks=self._marks))
+            painters.append(DevicePainter(self, pictures, chosen, safe=safe, marks=self._marks))
             return painters[-1]
 
         try:
