@@ -178,6 +178,7 @@ class Studio:
             raise InputError("noise is given, but on a GPU it is drawn there, from the seed: load with device='cpu'")
         picture = Picture.of(work)
         self.needs.check_picture(picture)
+        self.weights.check_range(work.subject)
         return picture.variant
 
     def paint(self, batch: Sequence[Work], keep: Collection[int] = ()) -> Painting:
@@ -233,7 +234,11 @@ class Studio:
 
     @property
     def timings(self) -> Mapping[str, float]:
-        """Device seconds of the last finished batch by phase. "weights": host seconds of loading some."""
+        """Device seconds of the last finished batch by phase.
+
+        "subject": merging it into the UNets, which under "swap" is part of "loop", as the text encoders' is of "text".
+        "weights": host seconds of loading networks, if some were.
+        """
         seconds = add_up_marks(self._marks)
         if self.residency.seconds > self._weights_before:
             seconds["weights"] = self.residency.seconds - self._weights_before
@@ -258,6 +263,8 @@ class Studio:
 
     def another(self) -> Studio:
         """Make a second studio over the same networks, with its own memory and stream. Close it before this one.
+
+        Its memory includes slots' weights, and copies of the base's own ones where there is room.
 
         Raises EngineError where the networks cannot be shared, OutOfMemoryError with the memory plan.
         """

@@ -18,13 +18,15 @@ import numpy.typing as npt
 
 from dreammix_trt.core.axes import FLOAT8
 from dreammix_trt.core.errors import EngineError
-from dreammix_trt.core.merging import check_fit
-from dreammix_trt.core.networks import kind_of, networks_of_factors
+from dreammix_trt.core.merging import check_subject
+from dreammix_trt.core.networks import kind_of
+from dreammix_trt.core.remarks import remark
 from dreammix_trt.core.seam import Array, DeviceNetworks, Stream
 from dreammix_trt.core.subject import Role, Subject
 from dreammix_trt.engine.device.arena import Arena, Pieces
 from dreammix_trt.engine.device.factors import Factors, FactorSet, Pair, Pairs
 from dreammix_trt.engine.device.records import MERGE_KINDS
+from dreammix_trt.engine.device.saturation import Saturation, describe_cut
 from dreammix_trt.engine.device.slot_layout import (
     PIECES,
     SHARED,
@@ -166,6 +168,7 @@ class DeviceWeights:
         self._gpu = importlib.import_module("dreammix_trt._cpp").gpu
         self._known: dict[str, Subject] = {}
         self._factors = Factors(arena["factors"], uploads)
+        self._saturation = Saturation(networks, slotted)
         self._held = {name: self._make_held(network, pristine) for name, network in slotted.items()}
         if not turns:
             for held in self._held.values():
@@ -205,6 +208,13 @@ class DeviceWeights:
         if scale != 0:
             factors = self._factors.find(role.name)
         return Chosen(factors, scale) if factors and factors.pairs else PRISTINE
+
+    def check_range(self, role: Role) -> None:
+        """Remark on a role with which weights are cut off, as FP8 cannot hold them."""
+        chosen = self.choose(role)
+        cut = self._saturation.find(chosen.factors, chosen.scale) if chosen.factors else {}
+        if cut:
+            remark(describe_cut(role, cut))
 
     def enter(self, chosen: Chosen, names: Iterable[str]) -> None:
         """Let networks hold what was chosen; those without slots and those that hold it already are passed over.
@@ -334,14 +344,3 @@ class DeviceWeights:
                 )
             self._uploads.send(array, [np.ascontiguousarray(values).reshape(-1).view(np.uint8)])
             self.count.uploaded += array.nbytes
-
-
-def check_subject(subject: Subject, networks: DeviceNetworks) -> None:
-    """Raise FileFormatError for a subject with layers that the networks' slots do not take.
-
-    Factors of networks that are not there are not checked.
-    """
-    for part, factors in subject.factors.items():
-        names = [name for name in networks_of_factors(part) if name in networks]
-        if names:
-            check_fit(factors, [slot for name in names for slot in networks.slots(name)])

@@ -415,7 +415,7 @@ def test_networks_that_take_turns_are_bound_when_all_are_away(simulated: Any, mo
 
 
 def test_a_request_that_is_painted_twice_keeps_its_subject(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    dm, _, _ = simulated()
+    dm, _, _ = simulated(networks={"half": True, "twins": VAES})
     let_overflow(monkeypatch, "vae_decoder")
     expected = paint_jobs(dm, make_job(subject="mug"))[0]
     got = paint_disturbed(dm, make_job(subject="mug"), 0, lambda: dm.remove_subject("mug"))

@@ -442,3 +442,19 @@ def test_a_request_under_way_keeps_its_subject(
         np.testing.assert_array_equal(paint_disturbed(dm, job, disturbed, disturb), expected)
         if how == "replaced":
             np.testing.assert_array_equal(paint_jobs(dm, job)[0], other)
+
+
+def test_a_subject_of_the_second_unet_alone_is_told_where_that_is_not_loaded(
+    simulated: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    dm, _, _ = simulated(residency="one-unet")
+    mug = dm._roster.subjects[0]
+    dm._roster.add(replace(mug, factors={"unet_raw": mug.factors["unet"]}), "raw")
+    result = dm.inpaint_batch([make_job(subject="raw")])[0]
+    assert "subject 'raw' acts on the second UNet alone" in caplog.text
+    caplog.clear()
+    np.testing.assert_array_equal(
+        np.asarray(result.images[0]), np.asarray(dm.inpaint_batch([make_job(subject="")])[0].images[0])
+    )
+    dm.inpaint_batch([make_job(subject="mug")])
+    assert "second UNet" not in caplog.text

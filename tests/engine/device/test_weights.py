@@ -407,3 +407,28 @@ def test_uploads_of_any_size_arrive() -> None:
                 uploads.send(array, iter(parts))
                 device.synchronize(stream)
                 np.testing.assert_array_equal(device.view(array), np.concatenate(parts))
+
+
+def test_weights_beyond_fp8_are_told_with_the_subject_and_its_strength(make: Any, caplog: Any) -> None:
+    made = make({"unet_kv": FLOAT8, "unet": FLOAT8, "unet_raw": "float16"})
+    made.weights.add("mug", make_subject("mug", 1, modules=2, networks=("unet", "unet_raw")))
+    for role in (Role("mug"), Role("mug", 0.0), NOBODY):
+        made.weights.check_range(role)
+    assert not caplog.records
+    for scale in (20.0, 60.0, 200.0):
+        subject, cut = make_subject("mug", 1, modules=2), {}
+        for slot in made.networks.slots("unet")[:2]:
+            a, b = (each.astype(np.float64) for each in subject.factors["unet"][slot.module])
+            whole = Slot(*slot[:7]).view(made.networks.weights("unet")[slot.weight]) + a @ b * scale
+            cut[slot.module] = int((np.abs(whole) > 448 * 0.5).sum())
+        layers, count = sum(map(bool, cut.values())), sum(cut.values())
+        caplog.clear()
+        made.weights.check_range(Role("mug", scale))
+        assert bool(caplog.records) == bool(count)
+        if count:
+            assert f"subject 'mug' at strength {scale:g}: {count} weights in {layers} layers" in caplog.text
+            made.enter(Role("mug", scale), ["unet"])
+            codes = made.read("unet")
+            held = sum(int(((code & 0x7F) == 0x7E).sum()) for code in codes.values())
+            assert held >= count  # what rounds to the largest as well
+    assert count > 100
