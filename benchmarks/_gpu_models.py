@@ -310,7 +310,7 @@ class StepRig:
         from dreammix_trt.core.networks import networks_of_factors
         from dreammix_trt.core.subject import Role
 
-        self.weights.enter(Role(name), networks_of_factors("unet"))
+        self.weights.enter(self.weights.choose(Role(name)), networks_of_factors("unet"))
 
     def unet(self) -> None:
         """Enqueue the network alone."""

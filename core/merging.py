@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +11,22 @@ from numpy.typing import NDArray
 from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.lora import describe_other_base
 from dreammix_trt.core.lora_names import join_first
+from dreammix_trt.core.networks import networks_of_factors
 from dreammix_trt.core.slots import Floats, Slot
+from dreammix_trt.core.subject import Subject
 
 Merge = Callable[[NDArray[Any], NDArray[Any], Slot, Floats, Floats], None]  # as `merge_slot`
 Pairs = Mapping[str, tuple[Floats, Floats]]  # module -> (A float32 (in, r), B float32 (r, out))
+
+
+class SlottedNetworks(Protocol):
+    """Networks, as far as their slots go."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def slots(self, name: str) -> Sequence[Slot]:
+        """A network's slots."""
+        ...
 
 
 class Change(NamedTuple):
@@ -78,6 +90,17 @@ def check_fit(factors: Pairs, slots: Sequence[Slot]) -> None:
             f"DIR`; {len(homeless)} of its {len(factors)} layers have no slots, which attention alone has: "
             f"{join_first(homeless)}"
         )
+
+
+def check_subject(subject: Subject, networks: SlottedNetworks) -> None:
+    """Raise `FileFormatError` for a subject with layers that the networks' slots do not take (`check_fit`).
+
+    Factors of networks that are not there are not checked.
+    """
+    for part, factors in subject.factors.items():
+        names = [name for name in networks_of_factors(part) if name in networks]
+        if names:
+            check_fit(factors, [slot for name in names for slot in networks.slots(name)])
 
 
 def list_changes(factors: Pairs, slots: Sequence[Slot], scale: float = 1.0) -> Iterator[Change]:

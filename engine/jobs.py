@@ -126,6 +126,12 @@ def lay_out(
         request = request.replace(patched_fraction=1.0)
     with keep_remarks() as remarks:
         subject = choose_subject(request)
+        if runtime.lost_raw_unet and subject.target == "raw":
+            remark(
+                f"subject {subject.name!r} acts on the second UNet alone (target raw), for which there is no memory "
+                "(residency 'one-unet'), so these factors do nothing: build it with target patched or both, or free "
+                "memory"
+            )
         with clock("read"):
             source = read_image(job.image)
             mask = read_mask(job.mask_image, source)
@@ -141,11 +147,12 @@ def lay_out(
     works = [
         Work(canvas, request, schedule, seed, role, prompts, noise) for seed, noise in zip(seeds, noises, strict=True)
     ]
-    shapes = [runtime.check(work) for work in works]
+    with keep_remarks() as more:
+        shapes = [runtime.check(work) for work in works]
     for warning in prompts.warnings:
         remark(warning)
     origin = replace(origin, subject=subject.name, subject_sha256=subject.source_sha256)
-    said = (*remarks, *prompts.warnings)
+    said = (*remarks, *more, *prompts.warnings)
     return LaidOut(source, request, schedule, seeds, works, shapes, clock, origin, said)
 
 

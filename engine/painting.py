@@ -149,14 +149,16 @@ def describe_overflow(network: str, how: str) -> str:
 
     how: continues the sentence, for example "in float16".
     """
-    remedy = "lower guidance_scale or the subject's scale"
-    if kind_of(network).call == "vae":
+    call, remedy = kind_of(network).call, "lower guidance_scale or the subject's scale"
+    if call == "vae":
         remedy += ", or build with a VAE that stays within float16 (`--vae`)"
-    elif kind_of(network).call == "step":
+    elif call == "step":
         remedy += (
             "; where the UNet is float16, build it in bfloat16, which reaches as far as float32 (`dreammix-trt build "
             "--unet-precision bfloat16`)"
         )
+    elif call in ("prompt", "stage"):  # before any guidance, and what they give is float16 whatever the UNet is
+        remedy = "lower the subject's scale"
     return f"{network} gave values that are not numbers {how}: {remedy}"
 
 

@@ -16,7 +16,14 @@ from dreammix_trt.core.errors import InputError, OutOfMemoryError
 from dreammix_trt.core.files import size_text
 from dreammix_trt.core.networks import is_twin, kind_of, list_groups, names_of_group, plain_name, twin_name
 from dreammix_trt.core.seam import DeviceNetworks
-from dreammix_trt.engine.device.slot_layout import PIECES, SHARED, Pristine, SlottedNetwork, measure_weights
+from dreammix_trt.engine.device.slot_layout import (
+    PIECES,
+    SHARED,
+    Pristine,
+    SlottedNetwork,
+    keeps_pristine,
+    measure_weights,
+)
 
 MIB: Final = 1 << 20
 
@@ -90,11 +97,12 @@ class MemoryRow:
 
 @dataclass(frozen=True)
 class SwapCost:
-    """What it takes to choose a subject that touches every slot of the first UNet; sizes in bytes.
+    """What it takes to choose a subject that touches every slot of every network that is kept; sizes in bytes.
 
     bus: pristine weights that come from the host again.
     device: read and written within the device, without the factors.
-    every_phase: whether `bus` is paid by each phase that needs other weights, not by a swap alone.
+    every_phase: whether each phase that needs other weights pays this, not a swap alone. Then it is what the phase with
+        the most takes.
     """
 
     bus: int
@@ -247,11 +255,15 @@ def _list_slots(strategy: str, pristine: Pristine, slotted: Mapping[str, Slotted
 
 
 def _price_swap(strategy: str, pristine: Pristine, slotted: Mapping[str, SlottedNetwork]) -> SwapCost | None:
-    group = [slotted[name] for name in names_of_group("unet") if name in slotted]
-    if not group:
+    swap, costs = strategy == "swap", {group: (0, 0) for group in list_groups()}
+    for name, each in slotted.items():
+        bus, device = costs[kind_of(name).group]
+        source, target = each.pristine.nbytes, each.merged.nbytes
+        costs[kind_of(name).group] = bus + (0 if keeps_pristine(name, pristine) else source), device + source + target
+    if not slotted:
         return None
-    source, target = sum(each.pristine.nbytes for each in group), sum(each.merged.nbytes for each in group)
-    return SwapCost(0 if pristine == "device" else source, source + target, strategy == "swap")
+    bus, device = ((max if swap else sum)(each) for each in zip(*costs.values(), strict=True))
+    return SwapCost(bus, device, every_phase=swap)
 
 
 def _list_weights(strategy: str, weights: Mapping[str, int]) -> tuple[MemoryRow, ...]:

@@ -17,6 +17,7 @@ from dreammix_trt.engine.device import phases
 from dreammix_trt.engine.device.blocks import Picture
 from dreammix_trt.engine.device.phases import Phases
 from dreammix_trt.engine.device.room import Room, RoomShape
+from dreammix_trt.engine.device.weights import Chosen
 from dreammix_trt.engine.drivers.device import Mark
 from dreammix_trt.engine.painting import Preview
 
@@ -50,11 +51,12 @@ class DevicePainter:
     """See `engine.painting.Painter`.
 
     studio: paints in this studio's memory.
+    chosen: what the batch's subject meant when its request began.
     safe: use the available float32 twins.
     marks: points in the stream with the phase that ended there; the first starts the clock.
     """
 
-    def __init__(self, studio: Studio, batch: Sequence[Picture], *, safe: bool, marks: Marks) -> None:
+    def __init__(self, studio: Studio, batch: Sequence[Picture], chosen: Chosen, *, safe: bool, marks: Marks) -> None:
         self._studio, self._batch, self._safe, self.marks = studio, batch, safe, marks
         self.schedule = batch[0].work.schedule
         self.keeps_local = batch[0].keeps_local
@@ -62,7 +64,7 @@ class DevicePainter:
         self._step_done = -1
         self._rooms: list[tuple[Room, bool]] = []
         self._now = 0  # the stage under way
-        self._role = batch[0].work.subject
+        self._chosen = chosen
         self._attended = ""  # the UNet that has the keys and values of this stage
 
     # -- the phases ---------------------------------------------------------------------------------------------------
@@ -82,7 +84,7 @@ class DevicePainter:
             self._mark("")
         if studio.plan.strategy != "swap":  # else weights come with their phases
             for network in dict.fromkeys(step.network for step in self.schedule):
-                studio.weights.enter(self._role, _list_group(network))
+                studio.weights.enter(self._chosen, _list_group(network))
         self._mark("subject")
         studio.transfers.upload(self._batch, studio.facts, studio.stream)
         self._mark("upload")
@@ -102,7 +104,7 @@ class DevicePainter:
         self._check_turn()
         names = _list_group(step.network)
         self._studio.residency.need(*names, safe=self._safe)
-        self._studio.weights.enter(self._role, names)
+        self._studio.weights.enter(self._chosen, names)
         if self._attended != step.network:
             self._play(phases.Attend(step.network))
             self._attended = step.network
@@ -183,7 +185,7 @@ class DevicePainter:
         dtype = self._room.text.dtype
         for k, plan in enumerate(plans):
             context, capture = self._room.shape.context, studio.residency.captures
-            studio.texts.compose(k, context, dtype, plan, safe=self._safe, capture=capture)
+            studio.texts.compose(k, context, dtype, plan, self._chosen, safe=self._safe, capture=capture)
         self._mark("text")
 
     def _play(self, phase: phases.Phase) -> None:

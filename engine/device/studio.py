@@ -178,6 +178,7 @@ class Studio:
             raise InputError("noise is given, but on a GPU it is drawn there, from the seed: load with device='cpu'")
         picture = Picture.of(work)
         self.needs.check_picture(picture)
+        self.weights.check_range(work.subject)
         return picture.variant
 
     def paint(self, batch: Sequence[Work], keep: Collection[int] = ()) -> Painting:
@@ -193,6 +194,7 @@ class Studio:
             raise InputError(f"{len(batch)} pictures in a batch; this runtime was loaded for {self.options.pictures}")
         pictures = [Picture.of(work) for work in batch]
         blocks.check_batch(pictures)
+        chosen = self.weights.choose(batch[0].subject)
         turn = self.turn = object()
         self.texts.settle(proven=False)
         self._marks, self._weights_before = [], self.residency.seconds
@@ -201,7 +203,7 @@ class Studio:
         def open_painter(safe: bool) -> DevicePainter:
             if safe:
                 self.texts.forget()  # they are not the twins'
-            painters.append(DevicePainter(self, pictures, safe=safe, marks=self._marks))
+            painters.append(DevicePainter(self, pictures, chosen, safe=safe, marks=self._marks))
             return painters[-1]
 
         try:
@@ -232,7 +234,11 @@ class Studio:
 
     @property
     def timings(self) -> Mapping[str, float]:
-        """Device seconds of the last finished batch by phase. "weights": host seconds of loading some."""
+        """Device seconds of the last finished batch by phase.
+
+        "subject": merging it into the UNets, which under "swap" is part of "loop", as the text encoders' is of "text".
+        "weights": host seconds of loading networks, if some were.
+        """
         seconds = add_up_marks(self._marks)
         if self.residency.seconds > self._weights_before:
             seconds["weights"] = self.residency.seconds - self._weights_before
@@ -257,6 +263,8 @@ class Studio:
 
     def another(self) -> Studio:
         """Make a second studio over the same networks, with its own memory and stream. Close it before this one.
+
+        Its memory includes slots' weights, and copies of the base's own ones where there is room.
 
         Raises EngineError where the networks cannot be shared, OutOfMemoryError with the memory plan.
         """

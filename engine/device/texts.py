@@ -20,7 +20,7 @@ from dreammix_trt.engine.device.arena import Arena, Regions
 from dreammix_trt.engine.device.blocks import measure_tas_plan
 from dreammix_trt.engine.device.captures import Graphs, Tally
 from dreammix_trt.engine.device.room import choose_twin, find_obstacle
-from dreammix_trt.engine.device.weights import DeviceWeights
+from dreammix_trt.engine.device.weights import Chosen, DeviceWeights
 from dreammix_trt.engine.drivers.device import Device, Memory
 from dreammix_trt.engine.prompts import Key, Prompt, PromptPlan, RowSource, count_prompts
 
@@ -113,12 +113,15 @@ class DeviceTexts:
         """Whether a plan has a prompt that is not encoded yet."""
         return any(prompt.key not in self._kept for prompt in plan.prompts)
 
-    def compose(self, picture: int, context: int, dtype: str, plan: PromptPlan, *, safe: bool, capture: bool) -> None:
+    def compose(
+        self, picture: int, context: int, dtype: str, plan: PromptPlan, chosen: Chosen, *, safe: bool, capture: bool
+    ) -> None:
         """Encode what is missing and write the picture's rows of both stages.
 
         picture: its number in the batch.
         context: rows of the condition.
         dtype: the UNet's.
+        chosen: what the plan's subject means in this request.
         safe: encode with the twins.
         capture: whether the encoders may be captured.
 
@@ -129,7 +132,7 @@ class DeviceTexts:
             if prompt.key in self._kept:
                 self._kept.move_to_end(prompt.key)
                 continue
-            self._weights.enter(prompt.subject, names_of_group("text"))
+            self._weights.enter(chosen, names_of_group("text"))
             slot = self._choose_slot({other.key for other in prompts})
             place = picture * count_prompts(plan.text_rows) + number
             self._encode(self._arena["ids"][place], slot, safe, capture)

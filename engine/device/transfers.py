@@ -91,6 +91,7 @@ class Uploads:
             self._pieces.append(device.allocate_pinned(size))
             made.callback(self._pieces[-1].free)
         self._marks: list[Mark | None] = [None, None]
+        self._doubtful = [False, False]  # whether a copy may be under way that no mark ends
         self._next = 0
 
     def send(self, to: Array, parts: Iterable[npt.NDArray[np.uint8]]) -> None:
@@ -110,6 +111,9 @@ class Uploads:
 
     def _open_piece(self) -> npt.NDArray[np.uint8]:
         """The next piece, once nothing reads it any more."""
+        if self._doubtful[self._next]:
+            self._wait_for(self._device.mark(self._stream))
+            self._doubtful[self._next], self._marks[self._next] = False, None
         mark = self._marks[self._next]
         if mark is not None:
             self._wait_for(mark)
@@ -117,7 +121,9 @@ class Uploads:
 
     def _close_piece(self, region: Array, at: int, filled: int) -> int:
         """Copy a filled piece to the region. Returns where the next goes."""
+        self._doubtful[self._next] = True
         self._device.upload(region.part(at, filled), self._pieces[self._next].array[:filled], self._stream)
         self._marks[self._next] = self._device.mark(self._stream)
+        self._doubtful[self._next] = False
         self._next = 1 - self._next
         return at + filled

@@ -9,21 +9,24 @@ again and are merged where they are. Either way a subject that comes back gives 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Final
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from dreammix_trt.core.axes import FLOAT8
 from dreammix_trt.core.errors import EngineError
-from dreammix_trt.core.merging import check_fit
-from dreammix_trt.core.networks import kind_of, networks_of_factors
+from dreammix_trt.core.merging import check_subject
+from dreammix_trt.core.networks import kind_of
+from dreammix_trt.core.remarks import remark
 from dreammix_trt.core.seam import Array, DeviceNetworks, Stream
-from dreammix_trt.core.subject import NOBODY, Role, Subject
+from dreammix_trt.core.subject import Role, Subject
 from dreammix_trt.engine.device.arena import Arena, Pieces
-from dreammix_trt.engine.device.factors import Factor, Factors, Key, Pair, Pairs
-from dreammix_trt.engine.device.records import MERGE, MERGE_KINDS
+from dreammix_trt.engine.device.factors import Factors, FactorSet, Pair, Pairs
+from dreammix_trt.engine.device.records import MERGE_KINDS
+from dreammix_trt.engine.device.saturation import Saturation, describe_cut
 from dreammix_trt.engine.device.slot_layout import (
     PIECES,
     SHARED,
@@ -32,9 +35,12 @@ from dreammix_trt.engine.device.slot_layout import (
     keeps_pristine,
     measure_turns,
 )
+from dreammix_trt.engine.device.slot_records import Addresses, SlotRecords
 from dreammix_trt.engine.device.transfers import Uploads
 from dreammix_trt.engine.drivers.device import Device
 from dreammix_trt.engine.runtime import find_subject
+
+Slots = npt.NDArray[np.bool_]  # a word on each slot of a network
 
 _KIND_SIZES: Final = [(np.dtype(a).itemsize, 1 if b == FLOAT8 else np.dtype(b).itemsize) for a, b in MERGE_KINDS]
 
@@ -67,25 +73,66 @@ class MergeCount:
         self.uploaded += table.nbytes
 
 
-@dataclass
+class Chosen(NamedTuple):
+    """A role at the time when it was chosen. It stays what it is though the subject is removed or replaced.
+
+    factors: None: the weights are the base's own.
+    scale: the subject's strength, times the role's.
+    """
+
+    factors: FactorSet | None
+    scale: float
+
+    @property
+    def label(self) -> tuple[int, float]:
+        """Equal for those whose weights are equal."""
+        return (self.factors.number if self.factors else 0), self.scale
+
+
+PRISTINE: Final = Chosen(None, 0.0)
+
+
 class _Held:
     """What a network's merged weights hold.
 
     merged: its inputs.
     pristine: the copies beside them; None: the host has the only ones.
-    role: whose they are; None: nobody knows, or other weights are there.
-    touched: the slots that may differ from pristine.
+    records: of its slots.
+    label: of whose they are; None: nobody knows, or other weights are there.
+    touched: for each slot, whether it may differ from pristine.
     """
 
-    network: SlottedNetwork
-    merged: dict[str, Array]
-    pristine: dict[str, Array] | None
-    role: Role | None = None
-    touched: set[int] = field(default_factory=set)
+    def __init__(self, network: SlottedNetwork, merged: dict[str, Array], pristine: dict[str, Array] | None) -> None:
+        self.network, self.merged, self.pristine = network, merged, pristine
+        self.records = SlotRecords(network, merged)
+        self.sources = self.records.locate(pristine or merged)  # not of those that come in pieces
+        self.label: tuple[int, float] | None = None
+        self.touched = np.ones(len(network.slots), np.bool_)
+
+    @property
+    def name(self) -> str:
+        return self.network.name
 
     def lose(self) -> None:
         """Note that all of it is to be written again."""
-        self.role, self.touched = None, set(range(len(self.network.slots)))
+        self.label = None
+        self.touched[:] = True
+
+    def list_inputs(self) -> set[str]:
+        """The inputs of touched slots."""
+        return {self.network.slots[number].weight for number in np.flatnonzero(self.touched)}
+
+
+class _Source(NamedTuple):
+    """Pristine weights that are on the device.
+
+    there: for each slot, whether it is to be written from them.
+    addresses: of each slot.
+    """
+
+    held: _Held
+    there: Slots
+    addresses: Addresses
 
 
 class DeviceWeights:
@@ -121,12 +168,13 @@ class DeviceWeights:
         self._gpu = importlib.import_module("dreammix_trt._cpp").gpu
         self._known: dict[str, Subject] = {}
         self._factors = Factors(arena["factors"], uploads)
+        self._saturation = Saturation(networks, slotted)
         self._held = {name: self._make_held(network, pristine) for name, network in slotted.items()}
         if not turns:
             for held in self._held.values():
                 if held.pristine is not None:
                     self._upload(held, held.network.pristine.arrays, held.pristine)
-            self.enter(NOBODY, self._held)
+            self.enter(PRISTINE, self._held)
 
     @property
     def resident(self) -> tuple[str, ...]:
@@ -145,38 +193,45 @@ class DeviceWeights:
         """
         check_subject(subject, self._networks)
         self._factors.add(name, self._list_pairs(subject))
-        self._forget(name)
         self._known[name] = subject
 
     def remove(self, name: str) -> None:
         """Forget a subject. What is merged stays until another role is entered."""
         del self._known[name]
         self._factors.remove(name)
-        self._forget(name)
 
-    def enter(self, role: Role, names: Iterable[str]) -> None:
-        """Let networks hold a role; those without slots and those that hold it already are passed over.
+    def choose(self, role: Role) -> Chosen:
+        """What a role means now. Raises EngineError for a subject that was removed."""
+        if not role.name:
+            return PRISTINE
+        factors, scale = None, find_subject(self._known, role).scale
+        if scale != 0:
+            factors = self._factors.find(role.name)
+        return Chosen(factors, scale) if factors and factors.pairs else PRISTINE
+
+    def check_range(self, role: Role) -> None:
+        """Remark on a role with which weights are cut off, as FP8 cannot hold them."""
+        chosen = self.choose(role)
+        cut = self._saturation.find(chosen.factors, chosen.scale) if chosen.factors else {}
+        if cut:
+            remark(describe_cut(role, cut))
+
+    def enter(self, chosen: Chosen, names: Iterable[str]) -> None:
+        """Let networks hold what was chosen; those without slots and those that hold it already are passed over.
 
         With pristine weights and factors on the device it only enqueues. After an error what the networks hold is
         written anew by the next call.
         """
-        role = role if role.name else NOBODY
-        todo = [self._held[name] for name in names if name in self._held and self._held[name].role != role]
+        todo = [self._held[name] for name in names if name in self._held and self._held[name].label != chosen.label]
         if not todo:
             return
-        scale = 0.0 if role == NOBODY else find_subject(self._known, role).scale
-        changed = {
-            (held.network.name, number)
-            for held in todo
-            if scale != 0
-            for number in self._factors.slots_of(role.name, held.network.name)
-        }
+        changed = {held.name: self._list_changed(chosen, held) for held in todo}
         for held in todo:
-            self._begin(held, changed)
+            self._begin(held, changed[held.name])
         for sources in self._bring_sources(todo):
-            self._merge(role, np.float32(scale), sources, [key for key in sources if key in changed])
+            self._merge(chosen, sources, changed)
         for held in todo:
-            held.role, held.touched = role, {number for name, number in changed if name == held.network.name}
+            held.label, held.touched = chosen.label, changed[held.name]
 
     # -- parts of them ------------------------------------------------------------------------------------------------
 
@@ -189,7 +244,6 @@ class DeviceWeights:
         else:
             copy = network.pristine.cut(self._arena[f"{name} pristine"]) if keeps_pristine(name, pristine) else None
             held = _Held(network, network.merged.cut(self._arena[f"{name} slots"]), copy)
-        held.lose()
         return held
 
     def _list_pairs(self, subject: Subject) -> Pairs:
@@ -201,38 +255,41 @@ class DeviceWeights:
                     found[name, number] = Pair(slot, *factors[slot.module])
         return found
 
-    def _begin(self, held: _Held, changed: Collection[Key]) -> None:
+    @staticmethod
+    def _list_changed(chosen: Chosen, held: _Held) -> Slots:
+        """For each slot, whether the factors change it."""
+        count = len(held.network.slots)
+        return chosen.factors.touches(held.name, count) if chosen.factors else np.zeros(count, np.bool_)
+
+    def _begin(self, held: _Held, changed: Slots) -> None:
         """Note what will be written, before anything is."""
-        held.role = None
-        held.touched |= {number for name, number in changed if name == held.network.name}
+        held.label = None
+        held.touched = held.touched | changed
         if self._turns:
             for other in self._held.values():
-                if kind_of(other.network.name).group != kind_of(held.network.name).group:
+                if kind_of(other.name).group != kind_of(held.name).group:
                     other.lose()
 
-    def _bring_sources(self, todo: Iterable[_Held]) -> Iterator[dict[Key, Array]]:
+    def _bring_sources(self, todo: Iterable[_Held]) -> Iterator[list[_Source]]:
         """Bring the pristine inputs of touched slots to the device, where they are not.
 
-        Yields slot -> the input to read. What reads it must be enqueued before the next is asked for.
+        What reads those that are yielded must be enqueued before the next are asked for.
         """
-        found: dict[Key, Array] = {}
-        staged = []
+        found, staged = [], []
         for held in todo:
-            inputs = {held.network.slots[number].weight for number in held.touched}
-            if held.pristine is None and held.network.in_place:
-                self._upload(held, inputs, held.merged)
-            elif held.pristine is None:
-                staged.append((held, inputs))
+            if held.pristine is None and not held.network.in_place:
+                staged.append(held)
                 continue
-            source = held.pristine or held.merged
-            found |= {(held.network.name, n): source[held.network.slots[n].weight] for n in held.touched}
+            if held.pristine is None:
+                self._upload(held, held.list_inputs(), held.merged)
+            found.append(_Source(held, held.touched, held.sources))
         if found:
             yield found
-        for held, inputs in staged:
-            for there in self._list_pieces(held.network, inputs):
+        for held in staged:
+            for there in self._list_pieces(held.network, held.list_inputs()):
                 self._upload(held, there, there)
-                slots = held.network.slots
-                yield {(held.network.name, n): there[slots[n].weight] for n in held.network.numbers_of(there)}
+                written = np.array([slot.weight in there for slot in held.network.slots])
+                yield [_Source(held, written, held.records.locate(there))]
 
     def _list_pieces(self, network: SlottedNetwork, inputs: Collection[str]) -> Iterator[dict[str, Array]]:
         """Divide inputs among pieces that fit the region for them; each piece's arrays."""
@@ -248,37 +305,27 @@ class DeviceWeights:
         if piece:
             yield Pieces(piece).cut(region)
 
-    def _merge(self, role: Role, scale: np.float32, sources: Mapping[Key, Array], changed: Collection[Key]) -> None:
+    def _merge(self, chosen: Chosen, sources: Sequence[_Source], changed: Mapping[str, Slots]) -> None:
         """Enqueue the merging of slots whose sources are there; those not `changed` are copied."""
-        records = [
-            self._make_record(key, source, None, scale)
-            for key, source in sources.items()
-            if key not in changed and source != self._find_target(key)
+        tables = [
+            each.held.records.restore(np.flatnonzero(each.there & ~changed[each.held.name]), each.addresses)
+            for each in sources
         ]
-        for factors in self._factors.bring(role.name, changed):
-            records += [self._make_record(key, sources[key], factor, scale) for key, factor in factors.items()]
-            self._launch(records)
-            records = []
-        if records:
-            self._launch(records)
+        wanted = {each.held.name: each.there & changed[each.held.name] for each in sources}
+        if chosen.factors and any(mask.any() for mask in wanted.values()):
+            for factors, start in self._factors.bring(chosen.factors, wanted):
+                for held, _, addresses in sources:
+                    if held.name in factors.placed:
+                        placed = factors.placed[held.name].among(wanted[held.name])
+                        tables.append(held.records.merge(placed, addresses, start, chosen.scale))
+                self._launch(tables)
+                tables = []
+        self._launch(tables)
 
-    def _find_target(self, key: Key) -> Array:
-        held = self._held[key[0]]
-        return held.merged[held.network.slots[key[1]].weight]
-
-    def _make_record(self, key: Key, source: Array, factor: Factor | None, scale: np.float32) -> tuple[float, ...]:
-        """A MERGE record. factor: None: the weight is copied."""
-        network, target = self._held[key[0]].network, self._find_target(key)
-        slot = network.slots[key[1]]
-        rows, columns = (slot.outputs, slot.inputs) if slot.flipped else (slot.inputs, slot.outputs)
-        places = [array.pointer + slot.at * np.dtype(array.dtype).itemsize for array in (source, target)]
-        left, right, rank = factor or Factor(0, 0, 0)
-        kind, first = MERGE_KINDS[source.dtype, network.types[slot.weight]], 0
-        scales = (scale, 1.0) if slot.flipped else (1.0, scale)
-        return (*places, left, right, slot.stride, rows, columns, rank, kind, first, *scales, 1 / slot.scale)
-
-    def _launch(self, records: list[tuple[float, ...]]) -> None:
-        table = np.array(records, MERGE)
+    def _launch(self, tables: Sequence[npt.NDArray[np.void]]) -> None:
+        if not any(map(len, tables)):
+            return
+        table = np.concatenate(tables)
         tasks = self._gpu.plan_merges(table=table.ctypes.data, count=len(table))
         place = self._arena["merge table"].part(0, table.nbytes)
         self._uploads.send(place, [table.view(np.uint8)])
@@ -297,20 +344,3 @@ class DeviceWeights:
                 )
             self._uploads.send(array, [np.ascontiguousarray(values).reshape(-1).view(np.uint8)])
             self.count.uploaded += array.nbytes
-
-    def _forget(self, name: str) -> None:
-        """Note that nobody holds the factors of this name any more."""
-        for held in self._held.values():
-            if held.role is not None and held.role.name == name:
-                held.role = None
-
-
-def check_subject(subject: Subject, networks: DeviceNetworks) -> None:
-    """Raise FileFormatError for a subject with layers that the networks' slots do not take.
-
-    Factors of networks that are not there are not checked.
-    """
-    for part, factors in subject.factors.items():
-        names = [name for name in networks_of_factors(part) if name in networks]
-        if names:
-            check_fit(factors, [slot for name in names for slot in networks.slots(name)])

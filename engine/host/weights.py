@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy.typing as npt
 
-from dreammix_trt.core.merging import check_fit, list_changes, merge_weights
-from dreammix_trt.core.networks import networks_of_factors, twin_name
+from dreammix_trt.core.merging import check_subject, list_changes, merge_weights
+from dreammix_trt.core.networks import twin_name
 from dreammix_trt.core.seam import Networks
 from dreammix_trt.core.subject import NOBODY, Role, Subject
 from dreammix_trt.engine import kernels
@@ -33,9 +33,7 @@ class HostWeights:
 
     def add(self, name: str, subject: Subject) -> None:
         """Make a subject known, in place of one of the same name. Raises FileFormatError when it does not fit."""
-        for part, factors in subject.factors.items():
-            if part in self._networks:
-                check_fit(factors, [slot for each in networks_of_factors(part) for slot in self._networks.slots(each)])
+        check_subject(subject, self._networks)
         self._drop(name)
         self._subjects[name] = subject
 

@@ -114,12 +114,14 @@ def test_what_stays_adds_up() -> None:
 
 
 def test_what_another_subject_costs_is_told() -> None:
-    every = SLOTS["unet"] + SLOTS["unet_kv"]
-    assert make_plan(24).swap == SwapCost(bus=0, device=2 * every * MIB, every_phase=False)
+    every, unet = sum(SLOTS.values()), SLOTS["unet"] + SLOTS["unet_kv"]
+    assert make_plan(24).swap == SwapCost(bus=unet * MIB, device=2 * every * MIB, every_phase=False)  # the raw UNet's
     assert make_plan(16).swap == SwapCost(bus=every * MIB, device=2 * every * MIB, every_phase=False)
-    assert make_plan(9).swap == SwapCost(bus=every * MIB, device=2 * every * MIB, every_phase=True)
-    assert "another subject: at most nothing but a table over the bus, 3.6 GiB read and written" in str(make_plan(24))
-    assert "another subject: at most 1.8 GiB over the bus, 3.6 GiB read" in str(make_plan(16))
+    assert make_plan(14).swap == SwapCost(bus=0, device=2 * (every - unet) * MIB, every_phase=False)
+    assert make_plan(12).swap == SwapCost(bus=(every - unet) * MIB, device=2 * (every - unet) * MIB, every_phase=False)
+    assert make_plan(9).swap == SwapCost(bus=unet * MIB, device=2 * unet * MIB, every_phase=True)
+    assert "another subject: at most nothing but a table over the bus, 4.4 GiB read and written" in str(make_plan(14))
+    assert "another subject: at most 1.8 GiB over the bus, 8.0 GiB read" in str(make_plan(24))
     assert "another subject, and each phase that needs other weights: at most 1.8 GiB" in str(make_plan(9))
     assert make_plan(24, slots={}).swap is None and make_plan(16, slots={}).pristine == "device"
 

@@ -4,7 +4,7 @@ a missing barrier shows), and on a GPU where there is one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -489,8 +489,8 @@ def to_eighths(values: np.ndarray) -> np.ndarray:
 class Merging:
     """Slots in one block of memory, which moves to the device as a whole. Addresses are counted from its beginning."""
 
-    def __init__(self) -> None:
-        self.memory, self.end = np.zeros(1 << 18, np.uint8), 64
+    def __init__(self, size: int = 1 << 18) -> None:
+        self.memory, self.end = np.zeros(size, np.uint8), 64
         self.records: list[tuple[float, ...]] = []
 
     def put(self, values: np.ndarray, aside: int = 0) -> int:
@@ -503,12 +503,13 @@ class Merging:
     def view(self, start: int, like: np.ndarray) -> np.ndarray:
         return self.memory[start : start + like.nbytes].view(like.dtype).reshape(like.shape)
 
-    def run(self, group: Any) -> None:
+    def run(self, group: Any) -> int:
+        """Launch the kernel. Returns how many tasks there were."""
         table = np.array(self.records, MERGE)
         if isinstance(group, tuple):
             args = self._place(table, self.memory.ctypes.data)
             launch("merge_weights", group, slots=table, **args)
-            return
+            return args["tasks"]
         with ExitStack() as stack:
             stream = group.make_stream()
             stack.callback(stream.close)
@@ -520,6 +521,7 @@ class Merging:
             group.launch_kernel("merge_weights", stream, slots=arrays[1], **args)
             group.download(self.memory, arrays[0], stream)
             group.synchronize(stream)
+        return args["tasks"]
 
     def _place(self, table: np.ndarray, base: int) -> dict[str, int]:
         for name in ("source", "target", "left", "right"):
@@ -530,19 +532,39 @@ class Merging:
 @pytest.mark.parametrize("kind", MERGE_KINDS, ids=lambda kind: kind[1])
 def test_merged_weights_are_the_hosts_to_the_bit(kind: tuple[str, str], group: Any) -> None:
     """Sizes and places that are aligned and such that are not, parts of wider inputs, ranks, strengths, in place."""
-    merging, wanted = Merging(), []
-    source_type, eighths = np.dtype(kind[0]), kind[1] not in ("float16", "float32")
-    for number, (rows, columns, rank, stride, aside, in_place) in enumerate([
+    check_merges(kind, group, 1 << 18, [
         (19, 48, 5, 48, 0, False),
         (64, 128, 8, 128, 0, True),
         (33, 48, 4, 144, 0, False),
         (7, 13, 3, 13, 0, False),
         (9, 32, 2, 33, 0, True),
-        (8, 32, 3, 32, source_type.itemsize, False),
+        (8, 32, 3, 32, np.dtype(kind[0]).itemsize, False),
         (16, 64, 0, 64, 0, False),
         (1, 1, 1, 1, 0, False),
         (300, 16, 17, 16, 0, False),
-    ]):  # fmt: skip
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MERGE_KINDS, ids=lambda kind: kind[1])
+def test_slots_of_many_tasks_are_merged_among_small_ones(kind: tuple[str, str], group: Any) -> None:
+    sizes = [(5, 16, 2, 16, 0, False), (301, 513, 3, 520, 0, False), (7, 13, 3, 13, 0, True)]
+    tasks = check_merges(kind, group, 1 << 24, [*sizes, (640, 640, 8, 1920, 0, False), (9, 32, 2, 33, 0, False)])
+    assert tasks > 3 + 2 * 2  # both large ones have several
+
+
+def check_merges(
+    kind: tuple[str, str], group: Any, memory: int, sizes: Sequence[tuple[int, int, int, int, int, bool]]
+) -> int:
+    """Merge slots in one launch, and compare them with the host's.
+
+    memory: bytes for all of them.
+    sizes: rows, columns, rank, stride, bytes off alignment, whether in place; of each slot.
+
+    Returns how many tasks they were.
+    """
+    merging, wanted = Merging(memory), []
+    source_type, eighths = np.dtype(kind[0]), kind[1] not in ("float16", "float32")
+    for number, (rows, columns, rank, stride, aside, in_place) in enumerate(sizes):
         weight = (draw_random(rows, stride, seed=number) * 3).astype(source_type)
         left, right = draw_random(rows, rank, seed=number + 50), draw_random(rank, columns, seed=number + 90)
         out = np.full(weight.shape, 7, np.uint8 if eighths else source_type)
@@ -560,9 +582,10 @@ def test_merged_weights_are_the_hosts_to_the_bit(kind: tuple[str, str], group: A
         else:
             kernels.merge_weight(weight, before, slot, *scaled)
         wanted.append((to, before))
-    merging.run(group)
+    tasks = merging.run(group)
     for to, values in wanted:
         np.testing.assert_array_equal(merging.view(to, values), values)
+    return tasks
 
 
 def test_eighths_are_the_nearest_ones(group: Any) -> None:

@@ -30,6 +30,7 @@ from tests.engine.device.test_studio_more import (
     let_overflow,
     make_job,
     need_more_where_not_square,
+    paint_disturbed,
     paint_jobs,
 )
 
@@ -411,3 +412,11 @@ def test_networks_that_take_turns_are_bound_when_all_are_away(simulated: Any, mo
     bound.clear()
     paint_jobs(dm, make_job((128, 200)))
     assert bound and not any(bound)
+
+
+def test_a_request_that_is_painted_twice_keeps_its_subject(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    dm, _, _ = simulated(networks={"half": True, "twins": VAES})
+    let_overflow(monkeypatch, "vae_decoder")
+    expected = paint_jobs(dm, make_job(subject="mug"))[0]
+    got = paint_disturbed(dm, make_job(subject="mug"), 0, lambda: dm.remove_subject("mug"))
+    np.testing.assert_array_equal(got, expected)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from dreammix_trt.core.errors import DeviceError, EngineError, InputError, NotFi
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.subject import read_subject
 from dreammix_trt.engine import DreamMix
-from dreammix_trt.engine.device import needs, pace, residency, studio
+from dreammix_trt.engine.device import memory_plan, needs, pace, residency, studio
 from dreammix_trt.engine.device.memory_plan import Options, plan_memory
 from dreammix_trt.engine.dreammix import Job
 from dreammix_trt.engine.drivers.simulated import SimulatedDevice, SimulatedMark, SimulatedNetworks
@@ -32,6 +32,17 @@ def make_job(size: tuple[int, int] = (128, 128), number: int = 0, **fields: Any)
 
 def paint_jobs(dm: DreamMix, *jobs: Job) -> list[np.ndarray]:
     return [np.asarray(result.images[0]).astype(int) for result in dm.inpaint_batch(jobs)]
+
+
+def paint_disturbed(dm: DreamMix, job: Job, at: int, disturb: Callable[[], Any]) -> np.ndarray:
+    """Paint a job, and call `disturb` after step `at`, before the next one."""
+    events = dm.iterate(job.image, job.mask_image, job.request)
+    for _ in range(at + 1):
+        assert next(events).result is None
+    disturb()
+    *_, last = events
+    assert last.result is not None
+    return np.asarray(last.result.images[0]).astype(int)
 
 
 def assert_alike(got: list[np.ndarray], expected: list[np.ndarray]) -> None:
@@ -408,3 +419,42 @@ def test_replacing_a_subject_changes_the_next_picture(simulated: Any, hosts: Dre
     assert read_subject(file).name == "cup"
     dm.add_subject(file, name="mug")
     assert_alike(paint_jobs(dm, make_job(subject="mug")), paint_jobs(hosts, make_job(subject="cup")))
+
+
+@pytest.mark.parametrize("how", ["replaced", "removed"])
+@pytest.mark.parametrize("way", ["resident", "host", "swap"])
+def test_a_request_under_way_keeps_its_subject(
+    simulated: Any, cup: Path, monkeypatch: pytest.MonkeyPatch, how: str, way: str
+) -> None:
+    """Its subject is replaced or removed after each step in turn; the picture is that of an undisturbed request."""
+    if way == "host":
+        monkeypatch.setattr(memory_plan, "_CHOICES", (("resident", "host"),))
+    dm, _, _ = simulated(residency="swap" if way == "swap" else "resident")
+    assert dm.studio is not None and dm.studio.plan.pristine == ("device" if way == "resident" else "host")
+    mug, job = dm._roster.subjects[0], make_job(subject="mug")
+    expected = paint_jobs(dm, job)[0]
+    dm.add_subject(cup, "mug")
+    other = paint_jobs(dm, job)[0]
+    assert not np.array_equal(other, expected)
+    for disturbed in range(STEPS - 1):
+        dm._roster.add(mug, "mug")
+        disturb = (lambda: dm.add_subject(cup, "mug")) if how == "replaced" else lambda: dm.remove_subject("mug")
+        np.testing.assert_array_equal(paint_disturbed(dm, job, disturbed, disturb), expected)
+        if how == "replaced":
+            np.testing.assert_array_equal(paint_jobs(dm, job)[0], other)
+
+
+def test_a_subject_of_the_second_unet_alone_is_told_where_that_is_not_loaded(
+    simulated: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    dm, _, _ = simulated(residency="one-unet")
+    mug = dm._roster.subjects[0]
+    dm._roster.add(replace(mug, factors={"unet_raw": mug.factors["unet"]}), "raw")
+    result = dm.inpaint_batch([make_job(subject="raw")])[0]
+    assert "subject 'raw' acts on the second UNet alone" in caplog.text
+    caplog.clear()
+    np.testing.assert_array_equal(
+        np.asarray(result.images[0]), np.asarray(dm.inpaint_batch([make_job(subject="")])[0].images[0])
+    )
+    dm.inpaint_batch([make_job(subject="mug")])
+    assert "second UNet" not in caplog.text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -103,6 +103,9 @@ class Made:
     weights: DeviceWeights
     networks: Networks
 
+    def enter(self, role: Role, names: Sequence[str]) -> None:
+        self.weights.enter(self.weights.choose(role), names)
+
     def read(self, name: str) -> dict[str, np.ndarray]:
         """A network's merged weights, as they are now."""
         return {key: self.device.view(array).copy() for key, array in self.weights.arrays(name).items()}
@@ -175,7 +178,7 @@ def test_every_slot_is_merged_and_comes_back_to_the_bit(make: Any, way: Any, typ
         made.weights.add(name, subject)
     for role in (NOBODY, Role("a"), Role("b"), Role("a"), Role("a", 0.5), Role("b", 0.0), Role("", 0.7), Role("a")):
         for name in types:
-            made.weights.enter(role, [name])
+            made.enter(role, [name])
             made.device.synchronize(made.device.make_stream())
             made.check(name, subjects.get(role.name) if role.scale else None, role.scale)
 
@@ -188,11 +191,11 @@ def test_a_swap_writes_what_the_last_and_the_present_subject_touch_alone(make: A
     )
     second = {slot.module: make_subject("b", 2).factors["unet"][slot.module] for slot in slots[2:3]}
     made.weights.add("b", replace(make_subject("b", 2), factors={"unet": second}))
-    made.weights.enter(Role("a"), ["unet"])
+    made.enter(Role("a"), ["unet"])
     arrays = made.weights.arrays("unet")
     made.device.view(arrays["unet.odd.weight"])[...] = 7  # nobody touches it
     before = replace(made.weights.count)
-    made.weights.enter(Role("b"), ["unet"])
+    made.enter(Role("b"), ["unet"])
     count = made.weights.count
     assert (made.device.view(arrays["unet.odd.weight"]) == 7).all()
     assert (count.launches - before.launches, count.slots - before.slots) == (1, 2)
@@ -200,7 +203,7 @@ def test_a_swap_writes_what_the_last_and_the_present_subject_touch_alone(make: A
     assert count.read - before.read == 2 * (32 * 48 + 16 * 32) + 4 * 3 * (16 + 32)
     assert count.uploaded - before.uploaded == 2 * MERGE.itemsize
     start = len(made.device.record)
-    made.weights.enter(Role("b"), ["unet"])
+    made.enter(Role("b"), ["unet"])
     assert len(made.device.record) == start  # it is there already
 
 
@@ -209,13 +212,13 @@ def test_from_the_host_only_touched_inputs_come_again(make: Any) -> None:
     made.weights.add("a", make_subject("a", 1, modules=1))
     made.weights.add("b", make_subject("b", 2, modules=2))
     before = made.weights.count.uploaded
-    made.weights.enter(Role("a"), ["unet"])
+    made.enter(Role("a"), ["unet"])
     assert made.weights.count.uploaded - before == 2 * 32 * 48 + MERGE.itemsize
     before = made.weights.count.uploaded
-    made.weights.enter(Role("b"), ["unet"])
+    made.enter(Role("b"), ["unet"])
     assert made.weights.count.uploaded - before == 2 * (32 * 48 + 16 * 96) + 2 * MERGE.itemsize
     before = made.weights.count.uploaded
-    made.weights.enter(NOBODY, ["unet"])
+    made.enter(NOBODY, ["unet"])
     assert made.weights.count.uploaded - before == 2 * (32 * 48 + 16 * 96)  # and no launch
     made.check("unet", None)
 
@@ -224,10 +227,10 @@ def test_with_everything_on_the_device_a_swap_only_enqueues(make: Any) -> None:
     made = make({"unet": "float16"}, late=True)
     for name, seed in (("a", 1), ("b", 2)):
         made.weights.add(name, make_subject(name, seed))
-    made.weights.enter(Role("a"), ["unet"])
+    made.enter(Role("a"), ["unet"])
     made.device.synchronize(made.device.make_stream())
     start = len(made.device.record)
-    made.weights.enter(Role("b"), ["unet"])
+    made.enter(Role("b"), ["unet"])
     assert [(entry.kind, entry.name) for entry in made.device.record[start:]] == [
         ("upload", ""),
         ("mark", ""),
@@ -245,13 +248,13 @@ def test_a_subject_larger_than_the_room_for_factors_is_merged_in_pieces(make: An
     made.weights.add("small", make_subject("small", 4, rank=1))
     assert made.weights.resident == ("small",)
     before = made.weights.count.launches
-    made.weights.enter(Role("large"), ["unet"])
+    made.enter(Role("large"), ["unet"])
     assert made.weights.count.launches - before == 4
     made.check("unet", subject)
     assert made.weights.resident == ()
-    made.weights.enter(Role("small"), ["unet"])
+    made.enter(Role("small"), ["unet"])
     made.check("unet", make_subject("small", 4, rank=1))
-    made.weights.enter(Role("large"), ["unet"])
+    made.enter(Role("large"), ["unet"])
     made.check("unet", subject)
 
 
@@ -263,7 +266,7 @@ def test_the_least_recently_used_subjects_leave(make: Any) -> None:
         made.weights.add(name, subject)
     assert made.weights.resident == ("b", "c")
     for name in "abcacb":
-        made.weights.enter(Role(name), ["unet"])
+        made.enter(Role(name), ["unet"])
         made.check("unet", subjects[name])
     assert made.weights.resident == ("c", "b")
     made.weights.remove("b")
@@ -277,7 +280,7 @@ def test_a_slot_whose_factors_never_fit_is_refused(make: Any) -> None:
         InputError, match=r"unet\.to_out\.0 in unet take 2\.8 KiB and this runtime has 2\.5 KiB.*`subjects`"
     ):
         made.weights.add("a", make_subject("a", 2, rank=9))
-    made.weights.enter(Role("a"), ["unet"])
+    made.enter(Role("a"), ["unet"])
     made.check("unet", make_subject("a", 1, rank=8))
 
 
@@ -285,14 +288,14 @@ def test_a_slot_whose_factors_never_fit_is_refused(make: Any) -> None:
 def test_a_subject_that_was_replaced_or_removed_leaves_nothing(make: Any, way: Any) -> None:
     made = make({"unet": "float16", "unet_raw": "float16"}, **way)
     made.weights.add("a", make_subject("a", 1))
-    made.weights.enter(Role("a"), ["unet"])
+    made.enter(Role("a"), ["unet"])
     made.weights.add("a", make_subject("a", 2, modules=2))
-    made.weights.enter(Role("a"), ["unet"])
+    made.enter(Role("a"), ["unet"])
     made.check("unet", make_subject("a", 2, modules=2))
     made.weights.remove("a")
     with pytest.raises(EngineError, match="'a' was removed"):
-        made.weights.enter(Role("a"), ["unet"])
-    made.weights.enter(NOBODY, ["unet"])
+        made.enter(Role("a"), ["unet"])
+    made.enter(NOBODY, ["unet"])
     made.check("unet", None)
 
 
@@ -304,7 +307,7 @@ def test_a_subject_of_another_base_is_refused_and_the_earlier_one_stays(make: An
     )
     with pytest.raises(FileFormatError, match="do not fit"):
         made.weights.add("a", foreign)
-    made.weights.enter(Role("a"), ["unet"])
+    made.enter(Role("a"), ["unet"])
     made.check("unet", make_subject("a", 1))
     made.weights.add(
         "b", Subject("b", "sks", "mug", {"text_encoder": {"x": (np.ones((9, 2), np.float32),) * 2}})
@@ -323,7 +326,7 @@ def test_whatever_fails_the_next_subject_is_whole(
         made.weights.add(name, subject)
     names = ["unet_kv", "unet"]
     for at in range(8):
-        made.weights.enter(Role("a"), names)
+        made.enter(Role("a"), names)
         left = [at]
 
         def fail_late(plain: Any, left: list[int] = left) -> Any:
@@ -339,9 +342,9 @@ def test_whatever_fails_the_next_subject_is_whole(
             for method in ("upload", "launch_kernel"):
                 patched.setattr(made.device, method, fail_late(getattr(made.device, method)))
             with suppress(DeviceError):
-                made.weights.enter(Role("b"), names)
+                made.enter(Role("b"), names)
         for role in (Role("b"), NOBODY):
-            made.weights.enter(role, names)
+            made.enter(role, names)
             made.check("unet", subjects.get(role.name))
             made.check("unet_kv", None)
     assert left[0] > 0  # the last round had no failure
@@ -351,11 +354,11 @@ def test_phases_that_take_turns_bring_their_own_weights(make: Any) -> None:
     made = make(TYPES, pristine="host", turns=True)
     made.weights.add("a", make_subject("a", 1, networks=("unet", "unet_raw")))
     for group in (["text_encoder"], ["unet_kv", "unet"], ["unet_raw"], ["unet_kv", "unet"], ["text_encoder"]):
-        made.weights.enter(Role("a"), group)
+        made.enter(Role("a"), group)
         for name in group:
             made.check(name, make_subject("a", 1, networks=("unet", "unet_raw")))
     start = len(made.device.record)
-    made.weights.enter(Role("a"), ["text_encoder"])
+    made.enter(Role("a"), ["text_encoder"])
     assert len(made.device.record) == start
 
 
@@ -391,3 +394,28 @@ def test_uploads_of_any_size_arrive() -> None:
                 uploads.send(array, iter(parts))
                 device.synchronize(stream)
                 np.testing.assert_array_equal(device.view(array), np.concatenate(parts))
+
+
+def test_weights_beyond_fp8_are_told_with_the_subject_and_its_strength(make: Any, caplog: Any) -> None:
+    made = make({"unet_kv": FLOAT8, "unet": FLOAT8, "unet_raw": "float16"})
+    made.weights.add("mug", make_subject("mug", 1, modules=2, networks=("unet", "unet_raw")))
+    for role in (Role("mug"), Role("mug", 0.0), NOBODY):
+        made.weights.check_range(role)
+    assert not caplog.records
+    for scale in (20.0, 60.0, 200.0):
+        subject, cut = make_subject("mug", 1, modules=2), {}
+        for slot in made.networks.slots("unet")[:2]:
+            a, b = (each.astype(np.float64) for each in subject.factors["unet"][slot.module])
+            whole = Slot(*slot[:7]).view(made.networks.weights("unet")[slot.weight]) + a @ b * scale
+            cut[slot.module] = int((np.abs(whole) > 448 * 0.5).sum())
+        layers, count = sum(map(bool, cut.values())), sum(cut.values())
+        caplog.clear()
+        made.weights.check_range(Role("mug", scale))
+        assert bool(caplog.records) == bool(count)
+        if count:
+            assert f"subject 'mug' at strength {scale:g}: {count} weights in {layers} layers" in caplog.text
+            made.enter(Role("mug", scale), ["unet"])
+            codes = made.read("unet")
+            held = sum(int(((code & 0x7F) == 0x7E).sum()) for code in codes.values())
+            assert held >= count  # what rounds to the largest as well
+    assert count > 100
