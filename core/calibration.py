@@ -47,6 +47,17 @@ class Layer:
     weight: float
     error: float | None = None
 
+    @property
+    def scales(self) -> tuple[float, float]:
+        """Of its input and of its weight."""
+        return scale_for(self.input), scale_for(self.weight, HEADROOM)
+
+    def check(self) -> None:
+        """Raise ValueError for a value that is no magnitude."""
+        for name, value in vars(self).items():
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value}, which no magnitude is")
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -79,6 +90,10 @@ class Calibration:
             rest -= errors[name]
         return tuple(worst[:most])
 
+    def unmeasured(self, network: str) -> tuple[str, ...]:
+        """The layers of a UNet that may compute in E4M3, and of which nobody knows yet what that does."""
+        return tuple(name for name, layer in self.layers[network].items() if layer.error is None and not is_kept(name))
+
     def scales(self, network: str) -> dict[str, tuple[float, float]]:
         """The layers of a UNet that compute in E4M3: name -> scale of the input, scale of the weight."""
         kept = set(self.kept(network))
@@ -87,10 +102,10 @@ class Calibration:
     def scales_of_all(self, network: str) -> dict[str, tuple[float, float]]:
         """`scales`, of the layers that stay float16, too."""
         layers = self.layers[network].items()
-        return {name: (scale_for(layer.input), scale_for(layer.weight, HEADROOM)) for name, layer in layers}
+        return {name: layer.scales for name, layer in layers}
 
     def see(self, run: str, found: Mapping[str, Mapping[str, Layer]]) -> Calibration:
-        """This and one more run.
+        """This and one more run. The errors of layers whose scales become others are no longer known.
 
         found: UNet -> layer -> the magnitudes of that run.
         """
@@ -99,7 +114,8 @@ class Calibration:
             known = layers.setdefault(network, {})
             for name, layer in seen.items():
                 before = known.get(name, layer)
-                known[name] = replace(before, input=max(before.input, layer.input), weight=layer.weight)
+                now = replace(before, input=max(before.input, layer.input), weight=layer.weight)
+                known[name] = now if now.scales == before.scales else replace(now, error=None)
         return replace(self, runs=(*self.runs, run), layers=layers)
 
     def weigh(self, network: str, errors: Mapping[str, float | None]) -> Calibration:
@@ -110,7 +126,16 @@ class Calibration:
         return replace(self, layers={**self.layers, network: known})
 
     def write(self, path: Path) -> None:
-        """Write the file, completely or not at all. Numbers have six digits: further ones differ between machines."""
+        """Write the file, completely or not at all. Numbers have six digits: further ones differ between machines.
+
+        Raises FileFormatError for numbers that are not finite.
+        """
+        for network, known in self.layers.items():
+            for name, layer in known.items():
+                try:
+                    layer.check()
+                except ValueError as error:
+                    raise FileFormatError(f"{path} is not written: of {name} in {network}, {error}") from error
         layers = {
             network: {name: _round(vars(layer)) for name, layer in known.items()}
             for network, known in self.layers.items()
@@ -173,7 +198,5 @@ def _round(values: Mapping[str, float | None]) -> dict[str, float | None]:
 def _read_layer(record: Mapping[str, Any]) -> Layer:
     error = record["error"]
     layer = Layer(float(record["input"]), float(record["weight"]), None if error is None else float(error))
-    for name, value in vars(layer).items():
-        if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"{name} is {value}, which no magnitude is")
+    layer.check()
     return layer

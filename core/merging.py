@@ -80,6 +80,11 @@ def check_fit(factors: Pairs, slots: Sequence[Slot]) -> None:
 
     factors, slots: as for `find_misfits`.
     """
+    if factors and not slots:
+        raise FileFormatError(
+            "this engine was built with --no-slots, so nothing can be added to it: build it without that option, or "
+            "merge the LoRA: `dreammix-trt build --lora FILE --merge --out DIR` (a subject file cannot be merged)"
+        )
     homeless, foreign = find_misfits(factors, slots)
     if foreign:
         base, wrong = describe_other_base(factors, {slot.module: slot.inputs for slot in slots}), foreign + homeless

@@ -116,9 +116,9 @@ class Passport:
         if schema != SCHEMA:
             newer = isinstance(schema, int) and schema > SCHEMA
             what = "upgrade dreammix-trt, or build" if newer else "build"
-            command = re.sub(
-                r" --slot-rank \d+", "", str(record.get("command") or f"dreammix-trt build --out {folder}")
-            )
+            command = str(record.get("command") or f"dreammix-trt build --out {folder}")
+            command = re.sub(r" --slot-rank 0(?!\d)", " --no-slots", command)  # what schema 2 called it
+            command = re.sub(r" --slot-rank \d+", "", command)
             raise EngineError(
                 f"{path} has schema {schema!r}, this version reads {SCHEMA}; {what} it again: `{command}`"
             )
@@ -176,6 +176,7 @@ class Passport:
             ("inpainting", _HEADS.get(str(base.get("head", "")), "unknown")),
             *(("remark", str(text)) for text in base.get("remarks", ())),
             ("LoRA slots", "none: no subject can be added" if base.get("slots") is False else "of any rank"),
+            *(("FP8", text) for text in _describe_float8(base.get("float8"))),
             ("LoRAs in the weights", ", ".join(base.get("loras", ())) or "none"),
             ("request defaults", ", ".join(f"{k} {v}" for k, v in base.get("defaults", {}).items()) or "the usual"),
             ("built with", self.command),
@@ -215,6 +216,18 @@ def _describe_parity(record: Mapping[str, Any]) -> str:
     return (
         f"against torch, {when}: {error:.1e} of the maximum" if isinstance(error, float) else "not compared with torch"
     )
+
+
+def _describe_float8(record: Any) -> list[str]:
+    """A line for the UNets whose layers compute in E4M3; none where none do."""
+    try:
+        said = [
+            f"{name}: {found['layers']} layers in E4M3, {len(found['kept_in_float16'])} kept in float16"
+            for name, found in record["unets"].items()
+        ]
+        return [f"{'; '.join(said)} (calibrated with {record['requests']} requests)"] if said else []
+    except (KeyError, TypeError, AttributeError):
+        return []
 
 
 def _describe_build(record: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ PatchBiases = Annotated[bool, typer.Option("--patch-biases", help="Apply the pat
 Prompts = Annotated[Path | None, typer.Option(help="A file of prompts, one a line; default: a built-in set.")]
 Images = Annotated[Path | None, typer.Option(help="A folder of pictures to paint into; default: drawn ones.")]
 Count = Annotated[int, typer.Option(min=1, help="Requests.")]
-Steps = Annotated[int, typer.Option(min=5, help="Steps of each request.")]
+Steps = Annotated[int, typer.Option(min=6, help="Steps of each request.")]
 Probes = Annotated[
     int,
     typer.Option(

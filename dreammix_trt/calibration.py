@@ -5,6 +5,7 @@ Every finished step of the work is in the file at once, so a run that was stoppe
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -14,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from dreammix_trt.core.calibration import Calibration, is_kept, key_of_unet, weight_of_step
+from dreammix_trt.core.calibration import FILE_NAME, Calibration, is_kept, key_of_unet, weight_of_step
 from dreammix_trt.core.checkpoint import EMBEDDED, BaseFiles
-from dreammix_trt.core.errors import InputError, MissingExtraError
+from dreammix_trt.core.errors import BuildError, InputError, MissingExtraError
+from dreammix_trt.core.files import explain_write_errors
 from dreammix_trt.core.keymap import blocks_of
 from dreammix_trt.core.pictures import read_image, readable_suffixes
+from dreammix_trt.core.remarks import remark
 from dreammix_trt.core.seam import BaseFacts, Networks
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.on_torch import open_tokenizers
@@ -46,6 +49,7 @@ PROMPTS = (
     "a vintage camera on a map, top view",
 )
 SAVED_EVERY = 16  # layers
+LEAST_STEPS = 6  # with fewer no step is the unpatched UNet's
 SHARES = (0.25, 0.75)  # of the picture's side: the masks of the built-in set
 Update = Callable[[str, float, str], None]
 
@@ -71,7 +75,7 @@ class CalibrationOptions:
     prompts: texts to paint; empty: the built-in ones, in the model's own words for the embedded model.
     images: pictures to paint into; empty: drawn ones.
     count: requests.
-    steps: of each; with fewer than five a request leaves a UNet out.
+    steps: of each; with fewer than six a request leaves a UNet out.
     probes: calls of each UNet on which the error of every layer is measured; 0: errors are not measured, and only the
         layers that are never quantised stay float16.
     side: of the pictures, in pixels; None: the base's native side. A smaller one is faster.
@@ -90,7 +94,7 @@ class CalibrationOptions:
 
     def check(self) -> None:
         """Raise InputError for what cannot be done."""
-        for name, low in (("count", 1), ("steps", 5), ("probes", 0)):
+        for name, low in (("count", 1), ("steps", LEAST_STEPS), ("probes", 0)):
             if getattr(self, name) < low:
                 raise InputError(f"{name} is {getattr(self, name)}; allowed: {low} and more")
         if self.side is not None and (self.side < 64 or self.side % 64):
@@ -105,10 +109,12 @@ def calibrate(base: BaseFiles, out: Path, options: CalibrationOptions, update: U
     out: the file; complete when this returns, sound at any time.
     update: called with (what, fraction, message).
 
-    Raises MissingExtraError without torch, InputError for options and for a file of another base, FileFormatError for
-    files that cannot be read and weights that do not work.
+    Raises MissingExtraError without torch, InputError for options, for a place that cannot be written and for a file
+    of another base, FileFormatError for files that cannot be read and weights that do not work, and BuildError when
+    the requests left a UNet out.
     """
     options.check()
+    _check_place(out)
     try:
         from dreammix_trt.export.calibrating import UNETS, Watched
         from dreammix_trt.export.torch_backend.engine_set import TorchEngineSet
@@ -135,6 +141,7 @@ def calibrate(base: BaseFiles, out: Path, options: CalibrationOptions, update: U
         update("requests", 1.0, f"{len(state.runs)} in {out}")
         if options.probes:
             state = _measure(dm, watched, cases[0], options, state, out, update)
+    _check_all_seen(state, unets, out)
     update("errors", 1.0, f"in {out}")
     return state
 
@@ -208,6 +215,27 @@ def list_pictures(folder: Path) -> list[Path]:
     return found
 
 
+def _check_place(out: Path) -> None:
+    """Raise InputError for a file that cannot be written. Leaves no trace."""
+    if out.is_dir():
+        raise InputError(f"--out {out} is a directory; name a file in it, such as {out / FILE_NAME}")
+    with explain_write_errors(out):
+        nearest = next(folder for folder in out.absolute().parents if folder.exists())
+        if not nearest.is_dir():
+            raise InputError(f"--out {out} cannot be made: {nearest} is a file, not a directory")
+        tempfile.TemporaryFile(dir=nearest).close()
+
+
+def _check_all_seen(state: Calibration, unets: Sequence[str], out: Path) -> None:
+    """Raise BuildError when nothing was recorded of a UNet."""
+    unseen = [name for name in unets if not state.layers.get(name)]
+    if unseen:
+        raise BuildError(
+            f"{out}: its {len(state.runs)} requests never ran {', '.join(unseen)}, so a build in fp8 would know "
+            "nothing of it; run `dreammix-trt calibrate` again with more --steps: it goes on"
+        )
+
+
 def _open_state(base: BaseFiles, out: Path, unets: Sequence[str]) -> Calibration:
     sources = {name: key_of_unet(base, name) for name in unets}
     if not out.exists():
@@ -243,6 +271,12 @@ def _measure(
     watched.take()
     for name, layers in wanted.items():
         calls = [arrays for called, arrays in watched.calls if called == name]
+        if layers and not calls:
+            remark(
+                f"{name}: its layers' errors were not measured, as none of the {options.steps} steps ran it; run again "
+                "with more --steps"
+            )
+            continue
         calls.sort(key=lambda arrays: weight_of_step(float(arrays["timestep"][0])), reverse=True)
         errors = watched.measure_errors(name, calls[: options.probes], state.scales_of_all(name), layers)
         for number, (layer, error) in enumerate(zip(layers, errors, strict=True)):

@@ -18,6 +18,7 @@ from typing import Any
 
 from dreammix_trt.core.errors import EngineError
 from dreammix_trt.core.files import atomic_directory, read_json, sha256_of
+from dreammix_trt.core.networks import KEY, VALUE
 from dreammix_trt.core.passport import FILE_NAME, SCHEMA, NetworkEntry, Passport, SubjectEntry
 from dreammix_trt.core.slots import names_of_weights, slots_of
 from dreammix_trt.core.store import Store, check_files
@@ -225,7 +226,8 @@ def _make_entry(name: str, entry: Mapping[str, Any], folder: Path) -> NetworkEnt
         inputs={
             spec["name"]: list(spec["shape"])
             for spec in entry["inputs"]
-            if spec["name"] not in weights  # there are hundreds, and the slots list them
+            # there are hundreds: the slots list weights, and the UNet's twin for the text makes keys and values
+            if spec["name"] not in weights and not spec["name"].endswith((KEY, VALUE))
         },
         slots=len(entry.get("slots", ())),
         parity=dict(entry.get("parity", {})),

@@ -263,7 +263,7 @@ def merge_weight(pristine: Weight, out: Weight, slot: Slot, a: F32, b: F32) -> N
     a: float32 (inputs, rank).
     b: float32 (rank, outputs).
 
-    numpy gives the same bits (docs/algorithm.md, 12.3).
+    numpy gives the same bits (docs/algorithm.md, 12.6).
     """
     for name, array in (("pristine", pristine), ("out", out)):
         fits = isinstance(array, np.ndarray) and array.dtype in (np.float32, np.float16) and array.flags.c_contiguous

@@ -39,11 +39,14 @@ class Roster:
 
         name: what requests call it; empty: the subject's own name.
 
+        Remarks on one that no step can draw.
+
         Returns that name.
         """
         name = name or subject.name
         self._runtime.add_subject(name, subject)
         self._subjects[name] = subject
+        self._note_unused(name, subject)
         return name
 
     def add_from(self, path: str | os.PathLike[str], name: str | None = None, token: str | None = None) -> str:
@@ -95,6 +98,14 @@ class Roster:
         if request.subject is None:
             self._note_others(request.prompt, name, subject)
         return replace(subject, name=name, token=subject.token or _NONE.token)
+
+    def _note_unused(self, name: str, subject: Subject) -> None:
+        has_raw = self._runtime.has_raw_unet or self._runtime.lost_raw_unet
+        if "unet_raw" in subject.factors and "unet" not in subject.factors and not has_raw:
+            remark(
+                f"subject {name!r}: its LoRA's target is 'raw', the UNet without the inpaint patch, which this base "
+                "does not have, so no step draws it: give the LoRA the target 'patched'"
+            )
 
     def _note_others(self, prompt: str, name: str, subject: Subject) -> None:
         for other, each in self._subjects.items():

@@ -14,7 +14,7 @@ as they are, and the graph rounds them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -130,13 +130,6 @@ class _Quantizer:
 
         self.nodes.append(onnx.helper.make_node(operator, inputs, [output], output, **attributes))
         return output
-
-
-def list_quantized(model: onnx.ModelProto) -> Iterator[str]:
-    """The weights behind which a DequantizeLinear stands, or which the graph rounds itself; for tests and reports."""
-    for node in model.graph.node:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[0].endswith(".weight"):
-            yield node.input[0]
 
 
 def _code(dtype: str) -> int:

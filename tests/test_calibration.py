@@ -14,16 +14,21 @@ from PIL import Image
 for package in ("torch", "diffusers", "onnx", "onnxslim", "onnxruntime"):
     pytest.importorskip(package)
 
-from dreammix_trt.building import EngineOptions, build  # noqa: E402
-from dreammix_trt.calibration import CalibrationOptions, calibrate, draw_cases, list_pictures  # noqa: E402
+from dreammix_trt.building import BaseSources, EngineOptions, build  # noqa: E402
+from dreammix_trt.building.calibrated import find_calibration  # noqa: E402
+from dreammix_trt.building.order import BuildOrder  # noqa: E402
+from dreammix_trt.calibration import LEAST_STEPS, CalibrationOptions, calibrate, draw_cases, list_pictures  # noqa: E402
 from dreammix_trt.core.calibration import Calibration, weight_of_step  # noqa: E402
 from dreammix_trt.core.checkpoint import BaseFiles  # noqa: E402
-from dreammix_trt.core.errors import InputError  # noqa: E402
+from dreammix_trt.core.errors import BuildError, InputError  # noqa: E402
 from dreammix_trt.core.passport import Passport  # noqa: E402
+from dreammix_trt.core.request import Request  # noqa: E402
+from dreammix_trt.core.schedule import make_schedule  # noqa: E402
 from dreammix_trt.engine import DreamMix  # noqa: E402
+from dreammix_trt.export.calibrating import Watched  # noqa: E402
 from tests.support.tiny_model import write_tiny_model  # noqa: E402
 
-OPTIONS = CalibrationOptions(count=2, steps=5, probes=1, threads=1)
+OPTIONS = CalibrationOptions(count=2, steps=6, probes=1, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +113,7 @@ def test_prompts_and_pictures_may_be_the_users(base: BaseFiles, tmp_path: Path) 
     ("given", "message"),
     [
         ({"count": 0}, "count is 0; allowed: 1 and more"),
+        ({"steps": 5}, "steps is 5; allowed: 6 and more"),
         ({"side": 100}, "side is 100; allowed: multiples of 64 pixels"),
         ({"device": "tpu"}, "device is 'tpu'; allowed: cpu, cuda"),
     ],
@@ -115,6 +121,46 @@ def test_prompts_and_pictures_may_be_the_users(base: BaseFiles, tmp_path: Path) 
 def test_options_that_cannot_be_are_refused(base: BaseFiles, tmp_path: Path, given: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         calibrate(base, tmp_path / "c.json", replace(OPTIONS, **given), lambda *_: None)
+
+
+def test_every_allowed_number_of_steps_runs_both_unets() -> None:
+    for steps in range(LEAST_STEPS, 31):
+        assert {step.network for step in make_schedule(Request("a", num_inference_steps=steps))} == {"unet", "unet_raw"}
+    assert {step.network for step in make_schedule(Request("a", num_inference_steps=LEAST_STEPS - 1))} == {"unet"}
+
+
+def test_a_unet_that_never_ran_is_no_result(base: BaseFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a schedule does that leaves the unpatched UNet out: nothing is recorded of the UNet, the file stays."""
+    take = Watched.take
+    monkeypatch.setattr(Watched, "take", lambda self: {name: {} for name in take(self)})
+    with pytest.raises(BuildError, match=r"its 1 requests never ran unet, .* with more --steps"):
+        calibrate(base, tmp_path / "c.json", replace(OPTIONS, count=1), lambda *_: None)
+    assert len(Calibration.read(tmp_path / "c.json").runs) == 1
+
+
+def test_a_unet_without_calls_is_not_measured_and_that_is_said(
+    base: BaseFiles, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = Calibration.read(file)
+    bare = {name: replace(layer, error=None) for name, layer in whole.layers["unet"].items()}
+    out = tmp_path / "c.json"
+    replace(whole, layers={"unet": bare}).write(out)
+    monkeypatch.setattr("dreammix_trt.calibration._paint", lambda *_: None)
+    found = calibrate(base, out, OPTIONS, lambda *_: None)
+    assert "unet: its layers' errors were not measured, as none of the 6 steps ran it" in caplog.text
+    assert len(found.unmeasured("unet")) > 20 and Calibration.read(out) == found
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("", "is a directory; name a file in it"), ("file/c.json", "cannot be made: .*file is a file, not a directory")],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_any_request(
+    base: BaseFiles, tmp_path: Path, out: str, message: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=message):
+        calibrate(base, tmp_path / out, OPTIONS, lambda *_: pytest.fail("it began"))
 
 
 def test_steps_with_as_much_noise_as_picture_count_most() -> None:
@@ -151,9 +197,29 @@ def test_an_engine_in_e4m3_paints_nearly_the_same_and_its_passport_says_which_la
 def test_without_a_calibration_the_build_says_how_to_make_one(base: BaseFiles, file: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"run `dreammix-trt calibrate .*model --out calibration\.json`, then build"):
         build(out=tmp_path / "e", base=base.folder, engine=EngineOptions(precision="fp8"))
+    lacking = tmp_path / "lacking.json"
+    replace(Calibration.read(file), sources={}).write(lacking)
+    with pytest.raises(InputError, match=r"lacking\.json: holds nothing of unet, .*; run `dreammix-trt calibrate"):
+        build(out=tmp_path / "e", base=base.folder, engine=EngineOptions(precision="fp8", calibration=lacking))
     other = open_tiny(tmp_path / "other", seed=1).folder
     with pytest.raises(InputError, match=r"whose weights are not those of .*; run `dreammix-trt calibrate"):
         build(out=tmp_path / "e", base=other, engine=EngineOptions(precision="fp8", calibration=file))
+
+
+def test_layers_without_an_error_are_told(
+    base: BaseFiles, file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    order = BuildOrder(
+        tmp_path / "e", BaseSources(base.folder), engine=EngineOptions(precision="fp8", calibration=file)
+    )
+    assert find_calibration(order, base) is not None and caplog.text == ""
+    whole, begun = Calibration.read(file), tmp_path / "begun.json"
+    name = next(name for name, layer in whole.layers["unet"].items() if layer.error is not None)
+    whole.weigh("unet", {name: None}).write(begun)
+    find_calibration(replace(order, engine=EngineOptions(precision="fp8", calibration=begun)), base)
+    total = len(whole.layers["unet"])
+    assert f"the errors of 1 of {total} layers were never measured (ranges are from 2 requests)" in caplog.text
+    assert f"--out {begun}`" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -175,3 +241,5 @@ def test_a_gpu_without_e4m3_is_refused() -> None:
     with pytest.raises(InputError, match="sm_86 cannot multiply E4M3 numbers; sm_89"):
         EngineOptions(precision="fp8", targets=("sm_89", "sm_86")).check()
     EngineOptions(precision="fp8", targets=("sm_89", "sm_120")).check()
+    with pytest.raises(InputError, match="rtx4090"):
+        EngineOptions(precision="fp8", targets=("rtx4090",)).check()

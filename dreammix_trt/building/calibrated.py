@@ -12,6 +12,7 @@ from dreammix_trt.core.calibration import FILE_NAME, Calibration, key_of_unet
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.networks import Network
+from dreammix_trt.core.remarks import remark
 
 
 def find_calibration(order: BuildOrder, base: BaseFiles) -> Calibration | None:
@@ -29,7 +30,12 @@ def find_calibration(order: BuildOrder, base: BaseFiles) -> Calibration | None:
             f"--calibration {FILE_NAME}"
         )
     calibration = Calibration.read(named)
-    for name in calibration.sources:
+    for name in _list_unets(base):
+        if name not in calibration.sources:
+            raise InputError(
+                f"{named}: holds nothing of {name}, which {base.name} has as it has a patch; run "
+                f"`{_spell_command(order)}`, then build with --calibration {FILE_NAME}"
+            )
         if calibration.sources[name] != key_of_unet(base, name):
             raise InputError(
                 f"{named}: the calibration of {calibration.base}, whose weights are not those of {base.name}; run "
@@ -39,7 +45,24 @@ def find_calibration(order: BuildOrder, base: BaseFiles) -> Calibration | None:
             raise InputError(
                 f"{named}: nothing was recorded of {name} yet; run `{_spell_command(order, named)}` again: it goes on"
             )
+    _tell_unmeasured(calibration, f"`{_spell_command(order, named)}`")
     return calibration
+
+
+def _list_unets(base: BaseFiles) -> list[str]:
+    return ["unet", "unet_raw"] if base.patch else ["unet"]
+
+
+def _tell_unmeasured(calibration: Calibration, command: str) -> None:
+    """Say of how many layers nobody knows what E4M3 does."""
+    for name in calibration.layers:
+        unknown = calibration.unmeasured(name)
+        if unknown:
+            remark(
+                f"{name}: the errors of {len(unknown)} of {len(calibration.layers[name])} layers were never measured "
+                f"(ranges are from {len(calibration.runs)} requests), so they all compute in E4M3, whatever it does to "
+                f"the picture; to measure them run {command}, then build again"
+            )
 
 
 def describe_float8(networks: Sequence[Network], calibration: Calibration | None) -> dict[str, Any]:

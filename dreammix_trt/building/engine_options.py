@@ -127,7 +127,6 @@ class EngineOptions:
             raise InputError("vae_images are given, but only a float16 VAE is looked at for overflow")
         if not self.safe_vae and not self.half:
             raise InputError("safe_vae is off, but only a float16 VAE is built in float32 too; leave --no-safe-vae")
-        self._check_unets()
         if self.plans:
             from dreammix_trt.engine.backends.tensorrt.builder import check_targets
 
@@ -138,6 +137,7 @@ class EngineOptions:
                 f"shapes, pictures, workspace and context are TensorRT's; graphs for {self.backend} take any shape, "
                 "batch and condition"
             )
+        self._check_unets()
 
     def _check_openvino(self) -> None:
         if self.look is not None and (self.precision != "bfloat16" or not 0 <= self.look <= 64):

@@ -55,8 +55,23 @@ def test_a_run_raises_what_was_seen_and_is_remembered(made: Calibration) -> None
     seen = made.see("second", {"unet": {"mid.ff": Layer(9.0, 1.0)}, "unet_raw": {"mid.ff": Layer(1.0, 1.0)}})
     seen = seen.see("third", {"unet": {"mid.ff": Layer(2.0, 1.0)}})
     assert seen.runs == ("first", "second", "third")
-    assert seen.layers["unet"]["mid.ff"] == Layer(9.0, 1.0, 3e-5)
+    assert seen.layers["unet"]["mid.ff"] == Layer(9.0, 1.0)
     assert seen.layers["unet_raw"]["mid.ff"].input == 1.0 and made.layers == {"unet": LAYERS}
+
+
+def test_an_error_is_unknown_once_its_scale_is_another(made: Calibration) -> None:
+    seen = made.see("more", {"unet": {"mid.proj_in": Layer(449.0, 0.5), "mid.proj_out": Layer(450.0, 0.25)}})
+    assert seen.layers["unet"]["mid.proj_in"] == Layer(449.0, 0.5), "its scale doubled"
+    assert seen.layers["unet"]["mid.proj_out"] == Layer(450.0, 0.25, 2e-5), "its scale stayed"
+    assert made.unmeasured("unet") == () and seen.unmeasured("unet") == ("mid.proj_in",)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_not_written(made: Calibration, tmp_path: Path, value: float) -> None:
+    made.write(tmp_path / "c.json")
+    with pytest.raises(FileFormatError, match=r"not written: of mid\.ff in unet, error is (nan|inf)"):
+        made.weigh("unet", {"mid.ff": value}).write(tmp_path / "c.json")
+    assert Calibration.read(tmp_path / "c.json") == made
 
 
 @pytest.mark.parametrize(

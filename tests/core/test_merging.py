@@ -105,3 +105,11 @@ def test_layers_without_slots_are_to_be_merged() -> None:
         check_fit(random_factors({**MODULES, **others}), SLOTS)
     with pytest.raises(FileFormatError, match=r"another base; 3 modules do not fit: b\.ff.*b\.to_out\.1"):
         check_fit(random_factors({"b.to_out.1": (5, 5), **others}), SLOTS)
+
+
+def test_an_engine_without_slots_is_named_as_the_reason() -> None:
+    with pytest.raises(
+        FileFormatError, match=r"built with --no-slots, .*: build it without that option, or merge the L"
+    ):
+        check_fit(random_factors(MODULES), ())
+    check_fit({}, ())

@@ -73,9 +73,22 @@ def test_another_schema_is_refused_with_the_command_that_rebuilds(folder: Path, 
 
 
 def test_the_command_that_rebuilds_has_no_options_that_are_gone(folder: Path) -> None:
-    change(folder, schema=2, command="dreammix-trt build --out it --slot-rank 16 --precision float16")
-    with pytest.raises(EngineError, match=r"`dreammix-trt build --out it --precision float16`$"):
-        Passport.read(folder)
+    for rank, now in ((16, ""), (0, " --no-slots"), (8, "")):
+        change(folder, schema=2, command=f"dreammix-trt build --out it --slot-rank {rank} --precision float16")
+        with pytest.raises(EngineError, match=rf"`dreammix-trt build --out it{now} --precision float16`$"):
+            Passport.read(folder)
+
+
+def test_it_says_how_many_layers_compute_in_e4m3(folder: Path) -> None:
+    facts = dict(Passport.read(folder).describe()[0][1])
+    assert "FP8" not in facts
+    record = {"requests": 8, "unets": {"unet": {"layers": 104, "kept_in_float16": ["conv_in", "conv_out"]}}}
+    change(folder, base={**make_passport().base, "float8": record})
+    facts = dict(Passport.read(folder).describe()[0][1])
+    assert facts["FP8"] == "unet: 104 layers in E4M3, 2 kept in float16 (calibrated with 8 requests)"
+    for damaged in ([], {"unets": {"unet": 3}, "requests": 1}):
+        change(folder, base={**make_passport().base, "float8": damaged})
+        assert "FP8" not in dict(Passport.read(folder).describe()[0][1])
 
 
 def test_a_passport_of_schema_1_says_how_to_rebuild_though_its_fields_are_others(tmp_path: Path) -> None:

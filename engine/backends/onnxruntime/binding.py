@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-
-from dreammix_trt.core.onnx_runtime import import_onnxruntime
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -17,26 +16,33 @@ Array = npt.NDArray[Any]
 
 
 class Binding:
-    """One call's worth of bound inputs. Two calls at once need two."""
+    """One call's worth of bound inputs. Two calls at once need two.
+
+    It keeps no array from being freed: a subject's merged weights go when nobody else wants them.
+    """
 
     def __init__(self, session: onnxruntime.InferenceSession) -> None:
-        self._ort, self._session, self._binding = import_onnxruntime(), session, session.io_binding()
-        self._held: dict[str, tuple[Array, Any]] = {}  # ONNX Runtime reads the arrays where they are
+        self._session, self._binding = session, session.io_binding()
+        # ONNX Runtime reads the arrays where they are: these, and contiguous copies where it needs some
+        self._held: dict[str, tuple[weakref.ref[Array], Array | None]] = {}
 
     def run(self, given: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
         """Run the session.
 
-        given: contiguous arrays of the inputs' dtypes, by name. They stay bound until others are given.
+        given: arrays of the inputs' dtypes, by name. One that is given again stays bound, all others are forgotten.
         outputs: the wanted ones.
 
         Returns them in that order.
         """
+        if self._held.keys() - given.keys():
+            self._binding.clear_binding_inputs()  # memory of what is not given may be gone
+            self._held.clear()
         for name, array in given.items():
             held = self._held.get(name)
-            if held is None or held[0] is not array:
-                value = self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
-                self._binding.bind_ortvalue_input(name, value)
-                self._held[name] = array, value
+            if held is None or held[0]() is not array:
+                whole = np.ascontiguousarray(array)
+                self._binding.bind_input(name, "cpu", 0, whole.dtype.type, whole.shape, whole.ctypes.data)
+                self._held[name] = weakref.ref(array), None if whole is array else whole
         self._binding.clear_binding_outputs()  # else it would write into the former ones
         for name in outputs:
             self._binding.bind_output(name)

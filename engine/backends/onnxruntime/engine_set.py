@@ -31,6 +31,8 @@ Array = npt.NDArray[Any]
 REBUILD = "build it again with `dreammix-trt build`"
 #: a network with more bytes of weights has one session for all sides, as each session holds them once more
 LARGE: Final = 256 << 20
+#: what a network with more bytes of weights was optimised to is not kept: it may be as large, for each of its sides
+MOST_KEPT: Final = 64 << 20
 _MOST_SIDES: Final = 4  # for which a network keeps sessions: two frames, with guidance and without
 Sides = tuple[tuple[str, int], ...]  # of the named axes of a call, in the order of their names
 
@@ -81,6 +83,7 @@ class EngineSet:
         self._opened: dict[tuple[str, Sides], Opened] = {}  # the one used last is the last one
         self._weights: dict[str, dict[str, Array]] = {}
         self._lock = threading.Lock()
+        self._opening: dict[tuple[str, Sides], threading.Lock] = {}
 
     @classmethod
     def load(
@@ -151,9 +154,17 @@ class EngineSet:
         return dict(zip(names, outputs, strict=True))
 
     def is_large(self, name: str) -> bool:
-        """Whether a network's own weights, slots aside, are too many to be held or kept twice."""
-        file = self._entry(name).get("weights")
-        return file is not None and (self.parts[name] / file).stat().st_size > LARGE
+        """Whether a network's weights are too many to be held twice."""
+        return self._count_bytes(name) > LARGE
+
+    def is_kept(self, name: str) -> bool:
+        """Whether what a network is optimised to is kept in the store, where there is one."""
+        return self._count_bytes(name) <= MOST_KEPT
+
+    def _count_bytes(self, name: str) -> int:
+        """The bytes of a network's own weights, those of slots too."""
+        files = filter(None, map(self._entry(name).get, ("weights", "slot_weights")))
+        return sum((self.parts[name] / file).stat().st_size for file in files)
 
     def _fixes_sides(self, name: str) -> bool:
         """Whether sessions of this network are each for certain sides."""
@@ -162,16 +173,7 @@ class EngineSet:
     @contextmanager
     def _borrow(self, name: str, sides: Sides) -> Iterator[Call]:
         """A call of a network with inputs of these sides, which no other thread uses meanwhile."""
-        with self._lock:
-            opened = self._opened.pop((name, sides), None)
-            if opened is not None:
-                self._opened[name, sides] = opened
-        if opened is None:
-            made = Opened(self._open(name, sides))
-            with self._lock:
-                opened = self._opened.setdefault((name, sides), made)
-                for old in [key for key in self._opened if key[0] == name][:-_MOST_SIDES]:
-                    del self._opened[old]
+        opened = self._find(name, sides)
         with self._lock:
             call = opened.free.pop() if opened.free else None
         call = call or opened.make()
@@ -179,12 +181,30 @@ class EngineSet:
         with self._lock:
             opened.free.append(call)
 
+    def _find(self, name: str, sides: Sides) -> Opened:
+        """The session for inputs of these sides. Of threads that want the same new one, one makes it."""
+        key = name, sides
+        with self._lock:
+            opening = self._opening.setdefault(key, threading.Lock())
+        with opening:
+            with self._lock:
+                opened = self._opened.pop(key, None)
+                if opened is not None:
+                    self._opened[key] = opened
+                    return opened
+            made = Opened(self._open(name, sides))
+            with self._lock:
+                self._opened[key] = made
+                for old in [known for known in self._opened if known[0] == name][:-_MOST_SIDES]:
+                    del self._opened[old]
+            return made
+
     def _open(self, name: str, sides: Sides) -> Callable[[], Call]:
         """A session for inputs of these sides; (): of any."""
         entry = self._entry(name)
-        folder, shelf = self.parts[name], None if self.is_large(name) else self.shelf
+        folder, shelf = self.parts[name], self.shelf if self.is_kept(name) else None
         try:
-            session = open_session(folder, entry, dict(sides), self.threads, shelf)
+            session = open_session(name, folder, entry, dict(sides), self.threads, shelf)
         except Exception as error:  # ONNX Runtime raises its own unrelated classes
             raise EngineError(f"{folder / entry['graph']}: {name} cannot be loaded ({error}); {REBUILD}") from error
         kind = Binding if entry.get("slots") else Unbound

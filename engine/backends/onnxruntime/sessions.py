@@ -2,7 +2,7 @@
 
 What a graph is optimised to depends on its sides, on ONNX Runtime's version and on the processor. It holds the weights
 of convolutions in the order in which this processor reads them, so that these are on the disk twice; all others are
-read from the part. So only small networks are kept.
+read from the part. So only small networks are kept. A store that fills up or cannot be written costs time alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from dreammix_trt.core.errors import DreamMixError
 from dreammix_trt.core.files import sha256_of
 from dreammix_trt.core.onnx_runtime import KEEP_QUANTIZERS, import_onnxruntime
 from dreammix_trt.core.store import Store
@@ -26,10 +25,11 @@ _FILE: Final = "optimised.onnx"
 
 
 def open_session(
-    folder: Path, entry: Mapping[str, Any], sides: Mapping[str, int], threads: int, shelf: Store | None
+    name: str, folder: Path, entry: Mapping[str, Any], sides: Mapping[str, int], threads: int, shelf: Store | None
 ) -> onnxruntime.InferenceSession:
     """Make a session of a part.
 
+    name: of the network.
     folder: the part.
     entry: its `network.json`.
     sides: of all named axes; {}: any.
@@ -39,7 +39,7 @@ def open_session(
     graph = folder / entry["graph"]
     if shelf is None:
         return _make(graph, _choose_options(sides, threads))
-    facts = _list_facts(folder, entry, sides)
+    facts = _list_facts(name, folder, entry, sides)
     key = shelf.key(facts)
     kept = shelf.get_sound(key)
     if kept is not None:
@@ -47,23 +47,24 @@ def open_session(
             return _make((kept / _FILE).read_bytes(), _choose_options({}, threads, weights=folder))
         except Exception as error:  # ONNX Runtime raises its own unrelated classes
             log.warning("%s: cannot be used (%s); %s is optimised again", kept / _FILE, error, graph.name)
-            return _make(graph, _choose_options(sides, threads))
     session = None
     try:
+        if kept is not None:
+            shelf.remove(key)
         with shelf.put(key, facts) as place:
             if place is not None:  # else another process has just kept it
                 session = _make(graph, _choose_options(sides, threads, keep=place / _FILE))
-    except DreamMixError as error:  # a store that cannot be written: it costs time, nothing else
+    except Exception as error:  # a full disk, which ONNX Runtime meets first and has its own classes for
         log.debug("%s: the optimised graph is not kept (%s)", graph, error)
     return session or _make(graph, _choose_options(sides, threads))
 
 
-def _list_facts(folder: Path, entry: Mapping[str, Any], sides: Mapping[str, int]) -> dict[str, Any]:
+def _list_facts(name: str, folder: Path, entry: Mapping[str, Any], sides: Mapping[str, int]) -> dict[str, Any]:
     """What decides an optimised graph."""
     files = {file: sha256_of(folder / file) for file in (entry["graph"], entry.get("weights")) if file}
     return {
         "kind": "session",
-        "part": Path(entry["graph"]).stem,
+        "part": name,
         "files": files,
         "sides": dict(sides),
         "onnxruntime": import_onnxruntime().__version__,

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from dreammix_trt.core.errors import DreamMixError, InputError
+from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.files import sha256_of
 from dreammix_trt.core.openvino_runtime import import_openvino
 from dreammix_trt.core.store import Store
@@ -40,13 +40,16 @@ class Compiler:
     def check(self) -> None:
         """Raise InputError for a device that is not here, MissingExtraError where OpenVINO is not installed."""
         here = list(self._core.available_devices)
-        first = self.device.partition(":")[0]
-        if first not in VIRTUAL and self.device not in here and first.partition(".")[0] not in here:
+        several = {name.partition(".")[0] for name in here if "." in name}  # "GPU" is the first of GPU.0 and GPU.1
+        if self.device.partition(":")[0] not in VIRTUAL and self.device not in {*here, *several}:
             raise InputError(f"device is {self.device!r}; OpenVINO finds here: {', '.join(here)}; or AUTO")
 
-    def compile(self, folder: Path, entry: Mapping[str, Any], sides: Mapping[str, int], shelf: Store | None) -> Any:
+    def compile(
+        self, name: str, folder: Path, entry: Mapping[str, Any], sides: Mapping[str, int], shelf: Store | None
+    ) -> Any:
         """Compile a part for inputs of certain sides.
 
+        name: of the network.
         folder: the part.
         entry: its `network.json`.
         sides: of all named axes.
@@ -56,7 +59,7 @@ class Compiler:
         """
         if shelf is None:
             return self._compile(folder, entry, sides)
-        facts = self._list_facts(folder, entry, sides)
+        facts = self._list_facts(name, folder, entry, sides)
         key = shelf.key(facts)
         kept = shelf.get_sound(key)
         if kept is not None:
@@ -64,13 +67,14 @@ class Compiler:
                 return self._core.import_model((kept / _FILE).read_bytes(), self.device, self._settings)
             except RuntimeError as error:
                 log.warning("%s: cannot be used (%s); %s is compiled again", kept, error, entry["graph"])
-                return self._compile(folder, entry, sides)
         compiled = self._compile(folder, entry, sides)
         try:
+            if kept is not None:
+                shelf.remove(key)
             with shelf.put(key, facts) as place:
                 if place is not None:  # else another process has just kept it
                     (place / _FILE).write_bytes(compiled.export_model().getbuffer())
-        except (DreamMixError, RuntimeError) as error:  # a store that cannot be written, a device that exports nothing
+        except Exception as error:  # a store that is full or cannot be written, a device that exports nothing
             log.debug("%s: what was compiled is not kept (%s)", entry["graph"], error)
         return compiled
 
@@ -95,12 +99,14 @@ class Compiler:
             found |= {"INFERENCE_NUM_THREADS": self.threads, "ENABLE_CPU_PINNING": False}
         return found
 
-    def _list_facts(self, folder: Path, entry: Mapping[str, Any], sides: Mapping[str, int]) -> dict[str, Any]:
+    def _list_facts(
+        self, name: str, folder: Path, entry: Mapping[str, Any], sides: Mapping[str, int]
+    ) -> dict[str, Any]:
         """What decides the result of compiling."""
         files = {file: sha256_of(folder / file) for file in (entry["graph"], entry.get("weights")) if file}
         return {
             "kind": "session",
-            "part": Path(entry["graph"]).stem,
+            "part": name,
             "files": files,
             "sides": dict(sides),
             "openvino": import_openvino().get_version(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -57,8 +58,8 @@ class OpenVinoSet(EngineSet):
         """Compile a network for inputs of these sides."""
         entry, folder = self._entry(name), self.parts[name]
         try:
-            shelf = None if self.is_large(name) else self.shelf
-            compiled = self.compiler.compile(folder, entry, dict(sides), shelf)
+            shelf = self.shelf if self.is_kept(name) else None
+            compiled = self.compiler.compile(name, folder, entry, dict(sides), shelf)
         except RuntimeError as error:
             said = [line.strip() for line in str(error).splitlines() if not line.startswith("Exception from")]
             why = " ".join(filter(None, said))
@@ -70,24 +71,29 @@ class _Request:
     """One thread's use of a compiled network."""
 
     def __init__(self, compiled: Any) -> None:
-        self._tensor, self._request = import_openvino().Tensor, compiled.create_infer_request()
-        self._held: dict[str, tuple[Array, Array]] = {}  # OpenVINO reads the arrays where they are
+        self._tensor, self._compiled = import_openvino().Tensor, compiled
+        self._request = compiled.create_infer_request()
+        # OpenVINO reads the arrays where they are: these, and contiguous copies where it needs some
+        self._held: dict[str, tuple[weakref.ref[Array], Array | None]] = {}
 
     def run(self, given: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
-        """Run it; see `Call`. An array that is given again stays where it is."""
+        """Run it; see `Call`. An array that is given again stays where it is; none outlives its last use elsewhere."""
+        if self._held.keys() - given.keys():
+            self._request = self._compiled.create_infer_request()  # memory of what is not given may be gone
+            self._held.clear()
         for name, array in given.items():
             held = self._held.get(name)
-            if held is None or held[0] is not array:
+            if held is None or held[0]() is not array:
                 whole = np.ascontiguousarray(array)
-                self._request.set_tensor(name, self._tensor(_see_writable(whole), shared_memory=True))
-                self._held[name] = array, whole
+                self._request.set_tensor(name, self._tensor(_see_memory(whole), shared_memory=True))
+                self._held[name] = weakref.ref(array), None if whole is array else whole
         self._request.infer()
         return [np.array(self._request.get_tensor(name).data) for name in outputs]
 
 
-def _see_writable(array: Array) -> Array:
-    """The same memory, which may be a file mapped for reading: OpenVINO takes no other, and writes to no input."""
-    if array.flags.writeable or not array.nbytes:
+def _see_memory(array: Array) -> Array:
+    """The same memory, which this keeps from no one, as writable: OpenVINO takes no other, and writes to no input."""
+    if not array.nbytes:
         return array
     memory = (ctypes.c_byte * array.nbytes).from_address(array.ctypes.data)
     return np.ctypeslib.as_array(memory).view(array.dtype).reshape(array.shape)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +23,7 @@ from dreammix_trt.core.networks import twin_name
 from dreammix_trt.core.store import Store
 from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet, list_parts
 from dreammix_trt.engine.directory import open_engine
+from tests.engine.backends.test_sessions import draw_inputs
 
 
 @pytest.fixture(scope="module")
@@ -206,13 +211,66 @@ def test_a_large_network_has_one_session_for_all_sides(tmp_path: Path, monkeypat
     (tmp_path / "inpaint_head/weights").write_bytes(bytes(9))
     (tmp_path / "inpaint_head/network.json").write_text(json.dumps({**entry, "weights": "weights"}))
     for limit, sessions in ((8, 1), (9, 2)):
-        monkeypatch.setattr("dreammix_trt.engine.backends.onnxruntime.engine_set.LARGE", limit)
+        for name in ("LARGE", "MOST_KEPT"):
+            monkeypatch.setattr(f"dreammix_trt.engine.backends.onnxruntime.engine_set.{name}", limit)
         with EngineSet.load(parts, threads=1, shelf=Store(tmp_path / "store")) as networks:
             for width in (2, 3):
                 ones = np.ones((1, 4, 2, width), np.float32)
                 networks.run("inpaint_head", mask=ones, masked_latent=ones)
             assert len(networks._opened) == sessions
         assert len(Store(tmp_path / "store").entries()) == 2 * (sessions - 1), "what is large is not kept twice"
+
+
+def test_weights_of_slots_count_for_what_is_kept(parts: dict[str, Path]) -> None:
+    with EngineSet.load(parts, threads=1) as networks:
+        entry = networks.entries["unet_kv"]
+        files = [parts["unet_kv"] / entry[key] for key in ("weights", "slot_weights")]
+        assert networks._count_bytes("unet_kv") == sum(file.stat().st_size for file in files)
+        assert networks.is_kept("unet_kv") and not networks.is_large("unet_kv")
+        limit = networks._count_bytes("unet_kv") - 1
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("LARGE", "MOST_KEPT"):
+                patch.setattr(f"dreammix_trt.engine.backends.onnxruntime.engine_set.{name}", limit)
+            assert networks.is_large("unet_kv") and not networks.is_kept("unet_kv")
+
+
+def test_threads_that_want_the_same_session_share_one(parts: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, plain, together = [], EngineSet._open, threading.Barrier(3)
+
+    def open_slowly(self: EngineSet, name: str, sides: Any) -> Any:
+        opened.append(name)
+        time.sleep(0.2)
+        return plain(self, name, sides)
+
+    monkeypatch.setattr(EngineSet, "_open", open_slowly)
+    mask, latent = np.ones((1, 1, 4, 4), np.float32), np.ones((1, 4, 4, 4), np.float32)
+    with EngineSet.load(parts, threads=1) as networks:
+
+        def run() -> None:
+            together.wait()
+            networks.run("inpaint_head", mask=mask, masked_latent=latent)
+
+        threads = [threading.Thread(target=run) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert opened == ["inpaint_head"]
+
+
+def test_merged_weights_are_freed_with_their_last_user(parts: dict[str, Path]) -> None:
+    with EngineSet.load(parts, threads=1) as networks:
+        inputs, name = draw_inputs(networks, "unet_kv"), next(iter(networks.weights("unet_kv")))
+        own = networks.run("unet_kv", **inputs)
+        merged = {name: 2 * networks.weights("unet_kv")[name]}
+        alive = weakref.ref(merged[name])
+        changed = networks.run("unet_kv", **inputs, **merged)
+        assert any(not np.array_equal(changed[output], own[output]) for output in own)
+        del merged
+        gc.collect()
+        assert alive() is None
+        again = networks.run("unet_kv", **inputs)
+        assert all(np.array_equal(again[output], own[output]) for output in own)
 
 
 def test_threads_below_one_are_refused(parts: dict[str, Path]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from dreammix_trt.engine.backends.openvino import compiling
 from dreammix_trt.engine.backends.openvino.compiling import Compiler
 from dreammix_trt.engine.backends.openvino.engine_set import OpenVinoSet
 from dreammix_trt.engine.directory import open_engine
-from tests.engine.backends.test_sessions import draw_inputs
+from tests.engine.backends.test_sessions import draw_inputs, raise_full, replace_kept
 
 pytest.importorskip("openvino")
 
@@ -60,6 +63,18 @@ def test_merged_weights_count_and_the_bases_own_come_back(networks: OpenVinoSet,
     assert all(np.array_equal(again[output], first[output]) for output in first), "A -> B -> A to the bit"
 
 
+def test_merged_weights_are_freed_with_their_last_user(networks: OpenVinoSet, oracle: EngineSet) -> None:
+    inputs, name = draw_inputs(oracle, "unet_kv"), next(iter(oracle.weights("unet_kv")))
+    merged = {name: 2 * oracle.weights("unet_kv")[name]}
+    alive = weakref.ref(merged[name])
+    networks.run("unet_kv", **inputs, **merged)
+    del merged
+    gc.collect()
+    assert alive() is None
+    for output, wanted in oracle.run("unet_kv", **inputs).items():
+        np.testing.assert_allclose(networks.run("unet_kv", **inputs)[output], wanted, atol=2e-5 * np.abs(wanted).max())
+
+
 def test_an_output_is_the_callers_own(networks: OpenVinoSet, oracle: EngineSet) -> None:
     inputs = draw_inputs(oracle, "inpaint_head")
     found = networks.run("inpaint_head", **inputs)["feature"]
@@ -87,6 +102,30 @@ def test_what_was_compiled_is_kept_and_taken(
     assert len(compiled) == 2
 
 
+def test_what_cannot_be_taken_is_replaced_and_a_full_disk_costs_time_alone(
+    parts: dict[str, Path], oracle: EngineSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf, inputs = Store(tmp_path), draw_inputs(oracle, "inpaint_head")
+    expected = oracle.run("inpaint_head", **inputs)["feature"]
+
+    def run() -> None:
+        with OpenVinoSet.open(parts, threads=1, shelf=shelf) as networks:
+            np.testing.assert_allclose(networks.run("inpaint_head", **inputs)["feature"], expected, atol=1e-5)
+
+    monkeypatch.setattr(Store, "put", raise_full)
+    run()
+    assert shelf.entries() == []
+    monkeypatch.undo()
+    run()
+    (entry,) = shelf.entries()
+    assert entry.name == "inpaint_head"
+    file = tmp_path / entry.key / "compiled.blob"
+    sound = len(file.read_bytes())
+    replace_kept(shelf, entry.key, "compiled.blob", b"sound, but not OpenVINO's")
+    run()
+    assert len(file.read_bytes()) == sound
+
+
 def test_a_precision_that_the_device_lacks_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for has, wanted in ((True, "bf16"), (False, "f32")):
         monkeypatch.setattr(compiling, "has_bfloat16", lambda device, has=has: has)
@@ -98,6 +137,17 @@ def test_a_device_that_is_not_here_is_named(parts: dict[str, Path]) -> None:
     with pytest.raises(InputError, match=r"device is .NPU\.7.; OpenVINO finds here: .*CPU"):
         OpenVinoSet.open(parts, device="NPU.7")
     OpenVinoSet.open(parts, device="AUTO").close()
+
+
+@pytest.mark.parametrize(("device", "known"), [("GPU", True), ("GPU.1", True), ("GPU.2", False), ("CPU.3", False)])
+def test_one_of_several_devices_may_be_named(monkeypatch: pytest.MonkeyPatch, device: str, known: bool) -> None:
+    core = SimpleNamespace(available_devices=["CPU", "GPU.0", "GPU.1"])
+    monkeypatch.setattr(compiling, "import_openvino", lambda: SimpleNamespace(Core=lambda: core))
+    if known:
+        Compiler(device).check()
+        return
+    with pytest.raises(InputError, match=rf"device is '{device}'; OpenVINO finds here: CPU, GPU\.0, GPU\.1; or AUTO"):
+        Compiler(device).check()
 
 
 def test_a_graph_that_it_refuses_is_named(parts: dict[str, Path], tmp_path: Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from dreammix_trt.core.store import Store
+from dreammix_trt.core.files import write_json
+from dreammix_trt.core.store import Store, hash_files
 from dreammix_trt.engine.backends.onnxruntime import sessions
 from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet
 from dreammix_trt.engine.directory import open_engine
@@ -42,6 +45,19 @@ def draw_inputs(networks: EngineSet, name: str, width: int = 12) -> dict[str, np
         if spec["name"] not in weights
         for shape in [[sides.get(side, side) for side in spec["shape"]]]
     }
+
+
+def raise_full(*_: object) -> None:
+    """In place of `Store.put`."""
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def replace_kept(shelf: Store, key: str, file: str, content: bytes) -> None:
+    """Give a kept part another file, and the manifest that belongs to it."""
+    folder = shelf.root / key
+    (folder / file).write_bytes(content)
+    (folder / "manifest.json").unlink()
+    write_json(folder / "manifest.json", {"key": key, "parts": {}, "files": hash_files(folder)})
 
 
 def run_all(parts: dict[str, Path], shelf: Store) -> dict[str, dict[str, np.ndarray]]:
@@ -117,3 +133,44 @@ def test_a_store_that_cannot_be_written_costs_time_alone(
     with EngineSet.load(parts, threads=1, shelf=Store(tmp_path / "file" / "store")) as networks:
         found = networks.run("inpaint_head", **inputs)["feature"]
     np.testing.assert_array_equal(found, unsaved.run("inpaint_head", **inputs)["feature"])
+
+
+def test_a_disk_that_fills_up_under_onnxruntime_costs_time_alone(
+    parts: dict[str, Path], unsaved: EngineSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = sessions._choose_options
+
+    def choose(*given: Any, keep: Path | None = None, **more: Any) -> Any:
+        return plain(*given, keep=None if keep is None else Path("/dev/full"), **more)
+
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    monkeypatch.setattr(sessions, "_choose_options", choose)
+    inputs, shelf = draw_inputs(unsaved, "inpaint_head"), Store(tmp_path)
+    with EngineSet.load(parts, threads=1, shelf=shelf) as networks:
+        found = networks.run("inpaint_head", **inputs)["feature"]
+    np.testing.assert_array_equal(found, unsaved.run("inpaint_head", **inputs)["feature"])
+    monkeypatch.undo()
+    monkeypatch.setattr(Store, "put", raise_full)
+    with EngineSet.load(parts, threads=1, shelf=shelf) as networks:
+        np.testing.assert_array_equal(networks.run("inpaint_head", **inputs)["feature"], found)
+
+
+def test_a_graph_that_onnxruntime_cannot_take_is_replaced(
+    parts: dict[str, Path], unsaved: EngineSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shelf, inputs = Store(tmp_path), draw_inputs(unsaved, "inpaint_head")
+
+    def run() -> None:
+        with EngineSet.load(parts, threads=1, shelf=shelf) as networks:
+            networks.run("inpaint_head", **inputs)
+
+    run()
+    (entry,) = shelf.entries()
+    sound = (tmp_path / entry.key / "optimised.onnx").read_bytes()
+    replace_kept(shelf, entry.key, "optimised.onnx", b"sound, but no graph")
+    run()
+    assert caplog.text.count("cannot be used") == 1
+    assert (tmp_path / entry.key / "optimised.onnx").read_bytes() == sound
+    run()
+    assert caplog.text.count("cannot be used") == 1
