@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,15 @@ def golden(shared: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _own_store(test_home: Path) -> None:
     """No test touches the user's own store."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short_collections() -> Iterator[None]:
+    """Every part that a build makes is followed by a garbage collection. Spare it what earlier modules have left."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
