@@ -8,6 +8,7 @@ Where that is not enough the raw UNet is omitted, and where that is not enough n
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
@@ -162,6 +163,15 @@ class MemoryPlan:
         name, size = (max(len(cell[column]) for cell in cells) for column in (0, 1))
         lines = [f"  {cell[0]:<{name}}  {cell[1]:>{size}}  {cell[2]}".rstrip() for cell in cells]
         return "\n".join([head, *lines, *(f"  {said}" for said in (self.swap, self.notice) if said)])
+
+
+@contextmanager
+def explain_memory(plan: MemoryPlan) -> Iterator[None]:
+    """Report lack of memory with the plan. A MemoryError comes from torch."""
+    try:
+        yield
+    except (OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemoryError(f"{error}\nThe memory plan was:\n{plan}") from error
 
 
 def plan_memory(

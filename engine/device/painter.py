@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from dreammix_trt.core.errors import EngineError, NotFiniteError
+from dreammix_trt.core.errors import EngineError, NotFiniteError, OutOfMemoryError
 from dreammix_trt.core.networks import KINDS, flag_of, kind_of, names_of_group
 from dreammix_trt.core.schedule import Step
 from dreammix_trt.core.seam import Array
 from dreammix_trt.engine.device import phases
 from dreammix_trt.engine.device.blocks import Picture
+from dreammix_trt.engine.device.memory_plan import explain_memory
 from dreammix_trt.engine.device.phases import Phases
 from dreammix_trt.engine.device.room import Room, RoomShape
 from dreammix_trt.engine.device.weights import Chosen
 from dreammix_trt.engine.drivers.device import Mark
-from dreammix_trt.engine.painting import Preview
+from dreammix_trt.engine.painting import Preview, paint_safely
+from dreammix_trt.engine.runtime import Painted, Painting
 
 if TYPE_CHECKING:
     from dreammix_trt.engine.device.studio import Studio
@@ -28,6 +30,11 @@ U8 = npt.NDArray[np.uint8]
 
 
 Marks = list[tuple[str, Mark]]
+_TWINS_NEED_ROOM: Final = (
+    "a network overflowed float16, and there is no room to paint again with the float32 twins, which need weights and "
+    "scratch memory beside the rest: load with fewer pictures or shapes or a smaller largest_picture, end other "
+    "programs that use the GPU, or build with a VAE that stays within float16 (`--vae`)"
+)
 
 
 def add_up_marks(marks: Marks) -> dict[str, float]:
@@ -199,7 +206,7 @@ class DevicePainter:
 
     def _show_latent(self, k: int, source: phases.Latent) -> U8:
         studio = self._studio
-        with studio.explain_memory():
+        with explain_memory(studio.plan):
             studio.residency.need("vae_decoder", safe=self._safe)
             shown: Array = self._open_phases().preview(k, source)
             return studio.bring(shown)
@@ -228,3 +235,45 @@ class DevicePainter:
                 "this runtime was closed, or has begun another request, before this one was done: take one "
                 "request at a time, or use `another()`"
             )
+
+
+def paint_batch(studio: Studio, pictures: Sequence[Picture], keep: Collection[int], marks: Marks) -> Painting:
+    """Paint pictures of equal variant in a studio; see `Studio.paint`.
+
+    keep: numbers of the pictures whose stages are wanted.
+    marks: takes those of its painters.
+    """
+    chosen = studio.weights.choose(pictures[0].work.subject)
+    turn = studio.turn = object()
+    studio.texts.settle(proven=False)
+    painters: list[DevicePainter] = []
+
+    def open_painter(safe: bool) -> DevicePainter:
+        if safe:
+            studio.texts.forget()  # they are not the twins'
+        painters.append(DevicePainter(studio, pictures, chosen, safe=safe, marks=marks))
+        return painters[-1]
+
+    try:
+        images = yield from paint_safely(open_painter, studio.networks.__contains__)
+        if len(painters) > 1:
+            studio.texts.forget()  # they are the twins'
+        painted = [Painted(image, painters[-1].show_stages(k) if k in keep else {}) for k, image in enumerate(images)]
+    except (OutOfMemoryError, MemoryError) as error:
+        studio.recover()
+        with explain_memory(studio.plan):
+            if len(painters) > 1:
+                raise OutOfMemoryError(f"{error}; {_TWINS_NEED_ROOM}") from error
+            raise
+    except NotFiniteError:
+        studio.texts.forget()
+        raise
+    else:
+        studio.texts.settle(proven=True)
+        yield painted
+    finally:
+        if studio.turn is turn:
+            studio.turn = None
+            studio.pace.wait_quietly()
+            if not studio.pace.lost:
+                studio.leave_rooms()

@@ -6,15 +6,15 @@ A batch is uploaded in one go. From then until the finished pictures come back, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import Final, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
-from dreammix_trt.core.errors import DeviceError, EngineError, InputError, NotFiniteError, OutOfMemoryError
+from dreammix_trt.core.errors import DeviceError, EngineError, InputError
 from dreammix_trt.core.seam import Array, BaseFacts, DeviceNetworks, Stream
 from dreammix_trt.core.subject import Subject
 from dreammix_trt.engine.canvas.geometry import Size
@@ -22,10 +22,10 @@ from dreammix_trt.engine.device import blocks
 from dreammix_trt.engine.device.arena import Arena
 from dreammix_trt.engine.device.blocks import Picture
 from dreammix_trt.engine.device.captures import Statistics, Tally
-from dreammix_trt.engine.device.memory_plan import MemoryPlan, Options
+from dreammix_trt.engine.device.memory_plan import MemoryPlan, Options, explain_memory
 from dreammix_trt.engine.device.needs import Needs
 from dreammix_trt.engine.device.pace import Pace
-from dreammix_trt.engine.device.painter import DevicePainter, Marks, add_up_marks
+from dreammix_trt.engine.device.painter import Marks, add_up_marks, paint_batch
 from dreammix_trt.engine.device.residency import Residency, Usable, restrict_to_plan
 from dreammix_trt.engine.device.room import Room, Rooms, RoomShape
 from dreammix_trt.engine.device.slot_layout import list_slotted
@@ -33,15 +33,9 @@ from dreammix_trt.engine.device.texts import DeviceTexts
 from dreammix_trt.engine.device.transfers import Transfers, Uploads
 from dreammix_trt.engine.device.weights import DeviceWeights
 from dreammix_trt.engine.drivers.device import Device, put
-from dreammix_trt.engine.painting import paint_safely
-from dreammix_trt.engine.runtime import Painted, Painting, Work
+from dreammix_trt.engine.runtime import Painting, Work
 
 U8 = npt.NDArray[np.uint8]
-_TWINS_NEED_ROOM: Final = (
-    "a network overflowed float16, and there is no room to paint again with the float32 twins, which need weights and "
-    "scratch memory beside the rest: load with fewer pictures or shapes or a smaller largest_picture, end other "
-    "programs that use the GPU, or build with a VAE that stays within float16 (`--vae`)"
-)
 
 
 class Studio:
@@ -84,7 +78,7 @@ class Studio:
         self._marks: Marks = []
         self._weights_before = 0.0
         self._tally = Tally()
-        with self.explain_memory(), ExitStack() as made:
+        with explain_memory(self.plan), ExitStack() as made:
             self.stream = stream or device.make_stream()
             if stream is None:
                 made.callback(self.stream.close)
@@ -194,43 +188,8 @@ class Studio:
             raise InputError(f"{len(batch)} pictures in a batch; this runtime was loaded for {self.options.pictures}")
         pictures = [Picture.of(work) for work in batch]
         blocks.check_batch(pictures)
-        chosen = self.weights.choose(batch[0].subject)
-        turn = self.turn = object()
-        self.texts.settle(proven=False)
         self._marks, self._weights_before = [], self.residency.seconds
-        painters: list[DevicePainter] = []
-
-        def open_painter(safe: bool) -> DevicePainter:
-            if safe:
-                self.texts.forget()  # they are not the twins'
-            painters.append(DevicePainter(self, pictures, chosen, safe=safe, marks=self._marks))
-            return painters[-1]
-
-        try:
-            images = yield from paint_safely(open_painter, self.networks.__contains__)
-            if len(painters) > 1:
-                self.texts.forget()  # they are the twins'
-            painted = [
-                Painted(image, painters[-1].show_stages(k) if k in keep else {}) for k, image in enumerate(images)
-            ]
-        except (OutOfMemoryError, MemoryError) as error:
-            self._recover()
-            with self.explain_memory():
-                if len(painters) > 1:
-                    raise OutOfMemoryError(f"{error}; {_TWINS_NEED_ROOM}") from error
-                raise
-        except NotFiniteError:
-            self.texts.forget()
-            raise
-        else:
-            self.texts.settle(proven=True)
-            yield painted
-        finally:
-            if self.turn is turn:
-                self.turn = None
-                self.pace.wait_quietly()
-                if not self.pace.lost:
-                    self.leave_rooms()
+        yield from paint_batch(self, pictures, keep, self._marks)
 
     @property
     def timings(self) -> Mapping[str, float]:
@@ -281,6 +240,15 @@ class Studio:
         self.rooms.leave()
         self.texts.leave()
 
+    def recover(self) -> None:
+        """Free what a request has taken, after it found no memory."""
+        self.pace.wait_quietly()
+        if self.pace.lost:
+            return
+        self.rooms.close()
+        self.texts.close()
+        self.texts.forget()
+
     def bring(self, array: Array) -> U8:
         """Copy a device's array to the host, once all earlier work is done."""
         host = np.empty(array.shape, np.uint8)
@@ -288,14 +256,6 @@ class Studio:
         self.device.download(host, array, self.stream)
         self.device.synchronize(self.stream)
         return host
-
-    @contextmanager
-    def explain_memory(self) -> Iterator[None]:
-        """Report lack of memory with the plan. A MemoryError comes from torch."""
-        try:
-            yield
-        except (OutOfMemoryError, MemoryError) as error:
-            raise OutOfMemoryError(f"{error}\nThe memory plan was:\n{self.plan}") from error
 
     def close(self) -> None:
         """Free everything but networks and device. Again does nothing. A device that does not answer is left alone."""
@@ -318,15 +278,6 @@ class Studio:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _recover(self) -> None:
-        """Free what a request has taken, after it found no memory."""
-        self.pace.wait_quietly()
-        if self.pace.lost:
-            return
-        self.rooms.close()
-        self.texts.close()
-        self.texts.forget()
 
     def _check_open(self) -> None:
         if self.closed:
