@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -266,6 +268,19 @@ def test_a_removed_subject_is_gone_and_the_next_is_the_default(mug_engine: Path,
         paint(dm)  # nobody
         assert dm.add_subject(mug_engine) == "mug"
         np.testing.assert_array_equal(paint(dm, subject_scale=0.5), mug)
+
+
+def test_a_removed_subjects_merged_weights_are_freed(mug_engine: Path) -> None:
+    with DreamMix.load(mug_engine, threads=1) as dm:
+        paint(dm)
+        merged = dm._roster._runtime._weights._merged.values()  # type: ignore[attr-defined]
+        held = [weakref.ref(array) for arrays in merged for array in arrays.values()]
+        assert held and all(ref() is not None for ref in held)
+        del merged
+        dm.remove_subject("mug")
+        gc.collect()
+        assert not [ref for ref in held if ref() is not None]
+        paint(dm)
 
 
 def test_what_is_no_subject_is_refused(dm: DreamMix, tmp_path: Path) -> None:
