@@ -9,8 +9,9 @@ from typing import Any
 from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import InputError, MissingExtraError
 from dreammix_trt.core.networks import Fused, Precision
+from dreammix_trt.engine import machine
 from dreammix_trt.engine.directory import BACKENDS
-from dreammix_trt.engine.machine import PLANS, find_versions
+from dreammix_trt.engine.machine import PLANS
 
 _FIRST_WITH_E4M3 = 89  # compute capability
 _MOST_CONTEXT = 4096  # rows of a condition; a typing error costs an hour of building else
@@ -63,7 +64,7 @@ class EngineOptions:
         return self.backend in PLANS
 
     def _choose_precision(self) -> str:
-        if self.backend == "openvino" and "openvino" in find_versions():
+        if self.backend == "openvino" and "openvino" in machine.find_versions():
             from dreammix_trt.engine.backends.openvino.compiling import has_bfloat16
 
             return "bfloat16" if has_bfloat16() else "float32"
@@ -87,7 +88,7 @@ class EngineOptions:
     @property
     def version(self) -> str:
         """Of the back end's package; raises MissingExtraError when it is not installed."""
-        found = find_versions()
+        found = machine.find_versions()
         version = found.get(self.backend) or (found.get("onnxruntime-gpu") if self.backend == "onnxruntime" else None)
         if version is None:
             extra = {**PLANS, "openvino": "openvino"}.get(self.backend)
