@@ -263,7 +263,9 @@ from dreammix_trt.export.onnx_export import export_network
 folder = Path(sys.argv[1])
 base = SimpleNamespace(folder=folder, state=lambda name: open_tensors(folder / "model.safetensors"))
 described = {"inputs": [], "slots": []}
-network = SimpleNamespace(name="text_encoder", graph="text_encoder", describe=lambda: described, slots=(), float8={})
+network = SimpleNamespace(
+    name="text_encoder", graph="text_encoder", describe=lambda: described, slots=(), float8={}, precision="float32"
+)
 lora = BaseLora(read_lora(folder / "lora.safetensors"))
 with MemoryWatch(0.001) as watch:
     before = watch.anonymous
