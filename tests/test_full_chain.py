@@ -179,7 +179,8 @@ def test_every_network_becomes_a_plan(plans: Path, shelf: Path) -> None:
         plan = folder / entry["engine"]
         assert plan.stat().st_size == entry["build"]["engine_bytes"] > 10_000
         assert not holds_host_code(plan), name
-        assert not list(folder.glob("*.safetensors")) and not list(folder.glob("*.onnx"))
+        slots = [file.name for file in folder.glob("*.safetensors")]
+        assert slots == [entry["slot_weights"]] * bool(entry["slots"]) and not list(folder.glob("*.onnx"))
 
 
 def test_the_passport_holds_figures_of_each_build(plans: Path, shelf: Path) -> None:
@@ -190,14 +191,13 @@ def test_the_passport_holds_figures_of_each_build(plans: Path, shelf: Path) -> N
         assert entry.build["peak_anonymous"] > 10 << 20
         assert entry.parity["checked"] == "at build"
         assert entry.parity["max_rel"] < BOUNDS["float16"] / 2, f"{entry.name} in float16 against torch"
-        (profile,) = entry.build["profiles"]
-        for name, (low, usual, high) in profile.items():
-            assert low <= usual <= high, name
+        for profile in entry.build["profiles"]:
+            for name, (low, usual, high) in profile.items():
+                assert low == usual == high, name
     unet = next(entry for entry in passport.networks if entry.name == "unet")
     assert unet.slots == 42
-    (profile,) = unet.build["profiles"]
-    assert profile["sample"] == [[1, 4, 128, 128], [2, 4, 128, 128], [2, 4, 128, 128]]
-    assert profile["inpaint_feature"][0] == [1, 32, 128, 128]
+    assert [profile["sample"] for profile in unet.build["profiles"]] == [[[rows, 4, 128, 128]] * 3 for rows in (1, 2)]
+    assert unet.build["profiles"][0]["inpaint_feature"][0] == [1, 32, 128, 128]
     text = "\n".join(f"{title}: {row}" for title, rows in passport.describe() for row in rows)
     assert "sm_89" in text and "MiB, built in" in text
 
@@ -282,11 +282,11 @@ def test_free_sides_are_two_profiles(dynamic: Path, shelf: Path) -> None:
     for option in ("--target sm_89", "--target sm_120", "--shapes dynamic", "--pictures 2"):
         assert option in passport.command
     builds = {entry.name: entry.build for entry in passport.networks}
-    wide, tall = builds["unet"]["profiles"]  # latents of 8: 0.69 and 1.31 of that, in steps of 2
-    assert wide["sample"] == [[1, 4, 6, 6], [4, 4, 8, 8], [4, 4, 8, 10]]
-    assert tall["sample"] == [[1, 4, 6, 6], [4, 4, 8, 8], [4, 4, 10, 8]]
-    assert builds["vae_decoder"]["profiles"][0]["latent"][2] == [2, 4, 8, 10]
-    assert builds["vae_encoder"]["profiles"][1]["image"] == [[1, 3, 48, 48], [2, 3, 64, 64], [2, 3, 80, 64]]
+    assert [profile["sample"] for profile in builds["unet"]["profiles"]] == [
+        [[rows, 4, 6, 6], [rows, 4, 8, 8], [rows, 4, *most]] for most in ([8, 10], [10, 8]) for rows in (1, 2, 2, 4)
+    ]  # latents of 8: 0.69 and 1.31 of that, in steps of 2
+    assert builds["vae_decoder"]["profiles"][0]["latent"][2] == [1, 4, 8, 10]
+    assert builds["vae_encoder"]["profiles"][1]["image"] == [[1, 3, 48, 48], [1, 3, 64, 64], [1, 3, 80, 64]]
     assert len(builds["text_encoder"]["profiles"]) == 1, "no sides, one profile"
 
 
