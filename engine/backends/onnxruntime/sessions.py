@@ -2,25 +2,22 @@
 
 What a graph is optimised to depends on its sides, on ONNX Runtime's version and on the processor. It holds the weights
 of convolutions in the order in which this processor reads them, so that these are on the disk twice; all others are
-read from the part. So only small networks are kept. A store that fills up or cannot be written costs time alone.
+read from the part. So only small networks are kept.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from dreammix_trt.core.files import sha256_of
 from dreammix_trt.core.onnx_runtime import KEEP_QUANTIZERS, import_onnxruntime
 from dreammix_trt.core.store import Store
-from dreammix_trt.engine.hardware import name_processor, read_processor_features
+from dreammix_trt.engine.backends.kept import list_facts, take_or_make
 
 if TYPE_CHECKING:
     import onnxruntime
 
-log = logging.getLogger(__name__)
 _FILE: Final = "optimised.onnx"
 
 
@@ -37,39 +34,17 @@ def open_session(
     shelf: where the optimised graph is taken from, or kept; None: nowhere.
     """
     graph = folder / entry["graph"]
+
+    def take(kept: Path) -> onnxruntime.InferenceSession:
+        return _make((kept / _FILE).read_bytes(), _choose_options({}, threads, weights=folder))
+
+    def make(place: Path | None) -> onnxruntime.InferenceSession:
+        return _make(graph, _choose_options(sides, threads, keep=place / _FILE if place else None))
+
     if shelf is None:
-        return _make(graph, _choose_options(sides, threads))
-    facts = _list_facts(name, folder, entry, sides)
-    key = shelf.key(facts)
-    kept = shelf.get_sound(key)
-    if kept is not None:
-        try:
-            return _make((kept / _FILE).read_bytes(), _choose_options({}, threads, weights=folder))
-        except Exception as error:  # ONNX Runtime raises its own unrelated classes
-            log.warning("%s: cannot be used (%s); %s is optimised again", kept / _FILE, error, graph.name)
-    session = None
-    try:
-        if kept is not None:
-            shelf.remove(key)
-        with shelf.put(key, facts) as place:
-            if place is not None:  # else another process has just kept it
-                session = _make(graph, _choose_options(sides, threads, keep=place / _FILE))
-    except Exception as error:  # a full disk, which ONNX Runtime meets first and has its own classes for
-        log.debug("%s: the optimised graph is not kept (%s)", graph, error)
-    return session or _make(graph, _choose_options(sides, threads))
-
-
-def _list_facts(name: str, folder: Path, entry: Mapping[str, Any], sides: Mapping[str, int]) -> dict[str, Any]:
-    """What decides an optimised graph."""
-    files = {file: sha256_of(folder / file) for file in (entry["graph"], entry.get("weights")) if file}
-    return {
-        "kind": "session",
-        "part": name,
-        "files": files,
-        "sides": dict(sides),
-        "onnxruntime": import_onnxruntime().__version__,
-        "processor": [name_processor(), *read_processor_features()],
-    }
+        return make(None)
+    version = import_onnxruntime().__version__
+    return take_or_make(shelf, list_facts(name, folder, entry, sides, onnxruntime=version), take, make)
 
 
 def _choose_options(

@@ -8,15 +8,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Final
 
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.core.files import sha256_of
 from dreammix_trt.core.openvino_runtime import import_openvino
 from dreammix_trt.core.store import Store
-from dreammix_trt.engine.hardware import name_processor, read_processor_features
+from dreammix_trt.engine.backends.kept import list_facts, take_or_make
 
 log = logging.getLogger(__name__)
 #: devices that OpenVINO makes of others
@@ -57,26 +56,23 @@ class Compiler:
 
         Returns OpenVINO's compiled model. Raises RuntimeError where OpenVINO refuses the graph.
         """
+        compile_once = cache(lambda: self._compile(folder, entry, sides))
         if shelf is None:
-            return self._compile(folder, entry, sides)
-        facts = self._list_facts(name, folder, entry, sides)
-        key = shelf.key(facts)
-        kept = shelf.get_sound(key)
-        if kept is not None:
-            try:
-                return self._core.import_model((kept / _FILE).read_bytes(), self.device, self._settings)
-            except RuntimeError as error:
-                log.warning("%s: cannot be used (%s); %s is compiled again", kept, error, entry["graph"])
-        compiled = self._compile(folder, entry, sides)
-        try:
-            if kept is not None:
-                shelf.remove(key)
-            with shelf.put(key, facts) as place:
-                if place is not None:  # else another process has just kept it
-                    (place / _FILE).write_bytes(compiled.export_model().getbuffer())
-        except Exception as error:  # a store that is full or cannot be written, a device that exports nothing
-            log.debug("%s: what was compiled is not kept (%s)", entry["graph"], error)
-        return compiled
+            return compile_once()
+
+        def take(kept: Path) -> Any:
+            return self._core.import_model((kept / _FILE).read_bytes(), self.device, self._settings)
+
+        def make(place: Path | None) -> Any:
+            compiled = compile_once()
+            if place is not None:
+                (place / _FILE).write_bytes(compiled.export_model().getbuffer())
+            return compiled
+
+        settings = {name: str(value) for name, value in self._settings.items()}
+        version = import_openvino().get_version()
+        facts = list_facts(name, folder, entry, sides, openvino=version, device=self.device, settings=settings)
+        return take_or_make(shelf, facts, take, make)
 
     def _compile(self, folder: Path, entry: Mapping[str, Any], sides: Mapping[str, int]) -> Any:
         model = self._core.read_model(str(folder / entry["graph"]))
@@ -98,22 +94,6 @@ class Compiler:
         if self.device == "CPU":
             found |= {"INFERENCE_NUM_THREADS": self.threads, "ENABLE_CPU_PINNING": False}
         return found
-
-    def _list_facts(
-        self, name: str, folder: Path, entry: Mapping[str, Any], sides: Mapping[str, int]
-    ) -> dict[str, Any]:
-        """What decides the result of compiling."""
-        files = {file: sha256_of(folder / file) for file in (entry["graph"], entry.get("weights")) if file}
-        return {
-            "kind": "session",
-            "part": name,
-            "files": files,
-            "sides": dict(sides),
-            "openvino": import_openvino().get_version(),
-            "device": self.device,
-            "settings": {name: str(value) for name, value in self._settings.items()},
-            "processor": [name_processor(), *read_processor_features()],
-        }
 
 
 def has_bfloat16(device: str = "CPU") -> bool:

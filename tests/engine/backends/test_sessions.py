@@ -13,6 +13,7 @@ import pytest
 
 from dreammix_trt.core.files import write_json
 from dreammix_trt.core.store import Store, hash_files
+from dreammix_trt.engine.backends import kept
 from dreammix_trt.engine.backends.onnxruntime import sessions
 from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet
 from dreammix_trt.engine.directory import open_engine
@@ -102,7 +103,7 @@ def test_other_sides_versions_and_processors_have_graphs_of_their_own(
     for count, width in ((1, 8), (1, 8), (2, 16)):
         paint(width)
         assert len(shelf.entries()) == count
-    monkeypatch.setattr(sessions, "read_processor_features", lambda: ("avx9000",))
+    monkeypatch.setattr(kept, "read_processor_features", lambda: ("avx9000",))
     paint(8)
     assert len(shelf.entries()) == 3
     monkeypatch.setattr(sessions.import_onnxruntime(), "__version__", "9.9")
