@@ -125,7 +125,7 @@ def list_facts() -> Iterator[tuple[str, Any]]:
     yield "python", f"{platform.python_version()} ({sys.executable})"
     yield "python headers", (Path(sysconfig.get_path("include")) / "Python.h").exists()
     asked = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    yield "gpu", ask(asked) or "none that nvidia-smi tells of"
+    yield "gpu", ask(asked) or "none that nvidia-smi reports"
 
 
 def ask(command: list[str]) -> str:

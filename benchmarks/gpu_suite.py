@@ -144,7 +144,7 @@ def options() -> argparse.ArgumentParser:
 
 
 def setting_of(given: argparse.Namespace) -> Setting:
-    """What the parts are told."""
+    """The settings of the parts."""
     same = ("width", "side", "steps", "repeats", "requests", "swaps", "compile_mode", "simulate", "engine")
     return Setting(compiled=not given.eager, **{name: getattr(given, name) for name in same})
 

@@ -101,8 +101,7 @@ class Calibration:
 
     def scales_of_all(self, network: str) -> dict[str, tuple[float, float]]:
         """`scales`, of the layers that stay float16, too."""
-        layers = self.layers[network].items()
-        return {name: layer.scales for name, layer in layers}
+        return {name: layer.scales for name, layer in self.layers[network].items()}
 
     def see(self, run: str, found: Mapping[str, Mapping[str, Layer]]) -> Calibration:
         """This and one more run. The errors of layers whose scales become others are no longer known.

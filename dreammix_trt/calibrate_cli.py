@@ -25,7 +25,7 @@ Head = Annotated[Path | None, typer.Option(help="inpaint_head.pth; default: like
 Vae = Annotated[Path | None, typer.Option(help="Another VAE: folder or file.")]
 Tokenizer = Annotated[Path | None, typer.Option(help="Another tokenizer's folder; default: the base's, or CLIP's.")]
 PatchBiases = Annotated[bool, typer.Option("--patch-biases", help="Apply the patch's biases too (Fooocus).")]
-Prompts = Annotated[Path | None, typer.Option(help="A file of prompts, one a line; default: a built-in set.")]
+Prompts = Annotated[Path | None, typer.Option(help="A file of prompts, one per line; default: a built-in set.")]
 Images = Annotated[Path | None, typer.Option(help="A folder of pictures to paint into; default: drawn ones.")]
 Count = Annotated[int, typer.Option(min=1, help="Requests.")]
 Steps = Annotated[int, typer.Option(min=6, help="Steps of each request.")]
@@ -110,5 +110,5 @@ def _read_prompts(file: Path) -> list[str]:
         raise InputError(f"--prompts {file}: cannot be read as text ({error})") from error
     found = [line for line in lines if line]
     if not found:
-        raise InputError(f"--prompts {file}: holds no prompt; write one a line")
+        raise InputError(f"--prompts {file}: holds no prompt; write one per line")
     return found

@@ -38,11 +38,11 @@ class UNet(nn.Module):
     @classmethod
     def of(cls, network: Network) -> UNet:
         """The module of a described network."""
-        return cls(dict(network.configs["unet"]), network)
+        return cls(network)
 
-    def __init__(self, config: dict[str, Any], network: Network) -> None:
+    def __init__(self, network: Network) -> None:
         super().__init__()
-        self.network = UNet2DConditionModel.from_config(config)
+        self.network = UNet2DConditionModel.from_config(dict(network.configs["unet"]))
         _use_own_operators(self.network)
         layers = [tensor.name.removesuffix(KEY) for tensor in network.inputs if tensor.name.endswith(KEY)]
         self.crossing = [_leave_text_to_others(self.network.get_submodule(layer)) for layer in layers]
@@ -96,19 +96,17 @@ class KeysAndValues(nn.Module):
         super().__init__()
         self.network = nn.Module()
         width = network.inputs[0].shape[-1]
-        self.modules_by_output = {}
+        self.layers = []  # in the order of the outputs
         for tensor in network.outputs:
             layer, _, part = tensor.name.rpartition(".")
             name = layer + {KEY: ".to_k", VALUE: ".to_v"}[f".{part}"]
             _place(self.network, name, nn.Linear(int(width), int(tensor.shape[-1]), bias=False))
-            self.modules_by_output[tensor.name] = name
+            self.layers.append(name)
         self.slots = SlotWeights(self.network, network.slots)
 
     def forward(self, encoder_hidden_states: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         self.slots.take(weights)
-        found = tuple(
-            self.network.get_submodule(name)(encoder_hidden_states) for name in self.modules_by_output.values()
-        )
+        found = tuple(self.network.get_submodule(name)(encoder_hidden_states) for name in self.layers)
         self.slots.drop()
         return found
 

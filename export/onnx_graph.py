@@ -20,7 +20,7 @@ from dreammix_trt.core.errors import BuildError, MissingExtraError
 from dreammix_trt.core.networks import KEY, VALUE, Network, kv_name
 from dreammix_trt.core.slots import names_of_weights
 from dreammix_trt.core.tensors import plan_places
-from dreammix_trt.export.precision import assign_types
+from dreammix_trt.export.precision import assign_types, code_of
 from dreammix_trt.export.torch_module import make_torch_module
 
 if TYPE_CHECKING:
@@ -273,10 +273,7 @@ def _make_weights_external(graph: onnx.GraphProto, weights: Mapping[str, Weight]
     del graph.input[:]
     graph.input.extend(inputs)
     for name, weight in sorted(weights.items()):
-        code = {"bfloat16": onnx.TensorProto.BFLOAT16}.get(weight.dtype) or onnx.helper.np_dtype_to_tensor_dtype(
-            np.dtype(weight.dtype)
-        )
-        graph.initializer.append(onnx.TensorProto(name=name, data_type=code, dims=weight.shape))
+        graph.initializer.append(onnx.TensorProto(name=name, data_type=code_of(weight.dtype), dims=weight.shape))
     place_weights(graph, weights, location)
 
 

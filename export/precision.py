@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dreammix_trt.core.axes import Tensor
+from dreammix_trt.core.axes import FLOAT8, Tensor
 from dreammix_trt.core.errors import BuildError
 from dreammix_trt.core.networks import Network
 
@@ -66,7 +66,7 @@ class _Types:
         for item in self.graph.input:
             dtype = self.known.get(item.name) or self.weight_types.get(item.name)
             if dtype:
-                item.type.tensor_type.elem_type = _code(dtype)
+                item.type.tensor_type.elem_type = code_of(dtype)
         return {name: self.weight_types.get(name, self.network.precision) for name in self.weights}
 
     def _cast_inputs(self, nodes: Sequence[onnx.NodeProto]) -> None:
@@ -75,7 +75,7 @@ class _Types:
 
         cast = {name: f"{name}_bfloat16" for name, dtype in self.known.items() if dtype == "float16"}
         for name, inner in cast.items():
-            self.nodes.append(onnx.helper.make_node("Cast", [name], [inner], inner, to=_code("bfloat16")))
+            self.nodes.append(onnx.helper.make_node("Cast", [name], [inner], inner, to=code_of("bfloat16")))
             self.known[inner] = "bfloat16"
         for node in nodes:
             node.input[:] = [cast.get(name, name) for name in node.input]
@@ -127,13 +127,13 @@ class _Types:
         same = self.known.get(node.input[0]) == dtype
         made = onnx.helper.make_node("Identity" if same else "Cast", node.input, node.output, node.name)
         if not same:
-            made.attribute.append(onnx.helper.make_attribute("to", _code(dtype)))
+            made.attribute.append(onnx.helper.make_attribute("to", code_of(dtype)))
         self.nodes.append(made)
         self.known[node.output[0]] = dtype
 
     def _keep_cast(self, node: onnx.NodeProto) -> None:
         """Keep a cast of the trace. From float to float it did nothing there, so it must do nothing here."""
-        if next(a.i for a in node.attribute if a.name == "to") == _code("float32"):
+        if next(a.i for a in node.attribute if a.name == "to") == code_of("float32"):
             source = node.input[0]
             if source in self.known or source in self.free:
                 node.op_type = "Identity"
@@ -161,7 +161,7 @@ class _Types:
                 values = onnx.numpy_helper.to_array(self.constants[name])
                 self.graph.initializer.append(onnx.numpy_helper.from_array(_narrow(values, dtype), new))
             else:
-                self.nodes.append(onnx.helper.make_node("Cast", [name], [new], new, to=_code(dtype)))
+                self.nodes.append(onnx.helper.make_node("Cast", [name], [new], new, to=code_of(dtype)))
             self.casts[name, dtype] = new
         return self.casts[name, dtype]
 
@@ -175,12 +175,12 @@ class _Types:
 
         item = next(item for item in self.graph.output if item.name == spec.name)
         if spec.dtype in _DTYPES:
-            item.type.tensor_type.elem_type = _code(spec.dtype)
+            item.type.tensor_type.elem_type = code_of(spec.dtype)
             if self.known.get(spec.name, spec.dtype) != spec.dtype:
                 for node in self.graph.node:
                     node.output[:] = [f"{spec.name}_wide" if name == spec.name else name for name in node.output]
                 cast = onnx.helper.make_node(
-                    "Cast", [f"{spec.name}_wide"], [spec.name], spec.name, to=_code(spec.dtype)
+                    "Cast", [f"{spec.name}_wide"], [spec.name], spec.name, to=code_of(spec.dtype)
                 )
                 self.graph.node.append(cast)
 
@@ -195,6 +195,6 @@ def _narrow(values: NDArray[Any], dtype: str) -> NDArray[Any]:
     return np.asarray(np.clip(values, -limit, limit).astype(dtype))
 
 
-def _code(dtype: str) -> int:
-    """ONNX's number for a type."""
-    return {"float32": 1, "float16": 10, "bfloat16": 16}[dtype]
+def code_of(dtype: str) -> int:
+    """ONNX's number for a type of floats."""
+    return {"float32": 1, "float16": 10, "bfloat16": 16, FLOAT8: 17}[dtype]

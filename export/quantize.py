@@ -23,6 +23,7 @@ from dreammix_trt.core.axes import FLOAT8
 from dreammix_trt.core.errors import BuildError
 from dreammix_trt.core.networks import Network
 from dreammix_trt.export.onnx_graph import Weight
+from dreammix_trt.export.precision import code_of
 
 if TYPE_CHECKING:
     import onnx
@@ -84,7 +85,7 @@ class _Quantizer:
         item = self.inputs.get(weight)
         if item is not None:
             kind, dims = item.type.tensor_type, [side.dim_value for side in item.type.tensor_type.shape.dim]
-            kind.elem_type = _code(FLOAT8)
+            kind.elem_type = code_of(FLOAT8)
             for side, value in zip(kind.shape.dim, dims[::-1] if linear else dims, strict=True):
                 side.dim_value = value
         else:
@@ -92,7 +93,7 @@ class _Quantizer:
             stored = form.shape[::-1] if form.transposed else form.shape
             self.weights[weight] = Weight(FLOAT8, stored, False)
             tensor = self.constants[weight]
-            tensor.data_type = _code(FLOAT8)
+            tensor.data_type = code_of(FLOAT8)
             tensor.dims[:] = stored
             linear = linear and form.transposed
         value = self._add("DequantizeLinear", [weight, self._scale(of_weight)], f"{weight}_wide")
@@ -118,7 +119,7 @@ class _Quantizer:
 
         if name not in self.constants:
             if eight:
-                made = onnx.helper.make_tensor(name, _code(FLOAT8), [], value.tobytes(), raw=True)
+                made = onnx.helper.make_tensor(name, code_of(FLOAT8), [], value.tobytes(), raw=True)
             else:
                 made = onnx.numpy_helper.from_array(value, name)
             self.graph.initializer.append(made)
@@ -130,11 +131,3 @@ class _Quantizer:
 
         self.nodes.append(onnx.helper.make_node(operator, inputs, [output], output, **attributes))
         return output
-
-
-def _code(dtype: str) -> int:
-    """ONNX's number for a type."""
-    import onnx
-
-    codes = {FLOAT8: onnx.TensorProto.FLOAT8E4M3FN}
-    return int(codes[dtype])

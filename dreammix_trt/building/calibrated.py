@@ -11,7 +11,7 @@ from dreammix_trt.building.order import BuildOrder
 from dreammix_trt.core.calibration import FILE_NAME, Calibration, key_of_unet
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.core.networks import Network
+from dreammix_trt.core.networks import Network, unets_of
 from dreammix_trt.core.remarks import remark
 
 
@@ -30,7 +30,7 @@ def find_calibration(order: BuildOrder, base: BaseFiles) -> Calibration | None:
             f"--calibration {FILE_NAME}"
         )
     calibration = Calibration.read(named)
-    for name in _list_unets(base):
+    for name in unets_of("both" if base.patch else "patched"):
         if name not in calibration.sources:
             raise InputError(
                 f"{named}: holds nothing of {name}, which {base.name} has as it has a patch; run "
@@ -47,10 +47,6 @@ def find_calibration(order: BuildOrder, base: BaseFiles) -> Calibration | None:
             )
     _tell_unmeasured(calibration, f"`{_spell_command(order, named)}`")
     return calibration
-
-
-def _list_unets(base: BaseFiles) -> list[str]:
-    return ["unet", "unet_raw"] if base.patch else ["unet"]
 
 
 def _tell_unmeasured(calibration: Calibration, command: str) -> None:

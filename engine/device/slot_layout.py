@@ -6,7 +6,7 @@ A network's slot weights have one *merged* region, to which it is bound and whos
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -65,11 +65,6 @@ class SlottedNetwork:
     def in_place(self) -> bool:
         """Whether pristine weights have the inputs' type, so that they can be merged where they are."""
         return self.merged.arrays == self.pristine.arrays
-
-    def numbers_of(self, weights: Iterable[str]) -> set[int]:
-        """The numbers of the slots in these inputs."""
-        wanted = set(weights)
-        return {number for number, slot in enumerate(self.slots) if slot.weight in wanted}
 
     def _check_whole(self) -> None:
         filled: dict[str, int] = {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -157,13 +158,8 @@ class DeviceWeights:
         turns: bool,
         pristine: Pristine,
     ) -> None:
-        self._device, self._stream, self._networks, self._arena, self._uploads = (
-            device,
-            stream,
-            networks,
-            arena,
-            uploads,
-        )
+        self._device, self._stream, self._networks = device, stream, networks
+        self._arena, self._uploads = arena, uploads
         self._slotted, self._turns, self.count = slotted, turns, MergeCount()
         self._gpu = importlib.import_module("dreammix_trt._cpp").gpu
         self._known: dict[str, Subject] = {}
@@ -239,12 +235,10 @@ class DeviceWeights:
         name = network.name
         if self._turns:
             sizes = measure_turns(self._slotted)[kind_of(name).group]
-            before = sum(size for other, size in sizes.items() if list(sizes).index(other) < list(sizes).index(name))
-            held = _Held(network, network.merged.cut(self._arena[SHARED], before), None)
-        else:
-            copy = network.pristine.cut(self._arena[f"{name} pristine"]) if keeps_pristine(name, pristine) else None
-            held = _Held(network, network.merged.cut(self._arena[f"{name} slots"]), copy)
-        return held
+            before = sum(sizes[other] for other in takewhile(lambda other: other != name, sizes))
+            return _Held(network, network.merged.cut(self._arena[SHARED], before), None)
+        copy = network.pristine.cut(self._arena[f"{name} pristine"]) if keeps_pristine(name, pristine) else None
+        return _Held(network, network.merged.cut(self._arena[f"{name} slots"]), copy)
 
     def _list_pairs(self, subject: Subject) -> Pairs:
         found = {}

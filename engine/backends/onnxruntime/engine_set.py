@@ -82,6 +82,7 @@ class EngineSet:
         self.parts, self.facts, self.entries, self.threads, self.shelf = parts, facts, entries, threads, shelf
         self._opened: dict[tuple[str, Sides], Opened] = {}  # the one used last is the last one
         self._weights: dict[str, dict[str, Array]] = {}
+        self._bytes: dict[str, int] = {}
         self._lock = threading.Lock()
         self._opening: dict[tuple[str, Sides], threading.Lock] = {}
 
@@ -163,8 +164,10 @@ class EngineSet:
 
     def _count_bytes(self, name: str) -> int:
         """The bytes of a network's own weights, those of slots too."""
-        files = filter(None, map(self._entry(name).get, ("weights", "slot_weights")))
-        return sum((self.parts[name] / file).stat().st_size for file in files)
+        if name not in self._bytes:
+            files = filter(None, map(self._entry(name).get, ("weights", "slot_weights")))
+            self._bytes[name] = sum((self.parts[name] / file).stat().st_size for file in files)
+        return self._bytes[name]
 
     def _fixes_sides(self, name: str) -> bool:
         """Whether sessions of this network are each for certain sides."""

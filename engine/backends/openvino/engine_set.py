@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from dreammix_trt.core.errors import EngineError
 from dreammix_trt.core.openvino_runtime import import_openvino
 from dreammix_trt.core.store import Store
+from dreammix_trt.engine.backends.onnxruntime.binding import BoundInputs
 from dreammix_trt.engine.backends.onnxruntime.engine_set import REBUILD, Call, EngineSet, Sides
 from dreammix_trt.engine.backends.openvino.compiling import Compiler
 
@@ -72,23 +72,21 @@ class _Request:
 
     def __init__(self, compiled: Any) -> None:
         self._tensor, self._compiled = import_openvino().Tensor, compiled
-        self._request = compiled.create_infer_request()
-        # OpenVINO reads the arrays where they are: these, and contiguous copies where it needs some
-        self._held: dict[str, tuple[weakref.ref[Array], Array | None]] = {}
+        self._inputs = BoundInputs()
+        self._begin()
 
     def run(self, given: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
-        """Run it; see `Call`. An array that is given again stays where it is; none outlives its last use elsewhere."""
-        if self._held.keys() - given.keys():
-            self._request = self._compiled.create_infer_request()  # memory of what is not given may be gone
-            self._held.clear()
-        for name, array in given.items():
-            held = self._held.get(name)
-            if held is None or held[0]() is not array:
-                whole = np.ascontiguousarray(array)
-                self._request.set_tensor(name, self._tensor(_see_memory(whole), shared_memory=True))
-                self._held[name] = weakref.ref(array), None if whole is array else whole
+        """Run it; see `Call`."""
+        self._inputs.renew(given, self._bind, self._begin)
         self._request.infer()
         return [np.array(self._request.get_tensor(name).data) for name in outputs]
+
+    def _begin(self) -> None:
+        """Take a request to which nothing is bound."""
+        self._request = self._compiled.create_infer_request()
+
+    def _bind(self, name: str, array: Array) -> None:
+        self._request.set_tensor(name, self._tensor(_see_memory(array), shared_memory=True))
 
 
 def _see_memory(array: Array) -> Array:

@@ -7,7 +7,7 @@ nothing here raises: errors are kept for the caller, who asks for them.
 the hundreds that nobody wants, so a thread inside TensorRT would wait for whoever runs Python. Building takes one
 (`get_logger`): its warnings are wanted. Running takes the package's own, in C++ (`get_quiet_logger`), and an error
 recorder (`get_recorder`): errors, and nothing else, go to the recorder and to no logger, so they reach our messages.
-Runtime, engine and context each get the recorder. Two answers are told to the logger alone, so they are asked of a
+Runtime, engine and context each get the recorder. Two answers reach the logger alone, so they are asked of a
 runtime with the listener, which does nothing else: whether it starts, and whether a plan fits
 (`plans.check_validity`). Tried on TensorRT-RTX 1.7.1: every runtime and every builder of a process keeps the logger it
 was made with, in whatever order they are made.
