@@ -66,7 +66,7 @@ def test_bfloat16_is_the_default_where_the_processor_has_it(monkeypatch: pytest.
 
 
 def test_what_brings_openvino_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dreammix_trt.building.engine_options.find_versions", lambda: {"onnxruntime": "9.9"})
+    monkeypatch.setattr("dreammix_trt.engine.machine.find_versions", lambda: {"onnxruntime": "9.9"})
     with pytest.raises(MissingExtraError, match=r"pip install dreammix-trt\[openvino\]"):
         EngineOptions(backend="openvino").check()
 

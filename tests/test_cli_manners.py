@@ -214,7 +214,7 @@ def test_wrong_choices_name_the_right_ones(call: Call) -> None:
         ("inpaint", "--residency", "'resident', 'one-unet', 'swap'"),
         ("build", "--shapes", "'static', 'dynamic'"),
         ("build", "--backend", "'onnxruntime', 'openvino', 'tensorrt-rtx', 'tensorrt'"),
-        ("build", "--precision", "'float32', 'float16', 'bfloat16'"),
+        ("build", "--precision", "'float32', 'float16', 'bfloat16', 'fp8'"),
         ("train-base", "--device", "'cpu', 'cuda'"),
     ):
         done = call(command, option, "wrong")
