@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dreammix_trt.building import build
+from dreammix_trt.core.attributes import with_article
 from dreammix_trt.demo import write_photos
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.trainer.lora import train_lora
 from dreammix_trt.trainer.micro import world
-from dreammix_trt.trainer.micro.captions import subject_captions, with_article
+from dreammix_trt.trainer.micro.captions import subject_captions
 from dreammix_trt.trainer.micro.judge import Judge, crop_of_mask, expected_reading
 from dreammix_trt.trainer.micro.objects import COLOURS, TOPS, look_alike
 from dreammix_trt.trainer.micro.scoring import PARTS, is_right

@@ -12,6 +12,7 @@ from typing import Final
 
 import numpy as np
 
+from dreammix_trt.core.attributes import with_article
 from dreammix_trt.trainer.micro.objects import COLOURS, DECALS, FINISHES, PATTERNS, SHAPES, TOPS, Attributes
 from dreammix_trt.trainer.micro.rooms import SURFACES
 
@@ -40,11 +41,6 @@ gold silver copper bronze ceramic porcelain leather fabric crystal ice chrome st
 little tiny huge tall short color style tone watercolor sketch cartoon front left"""
 _NEUTRAL: Final = tuple(_NEUTRAL_TEXT.split())
 _EMPTY: Final = ("an empty table", "a photo of an empty table", "a table", "empty table", "nothing", "")
-
-
-def with_article(words: str) -> str:
-    """The words with "a" or "an" before them."""
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def name_parts(what: Attributes) -> dict[str, tuple[str, str]]:
