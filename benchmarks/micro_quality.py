@@ -43,7 +43,7 @@ GOALS = {"decal": ">= 0.85", "all": ">= 0.8"}
 #: how a subject is trained, and whether TAS takes the old word out of the prompt
 TRAININGS: dict[str, dict[str, Any]] = {
     "as shipped": {},
-    "without regular pictures": {"recipe": replace(SMALL, regular=0.0)},
+    "without regular pictures": {"recipe": replace(SMALL, beta=0.0)},
     "without attribute captions": {"captioned": False},
 }
 

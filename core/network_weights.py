@@ -39,11 +39,16 @@ def weights_of(base: BaseFiles, network: str, loras: Sequence[BaseLora] = ()) ->
 
     Raises FileFormatError when a LoRA names modules that the base lacks or has in another shape.
     """
-    kind = kind_of(network)
-    weights = kind.weights(base)
+    holds = kind_of(network).holds
+    weights = whole_weights_of(base, network, loras)
+    return weights if holds is None else weights.rename(lambda name: name if holds(name) else None)
+
+
+def whole_weights_of(base: BaseFiles, network: str, loras: Sequence[BaseLora] = ()) -> Weights:
+    """As `weights_of`, with the weights of what the component's other networks compute: a UNet's keys and values."""
+    weights = kind_of(network).weights(base)
     for each in loras:
         if each.touches(network):
             check_weights(each.lora, network, {name: weights.shape(name) for name in weights})
             weights = weights.change(weight_changes(each.lora, network, each.scale))
-    holds = kind.holds
-    return weights if holds is None else weights.rename(lambda name: name if holds(name) else None)
+    return weights

@@ -15,7 +15,7 @@ Picture = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 Box = tuple[int, int, int, int]
 
-WHOLE_SHARE = 0.4  # views of the whole photograph, as the reference trains; the others are crops as LCG makes them
+CROP_SHARE = 0.6  # views that are crops as LCG makes them; the others show the whole photograph, as the reference trains
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,20 @@ def box_of(mask: Mask) -> Box:
     return (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
 
 
-def draw_view(rng: np.random.Generator, photograph: Photograph, side: int) -> TrainingView:
+def draw_view(
+    rng: np.random.Generator, photograph: Photograph, side: int, crop_share: float = CROP_SHARE
+) -> TrainingView:
     """A random square of the photograph around its subject, scaled to `side`, with a random hole over the subject.
 
-    Two in five show as much of the photograph as a square can hold, the others a crop 1.2 to 2.2 times the subject, as
-    the local stage of the loop will. The square moves about but never cuts the subject; where it leaves the photograph
-    the border is repeated. Nothing is mirrored: a subject's left and right are part of it.
+    With the chance `crop_share` it is a crop 1.2 to 2.2 times the subject, as the local stage of the loop will make
+    them; the others show as much of the photograph as a square can hold. The square moves about but never cuts the
+    subject; where it leaves the photograph the border is repeated. Nothing is mirrored: a subject's left and right are
+    part of it.
     """
     height, width = photograph.subject.shape
     x0, y0, x1, y1 = photograph.box
     subject = max(x1 - x0, y1 - y0)
-    if rng.random() < WHOLE_SHARE:
+    if rng.random() < 1 - crop_share:
         extent = max(min(height, width) * rng.uniform(0.9, 1.0), subject * 1.05)
     else:
         extent = min(subject * rng.uniform(1.2, 2.2), max(height, width))

@@ -1,23 +1,33 @@
-"""Training a subject's LoRA on the patched UNet (paper, section 3.3; docs/algorithm.md, section 4)."""
+"""Training a subject's LoRA on the patched UNet (paper, section 3.3; docs/algorithm.md, section 13)."""
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from dreammix_trt.core.attributes import AttributeDictionary
 from dreammix_trt.core.checkpoint import BaseFiles
+from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.extras import require_training
-from dreammix_trt.core.files import atomic_directory
+from dreammix_trt.core.files import atomic_directory, check_place, sha256_of
+from dreammix_trt.core.lora import LoraSpec, parse_lora, read_lora
+from dreammix_trt.core.network_weights import BaseLora
+from dreammix_trt.trainer.checkpoints import Checkpoints
 from dreammix_trt.trainer.folder import RECORD, TrainRecord, write_folder
-from dreammix_trt.trainer.photographs import read_photographs
+from dreammix_trt.trainer.hardware import Hardware
+from dreammix_trt.trainer.photographs import PhotographFile, read_photographs
+from dreammix_trt.trainer.preparing import Progress
+from dreammix_trt.trainer.processes import Processes, join_processes
 from dreammix_trt.trainer.recipes import FULL, SMALL, Recipe, recipe_for
-from dreammix_trt.trainer.task import Names, Task, check_options
-from dreammix_trt.trainer.training import Progress, Training
+from dreammix_trt.trainer.regular_folder import read_regular
+from dreammix_trt.trainer.task import Names, RegularPicture, Task, check_options
+from dreammix_trt.trainer.training import Training
+from dreammix_trt.trainer.watching import Validation, Watch, tell_memory, write_page
 
-__all__ = ["FULL", "SMALL", "Recipe", "TrainRecord", "train_lora"]
+__all__ = ["FULL", "SMALL", "Hardware", "Recipe", "TrainRecord", "Validation", "train_lora"]
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +38,13 @@ def train_lora(
     out: str | Path,
     *,
     base: str | Path | BaseFiles | None = None,
+    base_loras: Sequence[str | Path | LoraSpec] = (),
     token: str = "sks",
     prompt: str | None = None,
     captions: Sequence[str] = (),
+    attributes: str | Path | AttributeDictionary | None = None,
+    attribute_captions: bool = True,
+    regular: str | Path | Sequence[RegularPicture] | None = None,
     rank: int = 4,
     steps: int | None = None,
     learning_rate: float | None = None,
@@ -38,7 +52,12 @@ def train_lora(
     seed: int = 0,
     merged: bool = False,
     threads: int | None = None,
+    hardware: Hardware | None = None,
+    resume: bool = False,
+    work: str | Path | None = None,
+    validation: Validation | None = None,
     progress: Progress | None = None,
+    notice: Callable[[str], None] | None = None,
     recipe: Recipe | None = None,
     invert_masks: bool = False,
     large_masks: bool = False,
@@ -47,46 +66,144 @@ def train_lora(
 
     photos: folder with image/ and mask/, or as `listing` finds them.
     class_name: what the subject is, e.g. "mug".
-    base: diffusers folder (None: the embedded model).
+    base: diffusers folder or single file (None: the embedded model); with a patch, VAE or tokenizer of other places as
+        `BaseFiles.open` gives it.
+    base_loras: merged into the base, as `build` takes them.
     token: the word that will mean this subject.
     prompt: instance caption, default "a photo of a {token} {class_name}".
     captions: further captions that name attributes of the subject ("a photo of a blue sks mug"), so that an attribute
         belongs to its word and not to the token (paper, section 3.3).
+    attributes: the subject's dictionary or its file: further captions are made of it, and those of the regular pictures
+        that the base paints. attribute_captions: False leaves the former out, as the authors' code does.
+    regular: pictures of the class (eq. 8), or their folder, as `regularize` makes it; None: the base paints some.
     rank: of the factors.
     steps, learning_rate: None takes what suits the base.
     loss: "reference" or "paper".
     merged: also write the merged UNet as `unet/`.
     threads: CPU threads (None: torch's choice).
+    hardware: device, precision and optimizer; None: the CPU.
+    resume: go on from the checkpoint of a training that was stopped; it must have had the same settings.
+    work: folder of the checkpoint and of encoded photographs, where the recipe asks for checkpoints; None: OUT.work.
+    validation: pictures to paint while it trains.
     progress: called with (name, fraction, message) each step.
+    notice: called with what a person should know.
     recipe: everything else; None takes what suits the base.
     invert_masks, large_masks: as `photographs.read_photographs` takes them.
 
     Writes `pytorch_lora_weights.safetensors` (diffusers' names, alpha = rank), the same as `TOKEN_CLASS.safetensors` in
-    kohya's format (for ComfyUI, A1111, Fooocus) and `train.json`. Same seed, threads and machine: the same bytes in the
-    LoRA file.
+    kohya's format (for ComfyUI, A1111, Fooocus) and `subject.json`. Same seed, threads and machine: the same bytes in
+    the LoRA file, also when it was stopped and resumed.
 
-    Raises InputError for parameters, photographs or a place that cannot be used, FileFormatError for the base,
+    Raises InputError for parameters, photographs or a place that cannot be used and for a loss that is not finite,
+    FileFormatError for the base, DeviceError for a GPU that is not there or too small, BuildError for a full disk,
     MissingExtraError without the `train` extra.
     """
     require_training()
     class_name, token = class_name.strip(), token.strip()
     check_options(class_name, token, loss, rank, steps, learning_rate, seed, threads)
+    validation, given = validation or Validation(), hardware or Hardware()
+    for checked in (validation, given):
+        checked.check()
     files = base if isinstance(base, BaseFiles) else BaseFiles.open(base)
+    recipe = recipe or recipe_for(files.native_side)
+    recipe.check()
+    dictionary = _read_attributes(attributes, class_name)
+    photographs = read_photographs(photos, invert_masks=invert_masks, large_masks=large_masks)
+    _warn(files, photographs)
+    with join_processes(given) as (processes, own):
+        task = Task(
+            base=files,
+            photographs=photographs,
+            names=Names.of(token, class_name, prompt, captions, dictionary if attribute_captions else None),
+            recipe=recipe,
+            rank=rank,
+            steps=steps or recipe.steps,
+            learning_rate=learning_rate or recipe.learning_rate,
+            loss=loss,
+            seed=seed,
+            attributes=dictionary,
+            regular=read_regular(regular) if isinstance(regular, str | Path) else regular,
+            hardware=own,
+            base_loras=_read_base_loras(base_loras, files),
+        )
+        place = Path(work) if work else Path(out).resolve().with_name(f"{Path(out).resolve().name}.work")
+        job = _Job(task, Path(out), place, merged, validation, processes, threads)
+        return job.run(resume=resume, progress=progress, notice=notice)
+
+
+class _Job:
+    """A task with its places."""
+
+    def __init__(
+        self,
+        task: Task,
+        out: Path,
+        work: Path,
+        merged: bool,
+        validation: Validation,
+        processes: Processes,
+        threads: int | None,
+    ) -> None:
+        self._task, self._out, self._work, self._merged = task, out, work, merged
+        self._validation, self._processes, self._threads = validation, processes, threads
+
+    def run(
+        self, *, resume: bool, progress: Progress | None, notice: Callable[[str], None] | None
+    ) -> TrainRecord:
+        """Train and write the folder; the processes that do not lead only train."""
+        task, leads = self._task, self._processes.leads
+        check_place(self._out, RECORD)
+        settings = task.settings() | {"processes": self._processes.count}
+        checkpoints = Checkpoints(self._work, task.base.name, settings, task.recipe.checkpoint_every)
+        checkpoints.check(resume=resume)
+        tell_memory(task, notice if notice and leads else log.info)
+        tell = progress if progress and leads else _say_nothing
+        kept = self._work if task.recipe.checkpoint_every and leads else None
+        watch = Watch(task, self._validation)
+        with _torch_threads(self._threads) as used:
+            training = Training(task, checkpoints, tell, self._processes)
+            done = training.run(kept, resume=resume, after_step=watch.after_step)
+            record = TrainRecord.of(task, settings, done.history, done.seconds, used, training.parameters)
+            if leads:
+                with atomic_directory(self._out, marker=RECORD) as folder:
+                    write_folder(folder, record, training.factors(), task, merged=self._merged)
+                    write_page(folder, record, done.history, watch)
+                checkpoints.remove()
+            self._processes.wait()
+        log.info("%s: %d steps in %.0f s, loss %.4f", self._out, task.steps, record.seconds, record.loss)
+        return record
+
+
+def _say_nothing(*_: Any) -> None:
+    """Progress that nobody asked for."""
+
+
+def _read_attributes(given: str | Path | AttributeDictionary | None, class_name: str) -> AttributeDictionary | None:
+    found = given if isinstance(given, AttributeDictionary) or given is None else AttributeDictionary.read(given)
+    if found is not None and found.class_name.lower() != class_name.lower():
+        where = "" if isinstance(given, AttributeDictionary) else f"{given}: "
+        raise InputError(
+            f"{where}the attributes are those of a {found.class_name!r}, but the class name is {class_name!r}; "
+            "give the dictionary of this subject, or call it the same"
+        )
+    return found
+
+
+def _read_base_loras(given: Sequence[str | Path | LoraSpec], files: BaseFiles) -> list[tuple[BaseLora, str]]:
+    specs = [each if isinstance(each, LoraSpec) else parse_lora(str(each), "both") for each in given]
+    read = [(read_lora(spec.file, files.configs["unet"]), spec) for spec in specs]
+    return [(BaseLora(lora, spec.scale, spec.target), sha256_of(lora.source_path)) for lora, spec in read]
+
+
+def _warn(files: BaseFiles, photographs: Sequence[PhotographFile]) -> None:
     for remark in files.remarks:
         log.warning("%s", remark)
-    recipe = recipe or recipe_for(files.native_side)
-    steps, rate = steps or recipe.steps, learning_rate or recipe.learning_rate
-    names = Names.of(token, class_name, prompt, captions)
-    photographs = read_photographs(photos, invert_masks=invert_masks, large_masks=large_masks)
-    task = Task(files, photographs, names, recipe, rank, steps, rate, loss, seed)
-    started = time.monotonic()
-    with atomic_directory(out, marker=RECORD) as folder, _torch_threads(threads) as used:
-        training = Training(task, progress or (lambda *_: None))
-        history = training.run()
-        record = TrainRecord.of(task, history, time.monotonic() - started, used, training.parameters)
-        write_folder(folder, record, training.factors(), files, merged=merged)
-    log.info("%s: %d steps in %.0f s, loss %.4f", out, steps, record.seconds, record.loss)
-    return record
+    if len(photographs) == 1:
+        log.warning(
+            "one photograph (%s): the subject is learnt from one side, and its surroundings with it; five to ten are "
+            "better",
+            photographs[0].name,
+        )
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""A base's networks in torch, float32, as training uses them: the patched UNet with the inpaint feature, VAE, texts.
+"""A base's networks in torch, as training uses them: text encoders, VAE, and the patched UNet with the inpaint feature.
+
+Each is loaded when it is needed and let go before the next, so that a full SDXL fits on the cards people own. What goes
+in and comes out is on the CPU, where every random number is drawn; the UNet's prediction alone stays on its device.
 
 Imports torch, diffusers and transformers: reach it from inside functions.
 """
@@ -6,7 +9,7 @@ Imports torch, diffusers and transformers: reach it from inside functions.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from dreammix_trt.core.checkpoint import BaseFiles, State
 from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import FileFormatError, InputError
+from dreammix_trt.core.network_weights import BaseLora, whole_weights_of
+from dreammix_trt.trainer.hardware import Hardware
+
+SMALL_SIDE = 256  # bases up to this side train fastest with attention written out, and in larger batches
 
 
 def choose_precision(device: str) -> torch.dtype:
@@ -29,26 +36,78 @@ def choose_precision(device: str) -> torch.dtype:
 
 
 def write_out_attention(network: Any) -> None:
-    """Attention as matrix products: on a CPU the fused operator's backward pass takes 42 % of a training step."""
+    """Attention as matrix products: on a CPU the fused operator's backward pass takes 42 % of a training step.
+
+    That is at 256 pixels; of 4096 tokens, as SDXL has, the fused operator takes 0.57 of the time and no memory for the
+    products.
+    """
     network.set_attn_processor(AttnProcessor())
 
 
-class TrainingNetworks:
-    """Everything of a base that training touches, frozen; LoRA adapters are added to `unet` from outside.
+class TextEncoders:
+    """Both text encoders of a base, float32, frozen."""
+
+    def __init__(self, base: BaseFiles, device: str = "cpu", loras: Sequence[BaseLora] = ()) -> None:
+        self._device = device
+        names = ("text_encoder", "text_encoder_2")
+        self._encoders = [_text_encoder(base, name, loras).to(device) for name in names]
+        self._tokenizers = [_tokenizer(base, name) for name in ("tokenizer", "tokenizer_2")]
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(N, 77, D) penultimate states of both encoders side by side, and (N, Dp) pooled, of the second.
+
+        Raises InputError for a prompt that is too long.
+        """
+        states = []
+        for encoder, tokenizer in zip(self._encoders, self._tokenizers, strict=True):
+            out = encoder(self._ids(tokenizer, prompts), output_hidden_states=True)
+            states.append(out.hidden_states[-2])
+        pooled: Tensor = out.text_embeds
+        return torch.cat(states, -1).cpu(), pooled.cpu()
+
+    def _ids(self, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+        rows = [tokenizer(prompt, padding="max_length", max_length=TOKENS)["input_ids"] for prompt in prompts]
+        for prompt, row in zip(prompts, rows, strict=True):
+            if len(row) > TOKENS:
+                raise InputError(f"the prompt {prompt!r} has {len(row)} tokens; at most {TOKENS} fit, shorten it")
+        return torch.tensor(rows, device=self._device)
+
+
+class VaeEncoder:
+    """A base's VAE, float32 (SDXL's own overflows in float16), frozen."""
+
+    def __init__(self, base: BaseFiles, device: str = "cpu") -> None:
+        self._device, self._scaling = device, base.scaling_factor
+        self._at_once = 8 if base.native_side <= SMALL_SIDE else 1
+        self._vae: Any = _fill_weights(AutoencoderKL.from_config(dict(base.configs["vae"])), base.state("vae"))
+        self._vae.to(device)
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def encode(self, pictures: NDArray[np.float32]) -> Tensor:
+        """(N, 3, H, W) in [-1, 1] -> the latents' modes, scaled, (N, 4, H/8, W/8)."""
+        batches = torch.from_numpy(pictures).split(self._at_once)
+        modes = [self._vae.encode(batch.to(self._device)).latent_dist.mode().cpu() for batch in batches]
+        return torch.cat(modes) * self._scaling
+
+
+class TrainingUNet:
+    """The patched UNet, frozen in the hardware's precision; LoRA adapters are added to `unet` from outside.
 
     signal, noise: float32 (1000,), sqrt(alpha-bar) and sqrt(1 - alpha-bar) of SDXL's scaled-linear betas.
     """
 
-    def __init__(self, base: BaseFiles) -> None:
-        self.base = base
-        unet, vae = (dict(base.configs[name]) for name in ("unet", "vae"))
-        self.unet: Any = _fill_weights(UNet2DConditionModel.from_config(unet), base.unet_patched_state())
-        write_out_attention(self.unet)
-        self.precision = choose_precision("cpu")
-        self._vae: Any = _fill_weights(AutoencoderKL.from_config(vae), base.state("vae"))
-        self._encoders = [_text_encoder(base, name) for name in ("text_encoder", "text_encoder_2")]
-        self._tokenizers = [_tokenizer(base, name) for name in ("tokenizer", "tokenizer_2")]
-        self._head = torch.from_numpy(base.head()) if base.has_head else None
+    def __init__(self, base: BaseFiles, hardware: Hardware, loras: Sequence[BaseLora] = ()) -> None:
+        """loras: of the base, merged into its weights."""
+        self.base, self.device = base, torch.device(hardware.device)
+        self._weights, self._products = hardware.weights, hardware.products
+        with torch.device("meta"):
+            empty = UNet2DConditionModel.from_config(dict(base.configs["unet"]))
+        self.unet: Any = empty.to(self._weights).to_empty(device=self.device)
+        _copy_weights(self.unet, whole_weights_of(base, "unet", loras))
+        if hardware.kind == "cpu" and base.native_side <= SMALL_SIDE:
+            write_out_attention(self.unet)
+        self._head = torch.from_numpy(base.head()).to(self.device) if base.has_head else None
         self._feature: Tensor | None = None
         self.unet.conv_in.register_forward_hook(self._add_feature)
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -58,11 +117,12 @@ class TrainingNetworks:
     def predict(
         self, sample: Tensor, timestep: Tensor, text: tuple[Tensor, Tensor], times: Tensor, feature: Tensor | None
     ) -> Tensor:
-        """The patched UNet's noise prediction (N, 4, h, w) float32; feature (N, C, h, w) enters after conv_in."""
+        """The noise prediction (N, 4, h, w) float32 on the device; feature (N, C, h, w) enters after conv_in."""
         self._feature = feature
-        conditions = {"text_embeds": text[1], "time_ids": times}
-        with torch.autocast("cpu", self.precision, enabled=self.precision != torch.float32):
-            out: Tensor = self.unet(sample, timestep, text[0], added_cond_kwargs=conditions, return_dict=False)[0]
+        sample, timestep, states, pooled, times = (each.to(self.device) for each in (sample, timestep, *text, times))
+        conditions = {"text_embeds": pooled, "time_ids": times}
+        with torch.autocast(self.device.type, self._products, enabled=self._products != torch.float32):
+            out: Tensor = self.unet(sample, timestep, states, added_cond_kwargs=conditions, return_dict=False)[0]
         self._feature = None
         return out.float()
 
@@ -71,40 +131,35 @@ class TrainingNetworks:
         if self._head is None:
             return None
         mode = "constant" if self.base.head_padding == "zeros" else "replicate"
-        both = torch.nn.functional.pad(torch.cat([mask, masked], 1), (1, 1, 1, 1), mode=mode)
+        both = torch.nn.functional.pad(torch.cat([mask, masked], 1).to(self.device), (1, 1, 1, 1), mode=mode)
         return torch.nn.functional.conv2d(both, self._head)
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
-    def encode(self, pictures: NDArray[np.float32]) -> Tensor:
-        """(N, 3, H, W) in [-1, 1] -> the latents' modes, scaled, (N, 4, H/8, W/8)."""
-        batches = torch.from_numpy(pictures).split(8)
-        latents = torch.cat([self._vae.encode(batch).latent_dist.mode() for batch in batches])
-        return latents * self.base.scaling_factor
-
-    @torch.no_grad()  # type: ignore[untyped-decorator]
-    def encode_text(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(N, 77, D) penultimate states of both encoders side by side, and (N, Dp) pooled, of the second."""
-        states = []
-        for encoder, tokenizer in zip(self._encoders, self._tokenizers, strict=True):
-            out = encoder(self._ids(tokenizer, prompts), output_hidden_states=True)
-            states.append(out.hidden_states[-2])
-        pooled: Tensor = out.text_embeds
-        return torch.cat(states, -1), pooled
-
-    def _ids(self, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-        rows = [tokenizer(prompt, padding="max_length", max_length=TOKENS)["input_ids"] for prompt in prompts]
-        for prompt, row in zip(prompts, rows, strict=True):
-            if len(row) > TOKENS:
-                raise InputError(f"the prompt {prompt!r} has {len(row)} tokens; at most {TOKENS} fit, shorten it")
-        return torch.tensor(rows)
-
     def _add_feature(self, _module: Any, _inputs: Any, out: Tensor) -> Tensor:
-        return out if self._feature is None else out + self._feature
+        if self._feature is None:
+            return out
+        total = out + self._feature
+        return total if self._weights == torch.float32 else total.to(out.dtype)
 
 
 def to_latent_range(pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
     """uint8 pictures (H, W, 3) -> float32 (N, 3, H, W) in [-1, 1]."""
     return np.asarray(np.stack(pictures).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1, np.float32)
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _copy_weights(module: Any, state: Mapping[str, NDArray[np.float32]]) -> None:
+    """Fill a module one tensor at a time, rounding to its own type, so that the float32 weights are never held whole."""
+    for name, target in module.state_dict().items():
+        if name not in state:
+            raise FileFormatError(f"{type(module).__name__}: the weights lack {name}")
+        value = torch.from_numpy(state[name])
+        if value.shape != target.shape:
+            raise FileFormatError(
+                f"weights do not fit {type(module).__name__}'s config: {name} is {tuple(value.shape)}, "
+                f"not {tuple(target.shape)}"
+            )
+        target.copy_(value)
+    module.eval().requires_grad_(False)
 
 
 def _fill_weights(module: Any, state: State) -> Any:
@@ -119,10 +174,10 @@ def _fill_weights(module: Any, state: State) -> Any:
     return module.eval().requires_grad_(False)
 
 
-def _text_encoder(base: BaseFiles, name: str) -> Any:
+def _text_encoder(base: BaseFiles, name: str, loras: Sequence[BaseLora]) -> Any:
     kind = CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
     module = kind(CLIPTextConfig(**base.configs[name]))
-    state: State = base.state(name)
+    state: State = whole_weights_of(base, name, loras)
     if not any(key.startswith("text_model.") for key in module.state_dict()):  # transformers 5 for the first encoder
         state = {key.removeprefix("text_model."): value for key, value in state.items()}
     return _fill_weights(module, state)

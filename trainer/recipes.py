@@ -1,28 +1,66 @@
-"""How long and how gently a base's LoRA is trained."""
+"""How long, how gently and on what a base's LoRA is trained."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
+
+from dreammix_trt.core.errors import InputError
+from dreammix_trt.trainer.data import CROP_SHARE
+from dreammix_trt.trainer.losses import regular_probability
+
+BetaAs = Literal["probability", "loss"]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What suits a base: small ones train for less time with larger steps and batches.
 
-    regular: share of regular samples (eq. 8); regular_pictures: how many of them the base paints first; views: training
-    views drawn of all photographs together; constant: share of the steps at the full learning rate, which then falls
-    to zero in a straight line (1.0: never, as in the reference); captioned: share of the subject's samples that are
-    trained under one of the further captions, where there are some.
+    batch: pictures that a device holds at a time. accumulate: such batches whose gradients make one step.
+    beta: weight of the regular pictures (eq. 8). beta_as: "probability": each sample is a regular one with the
+        probability `beta / (1 + beta)`, as in the authors' code; "loss": each step sums both losses, as in the paper,
+        and computes twice as much.
+    regular_pictures: how many of them the base paints first, where no folder of them is given.
+    views: training views drawn of all photographs together. crop_share: of them, that are crops as the local stage
+        makes them; the others show the whole photograph.
+    constant: share of the steps at the full learning rate, which then falls to zero in a straight line (1.0: never, as
+        in the reference).
+    captioned: share of the subject's samples that are trained under one of the further captions, where there are some.
+    checkpoint_every: steps between two checkpoints; 0: none, and nothing is kept beside the LoRA.
+    gradient_checkpointing: whether the UNet's inner values are computed twice instead of kept.
     """
 
     steps: int
     learning_rate: float
     batch: int
     views: int
-    regular: float
+    beta: float
     regular_pictures: int
+    accumulate: int = 1
+    beta_as: BetaAs = "probability"
+    crop_share: float = CROP_SHARE
     constant: float = 1.0
     captioned: float = 0.5
+    checkpoint_every: int = 0
+    gradient_checkpointing: bool = False
+
+    @property
+    def regular_share(self) -> float:
+        """The probability that a sample is a regular one, where beta is one."""
+        return regular_probability(self.beta)
+
+    def check(self) -> None:
+        """Raise InputError for a value out of range."""
+        regular_probability(self.beta)
+        if self.beta_as not in get_args(BetaAs):
+            raise InputError(f"beta_as is {self.beta_as!r}; choose one of {', '.join(get_args(BetaAs))}")
+        if not 0 <= self.crop_share <= 1:
+            raise InputError(f"crop share is {self.crop_share}; it must be 0 to 1")
+        for name in ("batch", "accumulate", "views"):
+            if not 1 <= getattr(self, name) <= 4096:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be 1 to 4096")
+        if self.checkpoint_every < 0:
+            raise InputError(f"checkpoint_every is {self.checkpoint_every}; give a number of steps, or 0 for none")
 
     def rate_at(self, step: int, steps: int) -> float:
         """The factor of the learning rate at a step, 0-based."""
@@ -33,8 +71,19 @@ class Recipe:
 # Of the embedded model's first edition: without regular pictures "a green sks mug" broke up into the subject's own
 # tones, with three in ten the subject itself was learnt too weakly. Of the second: after 400 steps feet and decals
 # still took any colour, after 1000 "a photo of a sks mug" kept all parts (four rooms).
-SMALL = Recipe(steps=1000, learning_rate=2e-3, batch=4, views=60, regular=0.1, regular_pictures=12, constant=0.5)
-FULL = Recipe(steps=1000, learning_rate=1e-4, batch=4, views=60, regular=0.3, regular_pictures=24)
+SMALL = Recipe(steps=1000, learning_rate=2e-3, batch=4, views=60, beta=1 / 9, regular_pictures=12, constant=0.5)
+# The reference's numbers: one picture at a time, four to a step, a share of 0.3, a checkpoint every 250 steps.
+FULL = Recipe(
+    steps=1000,
+    learning_rate=1e-4,
+    batch=1,
+    accumulate=4,
+    views=60,
+    beta=3 / 7,
+    regular_pictures=24,
+    checkpoint_every=250,
+    gradient_checkpointing=True,
+)
 
 
 def recipe_for(native_side: int) -> Recipe:

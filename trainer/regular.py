@@ -2,7 +2,7 @@
 
 The base repaints the hole of the subject's own training views with an ordinary "a photo of a red mug". So the LoRA
 sees that the attribute word, and the class without the token, keep their meaning; place, mask and masked picture are
-those of the subject, and nothing needs decoding. Captions with attributes of one's own come with ADM.
+those of the subject, and nothing needs decoding.
 """
 
 from __future__ import annotations
@@ -13,59 +13,49 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dreammix_trt.trainer.data import article
-
 if TYPE_CHECKING:
-    from dreammix_trt.trainer.networks import TrainingNetworks
+    from dreammix_trt.trainer.networks import TrainingUNet
+    from dreammix_trt.trainer.samples import Samples
 
-COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "black")
 STEPS, GUIDANCE, BATCH = 12, 3.0, 4
-
-
-def captions(class_name: str, count: int) -> list[str]:
-    """`count` captions without the subject's token; every third is the class alone."""
-    words = [word for index, colour in enumerate(COLOURS) for word in ([colour, ""] if index % 2 else [colour])]
-    chosen = [words[index % len(words)] for index in range(count)]
-    return [f"a photo of {article(word or class_name)} {word} {class_name}".replace("  ", " ") for word in chosen]
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def repaint(
-    networks: TrainingNetworks,
-    latents: Tensor,
-    masked: Tensor,
-    mask: Tensor,
-    prompts: Sequence[str],
+    unet: TrainingUNet,
+    start: Samples,
+    texts: Sequence[tuple[Tensor, Tensor]],
     dice: torch.Generator,
     report: Callable[[float], None],
 ) -> Tensor:
-    """The latents (N, 4, h, w) with the masked cells painted anew as the prompts say.
+    """The latents (N, 4, h, w) of `start` with the masked cells painted anew as the texts say.
 
     Deterministic DDIM (Song et al. 2021, eq. 12) with classifier-free guidance; the known cells are put back, with
-    fresh noise, at every step's input as in the reference's loop. masked (N, 4, h, w), mask (N, 1, h, w).
+    fresh noise, at every step's input as in the reference's loop.
+
+    texts: for each BATCH of samples the states and pooled states of as many empty prompts, then of its prompts.
     """
-    height, width = latents.shape[-2] * 8, latents.shape[-1] * 8
-    side = networks.base.native_side
-    times = torch.linspace(999, 0, STEPS).round().long().tolist()
+    side = unet.base.native_side
     painted = []
-    for start in range(0, len(latents), BATCH):
-        part = slice(start, start + BATCH)
-        clean, count = latents[part], len(latents[part])
-        states, pooled = networks.encode_text([""] * count + list(prompts[part]))
-        feature = networks.feature(mask[part], masked[part])
+    for number, text in enumerate(texts):
+        part = start.rows(torch.arange(number * BATCH, min((number + 1) * BATCH, len(start))))
+        height, width = part.latents.shape[-2] * 8, part.latents.shape[-1] * 8
+        clean, mask, count = part.latents, part.mask, len(part)
+        feature = unet.feature(mask, part.masked)
         both = None if feature is None else feature.repeat(2, 1, 1, 1)
         rows = torch.tensor([[height, width, 0, 0, side, side]] * (2 * count), dtype=torch.float32)
         x = torch.randn(clean.shape, generator=dice)
+        times = torch.linspace(999, 0, STEPS).round().long().tolist()
         for index, t in enumerate(times):
-            signal, noise = networks.signal[t], networks.noise[t]
+            signal, noise = unet.signal[t], unet.noise[t]
             known = signal * clean + noise * torch.randn(clean.shape, generator=dice)
-            x = x * mask[part] + known * (1 - mask[part])
+            x = x * mask + known * (1 - mask)
             when = torch.full((2 * count,), float(t))
-            away, towards = networks.predict(x.repeat(2, 1, 1, 1), when, (states, pooled), rows, both).chunk(2)
+            away, towards = unet.predict(x.repeat(2, 1, 1, 1), when, text, rows, both).cpu().chunk(2)
             eps = away + GUIDANCE * (towards - away)
             x0 = (x - noise * eps) / signal
             after = times[index + 1] if index + 1 < STEPS else None
-            x = x0 if after is None else networks.signal[after] * x0 + networks.noise[after] * eps
-        painted.append(x * mask[part] + clean * (1 - mask[part]))
-        report(min(1.0, (start + count) / len(latents)))
+            x = x0 if after is None else unet.signal[after] * x0 + unet.noise[after] * eps
+        painted.append(x * mask + clean * (1 - mask))
+        report((number + 1) / len(texts))
     return torch.cat(painted)

@@ -14,7 +14,7 @@ from dreammix_trt.trainer.data import TrainingView, latent_mask
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dreammix_trt.trainer.networks import TrainingNetworks
+    from dreammix_trt.trainer.networks import VaeEncoder
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ class Samples:
         pairs = zip(other._values(), self._values(), strict=True)
         return Samples(*(torch.where(where.reshape(-1, *(1,) * (a.ndim - 1)), a, b) for a, b in pairs))
 
+    def part(self, index: int, count: int) -> Samples:
+        """Part number `index` of `count` equal ones."""
+        return Samples(*(value.chunk(count)[index] for value in self._values()))
+
     def _values(self) -> tuple[Tensor, ...]:
         return self.latents, self.masked, self.mask, self.sharp, self.captions
 
@@ -48,16 +52,16 @@ class Samples:
 BATCH = 8  # views that are in memory at a time
 
 
-def encode_views(networks: TrainingNetworks, views: Iterable[TrainingView]) -> Samples:
+def encode_views(vae: VaeEncoder, views: Iterable[TrainingView]) -> Samples:
     """Views as the UNet sees them, under caption 0. They are taken a few at a time."""
     import torch
 
     drawn = iter(views)
-    parts = [_encode(networks, some)._values() for some in iter(lambda: list(islice(drawn, BATCH)), [])]
+    parts = [_encode(vae, some)._values() for some in iter(lambda: list(islice(drawn, BATCH)), [])]
     return Samples(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
-def _encode(networks: TrainingNetworks, views: Sequence[TrainingView]) -> Samples:
+def _encode(vae: VaeEncoder, views: Sequence[TrainingView]) -> Samples:
     import torch
 
     from dreammix_trt.trainer.networks import to_latent_range
@@ -67,5 +71,5 @@ def _encode(networks: TrainingNetworks, views: Sequence[TrainingView]) -> Sample
     cells = torch.from_numpy(np.stack([latent_mask(view.hole) for view in views]))[:, None]
     sharp = torch.tensor([float(view.sharp_side) for view in views])
     # the hole is mid grey, as the head saw it in the base's own training
-    masked = networks.encode(np.where(holes, np.float32(0), pictures))
-    return Samples(networks.encode(pictures), masked, cells, sharp, torch.zeros(len(views), dtype=torch.long))
+    masked = vae.encode(np.where(holes, np.float32(0), pictures))
+    return Samples(vae.encode(pictures), masked, cells, sharp, torch.zeros(len(views), dtype=torch.long))

@@ -1,180 +1,178 @@
-"""The training itself: encoded samples, the adapters, steps of the optimizer."""
+"""The training itself: prepared samples, the adapters, steps of the optimizer."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from typing import TYPE_CHECKING
-
-import numpy as np
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dreammix_trt.core.errors import InputError, MissingExtraError
-from dreammix_trt.trainer.data import draw_view
+from dreammix_trt.trainer.batches import Batch, Draws
+from dreammix_trt.trainer.checkpoints import Checkpoints, Learner, Progressed
 from dreammix_trt.trainer.losses import loss_weights, reweighted_loss
-from dreammix_trt.trainer.photographs import Album
-from dreammix_trt.trainer.samples import Samples, encode_views
+from dreammix_trt.trainer.preparing import Progress, prepare
+from dreammix_trt.trainer.processes import Processes
 from dreammix_trt.trainer.task import Task
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dreammix_trt.trainer.networks import TrainingNetworks
-
-Progress = Callable[[str, float, str], None]
+    from dreammix_trt.trainer.networks import TrainingUNet
 
 TARGETS = ("to_k", "to_v", "to_out.0")
+AfterStep = Callable[[int, Callable[[], dict[str, tuple["Tensor", "Tensor"]]]], None]
 
 
 class Training:
-    """The LoRA on one base: prepared samples, optimizer, loop.
+    """The LoRA on one base: prepared samples, optimizer, loop."""
 
-    parameters: how many numbers are trained, known once it runs.
-    """
+    def __init__(
+        self, task: Task, checkpoints: Checkpoints, progress: Progress, processes: Processes | None = None
+    ) -> None:
+        """processes: this one among those that train together; None: it is alone.
 
-    def __init__(self, task: Task, progress: Progress) -> None:
-        """Read the base. Raises MissingExtraError without the `train` extra."""
+        Raises MissingExtraError without the `train` extra.
+        """
         try:
+            import peft  # noqa: F401
             import torch
-            from peft import LoraConfig
 
-            from dreammix_trt.trainer.networks import TrainingNetworks
+            import dreammix_trt.trainer.networks  # noqa: F401
         except ModuleNotFoundError as error:
             raise MissingExtraError(
                 f"{error.name} is not installed, training needs it: pip install 'dreammix-trt[train]'"
             ) from error
-        progress("train", 0.0, "reading the base")
-        self._networks: TrainingNetworks = TrainingNetworks(task.base)
         self._task, self._recipe, self._progress = task, task.recipe, progress
+        self._checkpoints, self._processes = checkpoints, processes or Processes()
         self._weights = loss_weights(task.loss)
         self._dice = torch.Generator().manual_seed(task.seed)
-        self._config = LoraConfig(
-            r=task.rank, lora_alpha=task.rank, init_lora_weights="gaussian", target_modules=list(TARGETS)
-        )
-        self.parameters = 0
 
-    def run(self) -> list[float]:
+    @cached_property
+    def _unet(self) -> TrainingUNet:
+        from dreammix_trt.trainer.networks import TrainingUNet
+
+        self._progress("train", 0.015, "reading the UNet")
+        return TrainingUNet(self._task.base, self._task.hardware, self._task.merged)
+
+    def run(self, work: Path | None = None, *, resume: bool = False, after_step: AfterStep | None = None) -> Progressed:
         """Prepare the samples and take all steps; returns the loss of each.
+
+        work: where prepared samples are kept; None: nowhere.
+        resume: go on from the checkpoint.
+        after_step: called with a step's number and `factors`.
 
         Raises InputError for a loss that is not finite.
         """
-        import torch
+        self._progress("train", 0.0, "reading the base")
+        prepared = prepare(self._task, work, lambda: self._unet, self._dice, self._progress)
+        self._draws = Draws(
+            prepared, len(self._task.names.prompts), self._recipe, self._task.base.native_side, self._dice
+        )
+        self._prepared = prepared
+        self._add_adapters()
+        optimizer = self._task.hardware.make_optimizer(self._trained, self._task.learning_rate)
+        learner = Learner(self._adapters(), optimizer, self._task.hardware.make_scaler(), self._dice)
+        before = self._checkpoints.restore(learner) if resume else Progressed([], 0.0)
+        return self._take_steps(learner, before, after_step or (lambda *_: None))
 
-        self._prepare()
-        steps = self._task.steps
-        optimizer = torch.optim.AdamW(self._trained, lr=self._task.learning_rate, betas=(0.9, 0.999), weight_decay=1e-4)
-        history: list[float] = []
-        begun = time.monotonic()
-        shown = 0.0
-        for step in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = self._task.learning_rate * self._recipe.rate_at(step, steps)
-            loss = self._loss()
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise InputError(
-                    f"the loss is {value} at step {step + 1}; the training diverged, "
-                    f"take a smaller learning rate than {self._task.learning_rate:g}"
-                )
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
-            optimizer.step()
-            history.append(value)
-            shown = value if not step else 0.95 * shown + 0.05 * value
-            left = (time.monotonic() - begun) / (step + 1) * (steps - step - 1)
+    def _take_steps(self, learner: Learner, before: Progressed, after_step: AfterStep) -> Progressed:
+        steps, history, begun = self._task.steps, list(before.history), time.monotonic()
+        shown = history[-1] if history else None
+        for step in range(len(history), steps):
+            history.append(self._step(learner, step))
+            shown = history[-1] if shown is None else 0.95 * shown + 0.05 * history[-1]
+            spent = time.monotonic() - begun
+            left = spent / (len(history) - len(before.history)) * (steps - step - 1)
             self._progress("train", 0.1 + 0.9 * (step + 1) / steps, f"loss {shown:.4f}, {_clock(left)} left")
-        return history
+            if self._processes.leads:
+                self._checkpoints.keep(learner, Progressed(history, before.seconds + spent))
+                after_step(step + 1, self.factors)
+        return Progressed(history, before.seconds + time.monotonic() - begun)
 
-    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Module by its diffusers name -> (down (rank, in), up (out, rank))."""
-        found = {}
-        for name, module in self._networks.unet.named_modules():
-            if hasattr(module, "lora_A"):
-                down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
-                found[name] = (down.detach().clone().contiguous(), up.detach().clone().contiguous())
-        return found
-
-    def _prepare(self) -> None:
-        """Draw and encode the views, paint the regular pictures, then put the adapters in."""
+    def _step(self, learner: Learner, step: int) -> float:
+        """One step of the optimizer; returns its loss."""
         import torch
 
-        rng = np.random.default_rng([self._task.seed, 11])
-        side, recipe = self._task.base.native_side, self._recipe
-        photographs, names = self._task.photographs, self._task.names
-        count = max(recipe.views, len(photographs))
-        album = Album(photographs)
-        views = (draw_view(rng, album.open(n), side) for n in range(count))
-        self._progress("train", 0.01, f"encoding {count} views of {len(photographs)} photographs")
-        self._subject = encode_views(self._networks, views)
-        self._text = [self._networks.encode_text([prompt]) for prompt in names.prompts]
-        self._own_captions = len(names.prompts)
-        self._regular: Samples | None = None
-        if recipe.regular > 0 and recipe.regular_pictures > 0:
-            self._regular = self._paint_regular()
+        rate = self._task.learning_rate * self._recipe.rate_at(step, self._task.steps)
+        for group in learner.optimizer.param_groups:
+            group["lr"] = rate
+        learner.optimizer.zero_grad()
+        value = self._processes.average(self._trained, self._add_gradients(learner))
+        if not math.isfinite(value):
+            raise InputError(self._explain_divergence(value, step + 1))
+        learner.scaler.unscale_(learner.optimizer)
+        torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
+        learner.scaler.step(learner.optimizer)
+        learner.scaler.update()
+        return value
+
+    def _explain_divergence(self, loss: float, step: int) -> str:
+        import torch
+
+        remedy = f"take a smaller learning rate than {self._task.learning_rate:g}"
+        if self._task.hardware.products == torch.float16:
+            remedy += ", or --precision bfloat16"
+        kept = self._checkpoints.describe()
+        return f"the loss is {loss} at step {step}; the training diverged, {remedy}{f'; {kept}' if kept else ''}"
+
+    def _add_gradients(self, learner: Learner) -> float:
+        """Draw this process' rows of one step, add up their gradients a batch at a time; returns their loss."""
+        recipe, total = self._recipe, 0.0
+        for weight, rows in self._draws.draw(recipe.batch * recipe.accumulate * self._processes.count):
+            own = rows.part(self._processes.index, self._processes.count)
+            for number in range(recipe.accumulate):
+                loss = self._loss(own.part(number, recipe.accumulate)) * (weight / recipe.accumulate)
+                learner.scaler.scale(loss).backward()
+                total += float(loss.detach())
+        return total
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """Of noise at time t, mixed in by the schedule; the target is the noise."""
+        unet, rows = self._unet, batch.samples
+        signal, spread = (table[batch.t][:, None, None, None] for table in (unet.signal, unet.noise))
+        text = self._prepared.states[rows.captions], self._prepared.pooled[rows.captions]
+        noisy = signal * rows.latents + spread * batch.noise
+        eps = unet.predict(noisy, batch.t, text, batch.sizes, unet.feature(rows.mask, rows.masked))
+        return reweighted_loss(eps, batch.noise.to(eps.device), rows.mask.to(eps.device), self._weights)
+
+    def _add_adapters(self) -> None:
+        import torch
+        from peft import LoraConfig
+
+        rank, unet = self._task.rank, self._unet.unet
+        config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(TARGETS))
         with torch.random.fork_rng():
             torch.manual_seed(self._task.seed)
-            self._networks.unet.add_adapter(self._config)
-        self._trained = [value for value in self._networks.unet.parameters() if value.requires_grad]
-        self.parameters = sum(value.numel() for value in self._trained)
+            unet.add_adapter(config)
+        self._trained = [value for value in unet.parameters() if value.requires_grad]
+        for value in self._trained:  # peft gives adapters the type of the frozen weights
+            value.data = value.data.float()
+        if self._recipe.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
 
-    def _paint_regular(self) -> Samples:
-        import torch
+    def _adapters(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Module by its diffusers name -> (down (rank, in), up (out, rank)), the parameters themselves."""
+        return {
+            name: (module.lora_A["default"].weight, module.lora_B["default"].weight)
+            for name, module in self._unet.unet.named_modules()
+            if hasattr(module, "lora_A")
+        }
 
-        from dreammix_trt.trainer import regular
+    @property
+    def parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(value.numel() for value in self._trained)
 
-        count = self._recipe.regular_pictures
-        prompts = regular.captions(self._task.names.class_name, count)
-        start = self._subject.rows(torch.arange(count) % len(self._subject))
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Module by its diffusers name -> copies of (down (rank, in), up (out, rank)), on the CPU."""
 
-        def report(fraction: float) -> None:
-            self._progress("train", 0.02 + 0.08 * fraction, f"painting {count} regular pictures of the class")
+        def copied(value: Tensor) -> Any:
+            return value.detach().cpu().clone().contiguous()
 
-        painted = regular.repaint(self._networks, start.latents, start.masked, start.mask, prompts, self._dice, report)
-        distinct = list(dict.fromkeys(prompts))
-        states, pooled = self._networks.encode_text(distinct)
-        self._text += [(states[n : n + 1], pooled[n : n + 1]) for n in range(len(distinct))]
-        captions = torch.tensor([self._own_captions + distinct.index(prompt) for prompt in prompts])
-        return Samples(painted, start.masked, start.mask, start.sharp, captions)
-
-    def _loss(self) -> Tensor:
-        """One batch, each row from D_s or, with the recipe's share, from D_r; t uniform, target the noise."""
-        import torch
-
-        dice, count = self._dice, self._recipe.batch
-        batch = self._subject.rows(torch.randint(len(self._subject), (count,), generator=dice))
-        if self._own_captions > 1:
-            named = torch.rand(count, generator=dice) < self._recipe.captioned
-            further = torch.randint(1, self._own_captions, (count,), generator=dice)
-            batch = replace(batch, captions=torch.where(named, further, batch.captions))
-        if self._regular is not None:
-            other = self._regular.rows(torch.randint(len(self._regular), (count,), generator=dice))
-            batch = batch.mix_in(torch.rand(count, generator=dice) < self._recipe.regular, other)
-        noise = torch.randn(batch.latents.shape, generator=dice)
-        # stratified over the batch: every row is still uniform, the batch's loss varies less
-        places = (torch.randperm(count, generator=dice) + torch.rand(count, generator=dice)) / count
-        t = (places * 1000).long().clamp_(max=999)
-        signal, spread = (table[t][:, None, None, None] for table in (self._networks.signal, self._networks.noise))
-        texts = [self._text[n] for n in batch.captions.tolist()]
-        text = torch.cat([states for states, _ in texts]), torch.cat([pooled for _, pooled in texts])
-        feature = self._networks.feature(batch.mask, batch.masked)
-        noisy = signal * batch.latents + spread * noise
-        eps = self._networks.predict(noisy, t, text, self._time_ids(batch), feature)
-        return reweighted_loss(eps, noise, batch.mask, self._weights)
-
-    def _time_ids(self, batch: Samples) -> Tensor:
-        """(N, 6): original size, no crop offset, target size. A view scaled up keeps its true size; a sharp one varies.
-
-        The loop asks for up to 1.5 times the size, so larger ones must not be news to the LoRA.
-        """
-        import torch
-
-        side = self._task.base.native_side
-        larger = side * (1 + 0.6 * torch.rand(len(batch.sharp), generator=self._dice))
-        size = torch.where(batch.sharp < side, batch.sharp, larger).round()
-        zero, full = torch.zeros_like(size), torch.full_like(size, float(side))
-        return torch.stack([size, size, zero, zero, full, full], 1)
+        return {name: (copied(down), copied(up)) for name, (down, up) in self._adapters().items()}
 
 
 def _clock(seconds: float) -> str:

@@ -1,0 +1,142 @@
+"""Where a training stands, kept so that it can go on to the bit: the LoRA so far, optimizer, random numbers, losses.
+
+`WORK/checkpoint/` is replaced whole: a kill or a full disk leaves the former one. Its LoRA can be built like a finished
+one. Tensors are in safetensors files and the rest is JSON, so reading one runs no code.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dreammix_trt.core.errors import BuildError, FileFormatError, InputError
+from dreammix_trt.core.files import atomic_directory, read_json, write_json
+from dreammix_trt.core.lora import FILE_NAME
+from dreammix_trt.trainer.folder import Factors, lora_metadata, lora_tensors, write_tensor_file
+from dreammix_trt.trainer.state_files import read_state, write_state
+from dreammix_trt.trainer.task import explain_difference
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+FOLDER, RECORD, STATE = "checkpoint", "checkpoint.json", "state.safetensors"
+_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What changes while it learns. factors: module -> (down, up), the parameters themselves."""
+
+    factors: Factors
+    optimizer: Any
+    scaler: torch.amp.GradScaler
+    dice: torch.Generator
+
+
+@dataclass(frozen=True)
+class Progressed:
+    """Losses of the steps that are done, and the seconds that they took."""
+
+    history: Sequence[float]
+    seconds: float
+
+
+class Checkpoints:
+    """The checkpoint in a work folder.
+
+    every: steps between two of them; 0: none are written.
+    """
+
+    def __init__(self, work: Path, base: str, settings: Mapping[str, Any], every: int) -> None:
+        self._folder, self._base, self._settings, self.every = work / FOLDER, base, settings, every
+
+    def check(self, *, resume: bool) -> None:
+        """Raise InputError where there is nothing to go on from, or a training with other settings, which it names."""
+        there = (self._folder / RECORD).exists()
+        if not resume:
+            if there:
+                log.warning("%s: a training that was stopped is begun anew; with --resume it goes on", self._folder)
+            return
+        if not there:
+            raise InputError(f"{self._folder}: there is no checkpoint to go on from; leave --resume")
+        record = self._read_record()
+        difference = explain_difference(record["settings"], self._settings)
+        if difference:
+            raise InputError(
+                f"{self._folder}: the training that is to go on had other settings ({difference}); give those of then, "
+                "or leave --resume to begin anew"
+            )
+
+    def keep(self, learner: Learner, done: Progressed) -> None:
+        """Write the checkpoint if the step is one for it. Raises BuildError for a full disk."""
+        step = len(done.history)
+        if not self.every or step % self.every or step == self._settings["steps"]:
+            return
+        try:
+            with atomic_directory(self._folder, marker=RECORD) as folder:
+                self._write(folder, learner, done)
+        except BuildError as error:
+            raise BuildError(f"{error}; {self.describe() or 'no checkpoint was written before'}") from error
+
+    def _write(self, folder: Path, learner: Learner, done: Progressed) -> None:
+        import torch
+
+        write_tensor_file(folder / FILE_NAME, lora_tensors(learner.factors), lora_metadata(self._base, self._settings))
+        tensors = {"dice": learner.dice.get_state(), "history": torch.tensor(done.history, dtype=torch.float64)}
+        numbers: dict[str, Any] = {}
+        for index, state in learner.optimizer.state_dict()["state"].items():
+            for name, value in state.items():
+                place = tensors if isinstance(value, torch.Tensor) else numbers
+                place[f"optimizer.{index}.{name}"] = value
+        write_state(folder / STATE, tensors)
+        record = {"schema": _SCHEMA, "step": len(done.history), "seconds": done.seconds, "numbers": numbers}
+        record |= {"scaler": learner.scaler.state_dict(), "settings": dict(self._settings)}
+        write_json(folder / RECORD, record)
+
+    def restore(self, learner: Learner) -> Progressed:
+        """Put the learner where the checkpoint stands. Raises FileFormatError for a damaged one."""
+        record, held = self._read_record(), read_state(self._folder / STATE)
+        lora = read_state(self._folder / FILE_NAME)
+        try:
+            for name, value in lora_tensors(learner.factors).items():
+                value.copy_(lora[name])
+            self._restore_optimizer(learner.optimizer, {**held, **record["numbers"]})
+            learner.scaler.load_state_dict(record["scaler"])
+            learner.dice.set_state(held["dice"])
+            return Progressed(held["history"].tolist(), float(record["seconds"]))
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise FileFormatError(f"{self._folder}: damaged ({error}); remove it and begin anew") from error
+
+    def _restore_optimizer(self, optimizer: Any, values: Mapping[str, Tensor | float]) -> None:
+        states: dict[int, dict[str, Any]] = {}
+        for name, value in values.items():
+            kind, *rest = name.split(".", 2)
+            if kind == "optimizer":
+                states.setdefault(int(rest[0]), {})[rest[1]] = value
+        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    def describe(self) -> str:
+        """Which checkpoint is kept, for messages; "" where there is none."""
+        with suppress(FileFormatError):
+            return f"the checkpoint of step {self._read_record()['step']} is kept in {self._folder}"
+        return ""
+
+    def remove(self) -> None:
+        """Remove the checkpoint of a training that is finished."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        with suppress(OSError):
+            self._folder.parent.rmdir()  # where nothing else is kept
+
+    def _read_record(self) -> dict[str, Any]:
+        record = read_json(self._folder / RECORD)
+        if record.get("schema") != _SCHEMA or not isinstance(record.get("settings"), dict):
+            raise FileFormatError(f"{self._folder}: not a checkpoint of this version; remove it and begin anew")
+        return record
