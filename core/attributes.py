@@ -24,7 +24,7 @@ BEHIND: Final = ("part", "decal", "accessory")  # "a mug with a cream foot"
 KINDS: Final = (*BEFORE, *BEHIND)
 MOST_WORDS: Final = 8  # of one attribute
 MOST_VALUES: Final = 16  # of one kind
-_VALUE = re.compile(r"[^\W_][\w '\-]*")
+_VALUE = re.compile(r"[^\W_](?:[^\W_]|[ '\-])*")
 
 
 @dataclass(frozen=True)

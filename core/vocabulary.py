@@ -13,13 +13,14 @@ _WORDS: Final = {
     "size": "tiny, small, large, huge",
     "finish": "shiny, matte, polished, frosted, weathered",
     "colour": (
-        "red, orange, yellow, green, blue, purple, pink, brown, black, white, grey, beige, cream, turquoise, gold, silver"
+        "red, orange, yellow, green, blue, purple, pink, brown, black, white, grey, beige, cream, turquoise, gold, "
+        "silver"
     ),
     "pattern": "plain, striped, dotted, checkered, floral, marbled, spotted, geometric",
     "texture": "smooth, rough, fluffy, furry, ribbed, knitted, woven, cracked, wrinkled",
     "material": (
-        "ceramic, clay, porcelain, glass, metal, steel, copper, wooden, plastic, paper, leather, rubber, stone, fabric, "
-        "velvet, wool"
+        "ceramic, clay, porcelain, glass, metal, steel, copper, wooden, plastic, paper, leather, rubber, stone, "
+        "fabric, velvet, wool"
     ),
     "shape": "round, square, tall, flat, slender, curved, angular, oval",
 }
