@@ -1,14 +1,15 @@
 """What is seen of a subject, in words: the attribute dictionary (paper, section 3.3) and the captions made of it.
 
 A file `attributes.json` holds {"schema": 1, "class_name": "mug", "source": "hand", "attributes": {"colour": ["blue"],
-"part": ["cream foot"]}}. People write such files by hand, so every fault is named with its field.
+"part": ["cream foot"]}, "contrasts": {"colour": ["red", "green"]}}. People write such files by hand, so every fault is
+named with its field; class_name and attributes are all that is needed.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -23,7 +24,7 @@ BEHIND: Final = ("part", "decal", "accessory")  # "a mug with a cream foot"
 KINDS: Final = (*BEFORE, *BEHIND)
 MOST_WORDS: Final = 8  # of one attribute
 MOST_VALUES: Final = 16  # of one kind
-_VALUE = re.compile(r"[^\W_][\w '\-]*")
+_VALUE = re.compile(r"[^\W_](?:[^\W_]|[ '\-])*")
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,24 @@ class AttributeDictionary:
     class_name: what the subject is ("mug").
     attributes: kind, of KINDS -> values, lower case and without article: "blue", "cream foot".
     source: who said so: "hand", "judge", the name of a model.
+    contrasts: kind -> words that other things of the class may have, for regular pictures; a kind that is not there has
+        those of `core.vocabulary`.
     """
 
     class_name: str
     attributes: Mapping[str, tuple[str, ...]]
     source: str = "hand"
+    contrasts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
 
     @classmethod
-    def of(cls, class_name: str, attributes: Mapping[str, Any], source: str, where: str) -> AttributeDictionary:
+    def of(
+        cls,
+        class_name: str,
+        attributes: Mapping[str, Any],
+        source: str,
+        where: str,
+        contrasts: Mapping[str, Any] | None = None,
+    ) -> AttributeDictionary:
         """Checked and tidied: spaces, capitals, articles and what is said twice are gone; kinds are in their order.
 
         where: names the origin in errors.
@@ -48,13 +59,8 @@ class AttributeDictionary:
         """
         if not isinstance(class_name, str) or not class_name.strip():
             raise InputError(f"{where}: class_name is {class_name!r}; say what the subject is, for example: mug")
-        if not isinstance(attributes, Mapping):
-            raise InputError(f"{where}: attributes is {attributes!r}; it must be an object: kind -> list of words")
-        unknown = [kind for kind in attributes if kind not in KINDS]
-        if unknown:
-            raise InputError(f"{where}: attributes.{unknown[0]}: no such kind; choose of {', '.join(KINDS)}")
-        found = {kind: _tidy(attributes[kind], f"{where}: attributes.{kind}") for kind in KINDS if kind in attributes}
-        return cls(class_name.strip(), MappingProxyType({kind: each for kind, each in found.items() if each}), source)
+        found = _tidy_kinds(attributes, f"{where}: attributes")
+        return cls(class_name.strip(), found, source, _tidy_kinds(contrasts or {}, f"{where}: contrasts"))
 
     @classmethod
     def read(cls, file: str | Path) -> AttributeDictionary:
@@ -65,12 +71,16 @@ class AttributeDictionary:
         source = record.get("source", "hand")
         if not isinstance(source, str):
             raise InputError(f"{file}: source is {source!r}; it must be a text")
-        return cls.of(record.get("class_name", ""), record.get("attributes", {}), source, str(file))
+        contrasts = record.get("contrasts", {})
+        return cls.of(record.get("class_name", ""), record.get("attributes", {}), source, str(file), contrasts)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, as the file has them."""
-        listed = {kind: list(values) for kind, values in self.attributes.items()}
-        return {"schema": SCHEMA, "class_name": self.class_name, "source": self.source, "attributes": listed}
+        record: dict[str, Any] = {"schema": SCHEMA, "class_name": self.class_name, "source": self.source}
+        record["attributes"] = {kind: list(values) for kind, values in self.attributes.items()}
+        if self.contrasts:
+            record["contrasts"] = {kind: list(values) for kind, values in self.contrasts.items()}
+        return record
 
     def write(self, file: str | Path) -> None:
         """Write `attributes.json`, whole or not at all."""
@@ -99,6 +109,16 @@ def compose_phrase(class_name: str, pairs: Collection[tuple[str, str]], token: s
 def with_article(words: str) -> str:
     """The words with "a" or "an" before them."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def _tidy_kinds(attributes: object, where: str) -> Mapping[str, tuple[str, ...]]:
+    if not isinstance(attributes, Mapping):
+        raise InputError(f"{where} is {attributes!r}; it must be an object: kind -> list of words")
+    unknown = [kind for kind in attributes if kind not in KINDS]
+    if unknown:
+        raise InputError(f"{where}.{unknown[0]}: no such kind; choose of {', '.join(KINDS)}")
+    found = {kind: _tidy(attributes[kind], f"{where}.{kind}") for kind in KINDS if kind in attributes}
+    return MappingProxyType({kind: each for kind, each in found.items() if each})
 
 
 def _tidy(values: object, where: str) -> tuple[str, ...]:

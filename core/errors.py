@@ -73,6 +73,12 @@ class MissingExtraError(DreamMixError):
     exit_code = 7
 
 
+class EndpointError(DreamMixError):
+    """A model's endpoint that is down, refuses, or answers what cannot be used (EX_UNAVAILABLE of sysexits.h)."""
+
+    exit_code = 69
+
+
 class Cancelled(DreamMixError):
     """The caller stopped the work."""
 

@@ -15,6 +15,9 @@ from typing import Annotated, Literal
 import typer
 
 from dreammix_trt import __version__
+from dreammix_trt.attributes_cli import EXAMPLES as ATTRIBUTES_EXAMPLES
+from dreammix_trt.attributes_cli import PANELS as ATTRIBUTES_PANELS
+from dreammix_trt.attributes_cli import attributes
 from dreammix_trt.build_cli import EXAMPLES as BUILD_EXAMPLES
 from dreammix_trt.build_cli import PANELS as BUILD_PANELS
 from dreammix_trt.build_cli import build
@@ -27,6 +30,9 @@ from dreammix_trt.doctor_cli import doctor
 from dreammix_trt.inpaint_cli import EXAMPLES as INPAINT_EXAMPLES
 from dreammix_trt.inpaint_cli import PANELS as INPAINT_PANELS
 from dreammix_trt.inpaint_cli import inpaint
+from dreammix_trt.regularize_cli import EXAMPLES as REGULARIZE_EXAMPLES
+from dreammix_trt.regularize_cli import PANELS as REGULARIZE_PANELS
+from dreammix_trt.regularize_cli import regularize
 from dreammix_trt.store_cli import store_app
 from dreammix_trt.terminal import (
     App,
@@ -144,6 +150,8 @@ app.add_typer(store_app, name="store")
 app.command("doctor")(doctor)
 
 
+app.command(epilog=ATTRIBUTES_EXAMPLES, panels=ATTRIBUTES_PANELS)(attributes)
+app.command(epilog=REGULARIZE_EXAMPLES, panels=REGULARIZE_PANELS)(regularize)
 app.command(epilog=TRAIN_EXAMPLES, panels=TRAIN_PANELS)(train)
 app.command(epilog=BUILD_EXAMPLES, panels=BUILD_PANELS)(build)
 app.command(epilog=CALIBRATE_EXAMPLES, panels=CALIBRATE_PANELS)(calibrate)

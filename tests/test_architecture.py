@@ -15,6 +15,7 @@ FLOORS = {"core": set(), "export": {"core"}, "engine": {"core"}, "trainer": {"co
 FACE = {
     *("cli", "train_cli", "build_cli", "inpaint_cli", "store_cli", "doctor_cli", "segment_cli", "terminal"),
     *("calibrate_cli", "building", "calibration", "demo", "report", "on_torch"),
+    *("attributes_cli", "regularize", "regularize_cli"),
 }
 #: the rooms of the engine floor, lowest first: each imports what stands in the rows before its own, and its own room
 ROOMS = (

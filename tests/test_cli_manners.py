@@ -175,6 +175,7 @@ def test_each_kind_of_error_has_its_exit_code() -> None:
         "DeviceError": 5,
         "BuildError": 6,
         "MissingExtraError": 7,
+        "EndpointError": 69,
         "QueueFull": 75,
         "TimedOut": 124,
         "Cancelled": 130,

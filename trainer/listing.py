@@ -118,6 +118,10 @@ def _find_place(folder: Path) -> Path:
     if len(subjects) > 1:
         names = ", ".join(each.name for each in subjects)
         raise InputError(f"{place} holds the photographs of several subjects ({names}); name one of these folders")
+    layouts = sorted(each for each in place.iterdir() if each.is_dir() and _find_named(each, _IMAGE_FOLDERS))
+    if layouts and not subjects and place == folder:  # the authors' train_data/, a folder a subject
+        names = ", ".join(each.name for each in layouts)
+        raise InputError(f"{place} holds no photographs but folders of subjects ({names}); name one of them")
     if subjects:
         log.info("%s: photographs are taken once each, whatever the number in the folder's name", subjects[0])
     return subjects[0] if subjects else place

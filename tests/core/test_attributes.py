@@ -31,6 +31,14 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert AttributeDictionary.read(tmp_path / "attributes.json") == found
 
 
+def test_contrasts_are_kept_where_there_are_some(tmp_path: Path) -> None:
+    found = AttributeDictionary.of("mug", MUG, "judge", "here", {"colour": ["Red", "the green"]})
+    assert found.contrasts == {"colour": ("red", "green")}
+    found.write(tmp_path / "attributes.json")
+    assert AttributeDictionary.read(tmp_path / "attributes.json") == found
+    assert "contrasts" not in AttributeDictionary("mug", {}).to_dict()
+
+
 def test_a_file_written_by_hand_needs_class_and_attributes_alone(tmp_path: Path) -> None:
     file = tmp_path / "attributes.json"
     file.write_text(json.dumps({"class_name": "teapot", "attributes": {"material": "clay"}}), encoding="utf-8")
@@ -49,6 +57,8 @@ def test_a_file_written_by_hand_needs_class_and_attributes_alone(tmp_path: Path)
         ({"class_name": "mug", "attributes": {"part": [f"foot {n}" for n in range(17)]}}, "17 values"),
         ({"class_name": "mug", "schema": 9}, "schema 9"),
         ({"class_name": "mug", "source": 1}, "source is 1"),
+        ({"class_name": "mug", "contrasts": 3}, "contrasts is 3"),
+        ({"class_name": "mug", "contrasts": {"colour": [""]}}, "contrasts.colour holds ''"),
     ],
 )
 def test_faults_are_named_with_file_and_field(tmp_path: Path, record: dict[str, Any], told: str) -> None:

@@ -1,0 +1,253 @@
+"""One question to a model behind an OpenAI-compatible endpoint: vLLM, Ollama, llama.cpp, OpenAI and their like.
+
+The only module that opens a connection, and only to the address that its user names: redirects are refused, and the
+library of the standard is used, which reports nothing to anybody.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import SplitResult, urlsplit
+
+from dreammix_trt.core.errors import EndpointError, InputError, TimedOut
+
+log = logging.getLogger(__name__)
+
+KEY_VARIABLE: Final = "OPENAI_API_KEY"
+MOST_BYTES: Final = 1 << 20  # of an answer
+_PATH: Final = "/chat/completions"
+_LONGEST_PAUSE: Final = 30.0
+_QUOTED: Final = 200  # characters of a server's own words
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said; cut_off: the server stopped it before its end."""
+
+    text: str
+    cut_off: bool = False
+
+
+class _TryAgain(Exception):
+    """A failure that may pass; its text says what it was. after: seconds that the server asks to wait."""
+
+    def __init__(self, text: str, after: float | None = None) -> None:
+        super().__init__(text)
+        self.after = after
+
+
+class Chat:
+    """A model behind an endpoint.
+
+    tokens: (read, written) so far, as the server counts them.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        key_variable: str | None = None,
+        timeout: float = 120.0,
+        deadline: float = 300.0,
+        pause: float = 1.0,
+    ) -> None:
+        """Connects to nothing yet.
+
+        url: of the API, such as http://localhost:8000/v1.
+        model: its name there.
+        key_variable: the environment's variable that holds the key; None: OPENAI_API_KEY, if it is set.
+        timeout: seconds for one answer.
+        deadline: seconds for everything, repeated attempts and the pauses between them included.
+        pause: seconds before the first repetition; each further one waits twice as long, or as the server says.
+
+        Raises InputError for a URL that is none, and a variable that is not set.
+        """
+        self.url, self.model, self.tokens = _read_url(url), model, (0, 0)
+        if not model.strip():
+            raise InputError("--model is empty; name the model as the endpoint calls it, for example: qwen2.5-vl-7b")
+        self._variable = key_variable or KEY_VARIABLE
+        self._key = _read_key(self._variable, needed=key_variable is not None)
+        self._timeout, self._deadline, self._pause = timeout, deadline, pause
+        self._ends: float | None = None
+        if self._key and urlsplit(self.url).scheme == "http" and not _is_here(urlsplit(self.url)):
+            log.warning("%s: the key of %s travels unencrypted; use https", self.url, self._variable)
+
+    def ask(self, messages: Sequence[Mapping[str, Any]], name: str, schema: Mapping[str, Any]) -> Answer:
+        """Ask, and again after failures that may pass (429, 5xx, no answer in time), until the deadline.
+
+        messages: as the API takes them.
+        name, schema: of the JSON that the answer is to be; not every server keeps to it, so look at the answer.
+
+        Raises EndpointError when the endpoint is down, refuses or does not speak the API; TimedOut at the deadline.
+        """
+        form = {"name": name, "strict": True, "schema": dict(schema)}
+        question: dict[str, Any] = {"model": self.model, "messages": list(messages)}
+        question["response_format"] = {"type": "json_schema", "json_schema": form}
+        body = json.dumps(question).encode()
+        if self._ends is None:
+            self._ends = time.monotonic() + self._deadline
+        pause = self._pause
+        while True:
+            try:
+                return self._read(self._post(body))
+            except _TryAgain as failure:
+                wait = min(_LONGEST_PAUSE, pause if failure.after is None else failure.after)
+                if time.monotonic() + wait >= self._ends:
+                    raise TimedOut(
+                        f"{self.url}: no answer within {self._deadline:g} s; the last attempt: {failure}; --deadline "
+                        "gives it more time"
+                    ) from failure
+                log.info("%s: %s; again in %.1f s", self.url, failure, wait)
+                time.sleep(wait)
+                pause *= 2
+
+    def _post(self, body: bytes) -> bytes:
+        """The answer's bytes."""
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "dreammix-trt"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        request = urllib.request.Request(self.url, body, headers, method="POST")
+        assert self._ends is not None
+        ends = min(self._ends, time.monotonic() + self._timeout)
+        late = _TryAgain(f"no answer after {self._timeout:g} s (--timeout)")
+        try:
+            with _make_opener(self.url).open(request, timeout=max(0.05, ends - time.monotonic())) as response:
+                return _read_up_to(response, ends, late, self.url)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise self._explain_status(error) from None
+        except (OSError, UnicodeError, http.client.HTTPException) as error:
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            if isinstance(reason, TimeoutError):
+                raise late from None
+            if isinstance(reason, (ConnectionResetError, BrokenPipeError, http.client.HTTPException)):
+                raise _TryAgain(f"the connection broke ({reason or type(reason).__name__})") from error
+            raise EndpointError(
+                f"{self.url} cannot be reached ({reason}); is the server running, and is the address right?"
+            ) from error
+
+    def _explain_status(self, error: urllib.error.HTTPError) -> Exception:
+        """What a status other than 200 means."""
+        said = self._quote(error)
+        if error.code in (408, 429) or error.code >= 500:
+            return _TryAgain(f"it answered {error.code}{said}", _read_pause(error.headers.get("Retry-After")))
+        if 300 <= error.code < 400:
+            target = str(error.headers.get("Location", ""))
+            return EndpointError(
+                f"{self.url} sends us on to {target[:_QUOTED]!r}, and nothing but the address that you name is ever "
+                "contacted; give that as --endpoint, if it is right"
+            )
+        if error.code in (401, 403):
+            has = f"refuses the key of {self._variable}" if self._key else f"wants a key: set {self._variable}"
+            return EndpointError(f"{self.url} {has} (it answered {error.code}{said})")
+        if error.code in (404, 405):
+            return EndpointError(
+                f"{self.url} answered {error.code}{said}: check --endpoint (it often ends in /v1) and --model "
+                f"{self.model}"
+            )
+        return EndpointError(f"{self.url} refuses the question: it answered {error.code}{said}")
+
+    def _quote(self, error: urllib.error.HTTPError) -> str:
+        """A server's own words about an error, short, on one line, and never with the key."""
+        try:
+            text = error.read(MOST_BYTES).decode("utf-8", "replace")
+            record = json.loads(text)
+            found = record.get("error", record) if isinstance(record, dict) else record
+            text = str(found.get("message", text) if isinstance(found, dict) else found)
+        except (ValueError, OSError, RecursionError, http.client.HTTPException):
+            text = ""
+        if self._key:
+            text = text.replace(self._key, "***")
+        text = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())[:_QUOTED]
+        return f": {text}" if text else ""
+
+    def _read(self, data: bytes) -> Answer:
+        """The model's words in what the server sent. Raises EndpointError for what is not the API's."""
+        try:
+            record = json.loads(data.decode("utf-8"))
+            choice = record["choices"][0]
+            text = choice["message"].get("content")
+            if text is not None and not isinstance(text, str):
+                raise ValueError("content is no text")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise EndpointError(
+                f"{self.url} does not answer as an OpenAI-compatible endpoint does ({type(error).__name__}: "
+                f"{str(error)[:_QUOTED]}); check --endpoint"
+            ) from error
+        usage = record.get("usage")
+        if isinstance(usage, dict):
+            new = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+            read, written = (count if isinstance(count, int) and count > 0 else 0 for count in new)
+            self.tokens = (self.tokens[0] + read, self.tokens[1] + written)
+        return Answer(text or "", choice.get("finish_reason") == "length")
+
+
+def _read_url(url: str) -> str:
+    """The address to post to. Raises InputError for what is no plain http address."""
+    try:
+        parts = urlsplit(url.strip())
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        parts, host = urlsplit(""), None
+    if parts.scheme not in ("http", "https") or not host or not re.fullmatch(r"[\x21-\x7e]+", url.strip()):
+        raise InputError(f"--endpoint {url!r} is no address; give one such as http://localhost:8000/v1")
+    if parts.username is not None or parts.password is not None:
+        raise InputError(f"--endpoint holds a name or password before {host}; put a key into {KEY_VARIABLE} instead")
+    path = parts.path.rstrip("/")
+    return parts._replace(path=path if path.endswith(_PATH) else path + _PATH, fragment="").geturl()
+
+
+def _read_key(variable: str, *, needed: bool) -> str:
+    """The key in a variable of the environment. No message ever has it."""
+    key = os.environ.get(variable, "").strip()
+    if not key and needed:
+        raise InputError(f"--key-variable {variable}: the environment has no such variable, or it is empty")
+    if not re.fullmatch(r"[\x21-\x7e]*", key):
+        raise InputError(f"the key in {variable} has spaces or characters that no key has; set it again")
+    return key
+
+
+def _is_here(parts: SplitResult) -> bool:
+    return parts.hostname in ("localhost", "127.0.0.1", "::1")
+
+
+def _make_opener(url: str) -> urllib.request.OpenerDirector:
+    """Opens http and https, through the proxy that the environment names, and follows no redirect."""
+    opener = urllib.request.OpenerDirector()
+    proxy = urllib.request.ProxyHandler({} if _is_here(urlsplit(url)) else None)
+    handlers = (urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
+    errors = (urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor)
+    for handler in (proxy, *(kind() for kind in (*handlers, *errors))):
+        opener.add_handler(handler)
+    return opener
+
+
+def _read_up_to(response: Any, ends: float, late: Exception, url: str) -> bytes:
+    """An answer's bytes, piece by piece, so that a server that trickles cannot hold us."""
+    data = bytearray()
+    while piece := response.read1(1 << 16):
+        data += piece
+        if len(data) > MOST_BYTES:
+            raise EndpointError(f"{url} answers with more than {MOST_BYTES} bytes; that is no list of words")
+        if time.monotonic() > ends:
+            raise late
+    return bytes(data)
+
+
+def _read_pause(text: str | None) -> float | None:
+    """Seconds in a Retry-After header; None where it has a date or nothing."""
+    try:
+        return max(0.0, float(text)) if text is not None else None
+    except ValueError:
+        return None

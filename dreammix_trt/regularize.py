@@ -1,0 +1,216 @@
+"""The regular pictures of the Attribute Decoupling Mechanism (paper, section 3.3), painted by our own runtime.
+
+Other members of the subject's class, with its attributes and contrasting ones: the base paints them, without a subject,
+into the subject's own photographs or into drawn rooms. A run that was stopped goes on where it ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from PIL import Image
+
+from dreammix_trt.core.attributes import AttributeDictionary
+from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.files import atomic_file, check_place, read_json, sha256_of, write_json
+from dreammix_trt.report import Figure, Row, contact_sheet
+from dreammix_trt.trainer.attributes import CONTRAST, combine_prompts
+from dreammix_trt.trainer.regular_folder import FOLDER_START, RegularPicture, place_regular, read_regular
+
+if TYPE_CHECKING:
+    from dreammix_trt.engine.dreammix import DreamMix
+    from dreammix_trt.trainer.photographs import PhotographFile
+    from dreammix_trt.trainer.segment import Segmenter
+
+log = logging.getLogger(__name__)
+
+RECORD: Final = "regular.json"
+SHEET: Final = "sheet.png"
+_SCHEMA: Final = 1
+_SHARE: Final = (0.5, 0.66)  # of a drawn room's side that the thing takes
+_COLUMNS, _TILE = 6, 192
+_LEAST: Final = 0.02  # of the painted region that a segmenter must find
+Update = Callable[[str, float, str], None]
+
+
+@dataclass(frozen=True)
+class Regular:
+    """What `paint_regular` is asked for.
+
+    dictionary: the subject's attributes.
+    count: pictures.
+    seed: of prompts, places and pictures; picture k is painted with seed + k, which is its file's name.
+    contrast: as `combine_prompts` takes it.
+    photographs: the subject's, whose places are painted anew; none: drawn rooms.
+    base: names the base's weights, so that a run goes on with the same.
+    fields: of the requests (num_inference_steps, guidance_scale).
+    """
+
+    dictionary: AttributeDictionary
+    count: int = 24
+    seed: int = 0
+    contrast: float = CONTRAST
+    photographs: Sequence[PhotographFile] = ()
+    base: str = ""
+    fields: tuple[tuple[str, Any], ...] = ()
+
+    def prompts(self) -> list[str]:
+        """One prompt a picture; where the words give fewer, they take turns."""
+        found = combine_prompts(self.dictionary, self.count, self.seed, contrast=self.contrast)
+        if len(found) < self.count:
+            log.warning(
+                "the attributes give %d different prompts, which take turns in %d pictures", len(found), self.count
+            )
+        return [found[number % len(found)] for number in range(self.count)]
+
+    def to_dict(self, segmenter: Segmenter | None) -> dict[str, Any]:
+        """All that decides the pictures, as plain JSON values."""
+        photographs = {file.name: sha256_of(file.image) for file in self.photographs}
+        return {
+            "schema": _SCHEMA,
+            **{name: value for name, value in self.dictionary.to_dict().items() if name not in ("schema", "source")},
+            "count": self.count,
+            "seed": self.seed,
+            "contrast": self.contrast,
+            "photographs": photographs,
+            "base": self.base,
+            "segmenter": None if segmenter is None else segmenter.file.name,
+            **dict(self.fields),
+        }
+
+
+@dataclass(frozen=True)
+class Painted:
+    """What `paint_regular` did: how many pictures it painted and found finished, and the sheet that shows all."""
+
+    new: int
+    kept: int
+    sheet: Path
+
+
+def paint_regular(
+    dm: DreamMix,
+    order: Regular,
+    out: Path,
+    *,
+    segmenter: Segmenter | None = None,
+    batch: int = 1,
+    force: bool = False,
+    progress: Update | None = None,
+) -> Painted:
+    """Paint regular pictures into the folder `out`, in the authors' layout; what is finished there stays.
+
+    dm: paints with its base alone.
+    segmenter: finds the thing in what was painted; None: its mask is the whole painted region.
+    batch: pictures painted at a time.
+    force: paint all of them anew.
+
+    Raises InputError for a folder with other files, or of a run with other settings, which it names.
+    """
+    from dreammix_trt.engine.jobs import Job
+
+    update = progress or (lambda *_: None)
+    prompts = order.prompts()
+    places = [
+        place_regular(out, order.dictionary.class_name, prompt, order.seed + n) for n, prompt in enumerate(prompts)
+    ]
+    _begin(out, order.to_dict(segmenter), force=force)
+    wanted = [number for number, files in enumerate(places) if not all(file.is_file() for file in files)]
+    for start in range(0, len(wanted), batch):
+        numbers = wanted[start : start + batch]
+        update("pictures", start / len(wanted), prompts[numbers[0]])
+        rooms = [_find_room(order, dm.facts.native_side, number) for number in numbers]
+        requests = [
+            dm.request(prompts[number], subject="", seed=order.seed + number, **dict(order.fields))
+            for number in numbers
+        ]
+        jobs = [Job(image, mask, request) for (image, mask), request in zip(rooms, requests, strict=True)]
+        for number, (_, hole), result in zip(numbers, rooms, dm.inpaint_batch(jobs), strict=True):
+            image_file, mask_file = places[number]
+            with atomic_file(mask_file) as temporary:
+                _find_mask(result.images[0], hole, segmenter, prompts[number]).save(temporary, "PNG")
+            result.save(image_file)  # last: with it the pair is finished
+    write_sheet(read_regular(out), out / SHEET)
+    return Painted(len(wanted), len(places) - len(wanted), out / SHEET)
+
+
+def write_sheet(pictures: Sequence[RegularPicture], sheet: Path) -> None:
+    """Write a contact sheet of regular pictures with their captions."""
+    rows = [pictures[start : start + _COLUMNS] for start in range(0, len(pictures), _COLUMNS)]
+    laid = [
+        Row(f"{n * _COLUMNS + 1} to {n * _COLUMNS + len(row)}", list(map(_show, row))) for n, row in enumerate(rows)
+    ]
+    title = "Does each picture show what its caption says? Delete those that do not"
+    with atomic_file(sheet) as temporary:
+        contact_sheet(laid, tile=_TILE, title=title).save(temporary, "PNG")
+
+
+def _show(picture: RegularPicture) -> Figure:
+    with Image.open(picture.image) as opened:
+        image = opened.convert("RGB")
+    image.thumbnail((2 * _TILE, 2 * _TILE))
+    return Figure(image, f"{picture.caption} ({picture.name.rpartition('/')[2]})")
+
+
+def _begin(out: Path, settings: dict[str, Any], *, force: bool) -> None:
+    """Note the settings in `out`, or check that they are those of the run that goes on there."""
+    check_place(out, RECORD)
+    record = out / RECORD
+    if record.exists() and force:
+        for folder in out.glob(f"{FOLDER_START}*"):
+            shutil.rmtree(folder, ignore_errors=True)
+    elif record.exists():
+        known = read_json(record)
+        for name in settings:
+            if known.get(name) != settings[name]:
+                raise InputError(
+                    f"{out} was made with {name} {known.get(name)!r}, and now it is {settings[name]!r}: name another "
+                    "folder, or --force to paint all of them anew"
+                )
+        return
+    write_json(record, settings)
+
+
+def _find_room(order: Regular, side: int, number: int) -> tuple[Image.Image, Image.Image]:
+    """A picture and the region to paint in it (white), of picture `number`."""
+    from dreammix_trt.demo import find_places
+    from dreammix_trt.trainer.data import random_hole
+    from dreammix_trt.trainer.micro.objects import SHAPES
+
+    if not order.photographs:
+        shape = order.dictionary.class_name
+        spot = find_places(
+            1, 1000 + order.seed + number, (side, side), _SHARE, shape if shape in SHAPES else SHAPES[0]
+        )[0]
+        return spot.image, spot.mask
+    photograph = order.photographs[number % len(order.photographs)].read()
+    image, subject = (
+        Image.fromarray(photograph.image),
+        Image.fromarray(np.where(photograph.subject, 255, 0).astype(np.uint8)),
+    )
+    scale = min(1.0, side / min(image.size))
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    shown = np.asarray(subject.resize(size, Image.Resampling.BOX)) > 0
+    hole = random_hole(np.random.default_rng([order.seed, 34, number]), shown)
+    return image.resize(size, Image.Resampling.LANCZOS), Image.fromarray(hole).convert("L")
+
+
+def _find_mask(picture: Image.Image, hole: Image.Image, segmenter: Segmenter | None, prompt: str) -> Image.Image:
+    """Where the painted thing is: what the segmenter finds in the painted region, else that region."""
+    if segmenter is None:
+        return hole
+    found = segmenter.find_subject(np.asarray(picture.convert("RGB")))
+    region = np.asarray(hole) > 127
+    inside = region & (found > 127) if found is not None else np.zeros_like(region)
+    if inside.sum() < _LEAST * region.sum():
+        log.warning(
+            "%r: %s sees nothing in what was painted; its mask is the painted region", prompt, segmenter.file.name
+        )
+        return hole
+    return Image.fromarray(inside).convert("L")

@@ -1,0 +1,119 @@
+"""Prompts "a [sks] [attributes] [class] [attributes]", combined at random of a subject's attributes and others'.
+
+Regular pictures have two things to show: what the class looks like with the subject's own words, and that these words,
+and the others of their kinds, mean what they meant before. So some prompts hold words that contrast with the subject.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dreammix_trt.core.attributes import BEFORE, BEHIND, AttributeDictionary, compose_phrase, with_article
+from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.vocabulary import SPELLINGS, VOCABULARY, kind_of
+
+CONTRAST = 0.5
+MOST_ATTRIBUTES = 3
+_TRIES = 200  # of drawing a prompt that is not there yet
+
+Pairs = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A place in a phrase: the subject's own words for it, and contrasting ones."""
+
+    kind: str
+    own: tuple[str, ...]
+    others: tuple[str, ...]
+
+
+def combine_prompts(
+    dictionary: AttributeDictionary,
+    count: int,
+    seed: int,
+    token: str = "",
+    *,
+    contrast: float | None = None,
+    most: int = MOST_ATTRIBUTES,
+) -> tuple[str, ...]:
+    """`count` different prompts; the first names the class alone. Fewer where the words do not give so many.
+
+    Prompt k depends on the seed and on those before it, not on `count`.
+
+    token: the subject's word, for captions of its own pictures; "" for other things of the class.
+    contrast: 0..1, the share of prompts with at least one contrasting word; None: 0.5 without a token, 0 with one, as a
+        subject has its own attributes. In such a prompt each further word contrasts as often as not.
+    most: attributes in a prompt.
+
+    Raises InputError for numbers out of range.
+    """
+    contrast = (0.0 if token else CONTRAST) if contrast is None else contrast
+    if count < 1 or most < 1 or not 0 <= contrast <= 1:
+        raise InputError(f"count {count} and most {most} must be at least 1, contrast {contrast} from 0 to 1")
+    slots = tuple(_list_slots(dictionary))
+    rng = np.random.default_rng([seed, 33])
+    found = [_make_prompt(dictionary.class_name, [], token)]
+    for number in range(1, count):
+        wanted = int(number * contrast) > int((number - 1) * contrast)
+        allowed = [kind for kind in (wanted, not wanted) if contrast != (0 if kind else 1)]
+        drawn = (_draw_pairs(rng, slots, kind, most) for kind in allowed for _ in range(_TRIES))
+        prompts = (_make_prompt(dictionary.class_name, pairs, token) for pairs in drawn)
+        new = next((prompt for prompt in prompts if prompt not in found), None)
+        if new is None:
+            break
+        found.append(new)
+    return tuple(found)
+
+
+def _make_prompt(class_name: str, pairs: Pairs, token: str) -> str:
+    return f"a photo of {with_article(compose_phrase(class_name, pairs, token))}"
+
+
+def _list_slots(dictionary: AttributeDictionary) -> Iterator[_Slot]:
+    """One slot for each kind before the class, one for each part behind it."""
+    words = {**VOCABULARY, **dictionary.contrasts}
+    contrasting = {*dictionary.attributes, *dictionary.contrasts, "colour"}
+    for kind in BEFORE:
+        own = dictionary.attributes.get(kind, ())
+        others = tuple(word for word in words[kind] if word not in own) if kind in contrasting else ()
+        if own or others:
+            yield _Slot(kind, own, others)
+    for kind in BEHIND:
+        for value in dictionary.attributes.get(kind, ()):
+            others = tuple(dictionary.contrasts.get(kind, ())) + tuple(_exchange_word(value, words))
+            yield _Slot(kind, (value,), tuple(other for other in others if other != value))
+
+
+def _exchange_word(phrase: str, words: dict[str, tuple[str, ...]]) -> Iterator[str]:
+    """The phrase with its first word of the vocabulary exchanged for others: "cream foot" -> "red foot", and so on."""
+    parts = phrase.split()
+    place = next((number for number, word in enumerate(parts) if kind_of(word)), None)
+    if place is None:
+        return
+    plain = SPELLINGS.get(parts[place], parts[place])
+    for other in words[kind_of(plain) or ""]:
+        if other != plain:
+            yield " ".join((*parts[:place], other, *parts[place + 1 :]))
+
+
+def _draw_pairs(rng: np.random.Generator, slots: Sequence[_Slot], contrasting: bool, most: int) -> Pairs:
+    """The words of one prompt; contrasting: at least one of them contrasts. Empty where there are none."""
+    usable = [slot for slot in slots if slot.own or contrasting]
+    if not usable:
+        return []
+    size = int(rng.integers(1, min(most, len(usable)) + 1))
+    chosen = [usable[n] for n in sorted(rng.choice(len(usable), size, replace=False))]
+    changeable = [n for n, slot in enumerate(chosen) if slot.others]
+    if contrasting and not changeable:
+        return []
+    sure = changeable[rng.integers(len(changeable))] if contrasting else -1
+    pairs = []
+    for number, slot in enumerate(chosen):
+        changed = number == sure or (contrasting and slot.others and (not slot.own or rng.random() < 0.5))
+        words = slot.others if changed else slot.own
+        pairs.append((slot.kind, words[rng.integers(len(words))]))
+    return pairs
