@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.terminal import AsJson, Base, Store, print_json, say, show_progress
+from dreammix_trt.terminal import (
+    AsJson,
+    Base,
+    BaseLoras,
+    Head,
+    Patch,
+    PatchBiases,
+    Store,
+    Tokenizer,
+    Vae,
+    print_json,
+    say,
+    show_progress,
+)
 
 if TYPE_CHECKING:
     from dreammix_trt.core.passport import Passport
@@ -35,15 +48,6 @@ Token = Annotated[
 ]
 ClassName = Annotated[
     list[str] | None, typer.Option(help="What the subject is: teapot, dog; of several subjects NAME=CLASS.")
-]
-Patch = Annotated[
-    Path | None, typer.Option(help="*.fooocus.patch; default: the one in the base's folder, or beside its file.")
-]
-Head = Annotated[Path | None, typer.Option(help="inpaint_head.pth; default: like the patch.")]
-Vae = Annotated[Path | None, typer.Option(help="Another VAE: folder or file.")]
-Tokenizer = Annotated[Path | None, typer.Option(help="Another tokenizer's folder; default: the base's, or CLIP's.")]
-BaseLoras = Annotated[
-    list[str] | None, typer.Option(help="A few-step or style LoRA for the base's weights, FILE[:scale[:target]].")
 ]
 Sampler = Annotated[Literal["dpmpp_2m_sde", "euler", "lcm"] | None, typer.Option(help="What requests use by default.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Steps that requests use by default.")]
@@ -107,7 +111,6 @@ Verify = Annotated[
 ]
 Merge = Annotated[bool, typer.Option("--merge", help="Bake the subject into weights of its own.")]
 NoSlots = Annotated[bool, typer.Option("--no-slots", help="Attention weights are fixed: no subject can be added.")]
-PatchBiases = Annotated[bool, typer.Option("--patch-biases", help="Apply the patch's biases too (Fooocus).")]
 SelfContained = Annotated[bool, typer.Option("--self-contained", help="Copy the base's parts into OUT.")]
 
 EXAMPLES = """

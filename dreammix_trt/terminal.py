@@ -46,6 +46,16 @@ Base = Annotated[
     Path | None,
     typer.Option(help="The base: diffusers folder or single-file checkpoint; default: the embedded micro-SDXL."),
 ]
+Patch = Annotated[
+    Path | None, typer.Option(help="*.fooocus.patch; default: the one in the base's folder, or beside its file.")
+]
+Head = Annotated[Path | None, typer.Option(help="inpaint_head.pth; default: like the patch.")]
+Vae = Annotated[Path | None, typer.Option(help="Another VAE: folder or file.")]
+Tokenizer = Annotated[Path | None, typer.Option(help="Another tokenizer's folder; default: the base's, or CLIP's.")]
+BaseLoras = Annotated[
+    list[str] | None, typer.Option(help="A few-step or style LoRA for the base's weights, FILE[:scale[:target]].")
+]
+PatchBiases = Annotated[bool, typer.Option("--patch-biases", help="Apply the patch's biases too (Fooocus).")]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else, also for an error.")
 ]

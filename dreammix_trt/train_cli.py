@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.terminal import AsJson, Base, Force, Seed, Threads, print_json, say, show_progress, warn
+from dreammix_trt.terminal import (
+    AsJson,
+    Base,
+    BaseLoras,
+    Force,
+    Head,
+    Patch,
+    PatchBiases,
+    Seed,
+    Threads,
+    Tokenizer,
+    Vae,
+    print_json,
+    say,
+    show_progress,
+    warn,
+)
 
 if TYPE_CHECKING:
     from dreammix_trt.trainer.folder import TrainRecord
+    from dreammix_trt.trainer.recipes import Recipe
 
 Photos = Annotated[
     Path, typer.Argument(help="Folder with image/NN.jpg and mask/NN.png, or NN.jpg with NN_mask.png beside it.")
@@ -23,7 +41,7 @@ Out = Annotated[
         "--out",
         "-o",
         help="Folder for pytorch_lora_weights.safetensors, TOKEN_CLASS.safetensors (the same for other programs) and "
-        "train.json.",
+        "subject.json, its card.",
     ),
 ]
 Token = Annotated[str, typer.Option(help="The word that will mean this subject.")]
@@ -32,6 +50,54 @@ Rank = Annotated[int, typer.Option(min=1, max=128, help="Of the LoRA's factors."
 Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps; default fits the base.")]
 LearningRate = Annotated[float | None, typer.Option(min=0.0, help="Default fits the base.")]
 Loss = Annotated[Literal["paper", "reference"], typer.Option(help="paper (eq. 7) or reference (the authors' code).")]
+Attributes = Annotated[
+    Path | None, typer.Option(help="attributes.json: the subject in words, as `attributes` or a person writes it.")
+]
+Captions = Annotated[
+    Literal["plain", "attributes"] | None,
+    typer.Option(help="attributes: further captions with the words of --attributes (default with it); plain: none."),
+]
+Regular = Annotated[
+    Path | None,
+    typer.Option(help="Folder of regular pictures, as `regularize` makes it; default: the base paints some first."),
+]
+Beta = Annotated[float | None, typer.Option(min=0.0, help="Weight of the regular pictures; default fits the base.")]
+BetaAs = Annotated[
+    Literal["loss", "probability"],
+    typer.Option(help="loss: both losses are summed (eq. 8); probability: a sample is regular with beta / (1 + beta)."),
+]
+CropShare = Annotated[
+    float | None,
+    typer.Option(min=0.0, max=1.0, help="Share of views that are crops, as the local stage makes them; default 0.6."),
+]
+Batch = Annotated[int | None, typer.Option(min=1, help="Pictures in memory at a time; default fits the base.")]
+Accumulate = Annotated[int | None, typer.Option(min=1, help="Such batches in a step; default fits the base.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or one GPU of several: cuda:1.")]
+Precision = Annotated[
+    Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"] | None,
+    typer.Option(help="Of the frozen base; the LoRA stays float32. Default: bfloat16 on a GPU, float32 on a CPU."),
+]
+Optimizer = Annotated[
+    Literal["adamw", "adamw8bit"], typer.Option(help="adamw8bit: state in 8 bits, on a GPU, by bitsandbytes.")
+]
+Checkpointing = Annotated[
+    bool | None,
+    typer.Option(
+        "--gradient-checkpointing/--no-gradient-checkpointing",
+        help="Compute inner values twice instead of keeping them; default: for bases above 256 pixels.",
+    ),
+]
+CheckpointEvery = Annotated[
+    int | None,
+    typer.Option(min=0, help="Steps between two checkpoints; 0: none. Default: 250 above 256 pixels, else none."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, with the same options.")]
+Work = Annotated[Path | None, typer.Option(help="Folder of checkpoints and encoded photographs; default: OUT.work.")]
+ValidateEvery = Annotated[int, typer.Option(min=0, help="Steps between pictures of what it can do; 0: none.")]
+ValidatePrompt = Annotated[
+    list[str] | None, typer.Option(help="What those pictures show; default: the prompt, and the subject in red.")
+]
+ValidateEngine = Annotated[Path | None, typer.Option(help="An engine of the same base, which paints them.")]
 Merged = Annotated[bool, typer.Option("--merged", help="Also write the merged UNet weights.")]
 InvertMasks = Annotated[bool, typer.Option("--invert-masks", help="The subject is black in the masks.")]
 LargeMasks = Annotated[bool, typer.Option("--large-masks", help="The subject does fill most of every photograph.")]
@@ -50,16 +116,23 @@ Examples:
 
 dreammix-trt train photos/ --class-name mug -o lora/
 
-dreammix-trt train photos/ --class-name mug -o lora/ --base sdxl.safetensors --steps 500 --rank 8
+dreammix-trt train photos/ --class-name mug -o lora/ --base sdxl.safetensors --patch v26.fooocus.patch --head head.pth
+--device cuda --attributes attributes.json
 
 dreammix-trt train photos/ --class-name mug -o lora/ --segment --segmenter u2net.onnx
 """
 PANELS = {
-    "What is learnt": ("class_name", "token", "prompt", "base"),
+    "What is learnt": ("class_name", "token", "prompt", "attributes", "captions", "regular"),
+    "The base": ("base", "patch", "head", "vae", "tokenizer", "base_lora", "patch_biases"),
     "Masks": ("invert_masks", "large_masks", "segment", "segmenter", "segmenter_style", "yes"),
-    "How it is learnt": ("rank", "steps", "learning_rate", "loss", "seed", "threads"),
+    "How it is learnt": (
+        *("rank", "steps", "learning_rate", "loss", "beta", "beta_as", "crop_share", "batch", "accumulate", "seed"),
+    ),
+    "What it runs on": ("device", "precision", "optimizer", "gradient_checkpointing", "threads"),
+    "While it runs": ("checkpoint_every", "resume", "work", "validate_every", "validate_prompt", "validate_engine"),
     "What is written": ("out", "merged", "force", "as_json"),
 }
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def train(
@@ -67,12 +140,36 @@ def train(
     class_name: ClassName,
     out: Out,
     base: Base = None,
+    patch: Patch = None,
+    head: Head = None,
+    vae: Vae = None,
+    tokenizer: Tokenizer = None,
+    base_lora: BaseLoras = None,
+    patch_biases: PatchBiases = False,
     token: Token = "sks",
     prompt: Prompt = None,
+    attributes: Attributes = None,
+    captions: Captions = None,
+    regular: Regular = None,
     rank: Rank = 4,
     steps: Steps = None,
     learning_rate: LearningRate = None,
     loss: Loss = "reference",
+    beta: Beta = None,
+    beta_as: BetaAs = "probability",
+    crop_share: CropShare = None,
+    batch: Batch = None,
+    accumulate: Accumulate = None,
+    device: Device = "cpu",
+    precision: Precision = None,
+    optimizer: Optimizer = "adamw",
+    gradient_checkpointing: Checkpointing = None,
+    checkpoint_every: CheckpointEvery = None,
+    resume: Resume = False,
+    work: Work = None,
+    validate_every: ValidateEvery = 0,
+    validate_prompt: ValidatePrompt = None,
+    validate_engine: ValidateEngine = None,
     merged: Merged = False,
     invert_masks: InvertMasks = False,
     large_masks: LargeMasks = False,
@@ -98,16 +195,44 @@ def train(
         _make_masks(photos, segmenter, segmenter_style, threads=threads, approved=yes, as_json=as_json)
     elif segmenter is not None or segmenter_style is not None or yes:
         raise InputError("--segmenter, --segmenter-style and --yes need --segment")
-    from dreammix_trt.trainer.lora import train_lora
+    if captions == "attributes" and attributes is None:
+        raise InputError("--captions attributes needs --attributes FILE, which has the words")
+    from dreammix_trt.building import BaseSources
+    from dreammix_trt.trainer.lora import Hardware, Validation, train_lora
 
-    options: dict[str, Any] = {"base": base, "token": token, "prompt": prompt, "rank": rank, "steps": steps}
-    options |= {"learning_rate": learning_rate, "loss": loss, "merged": merged, "seed": seed, "threads": threads}
-    options |= {"invert_masks": invert_masks, "large_masks": large_masks}
+    files = BaseSources(base, patch, head, vae, tokenizer, patch_biases).open()
+    given = {"beta": beta, "beta_as": beta_as, "crop_share": crop_share, "batch": batch, "accumulate": accumulate}
+    given |= {"gradient_checkpointing": gradient_checkpointing, "checkpoint_every": checkpoint_every}
+    recipe = _choose_recipe(files.native_side, given)
+    options: dict[str, Any] = {"token": token, "prompt": prompt, "rank": rank, "steps": steps, "seed": seed}
+    options |= {"learning_rate": learning_rate, "loss": loss, "merged": merged, "threads": threads, "resume": resume}
+    options |= {"attributes": attributes, "attribute_captions": captions != "plain", "regular": regular, "work": work}
     with show_progress("training") as update:
-        record = train_lora(photos, class_name, out, **options, progress=update)
+        record = train_lora(
+            photos,
+            class_name,
+            out,
+            base=files,
+            base_loras=base_lora or (),
+            recipe=recipe,
+            hardware=Hardware(device, _SHORT.get(precision or "", precision), optimizer),  # type: ignore[arg-type]
+            validation=Validation(validate_every, tuple(validate_prompt or ()), validate_engine),
+            invert_masks=invert_masks,
+            large_masks=large_masks,
+            progress=update,
+            notice=say,
+            **options,
+        )
     _report(record, out, as_json)
     if steps is not None and steps < record.recipe["steps"] / 2:
         say(f"{steps} steps are few: {record.recipe['steps']} suit this base, and the subject may not be learnt yet")
+
+
+def _choose_recipe(native_side: int, given: dict[str, Any]) -> Recipe:
+    """What suits the base, but for what is given."""
+    from dreammix_trt.trainer.recipes import recipe_for
+
+    return replace(recipe_for(native_side), **{name: value for name, value in given.items() if value is not None})
 
 
 def _check_out(out: Path, *, force: bool) -> None:

@@ -107,13 +107,13 @@ def test_every_picture_of_a_count_is_looked_at_first(mug_engine: Path, place: Pa
 def test_training_replaces_an_older_lora_only_when_told(tmp_path: Path, call: Call) -> None:
     lora = tmp_path / "lora"
     lora.mkdir()
-    (lora / "train.json").write_text("{}")
+    (lora / "subject.json").write_text("{}")
     train = ["train", tmp_path / "nowhere", "--class-name", "mug", "--out", lora]
     done = call(*train)
     assert done.code == 2 and "--force" in done.err and str(lora) in done.err
     forced = call(*train, "--force")
     assert "--force" not in forced.err and "nowhere" in forced.err, "now it looks at the photographs"
-    assert (lora / "train.json").read_text() == "{}"
+    assert (lora / "subject.json").read_text() == "{}"
 
 
 def test_a_training_tells_scripts_what_it_made(tmp_path: Path, call: Call) -> None:

@@ -15,7 +15,7 @@ Picture = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 Box = tuple[int, int, int, int]
 
-CROP_SHARE = 0.6  # views that are crops as LCG makes them; the others show the whole photograph, as the reference trains
+CROP_SHARE = 0.6  # of views: crops as LCG makes them; the others show the whole photograph, as the reference trains
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The folder that a training writes: the LoRA in two formats, the merged UNet where it is wanted, the subject's card."""
+"""What a training writes: the LoRA in two formats, the merged UNet where it is wanted, the subject's card."""
 
 from __future__ import annotations
 

@@ -147,9 +147,7 @@ class _Job:
         self._task, self._out, self._work, self._merged = task, out, work, merged
         self._validation, self._processes, self._threads = validation, processes, threads
 
-    def run(
-        self, *, resume: bool, progress: Progress | None, notice: Callable[[str], None] | None
-    ) -> TrainRecord:
+    def run(self, *, resume: bool, progress: Progress | None, notice: Callable[[str], None] | None) -> TrainRecord:
         """Train and write the folder; the processes that do not lead only train."""
         task, leads = self._task, self._processes.leads
         check_place(self._out, RECORD)

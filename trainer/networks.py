@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,7 +24,9 @@ from dreammix_trt.core.checkpoint import BaseFiles, State
 from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import FileFormatError, InputError
 from dreammix_trt.core.network_weights import BaseLora, whole_weights_of
-from dreammix_trt.trainer.hardware import Hardware
+
+if TYPE_CHECKING:
+    from dreammix_trt.trainer.hardware import Hardware
 
 SMALL_SIDE = 256  # bases up to this side train fastest with attention written out, and in larger batches
 
@@ -103,7 +105,8 @@ class TrainingUNet:
         self._weights, self._products = hardware.weights, hardware.products
         with torch.device("meta"):
             empty = UNet2DConditionModel.from_config(dict(base.configs["unet"]))
-        self.unet: Any = empty.to(self._weights).to_empty(device=self.device)
+        torch.nn.Module.to(empty, self._weights)  # diffusers' own `to` warns of an empty list
+        self.unet: Any = empty.to_empty(device=self.device)
         _copy_weights(self.unet, whole_weights_of(base, "unet", loras))
         if hardware.kind == "cpu" and base.native_side <= SMALL_SIDE:
             write_out_attention(self.unet)
@@ -148,7 +151,7 @@ def to_latent_range(pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def _copy_weights(module: Any, state: Mapping[str, NDArray[np.float32]]) -> None:
-    """Fill a module one tensor at a time, rounding to its own type, so that the float32 weights are never held whole."""
+    """Fill a module one tensor at a time, rounded to its own type: the float32 weights are never held whole."""
     for name, target in module.state_dict().items():
         if name not in state:
             raise FileFormatError(f"{type(module).__name__}: the weights lack {name}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -99,7 +99,7 @@ class Task:
     seed: int
     attributes: AttributeDictionary | None = None
     regular: Sequence[RegularPicture] | None = None
-    hardware: Hardware = Hardware()
+    hardware: Hardware = field(default_factory=Hardware)
     base_loras: Sequence[tuple[BaseLora, str]] = ()
 
     @property

@@ -66,6 +66,7 @@ class Training:
 
         Raises InputError for a loss that is not finite.
         """
+        begun = time.monotonic()
         self._progress("train", 0.0, "reading the base")
         prepared = prepare(self._task, work, lambda: self._unet, self._dice, self._progress)
         self._draws = Draws(
@@ -76,6 +77,7 @@ class Training:
         optimizer = self._task.hardware.make_optimizer(self._trained, self._task.learning_rate)
         learner = Learner(self._adapters(), optimizer, self._task.hardware.make_scaler(), self._dice)
         before = self._checkpoints.restore(learner) if resume else Progressed([], 0.0)
+        before = Progressed(before.history, before.seconds + time.monotonic() - begun)
         return self._take_steps(learner, before, after_step or (lambda *_: None))
 
     def _take_steps(self, learner: Learner, before: Progressed, after_step: AfterStep) -> Progressed:

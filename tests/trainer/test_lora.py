@@ -71,10 +71,12 @@ def test_it_writes_a_lora_of_every_key_value_and_output(base: BaseFiles, photos:
     assert lora.metadata["class_name"] == "mug"
     assert json.loads(lora.metadata["captions"]) == []
     assert json.loads(lora.metadata["base_hashes"]) == base.hash_contents()
-    written = json.loads((tmp_path / "lora" / "train.json").read_text())
-    assert written["steps"] == record.steps == 3
-    assert written["prompt"] == "a photo of a sks mug"
-    assert written["photographs"] == ["00.png", "01.png"]
+    card = json.loads((tmp_path / "lora" / "subject.json").read_text())
+    assert card["settings"]["steps"] == record.steps == 3
+    assert (card["class_name"], card["token"], card["prompt"]) == ("mug", "sks", "a photo of a sks mug")
+    assert list(card["settings"]["photographs"]) == list(record.photographs) == ["00.png", "01.png"]
+    assert card["base"]["hashes"] == base.hash_contents()
+    assert card["losses"]["last"] == record.loss and len(card["losses"]["every_100_steps"]) == 1
     assert record.parameters == sum(2 * (rows + columns) for rows, columns in expected.values())
     assert [fraction for _, fraction, _ in told] == sorted(fraction for _, fraction, _ in told)
     assert told[-1][1] == 1
@@ -108,8 +110,8 @@ def test_what_is_written_loads_in_other_programs(base: BaseFiles, photos: Path, 
         assert all(map(np.array_equal, pair, two.factors["unet"][module]))
     with safe_open(twin, "pt") as held:
         check_kohya_metadata(dict(held.metadata()), twin, base)
-    record = json.loads((tmp_path / "lora" / "train.json").read_text())
-    assert (record["kohya_file"], record["kohya_sha256"]) == (twin.name, sha256_of(twin))
+    card = json.loads((tmp_path / "lora" / "subject.json").read_text())
+    assert card["files"] == {each.name: sha256_of(each) for each in (file, twin)}
 
 
 def convert_by_diffusers(tensors: dict[str, Any], layers: int) -> tuple[dict[str, Any], dict[str, float]]:
@@ -188,7 +190,7 @@ def test_the_same_seed_gives_the_same_file_and_another_does_not(base: BaseFiles,
 
 
 def test_training_lowers_the_loss(base: BaseFiles, photos: Path, tmp_path: Path) -> None:
-    recipe = replace(TINY, regular=0.0, views=2, batch=8)
+    recipe = replace(TINY, beta=0.0, views=2, batch=8)
     record = train(photos, tmp_path / "lora", base, steps=40, recipe=recipe, rank=8, learning_rate=0.02)
     assert record.loss < 0.95 * record.first_loss  # a random UNet leaves eight factors a module little to win
 
@@ -211,7 +213,7 @@ def test_merged_weights_are_the_patched_unet_plus_the_factors(base: BaseFiles, p
 def test_training_again_replaces_its_own_folder_but_no_other(base: BaseFiles, photos: Path, tmp_path: Path) -> None:
     train(photos, tmp_path / "lora", base, steps=1)
     train(photos, tmp_path / "lora", base, steps=2)
-    assert json.loads((tmp_path / "lora" / "train.json").read_text())["steps"] == 2
+    assert json.loads((tmp_path / "lora" / "subject.json").read_text())["settings"]["steps"] == 2
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("keep me")
     with pytest.raises(InputError, match="home"):
@@ -283,7 +285,7 @@ def test_a_base_without_patch_and_head_trains_too(photos: Path, tmp_path: Path) 
     model = write_tiny_model(tmp_path / "base")
     model.patch.unlink()
     model.head.unlink()
-    recipe = Recipe(steps=2, learning_rate=1e-3, batch=2, views=2, regular=0.0, regular_pictures=0)
+    recipe = Recipe(steps=2, learning_rate=1e-3, batch=2, views=2, beta=0.0, regular_pictures=0)
     record = train_lora(photos, "mug", tmp_path / "lora", base=model.folder, recipe=recipe, threads=1)
     assert record.steps == 2
 
