@@ -62,7 +62,13 @@ def test_a_region_is_enlarged_with_a_margin_around_it() -> None:
 
 def test_a_demo_replaces_what_a_demo_wrote_and_nothing_else(tmp_path: Path) -> None:
     check_folder(tmp_path / "new")
-    for name in ("photos/image/00.png", "photos/mask/04.png", "lora/subject.json", "engine/passport.json", "report.html"):
+    for name in (
+        "photos/image/00.png",
+        "photos/mask/04.png",
+        "lora/subject.json",
+        "engine/passport.json",
+        "report.html",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     check_folder(tmp_path)

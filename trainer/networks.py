@@ -88,7 +88,7 @@ class VaeEncoder:
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def encode(self, pictures: NDArray[np.float32]) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> the latents' modes, scaled, (N, 4, H/8, W/8)."""
-        batches = torch.from_numpy(pictures).split(self._at_once)
+        batches = torch.tensor(pictures).split(self._at_once)  # in memory aligned as torch's always is, for equal bits
         modes = [self._vae.encode(batch.to(self._device)).latent_dist.mode().cpu() for batch in batches]
         return torch.cat(modes) * self._scaling
 
@@ -110,7 +110,7 @@ class TrainingUNet:
         _copy_weights(self.unet, whole_weights_of(base, "unet", loras))
         if hardware.kind == "cpu" and base.native_side <= SMALL_SIDE:
             write_out_attention(self.unet)
-        self._head = torch.from_numpy(base.head()).to(self.device) if base.has_head else None
+        self._head = torch.tensor(base.head(), device=self.device) if base.has_head else None
         self._feature: Tensor | None = None
         self.unet.conv_in.register_forward_hook(self._add_feature)
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2

@@ -1,25 +1,43 @@
-"""Tensors kept between runs: safetensors files, which hold numbers alone and so are safe to read."""
+"""Tensors kept between runs: safetensors files, which hold numbers alone and so are safe to read.
+
+A tensor comes back with the bits, the layout and the alignment that it had: on a CPU the last bits of what is computed
+from it depend on all three.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreammix_trt.core.tensors import map_tensors, write_tensors
+from dreammix_trt.core.tensors import map_tensors, open_tensors, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_CHANNELS_LAST = "channels_last"
+
 
 def write_state(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write float32, float64, int64 or uint8 tensors, whole or not at all."""
-    arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()}
-    write_tensors(file, {name: (array.dtype.name, array.shape) for name, array in arrays.items()}, arrays.__getitem__)
+    import torch
+
+    last = [
+        name
+        for name, value in tensors.items()
+        if not value.is_contiguous() and value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
+    ]
+    arrays = {name: value.detach().cpu().contiguous().numpy() for name, value in tensors.items()}
+    shapes = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
+    write_tensors(file, shapes, arrays.__getitem__, {_CHANNELS_LAST: json.dumps(last)})
 
 
 def read_state(file: Path) -> dict[str, Tensor]:
     """What `write_state` wrote. Raises FileFormatError for a file that is missing or damaged."""
     import torch
 
-    return {name: torch.from_numpy(array.copy()) for name, array in map_tensors(file).items()}
+    held = {name: torch.tensor(array) for name, array in map_tensors(file).items()}
+    for name in json.loads(open_tensors(file).metadata.get(_CHANNELS_LAST, "[]")):
+        held[name] = held[name].contiguous(memory_format=torch.channels_last)
+    return held

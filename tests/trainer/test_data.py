@@ -73,3 +73,13 @@ def test_a_latent_cell_counts_when_any_pixel_is_masked() -> None:
 
 def test_articles() -> None:
     assert (article("sks"), article("orange")) == ("a", "an")
+
+
+def test_the_share_of_crops_is_what_was_asked_for() -> None:
+    subject = np.zeros((100, 100), bool)
+    subject[45:55, 45:55] = True
+    photograph = Photograph(np.zeros((100, 100, 3), np.uint8), subject, "x")
+    for share in (0.0, 0.3, 1.0):
+        sides = [draw_view(np.random.default_rng(seed), photograph, 32, share).sharp_side for seed in range(200)]
+        crops = np.mean([side <= 22 for side in sides])  # 1.2 to 2.2 of the subject's 10; a whole one has 90 or more
+        assert crops == share or abs(crops - share) < 0.1

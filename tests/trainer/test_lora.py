@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 for _name in ("torch", "diffusers", "transformers", "peft"):
     pytest.importorskip(_name, reason="the trainer needs its extra")
@@ -26,35 +25,10 @@ from dreammix_trt.core.lora import read_lora  # noqa: E402
 from dreammix_trt.core.lora_names import SDXL, kohya_names  # noqa: E402
 from dreammix_trt.core.lora_words import read_words  # noqa: E402
 from dreammix_trt.trainer.kohya import kohya_file_name  # noqa: E402
-from dreammix_trt.trainer.lora import SMALL, Recipe, train_lora  # noqa: E402
+from dreammix_trt.trainer.lora import Recipe, train_lora  # noqa: E402
 from tests.support.kohya import kohya_module  # noqa: E402
 from tests.support.tiny_model import unet_attention_modules, write_tiny_model  # noqa: E402
-
-TINY = replace(SMALL, views=4, regular_pictures=2)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> BaseFiles:
-    return BaseFiles.open(write_tiny_model(tmp_path_factory.mktemp("tiny") / "base").folder)
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for part in ("image", "mask"):
-        (folder / part).mkdir()
-    for index in range(2):
-        image, mask = rng.integers(0, 256, (60, 80, 3), np.uint8), np.zeros((60, 80), np.uint8)
-        mask[20:45, 25:60] = 255
-        Image.fromarray(image).save(folder / "image" / f"{index:02d}.png")
-        Image.fromarray(mask).save(folder / "mask" / f"{index:02d}.png")
-    return folder
-
-
-def train(photos: Path, out: Path, base: BaseFiles, **fields: Any) -> Any:
-    given = {"steps": 3, "threads": 1, "recipe": TINY, "learning_rate": 0.01} | fields
-    return train_lora(photos, "mug", out, base=base, **given)
+from tests.support.training import TINY, train  # noqa: E402
 
 
 def test_it_writes_a_lora_of_every_key_value_and_output(base: BaseFiles, photos: Path, tmp_path: Path) -> None:

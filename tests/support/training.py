@@ -1,0 +1,34 @@
+"""Training on a tiny random base, in a second: what the tests of the trainer share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dreammix_trt.core.checkpoint import BaseFiles
+from dreammix_trt.trainer.lora import SMALL, TrainRecord, train_lora
+
+TINY = replace(SMALL, views=4, regular_pictures=2)
+
+
+def write_photographs(folder: Path, count: int = 2) -> Path:
+    """Noise of 80 x 60 pixels with a rectangle as subject, in image/ and mask/."""
+    rng = np.random.default_rng(0)
+    for part in ("image", "mask"):
+        (folder / part).mkdir(parents=True)
+    for index in range(count):
+        image, mask = rng.integers(0, 256, (60, 80, 3), np.uint8), np.zeros((60, 80), np.uint8)
+        mask[20:45, 25:60] = 255
+        Image.fromarray(image).save(folder / "image" / f"{index:02d}.png")
+        Image.fromarray(mask).save(folder / "mask" / f"{index:02d}.png")
+    return folder
+
+
+def train(photos: Path, out: Path, base: BaseFiles, **fields: Any) -> TrainRecord:
+    """Three steps of `TINY` on one thread, unless `fields` say otherwise."""
+    given = {"steps": 3, "threads": 1, "recipe": TINY, "learning_rate": 0.01} | fields
+    return train_lora(photos, "mug", out, base=base, **given)
