@@ -21,6 +21,7 @@ from dreammix_trt.terminal import (
     Threads,
     Tokenizer,
     Vae,
+    choose_messages,
     print_json,
     say,
     show_progress,
@@ -116,8 +117,7 @@ Examples:
 
 dreammix-trt train photos/ --class-name mug -o lora/
 
-dreammix-trt train photos/ --class-name mug -o lora/ --base sdxl.safetensors --patch v26.fooocus.patch --head head.pth
---device cuda --attributes attributes.json
+dreammix-trt train photos/ --class-name mug -o lora/ --base sdxl/ --device cuda --attributes attributes.json
 
 dreammix-trt train photos/ --class-name mug -o lora/ --segment --segmenter u2net.onnx
 """
@@ -186,6 +186,11 @@ def train(
     from dreammix_trt.core.extras import require_training
 
     require_training()
+    from dreammix_trt.trainer.processes import is_leading
+
+    if not is_leading():
+        choose_messages(quiet=True)
+        as_json = False
     _check_out(out, force=force)
     if segment:
         if invert_masks:

@@ -50,6 +50,11 @@ class Processes:
             PartialState().wait_for_everyone()
 
 
+def is_leading() -> bool:
+    """Whether this process was launched as the one that speaks, or alone; asked before the others are joined."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def join_processes(hardware: Hardware) -> Iterator[tuple[Processes, Hardware]]:
     """Join the processes that a launcher started, if any; gives this one's place, and the GPU that it has to itself.

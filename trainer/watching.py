@@ -50,6 +50,7 @@ def tell_memory(task: Task, notice: Callable[[str], None]) -> None:
         checkpointing=task.recipe.gradient_checkpointing,
         optimizer=task.hardware.optimizer,
         side=task.base.native_side,
+        device=task.hardware.kind,
     )
     for line in plan.lines():
         notice(line)

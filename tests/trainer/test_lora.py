@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -268,3 +269,35 @@ def test_the_learning_rate_falls_after_its_constant_share() -> None:
     falling = replace(TINY, constant=0.5)
     assert [falling.rate_at(step, 4) for step in range(4)] == [1.0, 1.0, 1.0, 0.5]
     assert replace(TINY, constant=1.0).rate_at(3, 4) == 1.0
+
+
+def test_a_base_of_parts_with_a_lora_of_its_own_trains(photos: Path, tmp_path: Path) -> None:
+    """As `build` takes them; the merged UNet has the base's LoRA and the subject's."""
+    from safetensors.numpy import load_file
+
+    from tests.support.tiny_model import write_tiny_lora
+
+    model = write_tiny_model(tmp_path / "base")
+    bare = shutil.copytree(model.folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.patch", "*.pth", "vae"))
+    shutil.copytree(model.folder / "vae", tmp_path / "vae")
+    shutil.copytree(model.folder / "vae", bare / "vae")
+    files = BaseFiles.open(bare, model.patch, model.head, vae=tmp_path / "vae", tokenizer=model.folder)
+    rng = np.random.default_rng(5)
+    shapes = dict(list(unet_attention_modules(dict(files.configs["unet"])).items())[:4])
+    pairs = {
+        name: tuple(rng.normal(0, 0.3, shape).astype(np.float32) for shape in ((inputs, 2), (2, outputs)))
+        for name, (inputs, outputs) in shapes.items()
+    }
+    style = write_tiny_lora(tmp_path / "style.safetensors", pairs)  # type: ignore[arg-type]
+    train(photos, tmp_path / "plain", files)
+    record = train(photos, tmp_path / "lora", files, base_loras=[f"{style}:0.5"], merged=True)
+    assert record.settings["base_loras"] == [[sha256_of(style), 0.5, "both"]]
+    merged = load_file(tmp_path / "lora" / "unet" / "diffusion_pytorch_model.safetensors")
+    own, added, patched = read_lora(tmp_path / "lora"), read_lora(style), files.unet_patched_state()
+    for module, (a, b) in added.factors["unet"].items():
+        expected = patched[f"{module}.weight"] + 0.5 * (a @ b).T
+        if module in own.factors["unet"]:
+            expected = expected + np.matmul(*own.factors["unet"][module]).T
+        np.testing.assert_allclose(merged[f"{module}.weight"], expected, rtol=1e-5, atol=1e-6)
+    plain = read_lora(tmp_path / "plain").factors["unet"]
+    assert any(not np.array_equal(plain[name][1], pair[1]) for name, pair in own.factors["unet"].items())
