@@ -26,10 +26,21 @@ from tests.support.training import train  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_two_processes_share_each_step(base: BaseFiles, photos: Path, tmp_path: Path) -> None:
-    launch = "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    # the launcher of several GPUs; accelerate's own for CPUs needs MPI
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0 --mixed_precision no"
     options = "--steps 2 --batch 2 --beta 0 --learning-rate 0.01 --threads 1 --checkpoint-every 1 --json"
-    command = [sys.executable, *launch.split(), "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+    command = [
+        sys.executable,
+        *launch.split(),
+        "--num_machines",
+        "1",
+        "--dynamo_backend",
+        "no",
+        "--num_cpu_threads_per_process",
+        "1",
+    ]
     command += ["-m", "dreammix_trt", "train", str(photos), "--class-name", "mug", "-o", str(tmp_path / "two")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
