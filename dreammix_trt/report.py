@@ -109,14 +109,26 @@ def stage_sheet(result: Result) -> Image.Image:
 
 def html_report(title: str, sheet: Image.Image, tables: Sequence[tuple[str, Sequence[Sequence[str]]]]) -> str:
     """A page that stands alone: the sheet and tables of text, the first row of each being its head."""
-    parts = [f"<h1>{html.escape(title)}</h1>", f'<img alt="contact sheet" src="{_data_uri(sheet)}">']
-    for name, rows in tables:
-        parts.append(f"<h2>{html.escape(name)}</h2><table>")
-        for number, row in enumerate(rows):
-            cell = "th" if number == 0 else "td"
-            parts.append("<tr>" + "".join(f"<{cell}>{html.escape(str(text))}</{cell}>" for text in row) + "</tr>")
-        parts.append("</table>")
-    return _PAGE.format(title=html.escape(title), body="\n".join(parts))
+    return html_page(title, [html_picture(sheet, "contact sheet"), *(html_table(name, rows) for name, rows in tables)])
+
+
+def html_page(title: str, parts: Sequence[str]) -> str:
+    """A page that stands alone; parts: HTML, one below the other."""
+    return _PAGE.format(title=html.escape(title), body="\n".join([f"<h1>{html.escape(title)}</h1>", *parts]))
+
+
+def html_table(name: str, rows: Sequence[Sequence[str]]) -> str:
+    """A heading and a table of text, whose first row is its head."""
+    lines = []
+    for number, row in enumerate(rows):
+        cell = "td" if number else "th"
+        lines.append("<tr>" + "".join(f"<{cell}>{html.escape(str(text))}</{cell}>" for text in row) + "</tr>")
+    return "\n".join([f"<h2>{html.escape(name)}</h2><table>", *lines, "</table>"])
+
+
+def html_picture(image: Image.Image, alt: str) -> str:
+    """A picture that is held by the page itself."""
+    return f'<img alt="{html.escape(alt)}" src="{_data_uri(image)}">'
 
 
 def _fit(image: Image.Image, side: int) -> Image.Image:

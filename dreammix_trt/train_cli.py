@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -203,7 +204,8 @@ def train(
     if captions == "attributes" and attributes is None:
         raise InputError("--captions attributes needs --attributes FILE, which has the words")
     from dreammix_trt.building import BaseSources
-    from dreammix_trt.trainer.lora import Hardware, Validation, train_lora
+    from dreammix_trt.train_watch import TrainWatch
+    from dreammix_trt.trainer.lora import Hardware, train_lora
 
     files = BaseSources(base, patch, head, vae, tokenizer, patch_biases).open()
     given = {"beta": beta, "beta_as": beta_as, "crop_share": crop_share, "batch": batch, "accumulate": accumulate}
@@ -211,8 +213,10 @@ def train(
     recipe = _choose_recipe(files.native_side, given)
     options: dict[str, Any] = {"token": token, "prompt": prompt, "rank": rank, "steps": steps, "seed": seed}
     options |= {"learning_rate": learning_rate, "loss": loss, "merged": merged, "threads": threads, "resume": resume}
-    options |= {"attributes": attributes, "attribute_captions": captions != "plain", "regular": regular, "work": work}
-    with show_progress("training") as update:
+    options |= {"attributes": attributes, "attribute_captions": captions != "plain", "regular": regular, "work": place}
+    place = work or out.resolve().with_name(f"{out.resolve().name}.work")
+    watch = TrainWatch(place, validate_every, tuple(validate_prompt or ()), validate_engine, threads)
+    with closing(watch), show_progress("training") as update:
         record = train_lora(
             photos,
             class_name,
@@ -221,7 +225,7 @@ def train(
             base_loras=base_lora or (),
             recipe=recipe,
             hardware=Hardware(device, _SHORT.get(precision or "", precision), optimizer),  # type: ignore[arg-type]
-            validation=Validation(validate_every, tuple(validate_prompt or ()), validate_engine),
+            watch=watch,
             invert_masks=invert_masks,
             large_masks=large_masks,
             progress=update,

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {"core": set(), "export": {"core"}, "engine": {"core"}, "trainer": {"core"}}
 FACE = {
     *("cli", "train_cli", "build_cli", "inpaint_cli", "store_cli", "doctor_cli", "segment_cli", "terminal"),
-    *("calibrate_cli", "building", "calibration", "demo", "report", "on_torch"),
-    *("attributes_cli", "regularize", "regularize_cli"),
+    *("calibrate_cli", "building", "calibration", "demo", "report", "on_torch", "train_validation", "train_report"),
+    *("attributes_cli", "regularize", "regularize_cli", "train_watch"),
 }
 #: the rooms of the engine floor, lowest first: each imports what stands in the rows before its own, and its own room
 ROOMS = (

@@ -15,7 +15,7 @@ for _name in ("torch", "diffusers", "transformers", "peft"):
 from dreammix_trt.cli import app  # noqa: E402
 from dreammix_trt.core.errors import DreamMixError  # noqa: E402
 from dreammix_trt.trainer import lora  # noqa: E402
-from dreammix_trt.trainer.lora import FULL, SMALL, Hardware, Validation  # noqa: E402
+from dreammix_trt.trainer.lora import FULL, SMALL, Hardware  # noqa: E402
 from tests.support.mini_sdxl import Checkpoint, small_configs, write_single  # noqa: E402
 
 
@@ -69,7 +69,7 @@ def test_options_become_recipe_and_hardware(tmp_path: Path, asked: list[dict[str
     assert (recipe.batch, recipe.accumulate, recipe.checkpoint_every) == (2, 3, 9)
     assert recipe.gradient_checkpointing and recipe.steps == SMALL.steps
     assert chosen["hardware"] == Hardware("cuda:1", "bfloat16", "adamw8bit")
-    assert chosen["validation"] == Validation(5, ("x",))
+    assert (chosen["watch"].every, chosen["watch"].prompts) == (5, ("x",))
     assert chosen["resume"] and not chosen["attribute_captions"] and chosen["attributes"] == Path("words.json")
     lonely = run(tmp_path, "--captions", "attributes")
     assert isinstance(lonely.exception, DreamMixError) and "needs --attributes" in str(lonely.exception)

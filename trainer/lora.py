@@ -25,9 +25,9 @@ from dreammix_trt.trainer.recipes import FULL, SMALL, Recipe, recipe_for
 from dreammix_trt.trainer.regular_folder import read_regular
 from dreammix_trt.trainer.task import Names, RegularPicture, Task, check_options
 from dreammix_trt.trainer.training import Training
-from dreammix_trt.trainer.watching import Validation, Watch, tell_memory, write_page
+from dreammix_trt.trainer.watching import Unwatched, Watch, tell_memory
 
-__all__ = ["FULL", "SMALL", "Hardware", "Recipe", "TrainRecord", "Validation", "train_lora"]
+__all__ = ["FULL", "SMALL", "Hardware", "Recipe", "TrainRecord", "train_lora"]
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def train_lora(
     hardware: Hardware | None = None,
     resume: bool = False,
     work: str | Path | None = None,
-    validation: Validation | None = None,
+    watch: Watch | None = None,
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
     recipe: Recipe | None = None,
@@ -84,7 +84,7 @@ def train_lora(
     hardware: device, precision and optimizer; None: the CPU.
     resume: go on from the checkpoint of a training that was stopped; it must have had the same settings.
     work: folder of the checkpoint and of encoded photographs, where the recipe asks for checkpoints; None: OUT.work.
-    validation: pictures to paint while it trains.
+    watch: called before, after each step and at the end, as `trainer.watching.Watch` says.
     progress: called with (name, fraction, message) each step.
     notice: called with what a person should know.
     recipe: everything else; None takes what suits the base.
@@ -101,9 +101,8 @@ def train_lora(
     require_training()
     class_name, token = class_name.strip(), token.strip()
     check_options(class_name, token, loss, rank, steps, learning_rate, seed, threads)
-    validation, given = validation or Validation(), hardware or Hardware()
-    for checked in (validation, given):
-        checked.check()
+    given = hardware or Hardware()
+    given.check()
     files = base if isinstance(base, BaseFiles) else BaseFiles.open(base)
     recipe = recipe or recipe_for(files.native_side)
     recipe.check()
@@ -127,7 +126,7 @@ def train_lora(
             base_loras=_read_base_loras(base_loras, files),
         )
         place = Path(work) if work else Path(out).resolve().with_name(f"{Path(out).resolve().name}.work")
-        job = _Job(task, Path(out), place, merged, validation, processes, threads)
+        job = _Job(task, Path(out), place, merged, watch or Unwatched(), processes, threads)
         return job.run(resume=resume, progress=progress, notice=notice)
 
 
@@ -140,12 +139,12 @@ class _Job:
         out: Path,
         work: Path,
         merged: bool,
-        validation: Validation,
+        watch: Watch,
         processes: Processes,
         threads: int | None,
     ) -> None:
         self._task, self._out, self._work, self._merged = task, out, work, merged
-        self._validation, self._processes, self._threads = validation, processes, threads
+        self._watch, self._processes, self._threads = watch, processes, threads
 
     def run(self, *, resume: bool, progress: Progress | None, notice: Callable[[str], None] | None) -> TrainRecord:
         """Train and write the folder; the processes that do not lead only train."""
@@ -154,10 +153,11 @@ class _Job:
         settings = task.settings() | {"processes": self._processes.count}
         checkpoints = Checkpoints(self._work, task.base.name, settings, task.recipe.checkpoint_every)
         checkpoints.check(resume=resume)
-        tell_memory(task, notice if notice and leads else log.info)
+        plan = tell_memory(task, notice if notice and leads else log.info)
         tell = progress if progress and leads else _say_nothing
         kept = self._work if task.recipe.checkpoint_every and leads else None
-        watch = Watch(task, self._validation)
+        watch = self._watch if leads else Unwatched()
+        watch.begin(task)
         with _torch_threads(self._threads) as used:
             training = Training(task, checkpoints, tell, self._processes)
             done = training.run(kept, resume=resume, after_step=watch.after_step)
@@ -165,7 +165,7 @@ class _Job:
             if leads:
                 with atomic_directory(self._out, marker=RECORD) as folder:
                     write_folder(folder, record, training.factors(), task, merged=self._merged)
-                    write_page(folder, record, done.history, watch)
+                    watch.finish(folder, record, done.history, plan)
                 checkpoints.remove()
             self._processes.wait()
         log.info("%s: %d steps in %.0f s, loss %.4f", self._out, task.steps, record.seconds, record.loss)

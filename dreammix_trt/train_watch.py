@@ -1,0 +1,72 @@
+"""What the command line adds to a training: pictures while it runs, by our own runtime, and `train.html` at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dreammix_trt.core.errors import InputError
+from dreammix_trt.train_validation import Painted, Validator
+
+if TYPE_CHECKING:
+    from dreammix_trt.trainer.folder import Factors, TrainRecord
+    from dreammix_trt.trainer.photographs import PhotographFile
+    from dreammix_trt.trainer.task import Task
+
+
+@dataclass
+class TrainWatch:
+    """A `trainer.watching.Watch`.
+
+    work: the folder that gets `validation/`.
+    every: steps between pictures; 0: none are painted.
+    prompts: what they show; (): the subject's own prompt, and in red.
+    engine: of the same base, which paints them; None: as `Validator` takes it.
+    """
+
+    work: Path
+    every: int = 0
+    prompts: Sequence[str] = ()
+    engine: Path | None = None
+    threads: int | None = None
+    painted: list[Painted] = field(default_factory=list)
+    _validator: Validator | None = None
+    _photographs: Sequence[PhotographFile] = ()
+
+    def begin(self, task: Task) -> None:
+        """Load the engine that paints. Raises InputError for options of pictures that are not wanted."""
+        self._photographs = task.photographs
+        if not self.every:
+            if self.prompts or self.engine:
+                raise InputError("--validate-prompt and --validate-engine need --validate-every STEPS")
+            return
+        names = task.names
+        self._validator = Validator(
+            self.work,
+            task.base,
+            self.prompts or (names.prompt, f"a photo of a red {names.token} {names.class_name}"),
+            token=names.token,
+            class_name=names.class_name,
+            engine=self.engine,
+            photographs=task.photographs,
+            seed=task.seed,
+            threads=self.threads,
+        )
+
+    def after_step(self, step: int, factors: Callable[[], Factors]) -> None:
+        """Paint if it is time."""
+        if self._validator is not None and step % self.every == 0:
+            self.painted += self._validator.paint(step, factors())
+
+    def finish(self, folder: Path, record: TrainRecord, history: Sequence[float], plan: Sequence[str]) -> None:
+        """Write train.html."""
+        from dreammix_trt.train_report import write_report
+
+        write_report(folder, record, history, self.painted, photographs=self._photographs, plan=plan)
+
+    def close(self) -> None:
+        """Release the engine."""
+        if self._validator is not None:
+            self._validator.close()
