@@ -211,10 +211,10 @@ def train(
     given = {"beta": beta, "beta_as": beta_as, "crop_share": crop_share, "batch": batch, "accumulate": accumulate}
     given |= {"gradient_checkpointing": gradient_checkpointing, "checkpoint_every": checkpoint_every}
     recipe = _choose_recipe(files.native_side, given)
+    place = work or out.resolve().with_name(f"{out.resolve().name}.work")
     options: dict[str, Any] = {"token": token, "prompt": prompt, "rank": rank, "steps": steps, "seed": seed}
     options |= {"learning_rate": learning_rate, "loss": loss, "merged": merged, "threads": threads, "resume": resume}
     options |= {"attributes": attributes, "attribute_captions": captions != "plain", "regular": regular, "work": place}
-    place = work or out.resolve().with_name(f"{out.resolve().name}.work")
     watch = TrainWatch(place, validate_every, tuple(validate_prompt or ()), validate_engine, threads)
     with closing(watch), show_progress("training") as update:
         record = train_lora(

@@ -31,9 +31,9 @@ class TrainWatch:
     prompts: Sequence[str] = ()
     engine: Path | None = None
     threads: int | None = None
-    painted: list[Painted] = field(default_factory=list)
-    _validator: Validator | None = None
-    _photographs: Sequence[PhotographFile] = ()
+    painted: list[Painted] = field(default_factory=list, init=False)
+    _validator: Validator | None = field(default=None, init=False)
+    _photographs: Sequence[PhotographFile] = field(default=(), init=False)
 
     def begin(self, task: Task) -> None:
         """Load the engine that paints. Raises InputError for options of pictures that are not wanted."""
