@@ -89,10 +89,9 @@ class Meaning(NamedTuple):
     meaning: str
 
 
-@cache
 def find_meanings(word: str) -> tuple[Meaning, ...]:
     """What a word says of a thing, lower case; "gold" is a colour and a material. (): it is not known."""
-    return tuple(_list_meanings()[word]) if word in _list_meanings() else _read_compound(word)
+    return _list_meanings().get(word) or _read_compound(word)
 
 
 def find_noun(word: str) -> tuple[str, str]:
@@ -122,12 +121,12 @@ def _read_compound(word: str) -> tuple[Meaning, ...]:
 
 
 @cache
-def _list_meanings() -> dict[str, list[Meaning]]:
-    found: dict[str, list[Meaning]] = {}
+def _list_meanings() -> dict[str, tuple[Meaning, ...]]:
+    found: dict[str, tuple[Meaning, ...]] = {}
     for kind, groups in ADJECTIVES.items():
         for number, text in enumerate(groups):
             for word, meaning in _list_synonyms(text):
-                found.setdefault(word, []).append(Meaning(kind, number, meaning))
+                found[word] = (*found.get(word, ()), Meaning(kind, number, meaning))
     return found
 
 

@@ -93,9 +93,9 @@ class _Reader:
 
     def read_around(self, place: int) -> None:
         """Read the phrase around the subject's word."""
-        before = self._list_before(place)
         run, end = self._read_noun_phrase(place + 1)
         start = self._find_class(run)
+        before = self._list_before(place, start is None)
         if start is None:  # another noun, the last word, or none
             between, strange = run[:-1], before
         else:
@@ -109,12 +109,14 @@ class _Reader:
         while (behind := self._read_behind(end)) > end:
             end = behind
 
-    def _list_before(self, place: int) -> list[str]:
-        """The words of the phrase before the subject's word, in order."""
-        at, words = place - 1, list[str]()
-        count = len(self._class)
-        if count and tuple(self._items[max(place - count, 0) : place]) == self._class:  # "a red mug sks"
-            at -= count
+    def _list_before(self, place: int, alone: bool) -> list[str]:
+        """The words of the phrase before the subject's word, in order.
+
+        alone: whether no class follows it; then it may stand before: "a red mug sks".
+        """
+        count, words = len(self._class), list[str]()
+        alone = alone and count > 0 and tuple(self._items[max(place - count, 0) : place]) == self._class
+        at = place - 1 - (count if alone else 0)
         while at >= 0 and self._items[at] not in _BOUNDARIES | _PICTURES:
             if self._items[at] in (_COMMA, "and"):
                 if not self._joins(at):

@@ -132,8 +132,9 @@ class BuildOrder:
 
     def check_outside(self, files: BaseFiles) -> None:
         """Raise InputError for a source inside the directory that is about to be replaced."""
-        loras = (spec.file for spec in (*self.subject_specs, *self.base_specs))
-        for source in (files.folder, files.patch, files.head_file, files.vae, files.tokenizer, *loras):
+        given = [spec.file for spec in (*self.subject_specs, *self.base_specs)]
+        given += [each.attributes for each in self.subject_orders if each.attributes]
+        for source in (files.folder, files.patch, files.head_file, files.vae, files.tokenizer, *given):
             if source is not None and source.resolve().is_relative_to(self.place):
                 raise InputError(
                     f"{source} lies in {Path(self.out)}, which this build replaces; move it, or choose another --out"

@@ -89,7 +89,7 @@ def subject_captions(what: Attributes, token: str = "sks") -> tuple[str, ...]:
 
 
 def dictionary_of(what: Attributes) -> AttributeDictionary:
-    """What a person would write down of a thing; "plain" and "matte", which say that nothing is to see, are left out."""
+    """What a person would write down of a thing; "plain" and "matte" say that nothing is to be seen, and are not."""
     parts = {part: f"{colour} {word}" for part, (colour, word) in name_parts(what).items()}
     decal = parts.pop("decal", None)
     attributes = {
