@@ -395,6 +395,7 @@ def _report(result: Result, names: list[Path], as_json: bool) -> None:
         record = {
             "images": [str(name) for name in names],
             "seeds": list(result.seeds),
+            "substitute": list(result.request.substitute_words),
             "timings": result.timings,
             "warnings": list(result.warnings),
         }

@@ -103,7 +103,7 @@ def test_words_are_found_and_said(
     assert json.loads(built.stdout)["subjects"][0]["attributes"] == {"colour": ["blue"]}, built.stderr
     assert "colour: blue" in run("inspect", engine).stdout
     done = inpaint(engine, place, "--substitute", "auto", "--json", out="auto.png")
-    assert json.loads(done.stdout)["request"]["substitute"] == ["blue"], done.stderr
+    assert json.loads(done.stdout)["substitute"] == ["blue"], done.stderr
     assert done.stderr.count("warning: substitute: 'blue' of colour 'blue' is taken out: the prompt says 'red'") == 1
     refused = inpaint(engine, place, "--substitute", "auto", "--substitute", "green", out="x.png")
     assert refused.returncode == 2 and "'green' is given, too; leave one of them" in refused.stderr
