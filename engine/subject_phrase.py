@@ -73,6 +73,10 @@ def find_head(words: Sequence[str]) -> str:
     return decals[-1] if decals and find_noun(words[-1])[1] in GENERIC else words[-1]
 
 
+def _is_pattern(word: str) -> bool:
+    return any(each.kind == "pattern" for each in find_meanings(word))
+
+
 def _list_items(prompt: str, token: str) -> list[str]:
     """The prompt as words, commas, stops and places of the subject's word; ends with a stop."""
     items: list[str] = []
@@ -187,8 +191,8 @@ class _Reader:
         words, end = self._read_noun_phrase(start)
         if words and words[-1] in _SURFACES:
             words.pop()
-        elif word in ("in", "of") and not self._are_adjectives(words):
-            return at
+        elif word in ("in", "of") and (self._items[start] in _ARTICLES or not self._are_adjectives(words)):
+            return at  # "in red wine", "in a glass"
         said = self._list_leading(words)
         self.found.own += said
         self._in_part = False
@@ -222,12 +226,12 @@ class _Reader:
         """Whether a noun phrase further on in a list is about something that a subject has."""
         head = words[-1]
         kind, noun = find_noun(head)
-        return bool(kind) or noun in self._nouns or head in _SURFACES or bool(find_meanings(head))
+        return bool(kind) or noun in self._nouns or head in _SURFACES or _is_pattern(head)
 
     def _take_part(self, words: list[str]) -> None:
         if words[-1] in _SURFACES:
             self.found.own += words[:-1]
-        elif not find_noun(words[-1])[0] and find_meanings(words[-1]):  # "with blue stripes"
+        elif _is_pattern(words[-1]):  # "with blue stripes"
             self.found.own.append(words[-1])
         else:
             self.found.parts.append(tuple(words))

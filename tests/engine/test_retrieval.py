@@ -100,6 +100,8 @@ TABLE = {
     "a sks mug beside a red pot": "",
     "a sks mug and a red glass": "",
     "a sks mug in red wine": "",
+    "a sks mug in a glass": "",
+    "a sks mug with a star and a red glass": "green heart",
     "a sks mug, red table": "",
     "a sks mug on a table with a yellow star": "",
     "a red sks mug beside a green zwx pot": "blue",
