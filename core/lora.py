@@ -36,6 +36,7 @@ from dreammix_trt.core.lora_names import (
     place_of,
 )
 from dreammix_trt.core.lora_parts import PEFT_CONFIG, PEFT_FILES, AdapterScales, make_pair, read_tensors
+from dreammix_trt.core.lora_words import add_card
 from dreammix_trt.core.networks import kind_of
 from dreammix_trt.core.recognise import recognise_file
 
@@ -63,7 +64,7 @@ class Lora:
         folded into B. The A of a convolution is (in * kh * kw, r).
     rank: the largest r.
     source_path: the file.
-    metadata: of the safetensors file.
+    metadata: of the safetensors file, and what a card beside it adds (`lora_words.add_card`).
     kernels: "<network>.<module>" -> (kh, kw) of each convolution that is not 1x1.
     """
 
@@ -145,7 +146,7 @@ def read_lora(path: str | Path, unet_config: Mapping[str, Any] | None = None) ->
             kernels[f"{network}.{module}"] = kernel
     scales.tell_unused(path)
     rank = max(a.shape[1] for by_module in factors.values() for a, _ in by_module.values())
-    return Lora(factors, rank, path, metadata, kernels)
+    return Lora(factors, rank, path, add_card(path, metadata), kernels)
 
 
 def find_lora_file(path: str | Path) -> Path:

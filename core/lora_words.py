@@ -1,9 +1,10 @@
 """What a LoRA file says its subject is called: its trigger word and its class.
 
-Trainers write it in many places: ours as `token` and `class_name`; kohya's scripts as the name of the folder of
-photographs ("10_ohwx teapot") and the tags of the captions (`ss_tag_frequency`); others as `modelspec.trigger_phrase`,
-trained words or the caption of the photographs; sites and managers of LoRAs into a file beside it. It is a default to
-be shown, never more. The words of all captions say which attributes the subject may have.
+Trainers write it in many places: ours as `token` and `class_name`, in the file and on a card beside it; kohya's scripts
+as the name of the folder of photographs ("10_ohwx teapot") and the tags of the captions (`ss_tag_frequency`); others as
+`modelspec.trigger_phrase`, trained words or the caption of the photographs; sites and managers of LoRAs into a file
+beside it. It is a default to be shown, never more. The words of all captions say which attributes the subject may have;
+ours say as well which it has.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dreammix_trt.core.errors import FileFormatError
+from dreammix_trt.core.attributes import AttributeDictionary
+from dreammix_trt.core.errors import FileFormatError, InputError
 from dreammix_trt.core.files import read_json
+from dreammix_trt.core.remarks import remark
 
+CARD = "subject.json"  # that our trainer lays beside a LoRA
 _PHRASES = (
     "modelspec.trigger_phrase",
     "ss_trigger_words",
@@ -51,6 +55,20 @@ class LoraWords(NamedTuple):
     token: str = ""
     class_name: str = ""
     source: str = ""
+
+
+def add_card(path: Path, metadata: Mapping[str, str]) -> dict[str, str]:
+    """A LoRA's metadata, and what it leaves out of the card beside it, where that is this subject's.
+
+    path: the LoRA file.
+    """
+    said: dict[str, str] = {}
+    with contextlib.suppress(FileFormatError):
+        card = read_json(path.with_name(CARD))
+        said = {name: card[name] for name in ("token", "class_name") if isinstance(card.get(name), str)}
+        said |= {name: json.dumps(card[name]) for name in ("captions", "attributes") if card.get(name)}
+    told = read_words(metadata).token
+    return {**said, **metadata} if told in ("", said.get("token")) else dict(metadata)
 
 
 def find_words(path: Path, metadata: Mapping[str, str]) -> LoraWords:
@@ -99,6 +117,26 @@ def read_caption_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
         texts += map(str, counts) if isinstance(counts, dict) else []
     found = {word for text in texts for word in re.findall(r"\w[\w'-]*", text.lower())}
     return tuple(sorted(found - _DULL))[:_MOST_CAPTION_WORDS]
+
+
+def read_attributes(path: Path, metadata: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Read the attributes that our trainer writes into a LoRA, kind -> values (`core/attributes.py`).
+
+    path: the LoRA file, to name it.
+    metadata: of it; `attributes` holds JSON.
+
+    Returns {} where it says none. What another program calls so is ignored with a remark.
+    """
+    text = metadata.get("attributes")
+    if text is None:
+        return {}
+    try:
+        found = AttributeDictionary.of(metadata.get("class_name") or "thing", json.loads(text), "", str(path))
+    except (ValueError, RecursionError, InputError) as error:
+        why = str(error).removeprefix(f"{path}: ")
+        remark(f"{path}: the attributes in its metadata are ignored, as they are not ours ({why}); give --attributes")
+        return {}
+    return dict(found.attributes)
 
 
 def _read_kohya(metadata: Mapping[str, str]) -> LoraWords:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
@@ -27,6 +27,7 @@ class SubjectEntry:
     file: its path below the engine directory.
     sha256, bytes: hash and size of the file.
     source, source_sha256: the LoRA that it was made from, and its hash.
+    attributes: what is seen of it, kind -> values; {}: nobody knows.
     """
 
     name: str
@@ -38,6 +39,7 @@ class SubjectEntry:
     bytes: int
     source: str
     source_sha256: str
+    attributes: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ class Passport:
         lists = {"networks": NetworkEntry, "subjects": SubjectEntry}
         plain = {name: value for name, value in record.items() if name not in lists}
         entries: dict[str, tuple[Any, ...]] = {
-            name: tuple(_build_typed(kind, entry) for entry in record[name]) for name, kind in lists.items()
+            name: tuple(_build_typed(kind, _fill_in(kind, entry)) for entry in record[name])
+            for name, kind in lists.items()
         }
         passport = _build_typed(cls, {**plain, **entries})
         if passport.networks_at not in PLACES:
@@ -156,6 +159,9 @@ class Passport:
                 raise ValueError(f"{entry.file!r} lies outside its part")
             if not all(isinstance(shape, list) for shape in entry.inputs.values()):
                 raise TypeError(f"the inputs of {entry.name} are {entry.inputs!r}, not lists of sides")
+        for subject in passport.subjects:
+            if not all(isinstance(each, list) and all(map(_is_text, each)) for each in subject.attributes.values()):
+                raise TypeError(f"the attributes of {subject.name} are {subject.attributes!r}, not lists of words")
         for file in (*passport.files, *(entry.file for entry in passport.subjects)):
             if Path(file).is_absolute() or ".." in Path(file).parts:
                 raise ValueError(f"{file!r} lies outside the directory")
@@ -187,6 +193,7 @@ class Passport:
                 f'"a {f"{entry.token} {entry.class_name}".strip()}"',
                 "in the weights" if base.get("merged") == entry.name else f"{entry.bytes / 1024:.0f} KiB",
                 entry.source,
+                "; ".join(f"{kind}: {', '.join(values)}" for kind, values in entry.attributes.items()),
             )
             for entry in self.subjects
         ] or [("none",)]
@@ -247,6 +254,15 @@ def _describe_cost(record: Mapping[str, Any]) -> str:
     seconds, peak = record.get("seconds"), record.get("peak_anonymous")
     memory = f" with {peak / (1 << 30):.1f} GiB" if isinstance(peak, int) else ""
     return f"{seconds:.0f} s{memory}" if isinstance(seconds, int | float) else "unknown time"
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _fill_in(kind: type, record: Any) -> Any:
+    """A record with the attributes that passports of this schema have not had from its beginning."""
+    return {"attributes": {}, **record} if kind is SubjectEntry and isinstance(record, Mapping) else record
 
 
 def _build_typed(kind: type[_T], record: Mapping[str, Any]) -> _T:

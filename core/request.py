@@ -22,6 +22,7 @@ Mode = Literal["native", "reference"]
 Indexing = Literal["bpe", "words"]
 Sampler = Literal["dpmpp_2m_sde", "euler", "lcm"]
 TasStage = Literal["tokens_lcg", "tokens_gch", "pooled_lcg", "pooled_gch"]
+Auto = Literal["auto"]
 LCM_STEPS = 50
 _SEEDS = 1 << 64
 
@@ -34,7 +35,8 @@ class Request:
     negative_prompt: text; None: zero embeddings.
     subject: which subject of the engine; None: its first one, "": none.
     subject_scale: 0..2, strength of the subject's LoRA; 0 leaves its word in the prompt, and the networks the base's.
-    substitute: attribute words that TAS takes out of the subject.
+    substitute: attribute words that TAS takes out of the subject; "auto": those of its attributes that the prompt
+        contradicts, which the result's request has (`engine.retrieval`).
     substitute_prefix: the text before these words; None: "a photo of a TOKEN".
     sampler: "dpmpp_2m_sde" (Karras noise levels, the authors'), or what a few-step base was distilled for: "euler" on
         trailing timesteps (Lightning, Hyper-SD) or "lcm", which has at most 50 steps. The few-step samplers take
@@ -77,7 +79,7 @@ class Request:
     negative_prompt: str | None = ""
     subject: str | None = None
     subject_scale: float = 1.0
-    substitute: tuple[str, ...] = ()
+    substitute: tuple[str, ...] | Auto = ()
     substitute_prefix: str | None = None
     sampler: Sampler = "dpmpp_2m_sde"
     num_inference_steps: int = 30
@@ -167,6 +169,11 @@ class Request:
         return self.mode == "native" if self.prompt_weights is None else self.prompt_weights
 
     @property
+    def substitute_words(self) -> tuple[str, ...]:
+        """The words of substitute; () for "auto", in whose place they come when a request is laid out."""
+        return () if isinstance(self.substitute, str) else self.substitute
+
+    @property
     def guided(self) -> bool:
         """Whether classifier-free guidance runs; it needs a negative row per picture."""
         return self.guidance_scale > 1
@@ -218,7 +225,7 @@ class RequestFields(TypedDict, total=False):
     negative_prompt: str | None
     subject: str | None
     subject_scale: float
-    substitute: list[str] | tuple[str, ...]
+    substitute: list[str] | tuple[str, ...] | Auto
     substitute_prefix: str | None
     sampler: Sampler
     num_inference_steps: int
@@ -345,13 +352,19 @@ def _size(name: str, value: Any) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
+def _words_or_auto(name: str, value: Any) -> Any:
+    if isinstance(value, str) and value == "auto":
+        return value
+    return _several(_text, "words, or 'auto'")(name, value)
+
+
 _share = _number(0, 1)
 _CHECKS: dict[str, Check] = {
     "prompt": _text,
     "negative_prompt": _or_none(_text),
     "subject": _or_none(_text),
     "subject_scale": _number(0, 2),
-    "substitute": _several(_text, "words"),
+    "substitute": _words_or_auto,
     "substitute_prefix": _or_none(_text),
     "sampler": _one_of(Sampler),
     "num_inference_steps": _whole(1, 1000),

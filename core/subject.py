@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dreammix_trt.core.attributes import AttributeDictionary
 from dreammix_trt.core.errors import FileFormatError, InputError
 from dreammix_trt.core.files import atomic_file, sha256_of
 from dreammix_trt.core.lora import TARGETS, Factors, Lora, LoraSpec, Target, read_lora
-from dreammix_trt.core.lora_words import find_words, read_caption_words
+from dreammix_trt.core.lora_words import find_words, read_attributes, read_caption_words
 from dreammix_trt.core.networks import KINDS, kind_of, names_of_factors, unets_of
 from dreammix_trt.core.slots import Floats
 from dreammix_trt.core.tensors import open_tensors
@@ -28,7 +29,7 @@ from dreammix_trt.core.tensors import open_tensors
 SCHEMA = 3  # 2 has no parts: all of it is factors; 1 names the UNets that they act on by a target
 _FACTORS = "factors"  # the part of a file that holds them
 _BOTH = "unets"  # in the file: factors that the patched and the raw UNet share
-_FACTS = ("name", "token", "class_name", "scale", "base_key", "source_sha256", "caption_words")
+_FACTS = ("name", "token", "class_name", "scale", "base_key", "source_sha256", "caption_words", "attributes")
 _LARGEST = float(np.finfo(np.float16).max)
 _MARK = "dreammix_subject"  # the metadata of a subject file
 _DULL = {"lora", "loras", "out", "output", "pytorch_lora_weights", "adapter_model"}  # names that say nothing
@@ -48,6 +49,7 @@ class Subject:
     base_key: the base it was made for.
     source_sha256: of the LoRA file.
     caption_words: of the captions that it was trained with, lower case; (): nobody knows.
+    attributes: what is seen of it, kind -> values (`AttributeDictionary`); {}: nobody knows.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Subject:
     base_key: str = ""
     source_sha256: str = ""
     caption_words: tuple[str, ...] = field(default=(), repr=False)
+    attributes: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
 
     def factors_for(self, network: str) -> dict[str, tuple[Floats, Floats]]:
         """The factors of a network and those it shares with others; `merging.list_changes` takes its own."""
@@ -99,9 +102,14 @@ def subject_from_loras(
         for network in names_of_factors(part):
             chosen = [each for each in loras if part != "unet" or network in unets_of(each[2])]
             factors[network] = _stack(chosen, part)
-    words = sorted({word for lora, _, _ in loras for word in read_caption_words(lora.metadata)})
+    told = {
+        "caption_words": tuple(sorted({word for lora, _, _ in loras for word in read_caption_words(lora.metadata)})),
+        "attributes": next(
+            filter(None, (read_attributes(each.source_path, each.metadata) for each, _, _ in loras)), {}
+        ),
+    }
     found = {network: pairs for network, pairs in factors.items() if pairs}
-    return Subject(name, token, class_name, found, **{"caption_words": tuple(words), **more})
+    return Subject(name, token, class_name, found, **{**told, **more})
 
 
 def open_subject(
@@ -111,6 +119,7 @@ def open_subject(
     name: str = "",
     token: str = "",
     class_name: str = "",
+    attributes: AttributeDictionary | None = None,
 ) -> Subject:
     """The subject in a file: a subject file's, or one made of a LoRA in any dialect that `read_lora` reads.
 
@@ -119,6 +128,7 @@ def open_subject(
     unet_config: the base's diffusers `unet/config.json`, as for `read_lora`.
     name: how requests call it; empty: the subject file's, else the class, else the file's name.
     token, class_name: empty: as the file says, else "sks" and no class.
+    attributes: what is seen of it; None: as the file says.
 
     Raises `FileFormatError` for a file that is neither and for a subject without factors, `InputError` for a name that
     cannot be one, and for a target of a subject file, which has its own.
@@ -126,7 +136,7 @@ def open_subject(
     spec = source if isinstance(source, LoraSpec) else LoraSpec(Path(source))
     file = find_subject_file(spec.file)
     if file is None:
-        return make_subject([(read_lora(spec.file, unet_config), spec)], spec.file, name, token, class_name)
+        return make_subject([(read_lora(spec.file, unet_config), spec)], spec.file, name, token, class_name, attributes)
     subject = read_subject(file)
     if not subject.factors:
         raise FileFormatError(
@@ -139,8 +149,9 @@ def open_subject(
         subject,
         name=check_name(name or subject.name),
         token=token or subject.token,
-        class_name=class_name or subject.class_name,
+        class_name=class_name or subject.class_name or (attributes.class_name if attributes else ""),
         scale=subject.scale * spec.scale,
+        attributes=dict(attributes.attributes) if attributes else subject.attributes,
     )
 
 
@@ -158,17 +169,24 @@ def find_subject_file(path: str | Path) -> Path | None:
 
 
 def make_subject(
-    loras: Sequence[tuple[Lora, LoraSpec]], place: str | Path, name: str = "", token: str = "", class_name: str = ""
+    loras: Sequence[tuple[Lora, LoraSpec]],
+    place: str | Path,
+    name: str = "",
+    token: str = "",
+    class_name: str = "",
+    attributes: AttributeDictionary | None = None,
 ) -> Subject:
     """Make a subject of LoRAs that work together, called as it is asked for or as their files say.
 
     place: gives the name where neither `name` nor a class does.
+    attributes: what is seen of it; None: as their files say. It says the class where nothing else does.
 
     Raises `InputError` for a name that cannot be one.
     """
     words = [find_words(lora.source_path, lora.metadata) for lora, _ in loras]
     token = token or next((each.token for each in words if each.token), TOKEN)
     class_name = class_name or next((each.class_name for each in words if each.class_name), "")
+    class_name = class_name or (attributes.class_name if attributes else "")
     hashes = [sha256_of(lora.source_path, verify=True) for lora, _ in loras]
     return subject_from_loras(
         [(lora, spec.scale, spec.target) for lora, spec in loras],
@@ -176,6 +194,7 @@ def make_subject(
         token,
         class_name,
         source_sha256=hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
+        **({"attributes": dict(attributes.attributes)} if attributes else {}),
     )
 
 
@@ -248,7 +267,12 @@ def read_subject(path: str | Path) -> Subject:
     words = facts.get("caption_words", [])
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise FileFormatError(f"{path}: damaged, its caption_words are {words!r}; build the subject again")
-    told = {name: facts[name] for name in _FACTS if name in facts} | {"caption_words": tuple(words)}
+    try:
+        seen = AttributeDictionary.of(facts["class_name"] or "thing", facts.get("attributes", {}), "", str(path))
+    except InputError as error:
+        raise FileFormatError(f"{error}; it is damaged, build the subject again") from error
+    told = {name: facts[name] for name in _FACTS if name in facts}
+    told |= {"caption_words": tuple(words), "attributes": dict(seen.attributes)}
     return Subject(factors=_read_factors(path, facts, tensors), **told)
 
 

@@ -49,6 +49,12 @@ Token = Annotated[
 ClassName = Annotated[
     list[str] | None, typer.Option(help="What the subject is: teapot, dog; of several subjects NAME=CLASS.")
 ]
+Attributes = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="attributes.json of the subject, for --substitute auto; of several NAME=FILE; default: what its LoRA says."
+    ),
+]
 Sampler = Annotated[Literal["dpmpp_2m_sde", "euler", "lcm"] | None, typer.Option(help="What requests use by default.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Steps that requests use by default.")]
 GuidanceScale = Annotated[float | None, typer.Option(help="Guidance that requests use by default.")]
@@ -124,7 +130,7 @@ dreammix-trt build --base sdxl-inpainting/ --lora lora/ --target sm_89 -o mug-fo
 """
 PANELS = {
     "The base": ("base", "patch", "head", "vae", "tokenizer", "base_lora", "patch_biases", "no_slots"),
-    "The subject": ("lora", "subject", "name", "token", "class_name", "merge"),
+    "The subject": ("lora", "subject", "name", "token", "class_name", "attributes", "merge"),
     "What requests use by default": ("sampler", "steps", "guidance_scale"),
     "What it runs on": (
         *(
@@ -153,6 +159,7 @@ def build(
     name: Name = None,
     token: Token = None,
     class_name: ClassName = None,
+    attributes: Attributes = None,
     base: Base = None,
     patch: Patch = None,
     head: Head = None,
@@ -208,6 +215,7 @@ def build(
         name=name,
         token=_parse_words("--token", token or ()),
         class_name=_parse_words("--class-name", class_name or ()),
+        attributes=_parse_words("--attributes", attributes or ()),
         merge=merge,
         slots=not no_slots,
         defaults=Defaults(sampler, steps, guidance_scale),
@@ -230,7 +238,8 @@ def build(
 def _summarise(passport: Passport) -> dict[str, Any]:
     """What a script wants to know of a build; `inspect --json` prints the whole passport."""
     facts = {name: getattr(passport, name) for name in ("backend", "precision", "targets", "base_key", "command")}
-    subjects = [{"name": each.name, "token": each.token, "class_name": each.class_name} for each in passport.subjects]
+    fields = ("name", "token", "class_name", "attributes")
+    subjects = [{name: getattr(each, name) for name in fields} for each in passport.subjects]
     return facts | {"subjects": subjects}
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from dreammix_trt.core.attributes import FILE_NAME as ATTRIBUTES
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.files import atomic_file
 from dreammix_trt.report import Figure, Row, contact_sheet, enlarge_region, html_report, mark_region, stage_sheet
@@ -30,14 +31,9 @@ if TYPE_CHECKING:
 
 Update = Callable[[str, float, str], None]
 _IDENTITY = "a photo of a sks mug"
-_EDITS = {  # prompt: the subject's words that it replaces (TAS)
-    "a red sks mug": ("blue",),
-    "a yellow sks mug": ("blue",),
-    "a sks mug with a yellow star": ("green", "heart"),
-    "a striped sks mug": (),
-}
+_EDITS = ("a red sks mug", "a yellow sks mug", "a sks mug with a yellow star", "a striped sks mug")
 _PICTURES, _PHOTOS = 15, 5
-_MADE = ("lora", "engine", "contact_sheet.png", "stages.png", "report.html")
+_MADE = ("lora", "engine", ATTRIBUTES, "contact_sheet.png", "stages.png", "report.html")
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,7 @@ def run_demo(
     from dreammix_trt.core.extras import require_training
     from dreammix_trt.engine.dreammix import DreamMix
     from dreammix_trt.trainer.lora import train_lora
-    from dreammix_trt.trainer.micro.captions import subject_captions
+    from dreammix_trt.trainer.micro.captions import dictionary_of, subject_captions
 
     require_training()
     update = progress or (lambda *_: None)
@@ -82,6 +78,7 @@ def run_demo(
     subject = demo_subject()
     with _measure(seconds, "photographs"):
         photos = write_photos(out / "photos", subject)
+        dictionary_of(subject.attributes).write(out / ATTRIBUTES)
     with _measure(seconds, "train"):
         train_lora(
             out / "photos",
@@ -94,7 +91,13 @@ def run_demo(
             progress=_name_part(update, "train"),
         )
     with _measure(seconds, "build"):
-        passport = build(out / "lora", out=out / "engine", name="mug", progress=_name_part(update, "build"))
+        passport = build(
+            out / "lora",
+            out=out / "engine",
+            name="mug",
+            attributes=out / ATTRIBUTES,
+            progress=_name_part(update, "build"),
+        )
     with _measure(seconds, "load"):
         engine = DreamMix.load(out / "engine", threads=threads)
     with engine as dm, _measure(seconds, "inpaint"):
@@ -202,8 +205,8 @@ class Gallery:
 
     def _edit_row(self) -> Row:
         tiles = [
-            Figure(self._paint(place, prompt, 20 + k, substitute=substitute), f'"{prompt}"')
-            for k, ((prompt, substitute), place) in enumerate(zip(_EDITS.items(), self._rooms, strict=True))
+            Figure(self._paint(place, prompt, 20 + k, substitute="auto"), f'"{prompt}"')
+            for k, (prompt, place) in enumerate(zip(_EDITS, self._rooms, strict=True))
         ]
         return Row(
             "Edited by text", tiles, "Look for what the prompt names, and for the subject's other parts beside it."
@@ -225,7 +228,7 @@ class Gallery:
 
     def _photograph_row(self) -> Row:
         place = self._photograph
-        picture = self._paint(place, "a red sks mug on a wooden table", 60, substitute=("blue",))
+        picture = self._paint(place, "a red sks mug on a wooden table", 60, substitute="auto")
         size = f"{place.image.width}x{place.image.height} pixels"
         tiles = [
             Figure(mark_region(place.image, place.mask), size),

@@ -32,7 +32,13 @@ MaskFromAlpha = Annotated[
 Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help='For example "a red sks mug".')]
 NegativePrompt = Annotated[str | None, typer.Option(help="What is not to be there.")]
 Subject = Annotated[str | None, typer.Option(help="Which subject, when the engine has several.")]
-Substitute = Annotated[list[str] | None, typer.Option(help="Attribute words to take out of the subject.")]
+Substitute = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="WORD",
+        help="Attribute word to take out of the subject; auto: those of its attributes that the prompt contradicts.",
+    ),
+]
 SubjectScale = Annotated[float | None, typer.Option(help="Strength of the subject, 0 to 2; default: 1.")]
 Seed = Annotated[
     int | None,
@@ -141,7 +147,7 @@ def inpaint(
         negative_prompt=negative_prompt,
         subject=subject,
         subject_scale=subject_scale,
-        substitute=substitute,
+        substitute=_choose_substitute(substitute),
         seed=seed,
         num_inference_steps=steps,
         sampler=sampler,
@@ -168,6 +174,16 @@ def parse_seed(text: str) -> int:
         return int(text)
     except ValueError:
         raise typer.BadParameter(f"{text!r} is neither a whole number nor `random`") from None
+
+
+def _choose_substitute(words: list[str] | None) -> list[str] | str | None:
+    """The words of --substitute, or `auto`, which goes alone."""
+    if words and "auto" in words:
+        if len(words) > 1:
+            others = " and ".join(repr(word) for word in words if word != "auto") or "another auto"
+            raise InputError(f"--substitute auto finds the words itself, but {others} is given, too; leave one of them")
+        return "auto"
+    return words
 
 
 def _need_image(image: Path | None, request: Path | None) -> Path:
@@ -379,6 +395,7 @@ def _report(result: Result, names: list[Path], as_json: bool) -> None:
         record = {
             "images": [str(name) for name in names],
             "seeds": list(result.seeds),
+            "substitute": list(result.request.substitute_words),
             "timings": result.timings,
             "warnings": list(result.warnings),
         }

@@ -214,6 +214,7 @@ def _write(folder: Path, subject: Subject, source: str) -> SubjectEntry:
         bytes=file.stat().st_size,
         source=source,
         source_sha256=subject.source_sha256,
+        attributes={kind: list(values) for kind, values in subject.attributes.items()},
     )
 
 

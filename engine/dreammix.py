@@ -28,6 +28,7 @@ from dreammix_trt.engine.host.runtime import HostRuntime
 from dreammix_trt.engine.imprint import Origin, find_version
 from dreammix_trt.engine.jobs import Job, LaidOut, lay_out, paint_jobs
 from dreammix_trt.engine.result import Result, StepEvent, read_request, save
+from dreammix_trt.engine.retrieval import Retriever, retrieve
 from dreammix_trt.engine.roster import Roster
 from dreammix_trt.engine.runtime import Runtime
 from dreammix_trt.engine.text import Tokenizer
@@ -226,18 +227,26 @@ class DreamMix:
         """Names of the loaded subjects; the first is the default."""
         return self._roster.names
 
-    def add_subject(self, path: str | os.PathLike[str], name: str | None = None, *, token: str | None = None) -> str:
+    def add_subject(
+        self,
+        path: str | os.PathLike[str],
+        name: str | None = None,
+        *,
+        token: str | None = None,
+        attributes: str | os.PathLike[str] | None = None,
+    ) -> str:
         """Load another subject of the same base.
 
         path: a subject file, a LoRA (file or folder, from any trainer whose files `build --lora` takes), or an engine
             directory with subjects in it.
         name: what requests call it; None: the file's name for it. It replaces a loaded subject of that name.
         token: its word in prompts; None: as the file says, else "sks".
+        attributes: file of its attributes (attributes.json), for substitute="auto"; None: as the file says.
 
         Returns the name; of several subjects, the first one's. Raises FileFormatError when it does not fit this base.
         """
         self._check_open()
-        return self._roster.add_from(path, name, token)
+        return self._roster.add_from(path, name, token, attributes)
 
     def remove_subject(self, name: str) -> None:
         """Forget a subject and free what it takes. Where it was the default, the next one is.
@@ -260,6 +269,7 @@ class DreamMix:
         prompt: str | Request,
         *,
         noise: NoiseProvider | Sequence[NoiseProvider] | None = None,
+        retriever: Retriever = retrieve,
         keep_stages: bool = False,
         **fields: Unpack[RequestFields],
     ) -> Result:
@@ -270,12 +280,15 @@ class DreamMix:
             mask_image None: the mask is the picture's own transparency, and what is transparent is repainted.
         prompt: text, which makes a request as `request` does, or a whole Request, used as it is.
         noise: where the random numbers come from, one provider for each picture; default: the seed. Not on a GPU.
+        retriever: finds the words of substitute="auto", in place of `retrieve`, which asks nobody.
         keep_stages: whether the result has pictures of what each stage did.
         fields: any field of `Request` (seed, substitute, num_inference_steps, ...).
 
         Raises InputError that names the value at fault.
         """
-        return _take_last(self.iterate(image, mask_image, prompt, noise=noise, keep_stages=keep_stages, **fields))
+        return _take_last(
+            self.iterate(image, mask_image, prompt, noise=noise, retriever=retriever, keep_stages=keep_stages, **fields)
+        )
 
     def inpaint_batch(self, jobs: Sequence[Job]) -> list[Result]:
         """Paint several requests. All are checked before the first is painted.
@@ -300,6 +313,7 @@ class DreamMix:
         prompt: str | Request,
         *,
         noise: NoiseProvider | Sequence[NoiseProvider] | None = None,
+        retriever: Retriever = retrieve,
         keep_stages: bool = False,
         **fields: Unpack[RequestFields],
     ) -> Iterator[StepEvent]:
@@ -308,7 +322,7 @@ class DreamMix:
         Bad input is refused here, before the first step.
         """
         request = prompt.replace(**fields) if isinstance(prompt, Request) else self.request(prompt, **fields)
-        job = self._lay_out(Job(image, mask_image, request, noise))
+        job = self._lay_out(Job(image, mask_image, request, noise, retriever))
         return paint_jobs(self.runtime, [job], keep_stages, self._check_open)
 
     def _lay_out(self, job: Job) -> LaidOut:

@@ -29,6 +29,7 @@ from dreammix_trt.engine.imprint import Origin
 from dreammix_trt.engine.painting import Progress, batch_by_shape
 from dreammix_trt.engine.prompts import plan_prompts
 from dreammix_trt.engine.result import Result, StepEvent
+from dreammix_trt.engine.retrieval import Retriever, choose_substitute, retrieve
 from dreammix_trt.engine.runtime import Painted, Runtime, Work
 from dreammix_trt.engine.text import Tokenizer
 
@@ -40,12 +41,14 @@ class Job(NamedTuple):
 
     mask_image: None: the picture's own transparency; what is transparent is repainted.
     noise: a provider for each picture; None: the seed.
+    retriever: finds the words of substitute="auto".
     """
 
     image: Source
     mask_image: Source | None
     request: Request
     noise: NoiseProvider | Sequence[NoiseProvider] | None = None
+    retriever: Retriever = retrieve
 
 
 @dataclass
@@ -126,6 +129,9 @@ def lay_out(
         request = request.replace(patched_fraction=1.0)
     with keep_remarks() as remarks:
         subject = choose_subject(request)
+        request, reasons = choose_substitute(request, subject, job.retriever)
+        for reason in reasons:
+            remark(reason)
         if runtime.lost_raw_unet and subject.target == "raw":
             remark(
                 f"subject {subject.name!r} acts on the second UNet alone (target raw), for which there is no memory "

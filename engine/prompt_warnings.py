@@ -58,13 +58,13 @@ def _note_subject(prompt: str, subject: str, token: str) -> Iterator[str]:
 
 
 def _note_substitute(request: Request, prompt: str, token: str, tokenizer: Tokenizer) -> Iterator[str]:
-    if not request.substitute:
+    if not request.substitute_words:
         if request.substitute_prefix is not None:
             yield "substitute_prefix does nothing: there is no substitute"
         return
     if not request.tas_stages:
         yield "substitute does nothing: tas_stages names no stage"
-    for word in request.substitute:
+    for word in request.substitute_words:
         if not re.search(r"\w", word):
             yield f"substitute: {word!r} is no word"
         elif has_word(word, token):
@@ -87,7 +87,7 @@ def _note_strange(
     if not subject or len(known) < 2:  # the class alone says nothing about attributes
         return
     shown = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
-    for word in request.substitute:
+    for word in request.substitute_words:
         parts = re.findall(r"\w[\w'-]*", word.lower())
         if parts and not has_word(prompt, word.strip()) and not {*parts} & {*known, token.lower()}:
             yield f"substitute: {word!r} is in no caption that {subject!r} was trained with ({shown})"

@@ -259,10 +259,10 @@ def _refuse(fault: str, request: Request, contexts: Sequence[int], needed: int) 
 
 
 def _plan_removal(tokenizers: Sequence[Tokenizer], request: Request, text: _Text, token: str) -> TasPlan | None:
-    if not request.substitute:
+    if not request.substitute_words:
         return None
     prefix = f"a photo of a {token}" if request.substitute_prefix is None else request.substitute_prefix
-    plan = plan_tas(tokenizers[0], text.parsed.text, request.substitute, prefix, request.indexing, token)
+    plan = plan_tas(tokenizers[0], text.parsed.text, request.substitute_words, prefix, request.indexing, token)
     return plan if request.indexing == "words" else replace(plan, projected=text.rows)
 
 

@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from dreammix_trt.core.attributes import AttributeDictionary
 from dreammix_trt.core.errors import EngineError, FileFormatError, InputError
 from dreammix_trt.core.passport import FILE_NAME
 from dreammix_trt.core.remarks import remark
@@ -49,21 +50,30 @@ class Roster:
         self._note_unused(name, subject)
         return name
 
-    def add_from(self, path: str | os.PathLike[str], name: str | None = None, token: str | None = None) -> str:
+    def add_from(
+        self,
+        path: str | os.PathLike[str],
+        name: str | None = None,
+        token: str | None = None,
+        attributes: str | os.PathLike[str] | None = None,
+    ) -> str:
         """Add the subjects of a file, of a LoRA's folder, or of an engine directory.
 
         name: what requests call it, for a single subject; None: each keeps its own.
         token: its word in prompts; None: as the file says.
+        attributes: the file of its attributes; None: as the file says.
 
-        Returns the first one's name. Raises EngineError for an engine without subjects, InputError for one name or
-        word for several, FileFormatError for what is no subject or does not fit.
+        Returns the first one's name. Raises EngineError for an engine without subjects, InputError for one name, word
+        or file of attributes for several, FileFormatError for what is no subject or does not fit.
         """
         source = Path(path)
         files = _list_files(source)
-        if (name is not None or token is not None) and len(files) > 1:
-            given = f"name is {name!r}" if name is not None else f"token is {token!r}"
-            raise InputError(f"{given}, but {source} holds {len(files)} subjects; name one of their files")
-        opened = [open_subject(file, self._runtime.facts.unet, token=token or "") for file in files]
+        given = {"name": name, "token": token, "attributes": None if attributes is None else os.fspath(attributes)}
+        first = next((f"{field} is {value!r}" for field, value in given.items() if value is not None), None)
+        if first is not None and len(files) > 1:
+            raise InputError(f"{first}, but {source} holds {len(files)} subjects; name one of their files")
+        seen = None if attributes is None else AttributeDictionary.read(Path(attributes))
+        opened = [open_subject(file, self._runtime.facts.unet, token=token or "", attributes=seen) for file in files]
         names = []
         for file, subject in zip(files, opened, strict=True):
             try:

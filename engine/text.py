@@ -174,7 +174,7 @@ def plan_tas(
 
     Raises InputError when the prompt lacks `token`, or no word is left to eliminate ("bpe").
     """
-    if not _names_subject(prompt, token, indexing):
+    if not names_subject(prompt, token, indexing):
         near = find_near_miss(prompt, token)
         raise InputError(
             f"the prompt {shorten(prompt)!r} does not name the subject: attribute removal (substitute) needs "
@@ -228,7 +228,8 @@ def _drop_beyond(positions: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(position for position in positions if position < TOKENS)
 
 
-def _names_subject(prompt: str, token: str, indexing: Indexing) -> bool:
+def names_subject(prompt: str, token: str, indexing: Indexing) -> bool:
+    """Whether a prompt has the subject's word as TAS needs it: blank-separated with "words"."""
     if indexing == "words":
         return token.lower() in prompt.lower().split()
     return has_word(prompt, token)

@@ -20,7 +20,7 @@ FACE = {
 #: the rooms of the engine floor, lowest first: each imports what stands in the rows before its own, and its own room
 ROOMS = (
     ("hardware", "machine", "prompt_syntax", "text", "numpy_kernels", "kernels", "drivers"),
-    ("canvas", "prompt_warnings", "prompts", "painting", "imprint", "result"),
+    ("canvas", "prompt_warnings", "prompts", "subject_phrase", "retrieval", "painting", "imprint", "result"),
     ("runtime", "directory", "backends"),
     ("host", "device"),
     ("roster", "jobs"),

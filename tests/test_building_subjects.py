@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from dreammix_trt.build_cli import _parse_pairs, _parse_words
 from dreammix_trt.building import build
 from dreammix_trt.building.order import BuildOrder
+from dreammix_trt.core.attributes import AttributeDictionary
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import FileFormatError, InputError
 from dreammix_trt.core.passport import Passport
@@ -140,6 +141,9 @@ BAD_ORDERS: dict[str, tuple[dict[str, Any], str]] = {
     "two words": ({"lora": "x", "token": "oh wx"}, "token is 'oh wx'; it must be one word"),
     "no word": ({"lora": "x", "class_name": " "}, "class_name is ''; it must say what the subject is"),
     "a name": ({"subjects": {"../a": "x"}}, "letters, digits"),
+    "attributes of nobody": ({"attributes": Path("a.json")}, "attributes is 'a.json', but there is no LoRA"),
+    "attributes of two": ({"subjects": {"a": "x", "b": "y"}, "attributes": "f"}, "say of which: NAME=f"),
+    "no file": ({"lora": "x", "attributes": ""}, "attributes is ''; it must name a file"),
     "merging two": ({"subjects": {"a": "x", "b": "y"}, "merge": True}, "build an engine for each"),
 }
 
@@ -163,6 +167,42 @@ def test_subjects_that_cannot_be_made_are_refused(
     with pytest.raises(InputError, match="is a subject file, not a LoRA to put together"):
         build([file, mug_lora], **given)
     assert not (tmp_path / "out").exists()
+
+
+def test_attributes_reach_the_engine(small_base: Path, mug_engine: Path, mug_lora: Path, tmp_path: Path) -> None:
+    """Those that are given count more than the LoRA's own; another program's break nothing, and are said."""
+    own, foreign = tmp_path / "own.safetensors", tmp_path / "foreign.safetensors"
+    (factors,) = mug_lora.glob("*.safetensors")
+    save_file(load_file(factors), own, {"token": "sks", "class_name": "mug", "attributes": '{"colour": ["blue"]}'})
+    save_file(load_file(factors), foreign, {"token": "zwx", "attributes": '["soft light"]'})
+    given = tmp_path / "attributes.json"
+    AttributeDictionary.of("teapot", {"part": ["cream foot"]}, "hand", "x").write(given)
+    told: list[str] = []
+    common: dict[str, Any] = {"base": small_base, "out": tmp_path / "engine", "notice": told.append}
+
+    passport = build(subjects={"one": own, "two": own, "three": foreign}, attributes={"two": given}, **common)
+    seen = {entry.name: entry.attributes for entry in passport.subjects}
+    assert seen == {"one": {"colour": ["blue"]}, "two": {"part": ["cream foot"]}, "three": {}}
+    assert Passport.read(tmp_path / "engine") == passport
+    for entry in passport.subjects:
+        kept = {
+            kind: list(values) for kind, values in read_subject(tmp_path / "engine" / entry.file).attributes.items()
+        }
+        assert kept == entry.attributes
+    words = shlex.split(passport.command)
+    assert words[words.index("--attributes") + 1] == f"two={given}"
+    (ignored, mismatch) = [text for text in told if "attributes" in text and "replaces" not in text]
+    assert ignored.startswith(f"{given}: the attributes are of a 'teapot', and are taken for subject 'two', a 'mug'")
+    assert mismatch.startswith(f"{foreign}: the attributes in its metadata are ignored")
+
+    again = build(tmp_path / "engine/subjects/one.safetensors", attributes=given, base=small_base, out=tmp_path / "two")
+    assert again.subjects[0].attributes == {"part": ["cream foot"]}
+    fresh = build(mug_lora, attributes=given, base=small_base, out=tmp_path / "three")
+    assert (fresh.subjects[0].name, fresh.subjects[0].class_name) == ("teapot", "teapot"), "nothing else says the class"
+    given.write_text('{"class_name": "mug", "attributes": {"smell": ["good"]}}')
+    with pytest.raises(InputError, match=r"attributes\.json: attributes\.smell: no such kind"):
+        build(own, attributes=given, base=small_base, out=tmp_path / "four")
+    assert not (tmp_path / "four").exists()
 
 
 def test_the_command_line_names_subjects_and_words() -> None:

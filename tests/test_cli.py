@@ -91,6 +91,24 @@ def test_a_picture_is_made_and_made_again_from_its_own_metadata(mug_engine: Path
         assert stages.width > 600
 
 
+def test_words_are_found_and_said(
+    mug_lora: Path, small_base: Path, mug_engine: Path, place: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "attributes.json").write_text('{"class_name": "mug", "attributes": {"colour": ["blue"]}}')
+    engine = tmp_path / "engine"
+    built = run(
+        *("build", "--base", small_base, "--lora", mug_lora, "--attributes", tmp_path / "attributes.json"),
+        *("-o", engine, "--json"),
+    )
+    assert json.loads(built.stdout)["subjects"][0]["attributes"] == {"colour": ["blue"]}, built.stderr
+    assert "colour: blue" in run("inspect", engine).stdout
+    done = inpaint(engine, place, "--substitute", "auto", "--json", out="auto.png")
+    assert json.loads(done.stdout)["substitute"] == ["blue"], done.stderr
+    assert done.stderr.count("warning: substitute: 'blue' of colour 'blue' is taken out: the prompt says 'red'") == 1
+    refused = inpaint(engine, place, "--substitute", "auto", "--substitute", "green", out="x.png")
+    assert refused.returncode == 2 and "'green' is given, too; leave one of them" in refused.stderr
+
+
 def test_the_mask_may_be_the_pictures_transparency(mug_engine: Path, place: Path, tmp_path: Path) -> None:
     with Image.open(place / "image.png") as image, Image.open(place / "mask.png") as mask:
         erased = image.convert("RGB")

@@ -8,8 +8,11 @@ import pytest
 from PIL import Image
 
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.demo import check_folder, run_demo
+from dreammix_trt.core.passport import Passport
+from dreammix_trt.demo import _EDITS, check_folder, demo_subject, run_demo
+from dreammix_trt.engine.retrieval import retrieve
 from dreammix_trt.report import Figure, Row, contact_sheet, enlarge_region, mark_region
+from dreammix_trt.trainer.micro.captions import dictionary_of
 
 
 @pytest.mark.slow
@@ -23,7 +26,19 @@ def test_the_demo_makes_its_pages(mug_engine: Path, tmp_path: Path) -> None:
     for text in ("data:image/png;base64,", "network:unet", "num_inference_steps", "micro-sdxl"):
         assert text in report
     assert {"train", "build", "inpaint"} <= {name.split()[0] for name in told}
-    assert (tmp_path / "demo" / "engine" / "passport.json").is_file()
+    (subject,) = Passport.read(tmp_path / "demo" / "engine").subjects
+    assert subject.attributes == {"colour": ["blue"], "part": ["white foot", "white rim"], "decal": ["green heart"]}
+
+
+def test_its_edits_take_out_what_a_person_would() -> None:
+    attributes = dictionary_of(demo_subject().attributes).attributes
+    found = {prompt: retrieve(prompt, attributes, "mug", "sks").words for prompt in _EDITS}
+    assert found == {
+        "a red sks mug": ("blue",),
+        "a yellow sks mug": ("blue",),
+        "a sks mug with a yellow star": ("green", "heart"),
+        "a striped sks mug": (),
+    }
 
 
 def test_a_sheet_holds_every_tile() -> None:

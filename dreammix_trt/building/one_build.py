@@ -42,6 +42,7 @@ def build(
     name: str | None = None,
     token: str | Mapping[str, str] | None = None,
     class_name: str | Mapping[str, str] | None = None,
+    attributes: str | Path | Mapping[str, str | Path] | None = None,
     merge: bool = False,
     slots: bool = True,
     patch_biases: bool = False,
@@ -65,6 +66,8 @@ def build(
     name: of the subject of `lora`; None: its class, where that is known, else from `out`.
     token, class_name: the subject's word in prompts, and what it is; of several, by name. None: as the LoRA's metadata
         says (`core/lora_words.py`), else "sks" and nothing.
+    attributes: file of the subject's attributes (`core/attributes.py`); of several, by name. None: as the LoRA's
+        metadata says.
     merge: bake the subject into weights of its own.
     slots: whether subjects can be swapped in; without, the engine draws the base alone, or the subject that is merged.
     patch_biases: apply the patch's biases, too.
@@ -88,6 +91,7 @@ def build(
         name=name,
         token=token,
         class_name=class_name,
+        attributes=attributes,
         merge=merge,
         slots=slots,
         defaults=defaults or Defaults(),

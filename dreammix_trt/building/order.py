@@ -20,6 +20,7 @@ from dreammix_trt.core.subject import check_name
 
 LoraOption = str | Path | LoraSpec
 Words = str | Mapping[str, str] | None
+Paths = str | Path | Mapping[str, str | Path] | None
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,14 @@ class SubjectOrder:
 
     files: LoRAs that work together, or one subject file.
     name, token, class_name: empty: as the files say.
+    attributes: the file of its attributes; None: as the files say.
     """
 
     files: tuple[LoraSpec, ...]
     name: str = ""
     token: str = ""
     class_name: str = ""
+    attributes: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class BuildOrder:
     name: str | None = None
     token: Words = None
     class_name: Words = None
+    attributes: Paths = None
     merge: bool = False
     slots: bool = True
     defaults: Defaults = field(default_factory=Defaults)
@@ -89,10 +93,15 @@ class BuildOrder:
         together = _parse_loras(given, "patched")
         asked = [(self.name or "", together)] if together else []
         asked += [(check_name(name), _parse_loras([each], "patched")) for name, each in self.subjects.items()]
-        alone = len(asked) == 1
-        tokens = _give_words("token", self.token, [name for name, _ in asked], alone)
-        classes = _give_words("class_name", self.class_name, [name for name, _ in asked], alone)
-        return [SubjectOrder(tuple(files), name, tokens[name], classes[name]) for name, files in asked]
+        names = [name for name, _ in asked]
+        tokens, classes = (_give_words(field, getattr(self, field), names) for field in ("token", "class_name"))
+        files_of = _give_words("attributes", _as_texts(self.attributes), names)
+        return [
+            SubjectOrder(
+                tuple(files), name, tokens[name], classes[name], Path(files_of[name]) if files_of[name] else None
+            )
+            for name, files in asked
+        ]
 
     @property
     def subject_specs(self) -> list[LoraSpec]:
@@ -108,8 +117,9 @@ class BuildOrder:
         """Raise InputError for what cannot be built, before anything is read."""
         check_place(self.out, PASSPORT)
         self.engine.check()
-        for field_name in ("name", "token", "class_name"):
+        for field_name in ("name", "token", "class_name", "attributes"):
             value = getattr(self, field_name)
+            value = str(value) if isinstance(value, Path) else value
             if value and (self.lora is None if field_name == "name" else not self.lora and not self.subjects):
                 raise InputError(f"{field_name} is {value!r}, but there is no LoRA to make a subject of: give --lora")
         orders, _ = self.subject_orders, self.base_specs  # refuses what is none
@@ -122,8 +132,9 @@ class BuildOrder:
 
     def check_outside(self, files: BaseFiles) -> None:
         """Raise InputError for a source inside the directory that is about to be replaced."""
-        loras = (spec.file for spec in (*self.subject_specs, *self.base_specs))
-        for source in (files.folder, files.patch, files.head_file, files.vae, files.tokenizer, *loras):
+        given = [spec.file for spec in (*self.subject_specs, *self.base_specs)]
+        given += [each.attributes for each in self.subject_orders if each.attributes]
+        for source in (files.folder, files.patch, files.head_file, files.vae, files.tokenizer, *given):
             if source is not None and source.resolve().is_relative_to(self.place):
                 raise InputError(
                     f"{source} lies in {Path(self.out)}, which this build replaces; move it, or choose another --out"
@@ -153,6 +164,7 @@ class BuildOrder:
             "name": self.name,
             "token": _list_given(self.token),
             "class_name": _list_given(self.class_name),
+            "attributes": _list_given(_as_texts(self.attributes)),
             "merge": self.merge,
             "no_slots": not self.slots,
             "patch_biases": self.base.patch_biases,
@@ -182,10 +194,16 @@ def _parse_loras(given: Sequence[LoraOption], target: Any) -> list[LoraSpec]:
     return [each if isinstance(each, LoraSpec) else parse_lora(str(each), target) for each in given]
 
 
-def _give_words(option: str, given: Words, names: Sequence[str], alone: bool) -> dict[str, str]:
+def _as_texts(given: Paths) -> Words:
+    if isinstance(given, Mapping):
+        return {name: str(path) for name, path in given.items()}
+    return None if given is None else str(given)
+
+
+def _give_words(option: str, given: Words, names: Sequence[str]) -> dict[str, str]:
     """The word of each subject; "" where none is given. Raises InputError for a word of no subject, or of which one."""
     if isinstance(given, str):
-        if not alone:
+        if len(names) != 1:
             raise InputError(f"{option} is {given!r}, but there are {len(names)} subjects; say of which: NAME={given}")
         given = {name: given for name in names}
     words = {name: word.strip() for name, word in (given or {}).items()}
@@ -195,7 +213,7 @@ def _give_words(option: str, given: Words, names: Sequence[str], alone: bool) ->
         raise InputError(f"{option} is given for {', '.join(unknown)}; the subjects are: {known}")
     for name, word in words.items():
         if not word or (option == "token" and len(word.split()) > 1):
-            what = "be one word" if option == "token" else "say what the subject is"
+            what = {"token": "be one word", "attributes": "name a file"}.get(option, "say what the subject is")
             raise InputError(f"{option} is {word!r}{f' for {name}' if name else ''}; it must {what}")
     return {name: words.get(name, "") for name in names}
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dreammix_trt.building.order import BuildOrder, SubjectOrder
+from dreammix_trt.core.attributes import AttributeDictionary
 from dreammix_trt.core.errors import FileFormatError, InputError
 from dreammix_trt.core.lora import Lora, LoraSpec, read_lora
 from dreammix_trt.core.lora_names import join_first
 from dreammix_trt.core.lora_words import find_words
 from dreammix_trt.core.merging import check_fit, find_misfits
 from dreammix_trt.core.networks import Network, networks_of_factors
+from dreammix_trt.core.remarks import keep_remarks
 from dreammix_trt.core.subject import Subject, find_subject_file, make_subject, open_subject
 
 Tell = Callable[[str], None]
@@ -40,7 +42,10 @@ def make_subjects(order: BuildOrder, unet_config: Mapping[str, Any], tell: Tell)
     Raises FileFormatError for files that cannot be used, InputError for two subjects of one name, and for a subject
     file among LoRAs that work together or to be merged.
     """
-    made = [_make(each, order, unet_config, tell) for each in order.subject_orders]
+    with keep_remarks(tell=False) as remarks:
+        made = [_make(each, order, unet_config, tell) for each in order.subject_orders]
+    for remark in remarks:
+        tell(remark)
     names = [each.subject.name for each in made]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -79,16 +84,20 @@ def check_slots(made: MadeSubject, networks: Sequence[Network], order: BuildOrde
 
 
 def _make(asked: SubjectOrder, order: BuildOrder, unet_config: Mapping[str, Any], tell: Tell) -> MadeSubject:
-    words = {"token": asked.token, "class_name": asked.class_name}
+    attributes = AttributeDictionary.read(asked.attributes) if asked.attributes else None
+    words: dict[str, Any] = {"token": asked.token, "class_name": asked.class_name, "attributes": attributes}
     files = [spec for spec in asked.files if find_subject_file(spec.file)]
     if files and (len(asked.files) > 1 or order.merge):
         what = "bake in" if order.merge else "put together with others"
         raise InputError(f"{files[0].file} is a subject file, not a LoRA to {what}; give the LoRA it was made of")
     if files:
-        return MadeSubject(open_subject(files[0], unet_config, name=asked.name, **words), asked)
+        made = MadeSubject(open_subject(files[0], unet_config, name=asked.name, **words), asked)
+        _tell_class(made, attributes, tell)
+        return made
     loras = [(read_lora(spec.file, unet_config), spec) for spec in asked.files]
     made = MadeSubject(make_subject(loras, order.out, asked.name, **words), asked, loras)
     _tell_words(made, len(order.subject_orders) > 1, tell)
+    _tell_class(made, attributes, tell)
     if len(loras) > 1:
         apart = " ".join(f"--subject NAME{n}={spec.file}" for n, (_, spec) in enumerate(loras, 1))
         tell(
@@ -120,6 +129,16 @@ def _tell_words(made: MadeSubject, several: bool, tell: Tell) -> None:
         tell(f"{made.sources}: {told} (says its {found.source}); --token {place} and --class-name change that")
 
 
+def _tell_class(made: MadeSubject, attributes: AttributeDictionary | None, tell: Tell) -> None:
+    """Say where a subject is of another class than its attributes' file says."""
+    subject = made.subject
+    if attributes is not None and attributes.class_name.lower() != subject.class_name.lower():
+        tell(
+            f"{made.order.attributes}: the attributes are of a {attributes.class_name!r}, and are taken for subject "
+            f"{subject.name!r}, a {subject.class_name!r}"
+        )
+
+
 def _order_alone(made: MadeSubject, order: BuildOrder) -> BuildOrder:
     """The order of an engine with this subject alone; beside the one that was asked for where that has several."""
     if len(order.subject_orders) == 1:
@@ -133,4 +152,5 @@ def _order_alone(made: MadeSubject, order: BuildOrder) -> BuildOrder:
         name=subject.name,
         token=subject.token,
         class_name=subject.class_name,
+        attributes=made.order.attributes,
     )

@@ -124,12 +124,27 @@ def test_a_passport_of_schema_1_says_how_to_rebuild_though_its_fields_are_others
         {"extra": 1},
         {"subjects": [{**json.loads(json.dumps(make_passport().to_dict()))["subjects"][0], "file": "/etc/passwd"}]},
         {"subjects": [{**json.loads(json.dumps(make_passport().to_dict()))["subjects"][0], "bytes": "many"}]},
+        {"subjects": [{**json.loads(json.dumps(make_passport().to_dict()))["subjects"][0], "attributes": [1]}]},
+        {"subjects": [{**json.loads(json.dumps(make_passport().to_dict()))["subjects"][0], "attributes": {"a": "b"}}]},
+        {"subjects": [{**json.loads(json.dumps(make_passport().to_dict()))["subjects"][0], "attributes": {"a": [1]}}]},
     ],
 )
 def test_a_field_of_another_kind_is_refused(folder: Path, fields: dict[str, Any]) -> None:
     change(folder, **fields)
     with pytest.raises(EngineError, match=r"is damaged .*build it again"):
         Passport.read(folder)
+
+
+def test_a_subject_of_a_passport_without_attributes_is_read(folder: Path) -> None:
+    record = json.loads((folder / FILE_NAME).read_text())
+    record["subjects"][0]["attributes"] = {"colour": ["blue"], "part": ["cream foot", "white rim"]}
+    change(folder, **record)
+    passport = Passport.read(folder)
+    assert passport.subjects[0].attributes == record["subjects"][0]["attributes"]
+    assert "colour: blue; part: cream foot, white rim" in dict(passport.describe())["Subjects"][0]
+    del record["subjects"][0]["attributes"]
+    change(folder, **record)
+    assert Passport.read(folder).subjects[0].attributes == {}
 
 
 @pytest.mark.parametrize("name", list(make_passport().to_dict()))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from typing import Any, get_args, get_origin, get_type_hints
+from functools import reduce
+from operator import or_
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -22,7 +25,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "negative_prompt": st.none() | text,
     "subject": st.none() | text,
     "subject_scale": st.floats(0, 2),
-    "substitute": st.lists(text, max_size=3),
+    "substitute": st.just("auto") | st.lists(text, max_size=3),
     "substitute_prefix": st.none() | text,
     "sampler": st.sampled_from(get_args(Sampler)),
     "num_inference_steps": st.integers(20, 1000),
@@ -81,7 +84,8 @@ REFUSED = [
     ("prompt", "a\x00b", "text"),
     ("prompt", "\ud800", "text"),
     ("negative_prompt", 3, "text"),
-    ("substitute", "clay", "list of words"),
+    ("substitute", "clay", "list of words, or 'auto'"),
+    ("substitute", b"auto", "list of words, or 'auto'"),
     ("sampler", "ddim", "'dpmpp_2m_sde' or 'euler' or 'lcm'"),
     ("sampler", None, "'dpmpp_2m_sde' or 'euler' or 'lcm'"),
     ("num_inference_steps", 0, "1 to 1000"),
@@ -239,6 +243,8 @@ def test_request_fields_are_those_of_a_request() -> None:
     """RequestFields repeats the fields of Request for editors and type checkers."""
 
     def accepted(kind: Any) -> Any:
+        if get_origin(kind) in (Union, UnionType):
+            return reduce(or_, map(accepted, get_args(kind)))
         several = get_origin(kind) is tuple and get_args(kind)[1:] == (...,)
         return list[get_args(kind)[0]] | kind if several else kind  # type: ignore[misc]
 

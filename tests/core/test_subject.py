@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from dreammix_trt.core.attributes import AttributeDictionary
 from dreammix_trt.core.errors import FileFormatError, InputError
 from dreammix_trt.core.lora import Factors, Lora, LoraSpec, Target, read_lora
 from dreammix_trt.core.lora_names import SDXL
@@ -295,3 +296,27 @@ def test_the_words_of_captions_are_kept(tmp_path: Path) -> None:
     save_file({}, file, {"dreammix_subject": json.dumps(facts)})
     with pytest.raises(FileFormatError, match="caption_words are 3"):
         read_subject(file)
+
+
+def test_the_attributes_are_kept(tmp_path: Path) -> None:
+    """Those of the first LoRA that has some; a file of this schema without the field is read, a spoilt one is not."""
+    factors: Factors = {"unet": random_factors(MODULES)}
+    seen = [{}, {"attributes": '{"decal": ["green heart"], "colour": ["Blue"]}'}, {"attributes": '{"size": ["big"]}'}]
+    loras = [Lora(factors, 4, tmp_path / "x", metadata) for metadata in seen]
+    subject = subject_from_loras([(lora, 1.0, "patched") for lora in loras], "mug")
+    assert subject.attributes == {"colour": ("blue",), "decal": ("green heart",)}
+    file = tmp_path / "mug.safetensors"
+    write_subject(file, subject)
+    assert read_subject(file).attributes == subject.attributes
+    assert list(read_subject(file).attributes) == ["colour", "decal"], "in the order of a caption"
+    attributes = AttributeDictionary.of("cup", {"colour": ["red"]}, "hand", "x")
+    opened = open_subject(file, attributes=attributes)
+    assert (opened.attributes, opened.class_name) == ({"colour": ("red",)}, "cup")
+    assert open_subject(file, class_name="mug", attributes=attributes).class_name == "mug"
+    facts = {"schema": 3, "name": "x", "token": "y", "class_name": ""}
+    save_file({}, file, {"dreammix_subject": json.dumps(facts)})
+    assert read_subject(file).attributes == {}
+    for spoilt in ({"attributes": 3}, {"attributes": {"smell": ["good"]}}, {"attributes": {"colour": [3]}}):
+        save_file({}, file, {"dreammix_subject": json.dumps(facts | spoilt)})
+        with pytest.raises(FileFormatError, match=r"mug\.safetensors: attributes.*build the subject again"):
+            read_subject(file)

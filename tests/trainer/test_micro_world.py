@@ -9,8 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dreammix_trt.core.attributes import compose_phrase
 from dreammix_trt.trainer.micro import objects, world
-from dreammix_trt.trainer.micro.captions import WORDS, caption, compose, describe, subject_captions
+from dreammix_trt.trainer.micro.captions import WORDS, caption, compose, describe, dictionary_of, subject_captions
 from dreammix_trt.trainer.micro.distances import decal
 from dreammix_trt.trainer.micro.rooms import SURFACES
 from dreammix_trt.trainer.micro.world import Attributes, Build
@@ -208,6 +209,20 @@ def test_a_caption_names_the_parts_asked_for_in_natural_order() -> None:
     assert compose(MUG, (), noun="sks mug") == "sks mug"
     assert subject_captions(MUG)[0] == "a photo of a blue sks mug"
     assert all("sks mug" in text for text in subject_captions(MUG))
+
+
+def test_a_dictionary_lists_what_is_to_be_seen_of_a_thing() -> None:
+    assert dictionary_of(MUG).pairs == (
+        ("colour", "blue"),
+        ("part", "white foot"),
+        ("part", "red rim"),
+        ("decal", "yellow star"),
+    )
+    jar = Attributes("jar", "red", "striped", band="blue", decal="blot", decal_colour="green", finish="glass")
+    assert (
+        compose_phrase("jar", dictionary_of(jar).pairs) == "red striped glass jar with a blue band and a green sticker"
+    )
+    assert dictionary_of(Attributes("ball", "pink", finish="shiny")).attributes["finish"] == ("shiny",)
 
 
 def test_a_part_that_is_not_named_is_mostly_there() -> None:

@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from dreammix_trt.core.attributes import with_article
+from dreammix_trt.core.attributes import AttributeDictionary, with_article
 from dreammix_trt.trainer.micro.objects import COLOURS, DECALS, FINISHES, PATTERNS, SHAPES, TOPS, Attributes
 from dreammix_trt.trainer.micro.rooms import SURFACES
 
@@ -86,6 +86,21 @@ def subject_captions(what: Attributes, token: str = "sks") -> tuple[str, ...]:
     parts = [part for part in ("colour", "pattern", "foot", "top", "band", "decal") if getattr(what, part)]
     named = [*({part} for part in parts), set(parts)]
     return tuple(f"a photo of {with_article(compose(what, words, noun=noun))}" for words in named)
+
+
+def dictionary_of(what: Attributes) -> AttributeDictionary:
+    """What a person would write down of a thing; "plain" and "matte" say that nothing is to be seen, and are not."""
+    parts = {part: f"{colour} {word}" for part, (colour, word) in name_parts(what).items()}
+    decal = parts.pop("decal", None)
+    attributes = {
+        "finish": ["shiny"] if what.finish == "shiny" else [],
+        "colour": [what.colour],
+        "pattern": [] if what.pattern == "plain" else [what.pattern],
+        "material": ["glass"] if what.finish == "glass" else [],
+        "part": list(parts.values()),
+        "decal": [decal] if decal else [],
+    }
+    return AttributeDictionary.of(what.shape, attributes, "hand", what.shape)
 
 
 def caption(rng: np.random.Generator, what: Attributes | None, surface: str) -> str:
