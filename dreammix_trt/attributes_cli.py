@@ -111,7 +111,7 @@ def attributes(
         try:
             found = describer.describe(pictures, class_name)
         finally:
-            if chat is not None:
+            if chat is not None and any(chat.tokens):
                 say(f"{chat.url}: {chat.tokens[0]:,} tokens read and {chat.tokens[1]:,} written, as it counts")
     found.write(out)
     return _report(found, out, as_json, chat)

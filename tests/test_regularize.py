@@ -124,6 +124,13 @@ def test_a_run_that_was_killed_goes_on(dm: DreamMix, tmp_path: Path) -> None:
     assert run(dm, tmp_path / "out", order()).new == 0
 
 
+def test_a_batch_paints_the_same_pictures(dm: DreamMix, tmp_path: Path) -> None:
+    for name, batch in (("one", 1), ("two", 2)):
+        assert run(dm, tmp_path / name, order(), batch=batch).new == 3
+    pictures = [[data for _, (_, data) in sorted(stamps(tmp_path / name).items())] for name in ("one", "two")]
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 6
+
+
 CHANGES: dict[str, dict[str, Any]] = {
     "seed": {"seed": 6},
     "count": {"count": 4},

@@ -112,6 +112,17 @@ def test_nobody_else_is_ever_contacted() -> None:
     assert other.asked == []
 
 
+def test_a_proxy_is_not_asked_for_what_is_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(say("stolen")) as proxy, serve(say("hi")) as script:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        assert ask(script).text == "hi"
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        elsewhere = Chat("http://model.invalid/v1", "m", pause=0.02)
+        assert elsewhere.ask(MESSAGES, "thing", SCHEMA).text == "stolen", "the proxy of the environment serves others"
+    assert len(proxy.asked) == 1
+
+
 def test_a_huge_answer_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_BYTES", 1000)
     with serve(Reply(b"x" * 5000)) as script, pytest.raises(EndpointError, match="more than 1000 bytes"):

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.trainer.photographs import read_photographs
+from dreammix_trt.trainer.listing import list_photographs
+from dreammix_trt.trainer.photographs import choose_twin, read_photographs
 from dreammix_trt.trainer.regular_folder import RegularPicture, place_regular, read_regular
 
 
@@ -94,11 +95,13 @@ def test_names_that_no_folder_can_have_are_refused(tmp_path: Path, wrong: str) -
 def test_the_authors_subjects_are_read(shared: Path) -> None:
     """`train_data/<cat>/image/NN.jpg` and `mask/NN.png`, of their own data set."""
     data = shared / "data" / "dreambooth"
-    for name, count in (("teapot", 5), ("clock", 6)):
-        files = read_photographs(data / name)
-        assert [file.name for file in files] == [f"{number:02d}.jpg" for number in range(count)]
-        photograph = files[0].read()
-        assert photograph.image.shape[:2] == photograph.subject.shape
-        assert 0.02 < np.mean(photograph.subject) < 0.6
+    files = read_photographs(data / "teapot")
+    assert [file.name for file in files] == [f"{number:02d}.jpg" for number in range(5)]
+    photograph = files[1].read()
+    assert photograph.image.shape[:2] == photograph.subject.shape
+    assert 0.02 < np.mean(photograph.subject) < 0.6
+    clock = list_photographs(data / "clock", choose_twin)
+    assert [mask.name if mask else "" for mask in clock.pairs.values()] == [f"{number:02d}.png" for number in range(6)]
+    assert not clock.left_out
     with pytest.raises(InputError, match=r"folders of subjects \(clock, teapot\); name one of them"):
         read_photographs(data)
