@@ -97,7 +97,8 @@ def test_a_file_by_hand_is_checked_and_shown(tmp_path: Path) -> None:
     assert done.exit_code == 0 and "clay" in done.stdout and "a photo of a sks teapot" in done.stdout
     file.write_text(json.dumps({"class_name": "teapot", "attributes": {"smell": "sweet"}}))
     assert "attributes.smell: no such kind" in error_of(run("--check", file))
-    assert "give it alone" in error_of(run("--check", file, "--judge"))
+    for more in (["--judge"], ["--class-name", "mug"], ["-o", tmp_path / "a.json"]):
+        assert "give it alone" in error_of(run("--check", file, *more))
 
 
 def test_a_file_that_is_there_stays(photos: Path, tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ WRONG = {
     "no source": ([], "say who describes the subject: --endpoint URL --model NAME"),
     "two sources": (["--judge", "--clip", "x"], "--clip and --judge exclude each other"),
     "no model": (["--endpoint", "http://h/v1"], "--model is missing"),
-    "a model alone": (["--judge", "--model", "x"], "need --endpoint"),
+    "a model alone": (["--judge", "--model", "x", "--side", "99"], "--model, --side: only with --endpoint"),
     "no address": (["--endpoint", "h", "--model", "x"], "is no address"),
     "a threshold for a model": (
         ["--endpoint", "http://h/v1", "--model", "x", "--threshold", "0.5"],

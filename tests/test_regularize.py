@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from dreammix_trt.engine import DreamMix, read_request
 from dreammix_trt.regularize import Painted, Regular, paint_regular
 from dreammix_trt.trainer.attributes import combine_prompts
 from dreammix_trt.trainer.photographs import read_photographs
-from dreammix_trt.trainer.regular_folder import read_regular
+from dreammix_trt.trainer.regular_folder import RegularPicture, read_regular
 from tests.trainer.test_segment import make_scene, write_network
 
 MUG = AttributeDictionary.of("mug", {"colour": ["blue"], "part": ["white foot"]}, "hand", "here", {"colour": ["red"]})
@@ -153,6 +154,31 @@ def test_other_settings_are_refused_by_name(dm: DreamMix, photos: Path, tmp_path
     bottle = AttributeDictionary.of("bottle", {"colour": ["green"]}, "hand", "here")
     done = run(dm, out, order(dictionary=bottle, count=1), force=True)
     assert (done.new, [each.caption for each in read_regular(out)]) == (1, ["a photo of a bottle"])
+
+
+def test_a_mask_that_was_changed_is_another_setting(dm: DreamMix, photos: Path, tmp_path: Path) -> None:
+    files = tuple(read_photographs(photos))
+    settings = order(photographs=files).to_dict(None)
+    copied = tmp_path / "mask.png"
+    mask = Image.open(files[0].mask or "")
+    mask.paste(255, (0, 0, 9, 9))
+    mask.save(copied)
+    changed = order(photographs=(replace(files[0], mask=copied), files[1])).to_dict(None)
+    assert [name for name in settings if settings[name] != changed[name]] == ["photographs"]
+
+
+def test_a_sheet_of_very_many_shows_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dreammix_trt import regularize
+
+    monkeypatch.setattr(regularize, "_MOST_SHOWN", 4)
+    pictures = []
+    for n in range(10):
+        Image.new("RGB", (8, 8), (25 * n, 0, 200)).save(tmp_path / f"{n}-image.png")
+        pictures.append(RegularPicture(tmp_path / f"{n}-image.png", None, "a mug", f"a mug/{n}"))
+    regularize.write_sheet(pictures, tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        seen = {colour for _, colour in sheet.getcolors(1 << 20) or ()}
+    assert {n for n in range(10) if (25 * n, 0, 200) in seen} == {0, 3, 6, 9}
 
 
 def test_a_folder_with_other_files_is_left_alone(dm: DreamMix, tmp_path: Path) -> None:

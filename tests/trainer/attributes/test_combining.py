@@ -80,7 +80,7 @@ def test_words_that_give_no_more_end_the_list() -> None:
     assert combine_prompts(nothing, 9, 0, "sks") == ("a photo of a sks mug",)
 
 
-@pytest.mark.parametrize("wrong", [{"count": 0}, {"contrast": 1.1}, {"most": 0}])
+@pytest.mark.parametrize("wrong", [{"count": 0}, {"contrast": 1.1}, {"most": 0}, {"seed": -1}])
 def test_numbers_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(InputError, match="must be at least 1, contrast"):
         combine_prompts(MUG, **{"count": 2, "seed": 0, **wrong})  # type: ignore[arg-type]
