@@ -124,6 +124,7 @@ def paint_regular(
         place_regular(out, order.dictionary.class_name, prompt, order.seed + n) for n, prompt in enumerate(prompts)
     ]
     _begin(out, order.to_dict(segmenter), force=force)
+    _warn_of_words(dm, prompts)
     wanted = [number for number, files in enumerate(places) if not all(file.is_file() for file in files)]
     for start in range(0, len(wanted), batch):
         numbers = wanted[start : start + batch]
@@ -190,6 +191,17 @@ def _begin(out: Path, settings: dict[str, Any], *, force: bool) -> None:
                 )
         return
     write_json(record, settings)
+
+
+def _warn_of_words(dm: DreamMix, prompts: Sequence[str]) -> None:
+    """Say which words the base's text encoder takes apart: what it cannot read it cannot paint."""
+    words = dict.fromkeys(word for prompt in prompts for word in prompt.replace(",", "").split())
+    strange = [word for word in words if dm.tokenizers[0].spells_out(word)]
+    if strange:
+        log.warning(
+            "the base's text encoder hardly knows %s; other words, or contrasts of your own, serve it better",
+            ", ".join(strange),
+        )
 
 
 def _shorten(value: object) -> str:

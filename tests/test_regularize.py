@@ -196,6 +196,18 @@ def test_few_words_take_turns_and_that_is_said(caplog: pytest.LogCaptureFixture)
     assert "give 4 different prompts, which take turns in 9 pictures" in caplog.text
 
 
+def test_words_that_the_base_cannot_read_are_named(
+    dm: DreamMix, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = {"material": ["bamboo"], "colour": ["blue"]}
+    odd = AttributeDictionary.of("mug", plain, "hand", "here", {"material": ["clay"], "colour": ["red"]})
+    run(dm, tmp_path / "odd", order(dictionary=odd, count=9, fields=(("num_inference_steps", 1),)))
+    assert "the base's text encoder hardly knows bamboo; other words" in caplog.text
+    caplog.clear()
+    run(dm, tmp_path / "known", order(count=1))
+    assert caplog.text == ""
+
+
 class Seer:
     """A segmenter that marks the upper half of the picture, or nothing, or what is not asked for."""
 
