@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,9 +31,13 @@ Model = Annotated[str | None, typer.Option(help="The model's name there.")]
 KeyVariable = Annotated[
     str | None, typer.Option(help="The environment's variable with its key; default: OPENAI_API_KEY, if it is set.")
 ]
-Side = Annotated[int, typer.Option(min=64, max=4096, help="Longer side in pixels of the pictures that it is shown.")]
-Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds to wait for one answer.")]
-Deadline = Annotated[float, typer.Option(min=0.1, help="Seconds for everything, repeated attempts included.")]
+Side = Annotated[
+    int | None, typer.Option(min=64, max=4096, help="Longer side in pixels of what it is shown; default: 768.")
+]
+Timeout = Annotated[float | None, typer.Option(min=0.1, help="Seconds to wait for one answer; default: 120.")]
+Deadline = Annotated[
+    float | None, typer.Option(min=0.1, help="Seconds for everything, repeated attempts included; default: 300.")
+]
 Clip = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Ask a CLIP: a local folder of transformers' files, offline.")
 ]
@@ -64,6 +68,7 @@ _SOURCES = (
     "say who describes the subject: --endpoint URL --model NAME (a vision-language model), --clip FOLDER (offline), "
     "--judge (things of the embedded model's world); or write the file by hand and --check it"
 )
+_SIDE = 768
 _SHOWN = 6  # captions of each sort
 
 
@@ -78,9 +83,9 @@ def attributes(
     endpoint: Endpoint = None,
     model: Model = None,
     key_variable: KeyVariable = None,
-    side: Side = 768,
-    timeout: Timeout = 120.0,
-    deadline: Deadline = 300.0,
+    side: Side = None,
+    timeout: Timeout = None,
+    deadline: Deadline = None,
     clip: Clip = None,
     judge: UseJudge = False,
     threshold: Threshold = None,
@@ -92,7 +97,7 @@ def attributes(
     from dreammix_trt.trainer.attributes import read_pictures
 
     if check is not None:
-        if photos is not None or out is not None or endpoint or clip or judge:
+        if any(each is not None for each in (photos, class_name, out, endpoint, clip)) or judge:
             raise InputError("--check looks at a file and writes none; give it alone")
         return _report(AttributeDictionary.read(check), check, as_json)
     photos, class_name, out = _need(photos, class_name, out)
@@ -100,8 +105,17 @@ def attributes(
         raise InputError(
             f"--out {out} is there already, perhaps edited by hand; --force replaces it, or name another file"
         )
-    chat = _open_chat(endpoint, model, key_variable, timeout, deadline)
-    describer = _choose(chat, side, clip, judge, threshold)
+    asked: dict[str, Any] = {
+        "model": model,
+        "key_variable": key_variable,
+        "side": side,
+        "timeout": timeout,
+        "deadline": deadline,
+    }
+    asked = {name: value for name, value in asked.items() if value is not None}
+    pixels = int(asked.pop("side", _SIDE)) if endpoint is not None else _SIDE
+    chat = _open_chat(endpoint, asked)
+    describer = _choose(chat, pixels, clip, judge, threshold)
     masks = {"invert_masks": invert_masks, "large_masks": large_masks}
     pictures = read_pictures(photos, photographs, need_masks=chat is None, **masks)
     if all(picture.subject.all() for picture in pictures):
@@ -111,7 +125,7 @@ def attributes(
         try:
             found = describer.describe(pictures, class_name)
         finally:
-            if chat is not None:
+            if chat is not None and any(chat.tokens):
                 say(f"{chat.url}: {chat.tokens[0]:,} tokens read and {chat.tokens[1]:,} written, as it counts")
     found.write(out)
     return _report(found, out, as_json, chat)
@@ -127,18 +141,18 @@ def _need(photos: Path | None, class_name: str | None, out: Path | None) -> tupl
     return photos, class_name.strip(), out
 
 
-def _open_chat(
-    endpoint: str | None, model: str | None, key_variable: str | None, timeout: float, deadline: float
-) -> Chat | None:
+def _open_chat(endpoint: str | None, asked: dict[str, Any]) -> Chat | None:
+    """The model behind an endpoint; asked: its options, as they were given."""
     from dreammix_trt.core.chat import Chat
 
     if endpoint is None:
-        if model is not None or key_variable is not None:
-            raise InputError("--model and --key-variable need --endpoint URL")
+        if asked:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+            raise InputError(f"{names}: only with --endpoint URL; leave out or name the endpoint")
         return None
-    if model is None:
+    if "model" not in asked:
         raise InputError("--model is missing: name the model as the endpoint calls it, for example: qwen2.5-vl-7b")
-    return Chat(endpoint, model, key_variable=key_variable, timeout=timeout, deadline=deadline)
+    return Chat(endpoint, **asked)
 
 
 def _choose(chat: Chat | None, side: int, clip: Path | None, judge: bool, threshold: float | None) -> Describer:

@@ -25,6 +25,7 @@ from dreammix_trt.trainer.regular_folder import FOLDER_START, RegularPicture, pl
 
 if TYPE_CHECKING:
     from dreammix_trt.engine.dreammix import DreamMix
+    from dreammix_trt.engine.result import Result
     from dreammix_trt.trainer.photographs import PhotographFile
     from dreammix_trt.trainer.segment import Segmenter
 
@@ -34,9 +35,10 @@ RECORD: Final = "regular.json"
 SHEET: Final = "sheet.png"
 _SCHEMA: Final = 1
 _SHARE: Final = (0.5, 0.66)  # of a drawn room's side that the thing takes
-_COLUMNS, _TILE = 6, 192
+_COLUMNS, _TILE, _MOST_SHOWN = 6, 192, 240
 _LEAST: Final = 0.02  # of the painted region that a segmenter must find
 Update = Callable[[str, float, str], None]
+Room = tuple[Image.Image, Image.Image]  # a picture, and the region to paint in it
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,10 @@ class Regular:
 
     def to_dict(self, segmenter: Segmenter | None) -> dict[str, Any]:
         """All that decides the pictures, as plain JSON values."""
-        photographs = {file.name: sha256_of(file.image) for file in self.photographs}
+        photographs = {
+            file.name: [sha256_of(each)[:16] for each in (file.image, file.mask) if each is not None]
+            for file in self.photographs
+        }
         return {
             "schema": _SCHEMA,
             **{name: value for name, value in self.dictionary.to_dict().items() if name not in ("schema", "source")},
@@ -113,25 +118,20 @@ def paint_regular(
 
     Raises InputError for a folder with other files, or of a run with other settings, which it names.
     """
-    from dreammix_trt.engine.jobs import Job
-
     update = progress or (lambda *_: None)
     prompts = order.prompts()
     places = [
         place_regular(out, order.dictionary.class_name, prompt, order.seed + n) for n, prompt in enumerate(prompts)
     ]
     _begin(out, order.to_dict(segmenter), force=force)
+    _warn_of_words(dm, prompts)
     wanted = [number for number, files in enumerate(places) if not all(file.is_file() for file in files)]
     for start in range(0, len(wanted), batch):
         numbers = wanted[start : start + batch]
         update("pictures", start / len(wanted), prompts[numbers[0]])
         rooms = [_find_room(order, dm.facts.native_side, number) for number in numbers]
-        requests = [
-            dm.request(prompts[number], subject="", seed=order.seed + number, **dict(order.fields))
-            for number in numbers
-        ]
-        jobs = [Job(image, mask, request) for (image, mask), request in zip(rooms, requests, strict=True)]
-        for number, (_, hole), result in zip(numbers, rooms, dm.inpaint_batch(jobs), strict=True):
+        results = _paint(dm, order, [prompts[number] for number in numbers], numbers, rooms)
+        for number, (_, hole), result in zip(numbers, rooms, results, strict=True):
             image_file, mask_file = places[number]
             with atomic_file(mask_file) as temporary:
                 _find_mask(result.images[0], hole, segmenter, prompts[number]).save(temporary, "PNG")
@@ -140,13 +140,29 @@ def paint_regular(
     return Painted(len(wanted), len(places) - len(wanted), out / SHEET)
 
 
+def _paint(
+    dm: DreamMix, order: Regular, prompts: Sequence[str], numbers: Sequence[int], rooms: Sequence[Room]
+) -> list[Result]:
+    """One batch, without a subject."""
+    from dreammix_trt.engine.jobs import Job
+
+    jobs = []
+    for prompt, number, (image, mask) in zip(prompts, numbers, rooms, strict=True):
+        request = dm.request(prompt, subject="", seed=order.seed + number, **dict(order.fields))
+        jobs.append(Job(image, mask, request))
+    return dm.inpaint_batch(jobs)
+
+
 def write_sheet(pictures: Sequence[RegularPicture], sheet: Path) -> None:
-    """Write a contact sheet of regular pictures with their captions."""
-    rows = [pictures[start : start + _COLUMNS] for start in range(0, len(pictures), _COLUMNS)]
+    """Write a contact sheet of regular pictures with their captions; of very many, some from all over the list."""
+    step = -(-len(pictures) // _MOST_SHOWN)
+    shown = pictures[::step]
+    rows = [shown[start : start + _COLUMNS] for start in range(0, len(shown), _COLUMNS)]
     laid = [
         Row(f"{n * _COLUMNS + 1} to {n * _COLUMNS + len(row)}", list(map(_show, row))) for n, row in enumerate(rows)
     ]
     title = "Does each picture show what its caption says? Delete those that do not"
+    title += "" if step == 1 else f" ({len(shown)} of {len(pictures)} are here)"
     with atomic_file(sheet) as temporary:
         contact_sheet(laid, tile=_TILE, title=title).save(temporary, "PNG")
 
@@ -170,14 +186,30 @@ def _begin(out: Path, settings: dict[str, Any], *, force: bool) -> None:
         for name in settings:
             if known.get(name) != settings[name]:
                 raise InputError(
-                    f"{out} was made with {name} {known.get(name)!r}, and now it is {settings[name]!r}: name another "
-                    "folder, or --force to paint all of them anew"
+                    f"{out} was made with {name} {_shorten(known.get(name))}, and now it is "
+                    f"{_shorten(settings[name])}: name another folder, or --force to paint all of them anew"
                 )
         return
     write_json(record, settings)
 
 
-def _find_room(order: Regular, side: int, number: int) -> tuple[Image.Image, Image.Image]:
+def _warn_of_words(dm: DreamMix, prompts: Sequence[str]) -> None:
+    """Say which words the base's text encoder takes apart: what it cannot read it cannot paint."""
+    words = dict.fromkeys(word for prompt in prompts for word in prompt.replace(",", "").split())
+    strange = [word for word in words if dm.tokenizers[0].spells_out(word)]
+    if strange:
+        log.warning(
+            "the base's text encoder hardly knows %s; other words, or contrasts of your own, serve it better",
+            ", ".join(strange),
+        )
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _find_room(order: Regular, side: int, number: int) -> Room:
     """A picture and the region to paint in it (white), of picture `number`."""
     from dreammix_trt.demo import find_places
     from dreammix_trt.trainer.data import random_hole

@@ -244,13 +244,29 @@ def test_messages_are_chosen_anywhere(mug_engine: Path, place: Path, call: Call)
 
 
 @pytest.mark.parametrize(
-    "command", ["", "train", "build", "inspect", "inpaint", "demo", "train-base", "doctor", "store", "store prune"]
+    "command",
+    [
+        "",
+        "attributes",
+        "regularize",
+        "train",
+        "build",
+        "inspect",
+        "inpaint",
+        "demo",
+        "train-base",
+        "doctor",
+        "store",
+        "store prune",
+    ],
 )
 def test_each_help_has_a_short_option_and_names_everything(command: str, call: Call) -> None:
     done = call(*command.split(), "-h")
     assert (done.code, done.err) == (0, "")
     assert "--quiet" in done.out and "--log-level" in done.out and "…" not in done.out
     wanted = {
+        "attributes": ("By a model behind an endpoint", "Examples:", "--judge", "--clip", "--check", "-o"),
+        "regularize": ("What is painted", "Examples:", "--photos", "--contrast", "--segment", "-n", "-o"),
         "train": ("What is learnt", "Examples:", "--force", "-o"),
         "build": ("The base", "Examples:", "--json", "-o"),
         "inpaint": ("What is painted", "Examples:", "-i", "-m", "-p", "-o", "-n"),

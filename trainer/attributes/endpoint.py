@@ -102,7 +102,7 @@ def _show(photograph: Photograph, side: int) -> dict[str, Any]:
     image = Image.fromarray(picture)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     data = io.BytesIO()
-    image.save(data, "JPEG", quality=90)
+    image.save(data, "JPEG", quality=90, subsampling=0)  # colours are what it is about
     url = "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")
     return {"type": "image_url", "image_url": {"url": url}}
 

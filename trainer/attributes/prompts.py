@@ -52,8 +52,10 @@ def combine_prompts(
     Raises InputError for numbers out of range.
     """
     contrast = (0.0 if token else CONTRAST) if contrast is None else contrast
-    if count < 1 or most < 1 or not 0 <= contrast <= 1:
-        raise InputError(f"count {count} and most {most} must be at least 1, contrast {contrast} from 0 to 1")
+    if count < 1 or most < 1 or not 0 <= contrast <= 1 or seed < 0:
+        raise InputError(
+            f"count {count} and most {most} must be at least 1, contrast {contrast} 0 to 1, seed {seed} not below 0"
+        )
     slots = tuple(_list_slots(dictionary))
     rng = np.random.default_rng([seed, 33])
     found = [_make_prompt(dictionary.class_name, [], token)]
