@@ -94,6 +94,13 @@ class Gallery:
         with atomic_file(self.place(order)) as temporary:
             painting.image.save(temporary, "PNG", **options)
 
+    def read_request(self, order: Order) -> Request:
+        """The request as it was painted, with what was chosen on the way (`substitute="auto"`)."""
+        from dreammix_trt.engine.imprint import find_request
+
+        with Image.open(self.place(order)) as picture:
+            return Request.from_json(find_request(picture) or "")
+
     def shrink(self, order: Order) -> str:
         """Write a picture's thumbnail; returns its place below the evaluation's folder."""
         with Image.open(self.place(order)) as picture:

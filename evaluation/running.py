@@ -117,7 +117,7 @@ class _Round:
             "task": order.prompt.task,
             "prompt_name": order.prompt.name,
             "prompt": order.prompt.text,
-            "substitute": _spell_words(recipe.request.substitute),
+            "substitute": ", ".join(self._gallery.read_request(order).substitute),
             "seed": order.seed,
             "painted_seconds": "" if seconds is None else f"{seconds:.3f}",
             "thumbnail": self._gallery.shrink(order),
@@ -237,7 +237,3 @@ def _hold(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _spell_words(words: object) -> str:
-    return words if isinstance(words, str) else ", ".join(map(str, words))  # type: ignore[call-overload]

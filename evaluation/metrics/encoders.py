@@ -44,7 +44,7 @@ class Encoder:
         self._mean, self._std, self._side = _read_preprocessing(folder / "preprocessor_config.json")
         try:
             self._load(folder)
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        except Exception as error:  # what transformers and its readers raise is theirs to choose
             raise FileFormatError(
                 f"{option} {folder}: cannot be loaded ({error}); fetch the whole model again"
             ) from error

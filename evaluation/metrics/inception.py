@@ -103,7 +103,8 @@ def _convolve(
 def _make_block(channels: int, branches: Sequence[Sequence[_Convolution | str]], forks: Sequence[str] = ()) -> Any:
     """A block whose branches see the same and whose outputs are joined.
 
-    branches: convolutions one after the other, or "average" and "maximum" for a pool, the block's own stride of 1 or 2.
+    branches: steps one after the other: convolutions, or a pool of 3x3: "average" and "maximum" keep the size, "shrink" is
+        a maximum that halves it.
     forks: names of convolutions whose next one sees the same as they do; the two are joined.
     """
     from torch import cat, nn

@@ -141,7 +141,7 @@ def test_weights_are_read_as_tensors_and_nothing_else(tmp_path: Path) -> None:
         Lpips(heads, heads)
     state = torch.load(alexnet, weights_only=True)
     torch.save({**state, "features.0.weight": torch.zeros(2, 3)}, tmp_path / "shape.pth")
-    with pytest.raises(FileFormatError, match="of another network .*size mismatch"):
+    with pytest.raises(FileFormatError, match=r"of another network .*size mismatch"):
         Lpips(tmp_path / "shape.pth", heads)
 
     class Evil:

@@ -129,7 +129,7 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
 def test_what_is_no_protocol_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--example"):
         read_protocol(tmp_path / "nowhere")
-    with pytest.raises(FileFormatError, match="protocol.json is missing"):
+    with pytest.raises(FileFormatError, match=r"protocol\.json is missing"):
         read_protocol(tmp_path)
     with pytest.raises(InputError, match="schema 2"):
         read_protocol(write_protocol(tmp_path / "p", schema=2))
