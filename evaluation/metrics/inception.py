@@ -103,8 +103,8 @@ def _convolve(
 def _make_block(channels: int, branches: Sequence[Sequence[_Convolution | str]], forks: Sequence[str] = ()) -> Any:
     """A block whose branches see the same and whose outputs are joined.
 
-    branches: steps one after the other: convolutions, or a pool of 3x3: "average" and "maximum" keep the size, "shrink" is
-        a maximum that halves it.
+    branches: steps one after the other: convolutions, or a pool of 3x3: "average", "maximum", or "shrink", which is
+        a maximum that halves the size.
     forks: names of convolutions whose next one sees the same as they do; the two are joined.
     """
     from torch import cat, nn
