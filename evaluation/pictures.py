@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from PIL import Image, ImageOps
 
+from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.files import atomic_file, sha256_of
 from dreammix_trt.core.request import Request
 from dreammix_trt.evaluation.painter import Painter, Painting
@@ -42,16 +43,12 @@ class Recipe:
 
         made: as JSON; None: the file does not say.
         """
-        if made is None:
-            return "it does not say how it was made"
         now = json.loads(self.to_json())
-        then_request, request = made.get("request"), now.pop("request")
-        if not isinstance(then_request, dict):
+        then, request = _fill_request((made or {}).get("request")), now.pop("request")
+        if made is None or then is None:
             return "it does not say how it was made"
         changes = [
-            f"{name} was {then_request.get(name)!r} and is {request.get(name)!r}"
-            for name in dict.fromkeys((*request, *then_request))
-            if then_request.get(name) != request.get(name)
+            f"{name} was {then[name]!r} and is {request[name]!r}" for name in request if then[name] != request[name]
         ]
         names = {
             "painter": "another engine or LoRA painted it",
@@ -133,6 +130,15 @@ class Gallery:
         with atomic_file(target) as temporary:
             small.save(temporary, "JPEG", quality=88)
         return f"{THUMBNAILS}/{name}.jpg"
+
+
+def _fill_request(record: Any) -> dict[str, Any] | None:
+    """A stored request with the fields that came later at their defaults; None: it is none of this version."""
+    try:
+        filled = Request.from_json(json.dumps(record))
+    except InputError:
+        return None
+    return dict(json.loads(filled.to_json()))
 
 
 def _read_recipe(file: Path) -> dict[str, Any] | None:

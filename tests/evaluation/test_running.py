@@ -17,10 +17,12 @@ import pytest
 from PIL import Image
 
 from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.request import Request
 from dreammix_trt.engine.result import read_request
 from dreammix_trt.evaluation.metrics.choice import Weights, choose_metrics
 from dreammix_trt.evaluation.metrics.metric import Metric, Sample
 from dreammix_trt.evaluation.metrics.pixels import Psnr, SeamGradient, Ssim
+from dreammix_trt.evaluation.pictures import Recipe
 from dreammix_trt.evaluation.reading import read_protocol
 from dreammix_trt.evaluation.running import evaluate
 from tests.support.protocols import FakePainter, save, write_protocol
@@ -267,3 +269,16 @@ class Counted(Metric):
 def test_a_metric_of_all_pictures_together_stands_in_the_summary(folder: Path, tmp_path: Path) -> None:
     summary = evaluate(read_protocol(folder), FakePainter(), [Counted()], tmp_path / "out")
     assert summary["tasks"]["identity"]["counted"] == {"mean": 4, "pictures": 4}
+
+
+def test_a_picture_of_an_older_version_is_the_same_where_new_fields_have_their_defaults() -> None:
+    recipe = Recipe(Request("a sks mug"), "engine", "1", "2")
+    made = json.loads(recipe.to_json())
+    assert recipe.explain_change(made) == ""
+    del made["request"]["feather"]
+    assert recipe.explain_change(made) == ""
+    assert (
+        Recipe(Request("a sks mug", feather=3), "engine", "1", "2").explain_change(made) == "feather was None and is 3"
+    )
+    for strange in (None, {}, {"request": 3}, {"request": {**made["request"], "schema": 99}}):
+        assert recipe.explain_change(strange) == "it does not say how it was made"
