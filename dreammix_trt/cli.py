@@ -27,6 +27,9 @@ from dreammix_trt.calibrate_cli import calibrate
 from dreammix_trt.core.errors import Cancelled, DreamMixError, InputError
 from dreammix_trt.core.files import is_full
 from dreammix_trt.doctor_cli import doctor
+from dreammix_trt.eval_cli import EXAMPLES as EVAL_EXAMPLES
+from dreammix_trt.eval_cli import PANELS as EVAL_PANELS
+from dreammix_trt.eval_cli import evaluate
 from dreammix_trt.inpaint_cli import EXAMPLES as INPAINT_EXAMPLES
 from dreammix_trt.inpaint_cli import PANELS as INPAINT_PANELS
 from dreammix_trt.inpaint_cli import inpaint
@@ -181,6 +184,7 @@ def inspect(
 
 
 app.command(epilog=INPAINT_EXAMPLES, panels=INPAINT_PANELS)(inpaint)
+app.command("eval", epilog=EVAL_EXAMPLES, panels=EVAL_PANELS)(evaluate)
 
 
 @app.command()

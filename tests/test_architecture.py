@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = {"core": set(), "export": {"core"}, "engine": {"core"}, "trainer": {"core"}}
+FLOORS = {
+    **{"core": set(), "export": {"core"}, "engine": {"core"}, "trainer": {"core"}},
+    "evaluation": {"core", "engine", "trainer", "report"},  # it stands beside the face, and draws with it
+}
 FACE = {
-    *("cli", "train_cli", "build_cli", "inpaint_cli", "store_cli", "doctor_cli", "segment_cli", "terminal"),
+    *("cli", "train_cli", "build_cli", "inpaint_cli", "store_cli", "doctor_cli", "segment_cli", "eval_cli", "terminal"),
     *("calibrate_cli", "building", "calibration", "demo", "report", "on_torch", "train_validation", "train_report"),
     *("attributes_cli", "regularize", "regularize_cli", "train_watch"),
 }
@@ -29,7 +32,7 @@ ROOMS = (
 )
 HEAVY = {
     "torch", "diffusers", "transformers", "peft", "accelerate", "onnx", "onnxslim", "polygraphy", "tensorrt",
-    "tensorrt_rtx",
+    "tensorrt_rtx", "torchmetrics", "flip_evaluator",
 }  # fmt: skip
 
 

@@ -1,0 +1,101 @@
+"""`dreammix-trt eval` with an engine: paints, measures by the judge, is resumed, says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dreammix_trt import cli, terminal
+from dreammix_trt.core.files import sha256_of
+from dreammix_trt.engine.result import read_request
+from tests.conftest import write_lora
+from tests.support.protocols import write_protocol
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run `eval` in this process; returns its exit code, stdout and stderr."""
+
+    def run(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dreammix-trt", "eval", *(str(word) for word in words)])
+        monkeypatch.setattr(terminal, "_state", terminal._State())
+        capsys.readouterr()
+        code = cli._run()
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def protocol(tmp_path: Path) -> Path:
+    """One subject that the engine has, one that comes as a LoRA."""
+    folder = write_protocol(tmp_path / "protocol", scenes=1, side=96, request={"num_inference_steps": 1})
+    record = json.loads((folder / "protocol.json").read_text())
+    record["subjects"]["mug-0"] |= {"subject": "mug", "expected": {"shape": "mug", "colour": "blue"}}
+    (folder / "protocol.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_an_engine_paints_a_protocol_and_goes_on_where_it_stopped(
+    mug_engine: Path, protocol: Path, tmp_path: Path, call: Call
+) -> None:
+    loras, out = tmp_path / "loras", tmp_path / "out"
+    write_lora(loras / "mug-1", seed=9)
+    code, _, err = call(mug_engine, protocol, "-o", out)
+    assert code == 2 and "the engine has no subject 'mug-1' (it has mug)" in err and "--subjects" in err
+    code, stdout, err = call(mug_engine, protocol, "-o", out, "--subjects", loras, "--threads", "1", "--json")
+    assert code == 0, err
+    summary: dict[str, Any] = json.loads(stdout)
+    assert summary["pictures"] == {"measured": 4, "of": 4, "painted_now": 4}
+    assert summary["run"]["engine"]["passport_sha256"] == sha256_of(mug_engine / "passport.json")
+    assert set(summary["tasks"]["editing"]) >= {"edit_success", "attributes_kept", "subject_cosine", "psnr"}
+    assert 20 < summary["tasks"]["identity"]["psnr"]["mean"] <= 100
+    painted = {name: read_request(out / f"pictures/{name}/room-0.editing-1.0.png") for name in ("mug-0", "mug-1")}
+    assert [painted[name].subject for name in ("mug-0", "mug-1")] == ["mug", "mug-1"]
+    assert painted["mug-0"].substitute == ("blue",) and painted["mug-0"].steps == 1
+    (out / "pictures/mug-1/room-0.editing-1.0.png").unlink()
+    code, stdout, err = call(mug_engine, protocol, "-o", out, "--subjects", loras, "--threads", "1")
+    assert code == 0 and "4 pictures, 1 of them painted now" in err
+    assert "clip_t" in stdout and "not measured: give CLIP's weights" in stdout
+    shutil.rmtree(loras)
+    write_lora(loras / "mug-1", seed=10)
+    code, _, err = call(mug_engine, protocol, "-o", out, "--subjects", loras, "--threads", "1")
+    assert code == 2 and "holds 2 pictures" in err and "another engine or LoRA" in err
+    code, _, err = call(mug_engine, protocol, "-o", out, "--subjects", loras, "--set", "num_inference_steps=2")
+    assert code == 2 and "num_inference_steps was 1 and is 2" in err
+
+
+def test_the_example_is_written_and_nothing_else(tmp_path: Path, call: Call) -> None:
+    code, stdout, err = call("--example", tmp_path / "p", "--json")
+    assert code == 0 and json.loads(stdout) == {"protocol": str(tmp_path / "p")}, err
+    assert (tmp_path / "p/protocol.json").is_file() and len(list((tmp_path / "p/subjects").iterdir())) == 2
+    code, _, err = call("engine", "--example", tmp_path / "p")
+    assert code == 2 and "leave out engine" in err
+
+
+def test_wrong_use_is_explained(mug_engine: Path, protocol: Path, tmp_path: Path, call: Call) -> None:
+    for words, told in (
+        ([], "--example FOLDER"),
+        ([mug_engine, protocol], "--out"),
+        ([mug_engine, tmp_path / "nowhere", "-o", tmp_path / "out"], "nowhere is no folder"),
+        ([mug_engine, protocol, "-o", tmp_path / "out", "--set", "seed=3"], "--set.seed cannot be set here"),
+        ([mug_engine, protocol, "-o", tmp_path / "out", "--clip", tmp_path], "has no config.json"),
+        ([mug_engine, protocol, "-o", tmp_path / "out", "--inception", tmp_path / "none.pth"], "no such file"),
+        ([mug_engine, protocol, "-o", protocol], "other files"),
+    ):
+        code, _, err = call(*words)
+        assert code == 2 and told in err, words
+    record = json.loads((protocol / "protocol.json").read_text())
+    record["subjects"]["mug-0"]["expected"] = {"colour": "lime"}
+    (protocol / "protocol.json").write_text(json.dumps(record))
+    code, _, err = call(mug_engine, protocol, "-o", tmp_path / "out")
+    assert code == 2 and "subjects.mug-0.expected.colour is 'lime'" in err
+    assert not (tmp_path / "out").exists()
