@@ -15,6 +15,7 @@ from dreammix_trt.building import build
 from dreammix_trt.core.attributes import with_article
 from dreammix_trt.demo import write_photos
 from dreammix_trt.engine import DreamMix
+from dreammix_trt.evaluation.statistics import bootstrap_interval
 from dreammix_trt.trainer.lora import train_lora
 from dreammix_trt.trainer.micro import world
 from dreammix_trt.trainer.micro.captions import subject_captions
@@ -138,10 +139,9 @@ class Share:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def bootstrap_share(verdicts: Sequence[Verdict], field: str, draws: int = 2000) -> Share:
+def bootstrap_share(verdicts: Sequence[Verdict], field: str) -> Share:
     """The mean of a verdict's field, resampled over subjects."""
     subjects = sorted({verdict.subject for verdict in verdicts})
-    means = np.array([np.mean([float(getattr(v, field)) for v in verdicts if v.subject == s]) for s in subjects])
-    rng = np.random.default_rng(0)
-    again = means[rng.integers(len(means), size=(draws, len(means)))].mean(1)
-    return Share(float(means.mean()), float(np.quantile(again, 0.025)), float(np.quantile(again, 0.975)))
+    means = [float(np.mean([float(getattr(v, field)) for v in verdicts if v.subject == s])) for s in subjects]
+    mean = float(np.mean(means))
+    return Share(mean, *(bootstrap_interval(means) or (mean, mean)))
