@@ -93,7 +93,8 @@ SWEEPS: Final = {
     ),
     "lcg": Sweep(
         tuple(
-            Way(f"{share:g}", ADM, True, (("lcg_fraction", share),)) for share in (0.0, 0.2, 0.4, 2 / 3, 0.8, 0.9, 1.0)
+            Way(f"{share:.3g}", ADM, True, (("lcg_fraction", share),))
+            for share in (0.0, 0.2, 0.4, 2 / 3, 0.8, 0.9, 1.0)
         ),
         "share of local steps",
     ),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import _common
+import ablation
 import numpy as np
 import pytest
 from _ablation_cases import ADM, DREAMBOOTH, REAL, SWEEPS, TABLE, Case, Place, Plan, Training, draw_place, edits_of
@@ -175,6 +178,32 @@ def test_a_figure_shows_means_where_they_are() -> None:
     dot = marked[(marked[:, 1] > 80) & (marked[:, 1] < 600)]
     assert abs(dot[:, 0].mean() - (40 + (380 - 58)) / 2) < 2
     assert np.ptp(dot[:, 0]) == pytest.approx(0.2 * (380 - 58 - 40), abs=2)
+
+
+@pytest.mark.parametrize("part", ["table", "size"])
+def test_the_command_writes_results_when_all_pictures_are_there(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, studio = tmp_path / "results", FakeStudio(right={way: 2 for way in (*ROWS, REAL)})
+    for module in (ablation, _common):
+        monkeypatch.setattr(module, "RESULTS", results)
+    monkeypatch.setattr(ablation, "MicroStudio", lambda folder, threads: studio)
+    words = ["ablation", "--part", part, "--subjects", "2", "--scenes", "2", "--work", str(tmp_path / "work")]
+    monkeypatch.setattr("sys.argv", words)
+    studio._left = 9
+    with pytest.raises(Killed):
+        ablation.main()
+    assert not results.exists()
+    studio._left = 10**9
+    assert ablation.main() == 1  # two subjects are too few, and nothing is better than anything here
+    told = capsys.readouterr()
+    rows = {row["metric"]: row["value"] for row in json.loads(next(results.glob("*.json")).read_text())["rows"]}
+    assert (rows["subjects"], rows["scenes a subject"]) == (2, 2)
+    assert "2 subjects, 2 scenes each." in told.out and "min left" in told.err
+    assert (tmp_path / "work" / f"{next(results.glob('*.json')).stem}-sheet.png").exists()
+    assert len(list(results.glob("*.png"))) == (part == "size")
+    real = f"{REAL}, editing: right (4 pictures)"
+    assert (rows.get(real) == "1.000 [1.000, 1.000]") == (part == "table")
 
 
 def test_no_row_is_called_as_real_renderings_are() -> None:
