@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dreammix_trt.core.attributes import AttributeDictionary
 from dreammix_trt.engine.retrieval import retrieve
 from dreammix_trt.trainer.micro import world
-from dreammix_trt.trainer.micro.captions import dictionary_of
+from dreammix_trt.trainer.micro.captions import describe, dictionary_of
 from dreammix_trt.trainer.recipes import SMALL
 
 REVISION: Final = 1  # of what a key does not tell: scenes, prompts, how pictures are read
@@ -48,12 +48,13 @@ ADM: Final = Training()
 class Way:
     """A row of a table: how a subject is trained, and how it is painted.
 
+    training: None: the base alone paints the subject's full description.
     auto: whether TAS takes out what the prompt contradicts.
     fields: of the requests.
     """
 
     name: str
-    training: Training
+    training: Training | None
     auto: bool = False
     fields: tuple[tuple[str, Any], ...] = ()
 
@@ -83,14 +84,21 @@ class Sweep:
     edits: bool = True
 
 
-SWEEPS: Final = {
-    "table": Sweep(TABLE),
-    "size": Sweep(
-        (Way("whole frame", ADM, fields=WHOLE), Way("local", ADM, fields=LOCAL), Way("both", ADM)),
+def sweep_sizes(training: Training | None) -> Sweep:
+    """Object size against the three ways to paint."""
+    ways = (("whole frame", WHOLE), ("local", LOCAL), ("both", ()))
+    return Sweep(
+        tuple(Way(name, training, fields=fields) for name, fields in ways),
         "object's side / frame's side",
         (0.15, 0.2, 0.3, 0.45, 0.65),
         edits=False,
-    ),
+    )
+
+
+SWEEPS: Final = {
+    "table": Sweep(TABLE),
+    "size": sweep_sizes(ADM),
+    "size-base": sweep_sizes(None),  # without any training
     "lcg": Sweep(
         tuple(
             Way(f"{share:.3g}", ADM, True, (("lcg_fraction", share),))
@@ -177,7 +185,7 @@ class Plan:
     def _paint(self, way: Way, subject: int) -> Iterator[Case]:
         for scene in range(self.scenes):
             edits = {edit.kind: edit for edit in edits_of(subject, scene)}
-            wanted = [edits["identity"]]
+            wanted = [edits["identity"]] if way.training else [describe_subject(subject)]
             wanted += [edits[self.kinds[scene % len(self.kinds)]]] if self.sweep.edits else []
             for share in self.sweep.shares or (0.0,):
                 for edit in wanted:
@@ -212,13 +220,20 @@ def edits_of(number: int, scene: int) -> list[Edit]:
     return draw_edits(subject(number), np.random.default_rng([93, number, scene]))
 
 
+def describe_subject(number: int) -> Edit:
+    """What the base alone is asked for."""
+    return Edit("identity", describe(subject(number).attributes), None, None)
+
+
 def key_of(*facts: Any) -> str:
     """16 hex digits that change with any of the facts."""
     return hashlib.sha256(json.dumps([REVISION, *facts], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def lora_facts(number: int, training: Training) -> list[Any]:
+def lora_facts(number: int, training: Training | None) -> list[Any]:
     """All that decides a LoRA beside the base. Where beta is 0, no regular picture is asked for."""
+    if training is None:
+        return ["base"]
     told = asdict(training)
     if training.beta == 0:
         told["regular"] = ""

@@ -48,7 +48,9 @@ class Studio(Protocol):
         """Write a subject's LoRA to the folder `out`, whole or not at all."""
         ...
 
-    def paint(self, case: Case, lora: Path) -> Picture: ...
+    def paint(self, case: Case, lora: Path | None) -> Picture:
+        """lora: None: the base alone."""
+        ...
 
     def judge(self, case: Case, picture: Picture) -> Values: ...
 
@@ -61,7 +63,7 @@ class Work:
         for name in ("loras", "readings", "pictures"):
             (folder / name).mkdir(parents=True, exist_ok=True)
 
-    def lora_of(self, number: int, training: Training) -> Path:
+    def lora_of(self, number: int, training: Training | None) -> Path:
         return self.folder / "loras" / key_of(self._studio.base, *lora_facts(number, training))
 
     def picture_of(self, case: Case) -> Path:
@@ -79,23 +81,30 @@ class Work:
         for case in left:
             values = self.find(case)
             if values is None:
-                place = self.lora_of(case.place.subject, case.way.training)
-                if not (place / RECORD).exists():
-                    self._tell(f"{clock}: training subject {case.place.subject} as {case.way.training}")
-                    with clock.spend("lora"):
-                        self._studio.train(case.place.subject, case.way.training, place)
+                place = self._train(case.place.subject, case.way.training, clock)
                 with clock.spend("picture"):
                     values = self._measure(case, place)
                 self._tell(f"{clock}: {case.row}, subject {case.place.subject}, {case.edit.prompt!r}")
             done.append((case, values))
         return done
 
+    def _train(self, number: int, training: Training | None, clock: _Clock) -> Path | None:
+        """The folder of a LoRA, trained if it is not there; None: none is asked for."""
+        if training is None:
+            return None
+        place = self.lora_of(number, training)
+        if not (place / RECORD).exists():
+            self._tell(f"{clock}: training subject {number} as {training}")
+            with clock.spend("lora"):
+                self._studio.train(number, training, place)
+        return place
+
     def judge_real(self, case: Case) -> Values:
         """What the judge makes of the world's own rendering of what a case asks for."""
         scene, _ = draw_place(case.place, case.edit)
         return self._studio.judge(case, scene.image)
 
-    def _measure(self, case: Case, place: Path) -> Values:
+    def _measure(self, case: Case, place: Path | None) -> Values:
         picture = self._studio.paint(case, place)
         with atomic_file(self.picture_of(case)) as temporary:
             Image.fromarray(picture).save(temporary, "JPEG", quality=90)
@@ -115,7 +124,7 @@ class _Clock:
 
     def __init__(self, work: Work, cases: list[Case]) -> None:
         missing = [case for case in cases if work.find(case) is None]
-        trainings = {(case.place.subject, case.way.training) for case in missing}
+        trainings = {(case.place.subject, case.way.training) for case in missing if case.way.training}
         loras = {work.lora_of(*each) for each in trainings}
         self._left = {"lora": sum(not (each / RECORD).exists() for each in loras), "picture": 0}
         self._left["picture"] = len({work.picture_of(case) for case in missing})
@@ -172,14 +181,15 @@ class MicroStudio:
         with suppress(OSError):
             rmtree(work)
 
-    def paint(self, case: Case, lora: Path) -> Picture:
-        if self._loaded[0] != str(lora):
+    def paint(self, case: Case, lora: Path | None) -> Picture:
+        if lora is not None and self._loaded[0] != str(lora):
             if self._loaded[1]:
                 self._dm.remove_subject(self._loaded[1])
             self._loaded = (str(lora), self._dm.add_subject(lora, "subject", token="sks"))
         scene, mask = draw_place(case.place)
         image = Image.fromarray(scene.background)
-        result = self._dm.inpaint(image, world.show_mask(mask), case.edit.prompt, subject="subject", **case.fields)
+        name = "" if lora is None else self._loaded[1]
+        result = self._dm.inpaint(image, world.show_mask(mask), case.edit.prompt, subject=name, **case.fields)
         return np.asarray(result.images[0].convert("RGB"))
 
     def judge(self, case: Case, picture: Picture) -> Values:

@@ -47,13 +47,13 @@ def main() -> int:
     readings: Readings = work.finish(plan.cases())
     if not sweep.axis:
         readings = [*readings, *real_readings(work, readings)]
-    name = "ablation" if given.part == "table" else f"ablation_{given.part}"
+    name = "ablation" if given.part == "table" else f"ablation_{given.part.replace('-', '_')}"
     bench, summary = Benchmark(name, threads=given.threads), Summary(readings)
     bench.add("steps of a picture", given.steps)
     add_rows(bench, summary)
     if given.part == "table":
         add_goals(bench, summary)
-    if given.part == "size":
+    if sweep.shares:
         add_size_goal(bench, summary)
     text = write_tables(summary, paper=given.part == "table")
     if sweep.edits:

@@ -42,8 +42,8 @@ class FakeStudio:
         out.mkdir()
         (out / RECORD).write_text("{}")
 
-    def paint(self, case: Case, lora: Path) -> np.ndarray:  # type: ignore[type-arg]
-        assert (lora / RECORD).exists()
+    def paint(self, case: Case, lora: Path | None) -> np.ndarray:  # type: ignore[type-arg]
+        assert (lora is None) == (case.way.training is None) and (lora is None or (lora / RECORD).exists())
         self._work()
         self.painted.append(case)
         return np.zeros((8, 8, 3), np.uint8)
@@ -180,7 +180,7 @@ def test_a_figure_shows_means_where_they_are() -> None:
     assert np.ptp(dot[:, 0]) == pytest.approx(0.2 * (380 - 58 - 40), abs=2)
 
 
-@pytest.mark.parametrize("part", ["table", "size"])
+@pytest.mark.parametrize("part", ["table", "size", "size-base"])
 def test_the_command_writes_results_when_all_pictures_are_there(
     part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,7 +201,8 @@ def test_the_command_writes_results_when_all_pictures_are_there(
     assert (rows["subjects"], rows["scenes a subject"]) == (2, 2)
     assert "2 subjects, 2 scenes each." in told.out and "min left" in told.err
     assert (tmp_path / "work" / f"{next(results.glob('*.json')).stem}-sheet.png").exists()
-    assert len(list(results.glob("*.png"))) == (part == "size")
+    assert len(list(results.glob("*.png"))) == (part != "table")
+    assert len(studio.trained) == {"table": 4, "size": 2, "size-base": 0}[part]
     real = f"{REAL}, editing: right (4 pictures)"
     assert (rows.get(real) == "1.000 [1.000, 1.000]") == (part == "table")
 
