@@ -177,9 +177,10 @@ def _report(summary: dict[str, Any], out: Path, as_json: bool) -> None:
         tasks = list(summary["tasks"])
         rows = []
         for metric, facts in summary["metrics"].items():
-            means = [summary["tasks"][task].get(metric) for task in tasks]
-            spelt = [_spell(mean) for mean in means] if facts["measured"] else [f"not measured: {facts['missing']}"]
-            rows.append([f"{metric}{f' [{unit}]' if (unit := facts['unit']) else ''}", *spelt])
+            means = [_spell(summary["tasks"][task].get(metric)) for task in tasks]
+            if not facts["measured"]:
+                means = [*[""] * len(tasks), f"not measured: {facts['missing']}"]
+            rows.append([f"{metric}{f' [{unit}]' if (unit := facts['unit']) else ''}", *means])
         print_table(rows, header=["", *tasks])
     counts = summary["pictures"]
     say(f"{page} ({counts['measured']} pictures, {counts['painted_now']} of them painted now)")
