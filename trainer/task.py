@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from dreammix_trt.core.attributes import AttributeDictionary
+from dreammix_trt.core.attributes import AttributeDictionary, with_article
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.files import sha256_of
 from dreammix_trt.core.network_weights import BaseLora
 from dreammix_trt.trainer.captions import subject_captions
-from dreammix_trt.trainer.data import article
 from dreammix_trt.trainer.hardware import Hardware
 from dreammix_trt.trainer.losses import loss_weights
 from dreammix_trt.trainer.photographs import PhotographFile
@@ -63,7 +62,7 @@ class Names:
 
         Raises InputError for a caption without the token.
         """
-        prompt = (prompt or f"a photo of {article(token)} {token} {class_name}").strip()
+        prompt = (prompt or f"a photo of {with_article(f'{token} {class_name}')}").strip()
         made = subject_captions(token, class_name, attributes) if attributes else ()
         given = tuple(caption.strip() for caption in captions)
         names = cls(token, class_name, prompt, (*given, *(caption for caption in made if caption not in given)))
