@@ -86,6 +86,9 @@ def run_demo(
             "mug",
             out / "lora",
             captions=subject_captions(subject.attributes),
+            attributes=out / ATTRIBUTES,
+            attribute_captions=False,
+            regular_attributes=False,
             steps=training_steps,
             threads=threads,
             seed=seed,
@@ -96,7 +99,6 @@ def run_demo(
             out / "lora",
             out=out / "engine",
             name="mug",
-            attributes=out / ATTRIBUTES,
             progress=_name_part(update, "build"),
         )
     with _measure(seconds, "load"):

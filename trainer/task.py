@@ -25,7 +25,7 @@ _NO_SETTINGS = ("steps", "learning_rate", "checkpoint_every", "gradient_checkpoi
 #: of the settings, what decides the samples that are prepared before the first step
 _PREPARING = (
     *("photographs", "base", "base_loras", "token", "class_name", "prompt", "captions", "attributes", "regular"),
-    *("seed", "views", "crop_share", "regular_pictures", "precision", "device"),
+    *("regular_attributes", "seed", "views", "crop_share", "regular_pictures", "precision", "device"),
 )
 
 
@@ -82,6 +82,7 @@ class Task:
     """A subject to learn on a base.
 
     names: with the captions that are trained. attributes: of the subject; None: they are not known.
+    regular_attributes: whether pictures of the class that the base paints are captioned by them.
     regular: pictures of the class; None: the base paints some of its own.
     loss: the name of one.
     base_loras: merged into the base's weights, each with its file's hash.
@@ -97,6 +98,7 @@ class Task:
     loss: str
     seed: int
     attributes: AttributeDictionary | None = None
+    regular_attributes: bool = True
     regular: Sequence[RegularPicture] | None = None
     hardware: Hardware = field(default_factory=Hardware)
     base_loras: Sequence[tuple[BaseLora, str]] = ()
@@ -121,6 +123,7 @@ class Task:
             **{name: getattr(self.names, name) for name in ("token", "class_name", "prompt")},
             "captions": list(self.names.captions),
             "attributes": self.attributes.to_dict() if self.attributes else {},
+            "regular_attributes": self.regular_attributes,
             "regular": None if self.regular is None else _hash_regular(self.regular),
             "rank": self.rank,
             "steps": self.steps,
