@@ -8,8 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.inpaint_cli import Device, SetFields, Verify, _parse_fields
-from dreammix_trt.terminal import AsJson, Force, Store, Threads, print_json, print_table, say, show_progress
+from dreammix_trt.inpaint_cli import Device, Verify
+from dreammix_trt.terminal import (
+    AsJson,
+    Force,
+    SetFields,
+    Store,
+    Threads,
+    parse_fields,
+    print_json,
+    print_table,
+    say,
+    show_progress,
+)
 
 if TYPE_CHECKING:
     from dreammix_trt.core.passport import Passport
@@ -94,7 +105,7 @@ def evaluate(
     from dreammix_trt.evaluation.reading import read_protocol
 
     passport = Passport.read(engine)
-    asked = read_protocol(protocol, _parse_fields(set_field or []))
+    asked = read_protocol(protocol, parse_fields(set_field or []))
     weights = Weights(clip, dino, inception, lpips, real, _find_judge(passport))
     metrics = choose_metrics(asked, weights)
     options = _choose_options(device, asked)
