@@ -77,14 +77,20 @@ Accumulate = Annotated[int | None, typer.Option(min=1, help="Such batches in a s
 Device = Annotated[str, typer.Option(help="cpu, cuda, or one GPU of several: cuda:1.")]
 Precision = Annotated[
     Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"] | None,
-    typer.Option(help="Of the frozen base; the LoRA stays float32. Default: bfloat16 on a GPU, float32 on a CPU."),
+    typer.Option(
+        metavar="fp32|bf16|fp16",
+        help="Of the frozen base; the LoRA stays float32. Default: bfloat16 on a GPU, float32 on a CPU.",
+    ),
 ]
 Optimizer = Annotated[
     Literal["adamw", "adamw8bit"], typer.Option(help="adamw8bit: state in 8 bits, on a GPU, by bitsandbytes.")
 ]
 Checkpointing = Annotated[
     Literal["on", "off"] | None,
-    typer.Option(help="on: inner values are computed twice instead of kept; default: for bases above 256 pixels."),
+    typer.Option(
+        "--gradient-checkpointing",
+        help="Compute inner values twice instead of keeping them; default: on for bases above 256 pixels.",
+    ),
 ]
 CheckpointEvery = Annotated[
     int | None,
@@ -123,11 +129,9 @@ PANELS = {
     "What is learnt": ("class_name", "token", "prompt", "attributes", "captions", "regular"),
     "The base": ("base", "patch", "head", "vae", "tokenizer", "base_lora", "patch_biases"),
     "Masks": ("invert_masks", "large_masks", "segment", "segmenter", "segmenter_style", "yes"),
-    "How it is learnt": (
-        *("rank", "steps", "learning_rate", "loss", "beta", "beta_as", "crop_share", "batch", "accumulate", "seed"),
-    ),
-    "What it runs on": ("device", "precision", "optimizer", "threads"),
-    "Memory": ("gradient_checkpointing",),  # alone: a long name needs the width
+    "How it is learnt": (*("rank", "steps", "learning_rate", "loss", "beta", "beta_as", "crop_share", "seed"),),
+    "What it runs on": ("device", "precision", "threads"),
+    "What it takes of memory": ("batch", "accumulate", "gradient_checkpointing", "optimizer"),
     "While it runs": ("checkpoint_every", "resume", "work", "validate_every", "validate_prompt", "validate_engine"),
     "What is written": ("out", "merged", "force", "as_json"),
 }
@@ -207,8 +211,8 @@ def train(
 
     files = BaseSources(base, patch, head, vae, tokenizer, patch_biases).open()
     given = {"beta": beta, "beta_as": beta_as, "crop_share": crop_share, "batch": batch, "accumulate": accumulate}
-    twice = None if gradient_checkpointing is None else gradient_checkpointing == "on"
-    given |= {"gradient_checkpointing": twice, "checkpoint_every": checkpoint_every}
+    inner = None if gradient_checkpointing is None else gradient_checkpointing == "on"
+    given |= {"gradient_checkpointing": inner, "checkpoint_every": checkpoint_every}
     recipe = _choose_recipe(files.native_side, given)
     place = work or out.resolve().with_name(f"{out.resolve().name}.work")
     options: dict[str, Any] = {"token": token, "prompt": prompt, "rank": rank, "steps": steps, "seed": seed}
