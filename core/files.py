@@ -304,14 +304,45 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 @contextlib.contextmanager
+def hold_alone(place: str | os.PathLike[str], busy: str) -> Iterator[None]:
+    """Keep other programs that ask for it out of a place for as long as the block takes; the place need not exist.
+
+    busy: who does what there, for the message: "another training is at work".
+
+    Raises InputError where another program holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    target = Path(place).resolve()
+    lock = FileLock(_find_lock(target, "alone"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:  # an OSError itself
+        raise InputError(f"{target}: {busy} there; wait for it, or name another folder") from None
+    except OSError:  # no writable home: go on without a lock
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _find_lock(target: Path, suffix: str = "") -> Path:
+    """The lock of a place, in the home. Its folder is made if that can be."""
+    locks = cache_home() / "locks"
+    with contextlib.suppress(OSError):
+        locks.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(os.fsencode(target)).hexdigest()[:32]
+    return locks / f"{digest}{f'-{suffix}' if suffix else ''}.lock"
+
+
+@contextlib.contextmanager
 def _hold_lock(target: Path) -> Iterator[None]:
     """Hold the lock of a place, so that two programs do not replace it at the same time."""
     from filelock import FileLock
 
-    locks = cache_home() / "locks"
-    lock = FileLock(locks / f"{hashlib.sha256(os.fsencode(target)).hexdigest()[:32]}.lock")
+    lock = FileLock(_find_lock(target))
     with contextlib.suppress(OSError):  # no writable home: go on without a lock
-        locks.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     try:
         yield

@@ -141,7 +141,7 @@ def _list_captions(task: Task) -> list[str]:
 
 def _list_regular(task: Task) -> list[tuple[PhotographFile, str]]:
     """The given regular pictures that have masks, with their captions; [] where they have no weight."""
-    if task.regular is None or task.recipe.beta == 0:
+    if task.regular is None or not task.takes_regular:
         return []
     found = [(PhotographFile(each.image, each.mask), each.caption) for each in task.regular if each.mask is not None]
     if not found:
@@ -200,9 +200,9 @@ def _read(file: Path, dice: torch.Generator) -> Prepared | None:
             else None
             for name in ("subject", "regular")
         )
-        dice.set_state(held["dice"])
         found, states, pooled = subject, held["states"], held["pooled"]
-    except (FileFormatError, KeyError) as error:
+        dice.set_state(held["dice"])  # last: a file that is damaged leaves the dice as they were
+    except (FileFormatError, KeyError, RuntimeError, ValueError, TypeError) as error:
         log.warning("%s is damaged (%s); the photographs are encoded again", file, error)
         return None
     return None if found is None else Prepared(found, regular, states, pooled)
