@@ -143,7 +143,7 @@ def test_a_prompt_that_cannot_be_painted_is_refused_before_a_training(
     mug_engine: Path, base: BaseFiles, place: dict[str, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="prompt"):
-        Validator(tmp_path, base, [PROMPT, "a sks mug " * 400], **WORDS, engine=mug_engine, **place, threads=1)
+        Validator(tmp_path, base, [PROMPT, "a sks mug " * 9000], **WORDS, engine=mug_engine, **place, threads=1)
 
 
 def test_bad_places_are_refused(mug_engine: Path, base: BaseFiles, tmp_path: Path) -> None:
