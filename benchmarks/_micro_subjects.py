@@ -13,8 +13,8 @@ from PIL import Image
 
 from dreammix_trt.building import build
 from dreammix_trt.core.attributes import with_article
-from dreammix_trt.demo import write_photos
 from dreammix_trt.engine import DreamMix
+from dreammix_trt.evaluation.statistics import bootstrap_interval
 from dreammix_trt.trainer.lora import train_lora
 from dreammix_trt.trainer.micro import world
 from dreammix_trt.trainer.micro.captions import subject_captions
@@ -27,8 +27,8 @@ KEPT = ("shape", "colour", "pattern", *PARTS)
 
 @dataclass(frozen=True)
 class Edit:
-    """One prompt for a subject. changed: the head it changes and its new word (None: identity); gone: the word that
-    TAS takes out."""
+    """One prompt for a subject. changed: the head it changes and its new word (None: identity); gone: the word of the
+    subject's dictionary (`captions.dictionary_of`, which has no "plain") that TAS takes out."""
 
     kind: str
     prompt: str
@@ -70,14 +70,14 @@ def draw_edits(subject: world.Thing, rng: np.random.Generator) -> list[Edit]:
             ("decal_colour", decal),
             what.decal_colour,
         ),
-        Edit("pattern", f"a {pattern} {name}", ("pattern", pattern), "plain"),
+        Edit("pattern", f"a {pattern} {name}", ("pattern", pattern), None if what.pattern == "plain" else what.pattern),
         Edit("top colour", f"a {name} with {with_article(f'{top} {TOPS[what.shape]}')}", ("top", top), what.top),
     ]
 
 
 def train_subject(subject: world.Thing, folder: Path, *, captioned: bool = True, **fields: Any) -> Path:
     """Photographs, LoRA and engine of one subject; returns the engine. captioned: with captions naming attributes."""
-    write_photos(folder / "photos", subject)
+    world.write_photos(folder / "photos", subject)
     captions = subject_captions(subject.attributes) if captioned else ()
     train_lora(folder / "photos", subject.attributes.shape, folder / "lora", captions=captions, **fields)
     build(folder / "lora", out=folder / "engine", name="subject")
@@ -138,10 +138,9 @@ class Share:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def bootstrap_share(verdicts: Sequence[Verdict], field: str, draws: int = 2000) -> Share:
+def bootstrap_share(verdicts: Sequence[Verdict], field: str) -> Share:
     """The mean of a verdict's field, resampled over subjects."""
     subjects = sorted({verdict.subject for verdict in verdicts})
-    means = np.array([np.mean([float(getattr(v, field)) for v in verdicts if v.subject == s]) for s in subjects])
-    rng = np.random.default_rng(0)
-    again = means[rng.integers(len(means), size=(draws, len(means)))].mean(1)
-    return Share(float(means.mean()), float(np.quantile(again, 0.025)), float(np.quantile(again, 0.975)))
+    means = [float(np.mean([float(getattr(v, field)) for v in verdicts if v.subject == s])) for s in subjects]
+    mean = float(np.mean(means))
+    return Share(mean, *(bootstrap_interval(means) or (mean, mean)))

@@ -83,11 +83,8 @@ Optimizer = Annotated[
     Literal["adamw", "adamw8bit"], typer.Option(help="adamw8bit: state in 8 bits, on a GPU, by bitsandbytes.")
 ]
 Checkpointing = Annotated[
-    bool | None,
-    typer.Option(
-        "--gradient-checkpointing/--no-gradient-checkpointing",
-        help="Compute inner values twice instead of keeping them; default: for bases above 256 pixels.",
-    ),
+    Literal["on", "off"] | None,
+    typer.Option(help="on: inner values are computed twice instead of kept; default: for bases above 256 pixels."),
 ]
 CheckpointEvery = Annotated[
     int | None,
@@ -129,7 +126,8 @@ PANELS = {
     "How it is learnt": (
         *("rank", "steps", "learning_rate", "loss", "beta", "beta_as", "crop_share", "batch", "accumulate", "seed"),
     ),
-    "What it runs on": ("device", "precision", "optimizer", "gradient_checkpointing", "threads"),
+    "What it runs on": ("device", "precision", "optimizer", "threads"),
+    "Memory": ("gradient_checkpointing",),  # alone: a long name needs the width
     "While it runs": ("checkpoint_every", "resume", "work", "validate_every", "validate_prompt", "validate_engine"),
     "What is written": ("out", "merged", "force", "as_json"),
 }
@@ -210,7 +208,8 @@ def train(
 
     files = BaseSources(base, patch, head, vae, tokenizer, patch_biases).open()
     given = {"beta": beta, "beta_as": beta_as, "crop_share": crop_share, "batch": batch, "accumulate": accumulate}
-    given |= {"gradient_checkpointing": gradient_checkpointing, "checkpoint_every": checkpoint_every}
+    twice = None if gradient_checkpointing is None else gradient_checkpointing == "on"
+    given |= {"gradient_checkpointing": twice, "checkpoint_every": checkpoint_every}
     recipe = _choose_recipe(files.native_side, given)
     place = work or find_work(out)
     options: dict[str, Any] = {"token": token, "prompt": prompt, "rank": rank, "steps": steps, "seed": seed}

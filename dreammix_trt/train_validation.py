@@ -99,8 +99,10 @@ class Validator:
         if not prompts:
             raise InputError("no prompt is given for validation pictures; give one, for example: a photo of a sks mug")
         self._prompts, self._seed = tuple(prompts), seed
-        self._fields = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
-        self._words = {"token": token, "class_name": class_name}
+        self._fields: dict[str, Any] = (
+            {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
+        )
+        self._words: dict[str, Any] = {"token": token, "class_name": class_name}
         self._folder = Path(folder) / "validation"
         self._places = _choose_places(base, photographs, image, mask)
         with ExitStack() as owned:

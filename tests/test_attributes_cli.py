@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from dreammix_trt.cli import app
 from dreammix_trt.core.attributes import KINDS, AttributeDictionary
 from dreammix_trt.core.errors import DreamMixError
-from dreammix_trt.demo import demo_subject, write_photos
+from dreammix_trt.demo import demo_subject
+from dreammix_trt.trainer.micro.world import write_photos
 from tests.support.chat_server import Reply, say, serve
 
 ANSWER = json.dumps({**{kind: [] for kind in KINDS}, "colour": ["blue"], "part": ["white foot"]})

@@ -246,18 +246,8 @@ def test_messages_are_chosen_anywhere(mug_engine: Path, place: Path, call: Call)
 @pytest.mark.parametrize(
     "command",
     [
-        "",
-        "attributes",
-        "regularize",
-        "train",
-        "build",
-        "inspect",
-        "inpaint",
-        "demo",
-        "train-base",
-        "doctor",
-        "store",
-        "store prune",
+        *("", "attributes", "regularize", "train", "build", "inspect", "inpaint", "eval", "demo", "train-base"),
+        *("doctor", "store", "store prune"),
     ],
 )
 def test_each_help_has_a_short_option_and_names_everything(command: str, call: Call) -> None:

@@ -44,6 +44,7 @@ def train_lora(
     captions: Sequence[str] = (),
     attributes: str | Path | AttributeDictionary | None = None,
     attribute_captions: bool = True,
+    regular_attributes: bool = True,
     regular: str | Path | Sequence[RegularPicture] | None = None,
     rank: int = 4,
     steps: int | None = None,
@@ -74,7 +75,9 @@ def train_lora(
     captions: further captions that name attributes of the subject ("a photo of a blue sks mug"), so that an attribute
         belongs to its word and not to the token (paper, section 3.3).
     attributes: the subject's dictionary or its file: further captions are made of it, and those of the regular pictures
-        that the base paints. attribute_captions: False leaves the former out, as the authors' code does.
+        that the base paints. It travels with the LoRA.
+    attribute_captions: False leaves the former out, as the authors' code does.
+    regular_attributes: False leaves the latter out: the base paints members of the class in plain colours.
     regular: pictures of the class (eq. 8), or their folder, as `regularize` makes it; None: the base paints some.
     rank: of the factors.
     steps, learning_rate: None takes what suits the base.
@@ -121,6 +124,7 @@ def train_lora(
             loss=loss,
             seed=seed,
             attributes=dictionary,
+            regular_attributes=regular_attributes,
             regular=read_regular(regular) if isinstance(regular, str | Path) else regular,
             hardware=own,
             base_loras=_read_base_loras(base_loras, files),

@@ -135,7 +135,8 @@ def _encode_texts(task: Task) -> _Texts:
 def _list_captions(task: Task) -> list[str]:
     """The caption of each regular picture."""
     if task.paints_regular:
-        return regular_captions(task.names.class_name, task.recipe.regular_pictures, task.attributes, task.seed)
+        words = task.attributes if task.regular_attributes else None
+        return regular_captions(task.names.class_name, task.recipe.regular_pictures, words, task.seed)
     return [caption for _, caption in _list_regular(task)]
 
 

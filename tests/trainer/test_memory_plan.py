@@ -168,10 +168,10 @@ def test_a_gpu_too_small_is_told_what_fits() -> None:
     large.check(need)
     with refused("--precision bfloat16 it needs"):
         large.check(need - 1)
-    with refused("with --gradient-checkpointing it needs"):
+    with refused("with --gradient-checkpointing on it needs"):
         large.check(plan(precision="float32", batch=64, checkpointing=True).total_bytes - CONTEXT)
     with refused(
-        "--precision bfloat16 --gradient-checkpointing --batch 1 --accumulate 192 --optimizer adamw8bit it still"
+        "--precision bfloat16 --gradient-checkpointing on --batch 1 --accumulate 192 --optimizer adamw8bit it still"
     ):
         large.check(1 << 20)
     with refused("these settings it still needs"):
