@@ -117,15 +117,15 @@ def _encode_texts(task: Task) -> _Texts:
     import torch
 
     from dreammix_trt.trainer.networks import TextEncoders
-    from dreammix_trt.trainer.regular import BATCH
+    from dreammix_trt.trainer.regular import count_at_once
 
     encoders = TextEncoders(task.base, task.hardware.device, task.merged)
     own = [encoders.encode([prompt]) for prompt in task.names.prompts]
     captions = _list_captions(task)
     distinct = list(dict.fromkeys(captions))
-    painting = []
-    for first in range(0, len(captions), BATCH) if task.paints_regular else ():
-        part = captions[first : first + BATCH]
+    painting, at_once = [], count_at_once(task.base.native_side)
+    for first in range(0, len(captions), at_once) if task.paints_regular else ():
+        part = captions[first : first + at_once]
         painting.append(encoders.encode([""] * len(part) + part))
     found = [*own, encoders.encode(distinct)] if distinct else own
     states, pooled = (torch.cat([pair[side] for pair in found]) for side in (0, 1))
