@@ -40,7 +40,7 @@ def repaint(
     Deterministic DDIM (Song et al. 2021, eq. 12) with classifier-free guidance; the known cells are put back, with
     fresh noise, at every step's input as in the reference's loop.
 
-    texts: for each `count_at_once` of samples the states and pooled states of as many empty prompts, then of its prompts.
+    texts: for each `count_at_once` of samples the states and pooled states of as many empty prompts, then of its own.
     """
     side = unet.base.native_side
     painted, at_once = [], count_at_once(side)
