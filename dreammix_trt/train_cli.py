@@ -207,6 +207,7 @@ def train(
         raise InputError("--captions attributes needs --attributes FILE, which has the words")
     from dreammix_trt.building import BaseSources
     from dreammix_trt.train_watch import TrainWatch
+    from dreammix_trt.trainer.checkpoints import find_work
     from dreammix_trt.trainer.lora import Hardware, train_lora
 
     files = BaseSources(base, patch, head, vae, tokenizer, patch_biases).open()
@@ -214,7 +215,7 @@ def train(
     inner = None if gradient_checkpointing is None else gradient_checkpointing == "on"
     given |= {"gradient_checkpointing": inner, "checkpoint_every": checkpoint_every}
     recipe = _choose_recipe(files.native_side, given)
-    place = work or out.resolve().with_name(f"{out.resolve().name}.work")
+    place = work or find_work(out)
     options: dict[str, Any] = {"token": token, "prompt": prompt, "rank": rank, "steps": steps, "seed": seed}
     options |= {"learning_rate": learning_rate, "loss": loss, "merged": merged, "threads": threads, "resume": resume}
     options |= {"attributes": attributes, "attribute_captions": captions != "plain", "regular": regular, "work": place}

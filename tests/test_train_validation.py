@@ -144,6 +144,13 @@ def test_bad_engines_are_refused_before_a_training(
     assert not (tmp_path / "validation").exists()
 
 
+def test_a_prompt_that_cannot_be_painted_is_refused_before_a_training(
+    mug_engine: Path, base: BaseFiles, place: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="prompt"):
+        Validator(tmp_path, base, [PROMPT, "a sks mug " * 9000], **WORDS, engine=mug_engine, **place, threads=1)
+
+
 def test_bad_places_are_refused(mug_engine: Path, base: BaseFiles, tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "image.png")
     Image.new("L", (32, 32), 255).save(tmp_path / "mask.png")

@@ -31,6 +31,12 @@ FOLDER, RECORD, STATE = "checkpoint", "checkpoint.json", "state.safetensors"
 _SCHEMA = 1
 
 
+def find_work(out: str | Path) -> Path:
+    """The folder beside `out` where a training keeps what it goes on from, unless another is named."""
+    place = Path(out).resolve()
+    return place.parent / f"{place.name}.work"
+
+
 @dataclass(frozen=True)
 class Learner:
     """What changes while it learns. factors: module -> (down, up), the parameters themselves."""
@@ -125,7 +131,7 @@ class Checkpoints:
 
     def describe(self) -> str:
         """Which checkpoint is kept, for messages; "" where there is none."""
-        with suppress(FileFormatError):
+        with suppress(FileFormatError, KeyError):
             return f"the checkpoint of step {self._read_record()['step']} is kept in {self._folder}"
         return ""
 

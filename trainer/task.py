@@ -67,7 +67,7 @@ class Names:
         given = tuple(caption.strip() for caption in captions)
         names = cls(token, class_name, prompt, (*given, *(caption for caption in made if caption not in given)))
         for text in names.prompts:
-            if token not in text.lower().split():
+            if token.lower() not in text.lower().split():
                 raise InputError(f"the prompt {text!r} lacks the token {token!r}; without it the subject has no name")
         return names
 
@@ -113,6 +113,11 @@ class Task:
         """Whether the base paints regular pictures of its own."""
         return self.recipe.beta > 0 and self.regular is None and self.recipe.regular_pictures > 0
 
+    @property
+    def takes_regular(self) -> bool:
+        """Whether regular pictures that were given are trained on."""
+        return self.recipe.beta > 0 and self.regular is not None
+
     def settings(self) -> dict[str, Any]:
         """All that decides the numbers of the training but the number of threads, as plain JSON values."""
         recipe = {name: value for name, value in asdict(self.recipe).items() if name not in _NO_SETTINGS}
@@ -139,7 +144,8 @@ class Task:
     def preparing_settings(self) -> dict[str, Any]:
         """Those that decide the samples which are made before the first step."""
         settings = self.settings()
-        return {**{name: settings[name] for name in _PREPARING}, "paints_regular": self.paints_regular}
+        chosen = {"paints_regular": self.paints_regular, "takes_regular": self.takes_regular}
+        return {**{name: settings[name] for name in _PREPARING}, **chosen}
 
 
 def _hash_pair(file: PhotographFile) -> str:

@@ -64,7 +64,7 @@ class Training:
         resume: go on from the checkpoint.
         after_step: called with a step's number and `factors`.
 
-        Raises InputError for a loss that is not finite.
+        Raises InputError for a loss or gradients that are not finite.
         """
         begun = time.monotonic()
         self._progress("train", 0.0, "reading the base")
@@ -104,21 +104,24 @@ class Training:
         learner.optimizer.zero_grad()
         value = self._processes.average(self._trained, self._add_gradients(learner))
         if not math.isfinite(value):
-            raise InputError(self._explain_divergence(value, step + 1))
+            raise InputError(self._explain_divergence("loss", value, step + 1))
         learner.scaler.unscale_(learner.optimizer)
-        torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
+        # a scaler leaves such a step out and scales less; without one the LoRA, and its checkpoint, would be lost
+        if not learner.scaler.is_enabled() and not math.isfinite(norm):
+            raise InputError(self._explain_divergence("norm of the gradients", float(norm), step + 1))
         learner.scaler.step(learner.optimizer)
         learner.scaler.update()
         return value
 
-    def _explain_divergence(self, loss: float, step: int) -> str:
+    def _explain_divergence(self, what: str, value: float, step: int) -> str:
         import torch
 
         remedy = f"take a smaller learning rate than {self._task.learning_rate:g}"
         if self._task.hardware.products == torch.float16:
             remedy += ", or --precision bfloat16"
         kept = self._checkpoints.describe()
-        return f"the loss is {loss} at step {step}; the training diverged, {remedy}{f'; {kept}' if kept else ''}"
+        return f"the {what} is {value} at step {step}; the training diverged, {remedy}{f'; {kept}' if kept else ''}"
 
     def _add_gradients(self, learner: Learner) -> float:
         """Draw this process' rows of one step, add up their gradients a batch at a time; returns their loss."""
