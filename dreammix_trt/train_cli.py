@@ -135,7 +135,7 @@ PANELS = {
     "While it runs": ("checkpoint_every", "resume", "work", "validate_every", "validate_prompt", "validate_engine"),
     "What is written": ("out", "merged", "force", "as_json"),
 }
-_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def train(
@@ -228,7 +228,7 @@ def train(
             base=files,
             base_loras=base_lora or (),
             recipe=recipe,
-            hardware=Hardware(device, _SHORT.get(precision or "", precision), optimizer),  # type: ignore[arg-type]
+            hardware=Hardware(device, PRECISIONS.get(precision or "", precision), optimizer),  # type: ignore[arg-type]
             watch=watch,
             invert_masks=invert_masks,
             large_masks=large_masks,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from dreammix_trt.core.files import atomic_directory, check_place, hold_alone, s
 from dreammix_trt.core.lora import LoraSpec, parse_lora, read_lora
 from dreammix_trt.core.network_weights import BaseLora
 from dreammix_trt.trainer.checkpoints import Checkpoints, find_work
-from dreammix_trt.trainer.folder import RECORD, TrainRecord, write_folder
+from dreammix_trt.trainer.folder import RECORD, TrainRecord, lora_metadata, write_folder
 from dreammix_trt.trainer.hardware import Hardware
 from dreammix_trt.trainer.photographs import PhotographFile, read_photographs
 from dreammix_trt.trainer.preparing import Progress
-from dreammix_trt.trainer.processes import Processes, join_processes
+from dreammix_trt.trainer.processes import Processes, join_processes, use_threads
 from dreammix_trt.trainer.recipes import FULL, SMALL, Recipe, recipe_for
 from dreammix_trt.trainer.regular_folder import read_regular
 from dreammix_trt.trainer.task import Names, RegularPicture, Task, check_options
@@ -170,14 +170,16 @@ class _Job:
     def _run(self, resume: bool, progress: Progress | None, notice: Callable[[str], None] | None) -> TrainRecord:
         task, leads = self._task, self._processes.leads
         settings = task.settings() | {"processes": self._processes.count}
-        checkpoints = Checkpoints(self._work, task.base.name, settings, task.recipe.checkpoint_every)
+        checkpoints = Checkpoints(
+            self._work, lora_metadata(task.base.name, settings), settings, task.recipe.checkpoint_every
+        )
         checkpoints.check(resume=resume)
         plan = tell_memory(task, notice if notice and leads else log.info)
         tell = progress if progress and leads else _say_nothing
         kept = self._work if task.recipe.checkpoint_every and leads else None
         watch = self._watch if leads else Unwatched()
         watch.begin(task)
-        with _torch_threads(self._threads) as used:
+        with use_threads(self._threads) as used:
             training = Training(task, checkpoints, tell, self._processes)
             done = training.run(kept, resume=resume, after_step=watch.after_step)
             record = TrainRecord.of(task, settings, done.history, done.seconds, used, training.parameters)
@@ -221,16 +223,3 @@ def _warn(files: BaseFiles, photographs: Sequence[PhotographFile]) -> None:
             "better",
             photographs[0].name,
         )
-
-
-@contextmanager
-def _torch_threads(count: int | None) -> Iterator[int]:
-    """Use `count` threads for the block, then as many as before; gives the number in use."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
