@@ -150,7 +150,8 @@ def test_goals_and_tables(tmp_path: Path) -> None:
     add_goals(bench, summary)
     rows = {row["metric"]: row for row in bench.rows}
     assert rows["edits right, full / baseline"]["value"] == 2.0
-    assert rows["identity kept, full / baseline"]["value"] == 1.0
+    assert rows["edits right and all else kept, full / baseline"]["value"] == 2.0
+    assert rows["identity: parts kept, full / baseline"]["value"] == 1.0
     assert rows["subjects and scenes enough"]["pass"] is False
     assert rows["+++ADM less ++TAS, editing: right"]["value"] == "0.250 [0.250, 0.250]"
     text = write_tables(summary, paper=True)
@@ -203,6 +204,9 @@ def test_the_command_writes_results_when_all_pictures_are_there(
     assert (tmp_path / "work" / f"{next(results.glob('*.json')).stem}-sheet.png").exists()
     assert len(list(results.glob("*.png"))) == (part != "table")
     assert len(studio.trained) == {"table": 4, "size": 2, "size-base": 0}[part]
+    if part != "table":  # of two subjects, in two scenes, one keeps all
+        assert rows["both at 0.2, identity: kept (4 pictures)"] == "0.750 [0.500, 1.000]"
+        assert rows["all parts kept at 0.2, both / whole frame"] == 1.0
     real = f"{REAL}, editing: right (4 pictures)"
     assert (rows.get(real) == "1.000 [1.000, 1.000]") == (part == "table")
 
