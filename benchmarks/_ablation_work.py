@@ -20,7 +20,6 @@ from dreammix_trt.building import build
 from dreammix_trt.core.attributes import AttributeDictionary
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.files import atomic_file, read_json, write_json
-from dreammix_trt.demo import write_photos
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.evaluation.metrics.judged import AttributesKept, EditSuccess, Jury, SubjectCosine
 from dreammix_trt.evaluation.metrics.metric import Metric, Sample
@@ -31,6 +30,7 @@ from dreammix_trt.trainer import checkpoints, lora
 from dreammix_trt.trainer.folder import RECORD
 from dreammix_trt.trainer.micro import world
 from dreammix_trt.trainer.micro.judge import expected_reading
+from dreammix_trt.trainer.micro.world import write_photos
 from dreammix_trt.trainer.photographs import read_photographs
 from dreammix_trt.trainer.recipes import SMALL
 

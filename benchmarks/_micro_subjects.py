@@ -13,7 +13,6 @@ from PIL import Image
 
 from dreammix_trt.building import build
 from dreammix_trt.core.attributes import with_article
-from dreammix_trt.demo import write_photos
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.evaluation.statistics import bootstrap_interval
 from dreammix_trt.trainer.lora import train_lora
@@ -28,8 +27,8 @@ KEPT = ("shape", "colour", "pattern", *PARTS)
 
 @dataclass(frozen=True)
 class Edit:
-    """One prompt for a subject. changed: the head it changes and its new word (None: identity); gone: the word that
-    TAS takes out."""
+    """One prompt for a subject. changed: the head it changes and its new word (None: identity); gone: the word of the
+    subject's dictionary (`captions.dictionary_of`, which has no "plain") that TAS takes out."""
 
     kind: str
     prompt: str
@@ -71,14 +70,14 @@ def draw_edits(subject: world.Thing, rng: np.random.Generator) -> list[Edit]:
             ("decal_colour", decal),
             what.decal_colour,
         ),
-        Edit("pattern", f"a {pattern} {name}", ("pattern", pattern), "plain"),
+        Edit("pattern", f"a {pattern} {name}", ("pattern", pattern), None if what.pattern == "plain" else what.pattern),
         Edit("top colour", f"a {name} with {with_article(f'{top} {TOPS[what.shape]}')}", ("top", top), what.top),
     ]
 
 
 def train_subject(subject: world.Thing, folder: Path, *, captioned: bool = True, **fields: Any) -> Path:
     """Photographs, LoRA and engine of one subject; returns the engine. captioned: with captions naming attributes."""
-    write_photos(folder / "photos", subject)
+    world.write_photos(folder / "photos", subject)
     captions = subject_captions(subject.attributes) if captioned else ()
     train_lora(folder / "photos", subject.attributes.shape, folder / "lora", captions=captions, **fields)
     build(folder / "lora", out=folder / "engine", name="subject")

@@ -35,7 +35,7 @@ class AttributeDictionary:
     attributes: kind, of KINDS -> values, lower case and without article: "blue", "cream foot".
     source: who said so: "hand", "judge", the name of a model.
     contrasts: kind -> words that other things of the class may have, for regular pictures; a kind that is not there has
-        those of `core.vocabulary`.
+        the usual ones of `core.vocabulary`.
     """
 
     class_name: str
@@ -108,7 +108,7 @@ def compose_phrase(class_name: str, pairs: Collection[tuple[str, str]], token: s
 
 def with_article(words: str) -> str:
     """The words with "a" or "an" before them."""
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    return f"{'an' if words[0].lower() in 'aeiou' else 'a'} {words}"
 
 
 def _tidy_kinds(attributes: object, where: str) -> Mapping[str, tuple[str, ...]]:

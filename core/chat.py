@@ -27,6 +27,7 @@ KEY_VARIABLE: Final = "OPENAI_API_KEY"
 MOST_BYTES: Final = 1 << 20  # of an answer
 _PATH: Final = "/chat/completions"
 _LONGEST_PAUSE: Final = 30.0
+_LONGEST_WAIT: Final = 86_400  # seconds
 _QUOTED: Final = 200  # characters of a server's own words
 
 
@@ -49,6 +50,7 @@ class _TryAgain(Exception):
 class Chat:
     """A model behind an endpoint.
 
+    url: the address for messages, without its query, where some services want their key.
     tokens: (read, written) so far, as the server counts them.
     """
 
@@ -69,11 +71,16 @@ class Chat:
         key_variable: the environment's variable that holds the key; None: OPENAI_API_KEY, if it is set.
         timeout: seconds for one answer.
         deadline: seconds for everything, repeated attempts and the pauses between them included.
-        pause: seconds before the first repetition; each further one waits twice as long, or as the server says.
+        pause: seconds before the first repetition; each further one waits twice as long, or as the server says, but no
+            less than this.
 
-        Raises InputError for a URL that is none, and a variable that is not set.
+        Raises InputError for a URL that is none, a variable that is not set, and times out of range.
         """
-        self.url, self.model, self.tokens = _read_url(url), model, (0, 0)
+        for option, seconds in (("timeout", timeout), ("deadline", deadline)):
+            if not 0 < seconds <= _LONGEST_WAIT:
+                raise InputError(f"--{option} is {seconds}; it must be above 0 and at most {_LONGEST_WAIT} seconds")
+        self._target = _read_url(url)
+        self.url, self.model, self.tokens = urlsplit(self._target)._replace(query="").geturl(), model, (0, 0)
         if not model.strip():
             raise InputError("--model is empty; name the model as the endpoint calls it, for example: qwen2.5-vl-7b")
         self._variable = key_variable or KEY_VARIABLE
@@ -102,7 +109,7 @@ class Chat:
             try:
                 return self._read(self._post(body))
             except _TryAgain as failure:
-                wait = min(_LONGEST_PAUSE, pause if failure.after is None else failure.after)
+                wait = min(_LONGEST_PAUSE, pause if failure.after is None else max(self._pause, failure.after))
                 if time.monotonic() + wait >= self._ends:
                     raise TimedOut(
                         f"{self.url}: no answer within {self._deadline:g} s; the last attempt: {failure}; --deadline "
@@ -117,12 +124,12 @@ class Chat:
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "dreammix-trt"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(self.url, body, headers, method="POST")
+        request = urllib.request.Request(self._target, body, headers, method="POST")
         assert self._ends is not None
         ends = min(self._ends, time.monotonic() + self._timeout)
         late = _TryAgain(f"no answer after {self._timeout:g} s (--timeout)")
         try:
-            with _make_opener(self.url).open(request, timeout=max(0.05, ends - time.monotonic())) as response:
+            with _make_opener(self._target).open(request, timeout=max(0.05, ends - time.monotonic())) as response:
                 return _read_up_to(response, ends, late, self.url)
         except urllib.error.HTTPError as error:
             with error:

@@ -29,7 +29,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     with explain_write_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_parent(target)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
         os.close(handle)
     temporary = Path(name)
@@ -57,7 +57,7 @@ def atomic_directory(path: str | os.PathLike[str], marker: str | None = None) ->
     target = Path(path).resolve()
     check_place(target, marker)
     with explain_write_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_parent(target)
         _remove_leftovers(target)
         prefix = f".{target.name}.{os.getpid()}."
         temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=target.parent))
@@ -86,7 +86,21 @@ def check_place(path: str | os.PathLike[str], marker: str | None = None) -> None
         raise InputError(
             f"{target} holds other files (no {marker} among them) and would be replaced; name a new directory"
         )
-    nearest = next(folder for folder in target.parents if folder.exists())
+    _check_parent(target)
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Raise InputError when `atomic_file(path)` would, so that the caller knows before the work."""
+    target = Path(path).resolve()
+    if target.is_dir():
+        raise InputError(f"{target} is a directory; name a file")
+    _check_parent(target)
+
+
+def _check_parent(target: Path) -> None:
+    nearest = next((folder for folder in target.parents if folder.exists()), None)
+    if nearest is None:  # a drive that is not there
+        raise InputError(f"{target} cannot be made: there is no {target.anchor}; choose another place")
     if not nearest.is_dir():
         raise InputError(f"{target} cannot be made: {nearest} is a file, not a directory")
     if not os.access(nearest, os.W_OK | os.X_OK):
@@ -304,14 +318,45 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 @contextlib.contextmanager
+def hold_alone(place: str | os.PathLike[str], busy: str) -> Iterator[None]:
+    """Keep other programs that ask for it out of a place for as long as the block takes; the place need not exist.
+
+    busy: who does what there, for the message: "another training is at work".
+
+    Raises InputError where another program holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    target = Path(place).resolve()
+    lock = FileLock(_find_lock(target, "alone"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:  # an OSError itself
+        raise InputError(f"{target}: {busy} there; wait for it, or name another folder") from None
+    except OSError:  # no writable home: go on without a lock
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _find_lock(target: Path, suffix: str = "") -> Path:
+    """The lock of a place, in the home. Its folder is made if that can be."""
+    locks = cache_home() / "locks"
+    with contextlib.suppress(OSError):
+        locks.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(os.fsencode(target)).hexdigest()[:32]
+    return locks / f"{digest}{f'-{suffix}' if suffix else ''}.lock"
+
+
+@contextlib.contextmanager
 def _hold_lock(target: Path) -> Iterator[None]:
     """Hold the lock of a place, so that two programs do not replace it at the same time."""
     from filelock import FileLock
 
-    locks = cache_home() / "locks"
-    lock = FileLock(locks / f"{hashlib.sha256(os.fsencode(target)).hexdigest()[:32]}.lock")
+    lock = FileLock(_find_lock(target))
     with contextlib.suppress(OSError):  # no writable home: go on without a lock
-        locks.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     try:
         yield
@@ -345,6 +390,13 @@ def _sync(file: Path) -> None:
     if writable or os.name != "nt":
         with file.open("r+b" if writable else "rb") as stream:
             os.fsync(stream.fileno())
+
+
+def _make_parent(target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # a drive that is not there, or a file system that makes none
+        raise InputError(f"{target} cannot be made: {target.parent} cannot; choose another place") from error
 
 
 def _umask() -> int:

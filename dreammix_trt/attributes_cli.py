@@ -94,6 +94,7 @@ def attributes(
 ) -> None:
     """Name what is seen of a subject: its colours, material, parts, for `regularize` and `train`."""
     from dreammix_trt.core.attributes import AttributeDictionary
+    from dreammix_trt.core.files import check_file
     from dreammix_trt.trainer.attributes import read_pictures
 
     if check is not None:
@@ -105,6 +106,7 @@ def attributes(
         raise InputError(
             f"--out {out} is there already, perhaps edited by hand; --force replaces it, or name another file"
         )
+    check_file(out)
     asked: dict[str, Any] = {
         "model": model,
         "key_variable": key_variable,

@@ -26,6 +26,9 @@ from dreammix_trt.calibrate_cli import PANELS as CALIBRATE_PANELS
 from dreammix_trt.calibrate_cli import calibrate
 from dreammix_trt.core.errors import Cancelled, DreamMixError, InputError
 from dreammix_trt.core.files import is_full
+from dreammix_trt.distill_cli import EXAMPLES as DISTILL_EXAMPLES
+from dreammix_trt.distill_cli import PANELS as DISTILL_PANELS
+from dreammix_trt.distill_cli import distill
 from dreammix_trt.doctor_cli import doctor
 from dreammix_trt.eval_cli import EXAMPLES as EVAL_EXAMPLES
 from dreammix_trt.eval_cli import PANELS as EVAL_PANELS
@@ -156,6 +159,7 @@ app.command("doctor")(doctor)
 app.command(epilog=ATTRIBUTES_EXAMPLES, panels=ATTRIBUTES_PANELS)(attributes)
 app.command(epilog=REGULARIZE_EXAMPLES, panels=REGULARIZE_PANELS)(regularize)
 app.command(epilog=TRAIN_EXAMPLES, panels=TRAIN_PANELS)(train)
+app.command(epilog=DISTILL_EXAMPLES, panels=DISTILL_PANELS)(distill)
 app.command(epilog=BUILD_EXAMPLES, panels=BUILD_PANELS)(build)
 app.command(epilog=CALIBRATE_EXAMPLES, panels=CALIBRATE_PANELS)(calibrate)
 

@@ -71,13 +71,14 @@ def run_demo(
     from dreammix_trt.engine.dreammix import DreamMix
     from dreammix_trt.trainer.lora import train_lora
     from dreammix_trt.trainer.micro.captions import dictionary_of, subject_captions
+    from dreammix_trt.trainer.micro.world import write_photos
 
     require_training()
     update = progress or (lambda *_: None)
     seconds: dict[str, float] = {}
     subject = demo_subject()
     with _measure(seconds, "photographs"):
-        photos = write_photos(out / "photos", subject)
+        photos = write_photos(out / "photos", subject, _PHOTOS)
         dictionary_of(subject.attributes).write(out / ATTRIBUTES)
     with _measure(seconds, "train"):
         train_lora(
@@ -85,6 +86,9 @@ def run_demo(
             "mug",
             out / "lora",
             captions=subject_captions(subject.attributes),
+            attributes=out / ATTRIBUTES,
+            attribute_captions=False,
+            regular_attributes=False,
             steps=training_steps,
             threads=threads,
             seed=seed,
@@ -95,7 +99,6 @@ def run_demo(
             out / "lora",
             out=out / "engine",
             name="mug",
-            attributes=out / ATTRIBUTES,
             progress=_name_part(update, "build"),
         )
     with _measure(seconds, "load"):
@@ -137,20 +140,6 @@ def demo_subject() -> Thing:
 
     what = world.Attributes("mug", "blue", foot="white", top="white", decal="heart", decal_colour="green")
     return world.Thing(what, world.Build(foot=0.2, decal=0.18))
-
-
-def write_photos(folder: Path, subject: Thing, count: int = _PHOTOS) -> list[Image.Image]:
-    """Render a subject's photographs in the trainer's layout (image/NN.png, mask/NN.png)."""
-    from dreammix_trt.trainer.micro import world
-
-    pictures = []
-    for kind in ("image", "mask"):
-        (folder / kind).mkdir(parents=True, exist_ok=True)
-    for index, (image, mask) in enumerate(world.render_photos(subject, count)):
-        pictures.append(Image.fromarray(image))
-        pictures[-1].save(folder / "image" / f"{index:02d}.png")
-        Image.fromarray(mask).save(folder / "mask" / f"{index:02d}.png")
-    return pictures
 
 
 def find_places(

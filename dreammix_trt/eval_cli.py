@@ -8,8 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.inpaint_cli import Device, SetFields, Verify, _parse_fields
-from dreammix_trt.terminal import AsJson, Force, Store, Threads, print_json, print_table, say, show_progress
+from dreammix_trt.inpaint_cli import Device, Verify
+from dreammix_trt.terminal import (
+    AsJson,
+    Force,
+    SetFields,
+    Store,
+    Threads,
+    parse_fields,
+    print_json,
+    print_table,
+    say,
+    show_progress,
+)
 
 if TYPE_CHECKING:
     from dreammix_trt.core.passport import Passport
@@ -94,7 +105,7 @@ def evaluate(
     from dreammix_trt.evaluation.reading import read_protocol
 
     passport = Passport.read(engine)
-    asked = read_protocol(protocol, _parse_fields(set_field or []))
+    asked = read_protocol(protocol, parse_fields(set_field or []))
     weights = Weights(clip, dino, inception, lpips, real, _find_judge(passport))
     metrics = choose_metrics(asked, weights)
     options = _choose_options(device, asked)
@@ -177,9 +188,10 @@ def _report(summary: dict[str, Any], out: Path, as_json: bool) -> None:
         tasks = list(summary["tasks"])
         rows = []
         for metric, facts in summary["metrics"].items():
-            means = [summary["tasks"][task].get(metric) for task in tasks]
-            spelt = [_spell(mean) for mean in means] if facts["measured"] else [f"not measured: {facts['missing']}"]
-            rows.append([f"{metric}{f' [{unit}]' if (unit := facts['unit']) else ''}", *spelt])
+            means = [_spell(summary["tasks"][task].get(metric)) for task in tasks]
+            if not facts["measured"]:
+                means = [*[""] * len(tasks), f"not measured: {facts['missing']}"]
+            rows.append([f"{metric}{f' [{unit}]' if (unit := facts['unit']) else ''}", *means])
         print_table(rows, header=["", *tasks])
     counts = summary["pictures"]
     say(f"{page} ({counts['measured']} pictures, {counts['painted_now']} of them painted now)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.terminal import AsJson, Force, Store, Threads, print_json, say, show_progress
+from dreammix_trt.terminal import (
+    AsJson,
+    Force,
+    SetFields,
+    Store,
+    Threads,
+    parse_fields,
+    print_json,
+    say,
+    show_progress,
+)
 
 if TYPE_CHECKING:
     from dreammix_trt.core.request import Request
@@ -61,9 +70,6 @@ Mode = Annotated[
 ]
 FromRequest = Annotated[
     Path | None, typer.Option("--from", help="A request: a JSON file or a picture made here; - reads it from stdin.")
-]
-SetFields = Annotated[
-    list[str] | None, typer.Option("--set", help="Any other field of a request as NAME=VALUE (JSON).")
 ]
 SaveStages = Annotated[Path | None, typer.Option(help="Also write a sheet of what each stage did.")]
 NoMetadata = Annotated[bool, typer.Option("--no-metadata", help="Do not store in the picture how it was made.")]
@@ -142,7 +148,7 @@ def inpaint(
     request = _read_request(
         from_request,
         base.get("defaults", {}),
-        _parse_fields(set_field or []),
+        parse_fields(set_field or []),
         prompt=prompt,
         negative_prompt=negative_prompt,
         subject=subject,
@@ -246,20 +252,6 @@ def _read_request(
     if "prompt" not in fields:
         raise InputError("--prompt is missing: say what to paint, with the subject's token: 'a red sks mug'")
     return Request(fields.pop("prompt")).replace(**{**defaults, **fields})
-
-
-def _parse_fields(pairs: list[str]) -> dict[str, Any]:
-    """NAME=VALUE pairs; the value is JSON, or plain text where it is not."""
-    fields: dict[str, Any] = {}
-    for pair in pairs:
-        name, separator, text = pair.partition("=")
-        if not separator:
-            raise InputError(f"--set {pair!r} is not of the form NAME=VALUE, such as lcg_fraction=0.5")
-        try:
-            fields[name] = json.loads(text)
-        except (ValueError, RecursionError):  # not JSON, or a number of thousands of digits
-            fields[name] = text
-    return fields
 
 
 def _read_standard_input(image: Path, mask: Path | None, request: Path | None) -> tuple[Path, Path | None, Path | None]:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from dreammix_trt.core.attributes import AttributeDictionary
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.core.files import atomic_file, check_place, read_json, sha256_of, write_json
+from dreammix_trt.core.files import atomic_file, check_place, hold_alone, read_json, sha256_of, write_json
 from dreammix_trt.report import Figure, Row, contact_sheet
 from dreammix_trt.trainer.attributes import CONTRAST, combine_prompts
 from dreammix_trt.trainer.regular_folder import FOLDER_START, RegularPicture, place_regular, read_regular
@@ -75,6 +75,7 @@ class Regular:
         """All that decides the pictures, as plain JSON values."""
         photographs = {
             file.name: [sha256_of(each)[:16] for each in (file.image, file.mask) if each is not None]
+            + ["inverted"] * file.inverted
             for file in self.photographs
         }
         return {
@@ -116,9 +117,16 @@ def paint_regular(
     batch: pictures painted at a time.
     force: paint all of them anew.
 
-    Raises InputError for a folder with other files, or of a run with other settings, which it names.
+    Raises InputError for a folder with other files, of a run with other settings, which it names, or where another run
+    paints just now.
     """
-    update = progress or (lambda *_: None)
+    with hold_alone(out, "another run paints"):
+        return _paint_missing(dm, order, out, segmenter, batch, force, progress or (lambda *_: None))
+
+
+def _paint_missing(
+    dm: DreamMix, order: Regular, out: Path, segmenter: Segmenter | None, batch: int, force: bool, update: Update
+) -> Painted:
     prompts = order.prompts()
     places = [
         place_regular(out, order.dictionary.class_name, prompt, order.seed + n) for n, prompt in enumerate(prompts)

@@ -114,7 +114,15 @@ def html_report(title: str, sheet: Image.Image, tables: Sequence[tuple[str, Sequ
 
 def html_page(title: str, parts: Sequence[str]) -> str:
     """A page that stands alone; parts: HTML, one below the other."""
-    return _PAGE.format(title=html.escape(title), body="\n".join([f"<h1>{html.escape(title)}</h1>", *parts]))
+    return "\n".join([html_head(title), *parts, "</body></html>\n"])
+
+
+def html_head(title: str, style: str = "") -> str:
+    """A page down to its heading, for one that is written piece by piece.
+
+    style: CSS beside that of every page.
+    """
+    return _HEAD.format(title=html.escape(title), style=style)
 
 
 def html_table(name: str, rows: Sequence[Sequence[str]]) -> str:
@@ -153,7 +161,7 @@ def _data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-_PAGE = """<!doctype html>
+_HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title>
 <style>
@@ -163,7 +171,6 @@ img {{ max-width: 100%; border: 1px solid #ddd }}
 table {{ border-collapse: collapse; margin-bottom: 1.5rem }}
 th, td {{ text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #e4e2dc; vertical-align: top;
   overflow-wrap: anywhere }}
-</style></head><body>
-{body}
-</body></html>
+{style}</style></head><body>
+<h1>{title}</h1>
 """

@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 import typer
 from rich.console import Console
 
+from dreammix_trt.core.errors import InputError
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -58,6 +60,9 @@ BaseLoras = Annotated[
 PatchBiases = Annotated[bool, typer.Option("--patch-biases", help="Apply the patch's biases too (Fooocus).")]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else, also for an error.")
+]
+SetFields = Annotated[
+    list[str] | None, typer.Option("--set", help="Any other field of a request as NAME=VALUE (JSON).")
 ]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace what is there.")]
 Seed = Annotated[int, typer.Option(help="The same seed, the same result.")]
@@ -304,3 +309,17 @@ class _Lines:
             name, fraction, message = said
             what = f"{name} {fraction:.0%}" if name else "begins"
             say(f"{self._title}: {what} after {spent:.0f} s{f', {message}' if message else ''}")
+
+
+def parse_fields(pairs: list[str]) -> dict[str, Any]:
+    """NAME=VALUE pairs; the value is JSON, or plain text where it is not."""
+    fields: dict[str, Any] = {}
+    for pair in pairs:
+        name, separator, text = pair.partition("=")
+        if not separator:
+            raise InputError(f"--set {pair!r} is not of the form NAME=VALUE, such as lcg_fraction=0.5")
+        try:
+            fields[name] = json.loads(text)
+        except (ValueError, RecursionError):  # not JSON, or a number of thousands of digits
+            fields[name] = text
+    return fields

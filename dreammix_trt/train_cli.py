@@ -77,16 +77,19 @@ Accumulate = Annotated[int | None, typer.Option(min=1, help="Such batches in a s
 Device = Annotated[str, typer.Option(help="cpu, cuda, or one GPU of several: cuda:1.")]
 Precision = Annotated[
     Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"] | None,
-    typer.Option(help="Of the frozen base; the LoRA stays float32. Default: bfloat16 on a GPU, float32 on a CPU."),
+    typer.Option(
+        metavar="fp32|bf16|fp16",
+        help="Of the frozen base; the LoRA stays float32. Default: bfloat16 on a GPU, float32 on a CPU.",
+    ),
 ]
 Optimizer = Annotated[
     Literal["adamw", "adamw8bit"], typer.Option(help="adamw8bit: state in 8 bits, on a GPU, by bitsandbytes.")
 ]
 Checkpointing = Annotated[
-    bool | None,
+    Literal["on", "off"] | None,
     typer.Option(
-        "--gradient-checkpointing/--no-gradient-checkpointing",
-        help="Compute inner values twice instead of keeping them; default: for bases above 256 pixels.",
+        "--gradient-checkpointing",
+        help="Compute inner values twice instead of keeping them; default: on for bases above 256 pixels.",
     ),
 ]
 CheckpointEvery = Annotated[
@@ -126,14 +129,13 @@ PANELS = {
     "What is learnt": ("class_name", "token", "prompt", "attributes", "captions", "regular"),
     "The base": ("base", "patch", "head", "vae", "tokenizer", "base_lora", "patch_biases"),
     "Masks": ("invert_masks", "large_masks", "segment", "segmenter", "segmenter_style", "yes"),
-    "How it is learnt": (
-        *("rank", "steps", "learning_rate", "loss", "beta", "beta_as", "crop_share", "batch", "accumulate", "seed"),
-    ),
-    "What it runs on": ("device", "precision", "optimizer", "gradient_checkpointing", "threads"),
+    "How it is learnt": (*("rank", "steps", "learning_rate", "loss", "beta", "beta_as", "crop_share", "seed"),),
+    "What it runs on": ("device", "precision", "threads"),
+    "What it takes of memory": ("batch", "accumulate", "gradient_checkpointing", "optimizer"),
     "While it runs": ("checkpoint_every", "resume", "work", "validate_every", "validate_prompt", "validate_engine"),
     "What is written": ("out", "merged", "force", "as_json"),
 }
-_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def train(
@@ -205,13 +207,15 @@ def train(
         raise InputError("--captions attributes needs --attributes FILE, which has the words")
     from dreammix_trt.building import BaseSources
     from dreammix_trt.train_watch import TrainWatch
+    from dreammix_trt.trainer.checkpoints import find_work
     from dreammix_trt.trainer.lora import Hardware, train_lora
 
     files = BaseSources(base, patch, head, vae, tokenizer, patch_biases).open()
     given = {"beta": beta, "beta_as": beta_as, "crop_share": crop_share, "batch": batch, "accumulate": accumulate}
-    given |= {"gradient_checkpointing": gradient_checkpointing, "checkpoint_every": checkpoint_every}
+    inner = None if gradient_checkpointing is None else gradient_checkpointing == "on"
+    given |= {"gradient_checkpointing": inner, "checkpoint_every": checkpoint_every}
     recipe = _choose_recipe(files.native_side, given)
-    place = work or out.resolve().with_name(f"{out.resolve().name}.work")
+    place = work or find_work(out)
     options: dict[str, Any] = {"token": token, "prompt": prompt, "rank": rank, "steps": steps, "seed": seed}
     options |= {"learning_rate": learning_rate, "loss": loss, "merged": merged, "threads": threads, "resume": resume}
     options |= {"attributes": attributes, "attribute_captions": captions != "plain", "regular": regular, "work": place}
@@ -224,7 +228,7 @@ def train(
             base=files,
             base_loras=base_lora or (),
             recipe=recipe,
-            hardware=Hardware(device, _SHORT.get(precision or "", precision), optimizer),  # type: ignore[arg-type]
+            hardware=Hardware(device, PRECISIONS.get(precision or "", precision), optimizer),  # type: ignore[arg-type]
             watch=watch,
             invert_masks=invert_masks,
             large_masks=large_masks,

@@ -23,6 +23,7 @@ from dreammix_trt.core.masks import read_mask
 from dreammix_trt.core.networks import unets_of
 from dreammix_trt.core.passport import Passport
 from dreammix_trt.core.pictures import read_image
+from dreammix_trt.core.remarks import keep_remarks
 from dreammix_trt.core.subject import Subject, write_subject
 
 if TYPE_CHECKING:
@@ -98,8 +99,10 @@ class Validator:
         if not prompts:
             raise InputError("no prompt is given for validation pictures; give one, for example: a photo of a sks mug")
         self._prompts, self._seed = tuple(prompts), seed
-        self._fields = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
-        self._words = {"token": token, "class_name": class_name}
+        self._fields: dict[str, Any] = (
+            {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
+        )
+        self._words: dict[str, Any] = {"token": token, "class_name": class_name}
         self._folder = Path(folder) / "validation"
         self._places = _choose_places(base, photographs, image, mask)
         with ExitStack() as owned:
@@ -107,7 +110,15 @@ class Validator:
             place = _find_engine(base, engine, self._scratch)
             self._dm = owned.enter_context(_load_engine(place, threads))
             self._base_key = Passport.read(place).base_key
+            self._check_prompts()
             self._owned = owned.pop_all()
+
+    def _check_prompts(self) -> None:
+        """Lay out every picture and take no step, so that what cannot be painted is refused before the training."""
+        with keep_remarks(tell=False):
+            for place in self._places:
+                for prompt in self._prompts:
+                    self._dm.iterate(place.image, place.mask, prompt, subject="", **self._fields)
 
     def paint(self, step: int, factors: Factors) -> list[Painted]:
         """Paint every prompt into every place.

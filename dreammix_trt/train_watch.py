@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.errors import DreamMixError, InputError
 from dreammix_trt.train_validation import Painted, Validator
 
 if TYPE_CHECKING:
     from dreammix_trt.trainer.folder import Factors, TrainRecord
     from dreammix_trt.trainer.photographs import PhotographFile
     from dreammix_trt.trainer.task import Task
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -56,15 +59,22 @@ class TrainWatch:
         )
 
     def after_step(self, step: int, factors: Callable[[], Factors]) -> None:
-        """Paint if it is time."""
-        if self._validator is not None and step % self.every == 0:
+        """Paint if it is time. Pictures that fail are told, and do not cost the training."""
+        if self._validator is None or step % self.every:
+            return
+        try:
             self.painted += self._validator.paint(step, factors())
+        except (DreamMixError, OSError) as error:
+            log.warning("no pictures of step %d: %s", step, error)
 
     def finish(self, folder: Path, record: TrainRecord, history: Sequence[float], plan: Sequence[str]) -> None:
-        """Write train.html."""
-        from dreammix_trt.train_report import write_report
+        """Write train.html. A page that fails is told, and does not cost the LoRA."""
+        from dreammix_trt.train_report import FILE, write_report
 
-        write_report(folder, record, history, self.painted, photographs=self._photographs, plan=plan)
+        try:
+            write_report(folder, record, history, self.painted, photographs=self._photographs, plan=plan)
+        except (DreamMixError, OSError) as error:
+            log.warning("%s is not made: %s", FILE, error)
 
     def close(self) -> None:
         """Release the engine."""

@@ -1,6 +1,6 @@
 """Which attributes of a subject its prompt contradicts: what TAS is to take out, found without being told.
 
-The paper (3.4) lets a vision-language model choose them; here the words' own classes do (core/attribute_words.py), so
+The paper (3.4) lets a vision-language model choose them; here the words' own classes do (core/vocabulary.py), so
 that the choice needs nothing, is the same every time, and can be explained. docs/algorithm.md, 5.8.
 """
 
@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
-from dreammix_trt.core.attribute_words import GENERIC, Meaning, find_meanings, find_noun, split_words, word_set
 from dreammix_trt.core.attributes import BEFORE, BEHIND
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.subject import Subject
+from dreammix_trt.core.vocabulary import GENERIC, Meaning, find_meanings, find_noun, split_words, word_set
 from dreammix_trt.engine.prompt_syntax import read_prompt
 from dreammix_trt.engine.subject_phrase import find_head, read_subject_phrase
 from dreammix_trt.engine.text import names_subject

@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from dreammix_trt.core.attribute_words import GENERIC, find_meanings, find_noun, split_words, word_set
+from dreammix_trt.core.vocabulary import GENERIC, find_meanings, find_noun, split_words, word_set
 
 _TOKEN, _COMMA, _STOP = "<token>", ",", "."
 _ARTICLES = word_set("a an the my your his her its our their one two three some")

@@ -46,7 +46,7 @@ def write_example(
         things = world.held_out_subjects(subjects, seed)
         for number, thing in enumerate(things):
             name = f"{thing.attributes.shape}-{number + 1}"
-            _write_photographs(made / SUBJECTS / name, world.render_photos(thing, _PHOTOGRAPHS, seed + number, size))
+            world.write_photos(made / SUBJECTS / name, thing, _PHOTOGRAPHS, seed + number, size)
             rng = np.random.default_rng([4244, seed, number])
             rooms = [f"{name}-room-{k + 1}" for k in range(scenes)]
             for room in rooms:
@@ -61,10 +61,12 @@ def write_example(
 
 def _ask(thing: Thing, rng: np.random.Generator) -> dict[str, Any]:
     """An entry of the protocol: identity, and edits of the body's and the top's colour and of the pattern."""
+    from dreammix_trt.trainer.micro.captions import dictionary_of
     from dreammix_trt.trainer.micro.judge import expected_reading
     from dreammix_trt.trainer.micro.objects import COLOURS, TOPS, look_alike
 
     what = thing.attributes
+    pattern = dictionary_of(what).attributes.get("pattern", ())
     subject = f"sks {what.shape}"
     free = [each for each in COLOURS if not any(look_alike(each, other) for other in what.colours)] or list(COLOURS)
     body, top = (str(rng.choice(free)) for _ in range(2))
@@ -75,20 +77,13 @@ def _ask(thing: Thing, rng: np.random.Generator) -> dict[str, Any]:
     }
     edits = [
         {"prompt": with_article(f"{body} {subject}"), "substitute": [what.colour], "expected": {"colour": body}},
-        {"prompt": f"a striped {subject}", "substitute": [what.pattern], "expected": {"pattern": "striped"}},
+        {"prompt": f"a striped {subject}", "substitute": list(pattern), "expected": {"pattern": "striped"}},
     ]
     if what.top:
         words = with_article(f"{top} {TOPS[what.shape]}")
         edits.append({"prompt": f"a {subject} with {words}", "substitute": [what.top], "expected": {"top": top}})
     identity = [{"prompt": f"a photo of a {subject}"}]
     return {"class_name": what.shape, "token": "sks", "expected": seen, "identity": identity, "editing": edits}
-
-
-def _write_photographs(folder: Path, photographs: list[tuple[Any, Any]]) -> None:
-    for part, kind in enumerate(("image", "mask")):
-        (folder / kind).mkdir(parents=True)
-        for number, pair in enumerate(photographs):
-            Image.fromarray(pair[part]).save(folder / kind / f"{number:02d}.png")
 
 
 def _write_scene(folder: Path, name: str, thing: Thing, rng: np.random.Generator, size: int) -> None:

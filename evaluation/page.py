@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import IO, Any, Final
 from urllib.parse import quote
 
+from dreammix_trt.report import html_head
+
 _ARROWS: Final = {"higher": "↑", "lower": "↓", "zero": "→ 0"}
 _SHORT: Final = 3  # metrics under a picture
 
@@ -25,7 +27,7 @@ def write_page(
     photographs: subject -> places of its thumbnails.
     """
     with file.open("w", encoding="utf-8") as page:
-        page.write(_HEAD.format(title=html.escape(f"Evaluation: {summary['run'].get('protocol', {}).get('name', '')}")))
+        page.write(html_head(f"Evaluation: {summary['run'].get('protocol', {}).get('name', '')}", _STYLE))
         _write_state(page, summary)
         _write_means(page, summary)
         _write_subjects(page, summary)
@@ -126,20 +128,14 @@ def _flatten(record: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, 
             yield f"{above}{name}", str(value)
 
 
-_HEAD = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #1c1c20; background: #fcfbf8; max-width: 1240px;
-  margin: 2rem auto; padding: 0 1rem }}
-table {{ border-collapse: collapse; margin-bottom: 1.5rem; display: block; overflow-x: auto }}
-th, td {{ text-align: left; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #e4e2dc; vertical-align: top }}
-.wide th, .wide td {{ font-size: 13px; padding-right: .7rem }}
-.about, .missing, small, figcaption {{ color: #6e6e76 }}
-.strip {{ display: flex; flex-wrap: wrap; gap: 10px; margin: 0 0 14px }}
-figure {{ margin: 0; width: 192px }}
-figcaption {{ font-size: 12px; line-height: 1.35; overflow-wrap: anywhere }}
-img {{ max-width: 192px; border: 1px solid #ddd }}
-</style></head><body>
-<h1>{title}</h1>
+_STYLE = """\
+body { max-width: 1240px }
+table { display: block; overflow-x: auto }
+th, td { overflow-wrap: normal }
+.wide th, .wide td { font-size: 13px; padding-right: .7rem }
+.about, .missing, small, figcaption { color: #6e6e76 }
+.strip { display: flex; flex-wrap: wrap; gap: 10px; margin: 0 0 14px }
+figure { margin: 0; width: 192px }
+figcaption { font-size: 12px; line-height: 1.35; overflow-wrap: anywhere }
+img { max-width: 192px }
 """

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from dreammix_trt.cli import app
 from dreammix_trt.core.attributes import KINDS, AttributeDictionary
 from dreammix_trt.core.errors import DreamMixError
-from dreammix_trt.demo import demo_subject, write_photos
+from dreammix_trt.demo import demo_subject
+from dreammix_trt.trainer.micro.world import write_photos
 from tests.support.chat_server import Reply, say, serve
 
 ANSWER = json.dumps({**{kind: [] for kind in KINDS}, "colour": ["blue"], "part": ["white foot"]})
@@ -135,3 +136,12 @@ def test_what_is_missing_is_named() -> None:
     assert "PHOTOS is missing" in error_of(run("--judge"))
     assert "--class-name is missing" in error_of(run("photos", "--judge"))
     assert "--out is missing" in error_of(run("photos", "--class-name", "mug", "--judge"))
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_a_model_is_asked(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with serve(say(ANSWER)) as script:
+        for out in (tmp_path / "file" / "a.json", tmp_path):
+            words = ["-o", out, "--force", "--endpoint", script.url, "--model", "vlm"]
+            assert str(out.name) in error_of(run(photos, "--class-name", "mug", *words))
+    assert script.asked == []

@@ -246,18 +246,8 @@ def test_messages_are_chosen_anywhere(mug_engine: Path, place: Path, call: Call)
 @pytest.mark.parametrize(
     "command",
     [
-        "",
-        "attributes",
-        "regularize",
-        "train",
-        "build",
-        "inspect",
-        "inpaint",
-        "demo",
-        "train-base",
-        "doctor",
-        "store",
-        "store prune",
+        *("", "attributes", "regularize", "train", "distill", "build", "inspect", "inpaint", "eval", "demo"),
+        *("train-base", "doctor", "store", "store prune"),
     ],
 )
 def test_each_help_has_a_short_option_and_names_everything(command: str, call: Call) -> None:
@@ -268,6 +258,7 @@ def test_each_help_has_a_short_option_and_names_everything(command: str, call: C
         "attributes": ("By a model behind an endpoint", "Examples:", "--judge", "--clip", "--check", "-o"),
         "regularize": ("What is painted", "Examples:", "--photos", "--contrast", "--segment", "-n", "-o"),
         "train": ("What is learnt", "Examples:", "--force", "-o"),
+        "distill": ("What is distilled", "Examples:", "--pictures", "--guidance", "--resume", "-o"),
         "build": ("The base", "Examples:", "--json", "-o"),
         "inpaint": ("What is painted", "Examples:", "-i", "-m", "-p", "-o", "-n"),
         "train-base": ("--work", "--device", "--processes", "--minutes-scale", "--native-size", "--smoke"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,43 @@ def test_the_demo_makes_its_pages(mug_engine: Path, tmp_path: Path) -> None:
     assert {"train", "build", "inpaint"} <= {name.split()[0] for name in told}
     (subject,) = Passport.read(tmp_path / "demo" / "engine").subjects
     assert subject.attributes == {"colour": ["blue"], "part": ["white foot", "white rim"], "decal": ["green heart"]}
+
+
+class _StopHereError(Exception):
+    """Before the first step."""
+
+
+def test_it_learns_by_these_captions_and_brings_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dictionary travels with the LoRA and changes nothing of what is trained."""
+    for name in ("torch", "diffusers", "transformers", "peft"):
+        pytest.importorskip(name, reason="the demo trains")
+    from dreammix_trt.trainer import lora, preparing
+    from dreammix_trt.trainer.task import Task
+
+    asked: list[Task] = []
+
+    def take(task: Task, *_: object) -> None:
+        asked.append(task)
+        raise _StopHereError
+
+    monkeypatch.setattr(lora, "_Job", take)
+    with pytest.raises(_StopHereError):
+        run_demo(tmp_path)
+    (task,) = asked
+    assert task.names.prompts == (
+        "a photo of a sks mug",
+        "a photo of a blue sks mug",
+        "a photo of a plain sks mug",
+        "a photo of a sks mug with a white foot",
+        "a photo of a sks mug with a white rim",
+        "a photo of a sks mug with a green heart",
+        "a photo of a blue plain sks mug with a white foot, a white rim and a green heart",
+    )
+    assert task.attributes == dictionary_of(demo_subject().attributes)
+    regular = preparing._list_captions(task)
+    assert regular == preparing._list_captions(replace(task, attributes=None)), "in plain colours"
+    assert regular != preparing._list_captions(replace(task, regular_attributes=True))
+    assert "regular_attributes" in task.preparing_settings()
 
 
 def test_its_edits_take_out_what_a_person_would() -> None:

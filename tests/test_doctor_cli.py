@@ -99,7 +99,7 @@ def test_advice_mends_before_it_installs() -> None:
 
 def test_what_is_too_small_for_a_full_size_base_is_noted() -> None:
     assert notes(BARE) == []
-    # the measured store of a full-size base is 22.6 GiB
+    # the measured store of a full-size base is 23.3 GiB
     assert notes(replace(BARE, memory_available=12 * GIB, disk_free=24 * GIB)) == []
     assert ["24.0 GiB of disk" in note for note in notes(replace(BARE, disk_free=24 * GIB - 1))] == [True]
     small = replace(BARE, memory_available=8 * GIB, disk_free=None)

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from dreammix_trt.cli import app
 from dreammix_trt.core.attributes import AttributeDictionary
 from dreammix_trt.core.errors import Cancelled, DreamMixError, InputError
+from dreammix_trt.core.files import hold_alone
 from dreammix_trt.engine import DreamMix, read_request
 from dreammix_trt.regularize import Painted, Regular, paint_regular
 from dreammix_trt.trainer.attributes import combine_prompts
@@ -305,3 +306,9 @@ def test_a_gpu_is_given_room_for_the_batch(
     monkeypatch.setattr(DreamMix, "load", load)
     call(mug_engine, attributes, "-o", tmp_path / "out", "--device", "cuda", "--batch", "4")
     assert asked[0]["device"] == "cuda" and asked[0]["pictures"] == 4
+
+
+def test_a_second_run_is_kept_out(dm: DreamMix, tmp_path: Path) -> None:
+    with hold_alone(tmp_path / "regular", "a test is at work"), pytest.raises(InputError, match="another run paints"):
+        run(dm, tmp_path / "regular", order(count=1))
+    assert not [*tmp_path.iterdir()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dreammix_trt.core.attributes import AttributeDictionary, compose_phrase, with_article
 from dreammix_trt.trainer.attributes.prompts import combine_prompts
-from dreammix_trt.trainer.data import article
 
 COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "black")
 
@@ -30,4 +29,4 @@ def regular_captions(class_name: str, count: int, attributes: AttributeDictionar
         return [found[index % len(found)] for index in range(count)]
     words = [word for index, colour in enumerate(COLOURS) for word in ([colour, ""] if index % 2 else [colour])]
     chosen = [words[index % len(words)] for index in range(count)]
-    return [f"a photo of {article(word or class_name)} {word} {class_name}".replace("  ", " ") for word in chosen]
+    return [f"a photo of {with_article(f'{word} {class_name}'.strip())}" for word in chosen]

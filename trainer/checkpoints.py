@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dreammix_trt.core.errors import BuildError, FileFormatError, InputError
 from dreammix_trt.core.files import atomic_directory, read_json, write_json
 from dreammix_trt.core.lora import FILE_NAME
-from dreammix_trt.trainer.folder import Factors, lora_metadata, lora_tensors, write_tensor_file
+from dreammix_trt.trainer.folder import Factors, lora_tensors, write_tensor_file
 from dreammix_trt.trainer.state_files import read_state, write_state
 from dreammix_trt.trainer.task import explain_difference
 
@@ -29,6 +29,12 @@ log = logging.getLogger(__name__)
 
 FOLDER, RECORD, STATE = "checkpoint", "checkpoint.json", "state.safetensors"
 _SCHEMA = 1
+
+
+def find_work(out: str | Path) -> Path:
+    """The folder beside `out` where a training keeps what it goes on from, unless another is named."""
+    place = Path(out).resolve()
+    return place.parent / f"{place.name}.work"
 
 
 @dataclass(frozen=True)
@@ -52,11 +58,11 @@ class Progressed:
 class Checkpoints:
     """The checkpoint in a work folder.
 
-    every: steps between two of them; 0: none are written.
+    metadata: of its LoRA file. settings: with "steps". every: steps between two of them; 0: none are written.
     """
 
-    def __init__(self, work: Path, base: str, settings: Mapping[str, Any], every: int) -> None:
-        self._folder, self._base, self._settings, self.every = work / FOLDER, base, settings, every
+    def __init__(self, work: Path, metadata: Mapping[str, str], settings: Mapping[str, Any], every: int) -> None:
+        self._folder, self._metadata, self._settings, self.every = work / FOLDER, metadata, settings, every
 
     def check(self, *, resume: bool) -> None:
         """Raise InputError where there is nothing to go on from, or a training with other settings, which it names."""
@@ -89,7 +95,7 @@ class Checkpoints:
     def _write(self, folder: Path, learner: Learner, done: Progressed) -> None:
         import torch
 
-        write_tensor_file(folder / FILE_NAME, lora_tensors(learner.factors), lora_metadata(self._base, self._settings))
+        write_tensor_file(folder / FILE_NAME, lora_tensors(learner.factors), self._metadata)
         tensors = {"dice": learner.dice.get_state(), "history": torch.tensor(done.history, dtype=torch.float64)}
         numbers: dict[str, Any] = {}
         for index, state in learner.optimizer.state_dict()["state"].items():
@@ -125,7 +131,7 @@ class Checkpoints:
 
     def describe(self) -> str:
         """Which checkpoint is kept, for messages; "" where there is none."""
-        with suppress(FileFormatError):
+        with suppress(FileFormatError, KeyError):
             return f"the checkpoint of step {self._read_record()['step']} is kept in {self._folder}"
         return ""
 

@@ -137,8 +137,3 @@ def latent_mask(hole: Mask, factor: int = 8) -> NDArray[np.float32]:
     height, width = hole.shape
     cells = hole.reshape(height // factor, factor, width // factor, factor).any((1, 3))
     return np.asarray(cells, np.float32)
-
-
-def article(word: str) -> str:
-    """ "a" or "an", by the first letter of the word that follows."""
-    return "an" if word[0].lower() in "aeiou" else "a"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,15 @@ from dreammix_trt.core.attributes import AttributeDictionary
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.extras import require_training
-from dreammix_trt.core.files import atomic_directory, check_place, sha256_of
+from dreammix_trt.core.files import atomic_directory, check_place, hold_alone, sha256_of
 from dreammix_trt.core.lora import LoraSpec, parse_lora, read_lora
 from dreammix_trt.core.network_weights import BaseLora
-from dreammix_trt.trainer.checkpoints import Checkpoints
-from dreammix_trt.trainer.folder import RECORD, TrainRecord, write_folder
+from dreammix_trt.trainer.checkpoints import Checkpoints, find_work
+from dreammix_trt.trainer.folder import RECORD, TrainRecord, lora_metadata, write_folder
 from dreammix_trt.trainer.hardware import Hardware
 from dreammix_trt.trainer.photographs import PhotographFile, read_photographs
 from dreammix_trt.trainer.preparing import Progress
-from dreammix_trt.trainer.processes import Processes, join_processes
+from dreammix_trt.trainer.processes import Processes, join_processes, use_threads
 from dreammix_trt.trainer.recipes import FULL, SMALL, Recipe, recipe_for
 from dreammix_trt.trainer.regular_folder import read_regular
 from dreammix_trt.trainer.task import Names, RegularPicture, Task, check_options
@@ -44,6 +44,7 @@ def train_lora(
     captions: Sequence[str] = (),
     attributes: str | Path | AttributeDictionary | None = None,
     attribute_captions: bool = True,
+    regular_attributes: bool = True,
     regular: str | Path | Sequence[RegularPicture] | None = None,
     rank: int = 4,
     steps: int | None = None,
@@ -74,7 +75,9 @@ def train_lora(
     captions: further captions that name attributes of the subject ("a photo of a blue sks mug"), so that an attribute
         belongs to its word and not to the token (paper, section 3.3).
     attributes: the subject's dictionary or its file: further captions are made of it, and those of the regular pictures
-        that the base paints. attribute_captions: False leaves the former out, as the authors' code does.
+        that the base paints. It travels with the LoRA.
+    attribute_captions: False leaves the former out, as the authors' code does.
+    regular_attributes: False leaves the latter out: the base paints members of the class in plain colours.
     regular: pictures of the class (eq. 8), or their folder, as `regularize` makes it; None: the base paints some.
     rank: of the factors.
     steps, learning_rate: None takes what suits the base.
@@ -121,11 +124,12 @@ def train_lora(
             loss=loss,
             seed=seed,
             attributes=dictionary,
+            regular_attributes=regular_attributes,
             regular=read_regular(regular) if isinstance(regular, str | Path) else regular,
             hardware=own,
             base_loras=_read_base_loras(base_loras, files),
         )
-        place = Path(work) if work else Path(out).resolve().with_name(f"{Path(out).resolve().name}.work")
+        place = Path(work) if work else find_work(out)
         job = _Job(task, Path(out), place, merged, watch or Unwatched(), processes, threads)
         return job.run(resume=resume, progress=progress, notice=notice)
 
@@ -148,17 +152,34 @@ class _Job:
 
     def run(self, *, resume: bool, progress: Progress | None, notice: Callable[[str], None] | None) -> TrainRecord:
         """Train and write the folder; the processes that do not lead only train."""
-        task, leads = self._task, self._processes.leads
+        self._check_places()
+        with ExitStack() as held:
+            for place in (self._out, self._work) if self._processes.leads else ():
+                held.enter_context(hold_alone(place, "another training is at work"))
+            return self._run(resume, progress, notice)
+
+    def _check_places(self) -> None:
+        """Raise InputError for places that would lose what is trained."""
         check_place(self._out, RECORD)
+        check_place(self._work)
+        if self._work.resolve().is_relative_to(self._out.resolve()):
+            raise InputError(
+                f"the work folder {self._work} lies in {self._out}, which is replaced at the end; name one outside it"
+            )
+
+    def _run(self, resume: bool, progress: Progress | None, notice: Callable[[str], None] | None) -> TrainRecord:
+        task, leads = self._task, self._processes.leads
         settings = task.settings() | {"processes": self._processes.count}
-        checkpoints = Checkpoints(self._work, task.base.name, settings, task.recipe.checkpoint_every)
+        checkpoints = Checkpoints(
+            self._work, lora_metadata(task.base.name, settings), settings, task.recipe.checkpoint_every
+        )
         checkpoints.check(resume=resume)
         plan = tell_memory(task, notice if notice and leads else log.info)
         tell = progress if progress and leads else _say_nothing
         kept = self._work if task.recipe.checkpoint_every and leads else None
         watch = self._watch if leads else Unwatched()
         watch.begin(task)
-        with _torch_threads(self._threads) as used:
+        with use_threads(self._threads) as used:
             training = Training(task, checkpoints, tell, self._processes)
             done = training.run(kept, resume=resume, after_step=watch.after_step)
             record = TrainRecord.of(task, settings, done.history, done.seconds, used, training.parameters)
@@ -202,16 +223,3 @@ def _warn(files: BaseFiles, photographs: Sequence[PhotographFile]) -> None:
             "better",
             photographs[0].name,
         )
-
-
-@contextmanager
-def _torch_threads(count: int | None) -> Iterator[int]:
-    """Use `count` threads for the block, then as many as before; gives the number in use."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)

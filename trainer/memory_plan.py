@@ -242,7 +242,7 @@ def _list_remedies(settings: Settings) -> Iterator[tuple[Settings, str]]:
     if _BYTES[settings.precision] > 2:
         changes.append(({"precision": "bfloat16"}, "--precision bfloat16"))
     if not settings.checkpointing:
-        changes.append(({"checkpointing": True}, "--gradient-checkpointing"))
+        changes.append(({"checkpointing": True}, "--gradient-checkpointing on"))
     if settings.batch > 1:
         accumulate = settings.batch * settings.accumulate
         changes.append(({"batch": 1, "accumulate": accumulate}, f"--batch 1 --accumulate {accumulate}"))

@@ -117,15 +117,15 @@ def _encode_texts(task: Task) -> _Texts:
     import torch
 
     from dreammix_trt.trainer.networks import TextEncoders
-    from dreammix_trt.trainer.regular import BATCH
+    from dreammix_trt.trainer.regular import count_at_once
 
     encoders = TextEncoders(task.base, task.hardware.device, task.merged)
     own = [encoders.encode([prompt]) for prompt in task.names.prompts]
     captions = _list_captions(task)
     distinct = list(dict.fromkeys(captions))
-    painting = []
-    for first in range(0, len(captions), BATCH) if task.paints_regular else ():
-        part = captions[first : first + BATCH]
+    painting, at_once = [], count_at_once(task.base.native_side)
+    for first in range(0, len(captions), at_once) if task.paints_regular else ():
+        part = captions[first : first + at_once]
         painting.append(encoders.encode([""] * len(part) + part))
     found = [*own, encoders.encode(distinct)] if distinct else own
     states, pooled = (torch.cat([pair[side] for pair in found]) for side in (0, 1))
@@ -135,13 +135,14 @@ def _encode_texts(task: Task) -> _Texts:
 def _list_captions(task: Task) -> list[str]:
     """The caption of each regular picture."""
     if task.paints_regular:
-        return regular_captions(task.names.class_name, task.recipe.regular_pictures, task.attributes, task.seed)
+        words = task.attributes if task.regular_attributes else None
+        return regular_captions(task.names.class_name, task.recipe.regular_pictures, words, task.seed)
     return [caption for _, caption in _list_regular(task)]
 
 
 def _list_regular(task: Task) -> list[tuple[PhotographFile, str]]:
     """The given regular pictures that have masks, with their captions; [] where they have no weight."""
-    if task.regular is None or task.recipe.beta == 0:
+    if task.regular is None or not task.takes_regular:
         return []
     found = [(PhotographFile(each.image, each.mask), each.caption) for each in task.regular if each.mask is not None]
     if not found:
@@ -200,9 +201,9 @@ def _read(file: Path, dice: torch.Generator) -> Prepared | None:
             else None
             for name in ("subject", "regular")
         )
-        dice.set_state(held["dice"])
         found, states, pooled = subject, held["states"], held["pooled"]
-    except (FileFormatError, KeyError) as error:
+        dice.set_state(held["dice"])  # last: a file that is damaged leaves the dice as they were
+    except (FileFormatError, KeyError, RuntimeError, ValueError, TypeError) as error:
         log.warning("%s is damaged (%s); the photographs are encoded again", file, error)
         return None
     return None if found is None else Prepared(found, regular, states, pooled)

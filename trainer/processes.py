@@ -76,3 +76,16 @@ def join_processes(hardware: Hardware) -> Iterator[tuple[Processes, Hardware]]:
         yield Processes(state.process_index, state.num_processes), replace(hardware, device=device)
     finally:
         state.destroy_process_group()
+
+
+@contextmanager
+def use_threads(count: int | None) -> Iterator[int]:
+    """Use `count` threads for the block, then as many as before; gives the number in use."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)

@@ -13,11 +13,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dreammix_trt.trainer.networks import SMALL_SIDE
+
 if TYPE_CHECKING:
     from dreammix_trt.trainer.networks import TrainingUNet
     from dreammix_trt.trainer.samples import Samples
 
 STEPS, GUIDANCE, BATCH = 12, 3.0, 4
+
+
+def count_at_once(native_side: int) -> int:
+    """How many are painted together: of a large base one, which takes less memory than a training step of one."""
+    return BATCH if native_side <= SMALL_SIDE else 1
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -33,12 +40,12 @@ def repaint(
     Deterministic DDIM (Song et al. 2021, eq. 12) with classifier-free guidance; the known cells are put back, with
     fresh noise, at every step's input as in the reference's loop.
 
-    texts: for each BATCH of samples the states and pooled states of as many empty prompts, then of its prompts.
+    texts: for each `count_at_once` of samples the states and pooled states of as many empty prompts, then of its own.
     """
     side = unet.base.native_side
-    painted = []
+    painted, at_once = [], count_at_once(side)
     for number, text in enumerate(texts):
-        part = start.rows(torch.arange(number * BATCH, min((number + 1) * BATCH, len(start))))
+        part = start.rows(torch.arange(number * at_once, min((number + 1) * at_once, len(start))))
         height, width = part.latents.shape[-2] * 8, part.latents.shape[-1] * 8
         clean, mask, count = part.latents, part.mask, len(part)
         feature = unet.feature(mask, part.masked)

@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from dreammix_trt.core.attributes import AttributeDictionary
+from dreammix_trt.core.attributes import AttributeDictionary, with_article
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.files import sha256_of
 from dreammix_trt.core.network_weights import BaseLora
 from dreammix_trt.trainer.captions import subject_captions
-from dreammix_trt.trainer.data import article
 from dreammix_trt.trainer.hardware import Hardware
 from dreammix_trt.trainer.losses import loss_weights
 from dreammix_trt.trainer.photographs import PhotographFile
@@ -26,7 +25,7 @@ _NO_SETTINGS = ("steps", "learning_rate", "checkpoint_every", "gradient_checkpoi
 #: of the settings, what decides the samples that are prepared before the first step
 _PREPARING = (
     *("photographs", "base", "base_loras", "token", "class_name", "prompt", "captions", "attributes", "regular"),
-    *("seed", "views", "crop_share", "regular_pictures", "precision", "device"),
+    *("regular_attributes", "seed", "views", "crop_share", "regular_pictures", "precision", "device"),
 )
 
 
@@ -63,12 +62,12 @@ class Names:
 
         Raises InputError for a caption without the token.
         """
-        prompt = (prompt or f"a photo of {article(token)} {token} {class_name}").strip()
+        prompt = (prompt or f"a photo of {with_article(f'{token} {class_name}')}").strip()
         made = subject_captions(token, class_name, attributes) if attributes else ()
         given = tuple(caption.strip() for caption in captions)
         names = cls(token, class_name, prompt, (*given, *(caption for caption in made if caption not in given)))
         for text in names.prompts:
-            if token not in text.lower().split():
+            if token.lower() not in text.lower().split():
                 raise InputError(f"the prompt {text!r} lacks the token {token!r}; without it the subject has no name")
         return names
 
@@ -83,6 +82,7 @@ class Task:
     """A subject to learn on a base.
 
     names: with the captions that are trained. attributes: of the subject; None: they are not known.
+    regular_attributes: whether pictures of the class that the base paints are captioned by them.
     regular: pictures of the class; None: the base paints some of its own.
     loss: the name of one.
     base_loras: merged into the base's weights, each with its file's hash.
@@ -98,6 +98,7 @@ class Task:
     loss: str
     seed: int
     attributes: AttributeDictionary | None = None
+    regular_attributes: bool = True
     regular: Sequence[RegularPicture] | None = None
     hardware: Hardware = field(default_factory=Hardware)
     base_loras: Sequence[tuple[BaseLora, str]] = ()
@@ -112,6 +113,11 @@ class Task:
         """Whether the base paints regular pictures of its own."""
         return self.recipe.beta > 0 and self.regular is None and self.recipe.regular_pictures > 0
 
+    @property
+    def takes_regular(self) -> bool:
+        """Whether regular pictures that were given are trained on."""
+        return self.recipe.beta > 0 and self.regular is not None
+
     def settings(self) -> dict[str, Any]:
         """All that decides the numbers of the training but the number of threads, as plain JSON values."""
         recipe = {name: value for name, value in asdict(self.recipe).items() if name not in _NO_SETTINGS}
@@ -122,6 +128,7 @@ class Task:
             **{name: getattr(self.names, name) for name in ("token", "class_name", "prompt")},
             "captions": list(self.names.captions),
             "attributes": self.attributes.to_dict() if self.attributes else {},
+            "regular_attributes": self.regular_attributes,
             "regular": None if self.regular is None else _hash_regular(self.regular),
             "rank": self.rank,
             "steps": self.steps,
@@ -137,7 +144,8 @@ class Task:
     def preparing_settings(self) -> dict[str, Any]:
         """Those that decide the samples which are made before the first step."""
         settings = self.settings()
-        return {**{name: settings[name] for name in _PREPARING}, "paints_regular": self.paints_regular}
+        chosen = {"paints_regular": self.paints_regular, "takes_regular": self.takes_regular}
+        return {**{name: settings[name] for name in _PREPARING}, **chosen}
 
 
 def _hash_pair(file: PhotographFile) -> str:

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dreammix_trt.core.errors import InputError, MissingExtraError
+from dreammix_trt.trainer.adapters import adapters_of, add_adapters, copy_factors
 from dreammix_trt.trainer.batches import Batch, Draws
 from dreammix_trt.trainer.checkpoints import Checkpoints, Learner, Progressed
 from dreammix_trt.trainer.losses import loss_weights, reweighted_loss
@@ -64,7 +65,7 @@ class Training:
         resume: go on from the checkpoint.
         after_step: called with a step's number and `factors`.
 
-        Raises InputError for a loss that is not finite.
+        Raises InputError for a loss or gradients that are not finite.
         """
         begun = time.monotonic()
         self._progress("train", 0.0, "reading the base")
@@ -75,7 +76,7 @@ class Training:
         self._prepared = prepared
         self._add_adapters()
         optimizer = self._task.hardware.make_optimizer(self._trained, self._task.learning_rate)
-        learner = Learner(self._adapters(), optimizer, self._task.hardware.make_scaler(), self._dice)
+        learner = Learner(adapters_of(self._unet.unet), optimizer, self._task.hardware.make_scaler(), self._dice)
         before = self._checkpoints.restore(learner) if resume else Progressed([], 0.0)
         before = Progressed(before.history, before.seconds + time.monotonic() - begun)
         return self._take_steps(learner, before, after_step or (lambda *_: None))
@@ -104,21 +105,24 @@ class Training:
         learner.optimizer.zero_grad()
         value = self._processes.average(self._trained, self._add_gradients(learner))
         if not math.isfinite(value):
-            raise InputError(self._explain_divergence(value, step + 1))
+            raise InputError(self._explain_divergence("loss", value, step + 1))
         learner.scaler.unscale_(learner.optimizer)
-        torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
+        # a scaler leaves such a step out and scales less; without one the LoRA, and its checkpoint, would be lost
+        if not learner.scaler.is_enabled() and not math.isfinite(norm):
+            raise InputError(self._explain_divergence("norm of the gradients", float(norm), step + 1))
         learner.scaler.step(learner.optimizer)
         learner.scaler.update()
         return value
 
-    def _explain_divergence(self, loss: float, step: int) -> str:
+    def _explain_divergence(self, what: str, value: float, step: int) -> str:
         import torch
 
         remedy = f"take a smaller learning rate than {self._task.learning_rate:g}"
         if self._task.hardware.products == torch.float16:
             remedy += ", or --precision bfloat16"
         kept = self._checkpoints.describe()
-        return f"the loss is {loss} at step {step}; the training diverged, {remedy}{f'; {kept}' if kept else ''}"
+        return f"the {what} is {value} at step {step}; the training diverged, {remedy}{f'; {kept}' if kept else ''}"
 
     def _add_gradients(self, learner: Learner) -> float:
         """Draw this process' rows of one step, add up their gradients a batch at a time; returns their loss."""
@@ -141,27 +145,10 @@ class Training:
         return reweighted_loss(eps, batch.noise.to(eps.device), rows.mask.to(eps.device), self._weights)
 
     def _add_adapters(self) -> None:
-        import torch
-        from peft import LoraConfig
-
-        rank, unet = self._task.rank, self._unet.unet
-        config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(TARGETS))
-        with torch.random.fork_rng():
-            torch.manual_seed(self._task.seed)
-            unet.add_adapter(config)
-        self._trained = [value for value in unet.parameters() if value.requires_grad]
-        for value in self._trained:  # peft gives adapters the type of the frozen weights
-            value.data = value.data.float()
+        unet = self._unet.unet
+        self._trained = add_adapters(unet, self._task.rank, self._task.seed, TARGETS)
         if self._recipe.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-
-    def _adapters(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Module by its diffusers name -> (down (rank, in), up (out, rank)), the parameters themselves."""
-        return {
-            name: (module.lora_A["default"].weight, module.lora_B["default"].weight)
-            for name, module in self._unet.unet.named_modules()
-            if hasattr(module, "lora_A")
-        }
 
     @property
     def parameters(self) -> int:
@@ -170,11 +157,7 @@ class Training:
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Module by its diffusers name -> copies of (down (rank, in), up (out, rank)), on the CPU."""
-
-        def copied(value: Tensor) -> Any:
-            return value.detach().cpu().clone().contiguous()
-
-        return {name: (copied(down), copied(up)) for name, (down, up) in self._adapters().items()}
+        return copy_factors(adapters_of(self._unet.unet))
 
 
 def _clock(seconds: float) -> str:

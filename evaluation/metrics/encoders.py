@@ -23,6 +23,7 @@ from dreammix_trt.evaluation.metrics.metric import U8, Metric, Sample, read_refe
 
 Rows = NDArray[np.float32]
 _ROWS = 16  # pictures at once
+_UNUSED = ("position_ids", "mask_token")  # weights that embedding a picture does not use
 
 
 class Encoder:
@@ -109,8 +110,8 @@ class Clip(Encoder):
     def _load(self, folder: Path) -> None:
         from transformers import AutoTokenizer, CLIPModel
 
-        self._model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self._model = _read_whole(CLIPModel, folder)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
     def _run(self, pixels: Any) -> Any:
         return _pooled(self._model.get_image_features(pixel_values=pixels))
@@ -136,7 +137,7 @@ class Dino(Encoder):
         from transformers import AutoModel
 
         options = {"add_pooling_layer": False} if self._config["model_type"] == "vit" else {}
-        self._model = AutoModel.from_pretrained(folder, local_files_only=True, **options).eval()
+        self._model = _read_whole(AutoModel, folder, trust_remote_code=False, **options)
 
     def _run(self, pixels: Any) -> Any:
         return self._model(pixel_values=pixels, **self._resizing).last_hidden_state[:, 0]
@@ -202,6 +203,15 @@ def _read_preprocessing(file: Path) -> tuple[Rows, Rows, int]:
             f"{file}: image_mean, image_std and size are needed as transformers writes them ({error!r})"
         ) from error
     return mean, std, side
+
+
+def _read_whole(kind: Any, folder: Path, **options: Any) -> Any:
+    """A model of transformers. ValueError where weights are missing: transformers would draw them at random."""
+    model, info = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+    absent = sorted(name for name in info["missing_keys"] if not name.endswith(_UNUSED))
+    if absent:
+        raise ValueError(f"its weights lack {', '.join(absent[:3])}")
+    return model.eval()
 
 
 def _pooled(output: Any) -> Any:

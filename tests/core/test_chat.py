@@ -184,3 +184,26 @@ def test_secrets_have_their_place(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     assert "travels unencrypted" in caplog.text and SECRET not in caplog.text
     with pytest.raises(InputError, match="--model is empty"):
         Chat("http://host/v1", " ")
+
+
+def test_a_query_is_sent_and_told_to_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    """Some services want their key there."""
+    with caplog.at_level(logging.DEBUG), serve(Reply(status=404)) as script:
+        script.url += f"?key={SECRET}"
+        with pytest.raises(EndpointError) as caught:
+            ask(script)
+    assert script.paths == [f"/v1/chat/completions?key={SECRET}"]
+    assert SECRET not in f"{caught.value} {caplog.text} {Chat(script.url, 'm').url}"
+
+
+def test_a_server_that_asks_for_no_pause_is_not_stormed() -> None:
+    with serve(Reply(status=429, headers={"Retry-After": "0"})) as script, pytest.raises(TimedOut):
+        ask(script, deadline=0.5, pause=0.1)
+    assert 2 <= len(script.asked) <= 6
+
+
+@pytest.mark.parametrize("option", ["timeout", "deadline"])
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
+def test_times_that_never_end_are_refused(option: str, seconds: float) -> None:
+    with pytest.raises(InputError, match=rf"--{option} is {seconds}"):
+        Chat("http://localhost:1/v1", "m", **{option: seconds})

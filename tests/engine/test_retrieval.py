@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from dreammix_trt.building import build
-from dreammix_trt.core.attribute_words import ADJECTIVES, NOUNS, find_meanings, find_noun
-from dreammix_trt.core.attributes import BEFORE, BEHIND, AttributeDictionary
+from dreammix_trt.core.attributes import AttributeDictionary
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.subject import Subject
 from dreammix_trt.engine import DreamMix, Job, read_request
@@ -207,24 +206,6 @@ def test_reasons_say_what_and_why() -> None:
     assert "'gorgeous' is no attribute word" in strange and "'steampunk' is no attribute word" in nothing
     assert not any("no attribute word" in each for each in why("a beautiful new hand-painted red sks mug"))
     assert not any("no attribute word" in each for each in why("a petrol sks mug", {"colour": ["petrol"]}))
-
-
-def test_the_vocabulary_is_orderly() -> None:
-    """Every kind is one of the dictionary's; no word is twice in a kind, or a noun of two kinds."""
-    assert set(ADJECTIVES) == set(BEFORE) and set(NOUNS) == set(BEHIND)
-    for kind, groups in ADJECTIVES.items():
-        words = [word for group in groups for word in group.replace("/", " ").split()]
-        assert sorted(words) == sorted(set(words)), kind
-        assert all(word == word.lower() and find_meanings(word) for word in words)
-    nouns = [word for text in NOUNS.values() for word in text.replace("/", " ").split()]
-    assert sorted(nouns) == sorted(set(nouns))
-    assert [find_noun(word) for word in ("feet", "stars", "boxes", "dragons", "glass")] == [
-        ("part", "foot"),
-        ("decal", "star"),
-        ("", "boxe"),
-        ("", "dragon"),
-        ("", "glass"),
-    ]
 
 
 # -- requests

@@ -157,3 +157,16 @@ def test_all_metrics_are_named_whatever_is_given(weights: Path, tmp_path: Path) 
 def test_a_token_is_dropped_as_a_word() -> None:
     assert drop_word("a SKS mug, sks's and sksy", "sks") == "a mug, 's and sksy"
     assert drop_word("a mug", "") == "a mug"
+
+
+@pytest.mark.parametrize("kind", ["clip", "vit"])
+def test_weights_that_are_missing_are_not_drawn_at_random(kind: str, weights: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(weights / kind, tmp_path / kind)
+    file = tmp_path / kind / "model.safetensors"
+    state = load_file(file)
+    gone = next(name for name in sorted(state) if "layernorm" in name.lower() or "layer_norm" in name)
+    save_file({name: value for name, value in state.items() if name != gone}, file, {"format": "pt"})
+    with pytest.raises(FileFormatError, match="its weights lack"):
+        (Clip if kind == "clip" else Dino)(tmp_path / kind, f"--{kind}")

@@ -28,6 +28,18 @@ def write_photographs(folder: Path, count: int = 2) -> Path:
     return folder
 
 
+def write_regular(folder: Path) -> Path:
+    """Noise with a rectangle as mask under two captions, as `regularize` lays pictures out."""
+    rng = np.random.default_rng(0)
+    for caption in ("a_photo_of_a_red_mug", "a_photo_of_a_blue_mug"):
+        (folder / caption).mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 256, (80, 80, 3), np.uint8)).save(folder / caption / "0-image.png")
+        mask = np.zeros((80, 80), np.uint8)
+        mask[20:60, 30:60] = 255
+        Image.fromarray(mask).save(folder / caption / "0-mask.png")
+    return folder
+
+
 def train(photos: Path, out: Path, base: BaseFiles, **fields: Any) -> TrainRecord:
     """Three steps of `TINY` on one thread, unless `fields` say otherwise."""
     given = {"steps": 3, "threads": 1, "recipe": TINY, "learning_rate": 0.01} | fields

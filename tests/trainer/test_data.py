@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from dreammix_trt.trainer.data import (
     Photograph,
-    article,
     box_of,
     draw_view,
     latent_mask,
@@ -69,10 +68,6 @@ def test_a_latent_cell_counts_when_any_pixel_is_masked() -> None:
     hole = np.zeros((16, 24), bool)
     hole[7, 8] = True
     assert latent_mask(hole).tolist() == [[0, 1, 0], [0, 0, 0]]
-
-
-def test_articles() -> None:
-    assert (article("sks"), article("orange")) == ("a", "an")
 
 
 def test_the_share_of_crops_is_what_was_asked_for() -> None:

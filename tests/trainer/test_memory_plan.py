@@ -168,10 +168,10 @@ def test_a_gpu_too_small_is_told_what_fits() -> None:
     large.check(need)
     with refused("--precision bfloat16 it needs"):
         large.check(need - 1)
-    with refused("with --gradient-checkpointing it needs"):
+    with refused("with --gradient-checkpointing on it needs"):
         large.check(plan(precision="float32", batch=64, checkpointing=True).total_bytes - CONTEXT)
     with refused(
-        "--precision bfloat16 --gradient-checkpointing --batch 1 --accumulate 192 --optimizer adamw8bit it still"
+        "--precision bfloat16 --gradient-checkpointing on --batch 1 --accumulate 192 --optimizer adamw8bit it still"
     ):
         large.check(1 << 20)
     with refused("these settings it still needs"):
@@ -199,3 +199,20 @@ def test_the_embedded_base_has_a_plan() -> None:
     made = plan_training(base, **(USUAL | {"side": base.native_side, "precision": "float32"}), device="cpu")
     assert made.context == 0
     assert made.trained > 0
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_painting_regular_pictures_takes_less_than_a_step(checkpointing: bool) -> None:
+    """So the plan, which counts the step, holds before it, too: two rows, for guidance, without a backward pass."""
+    from dreammix_trt.trainer.meta_step import Ledger
+    from dreammix_trt.trainer.regular import count_at_once
+
+    config = small_configs()["unet"]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config).requires_grad_(False)
+    inputs, added = make_inputs(config, 2 * count_at_once(1024), SIDE, torch.float32, "meta")
+    ledger = Ledger([*unet.parameters(), *unet.buffers(), *inputs, *added.values()])
+    with torch.no_grad(), ledger:
+        unet(*inputs, added_cond_kwargs=added, return_dict=False)
+    step = plan(batch=1, precision="float32", checkpointing=checkpointing)
+    assert 0 < ledger.peak <= step.activations + step.temporary

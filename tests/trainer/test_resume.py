@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 for _name in ("torch", "diffusers", "transformers", "peft"):
@@ -18,9 +19,12 @@ for _name in ("torch", "diffusers", "transformers", "peft"):
 
 from dreammix_trt.core.checkpoint import BaseFiles  # noqa: E402
 from dreammix_trt.core.errors import BuildError, FileFormatError, InputError  # noqa: E402
+from dreammix_trt.core.files import hold_alone  # noqa: E402
 from dreammix_trt.core.lora import FILE_NAME, read_lora  # noqa: E402
+from dreammix_trt.core.tensors import map_tensors  # noqa: E402
 from dreammix_trt.trainer import checkpoints, preparing, training  # noqa: E402
 from dreammix_trt.trainer.lora import Hardware  # noqa: E402
+from dreammix_trt.trainer.regular_folder import read_regular  # noqa: E402
 from tests.support.training import TINY, train  # noqa: E402
 
 KEPT = replace(TINY, checkpoint_every=2)
@@ -203,3 +207,65 @@ def test_encoded_photographs_serve_the_next_training(
     assert (tmp_path / "lora" / FILE_NAME).read_bytes() == (tmp_path / "plain" / FILE_NAME).read_bytes()
     run(photos, tmp_path / "lora", base, seed=4, work=tmp_path / "work")
     assert kept not in (tmp_path / "work").iterdir()
+
+
+def test_what_is_kept_without_regular_pictures_does_not_serve_a_training_with_them(
+    base: BaseFiles, photos: Path, tmp_path: Path
+) -> None:
+    """The folder is the same and only beta differs: from 0, where its pictures are not encoded, to 0.4."""
+    place = tmp_path / "regular_mug" / "a_photo_of_a_mug"
+    place.mkdir(parents=True)
+    for part in ("image", "mask"):
+        shutil.copyfile(photos / part / "00.png", place / f"7-{part}.png")
+    regular = read_regular(place.parent)
+    given: dict[str, Any] = {"regular": regular, "steps": 2}
+    run(photos, tmp_path / "plain", base, recipe=replace(TINY, beta=0.4), **given)
+    run(photos, tmp_path / "first", base, recipe=replace(KEPT, beta=0.0), work=tmp_path / "work", **given)
+    run(photos, tmp_path / "lora", base, recipe=replace(KEPT, beta=0.4), work=tmp_path / "work", **given)
+    assert (tmp_path / "lora" / FILE_NAME).read_bytes() == (tmp_path / "plain" / FILE_NAME).read_bytes()
+
+
+def test_gradients_that_are_no_numbers_stop_before_the_lora_is_lost(
+    base: BaseFiles, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of such a step is finite still, and a checkpoint is due."""
+    honest, calls = training.reweighted_loss, iter(range(100))
+
+    def lose(prediction: Any, *given: Any) -> Any:
+        if next(calls) == 3:
+            prediction.register_hook(lambda grad: grad * float("nan"))
+        return honest(prediction, *given)
+
+    monkeypatch.setattr(training, "reweighted_loss", lose)
+    with pytest.raises(InputError, match=r"norm of the gradients is nan at step 4;.*checkpoint of step 2 is kept"):
+        run(photos, tmp_path / "lora", base, steps=6)
+    kept = map_tensors(tmp_path / "lora.work/checkpoint" / FILE_NAME)
+    assert all(np.isfinite(value).all() for value in kept.values())
+
+
+@pytest.mark.parametrize(
+    ("out", "work", "message"),
+    [
+        ("lora", "lora", "lies in .*lora, which is replaced"),
+        ("lora", "lora/work", "lies in .*lora, which is replaced"),
+        ("lora", "file", "file is a file"),
+        ("lora", "file/work", "file is a file"),
+    ],
+)
+def test_a_work_folder_that_would_cost_the_training_is_refused_before_it(
+    base: BaseFiles, photos: Path, tmp_path: Path, out: str, work: str, message: str
+) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match=message):
+        run(photos, tmp_path / out, base, work=tmp_path / work)
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_second_training_is_kept_out(base: BaseFiles, photos: Path, tmp_path: Path) -> None:
+    for place in ("lora", "work"):
+        with (
+            hold_alone(tmp_path / place, "a test is at work"),
+            pytest.raises(InputError, match=f"{place}: another training is at work there"),
+        ):
+            run(photos, tmp_path / "lora", base, work=tmp_path / "work")
+    assert not [*tmp_path.iterdir()]

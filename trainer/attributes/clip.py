@@ -1,4 +1,4 @@
-"""A subject's attributes from a CLIP in a local folder: which words of the vocabulary its photographs are nearest to.
+"""A subject's attributes from a CLIP in a local folder: which usual words its photographs are nearest to.
 
 Zero-shot classification (Radford et al. 2021, section 3.1) within each kind of attribute. Parts, decals and accessories
 are phrases that no list of words holds, so CLIP names none.
@@ -19,7 +19,7 @@ from dreammix_trt.core.attributes import AttributeDictionary, with_article
 from dreammix_trt.core.errors import FileFormatError, MissingExtraError
 from dreammix_trt.core.extras import list_missing
 from dreammix_trt.core.files import read_json
-from dreammix_trt.core.vocabulary import VOCABULARY
+from dreammix_trt.core.vocabulary import USUAL
 from dreammix_trt.trainer.attributes.describing import cut_out
 from dreammix_trt.trainer.data import Photograph
 
@@ -79,15 +79,13 @@ class ClipDescriber:
         """
         import torch
 
-        captions = [
-            f"a photo of {with_article(f'{word} {class_name}')}" for words in VOCABULARY.values() for word in words
-        ]
+        captions = [f"a photo of {with_article(f'{word} {class_name}')}" for words in USUAL.values() for word in words]
         text = self._tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
         pixels = torch.from_numpy(np.stack([self._prepare(picture) for picture in pictures]))
         with torch.inference_mode():
             out = self._model(input_ids=text["input_ids"], attention_mask=text["attention_mask"], pixel_values=pixels)
         logits, at, found = out.logits_per_image.double().numpy(), 0, {}
-        for kind, words in VOCABULARY.items():
+        for kind, words in USUAL.items():
             part = logits[:, at : at + len(words)]
             at += len(words)
             shares = np.exp(part - part.max(1, keepdims=True))

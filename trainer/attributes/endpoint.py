@@ -14,7 +14,7 @@ from PIL import Image
 from dreammix_trt.core.attributes import BEFORE, KINDS, AttributeDictionary
 from dreammix_trt.core.chat import Answer, Chat
 from dreammix_trt.core.errors import EndpointError, InputError
-from dreammix_trt.core.vocabulary import VOCABULARY
+from dreammix_trt.core.vocabulary import USUAL
 from dreammix_trt.trainer.attributes.describing import cut_out
 from dreammix_trt.trainer.data import Photograph, Picture
 
@@ -85,7 +85,7 @@ class EndpointDescriber:
 
 
 def _question(class_name: str) -> str:
-    kinds = [f"- {kind}: such as {', '.join(VOCABULARY[kind][:6])}" for kind in BEFORE]
+    kinds = [f"- {kind}: such as {', '.join(USUAL[kind][:6])}" for kind in BEFORE]
     kinds += [f"- {kind}: {hint}" for kind, hint in _HINTS.items()]
     return (
         f"The pictures show one and the same {class_name}. Name its attributes, as words for a caption of it.\n"

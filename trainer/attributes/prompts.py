@@ -6,14 +6,14 @@ and the others of their kinds, mean what they meant before. So some prompts hold
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dreammix_trt.core.attributes import BEFORE, BEHIND, AttributeDictionary, compose_phrase, with_article
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.core.vocabulary import SPELLINGS, VOCABULARY, kind_of
+from dreammix_trt.core.vocabulary import USUAL, Meaning, find_meanings, split_words
 
 CONTRAST = 0.5
 MOST_ATTRIBUTES = 3
@@ -77,29 +77,47 @@ def _make_prompt(class_name: str, pairs: Pairs, token: str) -> str:
 
 def _list_slots(dictionary: AttributeDictionary) -> Iterator[_Slot]:
     """One slot for each kind before the class, one for each part behind it."""
-    words = {**VOCABULARY, **dictionary.contrasts}
+    words = {**USUAL, **dictionary.contrasts}
     contrasting = {*dictionary.attributes, *dictionary.contrasts, "colour"}
     for kind in BEFORE:
         own = dictionary.attributes.get(kind, ())
-        others = tuple(word for word in words[kind] if word not in own) if kind in contrasting else ()
-        if own or others:
-            yield _Slot(kind, own, others)
+        meant = {*own, *(meaning for value in own for meaning in _list_meanings(value))}
+        others = [word for word in words[kind] if not meant & {word, *find_meanings(word)}]
+        if own or (others and kind in contrasting):
+            yield _Slot(kind, own, tuple(others) if kind in contrasting else ())
     for kind in BEHIND:
         for value in dictionary.attributes.get(kind, ()):
-            others = tuple(dictionary.contrasts.get(kind, ())) + tuple(_exchange_word(value, words))
+            others = [*dictionary.contrasts.get(kind, ()), *_exchange_word(value, words)]
             yield _Slot(kind, (value,), tuple(other for other in others if other != value))
 
 
-def _exchange_word(phrase: str, words: dict[str, tuple[str, ...]]) -> Iterator[str]:
-    """The phrase with its first word of the vocabulary exchanged for others: "cream foot" -> "red foot", and so on."""
+def _list_meanings(value: str) -> list[Meaning]:
+    return [meaning for word in split_words(value) for meaning in find_meanings(word)]
+
+
+def _exchange_word(phrase: str, words: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """The phrase with the first of its words that has contrasts exchanged: "cream foot" -> "red foot", and so on.
+
+    words: kind -> those to exchange it with; of them the ones that exclude it are taken.
+    """
     parts = phrase.split()
-    place = next((number for number, word in enumerate(parts) if kind_of(word)), None)
-    if place is None:
-        return
-    plain = SPELLINGS.get(parts[place], parts[place])
-    for other in words[kind_of(plain) or ""]:
-        if other != plain:
-            yield " ".join((*parts[:place], other, *parts[place + 1 :]))
+    for place, word in enumerate(parts):
+        others = _list_contrasts(word, words)
+        if others:
+            yield from (" ".join((*parts[:place], other, *parts[place + 1 :])) for other in others)
+            return
+
+
+def _list_contrasts(word: str, words: Mapping[str, Sequence[str]]) -> list[str]:
+    """Words of the same kind and group with another meaning; those that nobody knows count as the kind's main group."""
+    for said in find_meanings(word)[:1]:
+        known = [(other, find_meanings(other)) for other in words[said.kind] if other != word]
+        return [
+            other
+            for other, means in known
+            if said not in means and said[:2] in ({each[:2] for each in means} or {(said.kind, 0)})
+        ]
+    return []
 
 
 def _draw_pairs(rng: np.random.Generator, slots: Sequence[_Slot], contrasting: bool, most: int) -> Pairs:

@@ -12,7 +12,8 @@ from typing import Final
 
 import numpy as np
 
-from dreammix_trt.core.attributes import AttributeDictionary, with_article
+from dreammix_trt.core.attributes import AttributeDictionary, compose_phrase, with_article
+from dreammix_trt.trainer import captions
 from dreammix_trt.trainer.micro.objects import COLOURS, DECALS, FINISHES, PATTERNS, SHAPES, TOPS, Attributes
 from dreammix_trt.trainer.micro.rooms import SURFACES
 
@@ -63,15 +64,13 @@ def compose(
     named: of NAMEABLE; parts that the thing lacks are passed over. noun: the word for the thing (None: its shape).
     surface: named as what it stands on.
     """
-    finish = what.finish if "finish" in named else ""
-    words = [finish if finish != "glass" else ""]
-    words += [what.colour if "colour" in named else "", what.pattern if "pattern" in named else ""]
-    words += [finish if finish == "glass" else "", noun or what.shape]
-    parts = [with_article(f"{colour} {word}") for part, (colour, word) in name_parts(what).items() if part in named]
-    phrase = " ".join(word for word in words if word)
-    if parts:
-        listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-        phrase += f" with {listed}"
+    pairs = [
+        ("material" if what.finish == "glass" else "finish", what.finish if "finish" in named else ""),
+        ("colour", what.colour if "colour" in named else ""),
+        ("pattern", what.pattern if "pattern" in named else ""),
+        *(("part", f"{colour} {word}") for part, (colour, word) in name_parts(what).items() if part in named),
+    ]
+    phrase = compose_phrase(noun or what.shape, [(kind, value) for kind, value in pairs if value])
     return phrase + (f" on {with_article(surface)}" if surface else "")
 
 
@@ -81,11 +80,13 @@ def describe(what: Attributes) -> str:
 
 
 def subject_captions(what: Attributes, token: str = "sks") -> tuple[str, ...]:
-    """Captions of a subject's photographs that name one attribute each, or all: what a user would say of the thing."""
-    noun = f"{token} {what.shape}"
-    parts = [part for part in ("colour", "pattern", "foot", "top", "band", "decal") if getattr(what, part)]
-    named = [*({part} for part in parts), set(parts)]
-    return tuple(f"a photo of {with_article(compose(what, words, noun=noun))}" for words in named)
+    """Captions of a subject's photographs that name one attribute each, or all: what a user would say of the thing.
+
+    The pattern is named also where it is "plain", the finish never.
+    """
+    seen = {**dictionary_of(what).attributes, "pattern": [what.pattern]}
+    named = {kind: values for kind, values in seen.items() if kind not in ("finish", "material")}
+    return captions.subject_captions(token, what.shape, AttributeDictionary.of(what.shape, named, "hand", what.shape))
 
 
 def dictionary_of(what: Attributes) -> AttributeDictionary:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -41,7 +42,7 @@ __all__ = [
     "COLOURS", "DECALS", "FINISHES", "PATTERNS", "SHAPES", "UNNAMED_DECALS", "Attributes", "Box", "Build", "Picture",
     "Scene", "Thing", "draw_mask", "draw_object_size", "held_out_scenes", "held_out_subjects", "is_held_out",
     "look_alike", "random_attributes", "random_box", "random_build", "random_view", "render_photos", "render_scene",
-    "resize", "show_mask",
+    "resize", "show_mask", "write_photos",
 ]  # fmt: skip
 
 Picture = NDArray[np.uint8]
@@ -313,3 +314,16 @@ def render_photos(subject: Thing, count: int = 5, seed: int = 0, size: int = 256
         scene = render_scene(rng, subject.attributes, size, extent, build=subject.build)
         photos.append((scene.image, np.asarray(np.where(scene.alpha > 0.5, 255, 0), np.uint8)))
     return photos
+
+
+def write_photos(folder: Path, subject: Thing, count: int = 5, seed: int = 0, size: int = 256) -> list[Image.Image]:
+    """Render a subject's photographs (`render_photos`) in the trainer's layout: image/NN.png, mask/NN.png.
+
+    Returns the photographs.
+    """
+    photos = render_photos(subject, count, seed, size)
+    for part, kind in enumerate(("image", "mask")):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        for number, photo in enumerate(photos):
+            Image.fromarray(photo[part]).save(folder / kind / f"{number:02d}.png")
+    return [Image.fromarray(image) for image, _ in photos]

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dreammix_trt.core.errors import FileFormatError
-from dreammix_trt.core.vocabulary import VOCABULARY
+from dreammix_trt.core.vocabulary import USUAL
 from dreammix_trt.trainer.data import Photograph
 
 torch = pytest.importorskip("torch", reason="CLIP needs the extra `train`")
@@ -63,7 +63,7 @@ def by_hand(model: Any, folder: Path, pictures: list[Photograph], kind: str, cla
         return vector / np.linalg.norm(vector)
 
     texts = []
-    for word in VOCABULARY[kind]:
+    for word in USUAL[kind]:
         article = "an" if word[0] in "aeiou" else "a"
         words = f"a photo of {article} {word} {class_name}".split()
         row = [ids["<|startoftext|>"], *(ids[sign] for each in words for sign in (*each[:-1], f"{each[-1]}</w>"))]
@@ -77,7 +77,7 @@ def by_hand(model: Any, folder: Path, pictures: list[Photograph], kind: str, cla
         seen = unit(model.get_image_features(pixels))
         odds = np.exp([np.exp(2.6) * float(seen @ text) for text in texts])
         shares.append(odds / odds.sum())
-    return dict(zip(VOCABULARY[kind], np.mean(shares, 0), strict=True))
+    return dict(zip(USUAL[kind], np.mean(shares, 0), strict=True))
 
 
 def test_scores_are_the_formula_s(folder: Path) -> None:
@@ -85,7 +85,7 @@ def test_scores_are_the_formula_s(folder: Path) -> None:
 
     pictures = [photograph(1), photograph(2)]
     scores = ClipDescriber(folder).score(pictures, "mug")
-    assert set(scores) == set(VOCABULARY)
+    assert set(scores) == set(USUAL)
     model = transformers.CLIPModel.from_pretrained(folder).double().eval()
     for kind in ("pattern", "size"):
         wanted = by_hand(model, folder, pictures, kind, "mug")

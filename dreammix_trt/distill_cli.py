@@ -1,0 +1,144 @@
+"""`dreammix-trt distill`: a base becomes a few-step LoRA for itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dreammix_trt.core.errors import InputError
+from dreammix_trt.terminal import (
+    AsJson,
+    Base,
+    Force,
+    Head,
+    Patch,
+    PatchBiases,
+    Seed,
+    Threads,
+    Tokenizer,
+    Vae,
+    print_json,
+    say,
+    show_progress,
+)
+from dreammix_trt.train_cli import PRECISIONS, Optimizer, Precision
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for lcm_lora.safetensors and distill.json, its card.")]
+Pictures = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of pictures with masks and captions, laid out as `regularize` does; default: rendered scenes, for "
+        "the embedded base alone."
+    ),
+]
+Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps; default fits the base.")]
+LearningRate = Annotated[float | None, typer.Option(min=0.0, help="Default fits the base.")]
+Rank = Annotated[int | None, typer.Option(min=1, max=256, help="Of the LoRA's factors; default fits the base.")]
+Guidance = Annotated[
+    str | None,
+    typer.Option(metavar="W | LOW,HIGH", help="Guidance that is distilled, or drawn between two; default 4."),
+]
+Skip = Annotated[
+    int | None, typer.Option(min=1, max=50, help="Of 50 timesteps, how many the teacher leaps; default fits the base.")
+]
+Batch = Annotated[int | None, typer.Option(min=1, help="Pictures in memory at a time; default fits the base.")]
+Accumulate = Annotated[int | None, typer.Option(min=1, help="Such batches in a step; default fits the base.")]
+Views = Annotated[int | None, typer.Option(min=1, help="Pictures that are encoded; default fits the base.")]
+CheckpointEvery = Annotated[
+    int | None, typer.Option(min=0, help="Steps between two checkpoints; 0: none; default fits the base.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, with the same options.")]
+Work = Annotated[Path | None, typer.Option(help="Folder of checkpoints and encoded pictures; default: OUT.work.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or one GPU of several: cuda:1.")]
+
+EXAMPLES = """
+Examples:
+
+dreammix-trt distill -o lcm/ && dreammix-trt build --base-lora lcm/lcm_lora.safetensors --lora lora/ -o engines/fast
+
+dreammix-trt distill -o lcm/ --base sdxl/ --pictures regular/ --device cuda
+"""
+PANELS = {
+    "The base": ("base", "patch", "head", "vae", "tokenizer", "patch_biases"),
+    "What is distilled": ("pictures", "views", "guidance", "skip"),
+    "How it is learnt": ("rank", "steps", "learning_rate", "batch", "accumulate", "seed"),
+    "What it runs on": ("device", "precision", "optimizer", "threads"),
+    "While it runs": ("checkpoint_every", "resume", "work"),
+    "What is written": ("out", "force", "as_json"),
+}
+
+
+def distill(
+    out: Out,
+    base: Base = None,
+    patch: Patch = None,
+    head: Head = None,
+    vae: Vae = None,
+    tokenizer: Tokenizer = None,
+    patch_biases: PatchBiases = False,
+    pictures: Pictures = None,
+    views: Views = None,
+    guidance: Guidance = None,
+    skip: Skip = None,
+    rank: Rank = None,
+    steps: Steps = None,
+    learning_rate: LearningRate = None,
+    batch: Batch = None,
+    accumulate: Accumulate = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    precision: Precision = None,
+    optimizer: Optimizer = "adamw",
+    threads: Threads = None,
+    checkpoint_every: CheckpointEvery = None,
+    resume: Resume = False,
+    work: Work = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Distil a base into an LCM-style LoRA: few steps without guidance."""
+    from dreammix_trt.building import BaseSources
+    from dreammix_trt.core.extras import require_training
+    from dreammix_trt.trainer.distill import FILE_NAME, RECORD, distill_lora, recipe_for
+    from dreammix_trt.trainer.hardware import Hardware
+
+    require_training()
+    if (out / RECORD).exists() and not force:
+        raise InputError(f"--out {out} holds a LoRA that was distilled before; --force replaces it, or name another")
+    files = BaseSources(base, patch, head, vae, tokenizer, patch_biases).open()
+    given = {"views": views, "skip": skip, "rank": rank, "steps": steps, "learning_rate": learning_rate}
+    given |= {"batch": batch, "accumulate": accumulate, "checkpoint_every": checkpoint_every}
+    changed = {name: value for name, value in given.items() if value is not None}
+    recipe = replace(recipe_for(files.native_side), **changed)  # type: ignore[arg-type]
+    if guidance is not None:
+        recipe = replace(recipe, guidance=_parse_guidance(guidance))
+    with show_progress("distilling") as update:
+        done = distill_lora(
+            out,
+            base=files,
+            pictures=pictures,
+            recipe=recipe,
+            hardware=Hardware(device, PRECISIONS.get(precision or "", precision), optimizer),  # type: ignore[arg-type]
+            seed=seed,
+            threads=threads,
+            work=work,
+            resume=resume,
+            progress=update,
+        )
+    file = out / FILE_NAME
+    if as_json:
+        print_json({"lora": str(file), "steps": done.steps, "loss": done.loss, "bytes": done.bytes})
+    say(f"{done.steps} steps in {done.seconds:.0f} s, loss {done.first_loss:.4f} -> {done.loss:.4f}")
+    say(f"next: dreammix-trt build --base-lora {file} -o ENGINE; its requests take 8 steps of lcm without guidance")
+
+
+def _parse_guidance(text: str) -> tuple[float, float]:
+    """W, or LOW,HIGH."""
+    try:
+        low, high = (float(part) for part in (text.split(",") if "," in text else (text, text)))
+    except ValueError:
+        raise InputError(f"--guidance is {text!r}; give a number, or two with a comma such as 3,6") from None
+    return low, high

@@ -1,0 +1,31 @@
+"""What looks on while a LoRA is trained never costs it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dreammix_trt import train_report
+from dreammix_trt.core.errors import InputError
+from dreammix_trt.train_watch import TrainWatch
+
+
+@pytest.mark.parametrize("error", [InputError("it is odd"), FileNotFoundError("it is gone")])
+def test_pictures_and_pages_that_fail_are_told(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    watch = TrainWatch(tmp_path, every=2)
+    watch._validator = SimpleNamespace(paint=fail)  # type: ignore[assignment]
+    monkeypatch.setattr(train_report, "write_report", fail)
+    for step in (1, 2, 3):
+        watch.after_step(step, dict)
+    watch.finish(tmp_path, SimpleNamespace(), [0.5], [])  # type: ignore[arg-type]
+    told = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
+    assert told == [f"no pictures of step 2: {error}", f"train.html is not made: {error}"]
