@@ -47,9 +47,8 @@ def missed(rows: list[Check]) -> list[Check]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["torch_networks", "engine_set"])
-def test_a_whole_run_is_reproduced(golden: Path, request: pytest.FixtureRequest, backend: str) -> None:
-    assert missed(check_whole_case(Case(golden / "case3"), request.getfixturevalue(backend))) == []
+def test_a_whole_run_is_reproduced(golden: Path, engine_set: EngineSet) -> None:
+    assert missed(check_whole_case(Case(golden / "case3"), engine_set)) == []
 
 
 @pytest.mark.slow
