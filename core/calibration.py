@@ -19,7 +19,7 @@ from dreammix_trt.core.store import Store
 SCHEMA: Final = 1
 FILE_NAME: Final = "calibration.json"
 #: the sum of the errors of all layers in E4M3 may be this much (errors of layers add up: measured within 0.2 dB)
-BUDGET: Final = 1e-4
+BUDGET: Final = 5e-5
 #: share of the layers that may stay float16 for this: with more of them E4M3 would gain little
 MOST_HURT: Final = 0.25
 #: layers that are never quantised, whatever their error: they meet the latent itself, or take next to no time
