@@ -59,7 +59,7 @@ class TrainWatch:
         )
 
     def after_step(self, step: int, factors: Callable[[], Factors]) -> None:
-        """Paint if it is time. Pictures that fail are told, and do not cost the training."""
+        """Paint if it is time. Pictures that fail are reported; the training goes on."""
         if self._validator is None or step % self.every:
             return
         try:
@@ -68,7 +68,7 @@ class TrainWatch:
             log.warning("no pictures of step %d: %s", step, error)
 
     def finish(self, folder: Path, record: TrainRecord, history: Sequence[float], plan: Sequence[str]) -> None:
-        """Write train.html. A page that fails is told, and does not cost the LoRA."""
+        """Write train.html. A page that fails is reported; the LoRA is written all the same."""
         from dreammix_trt.train_report import FILE, write_report
 
         try:

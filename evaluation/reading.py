@@ -1,4 +1,4 @@
-"""Reads a protocol's folder. Every fault is found before anything is painted, and all are told at once."""
+"""Reads a protocol's folder. Every fault is found before anything is painted, and all are reported at once."""
 
 from __future__ import annotations
 

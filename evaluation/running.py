@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
 from PIL import Image
 
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.core.files import check_place, write_json
+from dreammix_trt.core.files import check_place, hold_alone, write_json
 from dreammix_trt.core.masks import read_mask
 from dreammix_trt.core.pictures import PictureIn, read_image
 from dreammix_trt.core.remarks import keep_remarks
@@ -24,7 +24,6 @@ from dreammix_trt.evaluation.results import Results
 
 log = logging.getLogger(__name__)
 MARKER: Final = "run.json"
-_LOCK: Final = ".lock"
 _TOLD: Final = 5
 Update = Callable[[str, float, str], None]
 
@@ -65,7 +64,7 @@ def evaluate(
     if references is not None:
         _check_references(protocol, references)
     out.mkdir(parents=True, exist_ok=True)
-    with _hold(out):
+    with hold_alone(out, "another evaluation is writing"):
         run = {"protocol": {"name": protocol.name, "sha256": protocol.digest()}, **(facts or {})}
         write_json(out / MARKER, run)
         _name_strangers(protocol, gallery)
@@ -221,19 +220,3 @@ def _name_strangers(protocol: Protocol, gallery: Gallery) -> None:
             "%s: %d pictures are not of this protocol, and are left alone: %s%s",
             gallery.folder, len(strangers), ", ".join(strangers[:_TOLD]), ", ..." if len(strangers) > _TOLD else "",
         )  # fmt: skip
-
-
-@contextmanager
-def _hold(out: Path) -> Iterator[None]:
-    """Keep a second evaluation out of the folder."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(out / _LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise InputError(f"{out}: another evaluation is writing there; wait for it, or name another folder") from None
-    try:
-        yield
-    finally:
-        lock.release()

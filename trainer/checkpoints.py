@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreammix_trt.core.errors import BuildError, FileFormatError, InputError
-from dreammix_trt.core.files import atomic_directory, read_json, write_json
+from dreammix_trt.core.files import atomic_directory, check_place, hold_alone, read_json, write_json
 from dreammix_trt.core.lora import FILE_NAME
 from dreammix_trt.trainer.folder import Factors, lora_tensors, write_tensor_file
 from dreammix_trt.trainer.state_files import read_state, write_state
@@ -35,6 +35,25 @@ def find_work(out: str | Path) -> Path:
     """The folder beside `out` where a training keeps what it goes on from, unless another is named."""
     place = Path(out).resolve()
     return place.parent / f"{place.name}.work"
+
+
+def check_places(out: Path, work: Path, marker: str) -> None:
+    """Raise InputError for places that would lose what is trained.
+
+    out: the folder that is written at the end, and replaced if it has `marker`.
+    work: the folder of the checkpoint.
+    """
+    check_place(out, marker)
+    check_place(work)
+    if work.resolve().is_relative_to(out.resolve()):
+        raise InputError(f"the work folder {work} lies in {out}, which is replaced at the end; name one outside it")
+
+
+@contextmanager
+def hold_places(out: Path, work: Path, busy: str) -> Iterator[None]:
+    """Keep other programs out of both places for the block; `busy` is for `hold_alone`, which raises InputError."""
+    with hold_alone(out, busy), hold_alone(work, busy):
+        yield
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.extras import require_training
-from dreammix_trt.core.files import atomic_directory, check_place, sha256_of, write_json
-from dreammix_trt.trainer.checkpoints import Checkpoints, Progressed
+from dreammix_trt.core.files import atomic_directory, sha256_of, write_json
+from dreammix_trt.trainer.checkpoints import Checkpoints, Progressed, check_places, find_work, hold_places
 from dreammix_trt.trainer.distill_task import FULL, SMALL, DistillRecipe, DistillTask, check_range, recipe_for
 from dreammix_trt.trainer.distiller import Distiller
 from dreammix_trt.trainer.folder import lora_tensors, write_tensor_file
@@ -86,10 +86,11 @@ def distill_lora(
             "scenes are rendered for the embedded base alone"
         )
     place = Path(out).resolve()
-    check_place(place, RECORD)
     task = DistillTask(files, recipe or recipe_for(files.native_side), listed, given, seed)
-    folder = Path(work) if work else place.with_name(f"{place.name}.work")
-    return _run(task, place, folder, resume, progress or (lambda *_: None), threads)
+    folder = Path(work) if work else find_work(out)
+    check_places(place, folder, RECORD)
+    with hold_places(place, folder, "another distillation is at work"):
+        return _run(task, place, folder, resume, progress or (lambda *_: None), threads)
 
 
 def _run(task: DistillTask, out: Path, work: Path, resume: bool, progress: Progress, threads: int | None) -> Distilled:

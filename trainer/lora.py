@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ from dreammix_trt.core.attributes import AttributeDictionary
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.extras import require_training
-from dreammix_trt.core.files import atomic_directory, check_place, hold_alone, sha256_of
+from dreammix_trt.core.files import atomic_directory, sha256_of
 from dreammix_trt.core.lora import LoraSpec, parse_lora, read_lora
 from dreammix_trt.core.network_weights import BaseLora
-from dreammix_trt.trainer.checkpoints import Checkpoints, find_work
+from dreammix_trt.trainer.checkpoints import Checkpoints, check_places, find_work, hold_places
 from dreammix_trt.trainer.folder import RECORD, TrainRecord, lora_metadata, write_folder
 from dreammix_trt.trainer.hardware import Hardware
 from dreammix_trt.trainer.photographs import PhotographFile, read_photographs
@@ -152,20 +152,10 @@ class _Job:
 
     def run(self, *, resume: bool, progress: Progress | None, notice: Callable[[str], None] | None) -> TrainRecord:
         """Train and write the folder; the processes that do not lead only train."""
-        self._check_places()
-        with ExitStack() as held:
-            for place in (self._out, self._work) if self._processes.leads else ():
-                held.enter_context(hold_alone(place, "another training is at work"))
+        check_places(self._out, self._work, RECORD)
+        held = hold_places(self._out, self._work, "another training is at work")
+        with held if self._processes.leads else nullcontext():
             return self._run(resume, progress, notice)
-
-    def _check_places(self) -> None:
-        """Raise InputError for places that would lose what is trained."""
-        check_place(self._out, RECORD)
-        check_place(self._work)
-        if self._work.resolve().is_relative_to(self._out.resolve()):
-            raise InputError(
-                f"the work folder {self._work} lies in {self._out}, which is replaced at the end; name one outside it"
-            )
 
     def _run(self, resume: bool, progress: Progress | None, notice: Callable[[str], None] | None) -> TrainRecord:
         task, leads = self._task, self._processes.leads

@@ -19,7 +19,7 @@ import torch  # noqa: E402
 
 from dreammix_trt.core.checkpoint import BaseFiles  # noqa: E402
 from dreammix_trt.core.errors import InputError  # noqa: E402
-from dreammix_trt.core.files import sha256_of  # noqa: E402
+from dreammix_trt.core.files import hold_alone, sha256_of  # noqa: E402
 from dreammix_trt.core.lora import read_lora  # noqa: E402
 from dreammix_trt.core.network_weights import BaseLora, whole_weights_of  # noqa: E402
 from dreammix_trt.core.schedule import lcm_coefficients, model_sigmas  # noqa: E402
@@ -262,3 +262,19 @@ def test_a_loss_that_is_not_finite_stops_it_and_keeps_the_checkpoint(
 def test_recipes_out_of_range_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         replace(TINY, **fields)
+
+
+@pytest.mark.parametrize("place", ["lcm", "lcm.work"])
+def test_a_second_distillation_in_a_place_is_refused(
+    base: BaseFiles, pictures: Path, tmp_path: Path, place: str
+) -> None:
+    with (
+        hold_alone(tmp_path / place, "a test is at work"),
+        pytest.raises(InputError, match=f"{place}: another distillation is at work there"),
+    ):
+        distil(tmp_path / "lcm", base, pictures)
+
+
+def test_a_work_folder_that_would_be_replaced_is_refused(base: BaseFiles, pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"lies in .*lcm, which is replaced"):
+        distil(tmp_path / "lcm", base, pictures, work=tmp_path / "lcm" / "work")
