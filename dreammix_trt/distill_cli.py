@@ -24,7 +24,17 @@ from dreammix_trt.terminal import (
     say,
     show_progress,
 )
-from dreammix_trt.train_cli import PRECISIONS, Optimizer, Precision
+from dreammix_trt.train_cli import (
+    Accumulate,
+    Batch,
+    Device,
+    LearningRate,
+    Optimizer,
+    Precision,
+    Resume,
+    Steps,
+    choose_hardware,
+)
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for lcm_lora.safetensors and distill.json, its card.")]
 Pictures = Annotated[
@@ -34,8 +44,6 @@ Pictures = Annotated[
         "the embedded base alone."
     ),
 ]
-Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps; default fits the base.")]
-LearningRate = Annotated[float | None, typer.Option(min=0.0, help="Default fits the base.")]
 Rank = Annotated[int | None, typer.Option(min=1, max=256, help="Of the LoRA's factors; default fits the base.")]
 Guidance = Annotated[
     str | None,
@@ -44,15 +52,11 @@ Guidance = Annotated[
 Skip = Annotated[
     int | None, typer.Option(min=1, max=50, help="Of 50 timesteps, how many the teacher leaps; default fits the base.")
 ]
-Batch = Annotated[int | None, typer.Option(min=1, help="Pictures in memory at a time; default fits the base.")]
-Accumulate = Annotated[int | None, typer.Option(min=1, help="Such batches in a step; default fits the base.")]
 Views = Annotated[int | None, typer.Option(min=1, help="Pictures that are encoded; default fits the base.")]
 CheckpointEvery = Annotated[
     int | None, typer.Option(min=0, help="Steps between two checkpoints; 0: none; default fits the base.")
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, with the same options.")]
 Work = Annotated[Path | None, typer.Option(help="Folder of checkpoints and encoded pictures; default: OUT.work.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or one GPU of several: cuda:1.")]
 
 EXAMPLES = """
 Examples:
@@ -103,7 +107,6 @@ def distill(
     from dreammix_trt.building import BaseSources
     from dreammix_trt.core.extras import require_training
     from dreammix_trt.trainer.distill import FILE_NAME, RECORD, distill_lora, recipe_for
-    from dreammix_trt.trainer.hardware import Hardware
 
     require_training()
     if (out / RECORD).exists() and not force:
@@ -121,7 +124,7 @@ def distill(
             base=files,
             pictures=pictures,
             recipe=recipe,
-            hardware=Hardware(device, PRECISIONS.get(precision or "", precision), optimizer),  # type: ignore[arg-type]
+            hardware=choose_hardware(device, precision, optimizer),
             seed=seed,
             threads=threads,
             work=work,

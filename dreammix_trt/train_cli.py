@@ -31,6 +31,7 @@ from dreammix_trt.terminal import (
 
 if TYPE_CHECKING:
     from dreammix_trt.trainer.folder import TrainRecord
+    from dreammix_trt.trainer.hardware import Hardware
     from dreammix_trt.trainer.recipes import Recipe
 
 Photos = Annotated[
@@ -135,7 +136,7 @@ PANELS = {
     "While it runs": ("checkpoint_every", "resume", "work", "validate_every", "validate_prompt", "validate_engine"),
     "What is written": ("out", "merged", "force", "as_json"),
 }
-PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def train(
@@ -208,7 +209,7 @@ def train(
     from dreammix_trt.building import BaseSources
     from dreammix_trt.train_watch import TrainWatch
     from dreammix_trt.trainer.checkpoints import find_work
-    from dreammix_trt.trainer.lora import Hardware, train_lora
+    from dreammix_trt.trainer.lora import train_lora
 
     files = BaseSources(base, patch, head, vae, tokenizer, patch_biases).open()
     given = {"beta": beta, "beta_as": beta_as, "crop_share": crop_share, "batch": batch, "accumulate": accumulate}
@@ -228,7 +229,7 @@ def train(
             base=files,
             base_loras=base_lora or (),
             recipe=recipe,
-            hardware=Hardware(device, PRECISIONS.get(precision or "", precision), optimizer),  # type: ignore[arg-type]
+            hardware=choose_hardware(device, precision, optimizer),
             watch=watch,
             invert_masks=invert_masks,
             large_masks=large_masks,
@@ -239,6 +240,13 @@ def train(
     _report(record, out, as_json)
     if steps is not None and steps < record.recipe["steps"] / 2:
         say(f"{steps} steps are few: {record.recipe['steps']} suit this base, and the subject may not be learnt yet")
+
+
+def choose_hardware(device: Device, precision: Precision, optimizer: Optimizer) -> Hardware:
+    """What these options ask for; short words for a precision mean the long ones."""
+    from dreammix_trt.trainer.hardware import Hardware
+
+    return Hardware(device, _PRECISIONS.get(precision or "", precision), optimizer)  # type: ignore[arg-type]
 
 
 def _choose_recipe(native_side: int, given: dict[str, Any]) -> Recipe:
