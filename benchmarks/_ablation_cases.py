@@ -106,6 +106,10 @@ SWEEPS: Final = {
         ),
         "share of local steps",
     ),
+    "picture-steps": Sweep(
+        tuple(Way(f"{steps}", ADM, True, (("num_inference_steps", steps),)) for steps in (4, 6, 8, 12, 20, 30)),
+        "steps of a picture",
+    ),
     "beta": Sweep(
         tuple(
             Way(f"{beta:.3g}", replace(ADM, beta=beta), True) for beta in (0.0, SMALL.beta, 0.25, 3 / 7, 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -43,6 +44,7 @@ class Studio(Protocol):
     """What trains, paints and judges; in tests a fake."""
 
     base: str
+    painter: str  # what paints, where that is not the base alone; else ""
 
     def train(self, number: int, training: Training, out: Path) -> None:
         """Write a subject's LoRA to the folder `out`, whole or not at all."""
@@ -116,7 +118,8 @@ class Work:
         return self.folder / "readings" / f"{self._key(case)}.json"
 
     def _key(self, case: Case) -> str:
-        return key_of(self.lora_of(case.place.subject, case.way.training).name, *picture_facts(case))
+        painter = [self._studio.painter] if self._studio.painter else []
+        return key_of(self.lora_of(case.place.subject, case.way.training).name, *picture_facts(case), *painter)
 
 
 class _Clock:
@@ -147,14 +150,19 @@ class _Clock:
 class MicroStudio:
     """The embedded model: its trainer, its runtime, its judge."""
 
-    def __init__(self, folder: Path, threads: int = 1) -> None:
-        """folder: the work folder, where the engine is built once."""
+    def __init__(self, folder: Path, threads: int = 1, few_step: Path | None = None) -> None:
+        """folder: the work folder, where the engine is built once.
+
+        few_step: a few-step LoRA, merged into the base that paints; subjects are trained on the base without it.
+        """
         self._folder, self._threads = folder, threads
         files = BaseFiles.open()
         self.base = key_of(files.hash_contents())
-        if not (folder / "engine").exists():
-            build(out=folder / "engine")
-        self._dm, self._jury = DreamMix.load(folder / "engine", threads=threads), Jury(files.folder)
+        self.painter = "" if few_step is None else hashlib.sha256(few_step.read_bytes()).hexdigest()[:16]
+        engine = folder / f"engine{self.painter}"
+        if not engine.exists():
+            build(out=engine, base_loras=[str(few_step)] if few_step else ())
+        self._dm, self._jury = DreamMix.load(engine, threads=threads), Jury(files.folder)
         metrics: list[Metric] = [EditSuccess(self._jury), AttributesKept(self._jury), SubjectCosine(self._jury)]
         self._metrics = [*metrics, SeamGradient()]
         self._subjects: dict[int, Subject] = {}

@@ -3,7 +3,7 @@
 Rows: the baseline (DreamBooth: regular pictures of the class alone, captions without attributes; painted in the whole
 frame), +DIF (two stages), +TAS (`substitute="auto"`), +ADM (captions with attributes, regular pictures of combined
 ones). Each scene asks for the subject as it is and for one edit, and the shipped judge reads what was painted. Parts:
-the table, object size, the share of local steps, and the trainer's beta, rank and steps.
+the table, object size, the share of local steps, the steps of a picture, and the trainer's beta, rank and steps.
 
 Every LoRA and reading is kept in the work folder: a run that was killed goes on. Only a run that has all of its
 pictures writes results.
@@ -43,12 +43,13 @@ SHOWN = 4  # scenes of a sheet
 
 def main() -> int:
     given = parse()
-    sweep, work = SWEEPS[given.part], Work(given.work, MicroStudio(given.work, given.threads), say)
+    sweep, work = SWEEPS[given.part], Work(given.work, MicroStudio(given.work, given.threads, given.few_step), say)
     plan = Plan(sweep, given.subjects, given.scenes, given.seeds, given.steps)
     readings: Readings = work.finish(plan.cases())
     if not sweep.axis:
         readings = [*readings, *real_readings(work, readings)]
     name = "ablation" if given.part == "table" else f"ablation_{given.part.replace('-', '_')}"
+    name += "_few_step" if given.few_step else ""
     bench, summary = Benchmark(name, threads=given.threads), Summary(readings)
     bench.add("steps of a picture", given.steps)
     add_rows(bench, summary)
@@ -76,6 +77,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scenes", type=int, default=20, help="of each subject")
     parser.add_argument("--seeds", type=int, default=1, help="pictures of each prompt in a scene")
     parser.add_argument("--steps", type=int, default=12, help="of a picture")
+    parser.add_argument("--few-step", type=Path, metavar="LORA", help="few-step LoRA, merged into the base that paints")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("ablation-work"), help="where LoRAs and readings are kept")
     parser.add_argument("--json", action="store_true")

@@ -35,6 +35,7 @@ State = Mapping[str, Floats]
 Config = dict[str, Any]
 
 EMBEDDED = Path(__file__).parents[1] / "models" / "micro-sdxl"
+EMBEDDED_LCM = EMBEDDED / "lcm_lora.safetensors"  # made by `dreammix-trt distill`
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 _NO_INPAINTING = (

@@ -55,6 +55,12 @@ Attributes = Annotated[
         help="attributes.json of the subject, for --substitute auto; of several NAME=FILE; default: what its LoRA says."
     ),
 ]
+FewStep = Annotated[
+    bool,
+    typer.Option(
+        "--few-step", help="Merge the LoRA that comes with the embedded base: 4 to 8 steps without guidance, see --preset."
+    ),
+]
 Sampler = Annotated[Literal["dpmpp_2m_sde", "euler", "lcm"] | None, typer.Option(help="What requests use by default.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Steps that requests use by default.")]
 GuidanceScale = Annotated[float | None, typer.Option(help="Guidance that requests use by default.")]
@@ -129,7 +135,7 @@ dreammix-trt build --base sdxl.safetensors --patch v26.fooocus.patch --head head
 dreammix-trt build --base sdxl-inpainting/ --lora lora/ --target sm_89 -o mug-for-rtx-4090/
 """
 PANELS = {
-    "The base": ("base", "patch", "head", "vae", "tokenizer", "base_lora", "patch_biases", "no_slots"),
+    "The base": ("base", "patch", "head", "vae", "tokenizer", "base_lora", "few_step", "patch_biases", "no_slots"),
     "The subject": ("lora", "subject", "name", "token", "class_name", "attributes", "merge"),
     "What requests use by default": ("sampler", "steps", "guidance_scale"),
     "What it runs on": (
@@ -166,6 +172,7 @@ def build(
     vae: Vae = None,
     tokenizer: Tokenizer = None,
     base_lora: BaseLoras = None,
+    few_step: FewStep = False,
     sampler: Sampler = None,
     steps: Steps = None,
     guidance_scale: GuidanceScale = None,
@@ -210,7 +217,7 @@ def build(
         out,
         BaseSources(base, patch, head, vae, tokenizer, patch_biases),
         lora,
-        base_lora or (),
+        [*(base_lora or ()), *_choose_few_step(few_step, base)],
         subjects=_parse_pairs("--subject", subject or ()),
         name=name,
         token=_parse_words("--token", token or ()),
@@ -233,6 +240,18 @@ def build(
         first = passport.subjects[0]
         words = f"a {first.token} {first.class_name}".strip()
         say(f'next: dreammix-trt inpaint {out} --image PICTURE --mask MASK --prompt "{words}" --out out.png')
+
+
+def _choose_few_step(wanted: bool, base: Path | None) -> list[str]:
+    """The embedded base's few-step LoRA, where it is wanted."""
+    if wanted and base is not None:
+        raise InputError(
+            "--few-step takes the LoRA that was distilled from the embedded base; for another base give its own with "
+            "--base-lora FILE (dreammix-trt distill makes one), or omit --base"
+        )
+    from dreammix_trt.core.checkpoint import EMBEDDED_LCM
+
+    return [str(EMBEDDED_LCM)] if wanted else []
 
 
 def _summarise(passport: Passport) -> dict[str, Any]:

@@ -53,6 +53,10 @@ Seed = Annotated[
     int | None,
     typer.Option(parser=lambda text: parse_seed(text), metavar="N", help="Default: 0; `random` draws one and says it."),
 ]
+Preset = Annotated[
+    Literal["fast", "balanced", "best"] | None,
+    typer.Option(help="Steps that suit the engine's base: 12, 20, 30; of a few-step base 4, 6, 8."),
+]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the engine's, else 30.")]
 Sampler = Annotated[
     Literal["dpmpp_2m_sde", "euler", "lcm"] | None, typer.Option(help="Default: the engine's, else dpmpp_2m_sde.")
@@ -100,7 +104,7 @@ PANELS = {
         *("image", "mask", "mask_from_alpha", "prompt", "negative_prompt", "subject", "subject_scale", "substitute"),
         *("seed", "count", "from_request"),
     ),
-    "How it is painted": ("steps", "sampler", "guidance_scale", "feather", "mode", "set_field"),
+    "How it is painted": ("preset", "steps", "sampler", "guidance_scale", "feather", "mode", "set_field"),
     "What is written": ("out", "force", "save_stages", "no_metadata", "as_json"),
     "What it runs on": ("device", "residency", "threads", "store", "verify"),
 }
@@ -120,6 +124,7 @@ def inpaint(
     subject_scale: SubjectScale = None,
     substitute: Substitute = None,
     seed: Seed = None,
+    preset: Preset = None,
     steps: Steps = None,
     sampler: Sampler = None,
     count: Count = None,
@@ -148,6 +153,7 @@ def inpaint(
     request = _read_request(
         from_request,
         base.get("defaults", {}),
+        preset,
         parse_fields(set_field or []),
         prompt=prompt,
         negative_prompt=negative_prompt,
@@ -234,17 +240,19 @@ def _choose_options(
 
 
 def _read_request(
-    source: Path | None, defaults: Mapping[str, Any], assigned: Mapping[str, Any], **given: Any
+    source: Path | None, defaults: Mapping[str, Any], preset: str | None, assigned: Mapping[str, Any], **given: Any
 ) -> Request:
-    """The request of a file, or a new one with an engine's `defaults`, overridden by the `assigned` fields (--set) and
-    the options `given` (None: not given)."""
+    """The request of a file, or a new one with an engine's `defaults`, overridden by the preset, the `assigned` fields
+    (--set) and the options `given` (None: not given)."""
+    from dreammix_trt.core.presets import choose_fields
     from dreammix_trt.core.request import Request
 
     options = {name: value for name, value in given.items() if value is not None}
     twice = sorted(assigned.keys() & options.keys())
     if twice:
         raise InputError(f"{', '.join(twice)}: given by --set and by an option of its own; leave one of them")
-    fields = {**assigned, **options}
+    chosen = choose_fields(preset, defaults) if preset else {}
+    fields = {**chosen, **assigned, **options}
     if source is not None:
         from dreammix_trt.engine.result import read_request
 

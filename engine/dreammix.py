@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from dreammix_trt.core.errors import EngineError, InputError
 from dreammix_trt.core.noise import NoiseProvider
+from dreammix_trt.core.presets import Preset, choose_fields
 from dreammix_trt.core.request import Request, RequestFields
 from dreammix_trt.core.seam import BaseFacts, DeviceNetworks, Networks, Stream
 from dreammix_trt.core.sources import Source
@@ -258,9 +259,13 @@ class DreamMix:
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
-    def request(self, prompt: str, **fields: Unpack[RequestFields]) -> Request:
-        """Make the request of a prompt: `fields` first, then the base's `defaults`, then those of `Request`."""
-        return Request.of(**{**self.defaults, **fields, "prompt": prompt})
+    def request(self, prompt: str, *, preset: Preset | None = None, **fields: Unpack[RequestFields]) -> Request:
+        """Make the request of a prompt: `fields` first, then the preset's, the base's `defaults`, those of `Request`.
+
+        preset: "fast", "balanced" or "best": as many steps as suit the base (`core.presets`); None: its defaults.
+        """
+        chosen = choose_fields(preset, self.defaults) if preset is not None else {}
+        return Request.of(**{**self.defaults, **chosen, **fields, "prompt": prompt})
 
     def inpaint(
         self,

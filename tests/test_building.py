@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from dreammix_trt.building import Defaults, EngineOptions, build
 from dreammix_trt.building.ingredients import Ingredients
-from dreammix_trt.core.checkpoint import BaseFiles
+from dreammix_trt.core.checkpoint import EMBEDDED_LCM, BaseFiles
 from dreammix_trt.core.errors import EngineError, FileFormatError, InputError
 from dreammix_trt.core.files import folder_bytes, write_json
 from dreammix_trt.core.passport import Passport
@@ -327,6 +327,27 @@ def test_a_few_step_lora_brings_its_schedule(
         if expected:
             result = dm.inpaint(IMAGE, MASK, "a mug", seed=3)
             assert len(result.schedule) == expected["num_inference_steps"]
+
+
+def test_the_shipped_few_step_lora_paints_in_four_steps(test_home: Path, mug_lora: Path, tmp_path: Path) -> None:
+    """The judge reads what the prompt names; a subject goes on top."""
+    from dreammix_trt.trainer.micro.judge import HEADS, Judge, crop_of_mask
+
+    build(mug_lora, out=tmp_path / "few", base_loras=[EMBEDDED_LCM], verify=False)
+    image = Image.fromarray(np.full((256, 256, 3), (190, 200, 205), np.uint8))
+    mask = np.zeros((256, 256), bool)
+    mask[60:220, 60:200] = True
+    with DreamMix.load(tmp_path / "few", threads=1) as dm:
+        request = dm.request("a photo of a blue mug with a yellow foot", preset="fast", subject="", seed=1)
+        assert (request.sampler, request.steps, request.guided) == ("lcm", 4, False)
+        result = dm.inpaint(image, Image.fromarray(mask), request)
+        assert {step.network for step in result.schedule} == {"unet"}
+        with_subject = dm.inpaint(image, Image.fromarray(mask), request.replace(subject=None))
+    painted = np.asarray(result.images[0])
+    scores, _ = Judge.load(BaseFiles.open().folder).scores([crop_of_mask(painted, mask)])
+    reading = {name: words[int(scores[name][0].argmax())] for name, words in HEADS.items()}
+    assert (reading["shape"], reading["colour"], reading["foot"]) == ("mug", "blue", "yellow")
+    assert (np.asarray(with_subject.images[0]) != painted).any()
 
 
 def test_what_is_asked_for_counts_more_than_a_lora_s_name(mug_lora: Path, mug_engine: Path, tmp_path: Path) -> None:

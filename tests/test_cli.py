@@ -302,6 +302,7 @@ BAD_BUILDS: dict[str, tuple[list[str], str]] = {
     "a precision": (["--precision", "int8"], "'int8' is not one of 'float32', 'float16', 'bfloat16'"),
     "a scale": (["--lora", "mug.safetensors:much"], "no scale in 'much'"),
     "a sampler": (["--sampler", "ddim"], "'ddim' is not one of 'dpmpp_2m_sde', 'euler', 'lcm'"),
+    "the embedded LoRA for another base": (["--few-step", "--base", "sdxl/"], "distilled from the embedded base"),
     "a base that is none": (["--base", "nowhere.safetensors"], "nowhere.safetensors"),
 }
 

@@ -31,7 +31,8 @@ class FakeStudio:
 
     base = "fake"
 
-    def __init__(self, right: dict[str, int] | None = None, dies: int = 10**9) -> None:
+    def __init__(self, right: dict[str, int] | None = None, dies: int = 10**9, painter: str = "") -> None:
+        self.painter = painter
         self.trained: list[tuple[int, Training]] = []
         self.painted: list[Case] = []
         self._right, self._left = right or {}, dies
@@ -63,6 +64,15 @@ class FakeStudio:
 
 def small_plan(part: str = "table") -> Plan:
     return Plan(SWEEPS[part], subjects=2, scenes=4, seeds=1, steps=2)
+
+
+def test_what_paints_is_part_of_a_picture_but_not_of_a_lora(tmp_path: Path) -> None:
+    cases = list(small_plan("picture-steps").cases())[:4]
+    plain, few = FakeStudio(), FakeStudio(painter="distilled")
+    Work(tmp_path, plain).finish(cases)
+    Work(tmp_path, few).finish(cases)
+    assert plain.trained and not few.trained
+    assert few.painted == plain.painted
 
 
 def test_a_killed_run_goes_on_where_it_ended(tmp_path: Path) -> None:
@@ -188,7 +198,7 @@ def test_the_command_writes_results_when_all_pictures_are_there(
     results, studio = tmp_path / "results", FakeStudio(right={way: 2 for way in (*ROWS, REAL)})
     for module in (ablation, _common):
         monkeypatch.setattr(module, "RESULTS", results)
-    monkeypatch.setattr(ablation, "MicroStudio", lambda folder, threads: studio)
+    monkeypatch.setattr(ablation, "MicroStudio", lambda folder, threads, few_step: studio)
     words = ["ablation", "--part", part, "--subjects", "2", "--scenes", "2", "--work", str(tmp_path / "work")]
     monkeypatch.setattr("sys.argv", words)
     studio._left = 9

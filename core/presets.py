@@ -1,0 +1,28 @@
+"""Named trades of speed against quality: how many steps a request takes. Figures: docs/few-steps.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, Literal
+
+from dreammix_trt.core.errors import InputError
+
+Preset = Literal["fast", "balanced", "best"]
+GUIDED: Final[Mapping[str, int]] = {"fast": 12, "balanced": 20, "best": 30}  # two rows of the UNet a step
+FEW_STEP: Final[Mapping[str, int]] = {"fast": 4, "balanced": 6, "best": 8}  # one row, on a base that was distilled
+_FEW_STEP_SAMPLERS: Final = ("lcm", "euler")
+
+
+def choose_fields(preset: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a request that a preset sets on a base.
+
+    defaults: the base's own fields; the sampler among them tells whether it is a few-step base.
+
+    Raises InputError for another word.
+    """
+    few = defaults.get("sampler") in _FEW_STEP_SAMPLERS
+    steps = FEW_STEP if few else GUIDED
+    if preset not in steps:
+        raise InputError(f"preset is {preset!r}; choose one of {', '.join(steps)}")
+    # distilled is the patched UNet; of so few steps the raw one would have one at most, and its weights in memory
+    return {"num_inference_steps": steps[preset], **({"patched_fraction": 1.0} if few else {})}
