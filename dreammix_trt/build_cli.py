@@ -58,7 +58,8 @@ Attributes = Annotated[
 FewStep = Annotated[
     bool,
     typer.Option(
-        "--few-step", help="Merge the LoRA that comes with the embedded base: 4 to 8 steps without guidance, see --preset."
+        "--few-step",
+        help="Merge the LoRA that comes with the embedded base: 4 to 8 steps without guidance, see --preset.",
     ),
 ]
 Sampler = Annotated[Literal["dpmpp_2m_sde", "euler", "lcm"] | None, typer.Option(help="What requests use by default.")]
