@@ -107,8 +107,8 @@ class Distiller:
         if not math.isfinite(total):
             kept = checkpoints.describe()
             raise InputError(
-                f"the loss is {total} at step {step + 1}; the distillation diverged, take a smaller learning rate than "
-                f"{recipe.learning_rate:g}{f'; {kept}' if kept else ''}"
+                f"the loss is {total} at step {step + 1}; the distillation diverged. Begin anew, without --resume, "
+                f"with a smaller learning rate than {recipe.learning_rate:g}{f'; {kept}' if kept else ''}"
             )
         learner.scaler.unscale_(learner.optimizer)
         torch.nn.utils.clip_grad_norm_(self._trained, 1.0)

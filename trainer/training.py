@@ -118,11 +118,14 @@ class Training:
     def _explain_divergence(self, what: str, value: float, step: int) -> str:
         import torch
 
-        remedy = f"take a smaller learning rate than {self._task.learning_rate:g}"
+        remedy = f"a smaller learning rate than {self._task.learning_rate:g}"
         if self._task.hardware.products == torch.float16:
             remedy += ", or --precision bfloat16"
         kept = self._checkpoints.describe()
-        return f"the {what} is {value} at step {step}; the training diverged, {remedy}{f'; {kept}' if kept else ''}"
+        return (
+            f"the {what} is {value} at step {step}; the training diverged. Begin anew, without --resume, with {remedy}"
+            f"{f'; {kept} until a checkpoint of the new training replaces it, and can be built' if kept else ''}"
+        )
 
     def _add_gradients(self, learner: Learner) -> float:
         """Draw this process' rows of one step, add up their gradients a batch at a time; returns their loss."""
