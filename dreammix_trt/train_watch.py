@@ -27,12 +27,15 @@ class TrainWatch:
     every: steps between pictures; 0: none are painted.
     prompts: what they show; (): the subject's own prompt, and in red.
     engine: of the same base, which paints them; None: as `Validator` takes it.
+    image, mask: where they are painted, as `Validator` takes them.
     """
 
     work: Path
     every: int = 0
     prompts: Sequence[str] = ()
     engine: Path | None = None
+    image: Path | None = None
+    mask: Path | None = None
     threads: int | None = None
     painted: list[Painted] = field(default_factory=list, init=False)
     _validator: Validator | None = field(default=None, init=False)
@@ -42,8 +45,11 @@ class TrainWatch:
         """Load the engine that paints. Raises InputError for options of pictures that are not wanted."""
         self._photographs = task.photographs
         if not self.every:
-            if self.prompts or self.engine:
-                raise InputError("--validate-prompt and --validate-engine need --validate-every STEPS")
+            if self.prompts or self.engine or self.image or self.mask:
+                raise InputError(
+                    "--validate-prompt, --validate-engine, --validation-image and --validation-mask need "
+                    "--validate-every STEPS"
+                )
             return
         names = task.names
         self._validator = Validator(
@@ -54,6 +60,8 @@ class TrainWatch:
             class_name=names.class_name,
             engine=self.engine,
             photographs=task.photographs,
+            image=self.image,
+            mask=self.mask,
             seed=task.seed,
             threads=self.threads,
         )
