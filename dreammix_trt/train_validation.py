@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 from dreammix_trt.core.checkpoint import EMBEDDED, BaseFiles
-from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.errors import FileFormatError, InputError
+from dreammix_trt.core.files import read_json, write_json
 from dreammix_trt.core.masks import read_mask
 from dreammix_trt.core.networks import unets_of
 from dreammix_trt.core.passport import Passport
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 #: module by its diffusers name -> (down (rank, in), up (out, rank)), tensors or arrays
 Factors = Mapping[str, tuple[Any, Any]]
+FOLDER = "validation"
+_LIST = "painted.json"
 _NAME = "trained"
 _MARGIN = 0.1  # of the subject's box: a mask that its own outline does not give away
 _SCENES, _SCENE_SEED = 2, 90_700
@@ -59,6 +62,31 @@ class Painted:
     prompt: str
     place: str
     file: Path
+
+
+def keep_painted(work: Path, painted: Sequence[Painted]) -> None:
+    """Note in a work folder which pictures its training has painted, for a run that goes on."""
+    rows = [{**asdict(each), "file": each.file.name} for each in painted]
+    (work / FOLDER).mkdir(parents=True, exist_ok=True)
+    write_json(work / FOLDER / _LIST, {"schema": 1, "painted": rows})
+
+
+def read_painted(work: Path) -> list[Painted]:
+    """What `keep_painted` noted, as far as the pictures are still there.
+
+    Raises FileFormatError for a damaged list.
+    """
+    place = work / FOLDER / _LIST
+    if not place.is_file():
+        return []
+    try:
+        rows = [
+            Painted(int(row["step"]), str(row["prompt"]), str(row["place"]), work / FOLDER / Path(row["file"]).name)
+            for row in read_json(place)["painted"]
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{place}: damaged ({error}); remove it, and earlier pictures are forgotten") from error
+    return [each for each in rows if each.file.is_file()]
 
 
 class Validator:
@@ -103,7 +131,7 @@ class Validator:
             {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
         )
         self._words: dict[str, Any] = {"token": token, "class_name": class_name}
-        self._folder = Path(folder) / "validation"
+        self._folder = Path(folder) / FOLDER
         self._places = _choose_places(base, photographs, image, mask)
         with ExitStack() as owned:
             self._scratch = Path(owned.enter_context(tempfile.TemporaryDirectory(prefix="dreammix-validation-")))

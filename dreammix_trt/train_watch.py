@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreammix_trt.core.errors import DreamMixError, InputError
-from dreammix_trt.train_validation import Painted, Validator
+from dreammix_trt.train_validation import Painted, Validator, keep_painted, read_painted
 
 if TYPE_CHECKING:
     from dreammix_trt.trainer.folder import Factors, TrainRecord
@@ -38,6 +38,7 @@ class TrainWatch:
     mask: Path | None = None
     threads: int | None = None
     painted: list[Painted] = field(default_factory=list, init=False)
+    _begun: bool = field(default=False, init=False)
     _validator: Validator | None = field(default=None, init=False)
     _photographs: Sequence[PhotographFile] = field(default=(), init=False)
 
@@ -68,12 +69,26 @@ class TrainWatch:
 
     def after_step(self, step: int, factors: Callable[[], Factors]) -> None:
         """Paint if it is time. Pictures that fail are reported; the training goes on."""
-        if self._validator is None or step % self.every:
-            return
         try:
-            self.painted += self._validator.paint(step, factors())
+            if not self._begun:
+                self._recall(step)
+            if self._validator is not None and step % self.every == 0:
+                self.painted += self._validator.paint(step, factors())
+                keep_painted(self.work, self.painted)
         except (DreamMixError, OSError) as error:
             log.warning("no pictures of step %d: %s", step, error)
+
+    def _recall(self, step: int) -> None:
+        """Take up the pictures of the steps before the first one of this run, and forget all others.
+
+        They are those of the training that goes on; one that begins anew begins with step 1, before which there are
+        none.
+        """
+        self._begun = True
+        known = read_painted(self.work)
+        self.painted = [each for each in known if each.step < step]
+        if len(self.painted) < len(known):
+            keep_painted(self.work, self.painted)
 
     def finish(self, folder: Path, record: TrainRecord, history: Sequence[float], plan: Sequence[str]) -> None:
         """Write train.html. A page that fails is reported; the LoRA is written all the same."""
