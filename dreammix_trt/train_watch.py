@@ -59,6 +59,7 @@ class TrainWatch:
             self.prompts or (names.prompt, f"a photo of a red {names.token} {names.class_name}"),
             token=names.token,
             class_name=names.class_name,
+            base_loras=task.base_loras,
             engine=self.engine,
             photographs=task.photographs,
             image=self.image,

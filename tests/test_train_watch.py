@@ -45,8 +45,10 @@ def test_a_place_of_the_users_own_reaches_the_painter(tmp_path: Path, monkeypatc
     monkeypatch.setattr(train_watch, "Validator", lambda *_, **given: noted.append(given))
     watch = TrainWatch(tmp_path, 5, image=tmp_path / "room.png", mask=tmp_path / "hole.png")
     names = SimpleNamespace(prompt="a sks mug", token="sks", class_name="mug")
-    watch.begin(SimpleNamespace(photographs=(), names=names, base=None, seed=0))  # type: ignore[arg-type]
+    given = {"photographs": (), "names": names, "base": None, "base_loras": ("style",), "seed": 0}
+    watch.begin(SimpleNamespace(**given))  # type: ignore[arg-type]
     assert (noted[0]["image"], noted[0]["mask"]) == (tmp_path / "room.png", tmp_path / "hole.png")
+    assert noted[0]["base_loras"] == ("style",)
 
 
 class Brush:
