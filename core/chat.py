@@ -10,11 +10,15 @@ import http.client
 import json
 import logging
 import os
+import queue
 import re
+import socket
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import SplitResult, urlsplit
@@ -127,26 +131,40 @@ class Chat:
         request = urllib.request.Request(self._target, body, headers, method="POST")
         assert self._ends is not None
         ends = min(self._ends, time.monotonic() + self._timeout)
-        late = _TryAgain(f"no answer after {self._timeout:g} s (--timeout)")
+        opened: list[http.client.HTTPConnection] = []
         try:
-            with _make_opener(self._target).open(request, timeout=max(0.05, ends - time.monotonic())) as response:
-                return _read_up_to(response, ends, late, self.url)
+            return _run_until(ends, lambda: self._exchange(request, ends, opened))
+        except TimeoutError:
+            for connection in opened:
+                _shut(connection)
+            raise _TryAgain(f"no answer after {self._timeout:g} s (--timeout)") from None
+
+    def _exchange(
+        self, request: urllib.request.Request, ends: float, opened: list[http.client.HTTPConnection]
+    ) -> bytes:
+        """Send a request; returns the answer's bytes. opened: gets the connection. Raises TimeoutError at `ends`."""
+        opener = _make_opener(self._target, opened)
+        try:
+            with opener.open(request, timeout=max(0.05, ends - time.monotonic())) as response:
+                return _read_up_to(response, ends, self.url)
+        except TimeoutError:
+            raise
         except urllib.error.HTTPError as error:
             with error:
-                raise self._explain_status(error) from None
+                raise self._explain_status(error, ends) from None
         except (OSError, UnicodeError, http.client.HTTPException) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             if isinstance(reason, TimeoutError):
-                raise late from None
+                raise reason from None
             if isinstance(reason, (ConnectionResetError, BrokenPipeError, http.client.HTTPException)):
                 raise _TryAgain(f"the connection broke ({reason or type(reason).__name__})") from error
             raise EndpointError(
                 f"{self.url} cannot be reached ({reason}); is the server running, and is the address right?"
             ) from error
 
-    def _explain_status(self, error: urllib.error.HTTPError) -> Exception:
+    def _explain_status(self, error: urllib.error.HTTPError, ends: float) -> Exception:
         """What a status other than 200 means."""
-        said = self._quote(error)
+        said = self._quote(error, ends)
         if error.code in (408, 429) or error.code >= 500:
             return _TryAgain(f"it answered {error.code}{said}", _read_pause(error.headers.get("Retry-After")))
         if 300 <= error.code < 400:
@@ -165,14 +183,14 @@ class Chat:
             )
         return EndpointError(f"{self.url} refuses the question: it answered {error.code}{said}")
 
-    def _quote(self, error: urllib.error.HTTPError) -> str:
+    def _quote(self, error: urllib.error.HTTPError, ends: float) -> str:
         """A server's own words about an error, short, on one line, and never with the key."""
         try:
-            text = error.read(MOST_BYTES).decode("utf-8", "replace")
+            text = _read_up_to(error, ends, self.url).decode("utf-8", "replace")
             record = json.loads(text)
             found = record.get("error", record) if isinstance(record, dict) else record
             text = str(found.get("message", text) if isinstance(found, dict) else found)
-        except (ValueError, OSError, RecursionError, http.client.HTTPException):
+        except (ValueError, OSError, EndpointError, RecursionError, http.client.HTTPException):
             text = ""
         if self._key:
             text = text.replace(self._key, "***")
@@ -229,26 +247,78 @@ def _is_here(parts: SplitResult) -> bool:
     return parts.hostname in ("localhost", "127.0.0.1", "::1")
 
 
-def _make_opener(url: str) -> urllib.request.OpenerDirector:
+class _Web(urllib.request.AbstractHTTPHandler):
+    """Opens http and https. opened: gets each connection, so that it can be shut from outside."""
+
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+    def __init__(self, opened: list[http.client.HTTPConnection]) -> None:
+        super().__init__()
+        self._opened = opened
+
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(self._keep(http.client.HTTPConnection), request)
+
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(self._keep(http.client.HTTPSConnection), request)
+
+    def _keep(self, kind: type[http.client.HTTPConnection]) -> Any:
+        def connect(host: str, **options: Any) -> http.client.HTTPConnection:
+            self._opened.append(kind(host, **options))
+            return self._opened[-1]
+
+        return connect
+
+
+def _make_opener(url: str, opened: list[http.client.HTTPConnection]) -> urllib.request.OpenerDirector:
     """Opens http and https, through the proxy that the environment names, and follows no redirect."""
     opener = urllib.request.OpenerDirector()
     proxy = urllib.request.ProxyHandler({} if _is_here(urlsplit(url)) else None)
-    handlers = (urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
     errors = (urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor)
-    for handler in (proxy, *(kind() for kind in (*handlers, *errors))):
+    for handler in (proxy, _Web(opened), *(kind() for kind in errors)):
         opener.add_handler(handler)
     return opener
 
 
-def _read_up_to(response: Any, ends: float, late: Exception, url: str) -> bytes:
-    """An answer's bytes, piece by piece, so that a server that trickles cannot hold us."""
+def _run_until(ends: float, work: Callable[[], bytes]) -> bytes:
+    """What `work` returns or raises; TimeoutError when the clock `time.monotonic` shows `ends`, whatever it does then.
+
+    It runs in a thread of its own: a socket's timeout begins anew with every byte that a server trickles, and asking
+    for the address of a name has none.
+    """
+    done: queue.SimpleQueue[bytes | BaseException] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put(work())
+        except BaseException as error:  # is raised where it is waited for
+            done.put(error)
+
+    threading.Thread(target=run, name="dreammix-chat", daemon=True).start()
+    try:
+        found = done.get(timeout=max(0.0, ends - time.monotonic()))
+    except queue.Empty:
+        raise TimeoutError from None
+    if isinstance(found, BaseException):
+        raise found
+    return found
+
+
+def _shut(connection: http.client.HTTPConnection) -> None:
+    """End a connection that another thread waits for."""
+    with suppress(OSError, AttributeError):  # none yet, or none any more
+        connection.sock.shutdown(socket.SHUT_RDWR)
+
+
+def _read_up_to(response: Any, ends: float, url: str) -> bytes:
+    """An answer's bytes. Raises EndpointError for too many of them, TimeoutError past `ends`."""
     data = bytearray()
     while piece := response.read1(1 << 16):
         data += piece
         if len(data) > MOST_BYTES:
             raise EndpointError(f"{url} answers with more than {MOST_BYTES} bytes; that is no list of words")
         if time.monotonic() > ends:
-            raise late
+            raise TimeoutError
     return bytes(data)
 
 

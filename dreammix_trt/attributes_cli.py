@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dreammix_trt.core.errors import InputError
+from dreammix_trt.endpoint_options import (
+    PANEL,
+    Deadline,
+    Endpoint,
+    KeyVariable,
+    Model,
+    Timeout,
+    open_chat,
+    tell_tokens,
+)
 from dreammix_trt.terminal import AsJson, Force, print_json, print_line, print_table, say, show_progress
 from dreammix_trt.train_cli import InvertMasks, LargeMasks
 
@@ -21,22 +31,8 @@ ClassName = Annotated[str | None, typer.Option(help="What the subject is, in a w
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="The file to write, for example attributes.json.")]
 Check = Annotated[Path | None, typer.Option(help="Look at a file instead, and show the captions that it gives.")]
 Photographs = Annotated[int, typer.Option(min=1, max=32, help="How many are looked at, at most.")]
-Endpoint = Annotated[
-    str | None,
-    typer.Option(
-        metavar="URL", help="Ask a vision-language model: any OpenAI-compatible API, http://localhost:8000/v1."
-    ),
-]
-Model = Annotated[str | None, typer.Option(help="The model's name there.")]
-KeyVariable = Annotated[
-    str | None, typer.Option(help="The environment's variable with its key; default: OPENAI_API_KEY, if it is set.")
-]
 Side = Annotated[
     int | None, typer.Option(min=64, max=4096, help="Longer side in pixels of what it is shown; default: 768.")
-]
-Timeout = Annotated[float | None, typer.Option(min=0.1, help="Seconds to wait for one answer; default: 120.")]
-Deadline = Annotated[
-    float | None, typer.Option(min=0.1, help="Seconds for everything, repeated attempts included; default: 300.")
 ]
 Clip = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Ask a CLIP: a local folder of transformers' files, offline.")
@@ -60,7 +56,7 @@ dreammix-trt attributes --check attributes.json
 """
 PANELS = {
     "What is described": ("class_name", "photographs", "invert_masks", "large_masks"),
-    "By a model behind an endpoint": ("endpoint", "model", "key_variable", "side", "timeout", "deadline"),
+    "By a model behind an endpoint": (*PANEL, "side"),
     "Offline": ("clip", "judge", "threshold"),
     "What is written": ("out", "check", "force", "as_json"),
 }
@@ -107,17 +103,11 @@ def attributes(
             f"--out {out} is there already, perhaps edited by hand; --force replaces it, or name another file"
         )
     check_file(out)
-    asked: dict[str, Any] = {
-        "model": model,
-        "key_variable": key_variable,
-        "side": side,
-        "timeout": timeout,
-        "deadline": deadline,
-    }
-    asked = {name: value for name, value in asked.items() if value is not None}
-    pixels = int(asked.pop("side", _SIDE)) if endpoint is not None else _SIDE
-    chat = _open_chat(endpoint, asked)
-    describer = _choose(chat, pixels, clip, judge, threshold)
+    asked = {"model": model, "key_variable": key_variable, "timeout": timeout, "deadline": deadline}
+    if endpoint is None:
+        asked["side"] = side  # is refused with the others
+    chat = open_chat(endpoint, **asked)
+    describer = _choose(chat, side or _SIDE, clip, judge, threshold)
     masks = {"invert_masks": invert_masks, "large_masks": large_masks}
     pictures = read_pictures(photos, photographs, need_masks=chat is None, **masks)
     if all(picture.subject.all() for picture in pictures):
@@ -127,8 +117,7 @@ def attributes(
         try:
             found = describer.describe(pictures, class_name)
         finally:
-            if chat is not None and any(chat.tokens):
-                say(f"{chat.url}: {chat.tokens[0]:,} tokens read and {chat.tokens[1]:,} written, as it counts")
+            tell_tokens(chat)
     found.write(out)
     return _report(found, out, as_json, chat)
 
@@ -141,20 +130,6 @@ def _need(photos: Path | None, class_name: str | None, out: Path | None) -> tupl
     if out is None:
         raise InputError("--out is missing: name the file to write, for example attributes.json")
     return photos, class_name.strip(), out
-
-
-def _open_chat(endpoint: str | None, asked: dict[str, Any]) -> Chat | None:
-    """The model behind an endpoint; asked: its options, as they were given."""
-    from dreammix_trt.core.chat import Chat
-
-    if endpoint is None:
-        if asked:
-            names = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
-            raise InputError(f"{names}: only with --endpoint URL; leave out or name the endpoint")
-        return None
-    if "model" not in asked:
-        raise InputError("--model is missing: name the model as the endpoint calls it, for example: qwen2.5-vl-7b")
-    return Chat(endpoint, **asked)
 
 
 def _choose(chat: Chat | None, side: int, clip: Path | None, judge: bool, threshold: float | None) -> Describer:

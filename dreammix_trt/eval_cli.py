@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -140,11 +141,17 @@ def _write_example(folder: Path, given: list[Path], *, as_json: bool) -> None:
 
 
 def _find_judge(passport: Passport) -> Path | None:
-    """The embedded model's folder, where the engine is of that model."""
+    """The embedded model's folder, where the engine was made of its contents, whatever that base is called."""
     from dreammix_trt.core.checkpoint import BaseFiles
 
-    folder = BaseFiles.open().folder
-    return folder if passport.base.get("name") == folder.name else None
+    own = BaseFiles.open()
+    same = _list_weights(passport.base.get("files", {})) == _list_weights(own.hash_contents())
+    return own.folder if same else None
+
+
+def _list_weights(files: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the hashes of a base's files, all but those of configs: another native side is the same world."""
+    return {name: digest for name, digest in files.items() if not name.endswith("config.json")}
 
 
 def _choose_options(device: str, protocol: Protocol) -> dict[str, Any]:

@@ -9,6 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dreammix_trt.core.errors import InputError
+from dreammix_trt.endpoint_options import (
+    PANEL,
+    Deadline,
+    Endpoint,
+    KeyVariable,
+    Model,
+    Timeout,
+    open_chat,
+    tell_tokens,
+)
 from dreammix_trt.terminal import (
     AsJson,
     Force,
@@ -22,6 +32,7 @@ from dreammix_trt.terminal import (
 )
 
 if TYPE_CHECKING:
+    from dreammix_trt.core.chat import Chat
     from dreammix_trt.core.request import Request
     from dreammix_trt.engine.dreammix import DreamMix
     from dreammix_trt.engine.result import Result
@@ -105,6 +116,7 @@ PANELS = {
         *("seed", "count", "from_request"),
     ),
     "How it is painted": ("preset", "steps", "sampler", "guidance_scale", "feather", "mode", "set_field"),
+    "Who finds the words of --substitute auto": PANEL,
     "What is written": ("out", "force", "save_stages", "no_metadata", "as_json"),
     "What it runs on": ("device", "residency", "threads", "store", "verify"),
 }
@@ -123,6 +135,11 @@ def inpaint(
     subject: Subject = None,
     subject_scale: SubjectScale = None,
     substitute: Substitute = None,
+    endpoint: Endpoint = None,
+    model: Model = None,
+    key_variable: KeyVariable = None,
+    timeout: Timeout = None,
+    deadline: Deadline = None,
     seed: Seed = None,
     preset: Preset = None,
     steps: Steps = None,
@@ -149,6 +166,7 @@ def inpaint(
 
     image, mask = _need_image(image, from_request), _choose_mask(mask, mask_from_alpha)
     image, mask, from_request = _read_standard_input(image, mask, from_request)
+    chat = open_chat(endpoint, model=model, key_variable=key_variable, timeout=timeout, deadline=deadline)
     base = Passport.read(engine).base
     request = _read_request(
         from_request,
@@ -168,10 +186,12 @@ def inpaint(
         feather=feather,
         mode=mode,
     )
+    if chat is not None and request.substitute != "auto":
+        raise InputError("--endpoint finds the words of --substitute auto; give that, too, or leave --endpoint")
     _check_outputs(out, save_stages, request.num_images_per_prompt, force=force, as_json=as_json)
     options = _choose_options(device, residency, request, image, base)
     with DreamMix.load(engine, threads=threads, verify=verify, store=store, device=device, **options) as dm:
-        result = _paint(dm, image, mask, request, keep_stages=save_stages is not None)
+        result = _paint(dm, image, mask, request, chat, keep_stages=save_stages is not None)
     names = _save(result, out, save_stages, metadata=not no_metadata)
     _report(result, names, as_json)
 
@@ -351,13 +371,25 @@ def _is_ours(path: Path) -> bool:
     return True
 
 
-def _paint(dm: DreamMix, image: Path, mask: Path | None, request: Request, *, keep_stages: bool) -> Result:
-    """The request's result, with a bar of its steps."""
-    result = None
+def _paint(
+    dm: DreamMix, image: Path, mask: Path | None, request: Request, chat: Chat | None, *, keep_stages: bool
+) -> Result:
+    """The request's result, with a bar of its steps. chat: finds the words of substitute="auto"; None: nobody is asked.
+
+    What the model said cost tokens even where it was no answer.
+    """
+    from dreammix_trt.engine.endpoint_retriever import EndpointRetriever
+    from dreammix_trt.engine.retrieval import retrieve
+
+    result, retriever = None, retrieve if chat is None else EndpointRetriever(chat)
     with show_progress("inpainting") as update:
         if dm.studio is not None:
             say(str(dm.studio.plan))
-        for event in dm.iterate(image, mask, request, keep_stages=keep_stages):
+        try:
+            events = dm.iterate(image, mask, request, retriever=retriever, keep_stages=keep_stages)
+        finally:
+            tell_tokens(chat)
+        for event in events:
             update(event.stage, (event.index + 1) / event.total, "")
             result = event.result or result
     assert result is not None

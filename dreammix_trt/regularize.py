@@ -86,7 +86,7 @@ class Regular:
             "contrast": self.contrast,
             "photographs": photographs,
             "base": self.base,
-            "segmenter": None if segmenter is None else segmenter.file.name,
+            "segmenter": None if segmenter is None else [sha256_of(segmenter.file)[:16], segmenter.style],
             **dict(self.fields),
         }
 

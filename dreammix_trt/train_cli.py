@@ -104,6 +104,12 @@ ValidatePrompt = Annotated[
     list[str] | None, typer.Option(help="What those pictures show; default: the prompt, and the subject in red.")
 ]
 ValidateEngine = Annotated[Path | None, typer.Option(help="An engine of the same base, which paints them.")]
+ValidationImage = Annotated[
+    Path | None, typer.Option(help="The picture that they are painted into; default: the first photograph, or rooms.")
+]
+ValidationMask = Annotated[
+    Path | None, typer.Option(help="Its mask: white is repainted; default: what is transparent in it.")
+]
 Merged = Annotated[bool, typer.Option("--merged", help="Also write the merged UNet weights.")]
 InvertMasks = Annotated[bool, typer.Option("--invert-masks", help="The subject is black in the masks.")]
 LargeMasks = Annotated[bool, typer.Option("--large-masks", help="The subject does fill most of every photograph.")]
@@ -133,7 +139,10 @@ PANELS = {
     "How it is learnt": (*("rank", "steps", "learning_rate", "loss", "beta", "beta_as", "crop_share", "seed"),),
     "What it runs on": ("device", "precision", "threads"),
     "What it takes of memory": ("batch", "accumulate", "gradient_checkpointing", "optimizer"),
-    "While it runs": ("checkpoint_every", "resume", "work", "validate_every", "validate_prompt", "validate_engine"),
+    "While it runs": (
+        *("checkpoint_every", "resume", "work", "validate_every", "validate_prompt", "validate_engine"),
+        *("validation_image", "validation_mask"),
+    ),
     "What is written": ("out", "merged", "force", "as_json"),
 }
 _PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -174,6 +183,8 @@ def train(
     validate_every: ValidateEvery = 0,
     validate_prompt: ValidatePrompt = None,
     validate_engine: ValidateEngine = None,
+    validation_image: ValidationImage = None,
+    validation_mask: ValidationMask = None,
     merged: Merged = False,
     invert_masks: InvertMasks = False,
     large_masks: LargeMasks = False,
@@ -220,7 +231,8 @@ def train(
     options: dict[str, Any] = {"token": token, "prompt": prompt, "rank": rank, "steps": steps, "seed": seed}
     options |= {"learning_rate": learning_rate, "loss": loss, "merged": merged, "threads": threads, "resume": resume}
     options |= {"attributes": attributes, "attribute_captions": captions != "plain", "regular": regular, "work": place}
-    watch = TrainWatch(place, validate_every, tuple(validate_prompt or ()), validate_engine, threads)
+    prompts, spot = tuple(validate_prompt or ()), (validation_image, validation_mask)
+    watch = TrainWatch(place, validate_every, prompts, validate_engine, *spot, threads)
     with closing(watch), show_progress("training") as update:
         record = train_lora(
             photos,

@@ -6,10 +6,11 @@ UNet would not.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,9 @@ import numpy as np
 from PIL import Image
 
 from dreammix_trt.core.checkpoint import EMBEDDED, BaseFiles
-from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.errors import FileFormatError, InputError
+from dreammix_trt.core.files import read_json, write_json
+from dreammix_trt.core.lora import LoraSpec
 from dreammix_trt.core.masks import read_mask
 from dreammix_trt.core.networks import unets_of
 from dreammix_trt.core.passport import Passport
@@ -27,11 +30,16 @@ from dreammix_trt.core.remarks import keep_remarks
 from dreammix_trt.core.subject import Subject, write_subject
 
 if TYPE_CHECKING:
+    from dreammix_trt.core.network_weights import BaseLora
     from dreammix_trt.engine.dreammix import DreamMix
     from dreammix_trt.trainer.photographs import PhotographFile
 
+log = logging.getLogger(__name__)
+
 #: module by its diffusers name -> (down (rank, in), up (out, rank)), tensors or arrays
 Factors = Mapping[str, tuple[Any, Any]]
+FOLDER = "validation"
+_LIST = "painted.json"
 _NAME = "trained"
 _MARGIN = 0.1  # of the subject's box: a mask that its own outline does not give away
 _SCENES, _SCENE_SEED = 2, 90_700
@@ -61,6 +69,31 @@ class Painted:
     file: Path
 
 
+def keep_painted(work: Path, painted: Sequence[Painted]) -> None:
+    """Note in a work folder which pictures its training has painted, for a run that goes on."""
+    rows = [{**asdict(each), "file": each.file.name} for each in painted]
+    (work / FOLDER).mkdir(parents=True, exist_ok=True)
+    write_json(work / FOLDER / _LIST, {"schema": 1, "painted": rows})
+
+
+def read_painted(work: Path) -> list[Painted]:
+    """What `keep_painted` noted, as far as the pictures are still there.
+
+    Raises FileFormatError for a damaged list.
+    """
+    place = work / FOLDER / _LIST
+    if not place.is_file():
+        return []
+    try:
+        rows = [
+            Painted(int(row["step"]), str(row["prompt"]), str(row["place"]), work / FOLDER / Path(row["file"]).name)
+            for row in read_json(place)["painted"]
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{place}: damaged ({error}); remove it, and earlier pictures are forgotten") from error
+    return [each for each in rows if each.file.is_file()]
+
+
 class Validator:
     """Paints fixed prompts with fixed seeds into fixed places. Use it as a context manager, or call `close`."""
 
@@ -72,6 +105,7 @@ class Validator:
         *,
         token: str,
         class_name: str,
+        base_loras: Sequence[tuple[BaseLora, str]] = (),
         engine: str | Path | None = None,
         photographs: Sequence[PhotographFile] = (),
         image: str | Path | None = None,
@@ -86,6 +120,7 @@ class Validator:
         base: that is trained on.
         prompts: what is painted, each into each place.
         token, class_name: the subject's.
+        base_loras: merged into the base that is trained on, each with its file's hash.
         engine: of the same base, with slots; None: built for the embedded base, which takes a second.
         photographs: of the subject; the first is a place of its own where no other is given.
         image, mask: a place, in the place of the usual ones; mask None: the picture's own transparency.
@@ -103,11 +138,11 @@ class Validator:
             {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
         )
         self._words: dict[str, Any] = {"token": token, "class_name": class_name}
-        self._folder = Path(folder) / "validation"
+        self._folder = Path(folder) / FOLDER
         self._places = _choose_places(base, photographs, image, mask)
         with ExitStack() as owned:
             self._scratch = Path(owned.enter_context(tempfile.TemporaryDirectory(prefix="dreammix-validation-")))
-            place = _find_engine(base, engine, self._scratch)
+            place = _find_engine(base, base_loras, engine, self._scratch)
             self._dm = owned.enter_context(_load_engine(place, threads))
             self._base_key = Passport.read(place).base_key
             self._check_prompts()
@@ -178,10 +213,12 @@ def _to_array(values: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
 # -- the engine -------------------------------------------------------------------------------------------------------
 
 
-def _find_engine(base: BaseFiles, engine: str | Path | None, scratch: Path) -> Path:
+def _find_engine(
+    base: BaseFiles, loras: Sequence[tuple[BaseLora, str]], engine: str | Path | None, scratch: Path
+) -> Path:
     """The engine's folder, checked; for the embedded base one that is built now."""
     if engine is not None:
-        _check_engine(base, Path(engine))
+        _check_engine(base, loras, Path(engine))
         return Path(engine)
     if base.folder.resolve() != EMBEDDED.resolve():
         raise InputError(
@@ -191,11 +228,11 @@ def _find_engine(base: BaseFiles, engine: str | Path | None, scratch: Path) -> P
         )
     from dreammix_trt.building import build
 
-    build(out=scratch / "engine")
+    build(out=scratch / "engine", base_loras=[_spec_of(lora) for lora, _ in loras])
     return scratch / "engine"
 
 
-def _check_engine(base: BaseFiles, engine: Path) -> None:
+def _check_engine(base: BaseFiles, loras: Sequence[tuple[BaseLora, str]], engine: Path) -> None:
     passport = Passport.read(engine)
     again = f"build one for it: `dreammix-trt build --base {base.folder} --out ENGINE`"
     if not passport.base.get("slots"):
@@ -210,6 +247,32 @@ def _check_engine(base: BaseFiles, engine: Path) -> None:
             f"{engine} is of another base, {passport.base.get('name')!r}: {', '.join(differing[:3])}"
             f"{', ...' if len(differing) > 3 else ''} differ from those of {base.name}, which is trained on; {again}"
         )
+    _compare_weights(base, loras, engine, passport)
+
+
+def _compare_weights(base: BaseFiles, loras: Sequence[tuple[BaseLora, str]], engine: Path, passport: Passport) -> None:
+    """Say so where the engine's weights are not those that are trained on, though the base is the same."""
+    from dreammix_trt.building.engine_options import EngineOptions
+    from dreammix_trt.building.ingredients import Ingredients
+    from dreammix_trt.building.order import describe_lora
+
+    trained = Ingredients(base, slots=True, engine=EngineOptions(), loras=loras, defaults={})
+    if passport.base_key == trained.base_key:
+        return
+    log.warning(
+        "%s paints with other weights than those that are trained on, and its pictures show the LoRA on them: it has "
+        "--base-lora %s, the training %s (where these are the same, a file's contents or --patch-biases differ); it "
+        "was built by: %s",
+        engine,
+        ", ".join(passport.base.get("loras", ())) or "none",
+        ", ".join(describe_lora(_spec_of(lora), "both") for lora, _ in loras) or "none",
+        passport.command,
+    )
+
+
+def _spec_of(merged: BaseLora) -> LoraSpec:
+    """A LoRA as `build` takes it."""
+    return LoraSpec(merged.lora.source_path, merged.scale, merged.target)
 
 
 def _load_engine(engine: Path, threads: int | None) -> DreamMix:

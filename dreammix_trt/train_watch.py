@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreammix_trt.core.errors import DreamMixError, InputError
-from dreammix_trt.train_validation import Painted, Validator
+from dreammix_trt.train_validation import Painted, Validator, keep_painted, read_painted
 
 if TYPE_CHECKING:
     from dreammix_trt.trainer.folder import Factors, TrainRecord
@@ -27,14 +27,18 @@ class TrainWatch:
     every: steps between pictures; 0: none are painted.
     prompts: what they show; (): the subject's own prompt, and in red.
     engine: of the same base, which paints them; None: as `Validator` takes it.
+    image, mask: where they are painted, as `Validator` takes them.
     """
 
     work: Path
     every: int = 0
     prompts: Sequence[str] = ()
     engine: Path | None = None
+    image: Path | None = None
+    mask: Path | None = None
     threads: int | None = None
     painted: list[Painted] = field(default_factory=list, init=False)
+    _begun: bool = field(default=False, init=False)
     _validator: Validator | None = field(default=None, init=False)
     _photographs: Sequence[PhotographFile] = field(default=(), init=False)
 
@@ -42,8 +46,11 @@ class TrainWatch:
         """Load the engine that paints. Raises InputError for options of pictures that are not wanted."""
         self._photographs = task.photographs
         if not self.every:
-            if self.prompts or self.engine:
-                raise InputError("--validate-prompt and --validate-engine need --validate-every STEPS")
+            if self.prompts or self.engine or self.image or self.mask:
+                raise InputError(
+                    "--validate-prompt, --validate-engine, --validation-image and --validation-mask need "
+                    "--validate-every STEPS"
+                )
             return
         names = task.names
         self._validator = Validator(
@@ -52,20 +59,37 @@ class TrainWatch:
             self.prompts or (names.prompt, f"a photo of a red {names.token} {names.class_name}"),
             token=names.token,
             class_name=names.class_name,
+            base_loras=task.base_loras,
             engine=self.engine,
             photographs=task.photographs,
+            image=self.image,
+            mask=self.mask,
             seed=task.seed,
             threads=self.threads,
         )
 
     def after_step(self, step: int, factors: Callable[[], Factors]) -> None:
         """Paint if it is time. Pictures that fail are reported; the training goes on."""
-        if self._validator is None or step % self.every:
-            return
         try:
-            self.painted += self._validator.paint(step, factors())
+            if not self._begun:
+                self._recall(step)
+            if self._validator is not None and step % self.every == 0:
+                self.painted += self._validator.paint(step, factors())
+                keep_painted(self.work, self.painted)
         except (DreamMixError, OSError) as error:
             log.warning("no pictures of step %d: %s", step, error)
+
+    def _recall(self, step: int) -> None:
+        """Take up the pictures of the steps before the first one of this run, and forget all others.
+
+        They are those of the training that goes on; one that begins anew begins with step 1, before which there are
+        none.
+        """
+        self._begun = True
+        known = read_painted(self.work)
+        self.painted = [each for each in known if each.step < step]
+        if len(self.painted) < len(known):
+            keep_painted(self.work, self.painted)
 
     def finish(self, folder: Path, record: TrainRecord, history: Sequence[float], plan: Sequence[str]) -> None:
         """Write train.html. A page that fails is reported; the LoRA is written all the same."""

@@ -19,7 +19,7 @@ from dreammix_trt.engine.subject_phrase import find_head, read_subject_phrase
 from dreammix_trt.engine.text import names_subject
 
 Attributes = Mapping[str, Sequence[str]]
-_DULL: Final = word_set("a an the and of on in at with by its it")  # in a value: "heart on the front"
+DULL: Final = word_set("a an the and of on in at with by its it")  # in a value: "heart on the front"
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _list_meanings(value: _Value) -> list[tuple[str, Meaning]]:
     """What the words of a value say; those of its own kind alone, where it has some."""
     found = [(word, meaning) for word in value.words for meaning in find_meanings(word)]
     own = [each for each in found if each[1].kind == value.kind]
-    unknown = [(word, Meaning(value.kind, 0, value.text)) for word in value.words if word not in _DULL]
+    unknown = [(word, Meaning(value.kind, 0, value.text)) for word in value.words if word not in DULL]
     return own or found or unknown
 
 
@@ -163,17 +163,15 @@ def _contradict_part(part: Sequence[str], things: Sequence[_Value]) -> Iterator[
         yield from _contradict(adjectives, [_without_head(value) for value in same])
     elif kind == "decal":
         decals = [value for value in things if value.kind == "decal"]
-        yield from (
-            _Found(word, value, " ".join(part)) for value in decals for word in value.words if word not in _DULL
-        )
+        yield from (_Found(word, value, " ".join(part)) for value in decals for word in value.words if word not in DULL)
 
 
 def _list_core(value: _Value) -> list[str]:
     """The words of a thing up to where it is: "cream foot", of "cream foot at the bottom"."""
     words = [*value.words]
-    while words and words[0] in _DULL:
+    while words and words[0] in DULL:
         words.pop(0)
-    end = next((number for number, word in enumerate(words) if word in _DULL - {"and"}), len(words))
+    end = next((number for number, word in enumerate(words) if word in DULL - {"and"}), len(words))
     return words[:end] or words
 
 

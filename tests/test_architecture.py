@@ -18,12 +18,13 @@ FLOORS = {
 FACE = {
     *("cli", "train_cli", "build_cli", "inpaint_cli", "store_cli", "doctor_cli", "segment_cli", "eval_cli", "terminal"),
     *("calibrate_cli", "building", "calibration", "demo", "report", "on_torch", "train_validation", "train_report"),
-    *("attributes_cli", "regularize", "regularize_cli", "train_watch", "distill_cli"),
+    *("attributes_cli", "regularize", "regularize_cli", "train_watch", "distill_cli", "endpoint_options"),
 }
 #: the rooms of the engine floor, lowest first: each imports what stands in the rows before its own, and its own room
 ROOMS = (
     ("hardware", "machine", "prompt_syntax", "text", "numpy_kernels", "kernels", "drivers"),
     ("canvas", "prompt_warnings", "prompts", "subject_phrase", "retrieval", "painting", "imprint", "result"),
+    ("endpoint_retriever",),
     ("runtime", "directory", "backends"),
     ("host", "device"),
     ("roster", "jobs"),

@@ -25,6 +25,7 @@ from dreammix_trt.engine.device.loading import OnDevice
 from dreammix_trt.engine.device.studio import Studio
 from dreammix_trt.engine.directory import OpenedEngine
 from dreammix_trt.engine.drivers.simulated import SimulatedDevice, SimulatedNetworks
+from tests.support.chat_server import free_url, say, serve
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -107,6 +108,29 @@ def test_words_are_found_and_said(
     assert done.stderr.count("warning: substitute: 'blue' of colour 'blue' is taken out: the prompt says 'red'") == 1
     refused = inpaint(engine, place, "--substitute", "auto", "--substitute", "green", out="x.png")
     assert refused.returncode == 2 and "'green' is given, too; leave one of them" in refused.stderr
+    with serve(say('{"words": []}')) as script:
+        words = ["--substitute", "auto", "--endpoint", script.url, "--model", "llm"]
+        asked = inpaint(engine, place, *words, "--json", out="asked.png")
+    assert json.loads(asked.stdout)["substitute"] == [], asked.stderr
+    assert "nothing is taken out: llm says" in asked.stderr and "10 tokens read and 3 written" in asked.stderr
+    assert "image" not in json.dumps(script.asked), "no picture leaves the machine"
+    down = inpaint(engine, place, "--substitute", "auto", "--endpoint", free_url(), "--model", "llm", out="x.png")
+    assert down.returncode == 69 and "cannot be reached" in down.stderr and "without --endpoint" in down.stderr
+    assert not (place / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--endpoint", "http://127.0.0.1:9/v1", "--model", "llm"], "give that, too, or leave --endpoint"),
+        (["--substitute", "auto", "--model", "llm"], "--model: only with --endpoint URL"),
+        (["--substitute", "auto", "--endpoint", "http://127.0.0.1:9/v1"], "--model is missing"),
+    ],
+)
+def test_options_of_an_endpoint_need_each_other(words: list[str], said: str, mug_engine: Path, place: Path) -> None:
+    common = ["-i", str(place / "image.png"), "-m", str(place / "mask.png"), "-p", "a red sks mug", "-o", "x.png"]
+    done = CliRunner().invoke(app, ["inpaint", str(mug_engine), *common, *words])
+    assert isinstance(done.exception, InputError) and said in str(done.exception)
 
 
 def test_the_mask_may_be_the_pictures_transparency(mug_engine: Path, place: Path, tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from dreammix_trt import cli, terminal
+from dreammix_trt import cli, eval_cli, terminal
+from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.files import sha256_of
 from dreammix_trt.engine.result import read_request
 from tests.conftest import write_lora
@@ -99,3 +101,17 @@ def test_wrong_use_is_explained(mug_engine: Path, protocol: Path, tmp_path: Path
     code, _, err = call(mug_engine, protocol, "-o", tmp_path / "out")
     assert code == 2 and "subjects.mug-0.expected.colour is 'lime'" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_judge_comes_with_the_base_s_contents_whatever_its_name() -> None:
+    own = BaseFiles.open()
+    files = own.hash_contents()
+
+    def found(name: str, **changed: str) -> Path | None:
+        return eval_cli._find_judge(SimpleNamespace(base={"name": name, "files": files | changed}))  # type: ignore[arg-type]
+
+    assert found("renamed") == found(own.folder.name) == own.folder
+    assert found("renamed", **{"unet/config.json": "0" * 64}) == own.folder, "another native side"
+    for name in ("patch", next(name for name in files if name.startswith("unet/") and "config" not in name)):
+        assert found(own.folder.name, **{name: "0" * 64}) is None
+    assert eval_cli._find_judge(SimpleNamespace(base={"name": own.folder.name})) is None  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from dreammix_trt import regularize
 from dreammix_trt.cli import app
 from dreammix_trt.core.attributes import AttributeDictionary
 from dreammix_trt.core.errors import Cancelled, DreamMixError, InputError
@@ -212,8 +214,10 @@ def test_words_that_the_base_cannot_read_are_named(
 class Seer:
     """A segmenter that marks the upper half of the picture, or nothing, or what is not asked for."""
 
-    def __init__(self, sees: str) -> None:
-        self.file, self._sees = Path(f"{sees}.onnx"), sees
+    style = "u2net"
+
+    def __init__(self, sees: str, file: Path) -> None:
+        self.file, self._sees = file, sees
 
     def find_subject(self, rgb: np.ndarray) -> np.ndarray | None:
         if self._sees == "nothing":
@@ -229,9 +233,10 @@ def test_masks_are_what_the_segmenter_finds_in_the_painted_region(
     plain = run(dm, tmp_path / "plain", order(count=1))
     (picture,) = read_regular(tmp_path / "plain")
     region = np.asarray(Image.open(picture.mask or "")) > 127
+    (tmp_path / "u2net.onnx").write_bytes(b"a network")
     for sees in ("half", "nothing", "elsewhere"):
         caplog.clear()
-        run(dm, tmp_path / sees, order(count=1), segmenter=Seer(sees))
+        run(dm, tmp_path / sees, order(count=1), segmenter=Seer(sees, tmp_path / "u2net.onnx"))
         (found,) = read_regular(tmp_path / sees)
         mask = np.asarray(Image.open(found.mask or "")) > 127
         wanted = region.copy()
@@ -242,6 +247,25 @@ def test_masks_are_what_the_segmenter_finds_in_the_painted_region(
         with pytest.raises(InputError, match="was made with segmenter"):
             run(dm, tmp_path / sees, order(count=1))
     assert plain.new == 1
+
+
+def test_a_run_goes_on_with_the_same_segmenter_whatever_its_file_is_called(tmp_path: Path) -> None:
+    out, file = tmp_path / "regular", tmp_path / "u2net.onnx"
+    out.mkdir()
+    file.write_bytes(b"a network")
+
+    def begin(segmenter: Any) -> None:
+        regularize._begin(out, order().to_dict(segmenter), force=False)
+
+    begin(Seer("half", file))
+    begin(Seer("half", Path(shutil.copy(file, tmp_path / "copy.onnx"))))
+    other = Seer("half", file)
+    other.style = "isnet"
+    with pytest.raises(InputError, match=r"was made with segmenter .*u2net.*isnet"):
+        begin(other)
+    file.write_bytes(b"another network")
+    with pytest.raises(InputError, match="was made with segmenter"):
+        begin(Seer("half", file))
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

@@ -63,13 +63,16 @@ def test_options_become_recipe_and_hardware(tmp_path: Path, asked: list[dict[str
     how = "--beta 0.4 --beta-as loss --crop-share 0 --batch 2 --accumulate 3 --gradient-checkpointing on"
     where = "--device cuda:1 --precision bf16 --optimizer adamw8bit --checkpoint-every 9"
     what = "--validate-every 5 --validate-prompt x --captions plain --attributes words.json"
+    what += " --validation-image room.png --validation-mask hole.png"
     assert run(tmp_path, *how.split(), *where.split(), *what.split(), "--resume").exit_code == 0
     recipe, chosen = asked[1]["recipe"], asked[1]
     assert (recipe.beta, recipe.beta_as, recipe.crop_share) == (0.4, "loss", 0.0)
     assert (recipe.batch, recipe.accumulate, recipe.checkpoint_every) == (2, 3, 9)
     assert recipe.gradient_checkpointing and recipe.steps == SMALL.steps
     assert chosen["hardware"] == Hardware("cuda:1", "bfloat16", "adamw8bit")
-    assert (chosen["watch"].every, chosen["watch"].prompts) == (5, ("x",))
+    watch = chosen["watch"]
+    assert (watch.every, watch.prompts) == (5, ("x",))
+    assert (watch.image, watch.mask) == (Path("room.png"), Path("hole.png"))
     assert chosen["resume"] and not chosen["attribute_captions"] and chosen["attributes"] == Path("words.json")
     lonely = run(tmp_path, "--captions", "attributes")
     assert isinstance(lonely.exception, DreamMixError) and "needs --attributes" in str(lonely.exception)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,11 @@ from dreammix_trt import train_validation
 from dreammix_trt.building import build
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import EngineError, InputError
+from dreammix_trt.core.files import sha256_of
+from dreammix_trt.core.lora import read_lora
+from dreammix_trt.core.network_weights import BaseLora
 from dreammix_trt.core.networks import describe_networks
+from dreammix_trt.core.passport import Passport
 from dreammix_trt.engine import DreamMix, read_request
 from dreammix_trt.train_validation import Validator
 
@@ -142,6 +147,39 @@ def test_bad_engines_are_refused_before_a_training(
     with pytest.raises(EngineError, match="not an engine directory"):
         Validator(tmp_path, base, [PROMPT], **WORDS, engine=tmp_path / "nothing", **place)
     assert not (tmp_path / "validation").exists()
+
+
+@pytest.fixture
+def style(mug_lora: Path, base: BaseFiles) -> tuple[BaseLora, str]:
+    """A LoRA for the base's own weights, and its hash."""
+    lora = read_lora(mug_lora, base.configs["unet"])
+    return BaseLora(lora, 0.5), sha256_of(lora.source_path)
+
+
+def test_an_engine_of_other_weights_is_named(
+    mug_engine: Path,
+    base: BaseFiles,
+    place: dict[str, Path],
+    style: tuple[BaseLora, str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The base's files are the same; a LoRA was merged into one of them."""
+    given: dict[str, Any] = {**WORDS, "engine": mug_engine, "threads": 1, **place}
+    Validator(tmp_path, base, [PROMPT], **given).close()
+    assert not caplog.records
+    Validator(tmp_path, base, [PROMPT], **given, base_loras=[style]).close()
+    assert re.search(rf"other weights.*--base-lora none, the training .*{style[0].lora.source_path}:0.5", caplog.text)
+
+
+def test_the_engine_of_the_embedded_base_gets_the_same_loras(
+    base: BaseFiles, small_base: Path, style: tuple[BaseLora, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_validation, "EMBEDDED", small_base)
+    monkeypatch.setattr("dreammix_trt.building.build", functools.partial(build, base=small_base))
+    with Validator(tmp_path, base, [PROMPT], **WORDS, num_inference_steps=1, threads=1, base_loras=[style]) as made:
+        found = Passport.read(made._scratch / "engine")
+    assert found.base["loras"] == [f"{style[0].lora.source_path}:0.5"]
 
 
 def test_a_prompt_that_cannot_be_painted_is_refused_before_a_training(

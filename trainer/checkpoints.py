@@ -68,10 +68,11 @@ class Learner:
 
 @dataclass(frozen=True)
 class Progressed:
-    """Losses of the steps that are done, and the seconds that they took."""
+    """Losses of the steps that are done, the seconds that they took, and how many of them float16 left out."""
 
     history: Sequence[float]
     seconds: float
+    skipped: int = 0
 
 
 class Checkpoints:
@@ -123,7 +124,7 @@ class Checkpoints:
                 place[f"optimizer.{index}.{name}"] = value
         write_state(folder / STATE, tensors)
         record = {"schema": _SCHEMA, "step": len(done.history), "seconds": done.seconds, "numbers": numbers}
-        record |= {"scaler": learner.scaler.state_dict(), "settings": dict(self._settings)}
+        record |= {"skipped": done.skipped, "scaler": learner.scaler.state_dict(), "settings": dict(self._settings)}
         write_json(folder / RECORD, record)
 
     def restore(self, learner: Learner) -> Progressed:
@@ -136,7 +137,7 @@ class Checkpoints:
             self._restore_optimizer(learner.optimizer, {**held, **record["numbers"]})
             learner.scaler.load_state_dict(record["scaler"])
             learner.dice.set_state(held["dice"])
-            return Progressed(held["history"].tolist(), float(record["seconds"]))
+            return Progressed(held["history"].tolist(), float(record["seconds"]), int(record.get("skipped", 0)))
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise FileFormatError(f"{self._folder}: damaged ({error}); remove it and begin anew") from error
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreammix_trt.core.errors import InputError
 from dreammix_trt.trainer.adapters import adapters_of, add_adapters, copy_factors
 from dreammix_trt.trainer.checkpoints import Checkpoints, Learner, Progressed
 from dreammix_trt.trainer.consistency import Tables, consistency_target, huber_loss, tell_sizes
 from dreammix_trt.trainer.distill_task import GRID, DistillTask
 from dreammix_trt.trainer.preparing import Progress
 from dreammix_trt.trainer.samples import Samples
+from dreammix_trt.trainer.stepping import Stepper
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,25 +72,25 @@ class Distiller:
             self._unet.unet.enable_gradient_checkpointing()
 
     def run(self, checkpoints: Checkpoints, *, resume: bool) -> Progressed:
-        """Take all steps. Raises InputError for a loss that is not finite."""
+        """Take all steps. Raises InputError as `Stepper` does."""
         hardware, begun = self._task.hardware, time.monotonic()
         optimizer = hardware.make_optimizer(self._trained, self._recipe.learning_rate)
         learner = Learner(adapters_of(self._unet.unet), optimizer, hardware.make_scaler(), self._dice)
         before = checkpoints.restore(learner) if resume else Progressed([], 0.0)
         history = list(before.history)
         done = before
+        stepper = Stepper(learner, self._trained, lambda: self._advise(checkpoints), before.skipped)
         for step in range(len(history), self._recipe.steps):
-            history.append(self._step(learner, step, checkpoints))
+            history.append(self._step(learner, stepper, step))
             recent = history[-20:]
             share = (step + 1) / self._recipe.steps
             self._progress("distill", share, f"step {step + 1}, loss {sum(recent) / len(recent):.4f}")
-            done = Progressed(history, before.seconds + time.monotonic() - begun)
+            done = Progressed(history, before.seconds + time.monotonic() - begun, stepper.skipped)
             checkpoints.keep(learner, done)
+        stepper.report(self._recipe.steps)
         return done
 
-    def _step(self, learner: Learner, step: int, checkpoints: Checkpoints) -> float:
-        import torch
-
+    def _step(self, learner: Learner, stepper: Stepper, step: int) -> float:
         recipe = self._recipe
         for group in learner.optimizer.param_groups:
             group["lr"] = recipe.rate_at(step)
@@ -104,17 +103,17 @@ class Distiller:
             loss = self.loss(rows.part(number, recipe.accumulate)) / recipe.accumulate
             learner.scaler.scale(loss).backward()
             total += float(loss.detach())
-        if not math.isfinite(total):
-            kept = checkpoints.describe()
-            raise InputError(
-                f"the loss is {total} at step {step + 1}; the distillation diverged, take a smaller learning rate than "
-                f"{recipe.learning_rate:g}{f'; {kept}' if kept else ''}"
-            )
-        learner.scaler.unscale_(learner.optimizer)
-        torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
-        learner.scaler.step(learner.optimizer)
-        learner.scaler.update()
+        stepper.check_loss(total, step + 1)
+        stepper.take(step + 1)
         return total
+
+    def _advise(self, checkpoints: Checkpoints) -> str:
+        """What to do when it diverged."""
+        kept = checkpoints.describe()
+        return (
+            "the distillation diverged. Begin anew, without --resume, with a smaller learning rate than "
+            f"{self._recipe.learning_rate:g}{f'; {kept}' if kept else ''}"
+        )
 
     def loss(self, rows: Rows) -> Tensor:
         """Of f(x, t) against the consistency target."""

@@ -32,6 +32,7 @@ class TrainRecord:
     """What a training did; `subject.json` is made of it.
 
     loss, first_loss: means of the last and first tenth of the steps; losses: of every 100 steps.
+    skipped: steps that changed nothing, since their gradients overflowed float16.
     seconds: wall, of all runs together. parameters: how many numbers were trained.
     attributes: kind -> values, of the subject. photographs: their file names.
     base, base_hashes: the base's name, and the hashes of its files.
@@ -44,6 +45,7 @@ class TrainRecord:
     loss: float
     first_loss: float
     losses: tuple[float, ...]
+    skipped: int
     learning_rate: float
     rank: int
     loss_name: str
@@ -75,6 +77,7 @@ class TrainRecord:
         seconds: float,
         threads: int,
         parameters: int,
+        skipped: int,
     ) -> TrainRecord:
         """history: the loss of every step; threads: that were used."""
         tenth = max(1, len(history) // 10)
@@ -84,6 +87,7 @@ class TrainRecord:
             loss=float(np.mean(history[-tenth:])),
             first_loss=float(np.mean(history[:tenth])),
             losses=tuple(float(np.mean(history[n : n + _PERIOD])) for n in range(0, len(history), _PERIOD)),
+            skipped=skipped,
             learning_rate=task.learning_rate,
             rank=task.rank,
             loss_name=task.loss,
@@ -111,6 +115,7 @@ class TrainRecord:
             "base": {"name": self.base, "hashes": self.base_hashes, "loras": self.settings["base_loras"]},
             "settings": {**told, "threads": self.threads},
             "losses": {"first": self.first_loss, "last": self.loss, f"every_{_PERIOD}_steps": list(self.losses)},
+            "skipped_steps": self.skipped,
             "seconds": self.seconds,
             "parameters": self.parameters,
         }

@@ -97,9 +97,9 @@ def train_lora(
     kohya's format (for ComfyUI, A1111, Fooocus) and `subject.json`. Same seed, threads and machine: the same bytes in
     the LoRA file, also when it was stopped and resumed.
 
-    Raises InputError for parameters, photographs or a place that cannot be used and for a loss that is not finite,
-    FileFormatError for the base, DeviceError for a GPU that is not there or too small, BuildError for a full disk,
-    MissingExtraError without the `train` extra.
+    Raises InputError for parameters, photographs or a place that cannot be used, for a loss that is not finite, and
+    where float16 overflowed in nearly all steps, FileFormatError for the base, DeviceError for a GPU that is not there
+    or too small, BuildError for a full disk, MissingExtraError without the `train` extra.
     """
     require_training()
     class_name, token = class_name.strip(), token.strip()
@@ -172,7 +172,7 @@ class _Job:
         with use_threads(self._threads) as used:
             training = Training(task, checkpoints, tell, self._processes)
             done = training.run(kept, resume=resume, after_step=watch.after_step)
-            record = TrainRecord.of(task, settings, done.history, done.seconds, used, training.parameters)
+            record = TrainRecord.of(task, settings, done.history, done.seconds, used, training.parameters, done.skipped)
             if leads:
                 with atomic_directory(self._out, marker=RECORD) as folder:
                     write_folder(folder, record, training.factors(), task, merged=self._merged)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreammix_trt.core.errors import InputError, MissingExtraError
+from dreammix_trt.core.errors import MissingExtraError
 from dreammix_trt.trainer.adapters import adapters_of, add_adapters, copy_factors
 from dreammix_trt.trainer.batches import Batch, Draws
 from dreammix_trt.trainer.checkpoints import Checkpoints, Learner, Progressed
 from dreammix_trt.trainer.losses import loss_weights, reweighted_loss
 from dreammix_trt.trainer.preparing import Progress, prepare
 from dreammix_trt.trainer.processes import Processes
+from dreammix_trt.trainer.stepping import Stepper
 from dreammix_trt.trainer.task import Task
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Training:
         resume: go on from the checkpoint.
         after_step: called with a step's number and `factors`.
 
-        Raises InputError for a loss or gradients that are not finite.
+        Raises InputError for a loss or gradients that are not finite, and where float16 overflowed in nearly all steps.
         """
         begun = time.monotonic()
         self._progress("train", 0.0, "reading the base")
@@ -78,51 +79,48 @@ class Training:
         optimizer = self._task.hardware.make_optimizer(self._trained, self._task.learning_rate)
         learner = Learner(adapters_of(self._unet.unet), optimizer, self._task.hardware.make_scaler(), self._dice)
         before = self._checkpoints.restore(learner) if resume else Progressed([], 0.0)
-        before = Progressed(before.history, before.seconds + time.monotonic() - begun)
+        before = replace(before, seconds=before.seconds + time.monotonic() - begun)
         return self._take_steps(learner, before, after_step or (lambda *_: None))
 
     def _take_steps(self, learner: Learner, before: Progressed, after_step: AfterStep) -> Progressed:
         steps, history, begun = self._task.steps, list(before.history), time.monotonic()
         shown = history[-1] if history else None
+        stepper = Stepper(learner, self._trained, self._advise, before.skipped)
         for step in range(len(history), steps):
-            history.append(self._step(learner, step))
+            history.append(self._step(learner, stepper, step))
             shown = history[-1] if shown is None else 0.95 * shown + 0.05 * history[-1]
             spent = time.monotonic() - begun
             left = spent / (len(history) - len(before.history)) * (steps - step - 1)
             self._progress("train", 0.1 + 0.9 * (step + 1) / steps, f"loss {shown:.4f}, {_clock(left)} left")
             if self._processes.leads:
-                self._checkpoints.keep(learner, Progressed(history, before.seconds + spent))
+                self._checkpoints.keep(learner, Progressed(history, before.seconds + spent, stepper.skipped))
                 after_step(step + 1, self.factors)
-        return Progressed(history, before.seconds + time.monotonic() - begun)
+        stepper.report(steps)
+        return Progressed(history, before.seconds + time.monotonic() - begun, stepper.skipped)
 
-    def _step(self, learner: Learner, step: int) -> float:
+    def _step(self, learner: Learner, stepper: Stepper, step: int) -> float:
         """One step of the optimizer; returns its loss."""
-        import torch
-
         rate = self._task.learning_rate * self._recipe.rate_at(step, self._task.steps)
         for group in learner.optimizer.param_groups:
             group["lr"] = rate
         learner.optimizer.zero_grad()
         value = self._processes.average(self._trained, self._add_gradients(learner))
-        if not math.isfinite(value):
-            raise InputError(self._explain_divergence("loss", value, step + 1))
-        learner.scaler.unscale_(learner.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
-        # a scaler leaves such a step out and scales less; without one the LoRA, and its checkpoint, would be lost
-        if not learner.scaler.is_enabled() and not math.isfinite(norm):
-            raise InputError(self._explain_divergence("norm of the gradients", float(norm), step + 1))
-        learner.scaler.step(learner.optimizer)
-        learner.scaler.update()
+        stepper.check_loss(value, step + 1)
+        stepper.take(step + 1)
         return value
 
-    def _explain_divergence(self, what: str, value: float, step: int) -> str:
+    def _advise(self) -> str:
+        """What to do when it diverged."""
         import torch
 
-        remedy = f"take a smaller learning rate than {self._task.learning_rate:g}"
+        remedy = f"a smaller learning rate than {self._task.learning_rate:g}"
         if self._task.hardware.products == torch.float16:
             remedy += ", or --precision bfloat16"
         kept = self._checkpoints.describe()
-        return f"the {what} is {value} at step {step}; the training diverged, {remedy}{f'; {kept}' if kept else ''}"
+        return (
+            f"the training diverged. Begin anew, without --resume, with {remedy}"
+            f"{f'; {kept} until a checkpoint of the new training replaces it, and can be built' if kept else ''}"
+        )
 
     def _add_gradients(self, learner: Learner) -> float:
         """Draw this process' rows of one step, add up their gradients a batch at a time; returns their loss."""

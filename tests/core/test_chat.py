@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from typing import Any
 
@@ -84,14 +85,28 @@ def test_failures_end_at_the_deadline() -> None:
     assert 2 <= len(script.asked) <= 5  # pauses of 0.02, 0.04, 0.08, 0.16 seconds
 
 
-@pytest.mark.parametrize("reply", [Reply(delay=9.0), Reply(b" " * 500, trickle=0.05)], ids=["silent", "trickling"])
-def test_a_slow_server_cannot_hold_us(reply: Reply) -> None:
+SLOW = {
+    "silent": Reply(delay=9.0),
+    "trickling": Reply(b" " * 500, trickle=0.05),
+    "trickling its headers": Reply(head=b"HTTP/1.0 200 OK\r\nX-Slow: " + b"x" * 500, trickle=0.05),
+    "trickling an error": Reply(b" " * 500, status=503, trickle=0.05),
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_a_slow_server_cannot_hold_us(name: str) -> None:
+    reply = SLOW[name]
     begun = time.monotonic()
     with serve(reply, say("late")) as script:
         assert ask(script, timeout=0.3).text == "late"
     assert 0.3 < time.monotonic() - begun < 5
-    with serve(reply) as script, pytest.raises(TimedOut, match=r"no answer after 0\.3 s"):
-        ask(script, timeout=0.3, deadline=0.7)
+    with serve(reply) as script:
+        with pytest.raises(TimedOut, match=r"no answer after 0\.3 s"):
+            ask(script, timeout=0.3, deadline=0.7)
+        ends = time.monotonic() + 5
+        while any(thread.name == "dreammix-chat" for thread in threading.enumerate()):
+            assert time.monotonic() < ends, "nobody goes on reading"
+            time.sleep(0.01)
 
 
 def test_an_endpoint_that_is_down_is_named_at_once() -> None:

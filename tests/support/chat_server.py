@@ -13,13 +13,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer. delay: seconds before it; trickle: seconds between its bytes."""
+    """One answer. delay: seconds before it; trickle: seconds between its bytes; head: instead of the usual one."""
 
     body: bytes = b""
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     delay: float = 0.0
     trickle: float = 0.0
+    head: bytes = b""
 
 
 def say(text: str | None, read: int = 10, written: int = 3, finish: str = "stop") -> Reply:
@@ -60,16 +61,18 @@ def serve(*replies: Reply) -> Iterator[Script]:
         def _answer(self, reply: Reply) -> None:
             try:
                 stop.wait(reply.delay)
-                self.send_response(reply.status)
-                for name, value in reply.headers.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                for start in range(len(reply.body)) if reply.trickle else ():
-                    self.wfile.write(reply.body[start : start + 1])
+                if not reply.head:
+                    self.send_response(reply.status)
+                    for name, value in reply.headers.items():
+                        self.send_header(name, value)
+                    self.end_headers()
+                data = reply.head + reply.body
+                for start in range(len(data)) if reply.trickle else ():
+                    self.wfile.write(data[start : start + 1])
                     if stop.wait(reply.trickle):
                         return
                 if not reply.trickle:
-                    self.wfile.write(reply.body)
+                    self.wfile.write(data)
             except OSError:  # nobody waits for it any more
                 return
 

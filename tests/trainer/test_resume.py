@@ -157,15 +157,19 @@ def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(
 ) -> None:
     calls = iter(range(100))
     honest = training.reweighted_loss
-    monkeypatch.setattr(
-        training, "reweighted_loss", lambda *given: honest(*given) * (float("nan") if next(calls) == 2 else 1)
-    )
-    with pytest.raises(
-        InputError, match=r"nan at step 3;.*smaller learning rate.*checkpoint of step 2 is kept in .*work"
-    ):
-        run(photos, tmp_path / "lora", base)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            training, "reweighted_loss", lambda *given: honest(*given) * (float("nan") if next(calls) == 2 else 1)
+        )
+        with pytest.raises(
+            InputError,
+            match=r"nan at step 3;.*anew, without --resume, with a smaller learning rate than 0\.01; "
+            r"the checkpoint of step 2 is kept in .*work",
+        ):
+            run(photos, tmp_path / "lora", base)
     assert not (tmp_path / "lora").exists()
     assert read_lora(tmp_path / "lora.work" / "checkpoint").rank == 4
+    assert run(photos, tmp_path / "lora", base, learning_rate=0.001).steps == STEPS, "the advice can be followed"
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(

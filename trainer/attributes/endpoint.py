@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from PIL import Image
 
+from dreammix_trt.core.answers import ask_for_json
 from dreammix_trt.core.attributes import BEFORE, KINDS, AttributeDictionary
-from dreammix_trt.core.chat import Answer, Chat
-from dreammix_trt.core.errors import EndpointError, InputError
+from dreammix_trt.core.chat import Chat
+from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.vocabulary import USUAL
 from dreammix_trt.trainer.attributes.describing import cut_out
 from dreammix_trt.trainer.data import Photograph, Picture
 
-_LONGEST: Final = 8000  # characters of an answer
-_SHOWN: Final = 60  # of an answer in an error
 _MOST_VALUES: Final = 4  # asked for, of a kind
 _HINTS: Final = {
     "part": "parts that stand out, each with its colour or material, as in: cream foot",
@@ -53,35 +50,15 @@ class EndpointDescriber:
         Raises EndpointError when the second answer cannot be used either, and as `Chat.ask` does.
         """
         shown = [_show(picture, self._side) for picture in pictures]
-        messages: list[dict[str, Any]] = [
-            {"role": "user", "content": [{"type": "text", "text": _question(class_name)}, *shown]}
-        ]
-        answer = self._ask(messages)
-        try:
-            return self._read(answer, class_name)
-        except InputError as fault:
-            messages += [
-                {"role": "assistant", "content": answer.text[:_LONGEST] or "(nothing)"},
-                {"role": "user", "content": f"That cannot be used: {fault}. Answer again, with the JSON object alone."},
-            ]
-        try:
-            return self._read(self._ask(messages), class_name)
-        except InputError as fault:
-            raise EndpointError(
-                f"{self.chat.url}: {self.chat.model} answered twice what cannot be used: {fault}; try another model, "
-                "or write the file by hand"
-            ) from fault
+        question = [{"type": "text", "text": _question(class_name)}, *shown]
 
-    def _ask(self, messages: Sequence[Mapping[str, Any]]) -> Answer:
-        return self.chat.ask(messages, "attributes", SCHEMA)
+        def read(record: dict[str, Any]) -> AttributeDictionary:
+            found = AttributeDictionary.of(class_name, record, self.chat.model, "your answer")
+            if not found.attributes:
+                raise InputError("your answer names no attribute of the object at all")
+            return found
 
-    def _read(self, answer: Answer, class_name: str) -> AttributeDictionary:
-        """The dictionary in an answer. Raises InputError, in words that a model can follow."""
-        record = _read_json(answer)
-        found = AttributeDictionary.of(class_name, record, self.chat.model, "your answer")
-        if not found.attributes:
-            raise InputError("your answer names no attribute of the object at all")
-        return found
+        return ask_for_json(self.chat, question, "attributes", SCHEMA, read, "write the file by hand")
 
 
 def _question(class_name: str) -> str:
@@ -105,23 +82,3 @@ def _show(photograph: Photograph, side: int) -> dict[str, Any]:
     image.save(data, "JPEG", quality=90, subsampling=0)  # colours are what it is about
     url = "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")
     return {"type": "image_url", "image_url": {"url": url}}
-
-
-def _read_json(answer: Answer) -> dict[str, Any]:
-    """The object in an answer; a fence of Markdown around all of it is no fault."""
-    text = answer.text.strip()
-    if answer.cut_off:
-        raise InputError("your answer was cut off before its end; name fewer attributes")
-    if not text:
-        raise InputError("your answer is empty")
-    if len(text) > _LONGEST:
-        raise InputError(f"your answer has {len(text)} characters; at most {_LONGEST} are taken: name fewer attributes")
-    fenced = re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?\s*```", text, re.DOTALL)
-    try:
-        record = json.loads(fenced[1] if fenced else text)
-    except (ValueError, RecursionError):
-        start = " ".join(text.split())[:_SHOWN]
-        raise InputError(f"your answer is no JSON object alone, it begins {start!r}") from None
-    if not isinstance(record, dict):
-        raise InputError(f"your answer is a JSON {type(record).__name__}, not an object: kind -> list of words")
-    return record
