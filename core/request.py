@@ -23,6 +23,8 @@ Indexing = Literal["bpe", "words"]
 Sampler = Literal["dpmpp_2m_sde", "euler", "lcm"]
 TasStage = Literal["tokens_lcg", "tokens_gch", "pooled_lcg", "pooled_gch"]
 Auto = Literal["auto"]
+Decoder = Literal["vae", "asuka"]
+Prior = Literal["negative", "concat", "alone"]
 LCM_STEPS = 50
 _SEEDS = 1 << 64
 
@@ -62,6 +64,12 @@ class Request:
     blend_noise: "fresh" for every step, or "fixed".
     blend_output: whether to blend the background also into each predicted picture (Fooocus).
     soft_blending: whether to paste radially at the hand-over.
+    decoder: what turns latents into pictures, at the hand-over and at the end: the VAE's decoder, or ASUKA's, which
+        sees the picture and its mask, too (an engine of a base with it: `build --asuka`).
+    prior: what ASUKA's prior, which saw the known pixels alone, is to the text: the "negative" that guidance leads away
+        from (docs/algorithm.md, 16), rows beside the text's in the last stage ("concat"), or in its place ("alone",
+        for taking things out; without guidance).
+    prior_weight: above 0, up to 2: factor on the prior's rows; the less, the nearer to the empty condition.
     tas_stages: where the decomposed tokens and pooled vector are used; the authors' code omits pooled_gch.
     tas_indexing: "bpe" tokens or the authors' "words"; None: the mode's.
     vae_sample: whether to sample the VAE's posterior instead of taking its mean; None: the mode's.
@@ -103,6 +111,9 @@ class Request:
     blend_noise: Literal["fresh", "fixed"] = "fresh"
     blend_output: bool = False
     soft_blending: bool = False
+    decoder: Decoder = "vae"
+    prior: Prior | None = None
+    prior_weight: float = 1.0
     tas_stages: tuple[TasStage, ...] = ("tokens_lcg", "tokens_gch", "pooled_lcg")
     tas_indexing: Indexing | None = None
     vae_sample: bool | None = None
@@ -128,6 +139,16 @@ class Request:
             )
         if self.lcg_steps is not None and self.lcg_steps > self.num_inference_steps:
             raise InputError(f"lcg_steps is {self.lcg_steps}; allowed: 0 .. {self.num_inference_steps} (all steps)")
+        if self.prior == "alone" and self.guided:
+            raise InputError(
+                f"guidance_scale is {self.guidance_scale:g}, but with prior 'alone' nothing is guided; give 1, or "
+                "another prior"
+            )
+        if self.prior == "negative" and not self.guided:
+            raise InputError(
+                f"prior is 'negative', which guidance leads away from, but guidance_scale is {self.guidance_scale:g} "
+                "and switches guidance off; give more than 1, or another prior"
+            )
         if self.reference_resize and self.mode != "reference":
             raise InputError("reference_resize is given, but only mode 'reference' stretches the picture")
 
@@ -249,6 +270,9 @@ class RequestFields(TypedDict, total=False):
     blend_noise: Literal["fresh", "fixed"]
     blend_output: bool
     soft_blending: bool
+    decoder: Decoder
+    prior: Prior | None
+    prior_weight: float
     tas_stages: list[TasStage] | tuple[TasStage, ...]
     tas_indexing: Indexing | None
     vae_sample: bool | None
@@ -388,6 +412,9 @@ _CHECKS: dict[str, Check] = {
     "blend_noise": _one_of(Literal["fresh", "fixed"]),
     "blend_output": _flag,
     "soft_blending": _flag,
+    "decoder": _one_of(Decoder),
+    "prior": _or_none(_one_of(Prior)),
+    "prior_weight": _number(0, 2, above=True),
     "tas_stages": _several(_one_of(TasStage), "stages"),
     "tas_indexing": _or_none(_one_of(Indexing)),
     "vae_sample": _or_none(_flag),

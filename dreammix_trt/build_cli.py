@@ -62,6 +62,12 @@ FewStep = Annotated[
         help="Merge the LoRA that comes with the embedded base: 4 to 8 steps without guidance, see --preset.",
     ),
 ]
+Asuka = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of ASUKA's prior and decoder, as `train-asuka` writes it; default: asuka/ in the base's folder."
+    ),
+]
 Sampler = Annotated[Literal["dpmpp_2m_sde", "euler", "lcm"] | None, typer.Option(help="What requests use by default.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Steps that requests use by default.")]
 GuidanceScale = Annotated[float | None, typer.Option(help="Guidance that requests use by default.")]
@@ -136,7 +142,9 @@ dreammix-trt build --base sdxl.safetensors --patch v26.fooocus.patch --head head
 dreammix-trt build --base sdxl-inpainting/ --lora lora/ --target sm_89 -o mug-for-rtx-4090/
 """
 PANELS = {
-    "The base": ("base", "patch", "head", "vae", "tokenizer", "base_lora", "few_step", "patch_biases", "no_slots"),
+    "The base": (
+        *("base", "patch", "head", "vae", "tokenizer", "asuka", "base_lora", "few_step", "patch_biases", "no_slots"),
+    ),
     "The subject": ("lora", "subject", "name", "token", "class_name", "attributes", "merge"),
     "What requests use by default": ("sampler", "steps", "guidance_scale"),
     "What it runs on": (
@@ -172,6 +180,7 @@ def build(
     head: Head = None,
     vae: Vae = None,
     tokenizer: Tokenizer = None,
+    asuka: Asuka = None,
     base_lora: BaseLoras = None,
     few_step: FewStep = False,
     sampler: Sampler = None,
@@ -216,7 +225,7 @@ def build(
     )
     order = BuildOrder(
         out,
-        BaseSources(base, patch, head, vae, tokenizer, patch_biases),
+        BaseSources(base, patch, head, vae, tokenizer, patch_biases, asuka),
         lora,
         [*(base_lora or ()), *_choose_few_step(few_step, base)],
         subjects=_parse_pairs("--subject", subject or ()),

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from dreammix_trt.core.errors import EngineError, InputError
 from dreammix_trt.core.noise import NoiseProvider
 from dreammix_trt.core.presets import Preset, choose_fields
+from dreammix_trt.core.removal import REMOVAL
 from dreammix_trt.core.request import Request, RequestFields
 from dreammix_trt.core.seam import BaseFacts, DeviceNetworks, Networks, Stream
 from dreammix_trt.core.sources import Source
@@ -275,6 +276,7 @@ class DreamMix:
         *,
         noise: NoiseProvider | Sequence[NoiseProvider] | None = None,
         retriever: Retriever = retrieve,
+        prior_image: Source | None = None,
         keep_stages: bool = False,
         **fields: Unpack[RequestFields],
     ) -> Result:
@@ -286,14 +288,32 @@ class DreamMix:
         prompt: text, which makes a request as `request` does, or a whole Request, used as it is.
         noise: where the random numbers come from, one provider for each picture; default: the seed. Not on a GPU.
         retriever: finds the words of substitute="auto", in place of `retrieve`, which asks nobody.
+        prior_image: what ASUKA's prior sees in place of the picture, of equal size: where it would copy a neighbour
+            into the hole, a picture without that neighbour, or blank paper.
         keep_stages: whether the result has pictures of what each stage did.
         fields: any field of `Request` (seed, substitute, num_inference_steps, ...).
 
         Raises InputError that names the value at fault.
         """
-        return _take_last(
-            self.iterate(image, mask_image, prompt, noise=noise, retriever=retriever, keep_stages=keep_stages, **fields)
-        )
+        hooks: dict[str, Any] = {"noise": noise, "retriever": retriever, "prior_image": prior_image}
+        return _take_last(self.iterate(image, mask_image, prompt, **hooks, keep_stages=keep_stages, **fields))
+
+    def remove(
+        self,
+        image: Source,
+        mask_image: Source | None,
+        *,
+        prior_image: Source | None = None,
+        keep_stages: bool = False,
+        **fields: Unpack[RequestFields],
+    ) -> Result:
+        """Take out what the mask marks: a clean plate, from ASUKA's prior in place of a prompt and its decoder.
+
+        The engine's base must have both (`build --asuka`). No guidance, no subject: a step costs half of a guided one.
+        Arguments as for `inpaint`; fields that are given count more than those of `core.removal`.
+        """
+        request = self.request("", **REMOVAL).replace(**fields)
+        return self.inpaint(image, mask_image, request, prior_image=prior_image, keep_stages=keep_stages)
 
     def inpaint_batch(self, jobs: Sequence[Job]) -> list[Result]:
         """Paint several requests. All are checked before the first is painted.
@@ -319,6 +339,7 @@ class DreamMix:
         *,
         noise: NoiseProvider | Sequence[NoiseProvider] | None = None,
         retriever: Retriever = retrieve,
+        prior_image: Source | None = None,
         keep_stages: bool = False,
         **fields: Unpack[RequestFields],
     ) -> Iterator[StepEvent]:
@@ -327,7 +348,7 @@ class DreamMix:
         Bad input is refused here, before the first step.
         """
         request = prompt.replace(**fields) if isinstance(prompt, Request) else self.request(prompt, **fields)
-        job = self._lay_out(Job(image, mask_image, request, noise, retriever))
+        job = self._lay_out(Job(image, mask_image, request, noise, retriever, prior_image))
         return paint_jobs(self.runtime, [job], keep_stages, self._check_open)
 
     def _lay_out(self, job: Job) -> LaidOut:

@@ -42,6 +42,7 @@ class Job(NamedTuple):
     mask_image: None: the picture's own transparency; what is transparent is repainted.
     noise: a provider for each picture; None: the seed.
     retriever: finds the words of substitute="auto".
+    prior_image: what ASUKA's prior sees in place of the picture, of its size; None: the picture.
     """
 
     image: Source
@@ -49,6 +50,7 @@ class Job(NamedTuple):
     request: Request
     noise: NoiseProvider | Sequence[NoiseProvider] | None = None
     retriever: Retriever = retrieve
+    prior_image: Source | None = None
 
 
 @dataclass
@@ -144,6 +146,7 @@ def lay_out(
         with clock("canvas"):
             canvas = lay_canvas(source.seen, mask, request, runtime.facts, runtime.frames)
             canvas = _limit_feather(canvas, request)
+        prior_image = _read_prior_image(job.prior_image, request, source, canvas)
     role = Role(subject.name, request.subject_scale)
     schedule = make_schedule(request, raw_unet=runtime.has_raw_unet)
     seeds = tuple(seed + k for k in range(request.num_images_per_prompt))
@@ -151,7 +154,8 @@ def lay_out(
     words = subject.caption_words
     prompts = plan_prompts(tokenizers, request, role, subject.token, contexts=runtime.contexts, caption_words=words)
     works = [
-        Work(canvas, request, schedule, seed, role, prompts, noise) for seed, noise in zip(seeds, noises, strict=True)
+        Work(canvas, request, schedule, seed, role, prompts, noise, prior_image)
+        for seed, noise in zip(seeds, noises, strict=True)
     ]
     with keep_remarks() as more:
         shapes = [runtime.check(work) for work in works]
@@ -176,6 +180,21 @@ def lay_canvas(image: U8, mask: U8, request: Request, facts: BaseFacts, sizes: S
     image, mask = (kernels.resize(array, height, width, "bicubic") for array in (image, mask))
     checked = Canvas.of(image, mask, native=native, divisor=divisor, sizes=sizes, feather=feather)
     return replace(checked, mode=request.mode)
+
+
+def _read_prior_image(given: Source | None, request: Request, source: PictureIn, canvas: Canvas) -> U8 | None:
+    """What ASUKA's prior is to see, uint8 of the canvas' size. Raises InputError where it cannot be used."""
+    if given is None:
+        return None
+    if request.prior is None:
+        raise InputError(
+            "prior_image is given, but prior is None, so nothing would look at it; give a prior, or omit it"
+        )
+    seen = read_image(given)
+    if seen.size != source.size:
+        sizes = " and ".join("{1}x{0}".format(*size) for size in (seen.size, source.size))
+        raise InputError(f"prior_image and image are of {sizes} pixels; they must be of equal size")
+    return kernels.resize(seen.seen, *canvas.size, "bicubic") if canvas.mode == "reference" else seen.seen
 
 
 def _limit_feather(canvas: Canvas, request: Request) -> Canvas:

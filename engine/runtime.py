@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from dreammix_trt.core.errors import EngineError
+from dreammix_trt.core.errors import EngineError, InputError
 from dreammix_trt.core.noise import NoiseProvider
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import Schedule
@@ -29,6 +29,7 @@ class Work:
 
     subject: whose factors are used.
     noise: where its random numbers come from; None: the seed.
+    prior_image: what ASUKA's prior sees in place of the picture, uint8 of the canvas' size; None: the picture.
     """
 
     canvas: Canvas
@@ -38,6 +39,7 @@ class Work:
     subject: Role
     prompts: PromptPlan
     noise: NoiseProvider | None = None
+    prior_image: U8 | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,19 @@ def find_subject(subjects: Mapping[str, Subject], role: Role) -> Subject:
         raise EngineError(f"subject {role.name!r} was removed before the request was painted: add it again")
     subject = subjects[role.name]
     return replace(subject, scale=subject.scale * role.scale)
+
+
+def check_parts(request: Request, has: Callable[[str], bool]) -> None:
+    """Raise InputError for a request that needs a part of ASUKA which the engine's base has not."""
+    for name, wanted, field_name in (
+        ("asuka_prior", request.prior is not None, "prior"),
+        ("asuka_decoder", request.decoder == "asuka", "decoder"),
+    ):
+        if wanted and not has(name):
+            raise InputError(
+                f"{field_name} is {getattr(request, field_name)!r}, but this engine's base has no {name}: build it "
+                "again with `--asuka FOLDER` (dreammix-trt train-asuka makes one)"
+            )
 
 
 class Runtime(Protocol):

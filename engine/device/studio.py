@@ -170,6 +170,8 @@ class Studio:
         """What pictures of one batch must share. Raises InputError for a picture that cannot be painted."""
         if work.noise is not None:
             raise InputError("noise is given, but on a GPU it is drawn there, from the seed: load with device='cpu'")
+        if work.request.prior is not None or work.request.decoder != "vae":
+            raise InputError("prior and decoder 'asuka' run on the CPU alone so far: load with device='cpu'")
         picture = Picture.of(work)
         self.needs.check_picture(picture)
         self.weights.check_range(work.subject)

@@ -27,6 +27,8 @@ class Conditioning:
     target: side in pixels given as the target size.
     feature: (N, C, h, w), of the inpaint head.
     weights: network -> the weights of its slots that are not the base's own, by input.
+    negative: of the negative rows where they are of another length than the positive ones, which are then alone here.
+    is_negative: whether the rows are negative ones alone.
     """
 
     text: F32
@@ -35,15 +37,19 @@ class Conditioning:
     target: int
     feature: F32
     weights: WeightsOf = lambda network: {}
+    negative: Conditioning | None = None
+    is_negative: bool = False
 
     @property
     def rows_per_picture(self) -> int:
         """2 with a negative row, else 1."""
-        return len(self.text) // len(self.sizes)
+        return 2 if self.negative else len(self.text) // len(self.sizes)
 
     def time_ids(self, step: Step) -> F32:
         """float32 (R, 6), see `core.schedule.time_ids`."""
-        return np.concatenate([time_ids(step, size, self.target)[-self.rows_per_picture :] for size in self.sizes])
+        count = len(self.text) // len(self.sizes)
+        rows = slice(0, 1) if self.is_negative else slice(-count, None)
+        return np.concatenate([time_ids(step, size, self.target)[rows] for size in self.sizes])
 
 
 class Denoiser(Protocol):
@@ -64,10 +70,18 @@ class EngineDenoiser:
 
     def __init__(self, networks: Networks) -> None:
         self._networks = networks
-        self._attended: dict[str, tuple[Conditioning, Mapping[str, F32]]] = {}
+        self._attended: dict[tuple[str, bool], tuple[Conditioning, Mapping[str, F32]]] = {}
         self._nothing: dict[tuple[int, ...], F32] = {}
 
     def __call__(self, latents: F32, step: Step, conditioning: Conditioning) -> F32:
+        if conditioning.negative is None:
+            return self._predict(latents, step, conditioning)
+        eps = np.empty_like(latents)
+        for first, part in enumerate((conditioning.negative, conditioning)):
+            eps[first::2] = self._predict(np.ascontiguousarray(latents[first::2]), step, part)
+        return eps
+
+    def _predict(self, latents: F32, step: Step, conditioning: Conditioning) -> F32:
         name = step.network if step.network in self._networks else "unet"
         patched = name == "unet"
         output = self._networks.run(
@@ -84,12 +98,13 @@ class EngineDenoiser:
 
     def _attend(self, unet: str, conditioning: Conditioning) -> Mapping[str, F32]:
         """The text's keys and values for a UNet, made at its first step of a stage."""
-        known = self._attended.get(unet)
+        key = (unet, conditioning.is_negative)
+        known = self._attended.get(key)
         if known is None or known[0] is not conditioning:
             name = kv_name(unet)
             text, weights = conditioning.text, conditioning.weights(name)
             known = conditioning, self._networks.run(name, encoder_hidden_states=text, **weights)
-            self._attended[unet] = known
+            self._attended[key] = known
         return known[1]
 
     def _zeros(self, shape: tuple[int, ...]) -> F32:

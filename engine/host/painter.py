@@ -15,9 +15,11 @@ from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import Schedule, Stage, Step
 from dreammix_trt.core.seam import BaseFacts, Networks
 from dreammix_trt.engine.canvas.frames import Canvas, Frame, from_decoded
+from dreammix_trt.engine.canvas.known import shrink_known
 from dreammix_trt.engine.canvas.tiles import needs_tiles, run_tiled, tiles_of
 from dreammix_trt.engine.host.clock import PhaseClock
 from dreammix_trt.engine.host.denoiser import Conditioning, Denoiser
+from dreammix_trt.engine.host.prior import PriorRows, add_prior
 from dreammix_trt.engine.host.sampling import StageInputs, Taken, take_step
 from dreammix_trt.engine.host.texts import Text
 from dreammix_trt.engine.host.weights import WeightsOf
@@ -31,6 +33,7 @@ U8 = npt.NDArray[np.uint8]
 class Sitting:
     """One picture to paint, and everything that it is painted with.
 
+    prior_image: what ASUKA's prior sees in place of the picture, uint8 of the canvas' size; None: the picture.
     texts: of the stages "lcg" and "gch".
     weights: network -> the weights that the subject changes.
     noise: its random numbers.
@@ -42,6 +45,7 @@ class Sitting:
     texts: Mapping[str, Text]
     weights: WeightsOf
     noise: NoiseProvider
+    prior_image: U8 | None = None
 
 
 class HostPainter:
@@ -156,8 +160,20 @@ class HostPainter:
             feature=self._make_feature(f"vae_noise_{name}_masked"),
             weights=self._sitting.weights,
         )
+        if self._request.prior is not None and (self._request.prior != "concat" or name == self.schedule[-1].stage):
+            conditioning = add_prior(conditioning, self._request, self._ask_prior())
         self.stage = StageInputs(latent, background, self.frame.latent_mask, conditioning)
         self._before = None
+
+    def _ask_prior(self) -> PriorRows:
+        """What ASUKA's prior expects in the frame's hole, as a condition."""
+        frame, seen = self.frame, self._sitting.prior_image
+        picture = frame.image if seen is None else self._canvas.crop(seen, frame)
+        with self._clock("canvas"):
+            assert self._facts.prior_side is not None
+            image, mask = shrink_known(picture, frame.mask, self._facts.prior_side)
+        output = self._networks.run("asuka_prior", image=image, mask=mask)
+        return PriorRows(output["context"], output["pooled"])
 
     def _make_feature(self, label: str) -> F32:
         """The inpaint head's addition to the UNet, (1, C, h, w); zeros for a base without a head."""
@@ -181,9 +197,14 @@ class HostPainter:
         networks: None: those that painting uses.
         """
         unscaled = latent / np.float32(self._facts.scaling_factor)
-        output = self._run_vae("vae_decoder", frame or self.frame, networks or self._networks, latent=unscaled)
+        where, used = frame or self.frame, networks or self._networks
+        if self._request.decoder == "asuka":
+            image, mask = where.network_input(where.image), (where.network_mask > 127).astype(np.float32)[None, None]
+            picture = self._run_vae("asuka_decoder", where, used, latent=unscaled, image=image, mask=mask)["picture"]
+        else:
+            picture = self._run_vae("vae_decoder", where, used, latent=unscaled)["image"]
         with self._clock("canvas"):
-            return from_decoded(output["image"])
+            return from_decoded(picture)
 
     def _run_vae(self, name: str, frame: Frame, networks: Networks, **arrays: F32) -> dict[str, F32]:
         """Run a half of the VAE, in tiles where the frame is large."""

@@ -25,7 +25,7 @@ from dreammix_trt.engine.host.painter import HostPainter, Sitting
 from dreammix_trt.engine.host.texts import HostTexts
 from dreammix_trt.engine.host.weights import HostWeights
 from dreammix_trt.engine.painting import paint_safely
-from dreammix_trt.engine.runtime import Painted, Painting, Work
+from dreammix_trt.engine.runtime import Painted, Painting, Work, check_parts
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -66,6 +66,7 @@ class HostRuntime:
 
     def check(self, work: Work) -> Hashable:
         """A value that no other picture has: no picture shares a batch with another."""
+        check_parts(work.request, self.networks.__contains__)
         if work.canvas.sizes is not None:
             for stage in {step.stage for step in work.schedule}:  # refuse a frame now, not after the first stage
                 work.canvas.work_size(work.canvas.box(work.request.field_of(stage)))
@@ -82,7 +83,7 @@ class HostRuntime:
             with clock("text"):
                 texts = self._texts.compose(work.prompts, networks, weights, safe)
             noise = work.noise or SeededNoise(work.seed, kernels.normals)
-            sitting = Sitting(work.canvas, work.request, work.schedule, texts, weights, noise)
+            sitting = Sitting(work.canvas, work.request, work.schedule, texts, weights, noise, work.prior_image)
             denoiser = self._denoiser or EngineDenoiser(networks)
             kept = shown if 0 in keep else None
             return HostPainter(

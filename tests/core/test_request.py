@@ -49,6 +49,10 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "blend_noise": st.sampled_from(["fresh", "fixed"]),
     "blend_output": st.booleans(),
     "soft_blending": st.booleans(),
+    "decoder": st.sampled_from(["vae", "asuka"]),
+    "prior": st.none()
+    | st.just("concat"),  # the others take guidance, or its absence: tests/engine/test_asuka_requests.py
+    "prior_weight": st.floats(0, 2, exclude_min=True),
     "tas_stages": st.lists(st.sampled_from(get_args(TasStage)), unique=True),
     "tas_indexing": st.none() | st.sampled_from(["bpe", "words"]),
     "vae_sample": st.none() | st.booleans(),

@@ -1,0 +1,15 @@
+"""The request that takes something out: ASUKA's prior in place of a prompt, its decoder, no guidance, no subject."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from dreammix_trt.core.request import RequestFields
+
+REMOVAL: Final[RequestFields] = {
+    "prior": "alone",
+    "decoder": "asuka",
+    "guidance_scale": 1.0,
+    "subject": "",
+    "lcg_fraction": 1.0,
+}
