@@ -39,6 +39,9 @@ from dreammix_trt.inpaint_cli import inpaint
 from dreammix_trt.regularize_cli import EXAMPLES as REGULARIZE_EXAMPLES
 from dreammix_trt.regularize_cli import PANELS as REGULARIZE_PANELS
 from dreammix_trt.regularize_cli import regularize
+from dreammix_trt.remove_cli import EXAMPLES as REMOVE_EXAMPLES
+from dreammix_trt.remove_cli import PANELS as REMOVE_PANELS
+from dreammix_trt.remove_cli import remove
 from dreammix_trt.store_cli import store_app
 from dreammix_trt.terminal import (
     App,
@@ -188,6 +191,7 @@ def inspect(
 
 
 app.command(epilog=INPAINT_EXAMPLES, panels=INPAINT_PANELS)(inpaint)
+app.command(epilog=REMOVE_EXAMPLES, panels=REMOVE_PANELS)(remove)
 app.command("eval", epilog=EVAL_EXAMPLES, panels=EVAL_PANELS)(evaluate)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.inpaint_cli import Device, Verify
+from dreammix_trt.painting_cli import Device, Verify
 from dreammix_trt.terminal import (
     AsJson,
     Force,

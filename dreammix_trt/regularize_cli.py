@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.inpaint_cli import Device, Engine, GuidanceScale, Steps
+from dreammix_trt.inpaint_cli import GuidanceScale
+from dreammix_trt.painting_cli import Device, Engine, Steps
 from dreammix_trt.terminal import AsJson, Force, Seed, Store, Threads, print_json, say, show_progress
 from dreammix_trt.train_cli import InvertMasks, LargeMasks, Segmenter, SegmenterStyle
 

@@ -16,9 +16,30 @@ FLOORS = {
     "evaluation": {"core", "engine", "trainer", "report"},  # it stands beside the face, and draws with it
 }
 FACE = {
-    *("cli", "train_cli", "build_cli", "inpaint_cli", "store_cli", "doctor_cli", "segment_cli", "eval_cli", "terminal"),
+    *(
+        "cli",
+        "train_cli",
+        "build_cli",
+        "inpaint_cli",
+        "painting_cli",
+        "remove_cli",
+        "store_cli",
+        "doctor_cli",
+        "segment_cli",
+        "eval_cli",
+        "terminal",
+    ),
     *("calibrate_cli", "building", "calibration", "demo", "report", "on_torch", "train_validation", "train_report"),
-    *("attributes_cli", "regularize", "regularize_cli", "train_watch", "distill_cli", "endpoint_options"),
+    *(
+        "attributes_cli",
+        "regularize",
+        "regularize_cli",
+        "train_watch",
+        "distill_cli",
+        "painting_cli",
+        "remove_cli",
+        "endpoint_options",
+    ),
 }
 #: the rooms of the engine floor, lowest first: each imports what stands in the rows before its own, and its own room
 ROOMS = (

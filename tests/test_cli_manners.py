@@ -246,7 +246,7 @@ def test_messages_are_chosen_anywhere(mug_engine: Path, place: Path, call: Call)
 @pytest.mark.parametrize(
     "command",
     [
-        *("", "attributes", "regularize", "train", "distill", "build", "inspect", "inpaint", "eval", "demo"),
+        *("", "attributes", "regularize", "train", "distill", "build", "inspect", "inpaint", "remove", "eval", "demo"),
         *("train-base", "doctor", "store", "store prune"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Requests with ASUKA's prior and decoder, on random weights of theirs: what reaches the networks, and what comes back."""
+"""Requests with ASUKA on random weights: what reaches the networks, and what comes back."""
 
 from __future__ import annotations
 
