@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 MOST_IN_A_ROW = 32  # the scale of 65536 is halved each time: below 1/65536 it is not the scale that overflows
 _LEAST_SHARE = 0.1  # of the steps must be taken
-_REMEDY = "give --precision bfloat16, or float32"
+_REMEDY = "begin anew, without --resume, with --precision bfloat16 or float32"
 
 
 class Stepper:
@@ -67,6 +67,6 @@ class Stepper:
         """Say how many of all steps were left out. Raises InputError where hardly any was taken."""
         said = f"{self.skipped} of {steps} steps changed nothing, since their gradients overflowed float16"
         if steps - self.skipped < _LEAST_SHARE * steps:
-            raise InputError(f"{said}: nothing was learnt; {_REMEDY}, or take more steps")
+            raise InputError(f"{said}: nothing was learnt; {_REMEDY}, or with more steps")
         if self.skipped:
             log.warning("%s", said)
