@@ -154,12 +154,19 @@ def _choose(chat: Chat | None, side: int, clip: Path | None, judge: bool, thresh
     return JudgeDescriber(BaseFiles.open().folder, **given)
 
 
+def _list_captions(found: AttributeDictionary) -> list[str]:
+    """Those that `train` gives the subject: its own, and the first that name attributes."""
+    from dreammix_trt.trainer.captions import subject_captions
+
+    return [f"a photo of a sks {found.class_name}", *subject_captions("sks", found.class_name, found)][:_SHOWN]
+
+
 def _report(found: AttributeDictionary, file: Path, as_json: bool, chat: Chat | None = None) -> None:
     """What is known of the subject, and captions that are made of it."""
     from dreammix_trt.trainer.attributes import combine_prompts
 
     captions = {
-        "the subject's": combine_prompts(found, _SHOWN, 0, "sks"),
+        "the subject's": _list_captions(found),
         "regular": combine_prompts(found, _SHOWN, 0),
     }
     if as_json:
