@@ -32,7 +32,7 @@ ROOMS = (
 )
 HEAVY = {
     "torch", "diffusers", "transformers", "peft", "accelerate", "onnx", "onnxslim", "polygraphy", "tensorrt",
-    "tensorrt_rtx", "torchmetrics", "flip_evaluator",
+    "tensorrt_rtx", "torchmetrics", "flip_evaluator", "sklearn",
 }  # fmt: skip
 
 
