@@ -14,6 +14,7 @@ import pytest
 from dreammix_trt import cli, terminal
 from dreammix_trt.core.files import sha256_of
 from dreammix_trt.engine.result import read_request
+from dreammix_trt.evaluation.pairs import write_pairs
 from tests.conftest import write_lora
 from tests.support.protocols import write_protocol
 
@@ -104,6 +105,24 @@ def test_rooms_are_drawn_and_finished_pictures_of_them_measured(tmp_path: Path, 
     ):
         code, _, err = call(*words)
         assert code == 2 and told in err, words
+
+
+def test_an_engine_removes_with_the_prompt_that_is_given(mug_engine: Path, tmp_path: Path, call: Call) -> None:
+    rooms, out = tmp_path / "rooms", tmp_path / "out"
+    write_pairs(rooms, 2, size=96)
+    words = [mug_engine, rooms, "-o", out, "--set", "num_inference_steps=1", "--threads", "1"]
+    code, stdout, err = call(*words, "--json")
+    assert code == 0, err
+    means = json.loads(stdout)["tasks"]["removal"]
+    assert (
+        means["object_seen"]["pictures"] == 2
+        and means["ring_colour"]["mean"] > 0
+        and 0 < means["psnr_asuka"]["mean"] < 70
+    )
+    code, _, err = call(*words, "--prompt", "an empty table")
+    assert code == 2 and "prompt was '' and is 'an empty table'" in err
+    code, _, err = call(*words, "--prompt", "an empty table", "--force")
+    assert code == 0 and "2 of them painted now" in err
 
 
 def test_wrong_use_is_explained(mug_engine: Path, protocol: Path, tmp_path: Path, call: Call) -> None:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from dreammix_trt.evaluation.metrics.metric import U8, Mask, Metric, Sample
 from dreammix_trt.evaluation.metrics.truth import sum_boxes
 
-FAR: Final = 60.0  # levels, length in RGB
-SHARE: Final = 0.15  # of the hole that may be farther
+FAR: Final = 50.0  # levels, length in RGB
+SHARE: Final = 0.22  # of the hole that may be farther
 _SOFT: Final = 64  # colours are averaged over squares of this part of the short side
 
 
