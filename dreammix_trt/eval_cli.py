@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,15 +27,31 @@ from dreammix_trt.terminal import (
 if TYPE_CHECKING:
     from dreammix_trt.core.passport import Passport
     from dreammix_trt.evaluation.metrics.choice import Weights
+    from dreammix_trt.evaluation.painter import Painter
     from dreammix_trt.evaluation.protocol import Protocol
 
-Engine = Annotated[Path | None, typer.Argument(help="An engine directory.")]
+Engine = Annotated[Path | None, typer.Argument(help="An engine directory. Left out with --pictures.")]
 ProtocolFolder = Annotated[
-    Path | None, typer.Argument(metavar="PROTOCOL", help="Folder with protocol.json, scenes/ and subjects/.")
+    Path | None,
+    typer.Argument(
+        metavar="PROTOCOL", help="Folder with protocol.json, scenes/ and subjects/; or MISATO's: image/ and mask/."
+    ),
 ]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for pictures, tables and page.")]
 Example = Annotated[
     Path | None, typer.Option(help="Write a small protocol of the embedded model's world there, and leave.")
+]
+Pairs = Annotated[
+    int | None,
+    typer.Option(min=1, max=100_000, help="With --example: this many empty rooms with holes instead; resumable."),
+]
+Seed = Annotated[int, typer.Option(min=0, help="With --example: which of them.")]
+Pictures = Annotated[
+    Path | None, typer.Option(help="Measure these finished pictures, SCENE.png, instead of painting with an engine.")
+]
+PromptText = Annotated[
+    str | None,
+    typer.Option("--prompt", "-p", help="What holes are removed with, instead of the protocol's own prompt."),
 ]
 Subjects = Annotated[
     Path | None, typer.Option(help="LoRAs of subjects that the engine lacks: NAME.safetensors, or folders NAME.")
@@ -60,9 +77,13 @@ dreammix-trt eval --example protocol/
 dreammix-trt eval engines/micro protocol/ --subjects loras/ -o report/
 
 dreammix-trt eval engines/sdxl benchmark/ --subjects loras/ --clip clip-vit-large-patch14/ -o report/
+
+dreammix-trt eval --example rooms/ --pairs 2000
+
+dreammix-trt eval MISATO/512/ --pictures results/ --inception inception_v3_google-0cc3c7bd.pth -o report/
 """
 PANELS = {
-    "What is painted": ("subjects", "set_field", "example"),
+    "What is painted": ("subjects", "prompt", "set_field", "pictures", "example", "pairs", "seed"),
     "What it is measured by": ("clip", "dino", "inception", "real", "lpips", "references"),
     "What is written": ("out", "update_every", "force", "as_json"),
     "What it runs on": ("device", "threads", "store", "verify"),
@@ -74,8 +95,12 @@ def evaluate(
     protocol: ProtocolFolder = None,
     out: Out = None,
     subjects: Subjects = None,
+    prompt: PromptText = None,
     set_field: SetFields = None,
+    pictures: Pictures = None,
     example: Example = None,
+    pairs: Pairs = None,
+    seed: Seed = 0,
     clip: Clip = None,
     dino: Dino = None,
     inception: Inception = None,
@@ -92,34 +117,32 @@ def evaluate(
 ) -> None:
     """Paint a protocol of subjects, scenes and prompts with an engine, and measure what it painted."""
     if example is not None:
-        _write_example(example, given=[each for each in (engine, protocol, out) if each is not None], as_json=as_json)
+        given = [each for each in (engine, protocol, out, pictures) if each is not None]
+        _write_example(example, given, pairs, seed, as_json=as_json)
         return
-    if engine is None or protocol is None or out is None:
-        raise InputError(
-            "give ENGINE, PROTOCOL and --out FOLDER; `dreammix-trt eval --example FOLDER` writes a protocol"
-        )
+    if pairs is not None:
+        raise InputError("--pairs says how many rooms --example writes; give both, or neither")
+    engine, place, out = _sort_places(engine, protocol, out, pictures)
     from dreammix_trt.core.passport import Passport
-    from dreammix_trt.engine.dreammix import DreamMix
     from dreammix_trt.evaluation import running
     from dreammix_trt.evaluation.metrics.choice import Weights, choose_metrics
-    from dreammix_trt.evaluation.painter import EnginePainter
     from dreammix_trt.evaluation.reading import read_protocol
 
-    passport = Passport.read(engine)
-    asked = read_protocol(protocol, parse_fields(set_field or []))
-    weights = Weights(clip, dino, inception, lpips, real, _find_judge(passport))
+    passport = None if engine is None else Passport.read(engine)
+    asked = read_protocol(place, parse_fields(set_field or []), prompt)
+    weights = Weights(clip, dino, inception, lpips, real, _find_judge(passport, asked))
     metrics = choose_metrics(asked, weights)
-    options = _choose_options(device, asked)
+    loading = {"threads": threads, "verify": verify, "store": store, "device": device}
     with (
-        DreamMix.load(engine, threads=threads, verify=verify, store=store, device=device, **options) as dm,
+        _open_painter(engine, passport, asked, pictures, subjects, loading) as painter,
         show_progress("evaluating") as update,
     ):
         summary = running.evaluate(
             asked,
-            EnginePainter(dm, passport, subjects),
+            painter,
             metrics,
             out,
-            facts=_list_facts(engine, passport, weights),
+            facts={**_describe_painter(engine, passport, pictures), **_list_facts(weights)},
             references=references,
             force=force,
             update_every=update_every,
@@ -128,30 +151,75 @@ def evaluate(
     _report(summary, out, as_json)
 
 
-def _write_example(folder: Path, given: list[Path], *, as_json: bool) -> None:
+def _sort_places(
+    engine: Path | None, protocol: Path | None, out: Path | None, pictures: Path | None
+) -> tuple[Path | None, Path, Path]:
+    """Engine (None with finished pictures), protocol and place of results, as the arguments mean them."""
+    if pictures is not None and engine is not None and protocol is None:
+        engine, protocol = None, engine
+    if protocol is None or out is None or (engine is None) == (pictures is None):
+        raise InputError(
+            "give ENGINE, PROTOCOL and --out FOLDER, or PROTOCOL, --pictures FOLDER and --out FOLDER; "
+            "`dreammix-trt eval --example FOLDER` writes a protocol"
+        )
+    return engine, protocol, out
+
+
+@contextmanager
+def _open_painter(
+    engine: Path | None,
+    passport: Passport | None,
+    protocol: Protocol,
+    pictures: Path | None,
+    subjects: Path | None,
+    loading: dict[str, Any],
+) -> Iterator[Painter]:
+    """The engine, loaded, or the finished pictures."""
+    from dreammix_trt.evaluation.painter import EnginePainter, FinishedPainter
+
+    if pictures is not None:
+        yield FinishedPainter(pictures, protocol)
+        return
+    from dreammix_trt.engine.dreammix import DreamMix
+
+    assert engine is not None and passport is not None
+    with DreamMix.load(engine, **loading, **_choose_options(loading["device"], protocol)) as dm:
+        yield EnginePainter(dm, passport, subjects)
+
+
+def _write_example(folder: Path, given: list[Path], pairs: int | None, seed: int, *, as_json: bool) -> None:
     from dreammix_trt.evaluation.example import write_example
+    from dreammix_trt.evaluation.pairs import write_pairs
 
     if given:
         raise InputError(f"--example writes a protocol and leaves; leave out {', '.join(map(str, given))}")
     with show_progress("rendering") as update:
-        write_example(folder, progress=update)
+        if pairs is None:
+            write_example(folder, seed=seed, progress=update)
+        else:
+            write_pairs(folder, pairs, seed=seed, progress=update)
     if as_json:
         print_json({"protocol": str(folder)})
-    say(f"{folder}: a protocol; its subjects' photographs in {folder / 'subjects'} are for `dreammix-trt train`")
+    if pairs is None:
+        say(f"{folder}: a protocol; its subjects' photographs in {folder / 'subjects'} are for `dreammix-trt train`")
+    else:
+        say(f"{folder}: a protocol of {pairs} empty rooms; each is the truth of its hole")
 
 
-def _find_judge(passport: Passport) -> Path | None:
-    """The embedded model's folder, where the engine was made of its contents, whatever that base is called."""
+def _find_judge(passport: Passport | None, protocol: Protocol) -> Path | None:
+    """The embedded model's folder, where the engine was made of its contents; without engine, where the protocol says."""
     from dreammix_trt.core.checkpoint import BaseFiles
 
     own = BaseFiles.open()
+    if passport is None:
+        return own.folder if protocol.name.partition(" ")[0] == own.folder.name else None
     same = _list_weights(passport.base.get("files", {})) == _list_weights(own.hash_contents())
     return own.folder if same else None
 
 
 def _list_weights(files: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the hashes of a base's files, all but those of configs: another native side is the same world."""
-    return {name: digest for name, digest in files.items() if not name.endswith("config.json")}
+    """Of the hashes of a base's files, those that decide its world: another native side, or ASUKA, does not."""
+    return {name: it for name, it in files.items() if not name.endswith("config.json") and "asuka" not in name}
 
 
 def _choose_options(device: str, protocol: Protocol) -> dict[str, Any]:
@@ -164,25 +232,33 @@ def _choose_options(device: str, protocol: Protocol) -> dict[str, Any]:
     return {"largest_picture": max(height * width for height, width in sizes), "subjects": 1, "texts": 1, "shapes": 2}
 
 
-def _list_facts(engine: Path, passport: Passport, weights: Weights) -> dict[str, Any]:
-    """What a run is to be repeated from: the engine, the weights of the metrics, versions."""
+def _describe_painter(engine: Path | None, passport: Passport | None, pictures: Path | None) -> dict[str, Any]:
+    """What painted, for the run's facts."""
+    from dreammix_trt.core.files import sha256_of
+    from dreammix_trt.core.passport import FILE_NAME
+
+    if engine is None or passport is None:
+        return {"pictures_given": str(pictures)}
+    made = {"passport_sha256": sha256_of(engine / FILE_NAME), "base": passport.base.get("name", "")}
+    made |= {"base_key": passport.base_key, "backend": passport.backend, "precision": passport.precision}
+    return {"engine": made}
+
+
+def _list_facts(weights: Weights) -> dict[str, Any]:
+    """What a run is to be repeated from, beside what painted: the weights of the metrics, versions."""
     import platform
     from dataclasses import asdict
     from importlib.metadata import PackageNotFoundError, version
 
-    from dreammix_trt.core.files import sha256_of
-    from dreammix_trt.core.passport import FILE_NAME
-
     versions = {"python": platform.python_version()}
-    for package in ("dreammix-trt", "numpy", "pillow", "onnxruntime", "torch", "transformers", "flip-evaluator"):
+    packages = ("dreammix-trt", "numpy", "pillow", "onnxruntime", "torch", "transformers", "flip-evaluator")
+    for package in (*packages, "scikit-learn"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    made = {"passport_sha256": sha256_of(engine / FILE_NAME), "base": passport.base.get("name", "")}
-    made |= {"base_key": passport.base_key, "backend": passport.backend, "precision": passport.precision}
     networks = {name: str(path) for name, path in asdict(weights).items() if path is not None and name != "judge"}
-    return {"engine": made, "weights": networks, "versions": versions, "platform": platform.platform()}
+    return {"weights": networks, "versions": versions, "platform": platform.platform()}
 
 
 def _report(summary: dict[str, Any], out: Path, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""What paints the pictures of a protocol: an engine, or in tests anything of the same form."""
+"""What paints the pictures of a protocol: an engine, a folder of finished pictures, or anything of the same form."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.request import Request
-from dreammix_trt.evaluation.protocol import Scene, Subject
+from dreammix_trt.evaluation.protocol import Protocol, Scene, Subject
 
 if TYPE_CHECKING:
     from dreammix_trt.core.passport import Passport
@@ -123,3 +123,61 @@ class EnginePainter:
             f"subjects.{subject.name}: the engine has no subject {name!r} (it has {known}){looked}; build it in with "
             f"--lora, or put its LoRA into a folder and give --subjects FOLDER"
         )
+
+
+class FinishedPainter:
+    """Gives pictures that others painted: SCENE.png, or another format, in one folder, one picture a scene."""
+
+    def __init__(self, folder: Path, protocol: Protocol) -> None:
+        """Raises InputError for a folder that is missing, and for a protocol that asks for several pictures a scene."""
+        from dreammix_trt.trainer.listing import is_picture
+
+        if not folder.is_dir():
+            raise InputError(f"--pictures {folder}: no such folder; give one with a finished picture for each scene")
+        if len(protocol) > len(protocol.scenes):
+            raise InputError(
+                f"--pictures: {protocol.folder} asks for {len(protocol)} pictures of {len(protocol.scenes)} scenes; "
+                "finished pictures need one prompt, one seed and one subject a scene"
+            )
+        self._folder = folder
+        self._files = {file.stem: file for file in sorted(folder.iterdir()) if is_picture(file)}
+
+    def request(self, fields: Mapping[str, Any]) -> Request:
+        return Request.of(**fields)
+
+    def identify(self, subject: Subject) -> str:
+        from dreammix_trt.core.files import sha256_of
+
+        files = [self._find(scene) for scene in subject.scenes]
+        return "finished " + hashlib.sha256("".join(sha256_of(file) for file in files).encode()).hexdigest()
+
+    @contextmanager
+    def open(self, subject: Subject) -> Iterator[None]:
+        yield
+
+    def check(self, scene: Scene, request: Request) -> tuple[str, ...]:
+        self._read(scene)
+        return ()
+
+    def paint(self, scene: Scene, request: Request) -> Painting:
+        from dreammix_trt.engine.imprint import Imprint, Origin
+
+        return Painting(self._read(scene), Imprint(request, Origin()), 0.0)
+
+    def _find(self, scene: Scene) -> Path:
+        try:
+            return self._files[scene.name]
+        except KeyError:
+            raise InputError(f"--pictures {self._folder}: has no {scene.name}.png; give one for each scene") from None
+
+    def _read(self, scene: Scene) -> Image.Image:
+        """A scene's picture. Raises InputError where it is missing, damaged, or of another size."""
+        from dreammix_trt.core.pictures import read_image, spell_size
+
+        file = self._find(scene)
+        picture, wanted = read_image(file, name="picture"), read_image(scene.image, name="scene").size
+        if picture.size != wanted:
+            raise InputError(
+                f"{file}: is {spell_size(picture.size)}, but its scene {spell_size(wanted)}; give it at that size"
+            )
+        return Image.fromarray(picture.seen)

@@ -10,8 +10,9 @@ docs/evaluation.md describes the fields.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 
@@ -22,7 +23,7 @@ SCHEMA: Final = 1
 FILE_NAME: Final = "protocol.json"
 SCENES: Final = "scenes"
 SUBJECTS: Final = "subjects"
-Task = Literal["identity", "editing"]
+Task = Literal["identity", "editing", "removal"]
 TASKS: Final[tuple[Task, ...]] = get_args(Task)
 
 
@@ -40,7 +41,7 @@ class Prompt:
     """What a subject is asked for.
 
     name: unique for its subject; part of file names.
-    task: "identity" (as it is) or "editing".
+    task: "identity" (as it is), "editing", or "removal": nothing is to be seen there, and the scene is the truth.
     fields: of the request: the prompt, and whatever is particular to it, such as `substitute`.
     expected: what is to be seen: part -> word. Of an edit, what it changes.
     """
@@ -61,7 +62,7 @@ class Subject:
 
     engine_name: what the engine calls it; "": the base alone paints its prompts.
     token: its word in the prompts.
-    photographs: with masks.
+    photographs: with masks; () where only removal is asked for.
     expected: what the subject looks like: part -> word.
     scenes: where it is painted.
     """
@@ -100,6 +101,7 @@ class Protocol:
     """A checked protocol. `read_protocol` makes it.
 
     fields: of every request.
+    record: what it says, as JSON values, where that is not in protocol.json; {}: it is.
     """
 
     folder: Path
@@ -107,6 +109,7 @@ class Protocol:
     seeds: tuple[int, ...]
     fields: Mapping[str, Any]
     subjects: tuple[Subject, ...]
+    record: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """How many pictures it asks for."""
@@ -126,7 +129,7 @@ class Protocol:
         return tuple(dict.fromkeys(scene for subject in self.subjects for scene in subject.scenes))
 
     def digest(self) -> str:
-        """SHA-256 in hex of all that it says: protocol.json and the contents of every picture that is used."""
+        """SHA-256 in hex of all that it says: protocol.json, or `record`, and the contents of every picture used."""
         from dreammix_trt.core.files import sha256_of
 
         files = {file for scene in self.scenes for file in (scene.image, scene.mask)}
@@ -134,6 +137,8 @@ class Protocol:
             file for each in self.subjects for photo in each.photographs for file in (photo.image, photo.mask) if file
         }
         whole = hashlib.sha256()
-        for file in (self.folder / FILE_NAME, *sorted(files)):
+        if self.record:
+            whole.update(f"{json.dumps(self.record, sort_keys=True)}\n".encode())
+        for file in (*([] if self.record else [self.folder / FILE_NAME]), *sorted(files)):
             whole.update(f"{file.relative_to(self.folder).as_posix()} {sha256_of(file)}\n".encode())
         return whole.hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from dreammix_trt.core.masks import read_mask
 from dreammix_trt.core.pictures import read_image
 from dreammix_trt.core.remarks import keep_remarks
 from dreammix_trt.core.request import Request
+from dreammix_trt.evaluation import misato
 from dreammix_trt.evaluation.protocol import (
     FILE_NAME,
     SCENES,
@@ -41,22 +42,24 @@ _OWN = {
 }
 
 
-def read_protocol(folder: str | Path, assigned: Mapping[str, Any] | None = None) -> Protocol:
-    """Read and check a protocol with all its pictures.
+def read_protocol(folder: str | Path, assigned: Mapping[str, Any] | None = None, prompt: str | None = None) -> Protocol:
+    """Read and check a protocol with all its pictures. A folder in MISATO's layout (`misato`) is one as well.
 
     assigned: fields of the request that replace those of the protocol.
+    prompt: replaces the prompts of removal; None: they stay.
 
     Raises InputError that names every fault with its file and field, FileFormatError where protocol.json is missing or
     no JSON.
     """
-    return _Reader(Path(folder)).read(assigned or {})
+    return _Reader(Path(folder), prompt).read(assigned or {})
 
 
 class _Reader:
     """Collects the faults of one folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._file = folder, folder / FILE_NAME
+    def __init__(self, folder: Path, prompt: str | None) -> None:
+        self._folder, self._file, self._prompt = folder, folder / FILE_NAME, prompt
+        self._misato = misato.is_layout(folder)
         self._faults: list[str] = []
         self._scenes: dict[str, Scene] = {}
         self._fields: dict[str, Any] = {}
@@ -67,7 +70,7 @@ class _Reader:
                 f"{self._folder} is no folder; give that of a protocol ({FILE_NAME}, {SCENES}/, {SUBJECTS}/), or make "
                 "one: `dreammix-trt eval --example FOLDER`"
             )
-        record = read_json(self._file)
+        record = misato.make_record(self._folder) if self._misato else read_json(self._file)
         if record.get("schema") != SCHEMA:
             raise InputError(f"{self._file} has schema {record.get('schema')!r}, this version reads {SCHEMA}")
         self._check_names("", record, _FIELDS)
@@ -87,7 +90,8 @@ class _Reader:
             raise InputError(
                 told[0] if len(told) == 1 else "\n".join([f"{self._folder} has {len(self._faults)} faults:", *told])
             )
-        return Protocol(self._folder, name, seeds, self._fields, tuple(each for each in found if each))
+        altered = {**record, "prompt": self._prompt} if self._misato or self._prompt is not None else {}
+        return Protocol(self._folder, name, seeds, self._fields, tuple(each for each in found if each), altered)
 
     def _blame(self, field: str, fault: str) -> None:
         self._faults.append(f"{self._file}: {field} {fault}")
@@ -122,18 +126,26 @@ class _Reader:
             return (0,)
         return tuple(seeds)
 
+    def _list_scenes(self) -> Iterator[tuple[Path, Path | None, Path]]:
+        """Every scene's picture, its mask, and where that belongs."""
+        if self._misato:
+            yield from misato.list_pairs(self._folder)
+            return
+        listing = list_photographs(self._folder / SCENES, choose_twin)
+        listing.warn()
+        for image, mask in listing.pairs.items():
+            home = listing.mask_folder if listing.mask_folder.is_dir() else image.parent
+            yield image, mask, home / (f"{image.stem}.png" if home != image.parent else f"{image.stem}_mask.png")
+
     def _read_scenes(self) -> None:
         try:
-            listing = list_photographs(self._folder / SCENES, choose_twin)
+            found = list(self._list_scenes())
         except DreamMixError as error:
             self._faults.append(str(error))
             return
-        listing.warn()
-        for image, mask in listing.pairs.items():
+        for image, mask, own in found:
             if mask is None:
-                home = listing.mask_folder if listing.mask_folder.is_dir() else image.parent
-                own = home / (f"{image.stem}.png" if home != image.parent else f"{image.stem}_mask.png")
-                self._faults.append(f"{image}: has no mask; put it there as {own}, white where the subject is painted")
+                self._faults.append(f"{image}: has no mask; put it there as {own}, white where it is to be painted")
                 continue
             try:
                 with keep_remarks(tell=False):
@@ -153,10 +165,13 @@ class _Reader:
             self._blame(f"subjects.{name}", f"is {entry!r}; it must be an object with {' and '.join(TASKS)}")
             return None
         self._check_names(where, entry, _SUBJECT_FIELDS)
+        asked = {task: self._take(entry, task, list, "a list of prompts", [], where) for task in TASKS}
+        if self._prompt is not None:
+            asked["removal"] = [self._prompt] * bool(asked["removal"])
         prompts = [
             self._read_prompt(f"{where}{task}[{number}]", f"{task}-{number + 1}", task, given)
             for task in TASKS
-            for number, given in enumerate(self._take(entry, task, list, "a list of prompts", [], where))
+            for number, given in enumerate(asked[task])
         ]
         names = [prompt.name for prompt in prompts if prompt]
         for twice in sorted({each for each in names if names.count(each) > 1}):
@@ -168,7 +183,7 @@ class _Reader:
             self._take(entry, "subject", str, "the engine's name of the subject", name, where),
             self._take(entry, "class_name", str, "what the subject is, in a word", "", where),
             self._take(entry, "token", str, "the subject's word in the prompts", "sks", where),
-            self._read_photographs(name),
+            self._read_photographs(name) if asked["identity"] or asked["editing"] else (),
             self._read_expected(f"{where}expected", entry.get("expected", {})),
             tuple(prompt for prompt in prompts if prompt),
             self._choose_scenes(f"{where}scenes", entry.get("scenes")),

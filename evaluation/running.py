@@ -146,7 +146,7 @@ class _Round:
             reference = read_image(self._references / f"{order.name}.png", name="reference").seen
         expected = dict(order.prompt.expected)
         sample = Sample(image, scene, mask, order.subject, order.prompt.text, order.prompt.task, expected, reference)
-        return sample, thumbnail
+        return sample.hold_against_scene() if order.prompt.task == "removal" else sample, thumbnail
 
 
 def _read_scene(scene: Scene) -> tuple[PictureIn, Mask]:

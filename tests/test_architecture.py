@@ -54,7 +54,7 @@ ROOMS = (
 )
 HEAVY = {
     "torch", "diffusers", "transformers", "peft", "accelerate", "onnx", "onnxslim", "polygraphy", "tensorrt",
-    "tensorrt_rtx", "torchmetrics", "flip_evaluator",
+    "tensorrt_rtx", "torchmetrics", "flip_evaluator", "sklearn",
 }  # fmt: skip
 #: the one folder of core that loads torch: networks that export and trainer share, which never import each other
 SHARED_TORCH = "core/torch_modules"

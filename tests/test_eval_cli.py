@@ -16,6 +16,7 @@ from dreammix_trt import cli, eval_cli, terminal
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.files import sha256_of
 from dreammix_trt.engine.result import read_request
+from dreammix_trt.evaluation.pairs import write_pairs
 from tests.conftest import write_lora
 from tests.support.protocols import write_protocol
 
@@ -81,6 +82,49 @@ def test_the_example_is_written_and_nothing_else(tmp_path: Path, call: Call) -> 
     assert (tmp_path / "p/protocol.json").is_file() and len(list((tmp_path / "p/subjects").iterdir())) == 2
     code, _, err = call("engine", "--example", tmp_path / "p")
     assert code == 2 and "leave out engine" in err
+
+
+def test_rooms_are_drawn_and_finished_pictures_of_them_measured(tmp_path: Path, call: Call) -> None:
+    rooms, out = tmp_path / "rooms", tmp_path / "out"
+    code, stdout, err = call("--example", rooms, "--pairs", 3, "--seed", 5)
+    assert (code, stdout) == (0, "") and "a protocol of 3 empty rooms" in err
+    (tmp_path / "finished").mkdir()
+    for scene in (file for file in (rooms / "scenes").iterdir() if "_mask" not in file.name):
+        shutil.copy(scene, tmp_path / "finished")
+    code, stdout, err = call(rooms, "--pictures", tmp_path / "finished", "-o", out, "--json")
+    assert code == 0, err
+    summary = json.loads(stdout)
+    means = {name: value["mean"] for name, value in summary["tasks"]["removal"].items()}
+    perfect = {"object_seen": 0, "psnr": 100, "ssim": 1, "psnr_asuka": 70, "ssim_asuka": 1, "grad": 0, "ring_colour": 0}
+    assert {name: means[name] for name in perfect} == pytest.approx(perfect)
+    assert summary["run"]["pictures_given"] == str(tmp_path / "finished")
+    for words, told in (
+        ([rooms, "--pictures", tmp_path / "finished"], "--pictures FOLDER and --out"),
+        (["engine", rooms, "--pictures", tmp_path / "finished", "-o", out], "give ENGINE, PROTOCOL and --out"),
+        (["--pairs", 4], "--pairs says how many rooms"),
+        ([rooms, "--pictures", tmp_path / "none", "-o", out], "no such folder"),
+        (["--example", rooms, "--pairs", 3], "have seed 5 and 256 pixels a side, not 0"),
+    ):
+        code, _, err = call(*words)
+        assert code == 2 and told in err, words
+
+
+def test_an_engine_removes_with_the_prompt_that_is_given(mug_engine: Path, tmp_path: Path, call: Call) -> None:
+    rooms, out = tmp_path / "rooms", tmp_path / "out"
+    write_pairs(rooms, 2, size=96)
+    words = [mug_engine, rooms, "-o", out, "--set", "num_inference_steps=1", "--threads", "1"]
+    code, stdout, err = call(*words, "--json")
+    assert code == 0, err
+    means = json.loads(stdout)["tasks"]["removal"]
+    assert (
+        means["object_seen"]["pictures"] == 2
+        and means["ring_colour"]["mean"] > 0
+        and 0 < means["psnr_asuka"]["mean"] < 70
+    )
+    code, _, err = call(*words, "--prompt", "an empty table")
+    assert code == 2 and "prompt was '' and is 'an empty table'" in err
+    code, _, err = call(*words, "--prompt", "an empty table", "--force")
+    assert code == 0 and "2 of them painted now" in err
 
 
 def test_wrong_use_is_explained(mug_engine: Path, protocol: Path, tmp_path: Path, call: Call) -> None:

@@ -8,12 +8,15 @@ from pathlib import Path
 
 from dreammix_trt.core.errors import MissingExtraError
 from dreammix_trt.core.extras import list_missing
-from dreammix_trt.evaluation.metrics.encoders import Clip, ClipImage, ClipText, Dino, DinoImage
+from dreammix_trt.evaluation.metrics.discriminator import IDS, PACKAGE, Discriminator
+from dreammix_trt.evaluation.metrics.encoders import Clip, ClipHole, ClipImage, ClipText, Dino, DinoImage
 from dreammix_trt.evaluation.metrics.fid import Fid, read_pictures
 from dreammix_trt.evaluation.metrics.judged import JUDGED, Jury
 from dreammix_trt.evaluation.metrics.lpips import Lpips
 from dreammix_trt.evaluation.metrics.metric import U8, Metric, NotMeasured
 from dreammix_trt.evaluation.metrics.pixels import Flip, Psnr, SeamGradient, Ssim
+from dreammix_trt.evaluation.metrics.seen import ObjectSeen
+from dreammix_trt.evaluation.metrics.truth import TRUTHFUL
 from dreammix_trt.evaluation.protocol import Protocol
 
 INSTALL = "pip install 'dreammix-trt[eval]'"
@@ -24,7 +27,7 @@ class Weights:
     """Where networks lie that the user has; None: what needs them is not measured.
 
     clip, dino: folders as transformers saves them.
-    inception: weights of FID's Inception v3.
+    inception: weights of the Inception v3 of FID, U-IDS and P-IDS.
     lpips: AlexNet's weights.
     real: folder of real pictures for FID; None: the protocol's scenes.
     judge: the embedded model's folder, where its judge knows what is painted.
@@ -46,14 +49,14 @@ def choose_metrics(protocol: Protocol, weights: Weights) -> list[Metric]:
     """
     _require_packages(weights)
     metrics = [*_choose_judged(weights.judge), *_choose_encoded(weights)]
-    metrics += [_choose_fid(protocol, weights), Psnr(), Ssim()]
+    metrics += [*_choose_inception(protocol, weights), Psnr(), Ssim()]
     metrics += [
         Flip()
         if not list_missing(["flip_evaluator"])
         else NotMeasured(Flip, f"flip-evaluator is not installed: {INSTALL}")
     ]
     metrics += [Lpips(weights.lpips) if weights.lpips else NotMeasured(Lpips, "give AlexNet's weights: --lpips FILE")]
-    metrics += [SeamGradient()]
+    metrics += [SeamGradient(), *(kind() for kind in TRUTHFUL)]
     for metric in metrics:
         metric.check(protocol)
     return metrics
@@ -70,29 +73,36 @@ def _require_packages(weights: Weights) -> None:
 
 def _choose_judged(model: Path | None) -> list[Metric]:
     if model is None:
-        return [NotMeasured(kind, "the judge knows the embedded model's world alone") for kind in JUDGED]
+        kinds: tuple[type[Metric], ...] = (*JUDGED, ObjectSeen)
+        return [NotMeasured(kind, "the judge knows the embedded model's world alone") for kind in kinds]
     jury = Jury(model)
-    return [kind(jury) for kind in JUDGED]
+    return [*(kind(jury) for kind in JUDGED), ObjectSeen()]
 
 
 def _choose_encoded(weights: Weights) -> list[Metric]:
     metrics: list[Metric] = []
     if weights.clip is None:
-        metrics += [NotMeasured(kind, "give CLIP's weights: --clip FOLDER") for kind in (ClipText, ClipImage)]
+        metrics += [NotMeasured(kind, "give CLIP's weights: --clip FOLDER") for kind in (ClipText, ClipImage, ClipHole)]
     else:
         clip = Clip(weights.clip, "--clip")
-        metrics += [ClipText(clip), ClipImage(clip)]
+        metrics += [ClipText(clip), ClipImage(clip), ClipHole(clip)]
     if weights.dino is None:
         return [*metrics, NotMeasured(DinoImage, "give DINO's weights: --dino FOLDER")]
     return [*metrics, DinoImage(Dino(weights.dino, "--dino"))]
 
 
-def _choose_fid(protocol: Protocol, weights: Weights) -> Metric:
+def _choose_inception(protocol: Protocol, weights: Weights) -> list[Metric]:
     if weights.inception is None:
-        return NotMeasured(Fid, "give Inception's weights: --inception FILE")
+        kinds: tuple[type[Metric], ...] = (Fid, *IDS)
+        return [NotMeasured(kind, "give Inception's weights: --inception FILE") for kind in kinds]
     from dreammix_trt.evaluation.metrics.inception import Inception
 
-    return Fid(Inception(weights.inception), _list_real(protocol, weights.real))
+    inception = Inception(weights.inception)
+    fid = Fid(inception, _list_real(protocol, weights.real), inception.origin)
+    if list_missing([PACKAGE]):
+        return [fid, *(NotMeasured(kind, f"scikit-learn is not installed: {INSTALL}") for kind in IDS)]
+    discriminator = Discriminator(inception)
+    return [fid, *(kind(discriminator) for kind in IDS)]
 
 
 def _list_real(protocol: Protocol, folder: Path | None) -> Iterable[U8]:

@@ -182,6 +182,23 @@ class DinoImage(ClipImage):
     about = "DINO cosine between the painted crop and the subject's photographs, cropped to it"
 
 
+class ClipHole(Metric):
+    """CLIP's cosine of what was painted and what is there in truth, black around both."""
+
+    name = "clip_hole"
+    about = "CLIP cosine between the painted hole and the true one, everything else black"
+
+    def __init__(self, clip: Clip) -> None:
+        self._clip = clip
+
+    def add(self, sample: Sample) -> float | None:
+        if sample.truth is None:
+            return None
+        hole = sample.mask[..., None]
+        painted, true = self._clip.embed([sample.image * hole, sample.truth * hole])
+        return float(painted @ true)
+
+
 def drop_word(text: str, word: str) -> str:
     """A text without a word, in whatever case, and without the space it leaves."""
     return (

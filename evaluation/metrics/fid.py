@@ -56,11 +56,12 @@ class Fid(Metric):
     """FID of the pictures of a task against real ones.
 
     extract: uint8 (H, W, 3) -> features (D,).
+    origin: whose features these are, for people to read.
     """
 
     name, better = "fid", "lower"
 
-    def __init__(self, extract: Callable[[U8], Features], real: Iterable[U8]) -> None:
+    def __init__(self, extract: Callable[[U8], Features], real: Iterable[U8], origin: str = "") -> None:
         self._extract = extract
         self._real, self._painted = Moments(), dict[str, Moments]()
         for picture in real:
@@ -69,7 +70,8 @@ class Fid(Metric):
             raise InputError(
                 f"FID has {self._real.count} real pictures to compare with; --real needs a folder of two or more"
             )
-        self.about = f"Fréchet Inception Distance to {self._real.count} real pictures; biased below {ENOUGH} pictures"
+        features = f" by {origin}" if origin else ""
+        self.about = f"Fréchet distance to {self._real.count} real pictures{features}; biased below {ENOUGH} pictures"
 
     def add(self, sample: Sample) -> float | None:
         self._painted.setdefault(sample.task, Moments()).add(self._extract(sample.image))

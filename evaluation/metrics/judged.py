@@ -75,8 +75,10 @@ class Judged(Metric):
 
     def _share(self, sample: Sample, wanted: Mapping[str, str]) -> float | None:
         """The share of these parts that have their word; None: there are none."""
+        if not wanted:
+            return None
         reading = self._jury.read(sample)
-        return float(np.mean([reading[part] == word for part, word in wanted.items()])) if wanted else None
+        return float(np.mean([reading[part] == word for part, word in wanted.items()]))
 
 
 class AttributeAgreement(Judged):

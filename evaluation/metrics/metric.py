@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -21,13 +21,14 @@ Direction = Literal["higher", "lower", "zero"]
 class Sample:
     """One painted picture and what it may be compared with.
 
-    image: the painted picture, uint8 (H, W, 3).
+    image: the painted picture, uint8 (H, W, 3); where the scene is the truth, with the scene outside the mask.
     scene: the picture it was painted into, uint8 (H, W, 3).
     mask: what was to be painted, bool (H, W), True somewhere.
     prompt: the text, with the subject's token.
-    task: "identity" or "editing".
+    task: "identity", "editing" or "removal".
     changed: what an edit changes: part -> word.
     reference: a picture to compare with as a whole, uint8 (H, W, 3); None: the scene, outside the mask.
+    truth: what the picture should be everywhere, uint8 (H, W, 3); None: nobody knows. `hold_against_scene` sets it.
     """
 
     image: U8
@@ -38,6 +39,15 @@ class Sample:
     task: str
     changed: dict[str, str]
     reference: U8 | None = None
+    truth: U8 | None = None
+
+    def hold_against_scene(self) -> Sample:
+        """This sample with the scene as its truth: the picture is the scene with the painted hole, and is compared as a
+        whole, with the scene unless there is another reference."""
+        image = np.where(self.mask[..., None], self.image, self.scene)
+        return replace(
+            self, image=image, reference=self.scene if self.reference is None else self.reference, truth=self.scene
+        )
 
     @cached_property
     def region(self) -> Mask:

@@ -21,7 +21,7 @@ def load_weights(make: Callable[[], Any], file: Path, option: str, *, ignored: t
     """
     import torch
 
-    state = _read_state(file, option)
+    state = read_state(file, option)
     with torch.device("meta"):
         module = make()
     kept = {name: value for name, value in state.items() if not name.startswith(ignored or ("\0",))}
@@ -40,7 +40,8 @@ def load_weights(make: Callable[[], Any], file: Path, option: str, *, ignored: t
     return module.eval().requires_grad_(False)
 
 
-def _read_state(file: Path, option: str) -> dict[str, Any]:
+def read_state(file: Path, option: str) -> dict[str, Any]:
+    """The tensors of a file by name. Raises InputError and FileFormatError as `load_weights` does."""
     import torch
 
     if not file.is_file():

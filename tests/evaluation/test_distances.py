@@ -21,6 +21,12 @@ INCEPTION = (
     [5.981603, 0.0, 5.664157, 21.053118, 0.127346, 0.967246, 3.359610],
 )
 INCEPTION_MEANS = (4.9681606, 5.578832)
+#: the same of torchvision 0.29.1's inception_v3 behind its own transforms
+TORCHVISION = (
+    [4.385004, 0.0, 3.953433, 16.306881, 0.076408, 0.712833, 2.46286],
+    [5.085055, 0.0, 4.801021, 18.871431, 0.067852, 0.828606, 2.80019],
+)
+TORCHVISION_MEANS = (4.0393424, 4.6439438)
 LPIPS = 0.0597945154  # torchmetrics' _LPIPS with the weights of `write_lpips`
 
 
@@ -94,13 +100,18 @@ def test_inception_is_the_one_that_fid_is_measured_with(tmp_path: Path) -> None:
     from dreammix_trt.evaluation.metrics.inception import Inception, make_inception
 
     state = fill_weights(make_inception, 3)
-    torch.save({**state, "fc.weight": torch.zeros(1008, 2)}, tmp_path / "inception.pth")
-    inception = Inception(tmp_path / "inception.pth")
-    for picture, some, mean in zip(draw_pictures(), INCEPTION, INCEPTION_MEANS, strict=True):
-        features = inception(picture)
-        assert features.shape == (2048,)
-        assert features[:2048:300] == pytest.approx(some, abs=2e-4)
-        assert features.mean() == pytest.approx(mean, abs=2e-4)
+    for classes, wanted, means, origin in (
+        (1008, INCEPTION, INCEPTION_MEANS, "TensorFlow"),
+        (1000, TORCHVISION, TORCHVISION_MEANS, "torchvision"),
+    ):
+        torch.save({**state, "fc.weight": torch.zeros(classes, 2)}, tmp_path / "inception.pth")
+        inception = Inception(tmp_path / "inception.pth")
+        assert origin in inception.origin
+        for picture, some, mean in zip(draw_pictures(), wanted, means, strict=True):
+            features = inception(picture)
+            assert features.shape == (2048,) and inception(picture) is features
+            assert features[:2048:300] == pytest.approx(some, abs=2e-4)
+            assert features.mean() == pytest.approx(mean, abs=2e-4)
 
 
 def test_pictures_are_scaled_as_tensorflow_1_did() -> None:
@@ -109,6 +120,15 @@ def test_pictures_are_scaled_as_tensorflow_1_did() -> None:
     picture = np.arange(0, 40, 10, dtype=np.uint8).reshape(1, 4, 1)
     assert resize_like_tensorflow(picture, 8)[0, :, 0].tolist() == [0, 5, 10, 15, 20, 25, 30, 30]
     assert resize_like_tensorflow(picture, 2)[0, :, 0].tolist() == [0, 20]
+
+
+def test_torchvision_sees_the_middle() -> None:
+    from dreammix_trt.evaluation.metrics.inception import crop_like_torchvision
+
+    picture = np.zeros((342, 400, 3), np.uint8)
+    picture[:, 50] = 200  # 400 - 299 = 101 columns are cut: 50 at the left, 51 at the right
+    assert np.array_equal(crop_like_torchvision(picture), picture[22:321, 50:349])
+    assert crop_like_torchvision(picture[:40, :30]).shape == (299, 299, 3)
 
 
 def test_lpips_is_that_of_its_authors(tmp_path: Path) -> None:

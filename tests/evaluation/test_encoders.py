@@ -14,7 +14,7 @@ import pytest
 
 from dreammix_trt.core.errors import FileFormatError, InputError
 from dreammix_trt.evaluation.metrics.choice import Weights, choose_metrics
-from dreammix_trt.evaluation.metrics.encoders import Clip, ClipImage, ClipText, Dino, DinoImage, drop_word
+from dreammix_trt.evaluation.metrics.encoders import Clip, ClipHole, ClipImage, ClipText, Dino, DinoImage, drop_word
 from dreammix_trt.evaluation.metrics.metric import Sample, crop_thing
 from dreammix_trt.evaluation.protocol import Subject
 from dreammix_trt.evaluation.reading import read_protocol
@@ -127,6 +127,22 @@ def test_dino_compares_class_tokens(kind: str, weights: Path, sample: Sample) ->
     assert metric.add(replace(sample, subject=nobody)) is None
 
 
+def test_clip_compares_holes_with_black_around_them(weights: Path, sample: Sample) -> None:
+    import torch
+    from transformers import CLIPModel
+
+    metric, model = ClipHole(Clip(weights / "clip", "--clip")), CLIPModel.from_pretrained(weights / "clip").eval()
+    mask = np.zeros(sample.image.shape[:2], bool)
+    mask[5:25, 8:30] = True
+    painted = replace(sample, image=255 - sample.image, mask=mask, task="removal")
+    assert metric.add(painted) is None, "nobody knows the truth"
+    text = torch.tensor([[0, 1]])
+    holes = [np.where(mask[..., None], each, 0).astype(np.uint8) for each in (painted.image, sample.scene)]
+    seen = [see(model, each, text=text).image_embeds for each in holes]
+    assert metric.add(painted.hold_against_scene()) == pytest.approx(cosine(*seen), abs=1e-5)
+    assert metric.add(replace(painted, image=sample.scene).hold_against_scene()) == pytest.approx(1, abs=1e-6)
+
+
 def test_a_folder_of_another_kind_is_named(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--clip .*has no config\.json"):
         Clip(tmp_path, "--clip")
@@ -150,7 +166,8 @@ def test_all_metrics_are_named_whatever_is_given(weights: Path, tmp_path: Path) 
     some = choose_metrics(protocol, Weights(clip=weights / "clip", dino=weights / "vit"))
     assert [metric.name for metric in some] == names and len(set(names)) == len(names)
     measured = {metric.name for metric in some if not metric.missing}
-    assert measured - {"flip"} == {"clip_t", "clip_i", "dino", "psnr", "ssim", "seam_gradient"}
+    by_pixels = {"psnr", "ssim", "seam_gradient", "psnr_asuka", "ssim_asuka", "grad", "ring_colour"}
+    assert measured - {"flip"} == {"clip_t", "clip_i", "clip_hole", "dino"} | by_pixels
     assert all(metric.missing for metric in some if metric.name in ("fid", "lpips", "edit_success"))
 
 
