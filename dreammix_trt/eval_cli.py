@@ -207,7 +207,7 @@ def _write_example(folder: Path, given: list[Path], pairs: int | None, seed: int
 
 
 def _find_judge(passport: Passport | None, protocol: Protocol) -> Path | None:
-    """The embedded model's folder, where the engine was made of its contents; without engine, where the protocol says."""
+    """The embedded model's folder, where the engine was made of its contents; without one, as the protocol says."""
     from dreammix_trt.core.checkpoint import BaseFiles
 
     own = BaseFiles.open()
