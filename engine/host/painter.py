@@ -9,13 +9,13 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from dreammix_trt.core.asuka_pictures import shrink_for_prior
 from dreammix_trt.core.networks import kind_of
 from dreammix_trt.core.noise import NoiseProvider
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import Schedule, Stage, Step
 from dreammix_trt.core.seam import BaseFacts, Networks
 from dreammix_trt.engine.canvas.frames import Canvas, Frame, from_decoded
-from dreammix_trt.engine.canvas.known import shrink_known
 from dreammix_trt.engine.canvas.tiles import needs_tiles, run_tiled, tiles_of
 from dreammix_trt.engine.host.clock import PhaseClock
 from dreammix_trt.engine.host.denoiser import Conditioning, Denoiser
@@ -171,7 +171,7 @@ class HostPainter:
         picture = frame.image if seen is None else self._canvas.crop(seen, frame)
         with self._clock("canvas"):
             assert self._facts.prior_side is not None
-            image, mask = shrink_known(picture, frame.mask, self._facts.prior_side)
+            image, mask = shrink_for_prior(picture, frame.mask, self._facts.prior_side)
         output = self._networks.run("asuka_prior", image=image, mask=mask)
         return PriorRows(output["context"], output["pooled"])
 

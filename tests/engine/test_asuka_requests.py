@@ -14,11 +14,11 @@ from PIL import Image
 pytest.importorskip("torch")
 
 from dreammix_trt.building import build
+from dreammix_trt.core.asuka_pictures import shrink_for_prior
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.request import Request
 from dreammix_trt.engine import DreamMix
-from dreammix_trt.engine.canvas.known import shrink_known
 from dreammix_trt.engine.host.denoiser import Conditioning, EngineDenoiser
 from dreammix_trt.engine.host.prior import PriorRows, add_prior
 from dreammix_trt.engine.result import read_request
@@ -89,7 +89,7 @@ def test_the_prior_sees_the_known_pixels_of_each_stage_s_frame(dm: DreamMix, spy
     image, mask = make_scene()
     dm.inpaint(image, mask, "a mug", prior="negative", **FEW)
     first, last = spy.of("asuka_prior")
-    expected = shrink_known(image, mask, 16)
+    expected = shrink_for_prior(image, mask, 16)
     np.testing.assert_array_equal(last["image"], expected[0])
     np.testing.assert_array_equal(last["mask"], expected[1])
     assert (first["mask"] != last["mask"]).any()
