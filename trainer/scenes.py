@@ -70,7 +70,7 @@ def encode_scenes(base: BaseFiles, hardware: Hardware, drawn: Iterable[Captioned
     """Encode views and their captions; VAE and encoders are let go again."""
     import torch
 
-    from dreammix_trt.trainer.networks import TextEncoders, VaeEncoder
+    from dreammix_trt.trainer.networks import TextEncoders, Vae
 
     captions: list[str] = []
 
@@ -79,7 +79,7 @@ def encode_scenes(base: BaseFiles, hardware: Hardware, drawn: Iterable[Captioned
             captions.append(caption)
             yield view
 
-    samples = encode_views(VaeEncoder(base, hardware.device), views())
+    samples = encode_views(Vae(base, hardware.device), views())
     free_memory(hardware.device)
     distinct = list(dict.fromkeys(["", *captions]))
     encoders = TextEncoders(base, hardware.device)
