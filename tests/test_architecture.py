@@ -34,6 +34,8 @@ HEAVY = {
     "torch", "diffusers", "transformers", "peft", "accelerate", "onnx", "onnxslim", "polygraphy", "tensorrt",
     "tensorrt_rtx", "torchmetrics", "flip_evaluator",
 }  # fmt: skip
+#: the one folder of core that loads torch: networks that export and trainer share, which never import each other
+SHARED_TORCH = "core/torch_modules"
 
 
 def imports_of(path: Path, *, top_level_only: bool, types: bool = True) -> Iterator[str]:
@@ -138,15 +140,34 @@ def test_core_loads_nothing_heavy_at_import() -> None:
     wrong = [
         f"{path.name}: {name}"
         for path in files("core")
+        if not _shares_torch(path)
         for name in imports_of(path, top_level_only=True)
         if name.split(".")[0] in HEAVY | {"onnxruntime", "openvino"}
     ]
     assert not wrong
 
 
+def test_networks_in_torch_are_shared_by_export_and_trainer_alone() -> None:
+    """The rest of core and the engine never import them, not even within functions."""
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for floor in ("core", "engine")
+        for path in files(floor)
+        if not _shares_torch(path)
+        for name in imports_of(path, top_level_only=False)
+        if name.startswith(f"dreammix_trt.{SHARED_TORCH.replace('/', '.')}")
+    ]
+    assert files(SHARED_TORCH) and not wrong
+
+
+def _shares_torch(path: Path) -> bool:
+    return path.is_relative_to(ROOT / SHARED_TORCH)
+
+
 def test_every_module_of_core_and_engine_loads_without_the_heavy_packages() -> None:
     """And so do the command line and the build: nothing is imported before it is needed."""
-    paths = [path.relative_to(ROOT).with_suffix("") for floor in ("core", "engine") for path in files(floor)]
+    paths = [path for floor in ("core", "engine") for path in files(floor) if not _shares_torch(path)]
+    paths = [path.relative_to(ROOT).with_suffix("") for path in paths]
     names = [".".join(("dreammix_trt", *path.parts)) for path in paths]
     names += ["dreammix_trt.cli", "dreammix_trt.building", "dreammix_trt.export.onnx_export"]
     names = [name.removesuffix(".__init__") for name in names]
