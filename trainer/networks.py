@@ -94,13 +94,15 @@ class Vae:
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def encode_batch(self, pictures: Tensor) -> Tensor:
         """As `encode`, of a tensor that fits into the memory at once; the latents stay on the device."""
-        modes: Tensor = self._vae.encode(pictures.to(self._device)).latent_dist.mode()
+        with torch.autocast(torch.device(self._device).type, enabled=False):
+            modes: Tensor = self._vae.encode(pictures.to(self._device)).latent_dist.mode()
         return modes * self._scaling
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def decode_batch(self, latents: Tensor) -> Tensor:
         """Scaled latents (N, 4, h, w) -> (N, 3, 8h, 8w) in about [-1, 1], on the device."""
-        pictures: Tensor = self._vae.decode(latents.to(self._device) / self._scaling, return_dict=False)[0]
+        with torch.autocast(torch.device(self._device).type, enabled=False):
+            pictures: Tensor = self._vae.decode(latents.to(self._device) / self._scaling, return_dict=False)[0]
         return pictures
 
 

@@ -1,0 +1,186 @@
+"""What a training of ASUKA is asked for, checked, and the lesson that it makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dreammix_trt.core.asuka import AsukaConfig, DecoderConfig, PriorConfig
+from dreammix_trt.core.asuka_folder import AsukaFolder
+from dreammix_trt.core.asuka_folder import Part as Network
+from dreammix_trt.core.checkpoint import BaseFiles
+from dreammix_trt.core.errors import FileFormatError, InputError
+from dreammix_trt.core.files import sha256_of
+from dreammix_trt.core.tensors import Weights
+from dreammix_trt.trainer.asuka.recipes import SMALL_SIDE, AsukaRecipe, Part
+from dreammix_trt.trainer.hardware import Hardware
+from dreammix_trt.trainer.picture_pool import PicturePool
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dreammix_trt.trainer.asuka.learning import Lesson
+
+#: of a recipe, what the numbers do not depend on
+_NO_SETTINGS = ("checkpoint_every", "gradient_checkpointing")
+#: part -> the network that it trains, and how the names of the parameters begin that learn
+NETWORKS: dict[Part, tuple[Network, str]] = {
+    "prior": ("prior", "mae."),
+    "align": ("prior", "alignment."),
+    "decoder": ("decoder", ""),
+}
+
+
+@dataclass(frozen=True)
+class AsukaTask:
+    """One part to train.
+
+    folder: what was trained before in the place that is written; None: nothing.
+    start: an ASUKA folder whose weights the part begins with; None: those of `folder` do not count either.
+    perceptual: VGG-16's weights; None: the decoder learns slopes instead.
+    """
+
+    part: Part
+    base: BaseFiles
+    pool: PicturePool
+    recipe: AsukaRecipe
+    config: AsukaConfig
+    folder: AsukaFolder | None
+    hardware: Hardware
+    seed: int = 0
+    start: AsukaFolder | None = None
+    perceptual: Path | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides the numbers but the number of threads, as plain JSON values."""
+        recipe = {name: value for name, value in asdict(self.recipe).items() if name not in _NO_SETTINGS}
+        network, _ = NETWORKS[self.part]
+        return {
+            "part": self.part,
+            "pictures": self.pool.describe(),
+            "base": self.base.hash_contents(),
+            "config": self.config.to_dict()[network],
+            "prior": _hash(self.folder, "prior") if self.part == "align" else None,
+            "start": _hash(self.start, network),
+            "perceptual": sha256_of(self.perceptual) if self.perceptual else None,
+            **{name: list(value) if isinstance(value, tuple) else value for name, value in recipe.items()},
+            "seed": self.seed,
+            "precision": self.hardware.precision or "default",
+            "device": self.hardware.kind,
+            "optimizer": self.hardware.optimizer,
+        }
+
+    def make_lesson(self) -> tuple[Lesson, nn.Module]:
+        """The lesson, and the whole network that learns in it, on the device.
+
+        Raises FileFormatError for weights of other shapes to start with, InputError for a file of a perceptual distance
+        that is missing.
+        """
+        import torch
+
+        device = torch.device(self.hardware.device)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            network = self._make_network()
+        if self.start is not None:
+            take_weights(network, self.start.weights(NETWORKS[self.part][0]), NETWORKS[self.part][1], self.start.folder)
+        network.to(device)
+        return self._make_lesson(network, device), network
+
+    def _make_network(self) -> Any:
+        if self.part == "decoder":
+            from dreammix_trt.trainer.asuka.decoder import make_decoder
+
+            return make_decoder(self.base, self.config.decoder)
+        from dreammix_trt.trainer.asuka.prior import make_prior
+
+        prior = make_prior(self.config.prior)
+        if self.part == "align":
+            assert self.folder is not None
+            take_weights(prior, self.folder.weights("prior"), "mae.", self.folder.folder)
+        return prior
+
+    def _make_lesson(self, network: Any, device: Any) -> Lesson:
+        if self.part == "prior":
+            from dreammix_trt.trainer.asuka.prior import PriorLesson
+
+            return PriorLesson(network, self.pool, self.recipe, device)
+        if self.part == "align":
+            from dreammix_trt.trainer.asuka.alignment import AlignLesson
+
+            return AlignLesson(network, self.base, self.hardware, self.pool, self.recipe)
+        from dreammix_trt.trainer.asuka.decoder import DecoderLesson
+        from dreammix_trt.trainer.asuka.perceptual import VggDistance, slope_distance
+
+        distance = VggDistance(self.perceptual).to(device) if self.perceptual else slope_distance
+        return DecoderLesson(network, self.base, self.hardware, self.pool, self.recipe, distance)
+
+    def collect(self, network: nn.Module) -> dict[Network, Weights]:
+        """The networks of the folder that is to be written: the trained one, and what is kept beside it.
+
+        A new auto-encoder makes the old alignment useless, so it is left out then.
+        """
+        name, _ = NETWORKS[self.part]
+        kept = {} if self.folder is None else {other: self.folder.weights(other) for other in self.folder.parts}
+        state = {key: value.detach().cpu().float().numpy() for key, value in network.state_dict().items()}
+        if self.part == "prior":
+            state = {key: value for key, value in state.items() if key.startswith("mae.")}
+        return {**kept, name: Weights.of(state)}
+
+
+def config_for(base: BaseFiles) -> AsukaConfig:
+    """The networks that suit a base."""
+    context, pooled = (
+        int(base.configs["unet"]["cross_attention_dim"]),
+        int(base.configs["text_encoder_2"]["projection_dim"]),
+    )
+    vae = base.configs["vae"]
+    if base.native_side <= SMALL_SIDE:
+        return AsukaConfig.micro(vae, context, pooled)
+    return AsukaConfig(PriorConfig(context_width=context, pooled_width=pooled), DecoderConfig.of_vae(vae))
+
+
+def take_weights(network: nn.Module, weights: Weights, start: str, source: Path) -> None:
+    """Fill the tensors whose names begin with `start`. Raises FileFormatError naming one that is missing or other."""
+    import torch
+
+    with torch.no_grad():
+        for name, value in network.state_dict().items():
+            if not name.startswith(start):
+                continue
+            if name not in weights:
+                raise FileFormatError(f"{source}: its weights lack {name}, so they cannot begin this training")
+            if weights.shape(name) != tuple(value.shape):
+                raise FileFormatError(
+                    f"{source}: {name} is {weights.shape(name)}, but this network's is {tuple(value.shape)}: it is "
+                    "another network's"
+                )
+            value.copy_(torch.from_numpy(np.array(weights[name], np.float32)))
+
+
+def check_parts(part: Part, folder: AsukaFolder | None, out: Path) -> None:
+    """Raise InputError where the alignment has no auto-encoder to align."""
+    if part == "align" and (folder is None or "prior" not in folder.parts):
+        raise InputError(
+            f"{out} holds no prior to align; train it first: dreammix-trt train-asuka prior IMAGES --out {out}"
+        )
+
+
+def is_trained(part: Part, folder: AsukaFolder | None) -> bool:
+    """Whether a folder has a part."""
+    network, start = NETWORKS[part]
+    return (
+        folder is not None
+        and network in folder.parts
+        and any(name.startswith(start) for name in folder.weights(network))
+    )
+
+
+def _hash(folder: AsukaFolder | None, network: Network) -> Mapping[str, str] | None:
+    if folder is None:
+        return None
+    return {name: sha256_of(file) for name, file in folder.list_files(network).items() if "config" not in name}
