@@ -18,7 +18,7 @@ FLOORS = {
 FACE = {
     *("cli", "train_cli", "build_cli", "inpaint_cli", "store_cli", "doctor_cli", "segment_cli", "eval_cli", "terminal"),
     *("calibrate_cli", "building", "calibration", "demo", "report", "on_torch", "train_validation", "train_report"),
-    *("attributes_cli", "regularize", "regularize_cli", "train_watch", "distill_cli"),
+    *("attributes_cli", "regularize", "regularize_cli", "train_watch", "distill_cli", "train_asuka_cli"),
 }
 #: the rooms of the engine floor, lowest first: each imports what stands in the rows before its own, and its own room
 ROOMS = (

@@ -28,7 +28,8 @@ from dreammix_trt.trainer.row_reader import Row
 #: how far brightness, contrast, saturation and hue move at most; the hue in turns of the colour wheel
 JITTER = (0.15, 0.2, 0.1, 0.03)
 GUESSED = 0.5  # share of the pictures that the UNet guesses
-TIMES = (700, 1000)  # timesteps that it guesses from; the paper's range is lost but for "large"
+#: timesteps that it guesses from; the paper's range is lost but for "large", and later ones give colours of no sampler
+TIMES = (500, 900)
 Distance = Callable[[Tensor, Tensor], Tensor]
 _LUMA = (0.299, 0.587, 0.114)
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dreammix_trt.core.errors import FileFormatError, InputError, MissingExtraError
-from dreammix_trt.core.tensors import Weights, open_tensors
+from dreammix_trt.core.errors import FileFormatError, MissingExtraError
 
 SCALES: Final = 3
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
@@ -43,11 +42,9 @@ class VggDistance(nn.Module):
 
         heads: LPIPS' own; None: those in torchmetrics.
 
-        Raises InputError for a file that is missing, FileFormatError for another network's, MissingExtraError.
+        Raises FileFormatError for a file that cannot be read or is another network's, MissingExtraError.
         """
         super().__init__()
-        if not file.is_file():
-            raise InputError(f"--perceptual {file}: no such file; give torchvision's vgg16-397923af.pth")
         self.stages = nn.ModuleList(_read_stages(file))
         self.heads = nn.ParameterList(_read_heads(heads or _find_heads()))
         self.register_buffer("shift", torch.tensor(_SHIFT)[:, None, None])
@@ -68,7 +65,7 @@ class VggDistance(nn.Module):
 
 def _read_stages(file: Path) -> list[nn.Sequential]:
     """VGG-16 up to the last ReLU of each of its five stages; numbers are torchvision's."""
-    weights, number, stages = open_tensors(file), 0, []
+    weights, number, stages = _read_state(file), 0, []
     for index, widths in enumerate(_WIDTHS):
         layers: list[nn.Module] = []
         if index:
@@ -97,7 +94,7 @@ def _find_heads() -> Path:
 
 def _read_heads(file: Path) -> list[nn.Parameter]:
     """One weight a channel, (C, 1, 1), of each stage."""
-    weights, found = open_tensors(file), []
+    weights, found = _read_state(file), []
     for index, widths in enumerate(_WIDTHS):
         head = nn.Parameter(torch.empty(1, widths[-1], 1, 1))
         _fill(head, weights, f"lin{index}.model.1.weight", file)
@@ -105,10 +102,23 @@ def _read_heads(file: Path) -> list[nn.Parameter]:
     return found
 
 
+def _read_state(file: Path) -> Mapping[str, Tensor]:
+    """The tensors of a file. torchvision's are in torch's old format, which torch itself reads without running it."""
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(file))
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # many kinds, by torch's version
+        raise FileFormatError(f"--perceptual {file}: cannot be read as weights ({error}); fetch it again") from error
+    return state if isinstance(state, Mapping) else {}
+
+
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def _fill(target: Tensor | None, weights: Weights, name: str, file: Path) -> None:
+def _fill(target: Tensor | None, weights: Mapping[str, Tensor], name: str, file: Path) -> None:
     assert target is not None
-    if name not in weights or weights.shape(name) != tuple(target.shape):
-        what = f"{name} is {weights.shape(name)}" if name in weights else f"it lacks {name}"
+    if name not in weights or weights[name].shape != target.shape:
+        what = f"{name} is {tuple(weights[name].shape)}" if name in weights else f"it lacks {name}"
         raise FileFormatError(f"--perceptual {file}: is not VGG-16's ({what}); give torchvision's vgg16-397923af.pth")
-    target.copy_(torch.from_numpy(np.array(weights[name], np.float32)))
+    target.copy_(weights[name])

@@ -26,6 +26,8 @@ class AsukaRecipe:
     revealed: of the alignment: how often the prior is told of an empty hole, at first and at last; reveal_steps: until
         it is at the latter.
     rooms: how many are rendered where no folder of pictures is given.
+    views: of the alignment: pictures with holes that are encoded before the first step and drawn from ever after; 0:
+        each is drawn anew and encoded in its step.
     """
 
     steps: int
@@ -40,13 +42,14 @@ class AsukaRecipe:
     revealed: tuple[float, float] = (1.0, 0.1)
     reveal_steps: int = 2000
     rooms: int = 1200
+    views: int = 0
     checkpoint_every: int = 200
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "reveal_steps", "batch", "accumulate", "rooms"):
             _check(name, getattr(self, name), 1, _MOST)
-        for name in ("warmup", "checkpoint_every"):
+        for name in ("warmup", "views", "checkpoint_every"):
             _check(name, getattr(self, name), 0, _MOST)
         _check("side", self.side, 64, 4096)
         if self.side % 64:
@@ -78,10 +81,12 @@ def _check(name: str, value: int, low: int, high: int) -> None:
 
 #: for the embedded base, all three within an hour on two cores
 SMALL: dict[Part, AsukaRecipe] = {
-    "prior": AsukaRecipe(steps=6000, learning_rate=1e-3, batch=32, side=256, warmup=200),
-    "align": AsukaRecipe(steps=600, learning_rate=1e-3, batch=8, side=256, warmup=50, reveal_steps=150, decay=0.01),
+    "prior": AsukaRecipe(steps=2400, learning_rate=1.5e-3, batch=32, side=256, warmup=200),
+    "align": AsukaRecipe(
+        steps=2000, learning_rate=1e-3, batch=8, side=256, warmup=50, reveal_steps=400, decay=0.01, views=1600
+    ),
     "decoder": AsukaRecipe(
-        steps=800, learning_rate=5e-4, batch=4, side=128, crop=(0.25, 0.25), betas=(0.9, 0.99), decay=0.01
+        steps=2400, learning_rate=5e-4, batch=4, side=128, crop=(0.25, 0.25), betas=(0.9, 0.99), decay=0.01
     ),
 }
 # The papers' numbers where they stand there. The prior: MAE-FAR's recipe (1.5e-4 for each 256 of the batch, 200 epochs)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +21,18 @@ from dreammix_trt.core.tensors import Weights
 from dreammix_trt.trainer.asuka.recipes import SMALL_SIDE, AsukaRecipe, Part
 from dreammix_trt.trainer.hardware import Hardware
 from dreammix_trt.trainer.picture_pool import PicturePool
+from dreammix_trt.trainer.preparing import Progress
+from dreammix_trt.trainer.state_files import keep_tensors
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from dreammix_trt.trainer.asuka.learning import Lesson
 
 #: of a recipe, what the numbers do not depend on
 _NO_SETTINGS = ("checkpoint_every", "gradient_checkpointing")
+#: of the settings, what decides the encoded views of the alignment
+_VIEWS = ("pictures", "base", "config", "side", "crop", "views", "seed", "precision", "device")
 #: part -> the network that it trains, and how the names of the parameters begin that learn
 NETWORKS: dict[Part, tuple[Network, str]] = {
     "prior": ("prior", "mae."),
@@ -42,6 +48,7 @@ class AsukaTask:
     folder: what was trained before in the place that is written; None: nothing.
     start: an ASUKA folder whose weights the part begins with; None: those of `folder` do not count either.
     perceptual: VGG-16's weights; None: the decoder learns slopes instead.
+    work: where encoded views are kept; None: nowhere.
     """
 
     part: Part
@@ -54,6 +61,7 @@ class AsukaTask:
     seed: int = 0
     start: AsukaFolder | None = None
     perceptual: Path | None = None
+    work: Path | None = None
 
     def settings(self) -> dict[str, Any]:
         """All that decides the numbers but the number of threads, as plain JSON values."""
@@ -74,11 +82,10 @@ class AsukaTask:
             "optimizer": self.hardware.optimizer,
         }
 
-    def make_lesson(self) -> tuple[Lesson, nn.Module]:
-        """The lesson, and the whole network that learns in it, on the device.
+    def make_lesson(self, tell: Progress) -> tuple[Lesson, nn.Module]:
+        """The lesson, and the whole network that learns in it, on the device. tell: is told of what is made first.
 
-        Raises FileFormatError for weights of other shapes to start with, InputError for a file of a perceptual distance
-        that is missing.
+        Raises FileFormatError for weights of other shapes, to start with or of a perceptual distance.
         """
         import torch
 
@@ -89,7 +96,7 @@ class AsukaTask:
         if self.start is not None:
             take_weights(network, self.start.weights(NETWORKS[self.part][0]), NETWORKS[self.part][1], self.start.folder)
         network.to(device)
-        return self._make_lesson(network, device), network
+        return self._make_lesson(network, device, tell), network
 
     def _make_network(self) -> Any:
         if self.part == "decoder":
@@ -104,7 +111,7 @@ class AsukaTask:
             take_weights(prior, self.folder.weights("prior"), "mae.", self.folder.folder)
         return prior
 
-    def _make_lesson(self, network: Any, device: Any) -> Lesson:
+    def _make_lesson(self, network: Any, device: Any, tell: Progress) -> Lesson:
         if self.part == "prior":
             from dreammix_trt.trainer.asuka.prior import PriorLesson
 
@@ -112,12 +119,22 @@ class AsukaTask:
         if self.part == "align":
             from dreammix_trt.trainer.asuka.alignment import AlignLesson
 
-            return AlignLesson(network, self.base, self.hardware, self.pool, self.recipe)
+            count = self.recipe.views
+            return AlignLesson(
+                *(network, self.base, self.hardware, self.pool, self.recipe, self.seed, self._keep_views),
+                lambda share: tell("views", share, f"encoding {count} pictures with holes"),
+            )
         from dreammix_trt.trainer.asuka.decoder import DecoderLesson
         from dreammix_trt.trainer.asuka.perceptual import VggDistance, slope_distance
 
         distance = VggDistance(self.perceptual).to(device) if self.perceptual else slope_distance
         return DecoderLesson(network, self.base, self.hardware, self.pool, self.recipe, distance)
+
+    def _keep_views(self, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """The encoded views of an earlier run in the work folder; where there are none they are made, and written."""
+        settings = self.settings()
+        key = hashlib.sha256(json.dumps({name: settings[name] for name in _VIEWS}, sort_keys=True).encode())
+        return keep_tensors(self.work and self.work / f"views-{key.hexdigest()[:16]}.safetensors", make)
 
     def collect(self, network: nn.Module) -> dict[Network, Weights]:
         """The networks of the folder that is to be written: the trained one, and what is kept beside it.

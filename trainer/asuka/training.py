@@ -81,6 +81,8 @@ def train_asuka(
         raise InputError(f"seed is {seed}; it must be 0 to 2^63 - 1")
     if perceptual is not None and part != "decoder":
         raise InputError("--perceptual is of the decoder's loss; leave it, or train the part decoder")
+    if perceptual is not None and not Path(perceptual).is_file():
+        raise InputError(f"--perceptual {perceptual}: no such file; give torchvision's vgg16-397923af.pth")
     given = hardware or Hardware()
     given.check()
     files = base if isinstance(base, BaseFiles) else BaseFiles.open(base)
@@ -103,6 +105,7 @@ def train_asuka(
             seed=seed,
             start=None if start is None else AsukaFolder.open(start),
             perceptual=None if perceptual is None else Path(perceptual),
+            work=folder if processes.leads else None,
         )
         held = hold_places(place, folder / part, "another training is at work")
         with held if processes.leads else nullcontext():
@@ -139,7 +142,7 @@ def _run(
     checkpoints.check(resume=resume)
     with use_threads(threads):
         tell(task.part, 0.0, "reading the base")
-        lesson, network = task.make_lesson()
+        lesson, network = task.make_lesson(tell)
         course = Course(task.recipe, task.hardware, checkpoints, task.seed, processes, tell)
         done = learn(lesson, course, resume=resume)
         found = _sum_up(task.part, done, sum(value.numel() for value in lesson.trained().values()))
