@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
+from dreammix_trt.core.axes import Tensor
 from dreammix_trt.core.errors import FileFormatError
 
 #: what the pictures of a masked auto-encoder are normalised with, for values from 0 to 1
@@ -143,6 +144,26 @@ class AsukaConfig:
                 raise FileFormatError(f"{name} is missing or no object; take config.json of an ASUKA folder")
         prior = _from_fields(PriorConfig, "prior", parts["prior"])
         return cls(prior, _from_fields(DecoderConfig, "decoder", parts["decoder"]))
+
+
+Tensors = tuple[Tensor, ...]
+
+
+def describe_prior(config: PriorConfig) -> tuple[Tensors, Tensors]:
+    """The inputs and outputs of the prior: a picture at its own side -> condition, and the picture that it expects."""
+    side, rows = config.side, config.tokens
+    image = Tensor("image", "float32", ("pictures", 3, side, side))
+    mask = Tensor("mask", "float32", ("pictures", 1, side, side))
+    context = Tensor("context", "float32", ("pictures", rows, config.context_width))
+    pooled = Tensor("pooled", "float32", ("pictures", config.pooled_width))
+    return (image, mask), (context, pooled, Tensor("picture", "float32", image.shape))
+
+
+def describe_decoder(config: DecoderConfig) -> tuple[Tensors, Tensors]:
+    """The inputs and outputs of the decoder: the latent, unscaled, the picture and the mask -> a picture."""
+    latent = Tensor("latent", "float32", ("pictures", config.latent_channels, "h", "w"))
+    image, mask = (Tensor(name, "float32", ("pictures", n, "H", "W")) for name, n in (("image", 3), ("mask", 1)))
+    return (latent, image, mask), (Tensor("picture", "float32", image.shape),)
 
 
 _Config = TypeVar("_Config", PriorConfig, DecoderConfig)

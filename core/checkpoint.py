@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dreammix_trt.core import fooocus, keymap
+from dreammix_trt.core.asuka_folder import CONFIG as ASUKA_CONFIG
+from dreammix_trt.core.asuka_folder import PARTS, AsukaFolder
 from dreammix_trt.core.diffusers_folder import describe_choice, find_weight_files, read_config, read_configs, read_state
 from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.files import explain_read_errors, sha256_of
@@ -57,6 +59,7 @@ class BaseFiles:
     nine_channels: whether the UNet has five more input channels, which are its inpaint head.
     vae: a VAE used instead of the base's own.
     tokenizer: a folder used instead of the base's own tokenizers.
+    asuka: ASUKA's prior and decoder for this base; None: it has neither.
     """
 
     folder: Path
@@ -67,6 +70,7 @@ class BaseFiles:
     nine_channels: bool = field(default=False, kw_only=True)
     vae: Path | None = field(default=None, kw_only=True)
     tokenizer: Path | None = field(default=None, kw_only=True)
+    asuka: AsukaFolder | None = field(default=None, kw_only=True)
 
     @classmethod
     def open(
@@ -78,6 +82,7 @@ class BaseFiles:
         *,
         vae: str | Path | None = None,
         tokenizer: str | Path | None = None,
+        asuka: str | Path | None = None,
     ) -> BaseFiles:
         """Open a base and check it. Reads headers only, and the vocabularies of tokenizers.
 
@@ -88,6 +93,7 @@ class BaseFiles:
         patch_biases: see `BaseFiles`.
         vae: a folder with config.json and weights, a folder that has them in `vae/`, or a file.
         tokenizer: a folder with `tokenizer/` and `tokenizer_2/`, or with the files of one tokenizer for both encoders.
+        asuka: a folder as `core/asuka_folder.py` has it; None: `asuka/` in the base's folder, if any.
 
         Raises `FileFormatError` when this is not an epsilon-predicting SDXL (the message says what it is); when a part
         is missing, truncated, damaged or cannot be read; when a tokenizer does not fit the text encoders; when only one
@@ -96,6 +102,7 @@ class BaseFiles:
         with explain_read_errors(EMBEDDED if path is None else path):
             base = cls._find(path, vae, tokenizer)
             patch_file, head_file = base._find_patch(patch, head)
+            own_asuka = base._find_asuka(asuka)
         if base.nine_channels and (patch_file or head_file):
             raise FileFormatError(f"{patch_file or head_file}: does not go with {base.folder}: {_PATCHED}")
         if (patch_file is None) != (head_file is None):
@@ -103,7 +110,7 @@ class BaseFiles:
             raise FileFormatError(
                 f"{patch_file or head_file}: an inpaint {there} without its {absent}; patch and head belong together"
             )
-        return replace(base, patch=patch_file, head_file=head_file, patch_biases=patch_biases)
+        return replace(base, patch=patch_file, head_file=head_file, patch_biases=patch_biases, asuka=own_asuka)
 
     @classmethod
     def _find(cls, path: str | Path | None, vae: str | Path | None, tokenizer: str | Path | None) -> BaseFiles:
@@ -127,6 +134,15 @@ class BaseFiles:
         place = self.folder.parent if alone and not self.nine_channels else self.folder
         found = _choose_file(patch, place, "*.fooocus.patch"), _choose_file(head, place, "*inpaint_head.*")
         return (None, None) if alone and patch is None and head is None and None in found else found
+
+    def _find_asuka(self, path: str | Path | None) -> AsukaFolder | None:
+        """The folder given or found, checked against the base."""
+        place = self.folder / "asuka" if path is None else Path(path)
+        if path is None and not (place / ASUKA_CONFIG).is_file():
+            return None
+        found = AsukaFolder.open(place)
+        found.check_fit(self.configs)
+        return found
 
     @property
     def name(self) -> str:
@@ -184,12 +200,14 @@ class BaseFiles:
     def hash_contents(self, component: str | None = None) -> dict[str, str]:
         """Hash every file that decides what the base computes.
 
-        component: one of `COMPONENTS` ("unet" is patched, "unet_raw" is not), "tokenizer" (both) or "inpaint_head":
-            hash its files only. In a single file every component depends on the whole file.
+        component: one of `COMPONENTS` ("unet" is patched, "unet_raw" is not), "tokenizer" (both), "inpaint_head",
+            "asuka_prior" or "asuka_decoder": hash its files only. In a single file every component but these depends
+            on the whole file.
 
         Returns file -> sha256 in hex. Files in the base's folder are named by their relative paths.
         """
-        names = (*COMPONENTS, "tokenizer", "inpaint_head") if component is None else (component,)
+        every = (*COMPONENTS, "tokenizer", "inpaint_head", *(f"asuka_{part}" for part in PARTS))
+        names = every if component is None else (component,)
         with explain_read_errors(self.folder):
             files = {key: file for name in names for key, file in self._list_files(name).items()}
             return {key: sha256_of(file) for key, file in sorted(files.items())}
@@ -292,6 +310,9 @@ class BaseFiles:
                 for file in ([CLIP_MERGES] if folder is None else sorted(folder.iterdir()))
                 if file.is_file()
             }
+        for part in PARTS:
+            if name == f"asuka_{part}":
+                return self.asuka.list_files(part) if self.asuka else {}
         if name == "inpaint_head" and not self.nine_channels:
             return {name: self.head_file} if self.head_file else {}
         component = "unet" if name in ("unet_raw", "inpaint_head") else name

@@ -6,29 +6,34 @@ one entry here, one torch module, and a phase of the painters that uses it (docs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Literal
 
-import numpy as np
 from numpy.typing import NDArray
 
+from dreammix_trt.core import asuka
+from dreammix_trt.core.asuka_folder import Part
+from dreammix_trt.core.attention_layers import (
+    FROM_TEXT,
+    describe_keys_and_values,
+    describe_weights,
+    list_attention_linears,
+    reads_text,
+)
 from dreammix_trt.core.axes import FLOAT8, Tensor
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.config_fields import TOKENS
-from dreammix_trt.core.keymap import sgm_to_diffusers
+from dreammix_trt.core.examples import draw_inputs
 from dreammix_trt.core.slots import Slot, names_of_weights
 from dreammix_trt.core.tensors import Weights
 
 Precision = Literal["float32", "float16", "bfloat16"]
 Fused = bool | Literal["attention"]
-Group = Literal["text", "picture", "unet", "unet_raw"]
+Group = Literal["text", "picture", "unet", "unet_raw", "asuka"]
 Call = Literal["prompt", "frame", "vae", "stage", "step"]
 
-KEY, VALUE = ".key", ".value"  # what a cross-attention layer attends to; the endings of their names
 _TWIN: Final = "_float32"
-_ATTENTION_LINEARS: Final = (".to_q", ".to_k", ".to_v", ".to_out.0")
-_FROM_TEXT: Final = (".attn2.to_k", ".attn2.to_v")
 
 
 # -- one network of one base ------------------------------------------------------------------------------------------
@@ -142,28 +147,8 @@ class Network:
 
         Returns input name -> array.
         """
-        rng, known = np.random.default_rng(seed), {"context": TOKENS, **sizes}
-        shapes = {t: tuple(known[side] if isinstance(side, str) else side for side in t.shape) for t in self.inputs}
-        return {t.name: self._draw_input(rng, t, shape).astype(t.dtype) for t, shape in shapes.items()}
-
-    def _draw_input(self, rng: np.random.Generator, tensor: Tensor, shape: tuple[int, ...]) -> NDArray[Any]:
-        if tensor.dtype == "int64":
-            config = next(iter(self.configs.values()))
-            ids = rng.integers(1, config["vocab_size"] - 2, shape)
-            ids[:, 9:] = config["vocab_size"] - 1
-            return ids
-        if tensor.name == "timestep":
-            return rng.uniform(0, 999, shape).astype(np.float32)
-        values: NDArray[Any] = rng.standard_normal(shape)
-        if tensor.name == "time_ids":
-            values = 128 * np.abs(values)
-        elif tensor.name in names_of_weights(self.slots):
-            values = values / np.sqrt(shape[-2])
-        elif tensor.name == "mask":
-            values = values > 0
-        elif tensor.name == "image":
-            values = np.tanh(values)
-        return values.astype(np.float32)
+        tokens = next(iter(self.configs.values())).get("vocab_size", 0)
+        return draw_inputs(self.inputs, names_of_weights(self.slots), tokens, {"context": TOKENS, **sizes}, seed)
 
 
 # -- the list ---------------------------------------------------------------------------------------------------------
@@ -281,6 +266,7 @@ def describe_networks(
 # -- the entries ------------------------------------------------------------------------------------------------------
 
 _MODULES: Final = "dreammix_trt.export.modules"
+_ASUKA: Final = "dreammix_trt.export.asuka_modules"
 
 
 def _describe_text_encoder(base: BaseFiles, name: str, has_slots: bool) -> Network:
@@ -292,7 +278,7 @@ def _describe_text_encoder(base: BaseFiles, name: str, has_slots: bool) -> Netwo
         for part in ("q", "k", "v", "out")
         if has_slots
     )
-    inputs = (Tensor("input_ids", "int64", ("rows", TOKENS)), *_describe_weights(slots))
+    inputs = (Tensor("input_ids", "int64", ("rows", TOKENS)), *describe_weights(slots))
     outputs = [Tensor("hidden", "float32", ("rows", TOKENS, width))]
     if name == "text_encoder_2":
         outputs.append(Tensor("pooled", "float32", ("rows", int(config["projection_dim"]))))
@@ -301,8 +287,8 @@ def _describe_text_encoder(base: BaseFiles, name: str, has_slots: bool) -> Netwo
 
 def _describe_unet(base: BaseFiles, name: str, has_slots: bool) -> Network:
     config, latent = base.configs["unet"], base.latent_channels
-    linears = tuple(_list_attention_linears(config))
-    slots = tuple(slot for slot in linears if has_slots and not slot.module.endswith(_FROM_TEXT))
+    linears = tuple(list_attention_linears(config))
+    slots = tuple(slot for slot in linears if has_slots and not slot.module.endswith(FROM_TEXT))
     pooled = int(base.configs["text_encoder_2"]["projection_dim"])
     inputs = (
         Tensor("sample", "float32", ("rows", latent, "h", "w")),
@@ -310,8 +296,8 @@ def _describe_unet(base: BaseFiles, name: str, has_slots: bool) -> Network:
         Tensor("text_embeds", "float32", ("rows", pooled)),
         Tensor("time_ids", "float32", ("rows", 6)),
         Tensor("inpaint_feature", "float32", ("pictures", base.feature_channels, "h", "w")),
-        *_describe_keys_and_values(linears),
-        *_describe_weights(slots),
+        *describe_keys_and_values(linears),
+        *describe_weights(slots),
     )
     outputs = (Tensor("eps", "float32", ("rows", latent, "h", "w")),)
     return Network(name, "unet", f"{_MODULES}:UNet", inputs, outputs, slots, {"unet": config})
@@ -320,45 +306,18 @@ def _describe_unet(base: BaseFiles, name: str, has_slots: bool) -> Network:
 def _describe_kv(base: BaseFiles, name: str, has_slots: bool) -> Network:
     """What depends on the text alone in all steps of a stage: keys and values of the UNet's cross-attention layers."""
     config = base.configs["unet"]
-    linears = tuple(slot for slot in _list_attention_linears(config) if slot.module.endswith(_FROM_TEXT))
+    linears = tuple(slot for slot in list_attention_linears(config) if slot.module.endswith(FROM_TEXT))
     slots = linears if has_slots else ()
     text = Tensor("encoder_hidden_states", "float32", ("rows", "context", int(config["cross_attention_dim"])))
     return Network(
         kv_name(name),
         kv_name("unet"),
         f"{_MODULES}:KeysAndValues",
-        (text, *_describe_weights(slots)),
-        tuple(_describe_keys_and_values(linears)),
+        (text, *describe_weights(slots)),
+        tuple(describe_keys_and_values(linears)),
         slots,
         {"unet": config},
     )
-
-
-def _list_attention_linears(config: Mapping[str, Any]) -> Iterator[Slot]:
-    """List the attention projections in the order of the sgm names: down, middle, up."""
-    channels, context = list(config["block_out_channels"]), int(config["cross_attention_dim"])
-    for name in sgm_to_diffusers(config).values():
-        module = name.removesuffix(".weight")
-        if not module.endswith(_ATTENTION_LINEARS):
-            continue
-        place = module.split(".")
-        by_block = {"down_blocks": channels, "up_blocks": channels[::-1]}.get(place[0])
-        width = by_block[int(place[1])] if by_block else channels[-1]
-        yield Slot.of(module, context if module.endswith(_FROM_TEXT) else width, width)
-
-
-def _describe_keys_and_values(linears: Sequence[Slot]) -> Iterator[Tensor]:
-    """Keys and values of every cross-attention layer, in the order of the layers."""
-    for slot in linears:
-        if slot.module.endswith(_FROM_TEXT):
-            layer, _, part = slot.module.rpartition(".")
-            yield Tensor(layer + {"to_k": KEY, "to_v": VALUE}[part], "float32", ("rows", "context", slot.outputs))
-
-
-def _describe_weights(slots: Sequence[Slot]) -> Iterator[Tensor]:
-    """The inputs that hold the slots' weights."""
-    for slot in slots:
-        yield Tensor(slot.weight, "float32", (slot.inputs, slot.outputs))
 
 
 def _describe_inpaint_head(base: BaseFiles, _slots: bool) -> Network | None:
@@ -388,9 +347,19 @@ def _describe_vae_decoder(base: BaseFiles, _slots: bool) -> Network:
     return Network("vae_decoder", "vae_decoder", f"{_MODULES}:VaeDecoder", (latent,), (image,), (), configs)
 
 
-def _reads_text(name: str) -> bool:
-    """Whether a weight of a UNet makes keys or values of the text."""
-    return name.removesuffix(".weight").endswith(_FROM_TEXT)
+def _describe_asuka(base: BaseFiles, part: Part) -> Network | None:
+    if base.asuka is None or part not in base.asuka.parts:
+        return None
+    name, config = f"asuka_{part}", getattr(base.asuka.config, part)
+    inputs, outputs = asuka.describe_prior(config) if part == "prior" else asuka.describe_decoder(config)
+    module = {"prior": f"{_ASUKA}:AsukaPrior", "decoder": f"{_ASUKA}:AsukaDecoder"}[part]
+    return Network(name, name, module, inputs, outputs, (), {name: asdict(config)})
+
+
+def _weights_of_asuka(base: BaseFiles, part: Part) -> Weights:
+    if base.asuka is None:
+        raise KeyError(f"asuka_{part}")
+    return base.asuka.weights(part)
 
 
 def _half_of_vae(*prefixes: str) -> Callable[[BaseFiles], Weights]:
@@ -444,7 +413,7 @@ KINDS: Final[list[NetworkKind]] = [
         component="unet",
         factors="unet",
         factors_of="unet",
-        holds=_reads_text,
+        holds=reads_text,
     ),
     NetworkKind(
         "unet",
@@ -454,7 +423,7 @@ KINDS: Final[list[NetworkKind]] = [
         lambda base: base.unet_patched_state(),
         component="unet",
         factors="unet",
-        holds=lambda name: not _reads_text(name),
+        holds=lambda name: not reads_text(name),
     ),
     NetworkKind(
         "unet_raw_kv",
@@ -465,7 +434,7 @@ KINDS: Final[list[NetworkKind]] = [
         component="unet_raw",
         factors="unet",
         factors_of="unet_raw",
-        holds=_reads_text,
+        holds=reads_text,
         required=False,
     ),
     NetworkKind(
@@ -476,7 +445,7 @@ KINDS: Final[list[NetworkKind]] = [
         lambda base: base.state("unet"),
         component="unet_raw",
         factors="unet",
-        holds=lambda name: not _reads_text(name),
+        holds=lambda name: not reads_text(name),
         required=False,
     ),
     NetworkKind(
@@ -487,5 +456,24 @@ KINDS: Final[list[NetworkKind]] = [
         _half_of_vae("decoder.", "post_quant_conv."),
         component="vae",
         twin=True,
+    ),
+    NetworkKind(
+        "asuka_prior",
+        "asuka",
+        "frame",
+        lambda base, _slots: _describe_asuka(base, "prior"),
+        lambda base: _weights_of_asuka(base, "prior"),
+        component="asuka_prior",
+        required=False,
+    ),
+    NetworkKind(
+        "asuka_decoder",
+        "asuka",
+        "vae",
+        lambda base, _slots: _describe_asuka(base, "decoder"),
+        lambda base: _weights_of_asuka(base, "decoder"),
+        component="asuka_decoder",
+        twin=True,
+        required=False,
     ),
 ]

@@ -32,6 +32,7 @@ class BaseFacts:
     feature_channels: of the inpaint head.
     defaults: fields of a request that suit the base.
     unet: the blocks of its UNet (`keymap.blocks_of`), by which the names in a LoRA file are understood; None: SDXL's.
+    prior_side: of the pictures that `asuka_prior` takes, in pixels; None: the base has no prior.
     """
 
     native_side: int
@@ -40,6 +41,7 @@ class BaseFacts:
     feature_channels: int
     defaults: Mapping[str, Any] = field(default_factory=dict)
     unet: Mapping[str, Any] | None = field(default=None, compare=False)
+    prior_side: int | None = None
 
 
 class Networks(Protocol):

@@ -55,6 +55,12 @@ Attributes = Annotated[
         help="attributes.json of the subject, for --substitute auto; of several NAME=FILE; default: what its LoRA says."
     ),
 ]
+Asuka = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of ASUKA's prior and decoder, as `train-asuka` writes it; default: asuka/ in the base's folder."
+    ),
+]
 Sampler = Annotated[Literal["dpmpp_2m_sde", "euler", "lcm"] | None, typer.Option(help="What requests use by default.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Steps that requests use by default.")]
 GuidanceScale = Annotated[float | None, typer.Option(help="Guidance that requests use by default.")]
@@ -129,7 +135,7 @@ dreammix-trt build --base sdxl.safetensors --patch v26.fooocus.patch --head head
 dreammix-trt build --base sdxl-inpainting/ --lora lora/ --target sm_89 -o mug-for-rtx-4090/
 """
 PANELS = {
-    "The base": ("base", "patch", "head", "vae", "tokenizer", "base_lora", "patch_biases", "no_slots"),
+    "The base": ("base", "patch", "head", "vae", "tokenizer", "asuka", "base_lora", "patch_biases", "no_slots"),
     "The subject": ("lora", "subject", "name", "token", "class_name", "attributes", "merge"),
     "What requests use by default": ("sampler", "steps", "guidance_scale"),
     "What it runs on": (
@@ -165,6 +171,7 @@ def build(
     head: Head = None,
     vae: Vae = None,
     tokenizer: Tokenizer = None,
+    asuka: Asuka = None,
     base_lora: BaseLoras = None,
     sampler: Sampler = None,
     steps: Steps = None,
@@ -208,7 +215,7 @@ def build(
     )
     order = BuildOrder(
         out,
-        BaseSources(base, patch, head, vae, tokenizer, patch_biases),
+        BaseSources(base, patch, head, vae, tokenizer, patch_biases, asuka),
         lora,
         base_lora or (),
         subjects=_parse_pairs("--subject", subject or ()),

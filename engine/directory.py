@@ -16,9 +16,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dreammix_trt.core.attention_layers import KEY, VALUE
 from dreammix_trt.core.errors import EngineError
 from dreammix_trt.core.files import atomic_directory, read_json, sha256_of
-from dreammix_trt.core.networks import KEY, VALUE
 from dreammix_trt.core.passport import FILE_NAME, SCHEMA, NetworkEntry, Passport, SubjectEntry
 from dreammix_trt.core.slots import names_of_weights, slots_of
 from dreammix_trt.core.store import Store, check_files

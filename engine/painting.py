@@ -150,7 +150,9 @@ def describe_overflow(network: str, how: str) -> str:
     how: continues the sentence, for example "in float16".
     """
     call, remedy = kind_of(network).call, "lower guidance_scale or the subject's scale"
-    if call == "vae":
+    if kind_of(network).group == "asuka":
+        remedy = "build with another ASUKA folder (`--asuka`)"
+    elif call == "vae":
         remedy += ", or build with a VAE that stays within float16 (`--vae`)"
     elif call == "step":
         remedy += (

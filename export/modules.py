@@ -9,27 +9,21 @@ So a pass can be captured as a CUDA graph. Imports torch and diffusers: reach it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from dreammix_trt.core.networks import KEY, VALUE, Fused, Network
+from dreammix_trt.core.attention_layers import KEY, VALUE
+from dreammix_trt.core.networks import Network
 from dreammix_trt.core.slots import Slot, names_of_weights
-
-#: domain of the operators in the trace that `onnx_graph` turns into standard ones
-DOMAIN = "dreammix"
-#: parts of the queries where TensorRT has no kernel for a whole attention: scores of 32 MiB stay in a GPU's cache
-QUERY_TILES = 16
-#: wider heads (the VAE's single one) have no fused kernel in TensorRT
-WIDEST_HEAD = 256
+from dreammix_trt.export.operators import attend, group_norm, narrow, reshape_like_onnx, widen
+from dreammix_trt.export.units import convert_units, vae_units
 
 
 class UNet(nn.Module):
@@ -43,7 +37,7 @@ class UNet(nn.Module):
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = UNet2DConditionModel.from_config(dict(network.configs["unet"]))
-        _use_own_operators(self.network)
+        use_own_operators(self.network)
         layers = [tensor.name.removesuffix(KEY) for tensor in network.inputs if tensor.name.endswith(KEY)]
         self.crossing = [_leave_text_to_others(self.network.get_submodule(layer)) for layer in layers]
         self.slots = SlotWeights(self.network, network.slots)
@@ -182,8 +176,8 @@ class VaeEncoder(nn.Module):
         super().__init__()
         self.network: Any = AutoencoderKL.from_config(config)
         del self.network.decoder, self.network.post_quant_conv
-        _use_own_operators(self.network)
-        _widen_units(vae_units("vae_encoder", self.network), wide)
+        use_own_operators(self.network)
+        convert_units(vae_units("vae_encoder", self.network), wide, widen, narrow)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         moments = self.network.encoder(image)
@@ -205,8 +199,8 @@ class VaeDecoder(nn.Module):
         super().__init__()
         self.network: Any = AutoencoderKL.from_config(config)
         del self.network.encoder, self.network.quant_conv
-        _use_own_operators(self.network)
-        _widen_units(vae_units("vae_decoder", self.network), wide)
+        use_own_operators(self.network)
+        convert_units(vae_units("vae_decoder", self.network), wide, widen, narrow)
 
     def forward(self, latent: Tensor) -> Tensor:
         if self.network.post_quant_conv is not None:
@@ -241,44 +235,6 @@ class SlotWeights:
         return out if layer.bias is None else out + layer.bias
 
 
-def reshape_like_onnx(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Reshape like ONNX's Reshape. torch's own reshape would put the kept axes into the graph as shape arithmetic.
-
-    shape: 0 keeps an axis, one -1 takes what remains.
-    """
-    if not torch.jit.is_tracing():
-        return x.reshape([x.shape[axis] if side == 0 else side for axis, side in enumerate(shape)])
-    result: Tensor = _Reshape.apply(x, tuple(int(side) for side in shape))
-    return result
-
-
-def split_like_onnx(x: Tensor, parts: int, axis: int) -> list[Tensor]:
-    """Split an axis, whose size is a multiple of `parts`, into that many equal parts, without shape arithmetic."""
-    if not torch.jit.is_tracing():
-        return list(torch.chunk(x, parts, axis))
-    return list(_Split.apply(x, parts, axis))
-
-
-class _Split(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, parts: int, axis: int) -> tuple[Tensor, ...]:
-        return tuple(part.clone() for part in torch.chunk(x, parts, axis))
-
-    @staticmethod
-    def symbolic(g: Any, x: Any, parts: int, axis: int) -> Any:
-        return g.op("Split", x, axis_i=axis, num_outputs_i=parts, outputs=parts)
-
-
-class _Reshape(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return x.reshape([x.shape[axis] if side == 0 else side for axis, side in enumerate(shape)])
-
-    @staticmethod
-    def symbolic(g: Any, x: Any, shape: tuple[int, ...]) -> Any:
-        return g.op("Reshape", x, g.op("Constant", value_t=torch.tensor(shape, dtype=torch.int64)))
-
-
 class PlainAttention:
     """diffusers' attention written out, so that the graph has few nodes and no shape arithmetic.
 
@@ -304,148 +260,13 @@ class PlainAttention:
         if attn.group_norm is not None:
             x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
         key, value = self.given or (attn.to_k(x), attn.to_v(x))
-        x = attn.to_out[0](_attend(attn.to_q(x), key, value, attn.heads))
+        x = attn.to_out[0](attend(attn.to_q(x), key, value, attn.heads))
         if picture.ndim == 4:
             x = x.transpose(1, 2).reshape_as(picture)
         x = x + picture if attn.residual_connection else x
         if attn.rescale_output_factor == 1 and not torch.jit.is_tracing():
             return x  # torch would divide by 1, a needless pass over the memory
         return x / attn.rescale_output_factor
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for q (B, T, C), k and v (B, S, C); causal: no token sees later ones.
-
-    Where it is written out for TensorRT, a tile of the queries is done after the other: the scores of SDXL's VAE at
-    1024 x 1024 are then 32 MiB at a time instead of 512.
-    """
-    width = int(q.shape[-1]) // heads
-    if _fused and (width <= WIDEST_HEAD or causal):
-        attended: Tensor = _Attention.apply(q, k, v, heads, causal)
-        return attended
-    length = int(q.shape[1])
-    q, k, v = (reshape_like_onnx(x, (0, 0, heads, -1)).transpose(1, 2) for x in (q, k, v))
-    if torch.jit.is_tracing():
-        if _fused is True:
-            tiles = split_like_onnx(q * width**-0.5, QUERY_TILES, 2)
-            x = torch.cat([torch.softmax(tile @ k.transpose(-1, -2), dim=-1) @ v for tile in tiles], 2)
-            return reshape_like_onnx(x.transpose(1, 2), (0, 0, -1))
-        scores = (q * width**-0.5) @ k.transpose(-1, -2)
-        if causal:  # within float16's range, too; exp(-30000) is 0 in both
-            scores = scores + torch.from_numpy(np.triu(np.full((length, length), -30000.0, np.float32), 1))
-        x = torch.softmax(scores, dim=-1) @ v
-    else:  # torch's own kernel: faster, and an independent check of the lines above
-        x = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    return reshape_like_onnx(x.transpose(1, 2), (0, 0, -1))
-
-
-_fused: Fused = False
-
-
-@contextmanager
-def fuse_operators(on: Fused = True) -> Iterator[None]:
-    """Trace attention and group norm as single operators (opset 23) instead of writing them out.
-
-    on: whether to do so inside the block; "attention": that one alone.
-    """
-    global _fused
-    before, _fused = _fused, on
-    try:
-        yield
-    finally:
-        _fused = before
-
-
-class _Attention(torch.autograd.Function):
-    """ONNX's Attention on (B, T, C) tensors, computed with torch's own kernel."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool) -> Tensor:
-        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-        x = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return x.transpose(1, 2).flatten(2)
-
-    @staticmethod
-    def symbolic(g: Any, q: Any, k: Any, v: Any, heads: int, causal: bool) -> Any:
-        out = g.op(f"{DOMAIN}::Attention", q, k, v, q_num_heads_i=heads, kv_num_heads_i=heads, is_causal_i=int(causal))
-        return out.setType(q.type())
-
-
-class _GroupNorm(torch.autograd.Function):
-    """ONNX's GroupNormalization (opset 21)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-        return nn.functional.group_norm(x, groups, weight, bias, eps)
-
-    @staticmethod
-    def symbolic(g: Any, x: Any, weight: Any, bias: Any, groups: int, eps: float) -> Any:
-        out = g.op(f"{DOMAIN}::GroupNormalization", x, weight, bias, num_groups_i=groups, epsilon_f=eps)
-        return out.setType(x.type())
-
-
-def narrow(x: Tensor) -> Tensor:
-    """Mark in the graph that from here on the network's own precision is enough. `widen` marks that float32 is needed.
-
-    Outside a trace both do nothing; `torch_backend` converts at these places when it runs a module in float16.
-    """
-    if not torch.jit.is_tracing():
-        return x
-    marked: Tensor = _Mark.apply(x, "Narrow")
-    return marked
-
-
-def widen(x: Tensor) -> Tensor:
-    """Mark in the graph that from here on float32 is needed, see `narrow`."""
-    if not torch.jit.is_tracing():
-        return x
-    marked: Tensor = _Mark.apply(x, "Wide")
-    return marked
-
-
-class _Mark(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, kind: str) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def symbolic(g: Any, x: Any, kind: str) -> Any:
-        return g.op(f"{DOMAIN}::{kind}", x).setType(x.type())
-
-
-def vae_units(kind: str, network: Any) -> dict[str, nn.Module]:
-    """The modules that a picture passes one after the other.
-
-    kind: "vae_encoder" or "vae_decoder".
-    network: diffusers' AutoencoderKL.
-
-    Returns name -> module, in order.
-    """
-    half: Any = network.encoder if kind == "vae_encoder" else network.decoder
-    blocks = half.down_blocks if kind == "vae_encoder" else half.up_blocks
-    samplers = "downsamplers" if kind == "vae_encoder" else "upsamplers"
-    sides: dict[str, nn.Module] = {}
-    for number, block in enumerate(blocks):
-        parts = [*(("resnets", layer) for layer in block.resnets)]
-        parts += [(samplers, layer) for layer in getattr(block, samplers) or ()]
-        for place, (part, layer) in enumerate(parts):
-            sides[f"blocks.{number}.{place}.{part}"] = layer
-    mid = half.mid_block
-    middle = {"mid.0": mid.resnets[0], "mid.1": mid.attentions[0], "mid.2": mid.resnets[1]}
-    body = {**sides, **middle} if kind == "vae_encoder" else {**middle, **sides}
-    units = {"conv_in": half.conv_in, **body, "conv_norm_out": half.conv_norm_out, "conv_out": half.conv_out}
-    if kind == "vae_encoder":
-        return units if network.quant_conv is None else {**units, "quant_conv": network.quant_conv}
-    return units if network.post_quant_conv is None else {"post_quant_conv": network.post_quant_conv, **units}
-
-
-def _widen_units(units: dict[str, nn.Module], names: tuple[str, ...]) -> None:
-    """Mark the units from the first to the last of `names` as float32 (`export/vae_range.py` finds them)."""
-    if not names:
-        return
-    chosen = [name for name in units if name in names]
-    units[chosen[0]].register_forward_pre_hook(lambda _module, inputs: (widen(inputs[0]), *inputs[1:]))
-    units[chosen[-1]].register_forward_hook(lambda _module, _inputs, out: narrow(out))
 
 
 def _to_rows(x: Tensor, batch: Tensor) -> Tensor:
@@ -473,12 +294,12 @@ def _place(root: nn.Module, name: str, layer: nn.Module) -> None:
     root.add_module(last, layer)
 
 
-def _use_own_operators(network: nn.Module) -> None:
+def use_own_operators(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, Attention):
             module.set_processor(PlainAttention())
         elif isinstance(module, nn.GroupNorm):
-            module.forward = partial(_group_norm, module)
+            module.forward = partial(group_norm, module)
         elif isinstance(module, GEGLU):
             module.forward = partial(_geglu, module)
 
@@ -489,13 +310,6 @@ def _geglu(layer: GEGLU, x: Tensor) -> Tensor:
     value, gate = torch.split(layer.proj(x), [half, half], dim=-1)
     result: Tensor = value * nn.functional.gelu(gate)
     return result
-
-
-def _group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    if _fused is True:
-        result: Tensor = _GroupNorm.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
-        return result
-    return nn.functional.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
 class _ClipText(nn.Module):
@@ -535,7 +349,7 @@ class _ClipLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y, attn = self.layer_norm1(x), self.self_attn
-        y = attn["out_proj"](_attend(attn["q_proj"](y), attn["k_proj"](y), attn["v_proj"](y), self.heads, causal=True))
+        y = attn["out_proj"](attend(attn["q_proj"](y), attn["k_proj"](y), attn["v_proj"](y), self.heads, causal=True))
         x = x + y
         wide = self.mlp["fc1"](self.layer_norm2(x))
         act = wide * torch.sigmoid(1.702 * wide) if self.quick else nn.functional.gelu(wide)

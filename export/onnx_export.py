@@ -231,11 +231,18 @@ def export_facts(base: BaseFiles, slots: bool, out: Path, defaults: Mapping[str,
         "slots": slots,
         "defaults": dict(defaults or {}),
         "unet": blocks_of(base.configs["unet"]),
+        **describe_prior(base),
     }
     write_json(out / "base.json", facts)
     for name in TOKENIZERS:
         (out / name).mkdir()
         base.write_tokenizer(name, out / name)
+
+
+def describe_prior(base: BaseFiles) -> dict[str, Any]:
+    """What `base.json` says of ASUKA's prior: the side of its pictures; nothing where the base has none."""
+    has_prior = base.asuka is not None and "prior" in base.asuka.parts
+    return {"prior_side": base.asuka.config.prior.side} if base.asuka and has_prior else {}
 
 
 def graph_digest(network: Network) -> str:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from dreammix_trt.core.attention_layers import KEY, VALUE
 from dreammix_trt.core.errors import BuildError, MissingExtraError
-from dreammix_trt.core.networks import KEY, VALUE, Network, kv_name
+from dreammix_trt.core.networks import Network, kv_name
 from dreammix_trt.core.slots import names_of_weights
 from dreammix_trt.core.tensors import plan_places
 from dreammix_trt.export.precision import assign_types, code_of
@@ -103,7 +104,7 @@ def _trace(module: Any, network: Network) -> bytes:
     """
     import torch
 
-    from dreammix_trt.export.modules import DOMAIN, fuse_operators
+    from dreammix_trt.export.operators import DOMAIN, fuse_operators
 
     example = {
         name: torch.from_numpy(value.astype(np.float32) if value.dtype == np.float16 else value)
@@ -139,12 +140,13 @@ def _list_whole_inputs(network: Network) -> list[str]:
 
 def _uses_own_operators(network: Network) -> bool:
     """Whether the trace has marks or operators of our own (the exporter complains about an unused opset)."""
-    if network.graph == "unet" or network.wide:
+    if network.graph in ("unet", "asuka_prior") or network.wide:
         return True
     if network.fused == "attention" and network.kind.call == "vae":  # one head as wide as its last layer
-        from dreammix_trt.export.modules import WIDEST_HEAD
+        from dreammix_trt.export.operators import WIDEST_HEAD
 
-        return int(network.configs["vae"]["block_out_channels"][-1]) <= WIDEST_HEAD
+        (config,) = network.configs.values()
+        return int(config["block_out_channels"][-1]) <= WIDEST_HEAD
     return bool(network.fused) and network.graph not in ("inpaint_head", kv_name("unet"))
 
 
@@ -195,7 +197,7 @@ def _name_weights(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]])
 
 def _use_standard_operators(model: onnx.ModelProto) -> None:
     """Turn Attention and GroupNormalization of the trace into ONNX's own, which are newer than the trace's opset."""
-    from dreammix_trt.export.modules import DOMAIN
+    from dreammix_trt.export.operators import DOMAIN
 
     custom = [node for node in model.graph.node if node.domain == DOMAIN]
     for node in custom:
@@ -218,7 +220,7 @@ def _slim(model: onnx.ModelProto, kept_inputs: Collection[str]) -> onnx.ModelPro
     import onnx
     import onnxslim
 
-    from dreammix_trt.export.modules import DOMAIN
+    from dreammix_trt.export.operators import DOMAIN
 
     declared = list(model.graph.input)
     kept = [item for item in declared if item.name in kept_inputs]

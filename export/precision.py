@@ -3,7 +3,7 @@
 A bfloat16 network has float16 inputs and outputs, with casts behind and before them.
 
 TensorRT's networks are strongly typed: the graph gives every value its type. The trace is made in float32, because a
-CPU runs it, and has two marks (`modules.narrow`, `modules.widen`). Here the marks become casts, and weights and
+CPU runs it, and has two marks (`operators.narrow`, `operators.widen`). Here the marks become casts, and weights and
 constants get the type of the values they meet.
 """
 

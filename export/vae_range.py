@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from dreammix_trt.core.axes import FACTOR
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.network_weights import weights_of
@@ -31,8 +32,9 @@ from dreammix_trt.core.networks import describe_networks
 from dreammix_trt.core.pictures import read_image
 from dreammix_trt.export.torch_module import make_torch_module
 
-Kind = Literal["vae_encoder", "vae_decoder"]
+Kind = Literal["vae_encoder", "vae_decoder", "asuka_decoder"]
 Floats = NDArray[np.float32]
+Samples = Mapping[str, Sequence[tuple[Floats, ...]]]
 
 #: increase it when a change here gives another result for the same VAE
 REVISION = 1
@@ -50,8 +52,8 @@ BATCH = 4
 class RangeReport:
     """The result of running half of a VAE in float32.
 
-    units: names of `modules.vae_units` for which float16 is too narrow, in order and without gaps, as `Network.wide`
-        needs them.
+    units: names of `units.vae_units` for which float16 is too narrow, in order and without gaps in each chain, as
+        `Network.wide` needs them.
     peaks: unit -> the largest magnitude of its activations.
     limit: the limit that the peaks were compared with.
     samples: how many samples of each kind ran ("drawn", "noise", "images", "latents").
@@ -69,16 +71,16 @@ class RangeReport:
 
 
 def find_wide_units(base: BaseFiles, kind: Kind, images: Sequence[Path] = (), *, limit: float = LIMIT) -> RangeReport:
-    """Find the units of a VAE's encoder or decoder that must stay float32 when the rest is float16. Needs torch.
+    """Find the units of an encoder or decoder that must stay float32 when the rest is float16. Needs torch.
 
     The encoder runs on drawn pictures (natural noise, smooth areas with hard edges, saturated patches, a scene with
     glossy lights), on uniform noise and on the user's pictures. The decoder runs on the means of all these and on
-    normal latents. The samples are the same in every call.
+    normal latents. ASUKA's decoder also gets the picture, once with its left half as the hole and once with its right,
+    so that the latent and the known pixels both reach every place. The samples are the same in every call.
 
     On two cores this takes 0.1 s for a half of the embedded model. For SDXL it takes 3 s (encoder) and 9 s (decoder,
     1.4 GB of memory), and about 1 s and 4 s more for each of `images`.
 
-    kind: "vae_encoder" or "vae_decoder".
     images: the user's pictures.
     limit: the largest activation that a float16 unit may have.
 
@@ -88,14 +90,18 @@ def find_wide_units(base: BaseFiles, kind: Kind, images: Sequence[Path] = (), *,
     import torch
 
     networks = {network.name: network for network in describe_networks(base)}
-    samples = _draw_pictures(base.native_side, images)
+
+    def run(name: Kind, samples: Samples) -> tuple[_Watch, dict[str, list[Floats]]]:
+        watch = _Watch(name, _file_of(base, name), limit)
+        return watch, watch.run(make_torch_module(networks[name], weights_of(base, name)), samples)
+
+    pictures = _draw_pictures(base.native_side, images)
+    samples = _alone(pictures)
     with torch.inference_mode():
-        if kind == "vae_decoder":
-            encoder = _Watch("vae_encoder", _file_of(base), limit)
-            samples = encoder.run(make_torch_module(networks["vae_encoder"], weights_of(base, "vae_encoder")), samples)
-            samples = {**samples, "latents": _draw_latents(base)}
-        watch = _Watch(kind, _file_of(base), limit)
-        watch.run(make_torch_module(networks[kind], weights_of(base, kind)), samples)
+        if kind != "vae_encoder":
+            latents = {**run("vae_encoder", samples)[1], "latents": _draw_latents(base)}
+            samples = _add_known(latents, pictures) if kind == "asuka_decoder" else _alone(latents)
+        watch, _ = run(kind, samples)
     return watch.report({name: len(values) for name, values in samples.items()})
 
 
@@ -108,8 +114,10 @@ class _Watch:
     limit: float
     peaks: dict[str, float] = field(default_factory=dict)
 
-    def run(self, module: Any, samples: Mapping[str, Sequence[Floats]]) -> dict[str, list[Floats]]:
+    def run(self, module: Any, samples: Samples) -> dict[str, list[Floats]]:
         """Run the module and record it.
+
+        samples: its inputs, by kind of sample.
 
         Returns its first result for each sample. Raises `FileFormatError` like `find_wide_units`.
         """
@@ -120,18 +128,18 @@ class _Watch:
         for name, values in samples.items():
             results[name] = []
             for batch in _batch(values):
-                out = module(torch.from_numpy(batch))
+                out = module(*map(torch.from_numpy, batch))
                 results[name] += [*(out[0] if isinstance(out, tuple) else out).numpy()]
         largest = max(float(np.abs(value).max()) for values in results.values() for value in values)
         if largest > LARGEST:
             raise FileFormatError(
                 f"{self.file}: the {self._half} gives values of {largest:.3g}, which no picture or latent has; "
-                "use another VAE (--vae)"
+                f"{self._remedy}"
             )
         return results
 
     def _hook(self, module: Any) -> None:
-        from dreammix_trt.export.modules import vae_units
+        from dreammix_trt.export.units import vae_units
 
         for name, unit in vae_units(self.kind, module.network).items():
             self.peaks[name] = 0.0
@@ -143,21 +151,28 @@ class _Watch:
                     self._hook_scores(name, part)
 
     def report(self, samples: Mapping[str, int]) -> RangeReport:
-        names = list(self.peaks)
-        over = [number for number, name in enumerate(names) if self.peaks[name] > self.limit]
-        units = tuple(names[over[0] : over[-1] + 1]) if over else ()
-        return RangeReport(units, self.peaks, self.limit, samples)
+        from dreammix_trt.export.units import split_chains
+
+        units: list[str] = []
+        for names in split_chains(self.peaks):
+            over = [number for number, name in enumerate(names) if self.peaks[name] > self.limit]
+            units += names[over[0] : over[-1] + 1] if over else []
+        return RangeReport(tuple(units), self.peaks, self.limit, samples)
 
     @property
     def _half(self) -> str:
-        return self.kind.replace("vae_", "VAE's ")
+        return {"asuka_decoder": "ASUKA decoder"}.get(self.kind, self.kind.replace("vae_", "VAE's "))
+
+    @property
+    def _remedy(self) -> str:
+        return "use another ASUKA folder (--asuka)" if self.kind == "asuka_decoder" else "use another VAE (--vae)"
 
     def _see(self, name: str, x: Any) -> None:
         low, high = (float(end) for end in x.aminmax())
         if not np.isfinite(high - low):
             raise FileFormatError(
                 f"{self.file}: the {self._half} is damaged: {name} gives values that are not finite in float32; "
-                "download it again or use another VAE (--vae)"
+                f"download it again or {self._remedy}"
             )
         self.peaks[name] = max(self.peaks[name], -low, high)
 
@@ -182,8 +197,10 @@ class _Watch:
         attention.to_k.register_forward_hook(lambda _module, _inputs, out: see("k", out))
 
 
-def _file_of(base: BaseFiles) -> Path:
-    """The file or folder by which the user knows the VAE."""
+def _file_of(base: BaseFiles, kind: Kind) -> Path:
+    """The file or folder by which the user knows the VAE, or ASUKA's decoder."""
+    if kind == "asuka_decoder" and base.asuka:
+        return base.asuka.folder
     return base.vae or (base.folder if base.folder.is_file() else base.folder / "vae")
 
 
@@ -194,12 +211,31 @@ def _draw_latents(base: BaseFiles) -> list[Floats]:
     return [*normal.astype(np.float32)]
 
 
-def _batch(samples: Sequence[Floats]) -> Iterator[Floats]:
-    """Stack neighbours of equal shape, at most `BATCH`: on small networks every operator call has its cost."""
-    for _, equal in groupby(samples, key=np.shape):
+def _alone(values: Mapping[str, Sequence[Floats]]) -> Samples:
+    """Samples of a network that takes nothing else."""
+    return {name: [(each,) for each in several] for name, several in values.items()}
+
+
+def _add_known(latents: Mapping[str, Sequence[Floats]], pictures: Mapping[str, Sequence[Floats]]) -> Samples:
+    """Latents with the pictures that they are of (noise where they are of none), and either half as the hole."""
+    rng, samples = np.random.default_rng(2), dict[str, list[tuple[Floats, ...]]]()
+    for name, values in latents.items():
+        samples[name] = []
+        for number, latent in enumerate(values):
+            height, width = (FACTOR * side for side in latent.shape[1:])
+            noise = rng.uniform(-1, 1, (3, height, width)).astype(np.float32)
+            image = pictures[name][number] if name in pictures else noise
+            hole = np.broadcast_to(np.arange(width) < width // 2, (1, height, width)).astype(np.float32)
+            samples[name] += [(latent, image, hole), (latent, image, 1 - hole)]
+    return samples
+
+
+def _batch(samples: Sequence[tuple[Floats, ...]]) -> Iterator[tuple[Floats, ...]]:
+    """Stack neighbours of equal shapes, at most `BATCH`: on small networks every operator call has its cost."""
+    for _, equal in groupby(samples, key=lambda sample: [each.shape for each in sample]):
         group = list(equal)
         for start in range(0, len(group), BATCH):
-            yield np.stack(group[start : start + BATCH])
+            yield tuple(map(np.stack, zip(*group[start : start + BATCH], strict=True)))
 
 
 def _draw_pictures(native_side: int, images: Sequence[Path]) -> dict[str, list[Floats]]:

@@ -18,7 +18,7 @@ from dreammix_trt.core.errors import InputError  # noqa: E402
 from dreammix_trt.trainer.asuka import training  # noqa: E402
 from dreammix_trt.trainer.asuka.recipes import SMALL  # noqa: E402
 from dreammix_trt.trainer.hardware import Hardware  # noqa: E402
-from tests.support.asuka import write_pictures  # noqa: E402
+from tests.support.asuka_training import write_pictures  # noqa: E402
 
 
 def run(*words: str | Path | float) -> Any:

@@ -98,4 +98,6 @@ class RootMeanSquareNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + _EPS) * self.scale
+        wide = x.float()  # squares of a few hundred leave float16
+        scaled = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + _EPS)
+        return scaled.to(x.dtype) * self.scale

@@ -26,13 +26,13 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         self.config = config
         width, inner, patch = config.width, config.decoder_width, config.patch
-        self.patch_embed = _PatchEmbed(3, width, patch)
+        self.patch_embed = _PatchEmbed(3, width, config)
         self.pos_embed = _positions(width, config.grid)
         self.blocks = nn.ModuleList(_Block(width, config.heads) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width, _EPS)
         self.decoder_embed = nn.Linear(width, inner)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, inner))
-        self.decoder_patch_embed = _PatchEmbed(4, inner, patch)
+        self.decoder_patch_embed = _PatchEmbed(4, inner, config)
         self.alpha = nn.Parameter(torch.ones(()))
         self.decoder_pos_embed = _positions(inner, config.grid)
         self.decoder_blocks = nn.ModuleList(_Block(inner, config.decoder_heads) for _ in range(config.decoder_layers))
@@ -121,13 +121,14 @@ def _positions(width: int, grid: int) -> nn.Parameter:
 
 
 class _PatchEmbed(nn.Module):
-    def __init__(self, channels: int, width: int, patch: int) -> None:
+    def __init__(self, channels: int, width: int, config: PriorConfig) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(channels, width, patch, patch)
+        self.width, self.tokens = width, config.tokens
+        self.proj = nn.Conv2d(channels, width, config.patch, config.patch)
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, C, S, S) -> (B, T, width)."""
-        found: Tensor = self.proj(image).flatten(2).transpose(1, 2)
+        found: Tensor = self.proj(image).reshape(-1, self.width, self.tokens).transpose(1, 2)
         return found
 
 

@@ -23,7 +23,7 @@ from dreammix_trt.core.store import Store
 from dreammix_trt.engine.backends.tensorrt.profiles import Profile, profiles_for
 from dreammix_trt.engine.canvas.geometry import profile_sizes
 from dreammix_trt.engine.canvas.tiles import SIDE, needs_tiles
-from dreammix_trt.export.onnx_export import SCHEMA, graph_digest
+from dreammix_trt.export.onnx_export import SCHEMA, describe_prior, graph_digest
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Ingredients:
     @property
     def base_key(self) -> str:
         """Which weights and slots these are, whatever the back end and precision."""
-        sources = {kind.component: self.sources_of(kind.name) for kind in KINDS}
+        kinds = (kind for kind in KINDS if kind.group != "asuka" or kind.describe(self.base, self.slots))
+        sources = {kind.component: self.sources_of(kind.name) for kind in kinds}
         return Store.key({"sources": sources, "slots": self.slots})
 
     @property
@@ -86,6 +87,7 @@ class Ingredients:
             "head": self.base.head_padding if self.base.has_head else None,
             "patched": self.base.patch is not None,
             "patch_biases": self.base.patch_biases,
+            **describe_prior(self.base),
         }
 
     def of_range(self, network: Network) -> dict[str, Any]:
@@ -97,6 +99,7 @@ class Ingredients:
             "sources": self.sources_of(network.name),
             "config": self.base.configs["vae"],
             "images": [sha256_of(image) for image in self.engine.vae_images],
+            **({"latents": self.sources_of("vae_encoder")} if network.kind.group == "asuka" else {}),
         }
 
     def of_onnx(self, network: Network) -> dict[str, Any]:

@@ -38,6 +38,7 @@ def build(
     head: str | Path | None = None,
     vae: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    asuka: str | Path | None = None,
     subjects: Mapping[str, LoraOption] | None = None,
     name: str | None = None,
     token: str | Mapping[str, str] | None = None,
@@ -63,6 +64,7 @@ def build(
     base: diffusers folder or single file; None: the embedded model.
     patch, head: None: those beside the base.
     vae, tokenizer: instead of the base's.
+    asuka: folder of ASUKA's prior and decoder; None: that in the base's folder, if any.
     name: of the subject of `lora`; None: its class, where that is known, else from `out`.
     token, class_name: the subject's word in prompts, and what it is; of several, by name. None: as the LoRA's metadata
         says (`core/lora_words.py`), else "sks" and nothing.
@@ -84,7 +86,7 @@ def build(
     """
     order = BuildOrder(
         out,
-        BaseSources(base, patch, head, vae, tokenizer, patch_biases),
+        BaseSources(base, patch, head, vae, tokenizer, patch_biases, asuka),
         lora,
         base_loras,
         subjects=subjects or {},

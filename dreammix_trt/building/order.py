@@ -33,11 +33,18 @@ class BaseSources:
     vae: str | Path | None = None
     tokenizer: str | Path | None = None
     patch_biases: bool = False
+    asuka: str | Path | None = None
 
     def open(self) -> BaseFiles:
         """Raises FileFormatError for what is no base, InputError for biases of no patch."""
         files = BaseFiles.open(
-            self.base, self.patch, self.head, self.patch_biases, vae=self.vae, tokenizer=self.tokenizer
+            self.base,
+            self.patch,
+            self.head,
+            self.patch_biases,
+            vae=self.vae,
+            tokenizer=self.tokenizer,
+            asuka=self.asuka,
         )
         if self.patch_biases and files.patch is None:
             raise InputError("patch_biases is given, but this base has no patch: give --patch, or leave it")
@@ -134,6 +141,7 @@ class BuildOrder:
         """Raise InputError for a source inside the directory that is about to be replaced."""
         given = [spec.file for spec in (*self.subject_specs, *self.base_specs)]
         given += [each.attributes for each in self.subject_orders if each.attributes]
+        given += [files.asuka.folder] if files.asuka else []
         for source in (files.folder, files.patch, files.head_file, files.vae, files.tokenizer, *given):
             if source is not None and source.resolve().is_relative_to(self.place):
                 raise InputError(
@@ -161,6 +169,7 @@ class BuildOrder:
             "head": self.base.head,
             "vae": self.base.vae,
             "tokenizer": self.base.tokenizer,
+            "asuka": self.base.asuka,
             "name": self.name,
             "token": _list_given(self.token),
             "class_name": _list_given(self.class_name),

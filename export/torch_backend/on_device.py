@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,8 @@ from dreammix_trt.export.torch_backend.resident import Resident, Shapes, Values,
 from dreammix_trt.export.torch_module import check_fit
 
 DTYPES = ("float16", "bfloat16", "float32")
-COMPILED = ("unet", "vae_encoder", "vae_decoder")  # graphs to compile; the others run once per prompt and are small
+#: graphs to compile; the others run once per prompt and are small
+COMPILED = ("unet", "vae_encoder", "vae_decoder", "asuka_decoder")
 MODE = "max-autotune-no-cudagraphs"  # the runtime captures graphs itself
 
 
@@ -263,7 +264,8 @@ class TorchNetworks:
 
 def _facts_of(base: BaseFiles) -> BaseFacts:
     blocks = blocks_of(base.configs["unet"])
-    return BaseFacts(base.native_side, base.divisor, base.scaling_factor, base.feature_channels, {}, blocks)
+    side = base.asuka.config.prior.side if base.asuka and "prior" in base.asuka.parts else None
+    return BaseFacts(base.native_side, base.divisor, base.scaling_factor, base.feature_channels, {}, blocks, side)
 
 
 def _list_networks(base: BaseFiles, slots: bool, dtype: str, names: Collection[str] | None) -> list[Network]:
@@ -286,13 +288,11 @@ def _list_networks(base: BaseFiles, slots: bool, dtype: str, names: Collection[s
 
 
 def _choose_wide_units(base: BaseFiles, network: Network, given: Mapping[str, Sequence[str]] | None) -> tuple[str, ...]:
-    from dreammix_trt.export.vae_range import find_wide_units
+    from dreammix_trt.export.vae_range import Kind, find_wide_units
 
     if given is not None:
         return tuple(given.get(network.name, ()))
-    if network.name == "vae_encoder":
-        return find_wide_units(base, "vae_encoder").units
-    return find_wide_units(base, "vae_decoder").units if network.name == "vae_decoder" else ()
+    return find_wide_units(base, cast(Kind, network.name)).units if network.kind.call == "vae" else ()
 
 
 def _find_device(name: str) -> torch.device:

@@ -193,11 +193,10 @@ def _widen(module: Any, network: Network, dtype: torch.dtype) -> set[str]:
     """Let the wide units of a float16 VAE compute in float32. Returns the names of their parameters."""
     if not network.wide:
         return set()
-    from dreammix_trt.export.modules import vae_units
+    from dreammix_trt.export.units import convert_units, vae_units
 
     units = vae_units(network.graph, module.network)
+    convert_units(units, network.wide, lambda x: x.float(), lambda x: x.to(dtype))
     chosen = [unit for name, unit in units.items() if name in network.wide]
-    chosen[0].register_forward_pre_hook(lambda _unit, given: (given[0].float(), *given[1:]))
-    chosen[-1].register_forward_hook(lambda _unit, _given, out: out.to(dtype))
     inside = {id(parameter) for unit in chosen for parameter in unit.parameters()}
     return {name for name, parameter in module.network.named_parameters() if id(parameter) in inside}

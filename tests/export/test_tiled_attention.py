@@ -13,14 +13,14 @@ torch = pytest.importorskip("torch", reason="torch is not installed: pip install
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install dreammix-trt[export]")
 
 from dreammix_trt.core.onnx_runtime import import_onnxruntime  # noqa: E402
-from dreammix_trt.export.modules import QUERY_TILES, _attend, fuse_operators  # noqa: E402
+from dreammix_trt.export.operators import QUERY_TILES, attend, fuse_operators  # noqa: E402
 
 WIDE = 320  # one head, wider than TensorRT's kernels take
 
 
 class Attend(torch.nn.Module):  # type: ignore[misc]
     def forward(self, q: Any, k: Any, v: Any) -> Any:
-        return _attend(q, k, v, 1)
+        return attend(q, k, v, 1)
 
 
 def draw(batch: int, length: int) -> list[Any]:

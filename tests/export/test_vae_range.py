@@ -269,7 +269,7 @@ def decoder_psnr(inside: str) -> float:
     """In dB, of drawn pictures against float32 throughout; every activation is rounded to its type."""
     import torch
 
-    from dreammix_trt.export.modules import vae_units
+    from dreammix_trt.export.units import vae_units
 
     base = BaseFiles.open()
     networks = {network.name: network for network in describe_networks(base)}

@@ -1,36 +1,60 @@
-"""ASUKA's trainers on a tiny random base, in a second: what their tests share."""
+"""A small ASUKA folder with random weights for a base."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image
+from numpy.typing import NDArray
 
+from dreammix_trt.core.asuka import AsukaConfig, DecoderConfig, PriorConfig
+from dreammix_trt.core.asuka_folder import AsukaFolder, Part, write_asuka
 from dreammix_trt.core.checkpoint import BaseFiles
-from dreammix_trt.trainer.asuka.recipes import SMALL, AsukaRecipe, Part
-from dreammix_trt.trainer.asuka.training import AsukaTrained, train_asuka
+
+Floats = NDArray[np.float32]
+Change = Callable[[Floats], Floats]
 
 
-def tiny_recipe(part: Part, **fields: Any) -> AsukaRecipe:
-    """Three steps of two pictures, a checkpoint after the second."""
-    small = {"steps": 3, "batch": 2, "side": 64, "warmup": 1, "checkpoint_every": 2, "reveal_steps": 2, "views": 0}
-    return replace(SMALL[part], **small | fields)
+def small_config(base: BaseFiles) -> AsukaConfig:
+    prior = PriorConfig(
+        **{"side": 16, "patch": 4, "width": 24, "layers": 2, "heads": 3, "decoder_width": 16, "decoder_layers": 3},
+        **{"decoder_heads": 2, "feature_layer": 2, "align_width": 16, "align_layers": 2, "align_head": 8},
+        context_width=int(base.configs["unet"]["cross_attention_dim"]),
+        pooled_width=int(base.configs["text_encoder_2"]["projection_dim"]),
+    )
+    own = DecoderConfig.of_vae(base.configs["vae"])
+    return AsukaConfig(prior, replace(own, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=2))
 
 
-def write_pictures(folder: Path) -> Path:
-    """Three pictures of soft noise, of different sizes."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for number, size in enumerate(((90, 70), (64, 64), (100, 140))):
-        few = Image.fromarray(rng.integers(0, 256, (7, 7, 3), np.uint8))
-        few.resize(size, Image.Resampling.BICUBIC).save(folder / f"{number}.png")
-    return folder
+def make_states(config: AsukaConfig, seed: int = 0) -> dict[Part, dict[str, Floats]]:
+    """Random weights of both networks, as torch begins with them; the mask token and alpha are not 0 and 1."""
+    import torch
+
+    from dreammix_trt.core.torch_modules.asuka_decoder import AsukaDecoder
+    from dreammix_trt.core.torch_modules.asuka_prior import AsukaPrior
+
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        prior, decoder = AsukaPrior(config.prior), AsukaDecoder(config.decoder)
+        prior.mae.mask_token.normal_()
+        prior.mae.alpha.fill_(0.25)
+    return {
+        "prior": {name: value.numpy() for name, value in prior.state_dict().items()},
+        "decoder": {name: value.numpy() for name, value in decoder.state_dict().items()},
+    }
 
 
-def train(part: Part, out: Path, base: BaseFiles, images: Path, **fields: Any) -> AsukaTrained:
-    """`tiny_recipe` on one thread, unless `fields` say otherwise."""
-    given = {"recipe": tiny_recipe(part), "threads": 1} | fields
-    return train_asuka(part, out, base=base, images=images, **given)
+def write_small_asuka(
+    folder: Path, base: BaseFiles, seed: int = 0, changes: Mapping[str, Change] | None = None
+) -> AsukaFolder:
+    """Write the folder.
+
+    changes: of the decoder's weights, by name.
+    """
+    config = small_config(base)
+    states = make_states(config, seed)
+    states["decoder"] |= {name: change(states["decoder"][name]) for name, change in (changes or {}).items()}
+    write_asuka(folder, config, states, "float32")
+    return AsukaFolder.open(folder)

@@ -14,7 +14,7 @@ from dreammix_trt.core.errors import InputError
 from dreammix_trt.trainer import picture_pool
 from dreammix_trt.trainer.micro import world
 from dreammix_trt.trainer.picture_pool import FolderPool, crop_picture, open_scenes
-from tests.support.asuka import write_pictures
+from tests.support.asuka_training import write_pictures
 
 Rng = np.random.Generator
 

@@ -284,6 +284,7 @@ def read_facts(folder: Path) -> BaseFacts:
             feature_channels=record["feature_channels"],
             defaults=record.get("defaults", {}),
             unet=record.get("unet"),
+            prior_side=record.get("prior_side"),
         )
     except KeyError as error:
         raise EngineError(f"{folder / 'base.json'}: {error} is missing; {REBUILD}") from error

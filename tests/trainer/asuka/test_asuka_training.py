@@ -28,7 +28,7 @@ from dreammix_trt.trainer.asuka.task import config_for  # noqa: E402
 from dreammix_trt.trainer.asuka.training import train_asuka  # noqa: E402
 from dreammix_trt.trainer.hardware import Hardware  # noqa: E402
 from dreammix_trt.trainer.processes import Processes  # noqa: E402
-from tests.support.asuka import tiny_recipe, train, write_pictures  # noqa: E402
+from tests.support.asuka_training import tiny_recipe, train, write_pictures  # noqa: E402
 
 
 @pytest.fixture(scope="session")

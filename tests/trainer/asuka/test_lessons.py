@@ -36,7 +36,7 @@ from dreammix_trt.trainer.hardware import Hardware  # noqa: E402
 from dreammix_trt.trainer.hole_masks import touched_patches  # noqa: E402
 from dreammix_trt.trainer.networks import TextEncoders, TrainingUNet, Vae  # noqa: E402
 from dreammix_trt.trainer.picture_pool import FolderPool  # noqa: E402
-from tests.support.asuka import tiny_recipe, write_pictures  # noqa: E402
+from tests.support.asuka_training import tiny_recipe, write_pictures  # noqa: E402
 
 CPU = torch.device("cpu")
 PRIOR = PriorConfig(
