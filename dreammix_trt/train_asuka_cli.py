@@ -20,6 +20,7 @@ from dreammix_trt.terminal import (
     Threads,
     Tokenizer,
     Vae,
+    choose_messages,
     print_json,
     say,
     show_progress,
@@ -129,6 +130,11 @@ def train_asuka(
     from dreammix_trt.trainer.asuka import training
 
     require_training()
+    from dreammix_trt.trainer.processes import is_leading
+
+    if not is_leading():
+        choose_messages(quiet=True)
+        as_json = False
     if not force:
         _check_new(part, out)
     files = BaseSources(base, patch, head, vae, tokenizer, patch_biases).open()

@@ -121,7 +121,13 @@ class AsukaTask:
 
             count = self.recipe.views
             return AlignLesson(
-                *(network, self.base, self.hardware, self.pool, self.recipe, self.seed, self._keep_views),
+                network,
+                self.base,
+                self.hardware,
+                self.pool,
+                self.recipe,
+                self.seed,
+                self._keep_views,
                 lambda share: tell("views", share, f"encoding {count} pictures with holes"),
             )
         from dreammix_trt.trainer.asuka.decoder import DecoderLesson

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +85,16 @@ def train_asuka(
         raise InputError(f"--perceptual {perceptual}: no such file; give torchvision's vgg16-397923af.pth")
     given = hardware or Hardware()
     given.check()
-    files = base if isinstance(base, BaseFiles) else BaseFiles.open(base)
+    # what the base has of ASUKA already decides nothing here
+    files = replace(base if isinstance(base, BaseFiles) else BaseFiles.open(base), asuka=None)
     place, folder = Path(out).resolve(), Path(work) if work else find_work(out)
     check_places(place, folder, CONFIG)
     before = AsukaFolder.open(place) if (place / CONFIG).is_file() else None
     check_parts(part, before, place)
     if before is not None:
         before.check_fit(files.configs)
-    tell = progress or (lambda *_: None)
     with join_processes(given) as (processes, own):
+        tell = progress if progress and processes.leads else _say_nothing
         task = AsukaTask(
             part=part,
             base=files,
@@ -152,6 +153,10 @@ def _run(
         processes.wait()
     log.info("%s: %s, %d steps in %.0f s, loss %.4f", out, task.part, found.steps, found.seconds, found.loss)
     return found
+
+
+def _say_nothing(*_: Any) -> None:
+    """Progress that nobody asked for."""
 
 
 def _sum_up(part: Part, done: Progressed, parameters: int) -> AsukaTrained:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ for _name in ("torch", "diffusers", "transformers"):
 
 import torch  # noqa: E402
 
+from dreammix_trt.core.asuka import AsukaConfig  # noqa: E402
 from dreammix_trt.core.asuka_folder import AsukaFolder, write_asuka  # noqa: E402
 from dreammix_trt.core.checkpoint import BaseFiles  # noqa: E402
 from dreammix_trt.core.errors import FileFormatError, InputError  # noqa: E402
@@ -285,7 +287,15 @@ def test_recipes_say_how_fast_and_how_often() -> None:
     assert recipe_for("align", 256) is SMALL["align"] and recipe_for("align", 1024) is FULL["align"]
 
 
-def test_the_embedded_base_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_size_base_gets_the_papers_networks() -> None:
+    """By SDXL's own configurations."""
+    vae = {"latent_channels": 4, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2}
+    configs = {"unet": {"cross_attention_dim": 2048}, "text_encoder_2": {"projection_dim": 1280}, "vae": vae}
+    sdxl: Any = SimpleNamespace(native_side=1024, configs=configs)
+    assert config_for(sdxl) == AsukaConfig()
+
+
+def test_the_embedded_base_is_the_default(tmp_path: Path) -> None:
     """Without a folder its rooms are rendered; one step of its prior."""
     recipe = replace(SMALL["prior"], steps=1, batch=2, rooms=2)
     done = train_asuka("prior", tmp_path / "asuka", recipe=recipe, threads=1)

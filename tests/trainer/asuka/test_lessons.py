@@ -111,6 +111,17 @@ def test_only_the_alignment_learns(base: BaseFiles, pool: FolderPool) -> None:
     assert not any(value.requires_grad or value.grad is not None for value in frozen)
 
 
+def test_values_computed_twice_give_the_same_gradients(base: BaseFiles, pool: FolderPool) -> None:
+    """With gradient checkpointing in the frozen UNet, which full-size bases have by default."""
+    found = []
+    for twice in (False, True):
+        torch.manual_seed(0)
+        lesson = make_alignment(base, pool, gradient_checkpointing=twice)
+        lesson.loss(draw_rows(lesson, 1), 0).backward()
+        found.append([value.grad for value in lesson.trained().values()])
+    torch.testing.assert_close(*found)
+
+
 def test_the_loss_is_the_noise_that_the_base_predicts(base: BaseFiles, pool: FolderPool) -> None:
     """Computed once more from the networks, with the hole's condition as the base's own training has it."""
     lesson = make_alignment(base, pool)
