@@ -77,12 +77,7 @@ def train_asuka(
     MissingExtraError.
     """
     require_training()
-    if not 0 <= seed < 2**63:
-        raise InputError(f"seed is {seed}; it must be 0 to 2^63 - 1")
-    if perceptual is not None and part != "decoder":
-        raise InputError("--perceptual is of the decoder's loss; leave it, or train the part decoder")
-    if perceptual is not None and not Path(perceptual).is_file():
-        raise InputError(f"--perceptual {perceptual}: no such file; give torchvision's vgg16-397923af.pth")
+    _check_options(part, seed, perceptual)
     given = hardware or Hardware()
     given.check()
     # what the base has of ASUKA already decides nothing here
@@ -111,6 +106,16 @@ def train_asuka(
         held = hold_places(place, folder / part, "another training is at work")
         with held if processes.leads else nullcontext():
             return _run(task, place, folder / part, processes, resume, tell, threads)
+
+
+def _check_options(part: Part, seed: int, perceptual: str | Path | None) -> None:
+    """Raise InputError for what no training can have, before anything is read."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed is {seed}; it must be 0 to 2^63 - 1")
+    if perceptual is not None and part != "decoder":
+        raise InputError("--perceptual is of the decoder's loss; leave it, or train the part decoder")
+    if perceptual is not None and not Path(perceptual).is_file():
+        raise InputError(f"--perceptual {perceptual}: no such file; give torchvision's vgg16-397923af.pth")
 
 
 def _open_pool(
