@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _asuka_files import asuka_config, write_asuka_folder
 from _common import Benchmark
 from _sdxl_files import sdxl_configs, write_head, write_lora, write_patch, write_single_file, write_tokenizers
 
@@ -67,6 +68,7 @@ def written(bench: Benchmark, folder: Path, width: float) -> dict[str, Path]:
         "head": folder / "fooocus_inpaint_head.pth",
         "mug": folder / "mug.safetensors",
         "teapot": folder / "teapot.safetensors",
+        "asuka": folder / "asuka",
     }
     started = time.perf_counter()
     if not files["teapot"].exists():
@@ -76,6 +78,8 @@ def written(bench: Benchmark, folder: Path, width: float) -> dict[str, Path]:
         write_lora(files["mug"], configs)
         write_lora(files["teapot"], configs, seed=9, dialect="kohya_sgm")
         bench.add("files: written [s]", time.perf_counter() - started)
+    if not (files["asuka"] / "config.json").exists():
+        write_asuka_folder(files["asuka"], asuka_config(configs, width))
     if width != 1:
         write_tokenizers(folder / "tokenizers", configs)
         files["tokenizer"] = folder / "tokenizers"
@@ -106,7 +110,7 @@ def write_ranges(file: Path, files: dict[str, Path]) -> Path:
 
 def engines(bench: Benchmark, folder: Path, files: dict[str, Path], targets: list[str], shapes: str) -> None:
     """A base with its first subject, then a second subject, each by the command line."""
-    common = ["--base", files["base"], "--patch", files["patch"], "--head", files["head"]]
+    common = ["--base", files["base"], "--patch", files["patch"], "--head", files["head"], "--asuka", files["asuka"]]
     common += ["--tokenizer", files["tokenizer"]] if "tokenizer" in files else []
     if "calibration" in files:
         common += ["--precision", "fp8", "--calibration", files["calibration"]]
@@ -117,6 +121,7 @@ def engines(bench: Benchmark, folder: Path, files: dict[str, Path], targets: lis
     passport = json.loads((folder / "engine-mug" / "passport.json").read_text())
     for network in passport["networks"]:
         parts_of(bench, folder, passport, network)
+    add_asuka(bench, passport)
     kinds = {"graph": "tracing", "onnx": "export", "engine": "engines"}
     costs = all_costs(folder / "store")
     for kind, said in kinds.items():
@@ -156,6 +161,15 @@ def parts_of(bench: Benchmark, folder: Path, passport: dict[str, Any], network: 
         bench.add(f"{name}: plan in E4M3 [GB]", build["engine_bytes"] / 1e9, bound="<= 2.8")
     if build["messages"]:
         bench.add(f"{name}: builder's warnings", "; ".join(build["messages"])[:200])
+
+
+def add_asuka(bench: Benchmark, passport: dict[str, Any]) -> None:
+    """What ASUKA's networks take beside the base, the decoder's float32 twin as well."""
+    builds = [network["build"] for network in passport["networks"] if network["name"].startswith("asuka_")]
+    seconds = sum(build["seconds"] + build["export"]["seconds"] for build in builds)
+    bench.add("asuka: export and engines of both networks [s]", seconds, bound="<= 240")
+    peak = max(max(build["peak_anonymous"], build["export"]["peak_anonymous"]) for build in builds) / GIB
+    bench.add("asuka: peak anonymous memory [GiB]", peak, bound="<= 12")
 
 
 def all_costs(store: Path) -> dict[str, list[dict[str, float]]]:

@@ -9,8 +9,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
+
 from dreammix_trt.core.axes import Tensor
 from dreammix_trt.core.errors import FileFormatError
+from dreammix_trt.core.stored import Floats
 
 #: what the pictures of a masked auto-encoder are normalised with, for values from 0 to 1
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -164,6 +167,21 @@ def describe_decoder(config: DecoderConfig) -> tuple[Tensors, Tensors]:
     latent = Tensor("latent", "float32", ("pictures", config.latent_channels, "h", "w"))
     image, mask = (Tensor(name, "float32", ("pictures", n, "H", "W")) for name, n in (("image", 3), ("mask", 1)))
     return (latent, image, mask), (Tensor("picture", "float32", image.shape),)
+
+
+def blend_condition(empty: Floats, prior: Floats, weight: float) -> Floats:
+    """The prior's condition at a strength: empty + weight * (prior - empty).
+
+    empty, prior: rows of the empty prompt (N, 77, D) and of the prior (N, 256, D), or both pooled (N, Dp). Where the
+        prior has more rows, those of the empty prompt are repeated in turn, which attention hardly notices.
+    weight: 0: the empty prompt itself, with its own rows; 1: the prior itself.
+    """
+    if weight in (0, 1):
+        return prior if weight else empty
+    repeated = empty
+    if empty.ndim == 3:
+        repeated = np.take(empty, np.arange(prior.shape[1]) % empty.shape[1], 1)
+    return repeated + np.float32(weight) * (prior - repeated)
 
 
 _Config = TypeVar("_Config", PriorConfig, DecoderConfig)

@@ -405,6 +405,15 @@ KINDS: Final[list[NetworkKind]] = [
         required=False,
     ),
     NetworkKind(
+        "asuka_prior",
+        "asuka",
+        "frame",
+        lambda base, _slots: _describe_asuka(base, "prior"),
+        lambda base: _weights_of_asuka(base, "prior"),
+        component="asuka_prior",
+        required=False,
+    ),
+    NetworkKind(
         "unet_kv",
         "unet",
         "stage",
@@ -456,15 +465,6 @@ KINDS: Final[list[NetworkKind]] = [
         _half_of_vae("decoder.", "post_quant_conv."),
         component="vae",
         twin=True,
-    ),
-    NetworkKind(
-        "asuka_prior",
-        "asuka",
-        "frame",
-        lambda base, _slots: _describe_asuka(base, "prior"),
-        lambda base: _weights_of_asuka(base, "prior"),
-        component="asuka_prior",
-        required=False,
     ),
     NetworkKind(
         "asuka_decoder",

@@ -153,8 +153,8 @@ class Weights(Mapping[str, Floats]):
 def open_tensors(path: str | Path) -> Weights:
     """Open a `.safetensors` or torch file (`.bin`, `.pt`, `.pth`, `.ckpt`). Reads only its header.
 
-    The content decides the format. From a torch file the `state_dict` is taken if it has one, and everything that is
-    not a tensor is skipped.
+    The content decides the format. From a torch file the `state_dict` (or `model`) is taken if it has one, and
+    everything that is not a tensor is skipped.
 
     Raises `FileFormatError` when the file has neither format or is truncated.
     """
@@ -163,8 +163,8 @@ def open_tensors(path: str | Path) -> Weights:
         start = stream.read(len(MAGIC))
     if start == MAGIC:
         loaded = read_torch_zip(file.path)
-        nested = loaded.get("state_dict")
-        state = nested if isinstance(nested, dict) else loaded
+        nested = (loaded.get(name) for name in ("state_dict", "model"))
+        state = next((each for each in nested if isinstance(each, dict)), loaded)
         return Weights({str(name): value for name, value in state.items() if isinstance(value, Stored)})
     places, metadata = _read_header(file)
     tensors = {name: file.tensor(name, dtype, shape, offset) for name, (dtype, shape, offset, _) in places.items()}

@@ -76,6 +76,15 @@ class _Storage(str):
     """The name of an allowed storage class, in place of the class."""
 
 
+class _Nothing:
+    """In the place of a training's options, which lie beside the tensors. It takes nothing in."""
+
+    __slots__ = ()
+
+    def __setstate__(self, _state: object) -> None:
+        """Forget it."""
+
+
 class _Number(int):
     """The number of a tensor. A pickle gets nothing else, since it may set attributes of the objects it gets."""
 
@@ -113,6 +122,8 @@ class _TensorUnpickler(pickle.Unpickler):
             return self._rebuild_tensor
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return lambda tensor, *_unused: tensor
+        if (module, name) == ("argparse", "Namespace"):
+            return _Nothing
         if module == "torch" and name in _STORAGES:
             return _Storage(name)
         raise FileFormatError(f"the file names {module}.{name}, which a dict of tensors never does; it is not read")

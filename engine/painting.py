@@ -150,8 +150,9 @@ def describe_overflow(network: str, how: str) -> str:
     how: continues the sentence, for example "in float16".
     """
     call, remedy = kind_of(network).call, "lower guidance_scale or the subject's scale"
-    if kind_of(network).group == "asuka":
-        remedy = "build with another ASUKA folder (`--asuka`)"
+    if kind_of(network).group == "asuka":  # the prior sees no latent, so guidance changes nothing there
+        another = "build with another ASUKA folder (`--asuka`)"
+        remedy = f"{remedy}, or {another}" if call == "vae" else another
     elif call == "vae":
         remedy += ", or build with a VAE that stays within float16 (`--vae`)"
     elif call == "step":

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
-from dreammix_trt.core.asuka import AsukaConfig, DecoderConfig, PriorConfig
+from dreammix_trt.core.asuka import AsukaConfig, DecoderConfig, PriorConfig, blend_condition
 from dreammix_trt.core.errors import FileFormatError
 
 
@@ -46,3 +47,13 @@ def test_a_field_that_cannot_be_is_named(part: str, change: dict[str, Any], mess
 def test_what_is_no_configuration_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(FileFormatError, match=r"config\.json of an ASUKA folder"):
         AsukaConfig.of_dict(values)
+
+
+def test_strength_0_is_the_empty_prompt_and_1_the_prior() -> None:
+    rng = np.random.default_rng(0)
+    empty, prior = rng.standard_normal((1, 77, 8), np.float32), rng.standard_normal((1, 256, 8), np.float32)
+    assert blend_condition(empty, prior, 0) is empty and blend_condition(empty, prior, 1) is prior
+    half = blend_condition(empty, prior, 0.5)
+    np.testing.assert_allclose(half[:, 80], (empty[:, 3] + prior[:, 80]) / 2, rtol=1e-5, atol=1e-6)
+    pooled = blend_condition(empty[:, 0], prior[:, 0], 0.25)
+    np.testing.assert_allclose(pooled, 0.75 * empty[:, 0] + 0.25 * prior[:, 0], rtol=1e-5, atol=1e-6)

@@ -129,3 +129,18 @@ def test_a_condition_beyond_float16_widens_both_streams_where_they_meet(tiny: Pa
 def test_a_benign_decoder_stays_float16(base: BaseFiles) -> None:
     report = find_wide_units(base, "asuka_decoder")
     assert report.units == () and {"condition.0", "injections.4", "conv_out"} <= report.peaks.keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensorrt_builds_it(base: BaseFiles, name: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install dreammix-trt[rtx]")
+    from dreammix_trt.engine.backends.tensorrt.builder import build_engine
+    from dreammix_trt.engine.backends.tensorrt.profiles import profiles_for
+
+    network = network_of(base, name, precision="float16", fused=True)
+    graph, plan = export_unchecked(base, network, tmp_path / "net"), tmp_path / "plan"
+    call = network.kind.call
+    profiles = profiles_for(network.describe()["inputs"], pictures=1, shapes="static", latent_side=8, call=call)
+    report = build_engine(graph, plan, backend="tensorrt-rtx", profiles=profiles, targets=("sm_89",))
+    assert len(profiles) == 1 and report.engine_bytes == plan.stat().st_size > 0
+    assert {tensor.dtype for tensor in (*report.inputs, *report.outputs)} == {"float16"}
