@@ -55,7 +55,13 @@ Objects = Annotated[
     Path | None,
     typer.Option(help="Folder of silhouettes, white on black, for holes in the shape of things; default: made up."),
 ]
-Start = Annotated[Path | None, typer.Option(help="A folder like --out whose weights the part begins with.")]
+Start = Annotated[
+    Path | None,
+    typer.Option(
+        help="What the part begins with: a folder like --out, or mae_300.pth, vit-mae-base, asuka_alignment_*.pt, "
+        "asuka_decoder.ckpt."
+    ),
+]
 Side = Annotated[int | None, typer.Option(min=64, help="Of the training pictures in pixels; default fits the base.")]
 Revealed = Annotated[
     str | None,

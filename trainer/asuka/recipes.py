@@ -91,7 +91,7 @@ SMALL: dict[Part, AsukaRecipe] = {
 }
 # The papers' numbers where they stand there. The prior: MAE-FAR's recipe (1.5e-4 for each 256 of the batch, 200 epochs)
 # at ASUKA's batch of 1024, 300 epochs of Places2. The alignment: the paper prints a learning rate of 5e-2, with which
-# AdamW does not converge here; its size and length are not told. The decoder: 50,000 steps of 40 pictures at 8e-5.
+# one step of AdamW moves a weight further than its first size; this is ours, as its batch and length are, not told. The decoder: 50,000 steps of 40 pictures at 8e-5.
 FULL: dict[Part, AsukaRecipe] = {
     "prior": AsukaRecipe(
         steps=500_000, learning_rate=6e-4, batch=64, accumulate=16, side=256, crop=(0.2, 1.0), warmup=17_000,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from dreammix_trt.core.asuka import AsukaConfig, DecoderConfig, PriorConfig
 from dreammix_trt.core.asuka_folder import AsukaFolder
 from dreammix_trt.core.asuka_folder import Part as Network
+from dreammix_trt.core.asuka_public import check_start, read_alignment, read_autoencoder, read_decoder
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import FileFormatError, InputError
 from dreammix_trt.core.files import sha256_of
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dreammix_trt.trainer.asuka.learning import Lesson
+
+log = logging.getLogger(__name__)
 
 #: of a recipe, what the numbers do not depend on
 _NO_SETTINGS = ("checkpoint_every", "gradient_checkpointing")
@@ -46,7 +50,8 @@ class AsukaTask:
     """One part to train.
 
     folder: what was trained before in the place that is written; None: nothing.
-    start: an ASUKA folder whose weights the part begins with; None: those of `folder` do not count either.
+    start: a file or folder whose weights the part begins with, as `read_start` takes it; None: those of `folder` do not
+        count either.
     perceptual: VGG-16's weights; None: the decoder learns slopes instead.
     work: where encoded views are kept; None: nowhere.
     """
@@ -59,7 +64,7 @@ class AsukaTask:
     folder: AsukaFolder | None
     hardware: Hardware
     seed: int = 0
-    start: AsukaFolder | None = None
+    start: Path | None = None
     perceptual: Path | None = None
     work: Path | None = None
 
@@ -73,7 +78,7 @@ class AsukaTask:
             "base": self.base.hash_contents(),
             "config": self.config.to_dict()[network],
             "prior": _hash(self.folder, "prior") if self.part == "align" else None,
-            "start": _hash(self.start, network),
+            "start": None if self.start is None else _hash_start(self.start, network),
             "perceptual": sha256_of(self.perceptual) if self.perceptual else None,
             **{name: list(value) if isinstance(value, tuple) else value for name, value in recipe.items()},
             "seed": self.seed,
@@ -94,7 +99,13 @@ class AsukaTask:
             torch.manual_seed(self.seed)
             network = self._make_network()
         if self.start is not None:
-            take_weights(network, self.start.weights(NETWORKS[self.part][0]), NETWORKS[self.part][1], self.start.folder)
+            weights, beginning = read_start(self.part, self.start), NETWORKS[self.part][1]
+            own = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+            fresh = check_start(self.start, weights, {name: own[name] for name in own if name.startswith(beginning)})
+            fresh = tuple(name for name in fresh if not name.endswith("pos_embed"))  # these are fixed
+            if fresh:
+                log.warning("%s lacks %d tensors, such as %s: they begin anew", self.start, len(fresh), fresh[0])
+            fill_weights(network, weights)
         network.to(device)
         return self._make_lesson(network, device, tell), network
 
@@ -108,7 +119,7 @@ class AsukaTask:
         prior = make_prior(self.config.prior)
         if self.part == "align":
             assert self.folder is not None
-            take_weights(prior, self.folder.weights("prior"), "mae.", self.folder.folder)
+            fill_weights(prior, _choose(self.folder.weights("prior"), "mae."))
         return prior
 
     def _make_lesson(self, network: Any, device: Any, tell: Progress) -> Lesson:
@@ -167,22 +178,37 @@ def config_for(base: BaseFiles) -> AsukaConfig:
     return AsukaConfig(PriorConfig(context_width=context, pooled_width=pooled), DecoderConfig.of_vae(vae))
 
 
-def take_weights(network: nn.Module, weights: Weights, start: str, source: Path) -> None:
-    """Fill the tensors whose names begin with `start`. Raises FileFormatError naming one that is missing or other."""
+def read_start(part: Part, place: Path) -> Weights:
+    """The weights of one part, by the names in the part's own file.
+
+    place: an ASUKA folder with that part; or what is public, as `core/asuka_public.py` reads it: for the prior the
+        authors' mae_300.pth or another masked auto-encoder, such as facebook/vit-mae-base; asuka_alignment_*.pt; and
+        asuka_decoder.ckpt.
+
+    Raises FileFormatError for what is none of these.
+    """
+    network, beginning = NETWORKS[part]
+    if (place / f"{network}.safetensors").is_file():
+        weights = _choose(AsukaFolder.open(place).weights(network), beginning)
+        if not list(weights):
+            raise FileFormatError(f"{place}: this part ({part}) was not trained there; name another folder")
+        return weights
+    read = {"prior": read_autoencoder, "align": read_alignment, "decoder": read_decoder}[part]
+    return read(place).rename(lambda name: beginning + name)
+
+
+def fill_weights(network: nn.Module, weights: Weights) -> None:
+    """Copy weights into the tensors of their names, whose shapes they have."""
     import torch
 
     with torch.no_grad():
-        for name, value in network.state_dict().items():
-            if not name.startswith(start):
-                continue
-            if name not in weights:
-                raise FileFormatError(f"{source}: its weights lack {name}, so they cannot begin this training")
-            if weights.shape(name) != tuple(value.shape):
-                raise FileFormatError(
-                    f"{source}: {name} is {weights.shape(name)}, but this network's is {tuple(value.shape)}: it is "
-                    "another network's"
-                )
-            value.copy_(torch.from_numpy(np.array(weights[name], np.float32)))
+        own = network.state_dict()
+        for name in weights:
+            own[name].copy_(torch.from_numpy(np.array(weights[name], np.float32)))
+
+
+def _choose(weights: Weights, beginning: str) -> Weights:
+    return weights.rename(lambda name: name if name.startswith(beginning) else None)
 
 
 def check_parts(part: Part, folder: AsukaFolder | None, out: Path) -> None:
@@ -201,6 +227,13 @@ def is_trained(part: Part, folder: AsukaFolder | None) -> bool:
         and network in folder.parts
         and any(name.startswith(start) for name in folder.weights(network))
     )
+
+
+def _hash_start(place: Path, network: Network) -> dict[str, str]:
+    """Of the files that decide what a training begins with."""
+    if place.is_file():
+        return {place.name: sha256_of(place)}
+    return {file.name: sha256_of(file) for file in sorted(place.iterdir()) if file.is_file()}
 
 
 def _hash(folder: AsukaFolder | None, network: Network) -> Mapping[str, str] | None:

@@ -64,7 +64,8 @@ def train_asuka(
         rendered rooms the things in them.
     base: as `train_lora` takes it.
     recipe: None: what suits the part and the base.
-    start: an ASUKA folder whose weights the part begins with; None: random ones, of the decoder the base's VAE.
+    start: what the part begins with, an ASUKA folder or a public file, as `task.read_start` takes it; None: random
+        weights, of the decoder the base's VAE.
     perceptual: VGG-16's weights as torchvision has them, for LPIPS in the decoder's loss; None: slopes at three scales.
     work: folder of checkpoints and rendered rooms; None: OUT.work.
     resume: go on from the checkpoint of a training with the same settings.
@@ -99,7 +100,7 @@ def train_asuka(
             folder=before,
             hardware=own,
             seed=seed,
-            start=None if start is None else AsukaFolder.open(start),
+            start=None if start is None else Path(start),
             perceptual=None if perceptual is None else Path(perceptual),
             work=folder if processes.leads else None,
         )

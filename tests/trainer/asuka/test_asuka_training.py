@@ -182,24 +182,38 @@ class _Nothing:
     def keep(self, *_: Any) -> None: ...
 
 
-def test_a_part_may_begin_with_weights_of_another_folder(
+def test_a_part_may_begin_with_weights_of_another_place(
+    base: BaseFiles, images: Path, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After one tiny step they are hardly changed, whether they are ours or named as the authors' checkpoint."""
+    recipe, one = tiny_recipe("prior", steps=1, learning_rate=1e-6), map_tensors(trained / "prior.safetensors")
+    file = tmp_path / "mae_300.pth"
+    plain = {name.removeprefix("mae."): torch.tensor(value) for name, value in one.items()}
+    torch.save({name: value for name, value in plain.items() if name != "alpha"}, file)
+    for number, start in enumerate((trained, file)):
+        out = tmp_path / f"asuka{number}"
+        train("prior", out, base, images, recipe=recipe, start=start, seed=3)
+        other = map_tensors(out / "prior.safetensors")
+        assert all(np.allclose(one[name], other[name], atol=2e-3) for name in one)
+    assert "lacks 1 tensors, such as mae.alpha: they begin anew" in caplog.text
+
+
+def test_weights_of_other_networks_are_refused_by_name(
     base: BaseFiles, images: Path, trained: Path, tmp_path: Path
 ) -> None:
-    """After one tiny step they are hardly changed; those of another network are refused by name."""
-    recipe = tiny_recipe("prior", steps=1, learning_rate=1e-6)
-    train("prior", tmp_path / "asuka", base, images, recipe=recipe, start=trained, seed=3)
-    one, other = (map_tensors(each / "prior.safetensors") for each in (trained, tmp_path / "asuka"))
-    assert all(np.allclose(one[name], other[name], atol=1e-3) for name in one)
     held = AsukaFolder.open(trained)
     weights = {name: np.array(value) for name, value in held.weights("prior").items()}
     name = "mae.decoder_pred.bias"
-    write_asuka(tmp_path / "flux", held.config, {"prior": weights | {name: np.zeros(7, np.float32)}})
-    with pytest.raises(FileFormatError, match=rf"{name} is \(7,\), but this network's is \(48,\)"):
-        train("prior", tmp_path / "asuka", base, images, recipe=recipe, start=tmp_path / "flux")
-    del weights[name]
-    write_asuka(tmp_path / "part", held.config, {"prior": weights})
-    with pytest.raises(FileFormatError, match=f"its weights lack {name}"):
-        train("prior", tmp_path / "asuka", base, images, recipe=recipe, start=tmp_path / "part")
+    write_asuka(tmp_path / "large", held.config, {"prior": weights | {name: np.zeros(7, np.float32)}})
+    with pytest.raises(FileFormatError, match=rf"{name} is \(7,\), expected \(48,\) here"):
+        train("prior", tmp_path / "asuka", base, images, start=tmp_path / "large")
+    out = copy(trained, tmp_path / "asuka")
+    with pytest.raises(FileFormatError, match=r"this part \(align\) was not trained there"):
+        train("align", out, base, images, start=trained)
+    layers = {"0.weight": torch.zeros(7, 48), "1.linear1.weight": torch.zeros(49, 7), "2.weight": torch.zeros(7)}
+    torch.save(layers, tmp_path / "asuka_alignment_clip.pt")
+    with pytest.raises(FileFormatError, match=r"alignment\.embed\.weight is \(7, 48\), expected \(64, 48\)"):
+        train("align", out, base, images, start=tmp_path / "asuka_alignment_clip.pt")
 
 
 @pytest.mark.parametrize(
