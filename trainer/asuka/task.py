@@ -78,7 +78,7 @@ class AsukaTask:
             "base": self.base.hash_contents(),
             "config": self.config.to_dict()[network],
             "prior": _hash(self.folder, "prior") if self.part == "align" else None,
-            "start": None if self.start is None else _hash_start(self.start, network),
+            "start": None if self.start is None else _hash_start(self.start),
             "perceptual": sha256_of(self.perceptual) if self.perceptual else None,
             **{name: list(value) if isinstance(value, tuple) else value for name, value in recipe.items()},
             "seed": self.seed,
@@ -99,13 +99,7 @@ class AsukaTask:
             torch.manual_seed(self.seed)
             network = self._make_network()
         if self.start is not None:
-            weights, beginning = read_start(self.part, self.start), NETWORKS[self.part][1]
-            own = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-            fresh = check_start(self.start, weights, {name: own[name] for name in own if name.startswith(beginning)})
-            fresh = tuple(name for name in fresh if not name.endswith("pos_embed"))  # these are fixed
-            if fresh:
-                log.warning("%s lacks %d tensors, such as %s: they begin anew", self.start, len(fresh), fresh[0])
-            fill_weights(network, weights)
+            take_start(network, self.part, self.start)
         network.to(device)
         return self._make_lesson(network, device, tell), network
 
@@ -178,6 +172,19 @@ def config_for(base: BaseFiles) -> AsukaConfig:
     return AsukaConfig(PriorConfig(context_width=context, pooled_width=pooled), DecoderConfig.of_vae(vae))
 
 
+def take_start(network: nn.Module, part: Part, place: Path) -> None:
+    """Fill a network with the weights of `read_start`; what is missing stays, and is logged.
+
+    Raises FileFormatError naming a tensor of another shape, or one that the network does not have.
+    """
+    weights, beginning = read_start(part, place), NETWORKS[part][1]
+    own = {name: tuple(value.shape) for name, value in network.state_dict().items() if name.startswith(beginning)}
+    fresh = [name for name in check_start(place, weights, own) if not name.endswith("pos_embed")]  # which is fixed
+    if fresh:
+        log.warning("%s lacks %d tensors, such as %s: they begin anew", place, len(fresh), fresh[0])
+    fill_weights(network, weights)
+
+
 def read_start(part: Part, place: Path) -> Weights:
     """The weights of one part, by the names in the part's own file.
 
@@ -229,7 +236,7 @@ def is_trained(part: Part, folder: AsukaFolder | None) -> bool:
     )
 
 
-def _hash_start(place: Path, network: Network) -> dict[str, str]:
+def _hash_start(place: Path) -> dict[str, str]:
     """Of the files that decide what a training begins with."""
     if place.is_file():
         return {place.name: sha256_of(place)}

@@ -78,7 +78,7 @@ def train_asuka(
     MissingExtraError.
     """
     require_training()
-    _check_options(part, seed, perceptual)
+    _check_options(part, seed, perceptual, start)
     given = hardware or Hardware()
     given.check()
     # what the base has of ASUKA already decides nothing here
@@ -109,7 +109,7 @@ def train_asuka(
             return _run(task, place, folder / part, processes, resume, tell, threads)
 
 
-def _check_options(part: Part, seed: int, perceptual: str | Path | None) -> None:
+def _check_options(part: Part, seed: int, perceptual: str | Path | None, start: str | Path | None) -> None:
     """Raise InputError for what no training can have, before anything is read."""
     if not 0 <= seed < 2**63:
         raise InputError(f"seed is {seed}; it must be 0 to 2^63 - 1")
@@ -117,6 +117,8 @@ def _check_options(part: Part, seed: int, perceptual: str | Path | None) -> None
         raise InputError("--perceptual is of the decoder's loss; leave it, or train the part decoder")
     if perceptual is not None and not Path(perceptual).is_file():
         raise InputError(f"--perceptual {perceptual}: no such file; give torchvision's vgg16-397923af.pth")
+    if start is not None and not Path(start).exists():
+        raise InputError(f"--start {start}: no such file or folder; name what the part shall begin with, or leave it")
 
 
 def _open_pool(

@@ -222,6 +222,7 @@ def test_weights_of_other_networks_are_refused_by_name(
         ("align", {}, InputError, r"holds no prior to align; train it first: dreammix-trt train-asuka prior"),
         ("prior", {"perceptual": "vgg.pth"}, InputError, "--perceptual is of the decoder's loss"),
         ("decoder", {"perceptual": "vgg.pth"}, InputError, r"--perceptual vgg\.pth: no such file"),
+        ("prior", {"start": "mae_300.pth"}, InputError, r"--start mae_300\.pth: no such file or folder"),
         ("prior", {"seed": -1}, InputError, "seed is -1"),
         ("prior", {"images": None}, InputError, "needs a folder of pictures to learn from"),
         ("prior", {"images": None, "objects": "masks"}, InputError, "--objects needs a folder of pictures"),
