@@ -81,12 +81,12 @@ def _check(name: str, value: int, low: int, high: int) -> None:
 
 #: for the embedded base, all three within an hour on two cores
 SMALL: dict[Part, AsukaRecipe] = {
-    "prior": AsukaRecipe(steps=2200, learning_rate=1.5e-3, batch=32, side=256, warmup=200),
+    "prior": AsukaRecipe(steps=2000, learning_rate=1.5e-3, batch=32, side=256, warmup=200),
     "align": AsukaRecipe(
-        steps=1800, learning_rate=1e-3, batch=8, side=256, warmup=50, reveal_steps=400, decay=0.01, views=1600
+        steps=1600, learning_rate=1e-3, batch=8, side=256, warmup=50, reveal_steps=400, decay=0.01, views=1600
     ),
     "decoder": AsukaRecipe(
-        steps=2200, learning_rate=5e-4, batch=4, side=128, crop=(0.25, 0.25), betas=(0.9, 0.99), decay=0.01
+        steps=2000, learning_rate=5e-4, batch=4, side=128, crop=(0.25, 0.25), betas=(0.9, 0.99), decay=0.01
     ),
 }
 # The papers' numbers where they stand there. The prior: MAE-FAR's recipe (1.5e-4 for each 256 of the batch) at ASUKA's
