@@ -18,6 +18,7 @@ Part = Literal["prior", "decoder"]
 
 PARTS: Final[tuple[Part, ...]] = get_args(Part)
 CONFIG: Final = "config.json"
+RECORD: Final = "train.json"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class AsukaFolder:
         for part in found:
             made.weights(part)
         return made
+
+    def read_record(self) -> dict[str, Any]:
+        """What is told of their training, by part; {} where nothing is."""
+        return read_json(self.folder / RECORD) if (self.folder / RECORD).is_file() else {}
 
     def weights(self, part: Part) -> Weights:
         """A network's weights by the names of `AsukaPrior` or `AsukaDecoder`."""
@@ -87,15 +92,19 @@ def write_asuka(
     config: AsukaConfig,
     parts: Mapping[Part, Mapping[str, NDArray[Any]]],
     dtype: Literal["float16", "float32"] = "float16",
+    record: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an ASUKA folder. It appears when it is complete, in the place of one that was there.
 
     parts: network -> its weights by name, arrays or `Weights`.
+    record: of their training, for train.json.
 
     Raises `FileFormatError` for a weight that does not fit the dtype, InputError for a folder that is not ours.
     """
     with atomic_directory(folder, CONFIG) as made:
         write_json(made / CONFIG, config.to_dict())
+        if record:
+            write_json(made / RECORD, dict(record))
         for part, state in parts.items():
             weights = Weights.of(state)
             shapes = {name: (dtype, weights.shape(name)) for name in weights}

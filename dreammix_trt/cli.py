@@ -61,6 +61,9 @@ from dreammix_trt.terminal import (
     say_error,
     show_progress,
 )
+from dreammix_trt.train_asuka_cli import EXAMPLES as TRAIN_ASUKA_EXAMPLES
+from dreammix_trt.train_asuka_cli import PANELS as TRAIN_ASUKA_PANELS
+from dreammix_trt.train_asuka_cli import train_asuka
 from dreammix_trt.train_cli import EXAMPLES as TRAIN_EXAMPLES
 from dreammix_trt.train_cli import PANELS as TRAIN_PANELS
 from dreammix_trt.train_cli import train
@@ -163,6 +166,7 @@ app.command(epilog=ATTRIBUTES_EXAMPLES, panels=ATTRIBUTES_PANELS)(attributes)
 app.command(epilog=REGULARIZE_EXAMPLES, panels=REGULARIZE_PANELS)(regularize)
 app.command(epilog=TRAIN_EXAMPLES, panels=TRAIN_PANELS)(train)
 app.command(epilog=DISTILL_EXAMPLES, panels=DISTILL_PANELS)(distill)
+app.command("train-asuka", epilog=TRAIN_ASUKA_EXAMPLES, panels=TRAIN_ASUKA_PANELS)(train_asuka)
 app.command(epilog=BUILD_EXAMPLES, panels=BUILD_PANELS)(build)
 app.command(epilog=CALIBRATE_EXAMPLES, panels=CALIBRATE_PANELS)(calibrate)
 

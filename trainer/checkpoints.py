@@ -1,7 +1,7 @@
-"""Where a training stands, kept so that it can go on to the bit: the LoRA so far, optimizer, random numbers, losses.
+"""Where a training stands, kept so that it can go on to the bit: what is learnt, optimizer, random numbers, losses.
 
-`WORK/checkpoint/` is replaced whole: a kill or a full disk leaves the former one. Its LoRA can be built like a finished
-one. Tensors are in safetensors files and the rest is JSON, so reading one runs no code.
+`WORK/checkpoint/` is replaced whole: a kill or a full disk leaves the former one. A LoRA in it can be built like a
+finished one. Tensors are in safetensors files and the rest is JSON, so reading one runs no code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dreammix_trt.core.errors import BuildError, FileFormatError, InputError
 from dreammix_trt.core.files import atomic_directory, check_place, hold_alone, read_json, write_json
 from dreammix_trt.core.lora import FILE_NAME
-from dreammix_trt.trainer.folder import Factors, lora_tensors, write_tensor_file
+from dreammix_trt.trainer.folder import write_tensor_file
 from dreammix_trt.trainer.state_files import read_state, write_state
 from dreammix_trt.trainer.task import explain_difference
 
@@ -58,12 +58,16 @@ def hold_places(out: Path, work: Path, busy: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Learner:
-    """What changes while it learns. factors: module -> (down, up), the parameters themselves."""
+    """What changes while it learns.
 
-    factors: Factors
+    tensors: the parameters themselves, by their names in the file.
+    dice: None: nothing is drawn from one.
+    """
+
+    tensors: Mapping[str, Tensor]
     optimizer: Any
     scaler: torch.amp.GradScaler
-    dice: torch.Generator
+    dice: torch.Generator | None = None
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,15 @@ class Progressed:
 class Checkpoints:
     """The checkpoint in a work folder.
 
-    metadata: of its LoRA file. settings: with "steps". every: steps between two of them; 0: none are written.
+    metadata: of the file with what is learnt. settings: with "steps". every: steps between two of them; 0: none are
+        written. file: the name of what is learnt.
     """
 
-    def __init__(self, work: Path, metadata: Mapping[str, str], settings: Mapping[str, Any], every: int) -> None:
+    def __init__(
+        self, work: Path, metadata: Mapping[str, str], settings: Mapping[str, Any], every: int, file: str = FILE_NAME
+    ) -> None:
         self._folder, self._metadata, self._settings, self.every = work / FOLDER, metadata, settings, every
+        self._file = file
 
     def check(self, *, resume: bool) -> None:
         """Raise InputError where there is nothing to go on from, or a training with other settings, which it names."""
@@ -115,8 +123,11 @@ class Checkpoints:
     def _write(self, folder: Path, learner: Learner, done: Progressed) -> None:
         import torch
 
-        write_tensor_file(folder / FILE_NAME, lora_tensors(learner.factors), self._metadata)
-        tensors = {"dice": learner.dice.get_state(), "history": torch.tensor(done.history, dtype=torch.float64)}
+        learnt = {name: value.detach().cpu().contiguous() for name, value in learner.tensors.items()}
+        write_tensor_file(folder / self._file, learnt, self._metadata)
+        tensors = {"history": torch.tensor(done.history, dtype=torch.float64)}
+        if learner.dice is not None:
+            tensors["dice"] = learner.dice.get_state()
         numbers: dict[str, Any] = {}
         for index, state in learner.optimizer.state_dict()["state"].items():
             for name, value in state.items():
@@ -130,13 +141,14 @@ class Checkpoints:
     def restore(self, learner: Learner) -> Progressed:
         """Put the learner where the checkpoint stands. Raises FileFormatError for a damaged one."""
         record, held = self._read_record(), read_state(self._folder / STATE)
-        lora = read_state(self._folder / FILE_NAME)
+        learnt = read_state(self._folder / self._file)
         try:
-            for name, value in lora_tensors(learner.factors).items():
-                value.copy_(lora[name])
+            for name, value in learner.tensors.items():
+                value.detach().copy_(learnt[name])
             self._restore_optimizer(learner.optimizer, {**held, **record["numbers"]})
             learner.scaler.load_state_dict(record["scaler"])
-            learner.dice.set_state(held["dice"])
+            if learner.dice is not None:
+                learner.dice.set_state(held["dice"])
             return Progressed(held["history"].tolist(), float(record["seconds"]), int(record.get("skipped", 0)))
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise FileFormatError(f"{self._folder}: damaged ({error}); remove it and begin anew") from error

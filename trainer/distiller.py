@@ -11,6 +11,7 @@ from dreammix_trt.trainer.adapters import adapters_of, add_adapters, copy_factor
 from dreammix_trt.trainer.checkpoints import Checkpoints, Learner, Progressed
 from dreammix_trt.trainer.consistency import Tables, consistency_target, huber_loss, tell_sizes
 from dreammix_trt.trainer.distill_task import GRID, DistillTask
+from dreammix_trt.trainer.folder import lora_tensors
 from dreammix_trt.trainer.preparing import Progress
 from dreammix_trt.trainer.samples import Samples
 from dreammix_trt.trainer.stepping import Stepper
@@ -75,7 +76,7 @@ class Distiller:
         """Take all steps. Raises InputError as `Stepper` does."""
         hardware, begun = self._task.hardware, time.monotonic()
         optimizer = hardware.make_optimizer(self._trained, self._recipe.learning_rate)
-        learner = Learner(adapters_of(self._unet.unet), optimizer, hardware.make_scaler(), self._dice)
+        learner = Learner(lora_tensors(adapters_of(self._unet.unet)), optimizer, hardware.make_scaler(), self._dice)
         before = checkpoints.restore(learner) if resume else Progressed([], 0.0)
         history = list(before.history)
         done = before

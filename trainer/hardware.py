@@ -103,15 +103,21 @@ class Hardware:
 
         return int(torch.cuda.mem_get_info(torch.device(self.device))[0])
 
-    def make_optimizer(self, parameters: Iterable[Any], rate: float) -> Any:
-        """AdamW of these parameters, with the reference's betas and decay."""
+    def make_optimizer(
+        self,
+        parameters: Iterable[Any],
+        rate: float,
+        betas: tuple[float, float] = _BETAS,
+        decay: float = _DECAY,
+    ) -> Any:
+        """AdamW of these parameters; the betas and the decay of weights are the reference's for a LoRA."""
         import torch
 
         if self.optimizer == "adamw":
-            return torch.optim.AdamW(parameters, lr=rate, betas=_BETAS, weight_decay=_DECAY)
+            return torch.optim.AdamW(parameters, lr=rate, betas=betas, weight_decay=decay)
         from bitsandbytes.optim import AdamW8bit
 
-        return AdamW8bit(parameters, lr=rate, betas=_BETAS, weight_decay=_DECAY)
+        return AdamW8bit(parameters, lr=rate, betas=betas, weight_decay=decay)
 
     def make_scaler(self) -> torch.amp.GradScaler:
         """What keeps small gradients of a float16 network from vanishing; off in other precisions."""

@@ -76,7 +76,7 @@ class TextEncoders:
         return torch.tensor(rows, device=self._device)
 
 
-class VaeEncoder:
+class Vae:
     """A base's VAE, float32 (SDXL's own overflows in float16), frozen."""
 
     def __init__(self, base: BaseFiles, device: str = "cpu") -> None:
@@ -89,8 +89,21 @@ class VaeEncoder:
     def encode(self, pictures: NDArray[np.float32]) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> the latents' modes, scaled, (N, 4, H/8, W/8)."""
         batches = torch.tensor(pictures).split(self._at_once)  # in memory aligned as torch's always is, for equal bits
-        modes = [self._vae.encode(batch.to(self._device)).latent_dist.mode().cpu() for batch in batches]
-        return torch.cat(modes) * self._scaling
+        return torch.cat([self.encode_batch(batch).cpu() for batch in batches])
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def encode_batch(self, pictures: Tensor) -> Tensor:
+        """As `encode`, of a tensor that fits into the memory at once; the latents stay on the device."""
+        with torch.autocast(torch.device(self._device).type, enabled=False):
+            modes: Tensor = self._vae.encode(pictures.to(self._device)).latent_dist.mode()
+        return modes * self._scaling
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def decode_batch(self, latents: Tensor) -> Tensor:
+        """Scaled latents (N, 4, h, w) -> (N, 3, 8h, 8w) in about [-1, 1], on the device."""
+        with torch.autocast(torch.device(self._device).type, enabled=False):
+            pictures: Tensor = self._vae.decode(latents.to(self._device) / self._scaling, return_dict=False)[0]
+        return pictures
 
 
 class TrainingUNet:

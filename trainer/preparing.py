@@ -154,11 +154,11 @@ def _encode_pictures(task: Task, texts: _Texts, progress: Progress) -> tuple[Sam
     """The subject's views, and those of the given regular pictures."""
     import torch
 
-    from dreammix_trt.trainer.networks import VaeEncoder
+    from dreammix_trt.trainer.networks import Vae
 
     count = max(task.recipe.views, len(task.photographs))
     progress("train", 0.01, f"encoding {count} views of {len(task.photographs)} photographs")
-    vae = VaeEncoder(task.base, task.hardware.device)
+    vae = Vae(task.base, task.hardware.device)
     subject = encode_views(vae, _draw_views(task, task.photographs, count, 11))
     given = _list_regular(task)
     if not given:

@@ -14,7 +14,7 @@ from dreammix_trt.trainer.data import TrainingView, latent_mask
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dreammix_trt.trainer.networks import VaeEncoder
+    from dreammix_trt.trainer.networks import Vae
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Samples:
 BATCH = 8  # views that are in memory at a time
 
 
-def encode_views(vae: VaeEncoder, views: Iterable[TrainingView]) -> Samples:
+def encode_views(vae: Vae, views: Iterable[TrainingView]) -> Samples:
     """Views as the UNet sees them, under caption 0. They are taken a few at a time."""
     import torch
 
@@ -61,7 +61,7 @@ def encode_views(vae: VaeEncoder, views: Iterable[TrainingView]) -> Samples:
     return Samples(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
-def _encode(vae: VaeEncoder, views: Sequence[TrainingView]) -> Samples:
+def _encode(vae: Vae, views: Sequence[TrainingView]) -> Samples:
     import torch
 
     from dreammix_trt.trainer.networks import to_latent_range

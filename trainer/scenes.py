@@ -6,7 +6,6 @@ regular ones.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,19 +14,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dreammix_trt.core.checkpoint import BaseFiles
-from dreammix_trt.core.errors import FileFormatError, InputError
+from dreammix_trt.core.errors import InputError
 from dreammix_trt.trainer.data import TrainingView, draw_view
 from dreammix_trt.trainer.hardware import Hardware
 from dreammix_trt.trainer.photographs import Album, PhotographFile
 from dreammix_trt.trainer.preparing import free_memory
 from dreammix_trt.trainer.samples import BATCH, Samples, encode_views
-from dreammix_trt.trainer.state_files import read_state, write_state
+from dreammix_trt.trainer.state_files import keep_tensors
 from dreammix_trt.trainer.task import RegularPicture
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-log = logging.getLogger(__name__)
 CaptionedView = tuple[str, TrainingView]
 
 
@@ -70,7 +68,7 @@ def encode_scenes(base: BaseFiles, hardware: Hardware, drawn: Iterable[Captioned
     """Encode views and their captions; VAE and encoders are let go again."""
     import torch
 
-    from dreammix_trt.trainer.networks import TextEncoders, VaeEncoder
+    from dreammix_trt.trainer.networks import TextEncoders, Vae
 
     captions: list[str] = []
 
@@ -79,7 +77,7 @@ def encode_scenes(base: BaseFiles, hardware: Hardware, drawn: Iterable[Captioned
             captions.append(caption)
             yield view
 
-    samples = encode_views(VaeEncoder(base, hardware.device), views())
+    samples = encode_views(Vae(base, hardware.device), views())
     free_memory(hardware.device)
     distinct = list(dict.fromkeys(["", *captions]))
     encoders = TextEncoders(base, hardware.device)
@@ -91,15 +89,11 @@ def encode_scenes(base: BaseFiles, hardware: Hardware, drawn: Iterable[Captioned
 
 def keep_scenes(file: Path, make: Callable[[], Scenes]) -> Scenes:
     """The scenes of a file; where there is none, or a damaged one, they are made and written."""
-    if file.exists():
-        try:
-            held = read_state(file)
-            samples = Samples(*(held[each.name] for each in fields(Samples)))
-            return Scenes(samples, held["states"], held["pooled"])
-        except (FileFormatError, KeyError) as error:
-            log.warning("%s is damaged (%s); the pictures are encoded again", file, error)
-    made = make()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {each.name: getattr(made.samples, each.name) for each in fields(Samples)}
-    write_state(file, tensors | {"states": made.states, "pooled": made.pooled})
-    return made
+
+    def flatten() -> dict[str, Tensor]:
+        made = make()
+        tensors = {each.name: getattr(made.samples, each.name) for each in fields(Samples)}
+        return tensors | {"states": made.states, "pooled": made.pooled}
+
+    held = keep_tensors(file, flatten)
+    return Scenes(Samples(*(held[each.name] for each in fields(Samples))), held["states"], held["pooled"])

@@ -7,15 +7,18 @@ from it depend on all three.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.tensors import map_tensors, open_tensors, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+log = logging.getLogger(__name__)
 _CHANNELS_LAST = "channels_last"
 
 
@@ -31,6 +34,20 @@ def write_state(file: Path, tensors: Mapping[str, Tensor]) -> None:
     arrays = {name: value.detach().cpu().contiguous().numpy() for name, value in tensors.items()}
     shapes = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
     write_tensors(file, shapes, arrays.__getitem__, {_CHANNELS_LAST: json.dumps(last)})
+
+
+def keep_tensors(file: Path | None, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """The tensors of a file; where there is none, or a damaged one, they are made and written. file: None: nowhere."""
+    if file is not None and file.exists():
+        try:
+            return read_state(file)
+        except FileFormatError as error:
+            log.warning("%s is damaged (%s); what it held is made again", file, error)
+    made = make()
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_state(file, made)
+    return made
 
 
 def read_state(file: Path) -> dict[str, Tensor]:

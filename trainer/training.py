@@ -13,6 +13,7 @@ from dreammix_trt.core.errors import MissingExtraError
 from dreammix_trt.trainer.adapters import adapters_of, add_adapters, copy_factors
 from dreammix_trt.trainer.batches import Batch, Draws
 from dreammix_trt.trainer.checkpoints import Checkpoints, Learner, Progressed
+from dreammix_trt.trainer.folder import lora_tensors
 from dreammix_trt.trainer.losses import loss_weights, reweighted_loss
 from dreammix_trt.trainer.preparing import Progress, prepare
 from dreammix_trt.trainer.processes import Processes
@@ -77,7 +78,9 @@ class Training:
         self._prepared = prepared
         self._add_adapters()
         optimizer = self._task.hardware.make_optimizer(self._trained, self._task.learning_rate)
-        learner = Learner(adapters_of(self._unet.unet), optimizer, self._task.hardware.make_scaler(), self._dice)
+        learner = Learner(
+            lora_tensors(adapters_of(self._unet.unet)), optimizer, self._task.hardware.make_scaler(), self._dice
+        )
         before = self._checkpoints.restore(learner) if resume else Progressed([], 0.0)
         before = replace(before, seconds=before.seconds + time.monotonic() - begun)
         return self._take_steps(learner, before, after_step or (lambda *_: None))

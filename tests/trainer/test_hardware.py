@@ -99,7 +99,7 @@ def test_encoders_are_let_go_before_the_unet_is_read(
     found: list[str] = []
     honest = networks.TrainingUNet
     read: list[str] = []
-    for name in ("TextEncoders", "VaeEncoder"):
+    for name in ("TextEncoders", "Vae"):
         kind = getattr(networks, name)
         monkeypatch.setattr(networks, name, lambda *given, kind=kind: read.append(kind.__name__) or kind(*given))
 
@@ -112,7 +112,7 @@ def test_encoders_are_let_go_before_the_unet_is_read(
 
     monkeypatch.setattr(networks, "TrainingUNet", look)
     train(photos, tmp_path / "lora", base, steps=1)
-    assert read == ["TextEncoders", "VaeEncoder"] and found == []
+    assert read == ["TextEncoders", "Vae"] and found == []
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,8 @@ def test_a_checkpoint_holds_what_the_next_step_depends_on(
     honest = kind.restore
 
     def restore_all_but_factors(self: Any, learner: Any) -> Any:
-        copies = {name: (down.clone(), up.clone()) for name, (down, up) in learner.factors.items()}
-        return honest(self, replace(learner, factors=copies))
+        copies = {name: value.clone() for name, value in learner.tensors.items()}
+        return honest(self, replace(learner, tensors=copies))
 
     made = []
     for name, patched in (

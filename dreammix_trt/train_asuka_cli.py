@@ -1,0 +1,199 @@
+"""`dreammix-trt train-asuka`: pictures become ASUKA's prior, its alignment with a base, and its decoder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from dreammix_trt.core.errors import InputError
+from dreammix_trt.terminal import (
+    AsJson,
+    Base,
+    Force,
+    Head,
+    Patch,
+    PatchBiases,
+    Seed,
+    Threads,
+    Tokenizer,
+    Vae,
+    choose_messages,
+    print_json,
+    say,
+    show_progress,
+)
+from dreammix_trt.train_cli import (
+    Accumulate,
+    Batch,
+    Device,
+    LearningRate,
+    Optimizer,
+    Precision,
+    Resume,
+    Steps,
+    choose_hardware,
+)
+
+if TYPE_CHECKING:
+    from dreammix_trt.trainer.asuka.recipes import AsukaRecipe
+
+PartOf = Annotated[
+    Literal["prior", "align", "decoder"],
+    typer.Argument(help="prior first, then align, which needs it; decoder at any time."),
+]
+Images = Annotated[
+    Path | None,
+    typer.Argument(help="Folder of pictures of any sizes; default: rendered rooms, for the embedded base alone."),
+]
+Out = Annotated[
+    Path, typer.Option("--out", "-o", help="Folder for config.json, prior.safetensors and decoder.safetensors.")
+]
+Objects = Annotated[
+    Path | None,
+    typer.Option(help="Folder of silhouettes, white on black, for holes in the shape of things; default: made up."),
+]
+Start = Annotated[
+    Path | None,
+    typer.Option(
+        help="What the part begins with: a folder like --out, or mae_300.pth, vit-mae-base, asuka_alignment_*.pt, "
+        "asuka_decoder.ckpt."
+    ),
+]
+Side = Annotated[int | None, typer.Option(min=64, help="Of the training pictures in pixels; default fits the base.")]
+Revealed = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FIRST,LAST",
+        help="align: how often the prior is told of an empty hole, at first and at last; default 1,0.1.",
+    ),
+]
+RevealSteps = Annotated[int | None, typer.Option(min=1, help="align: steps from FIRST to LAST; default fits the base.")]
+Perceptual = Annotated[
+    Path | None,
+    typer.Option(help="decoder: VGG-16's weights (vgg16-397923af.pth), for LPIPS; default: slopes at three scales."),
+]
+CheckpointEvery = Annotated[
+    int | None, typer.Option(min=0, help="Steps between two checkpoints; 0: none; default fits the base.")
+]
+Work = Annotated[Path | None, typer.Option(help="Folder of checkpoints and rendered rooms; default: OUT.work.")]
+
+EXAMPLES = """
+Examples:
+
+dreammix-trt train-asuka prior -o asuka/ && dreammix-trt train-asuka align -o asuka/
+
+dreammix-trt train-asuka decoder -o asuka/
+
+dreammix-trt train-asuka prior photos/ -o asuka/ --base sdxl/ --device cuda --objects silhouettes/
+"""
+PANELS = {
+    "The base": ("base", "patch", "head", "vae", "tokenizer", "patch_biases"),
+    "What is learnt": ("objects", "side", "revealed", "reveal_steps", "perceptual", "start"),
+    "How it is learnt": ("steps", "learning_rate", "batch", "accumulate", "seed"),
+    "What it runs on": ("device", "precision", "optimizer", "threads"),
+    "While it runs": ("checkpoint_every", "resume", "work"),
+    "What is written": ("out", "force", "as_json"),
+}
+
+
+def train_asuka(
+    part: PartOf,
+    out: Out,
+    images: Images = None,
+    base: Base = None,
+    patch: Patch = None,
+    head: Head = None,
+    vae: Vae = None,
+    tokenizer: Tokenizer = None,
+    patch_biases: PatchBiases = False,
+    objects: Objects = None,
+    side: Side = None,
+    revealed: Revealed = None,
+    reveal_steps: RevealSteps = None,
+    perceptual: Perceptual = None,
+    start: Start = None,
+    steps: Steps = None,
+    learning_rate: LearningRate = None,
+    batch: Batch = None,
+    accumulate: Accumulate = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    precision: Precision = None,
+    optimizer: Optimizer = "adamw",
+    threads: Threads = None,
+    checkpoint_every: CheckpointEvery = None,
+    resume: Resume = False,
+    work: Work = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train one part of ASUKA for a base: what keeps it from inventing things in a hole, and from seams around it."""
+    from dreammix_trt.building import BaseSources
+    from dreammix_trt.core.extras import require_training
+    from dreammix_trt.trainer.asuka import training
+
+    require_training()
+    from dreammix_trt.trainer.processes import is_leading
+
+    if not is_leading():
+        choose_messages(quiet=True)
+        as_json = False
+    if not force:
+        _check_new(part, out)
+    files = BaseSources(base, patch, head, vae, tokenizer, patch_biases).open()
+    given = {"steps": steps, "learning_rate": learning_rate, "batch": batch, "accumulate": accumulate, "side": side}
+    given |= {"reveal_steps": reveal_steps, "checkpoint_every": checkpoint_every}
+    if part != "align" and (revealed is not None or reveal_steps is not None):
+        raise InputError("--revealed and --reveal-steps are of the alignment; leave them, or train the part align")
+    with show_progress("training") as update:
+        done = training.train_asuka(
+            part,
+            out,
+            images=images,
+            objects=objects,
+            base=files,
+            recipe=_choose_recipe(part, files.native_side, given, revealed),
+            start=start,
+            perceptual=perceptual,
+            hardware=choose_hardware(device, precision, optimizer),
+            seed=seed,
+            threads=threads,
+            work=work,
+            resume=resume,
+            progress=update,
+        )
+    if as_json:
+        print_json({"asuka": str(out), **asdict(done)})
+    say(f"{part}: {done.steps} steps in {done.seconds:.0f} s, loss {done.first_loss:.4f} -> {done.loss:.4f}; in {out}")
+
+
+def _check_new(part: Literal["prior", "align", "decoder"], out: Path) -> None:
+    """Refuse to train again what took long to train."""
+    from dreammix_trt.core.asuka_folder import CONFIG, AsukaFolder
+    from dreammix_trt.trainer.asuka.task import is_trained
+
+    if not (out / CONFIG).is_file() or not is_trained(part, AsukaFolder.open(out)):
+        return
+    lost = " and removes the alignment made for it" if part == "prior" else ""
+    raise InputError(
+        f"--out {out} holds this part ({part}) already; --force trains it again{lost}, or name another folder"
+    )
+
+
+def _choose_recipe(
+    part: Literal["prior", "align", "decoder"], native_side: int, given: dict[str, Any], revealed: str | None
+) -> AsukaRecipe:
+    """What suits the part and the base, but for what is given."""
+    from dreammix_trt.trainer.asuka.recipes import recipe_for
+
+    changed = {name: value for name, value in given.items() if value is not None}
+    if revealed is not None:
+        try:
+            first, last = map(float, revealed.split(","))
+        except ValueError:
+            raise InputError(f"--revealed is {revealed!r}; give two shares with a comma, such as 1,0.1") from None
+        changed["revealed"] = (first, last)
+    return replace(recipe_for(part, native_side), **changed)

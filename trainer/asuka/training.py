@@ -1,0 +1,182 @@
+"""Training ASUKA's prior, its alignment with a base, and its decoder: `train_asuka`."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dreammix_trt.core.asuka_folder import CONFIG, AsukaFolder, write_asuka
+from dreammix_trt.core.checkpoint import BaseFiles
+from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.extras import require_training
+from dreammix_trt.core.files import folder_bytes
+from dreammix_trt.trainer.asuka.recipes import AsukaRecipe, Part, recipe_for
+from dreammix_trt.trainer.asuka.task import NETWORKS, AsukaTask, check_parts, config_for
+from dreammix_trt.trainer.checkpoints import Checkpoints, Progressed, check_places, find_work, hold_places
+from dreammix_trt.trainer.hardware import Hardware
+from dreammix_trt.trainer.picture_pool import FolderPool, PicturePool, open_scenes
+from dreammix_trt.trainer.preparing import Progress
+from dreammix_trt.trainer.processes import Processes, join_processes, use_threads
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AsukaTrained:
+    """What a training did; the folder's train.json holds it for each part. loss: mean of the last tenth of the steps.
+
+    parameters: how many numbers learnt.
+    """
+
+    part: Part
+    steps: int
+    seconds: float
+    loss: float
+    first_loss: float
+    parameters: int
+
+
+def train_asuka(
+    part: Part,
+    out: str | Path,
+    *,
+    images: str | Path | None = None,
+    objects: str | Path | None = None,
+    base: str | Path | BaseFiles | None = None,
+    recipe: AsukaRecipe | None = None,
+    start: str | Path | None = None,
+    perceptual: str | Path | None = None,
+    hardware: Hardware | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    work: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> AsukaTrained:
+    """Train one part and write the ASUKA folder `out`, whole or not at all; what is there of other parts is kept.
+
+    part: "prior", then "align", which needs it; "decoder" needs neither. A new prior removes the old alignment.
+    images: folder of pictures of any sizes; None: rooms are rendered, for the embedded base alone.
+    objects: folder of silhouettes, white on black, for holes in the shape of things; None: made-up outlines, or of
+        rendered rooms the things in them.
+    base: as `train_lora` takes it.
+    recipe: None: what suits the part and the base.
+    start: what the part begins with, an ASUKA folder or a public file, as `task.read_start` takes it; None: random
+        weights, of the decoder the base's VAE.
+    perceptual: VGG-16's weights as torchvision has them, for LPIPS in the decoder's loss; None: slopes at three scales.
+    work: folder of checkpoints and rendered rooms; None: OUT.work.
+    resume: go on from the checkpoint of a training with the same settings.
+    progress: called with (name, fraction, message) each step.
+
+    Same seed, threads and machine: the same bytes, also when it was stopped and resumed.
+
+    Raises InputError for options and pictures that cannot be used and for a loss that is not finite, FileFormatError
+    for a base, folder or weights that do not fit, DeviceError for a GPU that is not there, BuildError for a full disk,
+    MissingExtraError.
+    """
+    require_training()
+    _check_options(part, seed, perceptual, start)
+    given = hardware or Hardware()
+    given.check()
+    # what the base has of ASUKA already decides nothing here
+    files = replace(base if isinstance(base, BaseFiles) else BaseFiles.open(base), asuka=None)
+    place, folder = Path(out).resolve(), Path(work) if work else find_work(out)
+    check_places(place, folder, CONFIG)
+    before = AsukaFolder.open(place) if (place / CONFIG).is_file() else None
+    check_parts(part, before, place)
+    if before is not None:
+        before.check_fit(files.configs)
+    with join_processes(given) as (processes, own):
+        tell = progress if progress and processes.leads else _say_nothing
+        task = AsukaTask(
+            part=part,
+            base=files,
+            pool=_open_pool(part, files, images, objects, recipe, folder, seed, tell),
+            recipe=recipe or recipe_for(part, files.native_side),
+            config=before.config if before is not None else config_for(files),
+            folder=before,
+            hardware=own,
+            seed=seed,
+            start=None if start is None else Path(start),
+            perceptual=None if perceptual is None else Path(perceptual),
+            work=folder if processes.leads else None,
+        )
+        held = hold_places(place, folder / part, "another training is at work")
+        with held if processes.leads else nullcontext():
+            return _run(task, place, folder / part, processes, resume, tell, threads)
+
+
+def _check_options(part: Part, seed: int, perceptual: str | Path | None, start: str | Path | None) -> None:
+    """Raise InputError for what no training can have, before anything is read."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed is {seed}; it must be 0 to 2^63 - 1")
+    if perceptual is not None and part != "decoder":
+        raise InputError("--perceptual is of the decoder's loss; leave it, or train the part decoder")
+    if perceptual is not None and not Path(perceptual).is_file():
+        raise InputError(f"--perceptual {perceptual}: no such file; give torchvision's vgg16-397923af.pth")
+    if start is not None and not Path(start).exists():
+        raise InputError(f"--start {start}: no such file or folder; name what the part shall begin with, or leave it")
+
+
+def _open_pool(
+    part: Part,
+    base: BaseFiles,
+    images: str | Path | None,
+    objects: str | Path | None,
+    recipe: AsukaRecipe | None,
+    work: Path,
+    seed: int,
+    tell: Progress,
+) -> PicturePool:
+    if images is not None:
+        return FolderPool(images, objects)
+    if objects is not None:
+        raise InputError("--objects needs a folder of pictures; rendered rooms have silhouettes of their own")
+    rooms = (recipe or recipe_for(part, base.native_side)).rooms
+    return open_scenes(base, work, rooms, seed, lambda share: tell("rooms", share, f"rendering {rooms} rooms"))
+
+
+def _run(
+    task: AsukaTask, out: Path, work: Path, processes: Processes, resume: bool, tell: Progress, threads: int | None
+) -> AsukaTrained:
+    from dreammix_trt.trainer.asuka.learning import Course, learn
+
+    settings = task.settings() | {"processes": processes.count}
+    file = f"{NETWORKS[task.part][0]}.safetensors"
+    metadata = {"format": "pt", "part": task.part, "base": task.base.name}
+    checkpoints = Checkpoints(work, metadata, settings, task.recipe.checkpoint_every, file)
+    checkpoints.check(resume=resume)
+    with use_threads(threads):
+        tell(task.part, 0.0, "reading the base")
+        lesson, network = task.make_lesson(tell)
+        course = Course(task.recipe, task.hardware, checkpoints, task.seed, processes, tell)
+        done = learn(lesson, course, resume=resume)
+        found = _sum_up(task.part, done, sum(value.numel() for value in lesson.trained().values()))
+        if processes.leads:
+            _write(task, out, network, found, settings)
+            checkpoints.remove()
+        processes.wait()
+    log.info("%s: %s, %d steps in %.0f s, loss %.4f", out, task.part, found.steps, found.seconds, found.loss)
+    return found
+
+
+def _say_nothing(*_: Any) -> None:
+    """Progress that nobody asked for."""
+
+
+def _sum_up(part: Part, done: Progressed, parameters: int) -> AsukaTrained:
+    history, tenth = list(done.history), max(1, len(done.history) // 10)
+    first, last = (sum(some) / tenth for some in (history[:tenth], history[-tenth:]))
+    return AsukaTrained(part, len(history), round(done.seconds, 2), last, first, parameters)
+
+
+def _write(task: AsukaTask, out: Path, network: Any, found: AsukaTrained, settings: dict[str, Any]) -> None:
+    record = task.folder.read_record() if task.folder is not None else {}
+    if task.part == "prior":
+        record.pop("align", None)
+    record[task.part] = {**asdict(found), "settings": settings}
+    write_asuka(out, task.config, task.collect(network), record=record)
+    log.info("%s: %d bytes", out, folder_bytes(out))
