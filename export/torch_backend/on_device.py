@@ -292,7 +292,8 @@ def _choose_wide_units(base: BaseFiles, network: Network, given: Mapping[str, Se
 
     if given is not None:
         return tuple(given.get(network.name, ()))
-    return find_wide_units(base, cast(Kind, network.name)).units if network.kind.call == "vae" else ()
+    narrow = network.kind.call == "vae" and not is_twin(network.name)
+    return find_wide_units(base, cast(Kind, network.name)).units if narrow else ()
 
 
 def _find_device(name: str) -> torch.device:
