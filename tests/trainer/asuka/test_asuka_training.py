@@ -194,7 +194,8 @@ def test_a_part_may_begin_with_weights_of_another_place(
         out = tmp_path / f"asuka{number}"
         train("prior", out, base, images, recipe=recipe, start=start, seed=3)
         other = map_tensors(out / "prior.safetensors")
-        assert all(np.allclose(one[name], other[name], atol=2e-3) for name in one)
+        far = [name for name in one if not np.allclose(one[name], other[name], atol=2e-3)]
+        assert not far or far == ["mae.alpha"], "the file lacks it, so it begins anew"
     assert "lacks 1 tensors, such as mae.alpha: they begin anew" in caplog.text
 
 
