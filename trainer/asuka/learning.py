@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dreammix_trt.core.errors import InputError
 from dreammix_trt.trainer.asuka.recipes import PARTS, AsukaRecipe, Part
 from dreammix_trt.trainer.checkpoints import Checkpoints, Learner, Progressed
 from dreammix_trt.trainer.hardware import Hardware
 from dreammix_trt.trainer.preparing import Progress
 from dreammix_trt.trainer.processes import Processes
 from dreammix_trt.trainer.row_reader import Row, RowReader
+from dreammix_trt.trainer.stepping import Stepper
 
 _RECENT = 20  # steps whose mean loss is shown
 
@@ -62,20 +61,24 @@ def learn(lesson: Lesson, course: Course, *, resume: bool) -> Progressed:
     learner = Learner(trained, optimizer, hardware.make_scaler())
     before = course.checkpoints.restore(learner) if resume else Progressed([], 0.0)
     history, done = list(before.history), before
+    stepper = Stepper(learner, list(trained.values()), lambda: _advise(course), before.skipped)
     rows = range(own.index * recipe.batch, (own.index + 1) * recipe.batch)
     with RowReader(lesson.draw, (course.seed, PARTS.index(lesson.part)), rows) as reader:
         for step in range(len(history), recipe.steps):
-            history.append(_take_step(lesson, learner, course, reader, step))
+            history.append(_take_step(lesson, learner, stepper, course, reader, step))
             recent = history[-_RECENT:]
             message = f"step {step + 1} of {recipe.steps}, loss {sum(recent) / len(recent):.4f}"
             course.progress(lesson.part, (step + 1) / recipe.steps, message)
-            done = Progressed(history, before.seconds + time.monotonic() - begun)
+            done = Progressed(history, before.seconds + time.monotonic() - begun, stepper.skipped)
             if own.leads:
                 course.checkpoints.keep(learner, done)
+    stepper.report(recipe.steps)
     return done
 
 
-def _take_step(lesson: Lesson, learner: Learner, course: Course, reader: RowReader, step: int) -> float:
+def _take_step(
+    lesson: Lesson, learner: Learner, stepper: Stepper, course: Course, reader: RowReader, step: int
+) -> float:
     recipe, hardware, trained = course.recipe, course.hardware, list(lesson.trained().values())
     for group in learner.optimizer.param_groups:
         group["lr"] = recipe.rate_at(step)
@@ -88,20 +91,14 @@ def _take_step(lesson: Lesson, learner: Learner, course: Course, reader: RowRead
         learner.scaler.scale(loss).backward()
         total += float(loss.detach())
     total = course.processes.average(trained, total)
-    if not math.isfinite(total):
-        raise InputError(_explain_divergence(course, f"the loss is {total} at step {step + 1}"))
-    learner.scaler.unscale_(learner.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-    if not learner.scaler.is_enabled() and not math.isfinite(norm):
-        raise InputError(_explain_divergence(course, f"the norm of the gradients is {float(norm)} at step {step + 1}"))
-    learner.scaler.step(learner.optimizer)
-    learner.scaler.update()
+    stepper.check_loss(total, step + 1)
+    stepper.take(step + 1)
     return total
 
 
-def _explain_divergence(course: Course, what: str) -> str:
+def _advise(course: Course) -> str:
     remedy = f"take a smaller learning rate than {course.recipe.learning_rate:g}"
     if course.hardware.products == torch.float16:
         remedy += ", or --precision bf16"
     kept = course.checkpoints.describe()
-    return f"{what}; the training diverged, {remedy}{f'; {kept}' if kept else ''}"
+    return f"the training diverged; begin anew, without --resume: {remedy}{f'; {kept}' if kept else ''}"
