@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dreammix_trt.core.asuka import AsukaConfig
 from dreammix_trt.core.errors import FileFormatError
-from dreammix_trt.core.files import atomic_directory, read_json, write_json
+from dreammix_trt.core.files import atomic_directory, read_json, sha256_of, write_json
 from dreammix_trt.core.tensors import Weights, open_tensors, write_tensors
 
 Part = Literal["prior", "decoder"]
@@ -64,6 +64,11 @@ class AsukaFolder:
         """The files that decide a network, by their names in a passport; none where it is missing."""
         files = (self.folder / CONFIG, _file_of(self.folder, part))
         return {f"asuka/{file.name}": file for file in files} if part in self.parts else {}
+
+    def hash_files(self) -> dict[str, str]:
+        """The files of both networks, by their names in a passport -> sha256 in hex."""
+        files = {name: file for part in self.parts for name, file in self.list_files(part).items()}
+        return {name: sha256_of(file) for name, file in sorted(files.items())}
 
     def check_fit(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
         """Raise `FileFormatError` naming the number by which these networks are not for a base.

@@ -94,7 +94,7 @@ class BaseFiles:
         patch_biases: see `BaseFiles`.
         vae: a folder with config.json and weights, a folder that has them in `vae/`, or a file.
         tokenizer: a folder with `tokenizer/` and `tokenizer_2/`, or with the files of one tokenizer for both encoders.
-        asuka: a folder as `core/asuka_folder.py` has it; None: `asuka/` in the base's folder, if any.
+        asuka: a folder as `core/asuka_folder.py` has it; None: none, see `find_own_asuka`.
 
         Raises `FileFormatError` when this is not an epsilon-predicting SDXL (the message says what it is); when a part
         is missing, truncated, damaged or cannot be read; when a tokenizer does not fit the text encoders; when only one
@@ -103,7 +103,7 @@ class BaseFiles:
         with explain_read_errors(EMBEDDED if path is None else path):
             base = cls._find(path, vae, tokenizer)
             patch_file, head_file = base._find_patch(patch, head)
-            own_asuka = base._find_asuka(asuka)
+            found = base._open_asuka(Path(asuka)) if asuka is not None else None
         if base.nine_channels and (patch_file or head_file):
             raise FileFormatError(f"{patch_file or head_file}: does not go with {base.folder}: {_PATCHED}")
         if (patch_file is None) != (head_file is None):
@@ -111,7 +111,7 @@ class BaseFiles:
             raise FileFormatError(
                 f"{patch_file or head_file}: an inpaint {there} without its {absent}; patch and head belong together"
             )
-        return replace(base, patch=patch_file, head_file=head_file, patch_biases=patch_biases, asuka=own_asuka)
+        return replace(base, patch=patch_file, head_file=head_file, patch_biases=patch_biases, asuka=found)
 
     @classmethod
     def _find(cls, path: str | Path | None, vae: str | Path | None, tokenizer: str | Path | None) -> BaseFiles:
@@ -136,11 +136,16 @@ class BaseFiles:
         found = _choose_file(patch, place, "*.fooocus.patch"), _choose_file(head, place, "*inpaint_head.*")
         return (None, None) if alone and patch is None and head is None and None in found else found
 
-    def _find_asuka(self, path: str | Path | None) -> AsukaFolder | None:
-        """The folder given or found, checked against the base."""
-        place = self.folder / "asuka" if path is None else Path(path)
-        if path is None and not (place / ASUKA_CONFIG).is_file():
-            return None
+    def find_own_asuka(self) -> BaseFiles:
+        """This base with the `asuka/` of its folder, where it has one and no other was given; checked as in `open`."""
+        place = self.folder / "asuka"
+        if self.asuka is not None or not (place / ASUKA_CONFIG).is_file():
+            return self
+        with explain_read_errors(self.folder):
+            return replace(self, asuka=self._open_asuka(place))
+
+    def _open_asuka(self, place: Path) -> AsukaFolder:
+        """An ASUKA folder, checked against the base."""
         found = AsukaFolder.open(place)
         found.check_fit(self.configs)
         return found
@@ -199,7 +204,7 @@ class BaseFiles:
         return "zeros" if self.nine_channels else "replicate"
 
     def hash_contents(self, component: str | None = None) -> dict[str, str]:
-        """Hash every file that decides what the base computes.
+        """Hash every file that decides what the base computes; ASUKA's stand beside it and are asked for by name.
 
         component: one of `COMPONENTS` ("unet" is patched, "unet_raw" is not), "tokenizer" (both), "inpaint_head",
             "asuka_prior" or "asuka_decoder": hash its files only. In a single file every component but these depends
@@ -207,8 +212,7 @@ class BaseFiles:
 
         Returns file -> sha256 in hex. Files in the base's folder are named by their relative paths.
         """
-        every = (*COMPONENTS, "tokenizer", "inpaint_head", *(f"asuka_{part}" for part in PARTS))
-        names = every if component is None else (component,)
+        names = (*COMPONENTS, "tokenizer", "inpaint_head") if component is None else (component,)
         with explain_read_errors(self.folder):
             files = {key: file for name in names for key, file in self._list_files(name).items()}
             return {key: sha256_of(file) for key, file in sorted(files.items())}

@@ -16,11 +16,12 @@ _FEW_STEP_SAMPLERS: Final = ("lcm", "euler")
 def choose_fields(preset: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a request that a preset sets on a base.
 
-    defaults: the base's own fields; the sampler among them tells whether it is a few-step base.
+    defaults: the base's own fields, or those that count more; a few-step sampler without guidance among them tells
+        that it is a few-step base.
 
     Raises InputError for another word.
     """
-    few = defaults.get("sampler") in _FEW_STEP_SAMPLERS
+    few = defaults.get("sampler") in _FEW_STEP_SAMPLERS and float(defaults.get("guidance_scale", 4)) <= 1
     steps = FEW_STEP if few else GUIDED
     if preset not in steps:
         raise InputError(f"preset is {preset!r}; choose one of {', '.join(steps)}")

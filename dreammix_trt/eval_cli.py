@@ -218,8 +218,8 @@ def _find_judge(passport: Passport | None, protocol: Protocol) -> Path | None:
 
 
 def _list_weights(files: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the hashes of a base's files, those that decide its world: another native side, or ASUKA, does not."""
-    return {name: it for name, it in files.items() if not name.endswith("config.json") and "asuka" not in name}
+    """Of the hashes of a base's files, all but those of configs: another native side is the same world."""
+    return {name: digest for name, digest in files.items() if not name.endswith("config.json")}
 
 
 def _choose_options(device: str, protocol: Protocol) -> dict[str, Any]:

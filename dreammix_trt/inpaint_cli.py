@@ -37,6 +37,7 @@ from dreammix_trt.painting_cli import (
     check_outputs,
     choose_mask,
     choose_options,
+    join_fields,
     need_image,
     read_standard_input,
     report,
@@ -199,19 +200,19 @@ def _read_request(
     from dreammix_trt.core.presets import choose_fields
     from dreammix_trt.core.request import Request
 
-    options = {name: value for name, value in given.items() if value is not None}
-    twice = sorted(assigned.keys() & options.keys())
-    if twice:
-        raise InputError(f"{', '.join(twice)}: given by --set and by an option of its own; leave one of them")
-    chosen = choose_fields(preset, defaults) if preset else {}
-    fields = {**chosen, **assigned, **options}
+    fields = join_fields(assigned, given)
     if source is not None:
         from dreammix_trt.engine.result import read_request
 
-        return read_request(source).replace(**fields)
-    if "prompt" not in fields:
+        request = read_request(source).replace(**fields)
+    elif "prompt" in fields:
+        request = Request(fields["prompt"]).replace(**{**defaults, **fields})
+    else:
         raise InputError("--prompt is missing: say what to paint, with the subject's token: 'a red sks mug'")
-    return Request(fields.pop("prompt")).replace(**{**defaults, **fields})
+    if preset is None:
+        return request
+    chosen = choose_fields(preset, {"sampler": request.sampler, "guidance_scale": request.guidance_scale})
+    return request.replace(**{**chosen, **fields})
 
 
 def _paint(

@@ -66,6 +66,15 @@ def parse_seed(text: str) -> int:
         raise typer.BadParameter(f"{text!r} is neither a whole number nor `random`") from None
 
 
+def join_fields(assigned: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A request's fields: those of --set, and of the options `given` (None: not given). Raises InputError for both."""
+    options = {name: value for name, value in given.items() if value is not None}
+    twice = sorted(assigned.keys() & options.keys())
+    if twice:
+        raise InputError(f"{', '.join(twice)}: given by --set and by an option of its own; leave one of them")
+    return {**assigned, **options}
+
+
 def need_image(image: Path | None, request: Path | None) -> Path:
     if image is None:
         why = "; the request of --from holds no pictures" if request else ""

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dreammix_trt.core.errors import InputError
 from dreammix_trt.painting_cli import (
     Count,
     Device,
@@ -17,20 +18,19 @@ from dreammix_trt.painting_cli import (
     MaskFromAlpha,
     NoMetadata,
     Out,
-    Residency,
     SaveStages,
     Seed,
     Steps,
     Verify,
     check_outputs,
     choose_mask,
-    choose_options,
+    join_fields,
     need_image,
     read_standard_input,
     report,
     save_pictures,
 )
-from dreammix_trt.terminal import AsJson, Force, SetFields, Store, Threads, parse_fields, say, show_progress
+from dreammix_trt.terminal import AsJson, Force, SetFields, Store, Threads, parse_fields, show_progress
 
 PriorImage = Annotated[
     Path | None,
@@ -50,7 +50,7 @@ PANELS = {
     "What is taken out": ("image", "mask", "mask_from_alpha", "prior_image", "seed", "count"),
     "How it is painted": ("steps", "feather", "set_field"),
     "What is written": ("out", "force", "save_stages", "no_metadata", "as_json"),
-    "What it runs on": ("device", "residency", "threads", "store", "verify"),
+    "What it runs on": ("device", "threads", "store", "verify"),
 }
 
 
@@ -71,7 +71,6 @@ def remove(
     force: Force = False,
     verify: Verify = False,
     device: Device = "cpu",
-    residency: Residency = None,
     threads: Threads = None,
     store: Store = None,
     as_json: AsJson = False,
@@ -82,22 +81,22 @@ def remove(
     from dreammix_trt.core.request import Request
     from dreammix_trt.engine.dreammix import DreamMix
 
+    if device == "cuda":
+        raise InputError("--device cuda: removals run on the CPU alone so far; leave it, with an engine for the CPU")
     image, mask = need_image(image, None), choose_mask(mask, mask_from_alpha)
     image, mask, _ = read_standard_input(image, mask, None)
     base = Passport.read(engine).base
     options = {"seed": seed, "num_images_per_prompt": count, "num_inference_steps": steps, "feather": feather}
-    given = {name: value for name, value in options.items() if value is not None}
-    fields = {**base.get("defaults", {}), **REMOVAL, **parse_fields(set_field or []), **given}
-    request = Request("").replace(**fields)
+    fields = join_fields(parse_fields(set_field or []), options)
+    request = Request("").replace(**{**base.get("defaults", {}), **REMOVAL, **fields})
+    if request.prompt:
+        raise InputError(f"prompt is {request.prompt!r}: a removal has none; inpaint paints what a prompt says")
     check_outputs(out, save_stages, request.num_images_per_prompt, force=force, as_json=as_json)
-    chosen = choose_options(device, residency, request, image, base)
     result = None
     with (
-        DreamMix.load(engine, threads=threads, verify=verify, store=store, device=device, **chosen) as dm,
+        DreamMix.load(engine, threads=threads, verify=verify, store=store, device=device) as dm,
         show_progress("removing") as update,
     ):
-        if dm.studio is not None:
-            say(str(dm.studio.plan))
         keep = save_stages is not None
         for event in dm.iterate(image, mask, request, prior_image=prior_image, keep_stages=keep):
             update(event.stage, (event.index + 1) / event.total, "")

@@ -265,7 +265,7 @@ class DreamMix:
 
         preset: "fast", "balanced" or "best": as many steps as suit the base (`core.presets`); None: its defaults.
         """
-        chosen = choose_fields(preset, self.defaults) if preset is not None else {}
+        chosen = choose_fields(preset, {**self.defaults, **fields}) if preset is not None else {}
         return Request.of(**{**self.defaults, **chosen, **fields, "prompt": prompt})
 
     def inpaint(

@@ -194,6 +194,7 @@ def _read_prior_image(given: Source | None, request: Request, source: PictureIn,
     if seen.size != source.size:
         sizes = " and ".join("{1}x{0}".format(*size) for size in (seen.size, source.size))
         raise InputError(f"prior_image and image are of {sizes} pixels; they must be of equal size")
+    remark("prior_image is no part of the request: whoever repeats it must give the same one again")
     return kernels.resize(seen.seen, *canvas.size, "bicubic") if canvas.mode == "reference" else seen.seen
 
 

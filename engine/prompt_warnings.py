@@ -41,7 +41,21 @@ def list_warnings(
         found.append(
             f"negative_prompt does nothing: guidance_scale is {request.guidance_scale:g}, and guidance begins above 1"
         )
+    found += _note_prior(request, subject)
     return tuple(dict.fromkeys(found))
+
+
+def _note_prior(request: Request, subject: str) -> Iterator[str]:
+    if request.prior is None:
+        if request.prior_weight != 1:
+            yield f"prior_weight is {request.prior_weight:g} and does nothing: there is no prior"
+    elif request.prior == "negative" and request.negative_prompt:
+        yield "negative_prompt does nothing: prior 'negative' stands in its place"
+    elif request.prior == "alone":
+        if request.prompt:
+            yield "prompt does nothing: prior 'alone' stands in the place of all text"
+        if request.substitute_words:
+            yield "substitute does nothing: prior 'alone' stands in the place of all text"
 
 
 def _note_rest(request: Request, parsed: Parsed, tokenizer: Tokenizer) -> Iterator[str]:

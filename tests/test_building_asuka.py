@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from dreammix_trt.building import build  # noqa: E402
-from dreammix_trt.core.asuka_folder import write_asuka  # noqa: E402
+from dreammix_trt.building import BaseSources, build  # noqa: E402
+from dreammix_trt.core.asuka_folder import PARTS, write_asuka  # noqa: E402
 from dreammix_trt.core.checkpoint import BaseFiles  # noqa: E402
 from dreammix_trt.core.errors import FileFormatError  # noqa: E402
 from dreammix_trt.core.passport import Passport  # noqa: E402
@@ -65,13 +66,14 @@ def test_they_are_parts_with_keys_of_their_own(engine: Path, small_base: Path, f
     passport = Passport.read(engine)
     parts = passport.parts
     assert {*NAMES} <= parts.keys()
-    assert {"asuka/config.json", "asuka/prior.safetensors", "asuka/decoder.safetensors"} <= passport.base[
-        "files"
-    ].keys()
+    assert passport.base["asuka"].keys() == {
+        f"asuka/{name}" for name in ("config.json", *map("{}.safetensors".format, PARTS))
+    }
     assert f"--asuka {folder}" in passport.command
     assert all(entry.parity["max_rel"] < 1e-4 for entry in passport.networks if entry.name in NAMES)
     plain = build(out=tmp_path / "without", base=small_base)
-    assert plain.parts.keys() == parts.keys() - {*NAMES} and plain.base_key != passport.base_key
+    assert plain.parts.keys() == parts.keys() - {*NAMES}
+    assert (plain.base_key, plain.base["files"]) == (passport.base_key, passport.base["files"]), "the base is the same"
     assert all(plain.parts[name] == parts[name] for name in plain.parts if name != "base")
     config = small_config(BaseFiles.open(small_base))
     write_asuka(
@@ -79,6 +81,21 @@ def test_they_are_parts_with_keys_of_their_own(engine: Path, small_base: Path, f
     )
     other = build(out=tmp_path / "other", base=small_base, asuka=tmp_path / "asuka").parts
     assert [name for name in parts if other[name] != parts[name]] == ["asuka_decoder"]
+
+
+def test_those_of_the_base_s_folder_are_found_and_looked_at_by_build_alone(small_base: Path, tmp_path: Path) -> None:
+    """A folder that is broken stops no training of a base, which does not use it."""
+    base = tmp_path / "base"
+    shutil.copytree(small_base, base)
+    write_small_asuka(base / "asuka", BaseFiles.open(small_base))
+    assert BaseFiles.open(base).asuka is None
+    found = BaseSources(base).open().asuka
+    assert found is not None and found.folder == base / "asuka"
+    (base / "asuka" / "prior.safetensors").unlink()
+    (base / "asuka" / "decoder.safetensors").unlink()
+    assert BaseFiles.open(base).hash_contents() == BaseFiles.open(small_base).hash_contents()
+    with pytest.raises(FileFormatError, match="has neither"):
+        BaseSources(base).open()
 
 
 def test_a_base_without_them_keeps_its_key(small_base: Path) -> None:

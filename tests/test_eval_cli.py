@@ -151,11 +151,18 @@ def test_the_judge_comes_with_the_base_s_contents_whatever_its_name() -> None:
     own = BaseFiles.open()
     files = own.hash_contents()
 
+    protocol: Any = SimpleNamespace(name="rooms")
+
     def found(name: str, **changed: str) -> Path | None:
-        return eval_cli._find_judge(SimpleNamespace(base={"name": name, "files": files | changed}))  # type: ignore[arg-type]
+        passport: Any = SimpleNamespace(base={"name": name, "files": files | changed})
+        return eval_cli._find_judge(passport, protocol)
 
     assert found("renamed") == found(own.folder.name) == own.folder
     assert found("renamed", **{"unet/config.json": "0" * 64}) == own.folder, "another native side"
     for name in ("patch", next(name for name in files if name.startswith("unet/") and "config" not in name)):
         assert found(own.folder.name, **{name: "0" * 64}) is None
-    assert eval_cli._find_judge(SimpleNamespace(base={"name": own.folder.name})) is None  # type: ignore[arg-type]
+    nameless: Any = SimpleNamespace(base={"name": own.folder.name})
+    assert eval_cli._find_judge(nameless, protocol) is None
+    assert eval_cli._find_judge(None, protocol) is None
+    world: Any = SimpleNamespace(name=f"{own.folder.name} rooms")
+    assert eval_cli._find_judge(None, world) == own.folder, "finished pictures of its world"

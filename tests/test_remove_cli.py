@@ -50,6 +50,9 @@ def test_what_cannot_be_is_refused_in_one_line(engine: Path, mug_engine: Path, p
         ([engine, *given[2:]], "--image is missing"),
         ([engine, *given[:2], *given[4:]], "--mask is missing"),
         ([engine, *given, "--set", "guidance_scale=4"], "with prior 'alone' nothing is guided"),
+        ([engine, *given, "--set", "feather=4", "--feather", "3"], "feather: given by --set and by an option"),
+        ([engine, *given, "--set", "prompt=a mug"], "prompt is 'a mug': a removal has none"),
+        ([engine, *given, "--device", "cuda"], "removals run on the CPU alone so far"),
     ):
         done = call("remove", *words)
         assert done.code == 2 and told in done.err and not (place / "none.png").exists(), done.err

@@ -44,9 +44,8 @@ class Ingredients:
 
     @property
     def base_key(self) -> str:
-        """Which weights and slots these are, whatever the back end and precision."""
-        kinds = (kind for kind in KINDS if kind.group != "asuka" or kind.describe(self.base, self.slots))
-        sources = {kind.component: self.sources_of(kind.name) for kind in kinds}
+        """Which weights and slots these are, whatever the back end and precision. ASUKA stands beside them."""
+        sources = {kind.component: self.sources_of(kind.name) for kind in KINDS if kind.group != "asuka"}
         return Store.key({"sources": sources, "slots": self.slots})
 
     @property

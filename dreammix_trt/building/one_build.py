@@ -185,6 +185,7 @@ def _write(
         "native_side": files.native_side,
         "slots": order.slots,
         "files": files.hash_contents(),
+        **({"asuka": files.asuka.hash_files()} if files.asuka else {}),
         "head": files.head_padding if files.has_head else None,
         "loras": [describe_lora(spec, "both") for spec in baked],
         "merged": made[0].subject.name if order.merge else None,

@@ -171,7 +171,10 @@ class Studio:
         if work.noise is not None:
             raise InputError("noise is given, but on a GPU it is drawn there, from the seed: load with device='cpu'")
         if work.request.prior is not None or work.request.decoder != "vae":
-            raise InputError("prior and decoder 'asuka' run on the CPU alone so far: load with device='cpu'")
+            raise InputError(
+                "prior and decoder 'asuka' run on the CPU alone so far: build an engine for it with `--backend "
+                "onnxruntime`, and load that with device='cpu'"
+            )
         picture = Picture.of(work)
         self.needs.check_picture(picture)
         self.weights.check_range(work.subject)

@@ -30,6 +30,11 @@ def test_a_few_step_base_takes_few_steps_and_never_the_raw_unet() -> None:
         assert "patched_fraction" not in choose_fields(name, {})
 
 
+def test_a_guided_base_on_eulers_steps_is_no_few_step_base() -> None:
+    guided = {"sampler": "euler", "guidance_scale": 5.0, "num_inference_steps": 40}
+    assert choose_fields("fast", guided) == choose_fields("fast", {}) == {"num_inference_steps": GUIDED["fast"]}
+
+
 def test_another_word_is_refused_by_name() -> None:
     with pytest.raises(InputError, match="preset is 'quick'; choose one of fast, balanced, best"):
         choose_fields("quick", {})

@@ -124,6 +124,7 @@ def test_another_picture_for_the_prior(dm: DreamMix, spy: Spy) -> None:
     spy.calls.clear()
     blank = dm.remove(image, mask, prior_image=paper, **FEW)
     (seen,) = spy.of("asuka_prior")
+    assert any("prior_image is no part of the request" in warning for warning in blank.warnings)
     np.testing.assert_allclose(seen["image"][np.repeat(seen["mask"], 3, 1) == 0], 1, atol=1e-5)
     assert (np.asarray(plain.images[0]) != np.asarray(blank.images[0])).any()
 
@@ -184,6 +185,19 @@ def test_a_weight_of_nearly_nothing_is_the_empty_condition() -> None:
 def test_what_no_request_can_be(fields: dict[str, Any], told: str) -> None:
     with pytest.raises(InputError, match=told):
         Request("a mug", **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"prior_weight": 0.5}, "prior_weight is 0.5 and does nothing: there is no prior"),
+        ({"prior": "negative", "negative_prompt": "a mug"}, "negative_prompt does nothing: prior 'negative' stands"),
+        ({"prior": "alone", "guidance_scale": 1.0}, "prompt does nothing: prior 'alone' stands in the place of all"),
+    ],
+)
+def test_words_that_do_nothing_are_named(fields: Any, told: str, dm: DreamMix) -> None:
+    image, mask = make_scene()
+    assert any(told in each for each in dm.inpaint(image, mask, "a mug", **fields, **FEW).warnings)
 
 
 def test_an_engine_without_the_parts_says_how_to_build_it(host: DreamMix) -> None:
