@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -181,12 +180,3 @@ def test_weights_that_the_configuration_does_not_describe_are_named(small_base: 
     write_asuka(tmp_path / "asuka", config, states)
     with pytest.raises(FileFormatError, match=r"asuka_prior: .*mae\.alpha is missing"):
         build(out=tmp_path / "engine", base=small_base, asuka=tmp_path / "asuka")
-
-
-def test_a_folder_in_the_base_is_found(small_base: Path, folder: Path, tmp_path: Path) -> None:
-    import shutil
-
-    shutil.copytree(small_base, tmp_path / "base")
-    shutil.copytree(folder, tmp_path / "base" / "asuka")
-    found = BaseFiles.open(tmp_path / "base").asuka
-    assert found is not None and json.loads((found.folder / "config.json").read_text()) == found.config.to_dict()
