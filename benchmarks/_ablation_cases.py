@@ -208,11 +208,24 @@ def dictionary(number: int) -> AttributeDictionary:
     return dictionary_of(subject(number).attributes)
 
 
+def share_of(place: Place) -> float:
+    """The share of the frame's side that the thing takes there."""
+    return place.share or _draw_share(_room_dice(place))
+
+
+def _room_dice(place: Place) -> np.random.Generator:
+    return np.random.default_rng([91, place.subject, place.scene])
+
+
+def _draw_share(rng: np.random.Generator) -> float:
+    return float(np.exp(rng.uniform(*np.log(SHARES))))
+
+
 @lru_cache(maxsize=32)
 def draw_place(place: Place, edit: Edit | None = None) -> tuple[world.Scene, NDArray[np.bool_]]:
     """The room with the thing, and the mask bool (256, 256); edit: what is changed of the thing that stands there."""
-    rng = np.random.default_rng([91, place.subject, place.scene])
-    drawn = float(np.exp(rng.uniform(*np.log(SHARES))))
+    rng = _room_dice(place)
+    drawn = _draw_share(rng)
     thing = subject(place.subject)
     what = replace(thing.attributes, **dict([edit.changed])) if edit and edit.changed else thing.attributes
     scene = world.render_scene(rng, what, SIDE, (place.share or drawn) * SIDE, build=thing.build)

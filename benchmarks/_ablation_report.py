@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
-from _ablation_cases import Case
+from _ablation_cases import SHARES, Case, share_of
 from _common import Benchmark
 from PIL import Image, ImageDraw, ImageFont
 
@@ -121,6 +122,49 @@ def add_goals(bench: Benchmark, summary: Summary) -> None:
         for task, figure in (("identity", "kept"), ("identity", "cosine"), ("editing", "right"), ("editing", "both")):
             gap = summary.difference(row, other, task, figure)
             bench.add(f"{row} less {other}, {task}: {figure}", spell(gap, 3))
+
+
+#: of the frame's side: where small things end, and where large ones begin
+SIZES: Final = (SHARES[0], 0.3, 0.45, SHARES[1])
+
+
+def split_by_size(readings: Readings) -> dict[str, Summary]:
+    """A summary of the pictures whose thing is so large: "0.2 to 0.3" and so on."""
+    found = {}
+    for low, high in pairwise(SIZES):
+        within = [(case, values) for case, values in readings if low <= share_of(case.place) < high]
+        if within:
+            found[f"{low:g} to {high:g}"] = Summary(within)
+    return found
+
+
+def add_sizes(bench: Benchmark, readings: Readings) -> None:
+    """What two stages bring to things of each size, and the goal for small ones."""
+    for size, summary in split_by_size(readings).items():
+        for figure in ("kept", "all kept", "cosine"):
+            for row in ("baseline", "+DIF"):
+                bench.add(f"size {size}, {row}: {figure}", spell(summary.mean(row, "identity", figure), 3))
+            gap = summary.difference("+DIF", "baseline", "identity", figure)
+            bench.add(f"size {size}, +DIF less baseline: {figure}", spell(gap, 3))
+        ratio = summary.ratio("+DIF", "baseline", "identity", "all kept")
+        if ratio is not None:
+            small = {"bound": ">= 2"} if size.startswith(f"{SIZES[0]:g} ") else {}
+            bench.add(f"size {size}, all parts kept, +DIF / baseline", ratio, **small)
+
+
+def write_sizes(readings: Readings) -> str:
+    """Markdown: identity by the thing's size, in one stage and in two."""
+    columns = [(row, figure) for figure in ("kept", "all kept", "cosine") for row in ("baseline", "+DIF")]
+    head = [
+        "side of the thing / frame",
+        "pictures",
+        *(f"{row}: {COLUMNS['identity'][figure]}" for row, figure in columns),
+    ]
+    lines = [head, ["---"] * len(head)]
+    for size, summary in split_by_size(readings).items():
+        means = [summary.mean(row, "identity", figure) for row, figure in columns]
+        lines.append([size, str(means[0].pictures if means[0] else 0), *map(spell, means)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
 def write_tables(summary: Summary, *, paper: bool = False) -> str:

@@ -25,10 +25,12 @@ from _ablation_report import (
     Summary,
     add_goals,
     add_rows,
+    add_sizes,
     draw_curves,
     draw_sheet,
     spell,
     write_kinds,
+    write_sizes,
     write_tables,
 )
 from _ablation_work import MicroStudio, Work
@@ -55,9 +57,12 @@ def main() -> int:
     add_rows(bench, summary)
     if given.part == "table":
         add_goals(bench, summary)
+        add_sizes(bench, readings)
     if sweep.shares:
         add_size_goal(bench, summary)
     text = write_tables(summary, paper=given.part == "table")
+    if given.part == "table":
+        text += "\n" + write_sizes(readings)
     if sweep.edits:
         text += "\n" + write_kinds(summary, plan.kinds)
     (given.work / f"{name}.md").write_text(text, encoding="utf-8")

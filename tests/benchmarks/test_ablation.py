@@ -12,7 +12,18 @@ import ablation
 import numpy as np
 import pytest
 from _ablation_cases import ADM, DREAMBOOTH, REAL, SWEEPS, TABLE, Case, Place, Plan, Training, draw_place, edits_of
-from _ablation_report import Curve, Summary, add_goals, draw_curves, spell, write_kinds, write_tables
+from _ablation_report import (
+    Curve,
+    Summary,
+    add_goals,
+    add_sizes,
+    draw_curves,
+    spell,
+    split_by_size,
+    write_kinds,
+    write_sizes,
+    write_tables,
+)
 from _ablation_work import Values, Work, score
 from _common import Benchmark
 
@@ -64,6 +75,24 @@ class FakeStudio:
 
 def small_plan(part: str = "table") -> Plan:
     return Plan(SWEEPS[part], subjects=2, scenes=4, seeds=1, steps=2)
+
+
+def test_small_things_are_told_apart() -> None:
+    """The table's own places have sizes from 0.2 to 0.7 of the frame; the goal is for those below 0.3."""
+    cases = [case for case in Plan(SWEEPS["table"], 3, 10, 1, 2).cases() if case.row in ("baseline", "+DIF")]
+    readings = [
+        (case, {"kept": 1.0, "all kept": 0.25 + 0.5 * (case.row == "+DIF"), "cosine": 0.5, "right": None, "both": None})
+        for case in cases
+    ]
+    split = split_by_size(readings)
+    assert list(split) == ["0.2 to 0.3", "0.3 to 0.45", "0.45 to 0.7"]
+    found = [summary.mean("baseline", "identity", "kept") for summary in split.values()]
+    assert sum(mean.pictures for mean in found if mean) == 30
+    bench = Benchmark("ablation", threads=1)
+    add_sizes(bench, readings)
+    ratio = {row["metric"]: row for row in bench.rows}["size 0.2 to 0.3, all parts kept, +DIF / baseline"]
+    assert ratio["value"] == 3 and ratio["bound"] == ">= 2" and ratio["pass"]
+    assert "| 0.2 to 0.3 |" in write_sizes(readings)
 
 
 def test_what_paints_is_part_of_a_picture_but_not_of_a_lora(tmp_path: Path) -> None:
