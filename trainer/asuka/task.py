@@ -76,6 +76,7 @@ class AsukaTask:
             "part": self.part,
             "pictures": self.pool.describe(),
             "base": self.base.hash_contents(),
+            "patch_biases": self.base.patch_biases,
             "config": self.config.to_dict()[network],
             "prior": _hash(self.folder, "prior") if self.part == "align" else None,
             "start": None if self.start is None else _hash_start(self.start),
