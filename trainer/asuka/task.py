@@ -146,7 +146,9 @@ class AsukaTask:
         """The encoded views of an earlier run in the work folder; where there are none they are made, and written."""
         settings = self.settings()
         key = hashlib.sha256(json.dumps({name: settings[name] for name in _VIEWS}, sort_keys=True).encode())
-        return keep_tensors(self.work and self.work / f"views-{key.hexdigest()[:16]}.safetensors", make)
+        from dreammix_trt.trainer.asuka.alignment import VIEW
+
+        return keep_tensors(self.work and self.work / f"views-{key.hexdigest()[:16]}.safetensors", VIEW, make)
 
     def collect(self, network: nn.Module) -> dict[Network, Weights]:
         """The networks of the folder that is to be written: the trained one, and what is kept beside it.
