@@ -153,6 +153,8 @@ def test_rooms_are_drawn_by_rule_and_drawing_goes_on(tmp_path: Path, monkeypatch
     protocol = read_protocol(whole)
     assert len(protocol) == 6 and protocol.name.startswith("micro-sdxl")
     assert all(scene.name.endswith(each.name) for each in protocol.subjects for scene in each.scenes)
+    for name in ("mine", "mine_mask"):
+        (whole / "scenes" / f"{name}.png").write_bytes(b"")  # of somebody else
     write_pairs(whole, 7, size=48)
     assert len(read_protocol(whole)) == 7
     with pytest.raises(InputError, match="have seed 0 and 48 pixels a side, not 1 and 48"):
