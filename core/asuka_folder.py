@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, get_args
 from numpy.typing import NDArray
 
 from dreammix_trt.core.asuka import AsukaConfig
-from dreammix_trt.core.errors import FileFormatError
+from dreammix_trt.core.errors import FileFormatError, InputError
 from dreammix_trt.core.files import atomic_directory, read_json, sha256_of, write_json
 from dreammix_trt.core.tensors import Weights, open_tensors, write_tensors
 
@@ -19,6 +19,8 @@ Part = Literal["prior", "decoder"]
 PARTS: Final[tuple[Part, ...]] = get_args(Part)
 CONFIG: Final = "config.json"
 RECORD: Final = "train.json"
+#: what is trained -> the components of a base that it is trained with; the prior is trained with none
+_TRAINED_WITH: Final = {"align": ("unet", "inpaint_head", "vae"), "decoder": ("vae",)}
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,33 @@ class AsukaFolder:
                     "for another base; train one for this base with `dreammix-trt train-asuka`"
                 )
 
+    def check_aligned(self) -> None:
+        """Raise `FileFormatError` for a prior that was not aligned: nothing can be painted with it yet."""
+        if "prior" in self.parts and not any(name.startswith("alignment.") for name in self.weights("prior")):
+            raise FileFormatError(
+                f"{self.folder}: the prior is not aligned; align it: dreammix-trt train-asuka align IMAGES "
+                f"--out {self.folder}"
+            )
+
+    def find_doubts(self, hash_contents: Callable[[str], Mapping[str, str]]) -> list[str]:
+        """What was trained with other files than a base has, in sentences; of what train.json does not tell, nothing.
+
+        hash_contents: the base's, see `BaseFiles`. Files count by what is in them: their names change.
+        """
+        found, record = [], self.read_record()
+        for part, components in _TRAINED_WITH.items():
+            known = record.get(part, {}).get("settings", {}).get("base")
+            if not known or ("decoder" if part == "decoder" else "prior") not in self.parts:
+                continue
+            files = {name: digest for each in components for name, digest in hash_contents(each).items()}
+            other = [name for name, digest in files.items() if digest not in known.values()]
+            if other:
+                found.append(
+                    f"{self.folder}: {part} was trained with other files than this base's ({', '.join(other)}), so its "
+                    f"pictures may be worse; train it for this base: dreammix-trt train-asuka {part}"
+                )
+        return found
+
 
 def write_asuka(
     folder: str | Path,
@@ -106,6 +135,7 @@ def write_asuka(
 
     Raises `FileFormatError` for a weight that does not fit the dtype, InputError for a folder that is not ours.
     """
+    _check_own(Path(folder))
     with atomic_directory(folder, CONFIG) as made:
         write_json(made / CONFIG, config.to_dict())
         if record:
@@ -114,6 +144,18 @@ def write_asuka(
             weights = Weights.of(state)
             shapes = {name: (dtype, weights.shape(name)) for name in weights}
             write_tensors(_file_of(made, part), shapes, weights.__getitem__)
+
+
+def _check_own(folder: Path) -> None:
+    """Raise InputError for a folder whose config.json is something else's, such as a VAE's."""
+    if not (folder / CONFIG).is_file():
+        return
+    try:
+        AsukaConfig.of_dict(read_json(folder / CONFIG))
+    except FileFormatError as error:
+        raise InputError(
+            f"{folder}: its {CONFIG} is not ASUKA's ({error}), and all of it would be replaced; name a new directory"
+        ) from error
 
 
 def _file_of(folder: Path, part: Part) -> Path:

@@ -350,6 +350,8 @@ def _describe_vae_decoder(base: BaseFiles, _slots: bool) -> Network:
 def _describe_asuka(base: BaseFiles, part: Part) -> Network | None:
     if base.asuka is None or part not in base.asuka.parts:
         return None
+    if part == "prior":
+        base.asuka.check_aligned()
     name, config = f"asuka_{part}", getattr(base.asuka.config, part)
     inputs, outputs = asuka.describe_prior(config) if part == "prior" else asuka.describe_decoder(config)
     module = {"prior": f"{_ASUKA}:AsukaPrior", "decoder": f"{_ASUKA}:AsukaDecoder"}[part]

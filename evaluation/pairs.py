@@ -3,6 +3,7 @@ by rule. `dreammix-trt eval --example FOLDER --pairs 2000` writes it, and goes o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +20,7 @@ from dreammix_trt.evaluation.protocol import FILE_NAME, SCENES, SCHEMA
 
 MARKER: Final = "pairs.json"
 NAME: Final = "micro-sdxl rooms"
+_ROOM: Final = re.compile(r"[0-9]{4,}-[a-z-]+")  # as `_write_room` names them
 _OUTLINES: Final = 0.4  # share of the holes that have a thing's outline; the others are boxes and superellipses
 
 
@@ -55,9 +57,10 @@ def write_pairs(
 
 
 def _find_rooms(folder: Path) -> dict[int, str]:
-    """Number -> name of the rooms that are there with their masks."""
+    """Number -> name of the rooms that are there with their masks; other files are left."""
     names = [file.stem.removesuffix("_mask") for file in folder.glob("*_mask.png")]
-    return {int(name.partition("-")[0]): name for name in names if (folder / f"{name}.png").is_file()}
+    rooms = [name for name in names if _ROOM.fullmatch(name) and (folder / f"{name}.png").is_file()]
+    return {int(name.partition("-")[0]): name for name in rooms}
 
 
 def _write_room(folder: Path, number: int, seed: int, size: int) -> str:

@@ -180,3 +180,11 @@ def test_weights_that_the_configuration_does_not_describe_are_named(small_base: 
     write_asuka(tmp_path / "asuka", config, states)
     with pytest.raises(FileFormatError, match=r"asuka_prior: .*mae\.alpha is missing"):
         build(out=tmp_path / "engine", base=small_base, asuka=tmp_path / "asuka")
+
+
+def test_a_prior_that_is_not_aligned_is_refused_before_the_build(small_base: Path, tmp_path: Path) -> None:
+    config = small_config(BaseFiles.open(small_base))
+    states = {name: value for name, value in make_states(config)["prior"].items() if name.startswith("mae.")}
+    write_asuka(tmp_path / "asuka", config, {"prior": states})
+    with pytest.raises(FileFormatError, match="the prior is not aligned; align it: dreammix-trt train-asuka align"):
+        build(out=tmp_path / "engine", base=small_base, asuka=tmp_path / "asuka")

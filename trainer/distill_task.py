@@ -98,6 +98,7 @@ class DistillTask:
         free = ("checkpoint_every", "gradient_checkpointing")
         return {
             "base": self.base.hash_contents(),
+            "patch_biases": self.base.patch_biases,
             "pictures": None if self.pictures is None else {each.name: _hash(each) for each in self.pictures},
             **{name: value for name, value in told.items() if name not in free},
             "seed": self.seed,

@@ -95,5 +95,6 @@ def keep_scenes(file: Path, make: Callable[[], Scenes]) -> Scenes:
         tensors = {each.name: getattr(made.samples, each.name) for each in fields(Samples)}
         return tensors | {"states": made.states, "pooled": made.pooled}
 
-    held = keep_tensors(file, flatten)
-    return Scenes(Samples(*(held[each.name] for each in fields(Samples))), held["states"], held["pooled"])
+    names = [each.name for each in fields(Samples)]
+    held = keep_tensors(file, (*names, "states", "pooled"), flatten)
+    return Scenes(Samples(*(held[name] for name in names)), held["states"], held["pooled"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,11 +36,20 @@ def write_state(file: Path, tensors: Mapping[str, Tensor]) -> None:
     write_tensors(file, shapes, arrays.__getitem__, {_CHANNELS_LAST: json.dumps(last)})
 
 
-def keep_tensors(file: Path | None, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-    """The tensors of a file; where there is none, or a damaged one, they are made and written. file: None: nowhere."""
+def keep_tensors(
+    file: Path | None, names: Collection[str], make: Callable[[], Mapping[str, Tensor]]
+) -> Mapping[str, Tensor]:
+    """The tensors of a file; where there is none, or a damaged one, they are made and written.
+
+    file: None: nowhere. names: of the tensors; a file that lacks one is damaged.
+    """
     if file is not None and file.exists():
         try:
-            return read_state(file)
+            held = read_state(file)
+            missing = [name for name in names if name not in held]
+            if not missing:
+                return held
+            log.warning("%s is damaged (it lacks %s); what it held is made again", file, missing[0])
         except FileFormatError as error:
             log.warning("%s is damaged (%s); what it held is made again", file, error)
     made = make()

@@ -24,8 +24,9 @@ MOST_RANK = 256
 _NO_SETTINGS = ("steps", "learning_rate", "checkpoint_every", "gradient_checkpointing")
 #: of the settings, what decides the samples that are prepared before the first step
 _PREPARING = (
-    *("photographs", "base", "base_loras", "token", "class_name", "prompt", "captions", "attributes", "regular"),
-    *("regular_attributes", "seed", "views", "crop_share", "regular_pictures", "precision", "device"),
+    *("photographs", "base", "patch_biases", "base_loras", "token", "class_name", "prompt", "captions"),
+    *("attributes", "regular", "regular_attributes", "seed", "views", "crop_share", "regular_pictures"),
+    *("precision", "device"),
 )
 
 
@@ -124,6 +125,7 @@ class Task:
         return {
             "photographs": {file.name: _hash_pair(file) for file in self.photographs},
             "base": self.base.hash_contents(),
+            "patch_biases": self.base.patch_biases,
             "base_loras": [[digest, lora.scale, lora.target] for lora, digest in self.base_loras],
             **{name: getattr(self.names, name) for name in ("token", "class_name", "prompt")},
             "captions": list(self.names.captions),

@@ -16,6 +16,7 @@ from dreammix_trt.building.order import BaseSources, BuildOrder, LoraOption, des
 from dreammix_trt.building.part_store import PartStore
 from dreammix_trt.building.parts import Parts
 from dreammix_trt.building.subjects import MadeSubject, check_slots, make_subjects
+from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import DreamMixError
 from dreammix_trt.core.files import folder_bytes, sha256_of
 from dreammix_trt.core.lora import read_lora
@@ -111,7 +112,7 @@ def carry_out(order: BuildOrder, update: Update, tell: Callable[[str], None]) ->
     shelf = Store(Path(order.store) if order.store else None)
     files = order.base.open()
     order.check_outside(files)
-    for remark in files.remarks:
+    for remark in _list_remarks(files):
         tell(remark)
     config = files.configs["unet"]
     made = make_subjects(order, config, tell)
@@ -133,6 +134,10 @@ def carry_out(order: BuildOrder, update: Update, tell: Callable[[str], None]) ->
     passport = _write(order, ingredients, store, folders, made)
     shelf.register(order.place, () if order.self_contained else set(store.keys.values()))
     return passport
+
+
+def _list_remarks(files: BaseFiles) -> list[str]:
+    return [*files.remarks, *(files.asuka.find_doubts(files.hash_contents) if files.asuka else ())]
 
 
 def _settle_precision(
@@ -181,7 +186,7 @@ def _write(
     baked = [*order.base_specs, *order.subject_specs] if order.merge else order.base_specs
     facts = {
         "name": files.name,
-        "remarks": list(files.remarks),
+        "remarks": _list_remarks(files),
         "native_side": files.native_side,
         "slots": order.slots,
         "files": files.hash_contents(),

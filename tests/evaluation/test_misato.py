@@ -153,7 +153,11 @@ def test_rooms_are_drawn_by_rule_and_drawing_goes_on(tmp_path: Path, monkeypatch
     protocol = read_protocol(whole)
     assert len(protocol) == 6 and protocol.name.startswith("micro-sdxl")
     assert all(scene.name.endswith(each.name) for each in protocol.subjects for scene in each.scenes)
+    for name in ("mine", "mine_mask"):
+        (whole / "scenes" / f"{name}.png").write_bytes(b"")  # of somebody else
     write_pairs(whole, 7, size=48)
+    for file in (whole / "scenes").glob("mine*.png"):
+        file.unlink()  # left, but no picture that a protocol could have
     assert len(read_protocol(whole)) == 7
     with pytest.raises(InputError, match="have seed 0 and 48 pixels a side, not 1 and 48"):
         write_pairs(whole, 6, seed=1, size=48)

@@ -215,6 +215,8 @@ def test_a_stopped_distillation_goes_on_to_the_bit(
     ):
         with pytest.raises(InputError, match=message):
             distil(tmp_path / "lcm", base, pictures, recipe=replace(recipe, **other), resume=True)
+    with pytest.raises(InputError, match="patch biases is True, and was False"):
+        distil(tmp_path / "lcm", replace(base, patch_biases=True), pictures, recipe=recipe, resume=True)
     monkeypatch.setattr("dreammix_trt.trainer.distill_task.encode_scenes", None)  # nothing is encoded again
     resumed = distil(tmp_path / "lcm", base, pictures, recipe=recipe, resume=True)
     assert (resumed.loss, resumed.first_loss) == (whole.loss, whole.first_loss)

@@ -128,6 +128,14 @@ def test_other_settings_are_refused_by_name(
         run(photos, tmp_path / "lora", base, resume=True, work=stopped, **fields)
 
 
+def test_other_biases_of_the_patch_are_refused_by_name(
+    base: BaseFiles, photos: Path, stopped: Path, tmp_path: Path
+) -> None:
+    """The files are the same with and without them."""
+    with pytest.raises(InputError, match="patch biases is True, and was False"):
+        run(photos, tmp_path / "lora", replace(base, patch_biases=True), resume=True, work=stopped)
+
+
 def test_other_photographs_are_refused_by_name(base: BaseFiles, photos: Path, stopped: Path, tmp_path: Path) -> None:
     shutil.copytree(photos, tmp_path / "photos")
     shutil.copyfile(photos / "image" / "00.png", tmp_path / "photos" / "image" / "01.png")

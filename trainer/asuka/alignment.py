@@ -28,6 +28,8 @@ from dreammix_trt.trainer.row_reader import Row, RowReader
 Tensors = Mapping[str, Tensor]
 #: gives tensors that were kept, or makes them by what it is given
 Keep = Callable[[Callable[[], Tensors]], Tensors]
+#: what an encoded view holds
+VIEW = ("seen", "hidden", "latents", "masked", "cells")
 _AT_ONCE, _VIEWS = 8, 41  # views that are encoded at a time; a seed
 CELL = 8  # pixels of a latent cell's side
 _TIMES = 1000

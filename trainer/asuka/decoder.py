@@ -7,6 +7,7 @@ UNet had guessed it from noise in one step, as such guesses shift. The known pix
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dreammix_trt.core.asuka import DecoderConfig
 from dreammix_trt.core.checkpoint import BaseFiles
+from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.torch_modules.asuka_decoder import AsukaDecoder
 from dreammix_trt.trainer.asuka.alignment import CELL
 from dreammix_trt.trainer.asuka.recipes import AsukaRecipe, Part
@@ -86,7 +88,8 @@ class DecoderLesson:
         # in float16 a VAE's decoder overflows
         with torch.autocast(self._device.type, self._products, enabled=self._products == torch.bfloat16):
             found = self._decoder(latent, image, held["hole"]).float()
-        return (found - image).abs().mean() + self._distance(found, image)
+        with torch.autocast(self._device.type, enabled=False):  # squares of features leave float16
+            return (found - image).abs().mean() + self._distance(found, image)
 
     def _guess(self, held: Mapping[str, Tensor]) -> Tensor:
         """The pictures; those that are marked as the UNet guesses them."""
@@ -151,7 +154,18 @@ def _turn_hues(turns: Tensor) -> Tensor:
 
 
 def make_decoder(base: BaseFiles, config: DecoderConfig) -> AsukaDecoder:
-    """A decoder that decodes as the base's VAE does; what is made of the known pixels is random."""
+    """A decoder that decodes as the base's VAE does; what is made of the known pixels is random.
+
+    Raises FileFormatError naming the number by which the configuration is another VAE's.
+    """
+    wanted = DecoderConfig.of_vae(base.configs["vae"])
+    for name in (each.name for each in fields(config)):
+        given, own_value = getattr(config, name), getattr(wanted, name)
+        if given != own_value:
+            raise FileFormatError(
+                f"decoder: {name} is {given}, but this base's VAE has {own_value}; what is in --out is for another "
+                "base: name a new directory"
+            )
     decoder = AsukaDecoder(config)
     own, weights = decoder.state_dict(), base.state("vae")
     with torch.no_grad():

@@ -76,6 +76,7 @@ class AsukaTask:
             "part": self.part,
             "pictures": self.pool.describe(),
             "base": self.base.hash_contents(),
+            "patch_biases": self.base.patch_biases,
             "config": self.config.to_dict()[network],
             "prior": _hash(self.folder, "prior") if self.part == "align" else None,
             "start": None if self.start is None else _hash_start(self.start),
@@ -145,7 +146,9 @@ class AsukaTask:
         """The encoded views of an earlier run in the work folder; where there are none they are made, and written."""
         settings = self.settings()
         key = hashlib.sha256(json.dumps({name: settings[name] for name in _VIEWS}, sort_keys=True).encode())
-        return keep_tensors(self.work and self.work / f"views-{key.hexdigest()[:16]}.safetensors", make)
+        from dreammix_trt.trainer.asuka.alignment import VIEW
+
+        return keep_tensors(self.work and self.work / f"views-{key.hexdigest()[:16]}.safetensors", VIEW, make)
 
     def collect(self, network: nn.Module) -> dict[Network, Weights]:
         """The networks of the folder that is to be written: the trained one, and what is kept beside it.

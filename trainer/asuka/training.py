@@ -91,21 +91,23 @@ def train_asuka(
         before.check_fit(files.configs)
     with join_processes(given) as (processes, own):
         tell = progress if progress and processes.leads else _say_nothing
-        task = AsukaTask(
-            part=part,
-            base=files,
-            pool=_open_pool(part, files, images, objects, recipe, folder, seed, tell),
-            recipe=recipe or recipe_for(part, files.native_side),
-            config=before.config if before is not None else config_for(files),
-            folder=before,
-            hardware=own,
-            seed=seed,
-            start=None if start is None else Path(start),
-            perceptual=None if perceptual is None else Path(perceptual),
-            work=folder if processes.leads else None,
-        )
         held = hold_places(place, folder / part, "another training is at work")
         with held if processes.leads else nullcontext():
+            pool = _open_pool(part, files, images, objects, recipe, folder, seed, tell) if processes.leads else None
+            processes.wait()  # so that rooms are rendered once, and the others read them
+            task = AsukaTask(
+                part=part,
+                base=files,
+                pool=pool or _open_pool(part, files, images, objects, recipe, folder, seed, tell),
+                recipe=recipe or recipe_for(part, files.native_side),
+                config=before.config if before is not None else config_for(files),
+                folder=before,
+                hardware=own,
+                seed=seed,
+                start=None if start is None else Path(start),
+                perceptual=None if perceptual is None else Path(perceptual),
+                work=folder if processes.leads else None,
+            )
             return _run(task, place, folder / part, processes, resume, tell, threads)
 
 

@@ -116,6 +116,8 @@ def test_a_stopped_training_goes_on_to_the_bit(
     ):
         with pytest.raises(InputError, match=message):
             train(part, out, base, images, **{"recipe": recipe, **other}, resume=True)
+    with pytest.raises(InputError, match="patch biases is True, and was False"):
+        train(part, out, replace(base, patch_biases=True), images, recipe=recipe, resume=True)
     resumed = train(part, out, base, images, recipe=recipe, resume=True)
     assert (resumed.loss, resumed.first_loss) == (done.loss, done.first_loss)
     assert (out / file).read_bytes() == (whole / file).read_bytes() != before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor  # noqa: E402
 
 from dreammix_trt.core.asuka import PriorConfig  # noqa: E402
 from dreammix_trt.core.checkpoint import BaseFiles  # noqa: E402
+from dreammix_trt.core.errors import FileFormatError  # noqa: E402
 from dreammix_trt.core.torch_modules.masked_autoencoder import normalise  # noqa: E402
 from dreammix_trt.trainer.asuka import decoder  # noqa: E402
 from dreammix_trt.trainer.asuka.alignment import AlignLesson  # noqa: E402
@@ -167,8 +169,20 @@ def test_views_are_the_rows_that_are_drawn_without_them(base: BaseFiles, pool: F
     assert set(row) == {"seen", "hidden", "cells", "latents", "masked", "noise", "time", "reveal"}
     assert any(np.array_equal(row["latents"], each) for each in kept._views["latents"].numpy())
     view = draw_rows(_Views(anew), 1)
-    encoded = anew._encode(view)
-    assert torch.equal(encoded["cells"], torch.nn.functional.max_pool2d(view["hole"], 8))
+    image, hole, vae = view["image"], view["hole"], Vae(base)
+    side = anew._prior.config.side
+    wanted = {
+        "seen": shrink_picture(image, side),
+        "hidden": shrink_hole(hole, side),
+        "latents": vae.encode(image.numpy()),
+        "masked": vae.encode((image * (1 - hole)).numpy()),
+        "cells": torch.nn.functional.max_pool2d(hole, 8),
+    }
+    torch.testing.assert_close(dict(anew._encode(view)), wanted)
+    assert not torch.equal(wanted["latents"], wanted["masked"])
+    other = draw_rows(anew, 1)
+    held = {name: other[name] for name in ("noise", "time", "reveal")}
+    torch.testing.assert_close(anew.loss({**view, **held}, 0), anew.loss({**wanted, **held}, 0))  # it takes both
 
 
 class _Views:
@@ -205,6 +219,30 @@ def test_a_decoder_begins_as_the_bases_vae(base: BaseFiles) -> None:
     with torch.no_grad():
         found = own(latent, torch.zeros(1, 3, 64, 64), torch.ones(1, 1, 64, 64))
     torch.testing.assert_close(found, vae.decode_batch(latent * base.scaling_factor), rtol=1e-4, atol=1e-4)
+
+
+def test_a_decoder_for_another_vae_is_refused_by_field(base: BaseFiles) -> None:
+    other = replace(config_for(base).decoder, layers_per_block=7)
+    with pytest.raises(FileFormatError, match="decoder: layers_per_block is 7, but this base's VAE has"):
+        make_decoder(base, other)
+
+
+def test_the_distance_is_measured_in_full_precision(
+    base: BaseFiles, pool: FolderPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop computes the loss under its own autocast."""
+    lesson, asked = make_lesson(base, pool), []
+
+    def measure(found: Tensor, wanted: Tensor) -> Tensor:
+        asked.append((torch.is_autocast_enabled("cpu"), (found.flatten(1) @ wanted.flatten(1).T).dtype))
+        return slope_distance(found, wanted)
+
+    monkeypatch.setattr(lesson, "_distance", measure)
+    rows = draw_rows(lesson, 1)
+    rows["guessed"][:] = 0
+    with torch.autocast("cpu", torch.bfloat16):
+        lesson.loss(rows, 0)
+    assert asked == [(False, torch.float32)]
 
 
 def test_half_of_the_pictures_are_guessed(base: BaseFiles, pool: FolderPool) -> None:
