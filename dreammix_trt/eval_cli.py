@@ -45,7 +45,7 @@ Pairs = Annotated[
     int | None,
     typer.Option(min=1, max=100_000, help="With --example: this many empty rooms with holes instead; resumable."),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="With --example: which of them.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="With --example: which of them; default: 0.")]
 Pictures = Annotated[
     Path | None, typer.Option(help="Measure these finished pictures, SCENE.png, instead of painting with an engine.")
 ]
@@ -100,7 +100,7 @@ def evaluate(
     pictures: Pictures = None,
     example: Example = None,
     pairs: Pairs = None,
-    seed: Seed = 0,
+    seed: Seed = None,
     clip: Clip = None,
     dino: Dino = None,
     inception: Inception = None,
@@ -116,12 +116,27 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Paint a protocol of subjects, scenes and prompts with an engine, and measure what it painted."""
+    painted_with = {
+        "subjects": subjects,
+        "threads": threads,
+        "store": store,
+        "verify": verify,
+        "device": device != "cpu",
+    }
     if example is not None:
+        measured_by = {"clip": clip, "dino": dino, "inception": inception, "real": real, "lpips": lpips}
+        others = {"references": references, "prompt": prompt, "set": set_field, "force": force}
+        _refuse(
+            {**painted_with, **measured_by, **others}, "--example writes a protocol, and neither paints nor measures"
+        )
         given = [each for each in (engine, protocol, out, pictures) if each is not None]
-        _write_example(example, given, pairs, seed, as_json=as_json)
+        _write_example(example, given, pairs, seed or 0, as_json=as_json)
         return
     if pairs is not None:
         raise InputError("--pairs says how many rooms --example writes; give both, or neither")
+    _refuse({"seed": seed}, "it is of the rooms that --example writes; a picture's seed is the protocol's")
+    if pictures is not None:
+        _refuse(painted_with, "the pictures of --pictures are finished, and no engine paints")
     engine, place, out = _sort_places(engine, protocol, out, pictures)
     from dreammix_trt.core.passport import Passport
     from dreammix_trt.evaluation import running
@@ -149,6 +164,13 @@ def evaluate(
             progress=update,
         )
     _report(summary, out, as_json)
+
+
+def _refuse(given: dict[str, Any], why: str) -> None:
+    """Raise InputError for options that would be ignored. given: by name; None or False: not given."""
+    names = [f"--{name}" for name, value in given.items() if value is not None and value is not False]
+    if names:
+        raise InputError(f"{', '.join(names)} cannot be used here: {why}; leave {'it' if len(names) == 1 else 'them'}")
 
 
 def _sort_places(

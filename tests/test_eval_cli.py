@@ -136,6 +136,18 @@ def test_wrong_use_is_explained(mug_engine: Path, protocol: Path, tmp_path: Path
         ([mug_engine, protocol, "-o", tmp_path / "out", "--clip", tmp_path], "has no config.json"),
         ([mug_engine, protocol, "-o", tmp_path / "out", "--inception", tmp_path / "none.pth"], "no such file"),
         ([mug_engine, protocol, "-o", protocol], "other files"),
+        (
+            [mug_engine, protocol, "-o", tmp_path / "out", "--seed", "1"],
+            "--seed cannot be used here: it is of the rooms",
+        ),
+        (
+            ["--example", tmp_path / "out", "--clip", tmp_path],
+            "--clip cannot be used here: --example writes a protocol",
+        ),
+        (
+            [protocol, "--pictures", tmp_path, "-o", tmp_path / "out", "--threads", "2", "--verify"],
+            "--threads, --verify cannot be used here: the pictures of --pictures are finished",
+        ),
     ):
         code, _, err = call(*words)
         assert code == 2 and told in err, words
