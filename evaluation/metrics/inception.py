@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dreammix_trt.core.torch_weights import load_weights, read_state
 from dreammix_trt.evaluation.metrics.metric import U8
-from dreammix_trt.evaluation.metrics.weights import load_weights, read_state
 
 SIDE: Final = 299
 FEATURES: Final = 2048

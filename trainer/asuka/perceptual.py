@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
@@ -12,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from dreammix_trt.core.errors import FileFormatError, MissingExtraError
+from dreammix_trt.core.lpips import SCALE, SHIFT, find_heads, read_heads
+from dreammix_trt.core.torch_weights import read_state
 
 SCALES: Final = 3
-_SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 _WIDTHS: Final = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-_HEADS: Final = Path("functional/image/lpips_models/vgg.pth")
 
 
 def slope_distance(found: Tensor, wanted: Tensor) -> Tensor:
@@ -46,9 +45,9 @@ class VggDistance(nn.Module):
         """
         super().__init__()
         self.stages = nn.ModuleList(_read_stages(file))
-        self.heads = nn.ParameterList(_read_heads(heads or _find_heads()))
-        self.register_buffer("shift", torch.tensor(_SHIFT)[:, None, None])
-        self.register_buffer("scale", torch.tensor(_SCALE)[:, None, None])
+        self.heads = nn.ParameterList(_read_heads(heads or find_heads("vgg")))
+        self.register_buffer("shift", torch.tensor(SHIFT)[:, None, None])
+        self.register_buffer("scale", torch.tensor(SCALE)[:, None, None])
         self.eval().requires_grad_(False)
 
     def forward(self, found: Tensor, wanted: Tensor) -> Tensor:
@@ -65,7 +64,7 @@ class VggDistance(nn.Module):
 
 def _read_stages(file: Path) -> list[nn.Sequential]:
     """VGG-16 up to the last ReLU of each of its five stages; numbers are torchvision's."""
-    weights, number, stages = _read_state(file), 0, []
+    weights, number, stages = read_state(file, "--perceptual"), 0, []
     for index, widths in enumerate(_WIDTHS):
         layers: list[nn.Module] = []
         if index:
@@ -81,38 +80,14 @@ def _read_stages(file: Path) -> list[nn.Sequential]:
     return stages
 
 
-def _find_heads() -> Path:
-    spec = find_spec("torchmetrics")
-    places = [] if spec is None else list(spec.submodule_search_locations or [])
-    found = next((Path(place) / _HEADS for place in places if (Path(place) / _HEADS).is_file()), None)
-    if found is None:
+def _read_heads(file: Path | None) -> list[nn.Parameter]:
+    """One weight a channel, (C, 1, 1), of each stage."""
+    if file is None:
         raise MissingExtraError(
             "torchmetrics is not installed, --perceptual takes LPIPS' heads from it: pip install 'dreammix-trt[eval]'"
         )
-    return found
-
-
-def _read_heads(file: Path) -> list[nn.Parameter]:
-    """One weight a channel, (C, 1, 1), of each stage."""
-    weights, found = _read_state(file), []
-    for index, widths in enumerate(_WIDTHS):
-        head = nn.Parameter(torch.empty(1, widths[-1], 1, 1))
-        _fill(head, weights, f"lin{index}.model.1.weight", file)
-        found.append(nn.Parameter(head.detach()[0]))
-    return found
-
-
-def _read_state(file: Path) -> Mapping[str, Tensor]:
-    """The tensors of a file. torchvision's are in torch's old format, which torch itself reads without running it."""
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return dict(load_file(file))
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # many kinds, by torch's version
-        raise FileFormatError(f"--perceptual {file}: cannot be read as weights ({error}); fetch it again") from error
-    return state if isinstance(state, Mapping) else {}
+    found = read_heads(file, [widths[-1] for widths in _WIDTHS])
+    return [nn.Parameter(head[:, None, None]) for head in found]
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

@@ -10,7 +10,8 @@ pytest.importorskip("torch", reason="the trainer needs its extra")
 
 import torch
 
-from dreammix_trt.core.errors import FileFormatError, MissingExtraError
+from dreammix_trt.core import lpips
+from dreammix_trt.core.errors import FileFormatError, InputError, MissingExtraError
 from dreammix_trt.trainer.asuka import perceptual
 from dreammix_trt.trainer.asuka.perceptual import VggDistance, slope_distance
 
@@ -79,16 +80,16 @@ def test_lpips_is_the_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_heads_come_from_torchmetrics(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchmetrics", reason="the heads are in it")
-    heads = perceptual._read_heads(perceptual._find_heads())
+    heads = perceptual._read_heads(lpips.find_heads("vgg"))
     assert [len(head) for head in heads] == [64, 128, 256, 512, 512] and all(head.min() >= 0 for head in heads)
-    monkeypatch.setattr(perceptual, "find_spec", lambda _: None)
+    monkeypatch.setattr(lpips, "find_spec", lambda _: None)
     with pytest.raises(MissingExtraError, match="torchmetrics is not installed"):
-        perceptual._find_heads()
+        perceptual._read_heads(lpips.find_heads("vgg"))
 
 
 def test_other_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, heads = write_weights(tmp_path, monkeypatch)
-    with pytest.raises(FileFormatError, match=r"none\.pth: cannot be read as weights"):
+    with pytest.raises(InputError, match=r"none\.pth: no such file"):
         VggDistance(tmp_path / "none.pth", heads)
     state = torch.load(file)
     state["features.7.bias"] = torch.zeros(9)
