@@ -82,7 +82,8 @@ class DecoderLesson:
         """Of the whole picture: known places have to be kept, too."""
         held = {name: value.to(self._device) for name, value in rows.items()}
         image = held["image"]
-        with torch.no_grad():
+        # UNet and VAE choose their precision themselves; colours in bfloat16 would be rounded to a level or two
+        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             shifted = move_colours(self._guess(held), held["colours"])
             latent = self._vae.encode_batch(shifted) / self._base.scaling_factor
         # in float16 a VAE's decoder overflows
