@@ -54,6 +54,11 @@ class AsukaFolder:
             made.weights(part)
         return made
 
+    @property
+    def prior_side(self) -> int | None:
+        """Of the pictures that the prior takes, in pixels; None: it has none."""
+        return self.config.prior.side if "prior" in self.parts else None
+
     def read_record(self) -> dict[str, Any]:
         """What is told of their training, by part; {} where nothing is."""
         return read_json(self.folder / RECORD) if (self.folder / RECORD).is_file() else {}

@@ -37,6 +37,7 @@ from dreammix_trt.painting_cli import (
     check_outputs,
     choose_mask,
     choose_options,
+    follow,
     join_fields,
     need_image,
     read_standard_input,
@@ -225,7 +226,7 @@ def _paint(
     from dreammix_trt.engine.endpoint_retriever import EndpointRetriever
     from dreammix_trt.engine.retrieval import retrieve
 
-    result, retriever = None, retrieve if chat is None else EndpointRetriever(chat)
+    retriever = retrieve if chat is None else EndpointRetriever(chat)
     with show_progress("inpainting") as update:
         if dm.studio is not None:
             say(str(dm.studio.plan))
@@ -233,8 +234,4 @@ def _paint(
             events = dm.iterate(image, mask, request, retriever=retriever, keep_stages=keep_stages)
         finally:
             tell_tokens(chat)
-        for event in events:
-            update(event.stage, (event.index + 1) / event.total, "")
-            result = event.result or result
-    assert result is not None
-    return result
+        return follow(events, update)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,7 +13,7 @@ from dreammix_trt.terminal import print_json, say
 
 if TYPE_CHECKING:
     from dreammix_trt.core.request import Request
-    from dreammix_trt.engine.result import Result
+    from dreammix_trt.engine.result import Result, StepEvent
 
 Engine = Annotated[Path, typer.Argument(help="An engine directory.")]
 Out = Annotated[
@@ -228,6 +228,16 @@ def _write_standard(result: Result, *, metadata: bool) -> None:
 
     sys.stdout.buffer.write(result.to_bytes("png", metadata=metadata))
     sys.stdout.buffer.flush()
+
+
+def follow(events: Iterable[StepEvent], update: Callable[[str, float, str], None]) -> Result:
+    """The result of a request; its steps are told to `update` as they end."""
+    result = None
+    for event in events:
+        update(event.stage, (event.index + 1) / event.total, "")
+        result = event.result or result
+    assert result is not None
+    return result
 
 
 def report(result: Result, names: list[Path], as_json: bool) -> None:

@@ -24,6 +24,7 @@ from dreammix_trt.painting_cli import (
     Verify,
     check_outputs,
     choose_mask,
+    follow,
     join_fields,
     need_image,
     read_standard_input,
@@ -92,14 +93,10 @@ def remove(
     if request.prompt:
         raise InputError(f"prompt is {request.prompt!r}: a removal has none; inpaint paints what a prompt says")
     check_outputs(out, save_stages, request.num_images_per_prompt, force=force, as_json=as_json)
-    result = None
     with (
         DreamMix.load(engine, threads=threads, verify=verify, store=store, device=device) as dm,
         show_progress("removing") as update,
     ):
         keep = save_stages is not None
-        for event in dm.iterate(image, mask, request, prior_image=prior_image, keep_stages=keep):
-            update(event.stage, (event.index + 1) / event.total, "")
-            result = event.result or result
-    assert result is not None
+        result = follow(dm.iterate(image, mask, request, prior_image=prior_image, keep_stages=keep), update)
     report(result, save_pictures(result, out, save_stages, metadata=not no_metadata), as_json)

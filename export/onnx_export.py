@@ -231,7 +231,7 @@ def export_facts(base: BaseFiles, slots: bool, out: Path, defaults: Mapping[str,
         "slots": slots,
         "defaults": dict(defaults or {}),
         "unet": blocks_of(base.configs["unet"]),
-        **describe_prior(base),
+        **describe_prior_side(base),
     }
     write_json(out / "base.json", facts)
     for name in TOKENIZERS:
@@ -239,10 +239,10 @@ def export_facts(base: BaseFiles, slots: bool, out: Path, defaults: Mapping[str,
         base.write_tokenizer(name, out / name)
 
 
-def describe_prior(base: BaseFiles) -> dict[str, Any]:
+def describe_prior_side(base: BaseFiles) -> dict[str, Any]:
     """What `base.json` says of ASUKA's prior: the side of its pictures; nothing where the base has none."""
-    has_prior = base.asuka is not None and "prior" in base.asuka.parts
-    return {"prior_side": base.asuka.config.prior.side} if base.asuka and has_prior else {}
+    side = base.asuka.prior_side if base.asuka else None
+    return {} if side is None else {"prior_side": side}
 
 
 def graph_digest(network: Network) -> str:

@@ -88,13 +88,14 @@ def test_those_of_the_base_s_folder_are_found_and_looked_at_by_build_alone(small
     shutil.copytree(small_base, base)
     write_small_asuka(base / "asuka", BaseFiles.open(small_base))
     assert BaseFiles.open(base).asuka is None
-    found = BaseSources(base).open().asuka
+    found = BaseSources(base).open().find_own_asuka().asuka
     assert found is not None and found.folder == base / "asuka"
     (base / "asuka" / "prior.safetensors").unlink()
     (base / "asuka" / "decoder.safetensors").unlink()
     assert BaseFiles.open(base).hash_contents() == BaseFiles.open(small_base).hash_contents()
     with pytest.raises(FileFormatError, match="has neither"):
-        BaseSources(base).open()
+        build(out=tmp_path / "engine", base=base)
+    assert BaseSources(base).open().asuka is None, "what every training opens"
 
 
 def test_a_base_without_them_keeps_its_key(small_base: Path) -> None:

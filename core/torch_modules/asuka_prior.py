@@ -38,7 +38,7 @@ class AsukaPrior(nn.Module):
 
 
 class Alignment(nn.Module):
-    """The auto-encoder's feature -> a base's condition. Its length stays, so that each row tells of its place."""
+    """The auto-encoder's feature -> a base's condition of the same length: each row describes its place."""
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()

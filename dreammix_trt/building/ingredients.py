@@ -23,7 +23,7 @@ from dreammix_trt.core.store import Store
 from dreammix_trt.engine.backends.tensorrt.profiles import Profile, profiles_for
 from dreammix_trt.engine.canvas.geometry import profile_sizes
 from dreammix_trt.engine.canvas.tiles import SIDE, needs_tiles
-from dreammix_trt.export.onnx_export import SCHEMA, describe_prior, graph_digest
+from dreammix_trt.export.onnx_export import SCHEMA, describe_prior_side, graph_digest
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Ingredients:
             "head": self.base.head_padding if self.base.has_head else None,
             "patched": self.base.patch is not None,
             "patch_biases": self.base.patch_biases,
-            **describe_prior(self.base),
+            **describe_prior_side(self.base),
         }
 
     def of_range(self, network: Network) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def carry_out(order: BuildOrder, update: Update, tell: Callable[[str], None]) ->
     """Build what is ordered; see `build`."""
     order.check()
     shelf = Store(Path(order.store) if order.store else None)
-    files = order.base.open()
+    files = order.base.open().find_own_asuka()
     order.check_outside(files)
     for remark in _list_remarks(files):
         tell(remark)

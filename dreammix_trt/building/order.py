@@ -48,7 +48,7 @@ class BaseSources:
         )
         if self.patch_biases and files.patch is None:
             raise InputError("patch_biases is given, but this base has no patch: give --patch, or leave it")
-        return files.find_own_asuka()
+        return files
 
 
 @dataclass(frozen=True)

@@ -264,7 +264,7 @@ class TorchNetworks:
 
 def _facts_of(base: BaseFiles) -> BaseFacts:
     blocks = blocks_of(base.configs["unet"])
-    side = base.asuka.config.prior.side if base.asuka and "prior" in base.asuka.parts else None
+    side = base.asuka.prior_side if base.asuka else None
     return BaseFacts(base.native_side, base.divisor, base.scaling_factor, base.feature_channels, {}, blocks, side)
 
 

@@ -2,7 +2,7 @@
 
 Where a hole hides a thing, the auto-encoder expects background and the noise to be predicted is the thing's: from that
 alone the alignment would learn to ignore its input. So at first always, later sometimes, the auto-encoder is told of an
-empty hole. Then its feature does tell of what the UNet must paint.
+empty hole. Then its feature describes what the UNet must paint.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,7 @@ def train_asuka(
     _check_options(part, seed, perceptual, start)
     given = hardware or Hardware()
     given.check()
-    # what the base has of ASUKA already decides nothing here
-    files = replace(base if isinstance(base, BaseFiles) else BaseFiles.open(base), asuka=None)
+    files = base if isinstance(base, BaseFiles) else BaseFiles.open(base)
     place, folder = Path(out).resolve(), Path(work) if work else find_work(out)
     check_places(place, folder, CONFIG)
     before = AsukaFolder.open(place) if (place / CONFIG).is_file() else None
