@@ -110,6 +110,14 @@ SWEEPS: Final = {
         tuple(Way(f"{steps}", ADM, True, (("num_inference_steps", steps),)) for steps in (4, 6, 8, 12, 20, 30)),
         "steps of a picture",
     ),
+    "asuka": Sweep(
+        (
+            Way("VAE decoder, no prior", ADM, True),
+            Way("ASUKA's decoder", ADM, True, (("decoder", "asuka"),)),
+            Way("prior negative", ADM, True, (("prior", "negative"),)),
+            Way("prior concat", ADM, True, (("prior", "concat"),)),
+        )
+    ),
     "beta": Sweep(
         tuple(
             Way(f"{beta:.3g}", replace(ADM, beta=beta), True) for beta in (0.0, SMALL.beta, 0.25, 3 / 7, 1.0)

@@ -150,15 +150,21 @@ class _Clock:
 class MicroStudio:
     """The embedded model: its trainer, its runtime, its judge."""
 
-    def __init__(self, folder: Path, threads: int = 1, few_step: Path | None = None) -> None:
+    def __init__(self, folder: Path, threads: int = 1, few_step: Path | None = None, asuka: bool = False) -> None:
         """folder: the work folder, where the engine is built once.
 
         few_step: a few-step LoRA, merged into the base that paints; subjects are trained on the base without it.
+        asuka: whether pictures depend on the base's ASUKA.
         """
         self._folder, self._threads = folder, threads
         files = BaseFiles.open()
         self.base = key_of(files.hash_contents())
         self.painter = "" if few_step is None else hashlib.sha256(few_step.read_bytes()).hexdigest()[:16]
+        if asuka:
+            found = files.find_own_asuka().asuka
+            if found is None:
+                raise SystemExit("the embedded base has no ASUKA")
+            self.painter += key_of("asuka", found.hash_files())
         engine = folder / f"engine{self.painter}"
         if not engine.exists():
             build(out=engine, base_loras=[str(few_step)] if few_step else ())

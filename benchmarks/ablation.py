@@ -45,7 +45,8 @@ SHOWN = 4  # scenes of a sheet
 
 def main() -> int:
     given = parse()
-    sweep, work = SWEEPS[given.part], Work(given.work, MicroStudio(given.work, given.threads, given.few_step), say)
+    studio = MicroStudio(given.work, given.threads, given.few_step, asuka=given.part == "asuka")
+    sweep, work = SWEEPS[given.part], Work(given.work, studio, say)
     plan = Plan(sweep, given.subjects, given.scenes, given.seeds, given.steps)
     readings: Readings = work.finish(plan.cases())
     if not sweep.axis:
