@@ -49,6 +49,7 @@ class Painter(Protocol):
     """What fills holes; in tests a fake."""
 
     key: str  # changes with everything that decides its pictures
+    text_key: str  # with everything that decides those that no part of ASUKA touches
 
     def paint(self, way: Way, picture: U8, mask: NDArray[np.bool_], seed: int) -> U8: ...
 
@@ -61,8 +62,8 @@ class EnginePainter:
         files = BaseFiles.open(asuka=asuka).find_own_asuka()
         if files.asuka is None:
             raise SystemExit("the embedded base has no ASUKA: give --asuka FOLDER")
-        made_of = key_of(files.hash_contents(), files.asuka.hash_files())
-        self.key, self.engine = key_of(made_of, steps), folder / f"engine-{made_of}"
+        base, made_of = files.hash_contents(), key_of(files.hash_contents(), files.asuka.hash_files())
+        self.key, self.text_key, self.engine = key_of(made_of, steps), key_of(base, steps), folder / f"engine-{made_of}"
         if not self.engine.exists():
             build(out=self.engine, asuka=asuka)
         self._steps, self._threads = steps, threads
@@ -84,7 +85,8 @@ class Work:
         self._metrics: tuple[Metric, ...] = (ObjectSeen(), Grad(), RingColour(), PsnrAsuka())
 
     def picture_of(self, way: Way, room: Room, number: int) -> Path:
-        return self._folder / "pictures" / f"{key_of_picture(self._painter.key, way, room, number)}.png"
+        painter = self._painter.text_key if way.kind == "text" else self._painter.key
+        return self._folder / "pictures" / f"{key_of_picture(painter, way, room, number)}.png"
 
     def read(self, way: Way, room: Room, number: int) -> Readings:
         """What a picture comes to; painted if it is not there yet."""
@@ -131,7 +133,8 @@ def measure_seen(bench: Benchmark, given: argparse.Namespace) -> None:
     tables: dict[Room, dict[str, list[Readings]]] = {"empty room": {}, "thing's room": {}}
     plans: list[tuple[Way, Room]] = [(way, "empty room") for way in ways] + [(way, "thing's room") for way in BRIEF]
     for way, room in plans:
-        found = [works[way.remedy].read(way, room, number) for number in range(count_rooms(way, given.rooms))]
+        rooms = count_rooms(way, given.rooms, brief=room != "empty room")
+        found = [works[way.remedy].read(way, room, number) for number in range(rooms)]
         tables[room][way.name] = found
         sys.stderr.write(f"{room}, {way.name}: a thing in {mean_of(found, ObjectSeen.name).mean:.3f}\n")
     bench.add("rooms", given.rooms)
