@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -33,7 +34,9 @@ from dreammix_trt.train_cli import (
     Precision,
     Resume,
     Steps,
+    Tensorboard,
     choose_hardware,
+    open_events,
 )
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for lcm_lora.safetensors and distill.json, its card.")]
@@ -70,7 +73,7 @@ PANELS = {
     "What is distilled": ("pictures", "views", "guidance", "skip"),
     "How it is learnt": ("rank", "steps", "learning_rate", "batch", "accumulate", "seed"),
     "What it runs on": ("device", "precision", "optimizer", "threads"),
-    "While it runs": ("checkpoint_every", "resume", "work"),
+    "While it runs": ("checkpoint_every", "resume", "work", "tensorboard"),
     "What is written": ("out", "force", "as_json"),
 }
 
@@ -100,6 +103,7 @@ def distill(
     checkpoint_every: CheckpointEvery = None,
     resume: Resume = False,
     work: Work = None,
+    tensorboard: Tensorboard = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -111,6 +115,7 @@ def distill(
     require_training()
     if (out / RECORD).exists() and not force:
         raise InputError(f"--out {out} holds a LoRA that was distilled before; --force replaces it, or name another")
+    events = open_events(tensorboard)
     files = BaseSources(base, patch, head, vae, tokenizer, patch_biases).open()
     given = {"views": views, "skip": skip, "rank": rank, "steps": steps, "learning_rate": learning_rate}
     given |= {"batch": batch, "accumulate": accumulate, "checkpoint_every": checkpoint_every}
@@ -118,7 +123,7 @@ def distill(
     recipe = replace(recipe_for(files.native_side), **changed)  # type: ignore[arg-type]
     if guidance is not None:
         recipe = replace(recipe, guidance=_parse_guidance(guidance))
-    with show_progress("distilling") as update:
+    with events or nullcontext(), show_progress("distilling") as update:
         done = distill_lora(
             out,
             base=files,
@@ -129,6 +134,7 @@ def distill(
             threads=threads,
             work=work,
             resume=resume,
+            events=events,
             progress=update,
         )
     file = out / FILE_NAME

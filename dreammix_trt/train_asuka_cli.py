@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -34,7 +35,9 @@ from dreammix_trt.train_cli import (
     Precision,
     Resume,
     Steps,
+    Tensorboard,
     choose_hardware,
+    open_events,
 )
 
 if TYPE_CHECKING:
@@ -94,7 +97,7 @@ PANELS = {
     "What is learnt": ("objects", "side", "revealed", "reveal_steps", "perceptual", "start"),
     "How it is learnt": ("steps", "learning_rate", "batch", "accumulate", "seed"),
     "What it runs on": ("device", "precision", "optimizer", "threads"),
-    "While it runs": ("checkpoint_every", "resume", "work"),
+    "While it runs": ("checkpoint_every", "resume", "work", "tensorboard"),
     "What is written": ("out", "force", "as_json"),
 }
 
@@ -127,6 +130,7 @@ def train_asuka(
     checkpoint_every: CheckpointEvery = None,
     resume: Resume = False,
     work: Work = None,
+    tensorboard: Tensorboard = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -143,12 +147,13 @@ def train_asuka(
         as_json = False
     if not force:
         _check_new(part, out)
+    events = open_events(tensorboard / part if tensorboard else None)
     files = BaseSources(base, patch, head, vae, tokenizer, patch_biases).open()
     given = {"steps": steps, "learning_rate": learning_rate, "batch": batch, "accumulate": accumulate, "side": side}
     given |= {"reveal_steps": reveal_steps, "checkpoint_every": checkpoint_every}
     if part != "align" and (revealed is not None or reveal_steps is not None):
         raise InputError("--revealed and --reveal-steps are of the alignment; leave them, or train the part align")
-    with show_progress("training") as update:
+    with events or nullcontext(), show_progress("training") as update:
         done = training.train_asuka(
             part,
             out,
@@ -163,11 +168,24 @@ def train_asuka(
             threads=threads,
             work=work,
             resume=resume,
+            events=events,
             progress=update,
         )
     if as_json:
         print_json({"asuka": str(out), **asdict(done)})
     say(f"{part}: {done.steps} steps in {done.seconds:.0f} s, loss {done.first_loss:.4f} -> {done.loss:.4f}; in {out}")
+    if part != "align":
+        _tell_next(out)
+
+
+def _tell_next(out: Path) -> None:
+    """Say so where a prior waits for its alignment."""
+    from dreammix_trt.core.asuka_folder import AsukaFolder
+    from dreammix_trt.trainer.asuka.task import is_trained
+
+    folder = AsukaFolder.open(out)
+    if "prior" in folder.parts and not is_trained("align", folder):
+        say(f"next: dreammix-trt train-asuka align -o {out}; no engine can be built with a prior that is not aligned")
 
 
 def _check_new(part: Literal["prior", "align", "decoder"], out: Path) -> None:

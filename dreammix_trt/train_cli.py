@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -30,6 +30,7 @@ from dreammix_trt.terminal import (
 )
 
 if TYPE_CHECKING:
+    from dreammix_trt.trainer.events import Events
     from dreammix_trt.trainer.folder import TrainRecord
     from dreammix_trt.trainer.hardware import Hardware
     from dreammix_trt.trainer.recipes import Recipe
@@ -98,6 +99,10 @@ CheckpointEvery = Annotated[
     typer.Option(min=0, help="Steps between two checkpoints; 0: none. Default: 250 above 256 pixels, else none."),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, with the same options.")]
+Tensorboard = Annotated[
+    Path | None,
+    typer.Option(help="Folder for TensorBoard: loss and learning rate of every step, validation pictures of `train`."),
+]
 Work = Annotated[Path | None, typer.Option(help="Folder of checkpoints and encoded photographs; default: OUT.work.")]
 ValidateEvery = Annotated[int, typer.Option(min=0, help="Steps between pictures of what it can do; 0: none.")]
 ValidatePrompt = Annotated[
@@ -140,7 +145,7 @@ PANELS = {
     "What it runs on": ("device", "precision", "threads"),
     "What it takes of memory": ("batch", "accumulate", "gradient_checkpointing", "optimizer"),
     "While it runs": (
-        *("checkpoint_every", "resume", "work", "validate_every", "validate_prompt", "validate_engine"),
+        *("checkpoint_every", "resume", "work", "tensorboard", "validate_every", "validate_prompt", "validate_engine"),
         *("validation_image", "validation_mask"),
     ),
     "What is written": ("out", "merged", "force", "as_json"),
@@ -180,6 +185,7 @@ def train(
     checkpoint_every: CheckpointEvery = None,
     resume: Resume = False,
     work: Work = None,
+    tensorboard: Tensorboard = None,
     validate_every: ValidateEvery = 0,
     validate_prompt: ValidatePrompt = None,
     validate_engine: ValidateEngine = None,
@@ -207,6 +213,7 @@ def train(
         choose_messages(quiet=True)
         as_json = False
     _check_out(out, force=force)
+    events = open_events(tensorboard)
     if segment:
         if invert_masks:
             raise InputError(
@@ -232,8 +239,8 @@ def train(
     options |= {"learning_rate": learning_rate, "loss": loss, "merged": merged, "threads": threads, "resume": resume}
     options |= {"attributes": attributes, "attribute_captions": captions != "plain", "regular": regular, "work": place}
     prompts, spot = tuple(validate_prompt or ()), (validation_image, validation_mask)
-    watch = TrainWatch(place, validate_every, prompts, validate_engine, *spot, threads)
-    with closing(watch), show_progress("training") as update:
+    watch = TrainWatch(place, validate_every, prompts, validate_engine, *spot, threads, events)
+    with closing(watch), events or nullcontext(), show_progress("training") as update:
         record = train_lora(
             photos,
             class_name,
@@ -243,6 +250,7 @@ def train(
             recipe=recipe,
             hardware=choose_hardware(device, precision, optimizer),
             watch=watch,
+            events=events,
             invert_masks=invert_masks,
             large_masks=large_masks,
             progress=update,
@@ -259,6 +267,13 @@ def choose_hardware(device: Device, precision: Precision, optimizer: Optimizer) 
     from dreammix_trt.trainer.hardware import Hardware
 
     return Hardware(device, _PRECISIONS.get(precision or "", precision), optimizer)  # type: ignore[arg-type]
+
+
+def open_events(folder: Path | None) -> Events | None:
+    """What tells TensorBoard; None where nobody asks for it. Raises MissingExtraError without the package."""
+    from dreammix_trt.trainer.events import Events
+
+    return None if folder is None else Events(folder)
 
 
 def _choose_recipe(native_side: int, given: dict[str, Any]) -> Recipe:
