@@ -32,7 +32,7 @@ class Events:
 
     def __init__(self, folder: str | Path) -> None:
         """Raises MissingExtraError without `tensorboard`, InputError for a folder that is a file."""
-        if list_missing(["tensorboard"]):
+        if list_missing(["tensorboard.summary"]):  # an own folder called tensorboard is found as a package, too
             raise MissingExtraError(
                 "tensorboard is not installed, --tensorboard needs it: pip install 'dreammix-trt[train,tensorboard]'"
             )

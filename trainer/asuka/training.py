@@ -70,24 +70,19 @@ def train_asuka(
         weights, of the decoder the base's VAE.
     perceptual: VGG-16's weights as torchvision has them, for LPIPS in the decoder's loss; None: slopes at three scales.
     work: folder of checkpoints and rendered rooms; None: OUT.work.
-    resume: go on from the checkpoint of a training with the same settings.
-    events: as `train_lora` takes them.
-    progress: called with (name, fraction, message) each step.
+    hardware, seed, threads, resume, events, progress: as `train_lora` takes them.
 
     Same seed, threads and machine: the same bytes, also when it was stopped and resumed.
 
-    Raises InputError for options and pictures that cannot be used and for a loss that is not finite, FileFormatError
-    for a base, folder or weights that do not fit, DeviceError for a GPU that is not there, BuildError for a full disk,
-    MissingExtraError.
+    Raises InputError for options and pictures that cannot be used and a loss that is not finite, FileFormatError for a
+    base, folder or weights that do not fit, DeviceError without a GPU, BuildError for a full disk, MissingExtraError.
     """
     require_training()
-    _check_options(part, seed, perceptual, start)
     given = hardware or Hardware()
-    given.check()
+    _check_options(part, given, seed, perceptual, start)
     files = base if isinstance(base, BaseFiles) else BaseFiles.open(base)
     place, folder = Path(out).resolve(), Path(work) if work else find_work(out)
-    check_places(place, folder, CONFIG, events)
-    before = _open_before(part, place, files)
+    before = _open_before(part, files, place, folder, events)
     recipe = recipe or recipe_for(part, files.native_side)
     with join_processes(given) as (processes, own):
         task = AsukaTask(
@@ -103,14 +98,13 @@ def train_asuka(
             perceptual=None if perceptual is None else Path(perceptual),
             work=folder if processes.leads else None,
         )
-        held = hold_places(place, folder / part, "another training is at work")
-        with held if processes.leads else nullcontext():
-            tell = progress if progress and processes.leads else _say_nothing
-            return _run(task, place, folder / part, processes, resume, events, tell, threads)
+        tell = progress if progress and processes.leads else _say_nothing
+        return _run(task, place, folder / part, processes, resume, events, tell, threads)
 
 
-def _open_before(part: Part, place: Path, base: BaseFiles) -> AsukaFolder | None:
-    """What was trained in the place before, checked; None: nothing."""
+def _open_before(part: Part, base: BaseFiles, place: Path, work: Path, events: Events | None) -> AsukaFolder | None:
+    """What was trained in the place before; None: nothing. It and the places are checked."""
+    check_places(place, work, CONFIG, events)
     before = AsukaFolder.open(place) if (place / CONFIG).is_file() else None
     check_parts(part, before, place)
     if before is not None:
@@ -118,8 +112,11 @@ def _open_before(part: Part, place: Path, base: BaseFiles) -> AsukaFolder | None
     return before
 
 
-def _check_options(part: Part, seed: int, perceptual: str | Path | None, start: str | Path | None) -> None:
-    """Raise InputError for what no training can have, before anything is read."""
+def _check_options(
+    part: Part, hardware: Hardware, seed: int, perceptual: str | Path | None, start: str | Path | None
+) -> None:
+    """Raise InputError for what no training can have, DeviceError for a missing GPU, before anything is read."""
+    hardware.check()
     if not 0 <= seed < 2**63:
         raise InputError(f"seed is {seed}; it must be 0 to 2^63 - 1")
     if perceptual is not None and part != "decoder":
@@ -165,13 +162,14 @@ def _run(
     from dreammix_trt.trainer.asuka.learning import learn
     from dreammix_trt.trainer.stepping import Course
 
-    settings = task.settings() | {"processes": processes.count}
-    file = f"{NETWORKS[task.part][0]}.safetensors"
-    metadata = {"format": "pt", "part": task.part, "base": task.base.name}
-    checkpoints = Checkpoints(work, metadata, settings, task.recipe.checkpoint_every, file)
-    checkpoints.check(resume=resume)
-    _prepare(task, processes, tell)
-    with use_threads(threads):
+    held = hold_places(out, work, "another training is at work")
+    with held if processes.leads else nullcontext(), use_threads(threads):
+        settings = task.settings() | {"processes": processes.count}
+        file = f"{NETWORKS[task.part][0]}.safetensors"
+        metadata = {"format": "pt", "part": task.part, "base": task.base.name}
+        checkpoints = Checkpoints(work, metadata, settings, task.recipe.checkpoint_every, file)
+        checkpoints.check(resume=resume)
+        _prepare(task, processes, tell)
         tell(task.part, 0.0, "reading the base")
         lesson, network = task.make_lesson(tell)
         course = Course(
