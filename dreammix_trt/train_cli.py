@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import closing, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,12 +27,23 @@ from dreammix_trt.terminal import (
     show_progress,
     warn,
 )
+from dreammix_trt.training_options import (
+    Accumulate,
+    Batch,
+    Device,
+    LearningRate,
+    Optimizer,
+    Precision,
+    Resume,
+    Steps,
+    Tensorboard,
+    change,
+    choose_hardware,
+    open_events,
+)
 
 if TYPE_CHECKING:
-    from dreammix_trt.trainer.events import Events
     from dreammix_trt.trainer.folder import TrainRecord
-    from dreammix_trt.trainer.hardware import Hardware
-    from dreammix_trt.trainer.recipes import Recipe
 
 Photos = Annotated[
     Path, typer.Argument(help="Folder with image/NN.jpg and mask/NN.png, or NN.jpg with NN_mask.png beside it.")
@@ -51,8 +61,6 @@ Out = Annotated[
 Token = Annotated[str, typer.Option(help="The word that will mean this subject.")]
 Prompt = Annotated[str | None, typer.Option(help='Caption of the photographs; default "a photo of a TOKEN CLASS".')]
 Rank = Annotated[int, typer.Option(min=1, max=128, help="Of the LoRA's factors.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps; default fits the base.")]
-LearningRate = Annotated[float | None, typer.Option(min=0.0, help="Default fits the base.")]
 Loss = Annotated[Literal["paper", "reference"], typer.Option(help="paper (eq. 7) or reference (the authors' code).")]
 Attributes = Annotated[
     Path | None, typer.Option(help="attributes.json: the subject in words, as `attributes` or a person writes it.")
@@ -74,19 +82,6 @@ CropShare = Annotated[
     float | None,
     typer.Option(min=0.0, max=1.0, help="Share of views that are crops, as the local stage makes them; default 0.6."),
 ]
-Batch = Annotated[int | None, typer.Option(min=1, help="Pictures in memory at a time; default fits the base.")]
-Accumulate = Annotated[int | None, typer.Option(min=1, help="Such batches in a step; default fits the base.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or one GPU of several: cuda:1.")]
-Precision = Annotated[
-    Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"] | None,
-    typer.Option(
-        metavar="fp32|bf16|fp16",
-        help="Of the frozen base; the LoRA stays float32. Default: bfloat16 on a GPU, float32 on a CPU.",
-    ),
-]
-Optimizer = Annotated[
-    Literal["adamw", "adamw8bit"], typer.Option(help="adamw8bit: state in 8 bits, on a GPU, by bitsandbytes.")
-]
 Checkpointing = Annotated[
     Literal["on", "off"] | None,
     typer.Option(
@@ -97,11 +92,6 @@ Checkpointing = Annotated[
 CheckpointEvery = Annotated[
     int | None,
     typer.Option(min=0, help="Steps between two checkpoints; 0: none. Default: 250 above 256 pixels, else none."),
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, with the same options.")]
-Tensorboard = Annotated[
-    Path | None,
-    typer.Option(help="Folder for TensorBoard: loss and learning rate of every step, validation pictures of `train`."),
 ]
 Work = Annotated[Path | None, typer.Option(help="Folder of checkpoints and encoded photographs; default: OUT.work.")]
 ValidateEvery = Annotated[int, typer.Option(min=0, help="Steps between pictures of what it can do; 0: none.")]
@@ -150,7 +140,6 @@ PANELS = {
     ),
     "What is written": ("out", "merged", "force", "as_json"),
 }
-_PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def train(
@@ -228,12 +217,13 @@ def train(
     from dreammix_trt.train_watch import TrainWatch
     from dreammix_trt.trainer.checkpoints import find_work
     from dreammix_trt.trainer.lora import train_lora
+    from dreammix_trt.trainer.recipes import recipe_for
 
     files = BaseSources(base, patch, head, vae, tokenizer, patch_biases).open()
     given = {"beta": beta, "beta_as": beta_as, "crop_share": crop_share, "batch": batch, "accumulate": accumulate}
     inner = None if gradient_checkpointing is None else gradient_checkpointing == "on"
     given |= {"gradient_checkpointing": inner, "checkpoint_every": checkpoint_every}
-    recipe = _choose_recipe(files.native_side, given)
+    recipe = change(recipe_for(files.native_side), given)
     place = work or find_work(out)
     options: dict[str, Any] = {"token": token, "prompt": prompt, "rank": rank, "steps": steps, "seed": seed}
     options |= {"learning_rate": learning_rate, "loss": loss, "merged": merged, "threads": threads, "resume": resume}
@@ -260,27 +250,6 @@ def train(
     _report(record, out, as_json)
     if steps is not None and steps < record.recipe["steps"] / 2:
         say(f"{steps} steps are few: {record.recipe['steps']} suit this base, and the subject may not be learnt yet")
-
-
-def choose_hardware(device: Device, precision: Precision, optimizer: Optimizer) -> Hardware:
-    """What these options ask for; short words for a precision mean the long ones."""
-    from dreammix_trt.trainer.hardware import Hardware
-
-    return Hardware(device, _PRECISIONS.get(precision or "", precision), optimizer)  # type: ignore[arg-type]
-
-
-def open_events(folder: Path | None) -> Events | None:
-    """What tells TensorBoard; None where nobody asks for it. Raises MissingExtraError without the package."""
-    from dreammix_trt.trainer.events import Events
-
-    return None if folder is None else Events(folder)
-
-
-def _choose_recipe(native_side: int, given: dict[str, Any]) -> Recipe:
-    """What suits the base, but for what is given."""
-    from dreammix_trt.trainer.recipes import recipe_for
-
-    return replace(recipe_for(native_side), **{name: value for name, value in given.items() if value is not None})
 
 
 def _check_out(out: Path, *, force: bool) -> None:
