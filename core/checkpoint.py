@@ -14,6 +14,7 @@ from typing import Any, Literal
 from dreammix_trt.core import fooocus, keymap
 from dreammix_trt.core.asuka_folder import CONFIG as ASUKA_CONFIG
 from dreammix_trt.core.asuka_folder import PARTS, AsukaFolder
+from dreammix_trt.core.base_tokenizers import BaseTokenizers
 from dreammix_trt.core.diffusers_folder import describe_choice, find_weight_files, read_config, read_configs, read_state
 from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.files import explain_read_errors, sha256_of
@@ -22,16 +23,6 @@ from dreammix_trt.core.recognise import check_sdxl, check_weights
 from dreammix_trt.core.single_file import explain_odd_tensors, read_single_file, read_vae
 from dreammix_trt.core.stored import Array, Floats
 from dreammix_trt.core.tensors import Weights, open_tensors
-from dreammix_trt.core.tokenizer_files import (
-    CLIP_MERGES,
-    CLIP_TOKENS,
-    END,
-    PADS,
-    check_tokenizer,
-    check_vocabulary,
-    read_pad_token,
-    write_tokenizer_files,
-)
 
 State = Mapping[str, Floats]
 Config = dict[str, Any]
@@ -39,7 +30,6 @@ Config = dict[str, Any]
 EMBEDDED = Path(__file__).parents[1] / "models" / "micro-sdxl"
 EMBEDDED_LCM = EMBEDDED / "lcm_lora.safetensors"  # made by `dreammix-trt distill`
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-TOKENIZERS = ("tokenizer", "tokenizer_2")
 _NO_INPAINTING = (
     "no inpainting base: it has no inpainting patch and head, so pictures will fit their surroundings badly. Give "
     "Fooocus' two files with --patch inpaint_v26.fooocus.patch --head fooocus_inpaint_head.pth{place}; they are at "
@@ -126,7 +116,7 @@ class BaseFiles:
         base = cls(folder, None, None, False, configs, vae=own_vae, tokenizer=own_tokenizer)
         channels = check_weights(folder, configs, {name: base._open_weights(name) for name in COMPONENTS})
         configs["unet"] = {**configs["unet"], "in_channels": 4}
-        base._check_tokenizers()
+        base.tokenizers.check({name: configs[name]["vocab_size"] for name in ("text_encoder", "text_encoder_2")})
         return replace(base, nine_channels=channels == 9)
 
     def _find_patch(self, patch: str | Path | None, head: str | Path | None) -> tuple[Path | None, Path | None]:
@@ -169,6 +159,11 @@ class BaseFiles:
             place = ", or lay them into the base's folder" if self.folder.is_dir() else ""
             found.append(f"{self.name}: {_NO_INPAINTING.format(place=place)}")
         return tuple(found)
+
+    @property
+    def tokenizers(self) -> BaseTokenizers:
+        """Those of the text encoders."""
+        return BaseTokenizers(self.folder, self.tokenizer)
 
     @property
     def native_side(self) -> int:
@@ -258,23 +253,6 @@ class BaseFiles:
             )
         return head
 
-    def pad_token(self, name: str) -> str:
-        """The token that fills a prompt up to 77 tokens: the one that the files name, else SDXL's.
-
-        name: "tokenizer" or "tokenizer_2".
-        """
-        source = self._tokenizer_folder(name)
-        if source is None or source == self.tokenizer:  # one tokenizer for both encoders: the padding is SDXL's
-            return PADS[name]
-        return read_pad_token(source) or END
-
-    def write_tokenizer(self, name: str, target_folder: str | Path) -> None:
-        """Write a tokenizer as vocab.json, merges.txt and special_tokens_map.json (its padding).
-
-        name: "tokenizer" or "tokenizer_2".
-        """
-        write_tokenizer_files(self._tokenizer_folder(name), Path(target_folder), self.pad_token(name))
-
     def _open_weights(self, component: str) -> Weights:
         if component == "vae" and self.vae is not None:
             return read_state(self.vae, "vae") if self.vae.is_dir() else read_vae(open_tensors(self.vae))[1]
@@ -282,39 +260,10 @@ class BaseFiles:
             return read_state(self.folder / component, component)
         return read_single_file(self.folder, vae=component == "vae")[component][1]
 
-    def _tokenizer_folder(self, name: str) -> Path | None:
-        """The folder of a tokenizer; None: CLIP's own, since a single file has none."""
-        if self.tokenizer is not None:
-            return self.tokenizer / name if (self.tokenizer / name).is_dir() else self.tokenizer
-        return self.folder / name if self.folder.is_dir() else None
-
-    def _check_tokenizers(self) -> None:
-        for name in TOKENIZERS:
-            source = self._tokenizer_folder(name)
-            encoder = name.replace("tokenizer", "text_encoder")
-            tokens = self.configs[encoder]["vocab_size"]
-            if source is not None:
-                if not source.is_dir():
-                    raise FileFormatError(f"{source.parent}: {source.name}/ is missing")
-                check_tokenizer(source)
-                check_vocabulary(source, self.pad_token(name), encoder, tokens)
-                continue
-            if tokens != CLIP_TOKENS:
-                raise FileFormatError(
-                    f"{self.folder}: its text encoders know {tokens} tokens, CLIP's tokenizer {CLIP_TOKENS}; "
-                    "give the folder of its own as tokenizer"
-                )
-
     def _list_files(self, name: str) -> dict[str, Path]:
         """The files that decide a component, by their names in a passport."""
         if name == "tokenizer":
-            folders = {name: self._tokenizer_folder(name) for name in TOKENIZERS}
-            return {
-                f"{name}/{file.name}": file
-                for name, folder in folders.items()
-                for file in ([CLIP_MERGES] if folder is None else sorted(folder.iterdir()))
-                if file.is_file()
-            }
+            return self.tokenizers.list_files()
         for part in PARTS:
             if name == f"asuka_{part}":
                 return self.asuka.list_files(part) if self.asuka else {}

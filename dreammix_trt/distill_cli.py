@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,16 +24,21 @@ from dreammix_trt.terminal import (
     say,
     show_progress,
 )
-from dreammix_trt.train_cli import (
+from dreammix_trt.training_options import PANELS as SHARED_PANELS
+from dreammix_trt.training_options import (
     Accumulate,
     Batch,
+    CheckpointEvery,
     Device,
     LearningRate,
     Optimizer,
     Precision,
     Resume,
     Steps,
+    Tensorboard,
+    change,
     choose_hardware,
+    open_events,
 )
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for lcm_lora.safetensors and distill.json, its card.")]
@@ -53,9 +58,6 @@ Skip = Annotated[
     int | None, typer.Option(min=1, max=50, help="Of 50 timesteps, how many the teacher leaps; default fits the base.")
 ]
 Views = Annotated[int | None, typer.Option(min=1, help="Pictures that are encoded; default fits the base.")]
-CheckpointEvery = Annotated[
-    int | None, typer.Option(min=0, help="Steps between two checkpoints; 0: none; default fits the base.")
-]
 Work = Annotated[Path | None, typer.Option(help="Folder of checkpoints and encoded pictures; default: OUT.work.")]
 
 EXAMPLES = """
@@ -66,12 +68,9 @@ dreammix-trt distill -o lcm/ && dreammix-trt build --base-lora lcm/lcm_lora.safe
 dreammix-trt distill -o lcm/ --base sdxl/ --pictures regular/ --device cuda
 """
 PANELS = {
-    "The base": ("base", "patch", "head", "vae", "tokenizer", "patch_biases"),
+    **SHARED_PANELS,
     "What is distilled": ("pictures", "views", "guidance", "skip"),
     "How it is learnt": ("rank", "steps", "learning_rate", "batch", "accumulate", "seed"),
-    "What it runs on": ("device", "precision", "optimizer", "threads"),
-    "While it runs": ("checkpoint_every", "resume", "work"),
-    "What is written": ("out", "force", "as_json"),
 }
 
 
@@ -100,6 +99,7 @@ def distill(
     checkpoint_every: CheckpointEvery = None,
     resume: Resume = False,
     work: Work = None,
+    tensorboard: Tensorboard = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -111,14 +111,13 @@ def distill(
     require_training()
     if (out / RECORD).exists() and not force:
         raise InputError(f"--out {out} holds a LoRA that was distilled before; --force replaces it, or name another")
+    events = open_events(tensorboard)
     files = BaseSources(base, patch, head, vae, tokenizer, patch_biases).open()
-    given = {"views": views, "skip": skip, "rank": rank, "steps": steps, "learning_rate": learning_rate}
+    given: dict[str, Any] = {"views": views, "skip": skip, "rank": rank, "steps": steps, "learning_rate": learning_rate}
     given |= {"batch": batch, "accumulate": accumulate, "checkpoint_every": checkpoint_every}
-    changed = {name: value for name, value in given.items() if value is not None}
-    recipe = replace(recipe_for(files.native_side), **changed)  # type: ignore[arg-type]
-    if guidance is not None:
-        recipe = replace(recipe, guidance=_parse_guidance(guidance))
-    with show_progress("distilling") as update:
+    given |= {"guidance": None if guidance is None else _parse_guidance(guidance)}
+    recipe = change(recipe_for(files.native_side), given)
+    with events or nullcontext(), show_progress("distilling") as update:
         done = distill_lora(
             out,
             base=files,
@@ -129,6 +128,7 @@ def distill(
             threads=threads,
             work=work,
             resume=resume,
+            events=events,
             progress=update,
         )
     file = out / FILE_NAME

@@ -65,5 +65,5 @@ def open_tokenizers(base: BaseFiles) -> list[Tokenizer]:
     """Both tokenizers of a base."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("tokenizer", "tokenizer_2"):
-            base.write_tokenizer(name, Path(folder) / name)
+            base.tokenizers.write(name, Path(folder) / name)
         return [Tokenizer.load(Path(folder) / name) for name in ("tokenizer", "tokenizer_2")]

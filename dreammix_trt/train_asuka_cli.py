@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -25,20 +26,22 @@ from dreammix_trt.terminal import (
     say,
     show_progress,
 )
-from dreammix_trt.train_cli import (
+from dreammix_trt.training_options import PANELS as SHARED_PANELS
+from dreammix_trt.training_options import (
     Accumulate,
     Batch,
+    CheckpointEvery,
     Device,
     LearningRate,
     Optimizer,
     Precision,
     Resume,
     Steps,
+    Tensorboard,
+    change,
     choose_hardware,
+    open_events,
 )
-
-if TYPE_CHECKING:
-    from dreammix_trt.trainer.asuka.recipes import AsukaRecipe
 
 PartOf = Annotated[
     Literal["prior", "align", "decoder"],
@@ -75,9 +78,6 @@ Perceptual = Annotated[
     Path | None,
     typer.Option(help="decoder: VGG-16's weights (vgg16-397923af.pth), for LPIPS; default: slopes at three scales."),
 ]
-CheckpointEvery = Annotated[
-    int | None, typer.Option(min=0, help="Steps between two checkpoints; 0: none; default fits the base.")
-]
 Work = Annotated[Path | None, typer.Option(help="Folder of checkpoints and rendered rooms; default: OUT.work.")]
 
 EXAMPLES = """
@@ -90,12 +90,9 @@ dreammix-trt train-asuka decoder -o asuka/
 dreammix-trt train-asuka prior photos/ -o asuka/ --base sdxl/ --device cuda --objects silhouettes/
 """
 PANELS = {
-    "The base": ("base", "patch", "head", "vae", "tokenizer", "patch_biases"),
+    **SHARED_PANELS,
     "What is learnt": ("objects", "side", "revealed", "reveal_steps", "perceptual", "start"),
     "How it is learnt": ("steps", "learning_rate", "batch", "accumulate", "seed"),
-    "What it runs on": ("device", "precision", "optimizer", "threads"),
-    "While it runs": ("checkpoint_every", "resume", "work"),
-    "What is written": ("out", "force", "as_json"),
 }
 
 
@@ -127,6 +124,7 @@ def train_asuka(
     checkpoint_every: CheckpointEvery = None,
     resume: Resume = False,
     work: Work = None,
+    tensorboard: Tensorboard = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -134,6 +132,7 @@ def train_asuka(
     from dreammix_trt.building import BaseSources
     from dreammix_trt.core.extras import require_training
     from dreammix_trt.trainer.asuka import training
+    from dreammix_trt.trainer.asuka.recipes import recipe_for
 
     require_training()
     from dreammix_trt.trainer.processes import is_leading
@@ -143,19 +142,27 @@ def train_asuka(
         as_json = False
     if not force:
         _check_new(part, out)
+    events = open_events(tensorboard / part if tensorboard else None)
     files = BaseSources(base, patch, head, vae, tokenizer, patch_biases).open()
-    given = {"steps": steps, "learning_rate": learning_rate, "batch": batch, "accumulate": accumulate, "side": side}
+    given: dict[str, Any] = {
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "batch": batch,
+        "accumulate": accumulate,
+        "side": side,
+    }
     given |= {"reveal_steps": reveal_steps, "checkpoint_every": checkpoint_every}
+    given |= {"revealed": None if revealed is None else _parse_revealed(revealed)}
     if part != "align" and (revealed is not None or reveal_steps is not None):
         raise InputError("--revealed and --reveal-steps are of the alignment; leave them, or train the part align")
-    with show_progress("training") as update:
+    with events or nullcontext(), show_progress("training") as update:
         done = training.train_asuka(
             part,
             out,
             images=images,
             objects=objects,
             base=files,
-            recipe=_choose_recipe(part, files.native_side, given, revealed),
+            recipe=change(recipe_for(part, files.native_side), given),
             start=start,
             perceptual=perceptual,
             hardware=choose_hardware(device, precision, optimizer),
@@ -163,11 +170,24 @@ def train_asuka(
             threads=threads,
             work=work,
             resume=resume,
+            events=events,
             progress=update,
         )
     if as_json:
         print_json({"asuka": str(out), **asdict(done)})
     say(f"{part}: {done.steps} steps in {done.seconds:.0f} s, loss {done.first_loss:.4f} -> {done.loss:.4f}; in {out}")
+    if part != "align":
+        _tell_next(out)
+
+
+def _tell_next(out: Path) -> None:
+    """Say so where a prior waits for its alignment."""
+    from dreammix_trt.core.asuka_folder import AsukaFolder
+    from dreammix_trt.trainer.asuka.task import is_trained
+
+    folder = AsukaFolder.open(out)
+    if "prior" in folder.parts and not is_trained("align", folder):
+        say(f"next: dreammix-trt train-asuka align -o {out}; no engine can be built with a prior that is not aligned")
 
 
 def _check_new(part: Literal["prior", "align", "decoder"], out: Path) -> None:
@@ -183,17 +203,10 @@ def _check_new(part: Literal["prior", "align", "decoder"], out: Path) -> None:
     )
 
 
-def _choose_recipe(
-    part: Literal["prior", "align", "decoder"], native_side: int, given: dict[str, Any], revealed: str | None
-) -> AsukaRecipe:
-    """What suits the part and the base, but for what is given."""
-    from dreammix_trt.trainer.asuka.recipes import recipe_for
-
-    changed = {name: value for name, value in given.items() if value is not None}
-    if revealed is not None:
-        try:
-            first, last = map(float, revealed.split(","))
-        except ValueError:
-            raise InputError(f"--revealed is {revealed!r}; give two shares with a comma, such as 1,0.1") from None
-        changed["revealed"] = (first, last)
-    return replace(recipe_for(part, native_side), **changed)
+def _parse_revealed(text: str) -> tuple[float, float]:
+    """FIRST,LAST."""
+    try:
+        first, last = map(float, text.split(","))
+    except ValueError:
+        raise InputError(f"--revealed is {text!r}; give two shares with a comma, such as 1,0.1") from None
+    return first, last

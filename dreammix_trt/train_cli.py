@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import closing
-from dataclasses import replace
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,11 +27,23 @@ from dreammix_trt.terminal import (
     show_progress,
     warn,
 )
+from dreammix_trt.training_options import (
+    Accumulate,
+    Batch,
+    Device,
+    LearningRate,
+    Optimizer,
+    Precision,
+    Resume,
+    Steps,
+    Tensorboard,
+    change,
+    choose_hardware,
+    open_events,
+)
 
 if TYPE_CHECKING:
     from dreammix_trt.trainer.folder import TrainRecord
-    from dreammix_trt.trainer.hardware import Hardware
-    from dreammix_trt.trainer.recipes import Recipe
 
 Photos = Annotated[
     Path, typer.Argument(help="Folder with image/NN.jpg and mask/NN.png, or NN.jpg with NN_mask.png beside it.")
@@ -50,8 +61,6 @@ Out = Annotated[
 Token = Annotated[str, typer.Option(help="The word that will mean this subject.")]
 Prompt = Annotated[str | None, typer.Option(help='Caption of the photographs; default "a photo of a TOKEN CLASS".')]
 Rank = Annotated[int, typer.Option(min=1, max=128, help="Of the LoRA's factors.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps; default fits the base.")]
-LearningRate = Annotated[float | None, typer.Option(min=0.0, help="Default fits the base.")]
 Loss = Annotated[Literal["paper", "reference"], typer.Option(help="paper (eq. 7) or reference (the authors' code).")]
 Attributes = Annotated[
     Path | None, typer.Option(help="attributes.json: the subject in words, as `attributes` or a person writes it.")
@@ -73,19 +82,6 @@ CropShare = Annotated[
     float | None,
     typer.Option(min=0.0, max=1.0, help="Share of views that are crops, as the local stage makes them; default 0.6."),
 ]
-Batch = Annotated[int | None, typer.Option(min=1, help="Pictures in memory at a time; default fits the base.")]
-Accumulate = Annotated[int | None, typer.Option(min=1, help="Such batches in a step; default fits the base.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or one GPU of several: cuda:1.")]
-Precision = Annotated[
-    Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"] | None,
-    typer.Option(
-        metavar="fp32|bf16|fp16",
-        help="Of the frozen base; the LoRA stays float32. Default: bfloat16 on a GPU, float32 on a CPU.",
-    ),
-]
-Optimizer = Annotated[
-    Literal["adamw", "adamw8bit"], typer.Option(help="adamw8bit: state in 8 bits, on a GPU, by bitsandbytes.")
-]
 Checkpointing = Annotated[
     Literal["on", "off"] | None,
     typer.Option(
@@ -97,7 +93,6 @@ CheckpointEvery = Annotated[
     int | None,
     typer.Option(min=0, help="Steps between two checkpoints; 0: none. Default: 250 above 256 pixels, else none."),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, with the same options.")]
 Work = Annotated[Path | None, typer.Option(help="Folder of checkpoints and encoded photographs; default: OUT.work.")]
 ValidateEvery = Annotated[int, typer.Option(min=0, help="Steps between pictures of what it can do; 0: none.")]
 ValidatePrompt = Annotated[
@@ -140,12 +135,11 @@ PANELS = {
     "What it runs on": ("device", "precision", "threads"),
     "What it takes of memory": ("batch", "accumulate", "gradient_checkpointing", "optimizer"),
     "While it runs": (
-        *("checkpoint_every", "resume", "work", "validate_every", "validate_prompt", "validate_engine"),
+        *("checkpoint_every", "resume", "work", "tensorboard", "validate_every", "validate_prompt", "validate_engine"),
         *("validation_image", "validation_mask"),
     ),
     "What is written": ("out", "merged", "force", "as_json"),
 }
-_PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def train(
@@ -180,6 +174,7 @@ def train(
     checkpoint_every: CheckpointEvery = None,
     resume: Resume = False,
     work: Work = None,
+    tensorboard: Tensorboard = None,
     validate_every: ValidateEvery = 0,
     validate_prompt: ValidatePrompt = None,
     validate_engine: ValidateEngine = None,
@@ -207,6 +202,7 @@ def train(
         choose_messages(quiet=True)
         as_json = False
     _check_out(out, force=force)
+    events = open_events(tensorboard)
     if segment:
         if invert_masks:
             raise InputError(
@@ -221,19 +217,20 @@ def train(
     from dreammix_trt.train_watch import TrainWatch
     from dreammix_trt.trainer.checkpoints import find_work
     from dreammix_trt.trainer.lora import train_lora
+    from dreammix_trt.trainer.recipes import recipe_for
 
     files = BaseSources(base, patch, head, vae, tokenizer, patch_biases).open()
     given = {"beta": beta, "beta_as": beta_as, "crop_share": crop_share, "batch": batch, "accumulate": accumulate}
     inner = None if gradient_checkpointing is None else gradient_checkpointing == "on"
     given |= {"gradient_checkpointing": inner, "checkpoint_every": checkpoint_every}
-    recipe = _choose_recipe(files.native_side, given)
+    recipe = change(recipe_for(files.native_side), given)
     place = work or find_work(out)
     options: dict[str, Any] = {"token": token, "prompt": prompt, "rank": rank, "steps": steps, "seed": seed}
     options |= {"learning_rate": learning_rate, "loss": loss, "merged": merged, "threads": threads, "resume": resume}
     options |= {"attributes": attributes, "attribute_captions": captions != "plain", "regular": regular, "work": place}
     prompts, spot = tuple(validate_prompt or ()), (validation_image, validation_mask)
-    watch = TrainWatch(place, validate_every, prompts, validate_engine, *spot, threads)
-    with closing(watch), show_progress("training") as update:
+    watch = TrainWatch(place, validate_every, prompts, validate_engine, *spot, threads, events)
+    with closing(watch), events or nullcontext(), show_progress("training") as update:
         record = train_lora(
             photos,
             class_name,
@@ -243,6 +240,7 @@ def train(
             recipe=recipe,
             hardware=choose_hardware(device, precision, optimizer),
             watch=watch,
+            events=events,
             invert_masks=invert_masks,
             large_masks=large_masks,
             progress=update,
@@ -252,20 +250,6 @@ def train(
     _report(record, out, as_json)
     if steps is not None and steps < record.recipe["steps"] / 2:
         say(f"{steps} steps are few: {record.recipe['steps']} suit this base, and the subject may not be learnt yet")
-
-
-def choose_hardware(device: Device, precision: Precision, optimizer: Optimizer) -> Hardware:
-    """What these options ask for; short words for a precision mean the long ones."""
-    from dreammix_trt.trainer.hardware import Hardware
-
-    return Hardware(device, _PRECISIONS.get(precision or "", precision), optimizer)  # type: ignore[arg-type]
-
-
-def _choose_recipe(native_side: int, given: dict[str, Any]) -> Recipe:
-    """What suits the base, but for what is given."""
-    from dreammix_trt.trainer.recipes import recipe_for
-
-    return replace(recipe_for(native_side), **{name: value for name, value in given.items() if value is not None})
 
 
 def _check_out(out: Path, *, force: bool) -> None:

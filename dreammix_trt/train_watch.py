@@ -12,6 +12,7 @@ from dreammix_trt.core.errors import DreamMixError, InputError
 from dreammix_trt.train_validation import Painted, Validator, keep_painted, read_painted
 
 if TYPE_CHECKING:
+    from dreammix_trt.trainer.events import Events
     from dreammix_trt.trainer.folder import Factors, TrainRecord
     from dreammix_trt.trainer.photographs import PhotographFile
     from dreammix_trt.trainer.task import Task
@@ -28,6 +29,7 @@ class TrainWatch:
     prompts: what they show; (): the subject's own prompt, and in red.
     engine: of the same base, which paints them; None: as `Validator` takes it.
     image, mask: where they are painted, as `Validator` takes them.
+    events: are told of every picture, too.
     """
 
     work: Path
@@ -37,6 +39,7 @@ class TrainWatch:
     image: Path | None = None
     mask: Path | None = None
     threads: int | None = None
+    events: Events | None = None
     painted: list[Painted] = field(default_factory=list, init=False)
     _begun: bool = field(default=False, init=False)
     _validator: Validator | None = field(default=None, init=False)
@@ -74,10 +77,17 @@ class TrainWatch:
             if not self._begun:
                 self._recall(step)
             if self._validator is not None and step % self.every == 0:
-                self.painted += self._validator.paint(step, factors())
+                made = self._validator.paint(step, factors())
+                self.painted += made
                 keep_painted(self.work, self.painted)
+                self._tell_events(made)
         except (DreamMixError, OSError) as error:
             log.warning("no pictures of step %d: %s", step, error)
+
+    def _tell_events(self, made: Sequence[Painted]) -> None:
+        if self.events is not None:
+            for each in made:
+                self.events.add_picture(each.step, f"{each.place}/{each.prompt}", each.file)
 
     def _recall(self, step: int) -> None:
         """Take up the pictures of the steps before the first one of this run, and forget all others.

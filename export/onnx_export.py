@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dreammix_trt.core.axes import FLOAT8
-from dreammix_trt.core.checkpoint import EMBEDDED, TOKENIZERS, BaseFiles
+from dreammix_trt.core.base_tokenizers import TOKENIZERS
+from dreammix_trt.core.checkpoint import EMBEDDED, BaseFiles
 from dreammix_trt.core.files import read_json, write_json
 from dreammix_trt.core.keymap import blocks_of
 from dreammix_trt.core.network_weights import BaseLora, weights_of
@@ -227,7 +228,7 @@ def export_facts(base: BaseFiles, slots: bool, out: Path, defaults: Mapping[str,
         "patched": base.patch is not None,
         "patch_biases": base.patch_biases,
         "head": base.head_padding if base.has_head else None,
-        "pad_tokens": {name: base.pad_token(name) for name in TOKENIZERS},
+        "pad_tokens": {name: base.tokenizers.pad_token(name) for name in TOKENIZERS},
         "slots": slots,
         "defaults": dict(defaults or {}),
         "unet": blocks_of(base.configs["unet"]),
@@ -236,7 +237,7 @@ def export_facts(base: BaseFiles, slots: bool, out: Path, defaults: Mapping[str,
     write_json(out / "base.json", facts)
     for name in TOKENIZERS:
         (out / name).mkdir()
-        base.write_tokenizer(name, out / name)
+        base.tokenizers.write(name, out / name)
 
 
 def describe_prior_side(base: BaseFiles) -> dict[str, Any]:

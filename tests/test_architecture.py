@@ -30,7 +30,15 @@ FACE = {
         "terminal",
     ),
     *("calibrate_cli", "building", "calibration", "demo", "report", "on_torch", "train_validation", "train_report"),
-    *("attributes_cli", "regularize", "regularize_cli", "train_watch", "distill_cli", "train_asuka_cli"),
+    *(
+        "attributes_cli",
+        "regularize",
+        "regularize_cli",
+        "train_watch",
+        "distill_cli",
+        "train_asuka_cli",
+        "training_options",
+    ),
     *("painting_cli", "remove_cli", "endpoint_options"),
 }
 #: the rooms of the engine floor, lowest first: each imports what stands in the rows before its own, and its own room

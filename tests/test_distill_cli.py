@@ -19,7 +19,7 @@ from dreammix_trt.building import build  # noqa: E402
 from dreammix_trt.cli import app  # noqa: E402
 from dreammix_trt.core.errors import InputError  # noqa: E402
 from dreammix_trt.engine import DreamMix  # noqa: E402
-from dreammix_trt.trainer import distill  # noqa: E402
+from dreammix_trt.trainer import distill, events  # noqa: E402
 from dreammix_trt.trainer.hardware import Hardware  # noqa: E402
 from tests.support.training import write_regular  # noqa: E402
 
@@ -63,6 +63,7 @@ def test_options_become_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return SimpleNamespace(steps=1, seconds=0.0, loss=0.1, first_loss=0.2, bytes=1)
 
     monkeypatch.setattr(distill, "distill_lora", note)
+    monkeypatch.setattr(events, "list_missing", lambda _: [])
     assert run("-o", tmp_path / "lcm").exit_code == 0
     assert asked[0]["recipe"] == distill.SMALL and asked[0]["pictures"] is None and not asked[0]["resume"]
     how = "--steps 5 --guidance 3,6 --skip 2 --rank 9 --batch 3 --accumulate 2 --views 7 --checkpoint-every 4"
@@ -73,6 +74,8 @@ def test_options_become_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )
     assert asked[1]["recipe"] == recipe and asked[1]["hardware"] == Hardware("cuda", "bfloat16", "adamw8bit")
     assert (asked[1]["resume"], asked[1]["seed"]) == (True, 8)
+    assert run("-o", tmp_path / "lcm", "--tensorboard", tmp_path / "board").exit_code == 0
+    assert asked[1]["events"] is None and asked[2]["events"].folder == tmp_path / "board"
     wrong = run("-o", tmp_path / "lcm", "--guidance", "much")
     assert isinstance(wrong.exception, InputError) and "--guidance is 'much'; give a number" in str(wrong.exception)
     (tmp_path / "lcm").mkdir()

@@ -15,6 +15,7 @@ for _name in ("torch", "diffusers", "transformers"):
 
 from dreammix_trt.cli import app  # noqa: E402
 from dreammix_trt.core.errors import InputError  # noqa: E402
+from dreammix_trt.trainer import events  # noqa: E402
 from dreammix_trt.trainer.asuka import training  # noqa: E402
 from dreammix_trt.trainer.asuka.recipes import SMALL  # noqa: E402
 from dreammix_trt.trainer.hardware import Hardware  # noqa: E402
@@ -32,6 +33,7 @@ def test_the_prior_is_trained_aligned_and_not_lost(small_base: Path, tmp_path: P
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
     assert (told["asuka"], told["part"], told["steps"]) == (str(out), "prior", 1)
+    assert f"next: dreammix-trt train-asuka align -o {out}" in done.stderr
     again = run("prior", images, "-o", out, "--base", small_base, *how)
     assert isinstance(again.exception, InputError)
     assert "holds this part (prior) already; --force trains it again and removes" in str(again.exception)
@@ -50,15 +52,18 @@ def test_options_become_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return training.AsukaTrained("align", 1, 0.0, 0.1, 0.2, 5)
 
     monkeypatch.setattr(training, "train_asuka", note)
+    monkeypatch.setattr(events, "list_missing", lambda _: [])
     assert run("align", "-o", tmp_path / "a").exit_code == 0
     part, options = asked[0]
     assert (part, options["images"], options["recipe"]) == ("align", None, SMALL["align"]) and not options["resume"]
     how = "--steps 5 --batch 3 --accumulate 2 --side 128 --revealed 0.5,0 --reveal-steps 7 --checkpoint-every 4"
+    board = ("--tensorboard", tmp_path / "board")
     where = "--device cuda --precision bf16 --optimizer adamw8bit --resume --seed 8 --learning-rate 0.5"
-    done = run("align", "pictures", "-o", tmp_path / "a", "--objects", "masks", *how.split(), *where.split())
+    done = run("align", "pictures", "-o", tmp_path / "a", "--objects", "masks", *how.split(), *where.split(), *board)
     assert done.exit_code == 0, done.output
     recipe = replace(SMALL["align"], steps=5, learning_rate=0.5, batch=3, accumulate=2, side=128, checkpoint_every=4)
     options = asked[1][1]
+    assert options["events"].folder == tmp_path / "board" / "align", "a run for each part"
     assert options["recipe"] == replace(recipe, revealed=(0.5, 0.0), reveal_steps=7)
     assert options["hardware"] == Hardware("cuda", "bfloat16", "adamw8bit")
     assert (options["images"], options["objects"], options["seed"]) == (Path("pictures"), Path("masks"), 8)

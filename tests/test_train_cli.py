@@ -13,8 +13,8 @@ for _name in ("torch", "diffusers", "transformers", "peft"):
     pytest.importorskip(_name, reason="the trainer needs its extra")
 
 from dreammix_trt.cli import app  # noqa: E402
-from dreammix_trt.core.errors import DreamMixError  # noqa: E402
-from dreammix_trt.trainer import lora  # noqa: E402
+from dreammix_trt.core.errors import DreamMixError, MissingExtraError  # noqa: E402
+from dreammix_trt.trainer import events, lora  # noqa: E402
 from dreammix_trt.trainer.lora import FULL, SMALL, Hardware  # noqa: E402
 from tests.support.mini_sdxl import Checkpoint, small_configs, write_single  # noqa: E402
 
@@ -35,6 +35,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return SimpleNamespace(steps=1, seconds=0.0, kohya_file="sks_mug.safetensors", recipe={"steps": 1000})
 
     monkeypatch.setattr(lora, "train_lora", train)
+    monkeypatch.setattr(events, "list_missing", lambda _: [])
     return noted
 
 
@@ -64,7 +65,8 @@ def test_options_become_recipe_and_hardware(tmp_path: Path, asked: list[dict[str
     where = "--device cuda:1 --precision bf16 --optimizer adamw8bit --checkpoint-every 9"
     what = "--validate-every 5 --validate-prompt x --captions plain --attributes words.json"
     what += " --validation-image room.png --validation-mask hole.png"
-    assert run(tmp_path, *how.split(), *where.split(), *what.split(), "--resume").exit_code == 0
+    board = ("--tensorboard", tmp_path / "board")
+    assert run(tmp_path, *how.split(), *where.split(), *what.split(), "--resume", *board).exit_code == 0
     recipe, chosen = asked[1]["recipe"], asked[1]
     assert (recipe.beta, recipe.beta_as, recipe.crop_share) == (0.4, "loss", 0.0)
     assert (recipe.batch, recipe.accumulate, recipe.checkpoint_every) == (2, 3, 9)
@@ -72,7 +74,17 @@ def test_options_become_recipe_and_hardware(tmp_path: Path, asked: list[dict[str
     assert chosen["hardware"] == Hardware("cuda:1", "bfloat16", "adamw8bit")
     watch = chosen["watch"]
     assert (watch.every, watch.prompts) == (5, ("x",))
+    assert watch.events is chosen["events"] and chosen["events"].folder == tmp_path / "board"
     assert (watch.image, watch.mask) == (Path("room.png"), Path("hole.png"))
     assert chosen["resume"] and not chosen["attribute_captions"] and chosen["attributes"] == Path("words.json")
     lonely = run(tmp_path, "--captions", "attributes")
     assert isinstance(lonely.exception, DreamMixError) and "needs --attributes" in str(lonely.exception)
+
+
+def test_without_tensorboard_nothing_is_begun(
+    tmp_path: Path, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "list_missing", list)
+    refused = run(tmp_path, "--base", tmp_path / "nowhere", "--tensorboard", tmp_path / "board")
+    assert isinstance(refused.exception, MissingExtraError) and "pip install" in str(refused.exception)
+    assert not asked

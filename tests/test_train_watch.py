@@ -83,6 +83,15 @@ def train(work: Path, steps: range, every: int, *, finish: bool = True) -> None:
         watch.finish(work, SimpleNamespace(), [0.5], [])  # type: ignore[arg-type]
 
 
+def test_pictures_are_told_to_tensorboard(tmp_path: Path) -> None:
+    told: list[tuple[Any, ...]] = []
+    watch = TrainWatch(tmp_path, 2, events=SimpleNamespace(add_picture=lambda *each: told.append(each)))  # type: ignore[arg-type]
+    watch._validator = Brush(tmp_path)  # type: ignore[assignment]
+    for step in (1, 2, 3):
+        watch.after_step(step, dict)
+    assert told == [(2, "room1/a sks mug", tmp_path / "validation" / "000002-room1-1.png")]
+
+
 @pytest.mark.parametrize(("every", "expected"), [(2, [2, 4, 6]), (3, [2, 6]), (0, [2])])
 def test_a_resumed_training_shows_the_pictures_before_its_stop(
     every: int, expected: list[int], tmp_path: Path, shown: list[list[int]]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dreammix_trt.core.errors import BuildError, FileFormatError, InputError
 from dreammix_trt.core.files import atomic_directory, check_place, hold_alone, read_json, write_json
 from dreammix_trt.core.lora import FILE_NAME
+from dreammix_trt.trainer.events import Events
 from dreammix_trt.trainer.folder import write_tensor_file
 from dreammix_trt.trainer.state_files import read_state, write_state
 from dreammix_trt.trainer.task import explain_difference
@@ -37,7 +38,7 @@ def find_work(out: str | Path) -> Path:
     return place.parent / f"{place.name}.work"
 
 
-def check_places(out: Path, work: Path, marker: str) -> None:
+def check_places(out: Path, work: Path, marker: str, events: Events | None = None) -> None:
     """Raise InputError for places that would lose what is trained.
 
     out: the folder that is written at the end, and replaced if it has `marker`.
@@ -45,8 +46,10 @@ def check_places(out: Path, work: Path, marker: str) -> None:
     """
     check_place(out, marker)
     check_place(work)
-    if work.resolve().is_relative_to(out.resolve()):
-        raise InputError(f"the work folder {work} lies in {out}, which is replaced at the end; name one outside it")
+    places = {"work folder": work} | ({"folder of TensorBoard's events": events.folder} if events else {})
+    for what, place in places.items():
+        if place.resolve().is_relative_to(out.resolve()):
+            raise InputError(f"the {what} {place} lies in {out}, which is replaced at the end; name one outside it")
 
 
 @contextmanager
@@ -68,6 +71,11 @@ class Learner:
     optimizer: Any
     scaler: torch.amp.GradScaler
     dice: torch.Generator | None = None
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """The parameters in the optimizer's order."""
+        return [each for group in self.optimizer.param_groups for each in group["params"]]
 
 
 @dataclass(frozen=True)

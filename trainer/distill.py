@@ -18,6 +18,7 @@ from dreammix_trt.core.files import atomic_directory, sha256_of, write_json
 from dreammix_trt.trainer.checkpoints import Checkpoints, Progressed, check_places, find_work, hold_places
 from dreammix_trt.trainer.distill_task import FULL, SMALL, DistillRecipe, DistillTask, check_range, recipe_for
 from dreammix_trt.trainer.distiller import Distiller
+from dreammix_trt.trainer.events import Events
 from dreammix_trt.trainer.folder import lora_tensors, write_tensor_file
 from dreammix_trt.trainer.hardware import Hardware
 from dreammix_trt.trainer.preparing import Progress
@@ -56,6 +57,7 @@ def distill_lora(
     threads: int | None = None,
     work: str | Path | None = None,
     resume: bool = False,
+    events: Events | None = None,
     progress: Progress | None = None,
 ) -> Distilled:
     """Distil a base into a LoRA for `build --base-lora`, and write it to the directory `out`, whole or not at all.
@@ -66,6 +68,7 @@ def distill_lora(
     recipe: None: what suits the base.
     work: folder of the checkpoint and the encoded pictures; None: OUT.work.
     resume: go on from the checkpoint of a distillation with the same settings.
+    events: as `train_lora` takes them.
     progress: called with (name, fraction, message) each step.
 
     Writes `lcm_lora.safetensors` and `distill.json`. Same seed, threads and machine: the same bytes, also
@@ -88,18 +91,26 @@ def distill_lora(
     place = Path(out).resolve()
     task = DistillTask(files, recipe or recipe_for(files.native_side), listed, given, seed)
     folder = Path(work) if work else find_work(out)
-    check_places(place, folder, RECORD)
+    check_places(place, folder, RECORD, events)
     with hold_places(place, folder, "another distillation is at work"):
-        return _run(task, place, folder, resume, progress or (lambda *_: None), threads)
+        return _run(task, place, folder, resume, events, progress or (lambda *_: None), threads)
 
 
-def _run(task: DistillTask, out: Path, work: Path, resume: bool, progress: Progress, threads: int | None) -> Distilled:
+def _run(
+    task: DistillTask,
+    out: Path,
+    work: Path,
+    resume: bool,
+    events: Events | None,
+    progress: Progress,
+    threads: int | None,
+) -> Distilled:
     settings = task.settings()
     checkpoints = Checkpoints(work, task.metadata(), settings, task.recipe.checkpoint_every)
     checkpoints.check(resume=resume)
     with use_threads(threads):
         distiller = Distiller(task, work, progress)
-        done = distiller.run(checkpoints, resume=resume)
+        done = distiller.run(checkpoints, resume=resume, events=events)
         with atomic_directory(out, marker=RECORD) as folder:
             found = _write(folder, task, settings, distiller.factors(), done)
     checkpoints.remove()

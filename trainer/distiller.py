@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +10,12 @@ from dreammix_trt.trainer.adapters import adapters_of, add_adapters, copy_factor
 from dreammix_trt.trainer.checkpoints import Checkpoints, Learner, Progressed
 from dreammix_trt.trainer.consistency import Tables, consistency_target, huber_loss, tell_sizes
 from dreammix_trt.trainer.distill_task import GRID, DistillTask
+from dreammix_trt.trainer.events import Events
 from dreammix_trt.trainer.folder import lora_tensors
 from dreammix_trt.trainer.preparing import Progress
+from dreammix_trt.trainer.processes import Processes
 from dreammix_trt.trainer.samples import Samples
-from dreammix_trt.trainer.stepping import Stepper
+from dreammix_trt.trainer.stepping import Course, take_steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,49 +73,24 @@ class Distiller:
         if task.recipe.gradient_checkpointing:
             self._unet.unet.enable_gradient_checkpointing()
 
-    def run(self, checkpoints: Checkpoints, *, resume: bool) -> Progressed:
-        """Take all steps. Raises InputError as `Stepper` does."""
-        hardware, begun = self._task.hardware, time.monotonic()
-        optimizer = hardware.make_optimizer(self._trained, self._recipe.learning_rate)
+    def run(self, checkpoints: Checkpoints, *, resume: bool, events: Events | None = None) -> Progressed:
+        """Take all steps. Raises InputError as `take_steps` does."""
+        recipe, hardware = self._recipe, self._task.hardware
+        optimizer = hardware.make_optimizer(self._trained, recipe.learning_rate)
         learner = Learner(lora_tensors(adapters_of(self._unet.unet)), optimizer, hardware.make_scaler(), self._dice)
-        before = checkpoints.restore(learner) if resume else Progressed([], 0.0)
-        history = list(before.history)
-        done = before
-        stepper = Stepper(learner, self._trained, lambda: self._advise(checkpoints), before.skipped)
-        for step in range(len(history), self._recipe.steps):
-            history.append(self._step(learner, stepper, step))
-            recent = history[-20:]
-            share = (step + 1) / self._recipe.steps
-            self._progress("distill", share, f"step {step + 1}, loss {sum(recent) / len(recent):.4f}")
-            done = Progressed(history, before.seconds + time.monotonic() - begun, stepper.skipped)
-            checkpoints.keep(learner, done)
-        stepper.report(self._recipe.steps)
-        return done
+        given = hardware, checkpoints, Processes(), self._progress, events
+        course = Course("distill", recipe.steps, recipe.learning_rate, recipe.rate_at, *given)
+        return take_steps(course, learner, lambda _: self._add_gradients(learner), resume=resume)
 
-    def _step(self, learner: Learner, stepper: Stepper, step: int) -> float:
-        recipe = self._recipe
-        for group in learner.optimizer.param_groups:
-            group["lr"] = recipe.rate_at(step)
-        learner.optimizer.zero_grad()
-        rows, total = (
-            draw_rows(self._scenes.samples, recipe.batch * recipe.accumulate, recipe.guidance, self._dice),
-            0.0,
-        )
+    def _add_gradients(self, learner: Learner) -> float:
+        """Draw the rows of one step, add up their gradients a batch at a time; returns their loss."""
+        recipe, total = self._recipe, 0.0
+        rows = draw_rows(self._scenes.samples, recipe.batch * recipe.accumulate, recipe.guidance, self._dice)
         for number in range(recipe.accumulate):
             loss = self.loss(rows.part(number, recipe.accumulate)) / recipe.accumulate
             learner.scaler.scale(loss).backward()
             total += float(loss.detach())
-        stepper.check_loss(total, step + 1)
-        stepper.take(step + 1)
         return total
-
-    def _advise(self, checkpoints: Checkpoints) -> str:
-        """What to do when it diverged."""
-        kept = checkpoints.describe()
-        return (
-            "the distillation diverged. Begin anew, without --resume, with a smaller learning rate than "
-            f"{self._recipe.learning_rate:g}{f'; {kept}' if kept else ''}"
-        )
 
     def loss(self, rows: Rows) -> Tensor:
         """Of f(x, t) against the consistency target."""

@@ -16,6 +16,7 @@ from dreammix_trt.core.files import atomic_directory, sha256_of
 from dreammix_trt.core.lora import LoraSpec, parse_lora, read_lora
 from dreammix_trt.core.network_weights import BaseLora
 from dreammix_trt.trainer.checkpoints import Checkpoints, check_places, find_work, hold_places
+from dreammix_trt.trainer.events import Events
 from dreammix_trt.trainer.folder import RECORD, TrainRecord, lora_metadata, write_folder
 from dreammix_trt.trainer.hardware import Hardware
 from dreammix_trt.trainer.photographs import PhotographFile, read_photographs
@@ -57,6 +58,7 @@ def train_lora(
     resume: bool = False,
     work: str | Path | None = None,
     watch: Watch | None = None,
+    events: Events | None = None,
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
     recipe: Recipe | None = None,
@@ -88,6 +90,7 @@ def train_lora(
     resume: go on from the checkpoint of a training that was stopped; it must have had the same settings.
     work: folder of the checkpoint and of encoded photographs, where the recipe asks for checkpoints; None: OUT.work.
     watch: called before, after each step and at the end, as `trainer.watching.Watch` says.
+    events: are told the loss and the learning rate of every step, for TensorBoard; `close` is the caller's.
     progress: called with (name, fraction, message) each step.
     notice: called with what a person should know.
     recipe: everything else; None takes what suits the base.
@@ -130,7 +133,7 @@ def train_lora(
             base_loras=_read_base_loras(base_loras, files),
         )
         place = Path(work) if work else find_work(out)
-        job = _Job(task, Path(out), place, merged, watch or Unwatched(), processes, threads)
+        job = _Job(task, Path(out), place, merged, watch or Unwatched(), events, processes, threads)
         return job.run(resume=resume, progress=progress, notice=notice)
 
 
@@ -144,15 +147,16 @@ class _Job:
         work: Path,
         merged: bool,
         watch: Watch,
+        events: Events | None,
         processes: Processes,
         threads: int | None,
     ) -> None:
         self._task, self._out, self._work, self._merged = task, out, work, merged
-        self._watch, self._processes, self._threads = watch, processes, threads
+        self._watch, self._events, self._processes, self._threads = watch, events, processes, threads
 
     def run(self, *, resume: bool, progress: Progress | None, notice: Callable[[str], None] | None) -> TrainRecord:
         """Train and write the folder; the processes that do not lead only train."""
-        check_places(self._out, self._work, RECORD)
+        check_places(self._out, self._work, RECORD, self._events)
         held = hold_places(self._out, self._work, "another training is at work")
         with held if self._processes.leads else nullcontext():
             return self._run(resume, progress, notice)
@@ -170,7 +174,7 @@ class _Job:
         watch = self._watch if leads else Unwatched()
         watch.begin(task)
         with use_threads(self._threads) as used:
-            training = Training(task, checkpoints, tell, self._processes)
+            training = Training(task, checkpoints, tell, self._processes, self._events)
             done = training.run(kept, resume=resume, after_step=watch.after_step)
             record = TrainRecord.of(task, settings, done.history, done.seconds, used, training.parameters, done.skipped)
             if leads:

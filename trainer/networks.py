@@ -201,8 +201,10 @@ def _text_encoder(base: BaseFiles, name: str, loras: Sequence[BaseLora]) -> Any:
 
 def _tokenizer(base: BaseFiles, name: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
-        base.write_tokenizer(name, folder)
+        base.tokenizers.write(name, folder)
         try:
-            return CLIPTokenizer.from_pretrained(folder, pad_token=base.pad_token(name), local_files_only=True)
+            return CLIPTokenizer.from_pretrained(
+                folder, pad_token=base.tokenizers.pad_token(name), local_files_only=True
+            )
         except (OSError, ValueError) as error:
             raise FileFormatError(f"{base.folder}: its {name} is not CLIP's ({error})") from error

@@ -9,7 +9,6 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -38,6 +37,9 @@ class PicturePool(Protocol):
     @property
     def objects(self) -> Sequence[Mask]: ...
 
+    def prepare(self, tell: Callable[[float], None]) -> None:
+        """Make what is drawn from, unless it is there; before the first draw. tell: is told the share that is made."""
+
     def draw(self, rng: np.random.Generator, side: int, crop: tuple[float, float]) -> Picture:
         """A random square of a random picture, mirrored half of the time: uint8 (side, side, 3).
 
@@ -45,7 +47,7 @@ class PicturePool(Protocol):
         """
 
     def describe(self) -> str:
-        """What decides the pictures, in a line that changes when they do."""
+        """What decides the pictures, in a line that changes when they do; also before they are made."""
 
 
 class FolderPool:
@@ -60,6 +62,9 @@ class FolderPool:
         self._files = list_pictures(self._folder, "pictures to learn from, such as 0001.jpg, or folders of them")
         self.objects: Sequence[Mask] = _read_silhouettes(Path(objects)) if objects else ()
         self._damaged: set[Path] = set()
+
+    def prepare(self, tell: Callable[[float], None]) -> None:
+        """They are there."""
 
     def draw(self, rng: np.random.Generator, side: int, crop: tuple[float, float]) -> Picture:
         """As PicturePool. Raises InputError where one picture after the other cannot be read."""
@@ -118,20 +123,49 @@ def crop_picture(rng: np.random.Generator, image: Picture, side: int, crop: tupl
     return np.ascontiguousarray(square[:, ::-1] if rng.random() < 0.5 else square)
 
 
-@dataclass(frozen=True)
 class ScenePool:
     """Rooms of the embedded model's world, rendered once: half of them with a thing in it, half empty.
 
     That a room may be empty has to be seen in training. Where each one holds a thing, an auto-encoder that sees none
     expects it in the hole.
 
-    images: uint8 (N, S, S, 3). objects: N silhouettes, of things that stand in the rooms or could. label: see
-        `PicturePool.describe`.
+    images: uint8 (N, S, S, 3), prepared. objects: silhouettes, of things that stand in the rooms or could, prepared.
     """
 
-    images: Picture
-    objects: Sequence[Mask]
-    label: str
+    def __init__(self, base: BaseFiles, folder: Path, count: int, seed: int) -> None:
+        """folder: where rooms are kept. Raises InputError for another base than the embedded one."""
+        if base.folder != BaseFiles.open().folder:
+            raise InputError(
+                f"{base.name} needs a folder of pictures to learn from; rooms are rendered for the embedded base alone"
+            )
+        self._side, self._count, self._seed = base.native_side, count, seed
+        self._file = folder / f"rooms-{self._side}-{count}-{seed}.safetensors"
+        self.images: Picture = np.empty((0, self._side, self._side, 3), np.uint8)
+        self.objects: Sequence[Mask] = ()
+
+    def prepare(self, tell: Callable[[float], None]) -> None:
+        """Take the rooms that are kept, else render and keep them."""
+        if len(self.images):
+            return
+        images, objects = self._read() or self._make(tell)
+        self.images, self.objects = images, [np.asarray(mask, bool) for mask in objects if mask.any()]
+
+    def _read(self) -> tuple[Picture, Picture] | None:
+        if not self._file.exists():
+            return None
+        try:
+            held = map_tensors(self._file)
+            return held["images"], held["objects"]
+        except (FileFormatError, KeyError) as error:
+            log.warning("%s is damaged (%s); the rooms are rendered again", self._file, error)
+            return None
+
+    def _make(self, tell: Callable[[float], None]) -> tuple[Picture, Mask]:
+        images, objects = _render(self._side, self._count, self._seed, tell)
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        arrays = {"images": images, "objects": objects.astype(np.uint8)}
+        write_tensors(self._file, {name: ("uint8", each.shape) for name, each in arrays.items()}, arrays.__getitem__)
+        return images, objects
 
     def draw(self, rng: np.random.Generator, side: int, crop: tuple[float, float]) -> Picture:
         """As PicturePool."""
@@ -139,31 +173,7 @@ class ScenePool:
 
     def describe(self) -> str:
         """How many, and their seed."""
-        return self.label
-
-
-def open_scenes(base: BaseFiles, folder: Path, count: int, seed: int, tell: Callable[[float], None]) -> ScenePool:
-    """`count` rendered scenes, those that are kept in `folder` or new ones. tell: is told the share that is rendered.
-
-    Raises InputError for another base than the embedded one.
-    """
-    if base.folder != BaseFiles.open().folder:
-        raise InputError(
-            f"{base.name} needs a folder of pictures to learn from; rooms are rendered for the embedded base alone"
-        )
-    side = base.native_side
-    file = folder / f"rooms-{side}-{count}-{seed}.safetensors"
-    if file.exists():
-        try:
-            held = map_tensors(file)
-            return _to_pool(held["images"], held["objects"], seed)
-        except (FileFormatError, KeyError) as error:
-            log.warning("%s is damaged (%s); the rooms are rendered again", file, error)
-    images, objects = _render(side, count, seed, tell)
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays = {"images": images, "objects": objects.astype(np.uint8)}
-    write_tensors(file, {name: ("uint8", each.shape) for name, each in arrays.items()}, arrays.__getitem__)
-    return _to_pool(images, objects, seed)
+        return f"{self._count} rendered rooms, seed {self._seed}"
 
 
 def _render(side: int, count: int, seed: int, tell: Callable[[float], None]) -> tuple[Picture, Mask]:
@@ -176,8 +186,3 @@ def _render(side: int, count: int, seed: int, tell: Callable[[float], None]) -> 
         objects[number] = scene.alpha > 0.5
         tell((number + 1) / count)
     return images, objects
-
-
-def _to_pool(images: Picture, objects: Picture | Mask, seed: int) -> ScenePool:
-    shown = [np.asarray(mask, bool) for mask in objects if mask.any()]
-    return ScenePool(images, shown, f"{len(images)} rendered rooms, seed {seed}")

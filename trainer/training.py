@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,11 +12,12 @@ from dreammix_trt.core.errors import MissingExtraError
 from dreammix_trt.trainer.adapters import adapters_of, add_adapters, copy_factors
 from dreammix_trt.trainer.batches import Batch, Draws
 from dreammix_trt.trainer.checkpoints import Checkpoints, Learner, Progressed
+from dreammix_trt.trainer.events import Events
 from dreammix_trt.trainer.folder import lora_tensors
 from dreammix_trt.trainer.losses import loss_weights, reweighted_loss
 from dreammix_trt.trainer.preparing import Progress, prepare
 from dreammix_trt.trainer.processes import Processes
-from dreammix_trt.trainer.stepping import Stepper
+from dreammix_trt.trainer.stepping import Course, take_steps
 from dreammix_trt.trainer.task import Task
 
 if TYPE_CHECKING:
@@ -33,9 +33,14 @@ class Training:
     """The LoRA on one base: prepared samples, optimizer, loop."""
 
     def __init__(
-        self, task: Task, checkpoints: Checkpoints, progress: Progress, processes: Processes | None = None
+        self,
+        task: Task,
+        checkpoints: Checkpoints,
+        progress: Progress,
+        processes: Processes | None = None,
+        events: Events | None = None,
     ) -> None:
-        """processes: this one among those that train together; None: it is alone.
+        """processes: this one among those that train together; None: it is alone. events: as `Course` has them.
 
         Raises MissingExtraError without the `train` extra.
         """
@@ -49,7 +54,7 @@ class Training:
                 f"{error.name} is not installed, training needs it: pip install 'dreammix-trt[train]'"
             ) from error
         self._task, self._recipe, self._progress = task, task.recipe, progress
-        self._checkpoints, self._processes = checkpoints, processes or Processes()
+        self._checkpoints, self._processes, self._events = checkpoints, processes or Processes(), events
         self._weights = loss_weights(task.loss)
         self._dice = torch.Generator().manual_seed(task.seed)
 
@@ -81,48 +86,28 @@ class Training:
         learner = Learner(
             lora_tensors(adapters_of(self._unet.unet)), optimizer, self._task.hardware.make_scaler(), self._dice
         )
-        before = self._checkpoints.restore(learner) if resume else Progressed([], 0.0)
-        before = replace(before, seconds=before.seconds + time.monotonic() - begun)
-        return self._take_steps(learner, before, after_step or (lambda *_: None))
 
-    def _take_steps(self, learner: Learner, before: Progressed, after_step: AfterStep) -> Progressed:
-        steps, history, begun = self._task.steps, list(before.history), time.monotonic()
-        shown = history[-1] if history else None
-        stepper = Stepper(learner, self._trained, self._advise, before.skipped)
-        for step in range(len(history), steps):
-            history.append(self._step(learner, stepper, step))
-            shown = history[-1] if shown is None else 0.95 * shown + 0.05 * history[-1]
-            spent = time.monotonic() - begun
-            left = spent / (len(history) - len(before.history)) * (steps - step - 1)
-            self._progress("train", 0.1 + 0.9 * (step + 1) / steps, f"loss {shown:.4f}, {_clock(left)} left")
-            if self._processes.leads:
-                self._checkpoints.keep(learner, Progressed(history, before.seconds + spent, stepper.skipped))
-                after_step(step + 1, self.factors)
-        stepper.report(steps)
-        return Progressed(history, before.seconds + time.monotonic() - begun, stepper.skipped)
+        def tell(step: int) -> None:
+            if after_step is not None:
+                after_step(step, self.factors)
 
-    def _step(self, learner: Learner, stepper: Stepper, step: int) -> float:
-        """One step of the optimizer; returns its loss."""
-        rate = self._task.learning_rate * self._recipe.rate_at(step, self._task.steps)
-        for group in learner.optimizer.param_groups:
-            group["lr"] = rate
-        learner.optimizer.zero_grad()
-        value = self._processes.average(self._trained, self._add_gradients(learner))
-        stepper.check_loss(value, step + 1)
-        stepper.take(step + 1)
-        return value
+        def add_gradients(_step: int) -> float:
+            return self._add_gradients(learner)
 
-    def _advise(self) -> str:
-        """What to do when it diverged."""
-        import torch
+        return take_steps(self._course(), learner, add_gradients, resume=resume, begun=begun, after_step=tell)
 
-        remedy = f"a smaller learning rate than {self._task.learning_rate:g}"
-        if self._task.hardware.products == torch.float16:
-            remedy += ", or --precision bfloat16"
-        kept = self._checkpoints.describe()
-        return (
-            f"the training diverged. Begin anew, without --resume, with {remedy}"
-            f"{f'; {kept} until a checkpoint of the new training replaces it, and can be built' if kept else ''}"
+    def _course(self) -> Course:
+        task, recipe = self._task, self._recipe
+        return Course(
+            "train",
+            task.steps,
+            task.learning_rate,
+            lambda step: task.learning_rate * recipe.rate_at(step, task.steps),
+            task.hardware,
+            self._checkpoints,
+            self._processes,
+            lambda name, share, said: self._progress(name, 0.1 + 0.9 * share, said),
+            self._events,
         )
 
     def _add_gradients(self, learner: Learner) -> float:
@@ -159,7 +144,3 @@ class Training:
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Module by its diffusers name -> copies of (down (rank, in), up (out, rank)), on the CPU."""
         return copy_factors(adapters_of(self._unet.unet))
-
-
-def _clock(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

@@ -362,7 +362,7 @@ def test_no_value_of_a_config_is_a_traceback(embedded: Path, file: str) -> None:
         path.write_text(damaged)
         with contextlib.suppress(FileFormatError):
             base = BaseFiles.open(embedded)
-            assert base.native_side > 0 and base.divisor > 0 and base.pad_token("tokenizer")
+            assert base.native_side > 0 and base.divisor > 0 and base.tokenizers.pad_token("tokenizer")
 
 
 def test_deeply_nested_json_is_a_damaged_file(embedded: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dreammix_trt.core.checkpoint import EMBEDDED, TOKENIZERS, BaseFiles
+from dreammix_trt.core.base_tokenizers import TOKENIZERS
+from dreammix_trt.core.checkpoint import EMBEDDED, BaseFiles
 from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.tokenizer_files import read_clip_vocabulary, write_tokenizer_files
 from dreammix_trt.engine.text import Tokenizer
@@ -50,10 +51,10 @@ def test_prompts_are_encoded_as_by_transformers(tmp_path: Path, pad: str) -> Non
 def test_a_folder_gives_its_own(tmp_path: Path) -> None:
     base = BaseFiles.open()
     for name, pad in zip(TOKENIZERS, ("<|endoftext|>", "!"), strict=True):
-        base.write_tokenizer(name, tmp_path / name)
+        base.tokenizers.write(name, tmp_path / name)
         for file in ("vocab.json", "merges.txt"):
             assert (tmp_path / name / file).read_bytes() == (EMBEDDED / name / file).read_bytes()
-        assert base.pad_token(name) == pad
+        assert base.tokenizers.pad_token(name) == pad
         assert json.loads((tmp_path / name / "special_tokens_map.json").read_text()) == {"pad_token": pad}
 
 
@@ -68,20 +69,20 @@ def test_tokenizer_json_alone_is_split(tmp_path: Path) -> None:
         assert not (whole / name / "vocab.json").exists()
     base = BaseFiles.open(whole)
     for name in TOKENIZERS:
-        base.write_tokenizer(name, tmp_path / name)
+        base.tokenizers.write(name, tmp_path / name)
         ours, truth = Tokenizer.load(tmp_path / name), Tokenizer.load(EMBEDDED / name)
         for prompt in PROMPTS:
             assert ours.encode(prompt, truncate=True).tolist() == truth.encode(prompt, truncate=True).tolist()
-        assert base.pad_token(name) == BaseFiles.open().pad_token(name)
+        assert base.tokenizers.pad_token(name) == BaseFiles.open().tokenizers.pad_token(name)
 
 
 def test_a_tokenizer_given_beside_counts(tmp_path: Path) -> None:
     one = tmp_path / "one"
     shutil.copytree(EMBEDDED / "tokenizer", one)
     base = BaseFiles.open(tokenizer=one)
-    base.write_tokenizer("tokenizer_2", tmp_path / "out")
+    base.tokenizers.write("tokenizer_2", tmp_path / "out")
     assert (tmp_path / "out" / "vocab.json").read_bytes() == (one / "vocab.json").read_bytes()
-    assert (base.pad_token("tokenizer"), base.pad_token("tokenizer_2")) == ("<|endoftext|>", "!")
+    assert (base.tokenizers.pad_token("tokenizer"), base.tokenizers.pad_token("tokenizer_2")) == ("<|endoftext|>", "!")
     assert {key.split("/")[0] for key in base.hash_contents("tokenizer")} == set(TOKENIZERS)
     (one / "merges.txt").unlink()
     with pytest.raises(FileFormatError, match=r"one: neither vocab\.json with merges\.txt nor tokenizer\.json"):

@@ -13,7 +13,7 @@ from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.trainer import picture_pool
 from dreammix_trt.trainer.micro import world
-from dreammix_trt.trainer.picture_pool import FolderPool, crop_picture, open_scenes
+from dreammix_trt.trainer.picture_pool import FolderPool, ScenePool, crop_picture
 from tests.support.asuka_training import write_pictures
 
 Rng = np.random.Generator
@@ -104,21 +104,27 @@ def test_rooms_are_rendered_once_and_half_of_them_are_empty(
         scenes.append(honest(*given, **named))  # type: ignore[arg-type]
         return scenes[-1]
 
+    def prepared() -> ScenePool:
+        pool = ScenePool(base, tmp_path, 2, 5)
+        assert pool.describe() == "2 rendered rooms, seed 5", "nothing has to be rendered for it"
+        pool.prepare(told.append)
+        return pool
+
     monkeypatch.setattr(world, "render_scene", render)
-    pool = open_scenes(base, tmp_path, 2, 5, told.append)
+    pool = prepared()
     assert np.array_equal(pool.images[0], scenes[0].image) and np.array_equal(pool.images[1], scenes[1].background)
-    assert len(pool.objects) == 2 and told == [0.5, 1.0] and pool.describe() == "2 rendered rooms, seed 5"
+    assert len(pool.objects) == 2 and told == [0.5, 1.0]
     monkeypatch.setattr(picture_pool, "_render", None)
-    again = open_scenes(base, tmp_path, 2, 5, told.append)
+    again = prepared()
     assert np.array_equal(again.images, pool.images) and len(told) == 2
     assert again.draw(rng, 64, (1.0, 1.0)).shape == (64, 64, 3)
     monkeypatch.undo()
     file = next(tmp_path.glob("rooms-*"))
     file.write_bytes(file.read_bytes()[:1000])
-    assert np.array_equal(open_scenes(base, tmp_path, 2, 5, told.append).images, pool.images)
+    assert np.array_equal(prepared().images, pool.images)
     assert "the rooms are rendered again" in caplog.text
 
 
 def test_rooms_are_of_the_embedded_base_alone(base: BaseFiles, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="needs a folder of pictures to learn from"):
-        open_scenes(base, tmp_path, 2, 0, lambda _: None)
+        ScenePool(base, tmp_path, 2, 0)

@@ -74,7 +74,7 @@ def take() -> Callable[[float], Any]:
     value = torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.SGD([value], lr=0.1)
     scaler = torch.amp.GradScaler("cpu")
-    stepper = Stepper(Learner({}, optimizer, scaler, torch.Generator()), [value], lambda: "")
+    stepper = Stepper(Learner({}, optimizer, scaler, torch.Generator()), lambda: "")
     steps = iter(range(1, 10_000))
 
     def step(gradient: float) -> Stepper:

@@ -16,8 +16,9 @@ from dreammix_trt.core.files import folder_bytes
 from dreammix_trt.trainer.asuka.recipes import AsukaRecipe, Part, recipe_for
 from dreammix_trt.trainer.asuka.task import NETWORKS, AsukaTask, check_parts, config_for
 from dreammix_trt.trainer.checkpoints import Checkpoints, Progressed, check_places, find_work, hold_places
+from dreammix_trt.trainer.events import Events
 from dreammix_trt.trainer.hardware import Hardware
-from dreammix_trt.trainer.picture_pool import FolderPool, PicturePool, open_scenes
+from dreammix_trt.trainer.picture_pool import FolderPool, PicturePool, ScenePool
 from dreammix_trt.trainer.preparing import Progress
 from dreammix_trt.trainer.processes import Processes, join_processes, use_threads
 
@@ -54,6 +55,7 @@ def train_asuka(
     threads: int | None = None,
     work: str | Path | None = None,
     resume: bool = False,
+    events: Events | None = None,
     progress: Progress | None = None,
 ) -> AsukaTrained:
     """Train one part and write the ASUKA folder `out`, whole or not at all; what is there of other parts is kept.
@@ -68,50 +70,53 @@ def train_asuka(
         weights, of the decoder the base's VAE.
     perceptual: VGG-16's weights as torchvision has them, for LPIPS in the decoder's loss; None: slopes at three scales.
     work: folder of checkpoints and rendered rooms; None: OUT.work.
-    resume: go on from the checkpoint of a training with the same settings.
-    progress: called with (name, fraction, message) each step.
+    hardware, seed, threads, resume, events, progress: as `train_lora` takes them.
 
     Same seed, threads and machine: the same bytes, also when it was stopped and resumed.
 
-    Raises InputError for options and pictures that cannot be used and for a loss that is not finite, FileFormatError
-    for a base, folder or weights that do not fit, DeviceError for a GPU that is not there, BuildError for a full disk,
-    MissingExtraError.
+    Raises InputError for options and pictures that cannot be used and a loss that is not finite, FileFormatError for a
+    base, folder or weights that do not fit, DeviceError without a GPU, BuildError for a full disk, MissingExtraError.
     """
     require_training()
-    _check_options(part, seed, perceptual, start)
     given = hardware or Hardware()
-    given.check()
+    _check_options(part, given, seed, perceptual, start)
     files = base if isinstance(base, BaseFiles) else BaseFiles.open(base)
     place, folder = Path(out).resolve(), Path(work) if work else find_work(out)
-    check_places(place, folder, CONFIG)
+    before = _open_before(part, files, place, folder, events)
+    recipe = recipe or recipe_for(part, files.native_side)
+    with join_processes(given) as (processes, own):
+        task = AsukaTask(
+            part=part,
+            base=files,
+            pool=_open_pool(files, images, objects, recipe.rooms, folder, seed),
+            recipe=recipe,
+            config=before.config if before is not None else config_for(files),
+            folder=before,
+            hardware=own,
+            seed=seed,
+            start=None if start is None else Path(start),
+            perceptual=None if perceptual is None else Path(perceptual),
+            work=folder if processes.leads else None,
+        )
+        tell = progress if progress and processes.leads else _say_nothing
+        return _run(task, place, folder / part, processes, resume, events, tell, threads)
+
+
+def _open_before(part: Part, base: BaseFiles, place: Path, work: Path, events: Events | None) -> AsukaFolder | None:
+    """What was trained in the place before; None: nothing. It and the places are checked."""
+    check_places(place, work, CONFIG, events)
     before = AsukaFolder.open(place) if (place / CONFIG).is_file() else None
     check_parts(part, before, place)
     if before is not None:
-        before.check_fit(files.configs)
-    with join_processes(given) as (processes, own):
-        tell = progress if progress and processes.leads else _say_nothing
-        held = hold_places(place, folder / part, "another training is at work")
-        with held if processes.leads else nullcontext():
-            pool = _open_pool(part, files, images, objects, recipe, folder, seed, tell) if processes.leads else None
-            processes.wait()  # so that rooms are rendered once, and the others read them
-            task = AsukaTask(
-                part=part,
-                base=files,
-                pool=pool or _open_pool(part, files, images, objects, recipe, folder, seed, tell),
-                recipe=recipe or recipe_for(part, files.native_side),
-                config=before.config if before is not None else config_for(files),
-                folder=before,
-                hardware=own,
-                seed=seed,
-                start=None if start is None else Path(start),
-                perceptual=None if perceptual is None else Path(perceptual),
-                work=folder if processes.leads else None,
-            )
-            return _run(task, place, folder / part, processes, resume, tell, threads)
+        before.check_fit(base.configs)
+    return before
 
 
-def _check_options(part: Part, seed: int, perceptual: str | Path | None, start: str | Path | None) -> None:
-    """Raise InputError for what no training can have, before anything is read."""
+def _check_options(
+    part: Part, hardware: Hardware, seed: int, perceptual: str | Path | None, start: str | Path | None
+) -> None:
+    """Raise InputError for what no training can have, DeviceError for a missing GPU, before anything is read."""
+    hardware.check()
     if not 0 <= seed < 2**63:
         raise InputError(f"seed is {seed}; it must be 0 to 2^63 - 1")
     if perceptual is not None and part != "decoder":
@@ -123,38 +128,62 @@ def _check_options(part: Part, seed: int, perceptual: str | Path | None, start: 
 
 
 def _open_pool(
-    part: Part,
-    base: BaseFiles,
-    images: str | Path | None,
-    objects: str | Path | None,
-    recipe: AsukaRecipe | None,
-    work: Path,
-    seed: int,
-    tell: Progress,
+    base: BaseFiles, images: str | Path | None, objects: str | Path | None, rooms: int, work: Path, seed: int
 ) -> PicturePool:
     if images is not None:
         return FolderPool(images, objects)
     if objects is not None:
         raise InputError("--objects needs a folder of pictures; rendered rooms have silhouettes of their own")
-    rooms = (recipe or recipe_for(part, base.native_side)).rooms
-    return open_scenes(base, work, rooms, seed, lambda share: tell("rooms", share, f"rendering {rooms} rooms"))
+    return ScenePool(base, work, rooms, seed)
+
+
+def _prepare(task: AsukaTask, processes: Processes, tell: Progress) -> None:
+    """Make the pictures in one process: rooms are rendered once, and the others read them."""
+
+    def prepare() -> None:
+        task.pool.prepare(lambda share: tell("rooms", share, f"rendering {task.recipe.rooms} rooms"))
+
+    if processes.leads:
+        prepare()
+    processes.wait()
+    prepare()
 
 
 def _run(
-    task: AsukaTask, out: Path, work: Path, processes: Processes, resume: bool, tell: Progress, threads: int | None
+    task: AsukaTask,
+    out: Path,
+    work: Path,
+    processes: Processes,
+    resume: bool,
+    events: Events | None,
+    tell: Progress,
+    threads: int | None,
 ) -> AsukaTrained:
-    from dreammix_trt.trainer.asuka.learning import Course, learn
+    from dreammix_trt.trainer.asuka.learning import learn
+    from dreammix_trt.trainer.stepping import Course
 
-    settings = task.settings() | {"processes": processes.count}
-    file = f"{NETWORKS[task.part][0]}.safetensors"
-    metadata = {"format": "pt", "part": task.part, "base": task.base.name}
-    checkpoints = Checkpoints(work, metadata, settings, task.recipe.checkpoint_every, file)
-    checkpoints.check(resume=resume)
-    with use_threads(threads):
+    held = hold_places(out, work, "another training is at work")
+    with held if processes.leads else nullcontext(), use_threads(threads):
+        settings = task.settings() | {"processes": processes.count}
+        file = f"{NETWORKS[task.part][0]}.safetensors"
+        metadata = {"format": "pt", "part": task.part, "base": task.base.name}
+        checkpoints = Checkpoints(work, metadata, settings, task.recipe.checkpoint_every, file)
+        checkpoints.check(resume=resume)
+        _prepare(task, processes, tell)
         tell(task.part, 0.0, "reading the base")
         lesson, network = task.make_lesson(tell)
-        course = Course(task.recipe, task.hardware, checkpoints, task.seed, processes, tell)
-        done = learn(lesson, course, resume=resume)
+        course = Course(
+            task.part,
+            task.recipe.steps,
+            task.recipe.learning_rate,
+            task.recipe.rate_at,
+            task.hardware,
+            checkpoints,
+            processes,
+            tell,
+            events,
+        )
+        done = learn(lesson, task.recipe, task.seed, course, resume=resume)
         found = _sum_up(task.part, done, sum(value.numel() for value in lesson.trained().values()))
         if processes.leads:
             _write(task, out, network, found, settings)

@@ -23,6 +23,7 @@ from dreammix_trt.core.checkpoint import BaseFiles  # noqa: E402
 from dreammix_trt.core.errors import FileFormatError, InputError  # noqa: E402
 from dreammix_trt.core.files import hold_alone  # noqa: E402
 from dreammix_trt.core.tensors import map_tensors  # noqa: E402
+from dreammix_trt.trainer import picture_pool  # noqa: E402
 from dreammix_trt.trainer.asuka import learning  # noqa: E402
 from dreammix_trt.trainer.asuka.alignment import AlignLesson  # noqa: E402
 from dreammix_trt.trainer.asuka.recipes import FULL, PARTS, SMALL, AsukaRecipe, Part, recipe_for  # noqa: E402
@@ -30,6 +31,7 @@ from dreammix_trt.trainer.asuka.task import config_for  # noqa: E402
 from dreammix_trt.trainer.asuka.training import train_asuka  # noqa: E402
 from dreammix_trt.trainer.hardware import Hardware  # noqa: E402
 from dreammix_trt.trainer.processes import Processes  # noqa: E402
+from dreammix_trt.trainer.stepping import Course  # noqa: E402
 from tests.support.asuka_training import tiny_recipe, train, write_pictures  # noqa: E402
 
 
@@ -146,16 +148,22 @@ def test_the_mean_of_two_processes_is_that_of_one_with_their_rows(
         ("first", Processes(0, 2), 2),
         ("second", Processes(1, 2), 2),
     ):
-        lesson = _Noted()
-        hardware = Hardware()
-        course = learning.Course(
-            tiny_recipe("prior", batch=batch, steps=2), hardware, _Nothing(), 0, processes, lambda *_: None
-        )
+        lesson, recipe = _Noted(), tiny_recipe("prior", batch=batch, steps=2)
+        tell = lambda *_: None  # noqa: E731
+        course = Course("prior", 2, 1.0, recipe.rate_at, Hardware(), _Nothing(), processes, tell)
         monkeypatch.setattr(Processes, "average", lambda self, parameters, loss: loss)
-        learning.learn(lesson, course, resume=False)
+        learning.learn(lesson, recipe, 0, course, resume=False)
         drawn[name] = lesson.rows
     assert [a + b for a, b in zip(drawn["first"], drawn["second"], strict=True)] == drawn["one"]
     assert len({number for rows in drawn["one"] for number in rows}) == 8
+
+
+def test_a_resume_without_a_checkpoint_is_told_before_rooms_are_rendered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(picture_pool, "_render", None)
+    with pytest.raises(InputError, match="there is no checkpoint to go on from"):
+        train_asuka("prior", tmp_path / "asuka", resume=True)
 
 
 class _Noted:
