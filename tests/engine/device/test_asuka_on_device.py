@@ -174,12 +174,11 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("half", [False, True])
 def test_tiles_hold_latent_picture_and_mask(simulated: Any, host: DreamMix, small_tiles: None, half: bool) -> None:
     dm, device, _ = simulated(networks={"half": half}, pictures=2)
-    steps = {"num_inference_steps": 2, "lcg_steps": 2 if half else 1}
-    fields = {"decoder": "asuka", "size": (100, 320), "num_images_per_prompt": 2, "lcg_mask_dilate": 3, **steps}
+    fields = {"decoder": "asuka", "size": (100, 320), "num_images_per_prompt": 2, "lcg_mask_dilate": 3}
     wanted = paint(host, **fields)
     for _ in range(2):
         start = len(device.record)
-        assert np.abs(paint(dm, **fields) - wanted).max() <= (5 if half else 1)
+        assert np.abs(paint(dm, **fields) - wanted).max() <= (8 if half else 1)
     taken = [entry for entry in device.record[start:] if entry.name == "take_tile" and entry.graph is not None]
     places = [entry.arrays["out"] for entry in taken]
     assert {place.shape[1] for place in places} == {1, 3, 4}
@@ -339,8 +338,7 @@ def test_a_decoder_that_overflows_is_replaced_by_its_twin(simulated: Any, host: 
     alone, _, _ = simulated(runner=lambda engines: Overflowing(engines, "asuka_decoder"))
     with pytest.raises(NotFiniteError, match=r"asuka_decoder gave .*no float32 twin"):
         paint(alone, **ALL)
-    with alone.iterate(*make_scene(), make_request(alone, {})) as events:
-        assert [event for event in events][-1].result
+    assert paint(alone).any(), "the VAE's own decodes"
 
 
 def test_lengths_that_do_not_fit_are_refused_with_the_remedy(simulated: Any) -> None:
