@@ -25,7 +25,9 @@ from dreammix_trt.engine.device.memory_plan import Options
 from dreammix_trt.engine.device.needs import Needs
 from dreammix_trt.engine.dreammix import Job
 from dreammix_trt.engine.drivers.simulated import RecordEntry, SimulatedDevice, SimulatedNetworks
+from tests.engine.backends.test_tensorrt_on_device import BOTH
 from tests.engine.conftest import make_scene
+from tests.engine.device.test_loading import loaded  # noqa: F401
 from tests.engine.device.test_studio import Overflowing, list_between
 from tests.support.asuka import write_small_asuka
 
@@ -123,6 +125,19 @@ def test_under_swap_a_phase_has_only_what_the_plan_counts(simulated: Any, monkey
     assert most <= next(row.bytes for row in dm.studio.plan.rows if row.name == "weights")
     groups = [set(names_of_group(group)) for group in ("text", "picture", "unet", "unet_raw", "asuka")]
     assert all(any(set(names) <= group for group in groups) for names in seen)
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_plans_that_were_built_for_the_lengths_paint_it(
+    loaded: Any,  # noqa: F811
+    host: DreamMix,
+    backend: str,
+) -> None:
+    """Two pictures: each half of their rows has an address that TensorRT takes, and a profile that holds it."""
+    dm, _ = loaded(backend, contexts=(ROWS, 77, 77 + ROWS), pictures=2, residency="resident")
+    assert dm.studio.contexts == (ROWS, 77, 77 + ROWS)
+    for fields in (ALL, {"prior": "concat"}, {**REMOVAL, "prompt": ""}):
+        assert_alike(*(paint(each, num_images_per_prompt=2, **fields) for each in (dm, host)))
 
 
 def test_half_networks_stay_near_the_host(simulated: Any, host: DreamMix) -> None:
