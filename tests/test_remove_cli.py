@@ -13,11 +13,13 @@ pytest.importorskip("torch")
 
 from dreammix_trt.building import build
 from dreammix_trt.core.checkpoint import BaseFiles
+from dreammix_trt.core.request import Request
 from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet
 from dreammix_trt.engine.device import loading
 from dreammix_trt.engine.directory import OpenedEngine
 from dreammix_trt.engine.drivers.simulated import SimulatedDevice, SimulatedNetworks
 from dreammix_trt.engine.result import read_request
+from dreammix_trt.painting_cli import choose_options
 from tests.support.asuka import write_small_asuka
 from tests.test_cli_manners import Call, call, place  # noqa: F401
 
@@ -59,6 +61,13 @@ def test_what_cannot_be_is_refused_in_one_line(engine: Path, mug_engine: Path, p
     ):
         done = call("remove", *words)
         assert done.code == 2 and told in done.err and not (place / "none.png").exists(), done.err
+
+
+def test_on_a_gpu_a_prior_beside_the_text_has_room(place: Path) -> None:  # noqa: F811
+    for prior, context in ((None, None), ("negative", None), ("concat", 4 * 77 + 256)):
+        request = Request("a mug", prior=prior)  # type: ignore[arg-type]
+        chosen = choose_options("cuda", None, request, place / "image.png", {"native_side": 128})
+        assert chosen.get("context") == context and chosen["largest_picture"] == 64 * 64
 
 
 def test_on_a_gpu_memory_is_set_aside_for_this_picture(
