@@ -51,6 +51,8 @@ WAYS: Final = (
     Way("remove, prior_weight towards 0", "trial", fields=remove_with(prior_weight=1e-6)),
     REMOVE,
     Way("remove, prior_weight 0.5", "trial", fields=remove_with(prior_weight=0.5)),
+    Way("remove, prior_weight 1", "trial", fields=remove_with(prior_weight=1.0)),
+    Way("remove, prior_weight 2", "trial", fields=remove_with(prior_weight=2.0)),
     Way("remove, both stages", "trial", fields=remove_with(lcg_fraction=2 / 3)),
     Way("remove, whole frame", "trial", fields=remove_with(lcg_fraction=0.0)),
     Way("remove, decoder of the VAE", "trial", fields=remove_with(decoder="vae")),

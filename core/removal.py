@@ -8,6 +8,7 @@ from dreammix_trt.core.request import RequestFields
 
 REMOVAL: Final[RequestFields] = {
     "prior": "alone",
+    "prior_weight": 1.5,  # the paper has 1; less is seen in holes with this (docs/evidence.md)
     "decoder": "asuka",
     "guidance_scale": 1.0,
     "subject": "",

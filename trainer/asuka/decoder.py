@@ -1,11 +1,7 @@
 """The decoder learns to paint what a shifted latent says in the colours of the known pixels (ASUKA, 3.3).
 
 Its target is the picture. The latent is that of a picture whose colours were moved, half of the time after the frozen
-UNet had guessed it from noise in one step, as such guesses shift. The known pixels that it sees are the true ones.
-
-What it makes of known pixels is random at first, and would spoil what the VAE's decoder can do before it learns. So
-that part learns alone at first: to say what the VAE's decoder has in its place.
-"""
+UNet had guessed it from noise in one step, as such guesses shift. The known pixels that it sees are the true ones."""
 
 from __future__ import annotations
 
@@ -33,8 +29,6 @@ from dreammix_trt.trainer.row_reader import Row
 #: how far brightness, contrast, saturation and hue move at most; the hue in turns of the colour wheel
 JITTER = (0.15, 0.2, 0.1, 0.03)
 GUESSED = 0.5  # share of the pictures that the UNet guesses
-#: timesteps that it guesses from; the paper's range is lost but for "large", and later ones give colours of no sampler
-TIMES = (500, 900)
 Distance = Callable[[Tensor, Tensor], Tensor]
 #: what a pixel's error counts in L1, beside 1 in the hole: known ones are put back by the paste, and a seam is seen at
 #: the border
@@ -82,18 +76,16 @@ class DecoderLesson:
             "colours": rng.uniform(-1, 1, len(JITTER)).astype(np.float32),
             "noise": rng.standard_normal((self._base.latent_channels, cells, cells), np.float32),
             "guessed": np.asarray(rng.random() < GUESSED, np.float32),
-            "time": np.asarray(rng.integers(*TIMES), np.float32),
+            "time": np.asarray(rng.integers(*self._recipe.guess_times), np.float32),
         }
 
     def loss(self, rows: Mapping[str, Tensor], step: int) -> Tensor:
-        """At first of what the condition encoder says; then of the picture: known places have to be kept, too."""
+        """Of the whole picture: known places have to be kept, too."""
         held = {name: value.to(self._device) for name, value in rows.items()}
         image = held["image"]
-        if step < self._recipe.imitated:
-            return self._compare_streams(image, held["hole"])
         # UNet and VAE choose their precision themselves; colours in bfloat16 would be rounded to a level or two
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
-            shifted = move_colours(self._guess(held), held["colours"])
+            shifted = move_colours(self._guess(held), self._recipe.jitter * held["colours"])
             latent = self._vae.encode_batch(shifted) / self._base.scaling_factor
         # in float16 a VAE's decoder overflows
         with torch.autocast(self._device.type, self._products, enabled=self._products == torch.bfloat16):
@@ -102,17 +94,6 @@ class DecoderLesson:
             counts = weigh_pixels(held["hole"])
             error = ((found - image).abs().mean(1, keepdim=True) * counts).sum() / counts.sum()
             return error + self._distance(found, image)
-
-    def _compare_streams(self, image: Tensor, hole: Tensor) -> Tensor:
-        """How far known places are from what the VAE's decoder has there, in shares of its variance; mean of levels."""
-        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
-            wanted = self._decoder.trace_latent(self._vae.encode_batch(image) / self._base.scaling_factor)
-        losses = []
-        for said, touched, stream in zip(*self._decoder.trace_condition(image, hole), wanted, strict=True):
-            known = 1 - touched
-            error = ((said.float() - stream) ** 2).mean(1, keepdim=True)
-            losses.append((error * known).sum() / (known.sum() * stream.var() + 1e-6))
-        return torch.stack(losses).mean()
 
     def _guess(self, held: Mapping[str, Tensor]) -> Tensor:
         """The pictures; those that are marked as the UNet guesses them."""

@@ -29,8 +29,8 @@ class AsukaRecipe:
     heaviest: of the alignment: a row's error weighs 1 / alpha-bar, at most this: the error of the velocity and not of
         the noise. Whether a thing stands in the hole is decided where nearly all is noise. 1: all rows weigh alike, as
         in the paper.
-    imitated: of the decoder: first steps in which what it makes of known pixels learns alone, at `imitation_rate`; the
-        warm-up follows them.
+    jitter: of the decoder: how far colours are moved, as a share of the paper's amounts.
+    guess_times: of the decoder: the timesteps that pictures are guessed from, the first and the one after the last.
     views: of the alignment: pictures with holes that are encoded before the first step and drawn from ever after; 0:
         each is drawn anew and encoded in its step.
     """
@@ -47,8 +47,8 @@ class AsukaRecipe:
     revealed: tuple[float, float] = (1.0, 0.1)
     reveal_steps: int = 2000
     heaviest: float = 1.0
-    imitated: int = 0
-    imitation_rate: float = 2e-3
+    jitter: float = 1.0
+    guess_times: tuple[int, int] = (500, 900)
     rooms: int = 1200
     views: int = 0
     checkpoint_every: int = 200
@@ -66,17 +66,17 @@ class AsukaRecipe:
             raise InputError(f"learning rate is {self.learning_rate}; it must be above 0 and at most 1")
         if not 0 < self.crop[0] <= self.crop[1] <= 1:
             raise InputError(f"crop is {self.crop[0]:g} to {self.crop[1]:g}; give 0 to 1, the smaller one first")
+        if not 0 <= self.guess_times[0] < self.guess_times[1] <= 1000:
+            first, last = self.guess_times
+            raise InputError(f"guess times are {first} to {last}; give timesteps of 0 to 1000, the smaller one first")
         if not all(0 <= share <= 1 for share in self.revealed):
             raise InputError(f"revealed is {self.revealed[0]:g} to {self.revealed[1]:g}; give shares of 0 to 1")
 
     def rate_at(self, step: int) -> float:
         """The learning rate of a step, 0-based."""
-        if step < self.imitated:
-            return self.imitation_rate
-        step -= self.imitated
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.imitated - self.warmup)
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
     def revealed_at(self, step: int) -> float:
@@ -105,9 +105,10 @@ SMALL: dict[Part, AsukaRecipe] = {
         heaviest=25.0,
     ),
     "decoder": AsukaRecipe(
-        steps=2000, learning_rate=5e-4, batch=4, side=128, crop=(0.25, 0.25), betas=(0.9, 0.99), decay=0.01
+        steps=4000, learning_rate=2e-4, batch=4, side=128, crop=(0.25, 0.25), betas=(0.9, 0.999), decay=0.01,
+        jitter=0.33, guess_times=(200, 600),
     ),
-}
+}  # fmt: skip
 # The papers' numbers where they stand there. The prior: MAE-FAR's recipe (1.5e-4 for each 256 of the batch) at ASUKA's
 # batch of 1024, 300 epochs of Places2. The alignment: the paper prints a learning rate of 5e-2, with which one step of
 # AdamW moves a weight further than it is large at first; this rate is ours, as are batch and length, which it does not

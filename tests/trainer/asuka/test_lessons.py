@@ -217,33 +217,6 @@ def test_only_the_decoder_learns(base: BaseFiles, pool: FolderPool) -> None:
     assert not any(value.requires_grad for value in frozen)
 
 
-def test_at_first_what_is_made_of_known_pixels_learns_alone(base: BaseFiles, pool: FolderPool) -> None:
-    lesson = make_lesson(base, pool, imitated=3)
-    rows = draw_rows(lesson, 2)
-    lesson.loss(rows, 2).backward()
-    learns = {name: value.grad is not None for name, value in lesson.trained().items()}
-    assert all(found == name.startswith("condition.") for name, found in learns.items())
-    lesson.loss(rows, 3).backward()
-    assert all(value.grad is not None for value in lesson.trained().values())
-
-
-def test_imitation_costs_nothing_where_known_places_say_what_the_decoder_has(
-    base: BaseFiles, pool: FolderPool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lesson = make_lesson(base, pool, imitated=1)
-    rows = draw_rows(lesson, 1)
-    latent = Vae(base).encode_batch(rows["image"]) / base.scaling_factor
-    with torch.no_grad():
-        streams = lesson._decoder.trace_latent(latent)
-        holes = lesson._decoder.trace_condition(rows["image"], rows["hole"])[1]
-    # in the hole anything may be said
-    said = [torch.where(hole > 0, stream + 7, stream) for stream, hole in zip(streams, holes, strict=True)]
-    monkeypatch.setattr(lesson._decoder, "trace_condition", lambda *_: (said, holes))
-    assert float(lesson.loss(rows, 0)) < 1e-8
-    said[0] = said[0] + streams[0].std()  # one level off by a deviation, of five
-    assert float(lesson.loss(rows, 0)) == pytest.approx(1 / 5, rel=1e-3)
-
-
 def test_pixels_at_the_border_count_most() -> None:
     hole = torch.zeros(1, 1, 40, 40)
     hole[..., 20:] = 1
@@ -290,12 +263,25 @@ def test_half_of_the_pictures_are_guessed(base: BaseFiles, pool: FolderPool) -> 
     lesson = make_lesson(base, pool)
     rows = draw_rows(lesson, 200)
     assert 0.4 < float(rows["guessed"].mean()) < 0.6
-    assert rows["time"].min() >= decoder.TIMES[0] and rows["time"].max() < decoder.TIMES[1] <= 1000
+    first, end = lesson._recipe.guess_times
+    assert rows["time"].min() >= first and rows["time"].max() < end
     few = {name: value[:3] for name, value in rows.items()}
     few["guessed"] = torch.tensor([0.0, 1.0, 0.0])
     pictures = lesson._guess(few)
     same = [torch.equal(one, other) for one, other in zip(pictures, few["image"], strict=True)]
     assert same == [True, False, True] and pictures.abs().max() <= 1
+
+
+def test_colours_move_by_a_share_of_the_papers_amounts(
+    base: BaseFiles, pool: FolderPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[Tensor] = []
+    monkeypatch.setattr(decoder, "move_colours", lambda pictures, amounts: (moved.append(amounts), pictures)[1])
+    lesson = make_lesson(base, pool, jitter=0.25)
+    rows = draw_rows(lesson, 2)
+    rows["guessed"][:] = 0
+    lesson.loss(rows, 0)
+    torch.testing.assert_close(moved, [rows["colours"] / 4])
 
 
 def test_the_guess_is_told_everything(base: BaseFiles, pool: FolderPool, monkeypatch: pytest.MonkeyPatch) -> None:
