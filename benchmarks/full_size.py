@@ -38,16 +38,21 @@ def main() -> int:
     parser.add_argument("--target", action="append", help="GPUs to build for (default: sm_89)")
     parser.add_argument("--shapes", default="static", choices=("static", "dynamic"))
     parser.add_argument("--precision", default="float16", choices=("float16", "fp8"), help="fp8: UNets in E4M3")
+    parser.add_argument("--only", choices=("asuka",), help="these networks alone, without the base's own")
     parser.add_argument("--no-call", action="store_true", help="without the UNet call")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     name = "full_size" if given.width == 1 else f"full_size_{given.width:g}"
     name += "_fp8" if given.precision == "fp8" else ""
+    name += f"_{given.only}" if given.only else ""
     bench = Benchmark(name if given.shapes == "static" else f"{name}_{given.shapes}")
     folder = given.folder or Path(tempfile.mkdtemp(prefix="full-size-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
         files = written(bench, folder, given.width)
+        if given.only:
+            build_asuka(bench, folder, files, given.target or ["sm_89"], given.shapes)
+            return bench.finish(as_json=given.json)
         if given.precision == "fp8":
             files["calibration"] = write_ranges(folder / "calibration.json", files)
         engines(bench, folder, files, given.target or ["sm_89"], given.shapes)
@@ -121,7 +126,7 @@ def engines(bench: Benchmark, folder: Path, files: dict[str, Path], targets: lis
     passport = json.loads((folder / "engine-mug" / "passport.json").read_text())
     for network in passport["networks"]:
         parts_of(bench, folder, passport, network)
-    add_asuka(bench, passport)
+    add_asuka(bench, [each for each in passport["networks"] if each["name"].startswith("asuka_")])
     kinds = {"graph": "tracing", "onnx": "export", "engine": "engines"}
     costs = all_costs(folder / "store")
     for kind, said in kinds.items():
@@ -139,9 +144,16 @@ def engines(bench: Benchmark, folder: Path, files: dict[str, Path], targets: lis
 
 def parts_of(bench: Benchmark, folder: Path, passport: dict[str, Any], network: dict[str, Any]) -> None:
     """The rows of one network: what its export and its engine took and weigh."""
+    manifest = json.loads((folder / "store" / passport["parts"][network["name"]] / "manifest.json").read_text())
+    add_parts(bench, folder / "store" / manifest["parts"]["onnx"], network)
     name, build = network["name"], network["build"]
-    manifest = json.loads((folder / "store" / passport["parts"][name] / "manifest.json").read_text())
-    onnx = folder / "store" / manifest["parts"]["onnx"]
+    if "float8" in passport["base"] and name in passport["base"]["float8"]["unets"]:
+        bench.add(f"{name}: plan in E4M3 [GB]", build["engine_bytes"] / 1e9, bound="<= 2.8")
+
+
+def add_parts(bench: Benchmark, onnx: Path, network: dict[str, Any]) -> None:
+    """onnx: folder of the graph that the engine was built of."""
+    name, build = network["name"], network["build"]
     size = sum(file.stat().st_size for file in onnx.iterdir() if file.suffix in (".onnx", ".safetensors"))
     rows = {
         "export [s]": build["export"]["seconds"],
@@ -157,15 +169,39 @@ def parts_of(bench: Benchmark, folder: Path, passport: dict[str, Any], network: 
         rows[f"{profile}largest value between kernels [MiB]"] = counts["largest_bytes"] / MIB
     for what, value in rows.items():
         bench.add(f"{name}: {what}", value)
-    if "float8" in passport["base"] and name in passport["base"]["float8"]["unets"]:
-        bench.add(f"{name}: plan in E4M3 [GB]", build["engine_bytes"] / 1e9, bound="<= 2.8")
     if build["messages"]:
         bench.add(f"{name}: builder's warnings", "; ".join(build["messages"])[:200])
 
 
-def add_asuka(bench: Benchmark, passport: dict[str, Any]) -> None:
+def build_asuka(bench: Benchmark, folder: Path, files: dict[str, Path], targets: list[str], shapes: str) -> None:
+    """Plans of ASUKA's networks alone, of the same parts as a build of the whole base makes."""
+    from dreammix_trt.building.engine_options import EngineOptions
+    from dreammix_trt.building.ingredients import Ingredients
+    from dreammix_trt.building.part_store import PartStore
+    from dreammix_trt.building.parts import Parts
+    from dreammix_trt.core.checkpoint import BaseFiles
+    from dreammix_trt.core.store import Store
+
+    sources = {"tokenizer": files.get("tokenizer"), "asuka": files["asuka"]}
+    base = BaseFiles.open(files["base"], files["patch"], files["head"], **sources)
+    ingredients = Ingredients(base, True, EngineOptions(targets=tuple(targets), shapes=shapes), (), {})
+    shelf = Store(folder / "store")
+    store = PartStore(shelf, folder / "engine-asuka", lambda *told: sys.stderr.write(f"{told}\n"))
+    parts = Parts(ingredients, store, None, lambda text: bench.add("told", text[:200]))
+    made = []
+    for network in ingredients.networks:
+        if network.name.startswith("asuka_"):
+            place = parts.make_network(network)
+            entry = json.loads((place / "network.json").read_text())
+            manifest = json.loads((place / "manifest.json").read_text())
+            add_parts(bench, folder / "store" / manifest["parts"]["onnx"], {**entry, "name": network.name})
+            made.append(entry)
+    add_asuka(bench, made)
+
+
+def add_asuka(bench: Benchmark, networks: list[dict[str, Any]]) -> None:
     """What ASUKA's networks take beside the base, the decoder's float32 twin as well."""
-    builds = [network["build"] for network in passport["networks"] if network["name"].startswith("asuka_")]
+    builds = [network["build"] for network in networks]
     seconds = sum(build["seconds"] + build["export"]["seconds"] for build in builds)
     bench.add("asuka: export and engines of both networks [s]", seconds, bound="<= 240")
     peak = max(max(build["peak_anonymous"], build["export"]["peak_anonymous"]) for build in builds) / GIB

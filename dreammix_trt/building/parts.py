@@ -50,7 +50,7 @@ class Parts:
                     f"the networks {', '.join(network.name for network in networks)}"
                 )
         check_needs(self._ingredients, self._store, self._tell)
-        folders = {network.name: self._make_network(network) for network in networks}
+        folders = {network.name: self.make_network(network) for network in networks}
         return {**folders, "base": self._make_base()}
 
     def _make_base(self) -> Path:
@@ -61,7 +61,8 @@ class Parts:
 
         return self._store.provide("base", "base", self._ingredients.of_base(), make, needed=True)
 
-    def _make_network(self, network: Network) -> Path:
+    def make_network(self, network: Network) -> Path:
+        """Folder of one network, made where the store lacked it."""
         network = self._mark_wide(network)
         if not self._engine.plans:
             return self._make_onnx(network, needed=True)
