@@ -57,7 +57,7 @@ WAYS: Final = (
     Way("remove, whole frame", "trial", fields=remove_with(lcg_fraction=0.0)),
     Way("remove, decoder of the VAE", "trial", fields=remove_with(decoder="vae")),
     Way(f'text "{_EMPTY}", prior negative', "prior", _EMPTY, (("prior", "negative"),)),
-    Way('text "", prior negative', "prior", fields=(("prior", "negative"),)),
+    Way('text "", prior negative', "trial", fields=(("prior", "negative"),)),
     Way(f'text "{_EMPTY}", prior concat', "prior", _EMPTY, (("prior", "concat"),)),
     Way("remove, alignment without the remedy", "trial", fields=remove_with(), remedy=False),
 )  # fmt: skip
