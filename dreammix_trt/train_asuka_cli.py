@@ -70,7 +70,7 @@ Revealed = Annotated[
     str | None,
     typer.Option(
         metavar="FIRST,LAST",
-        help="align: how often the prior is told of an empty hole, at first and at last; default 1,0.1.",
+        help="align: how often the prior is told of an empty hole, at first and at last; default fits the base.",
     ),
 ]
 RevealSteps = Annotated[int | None, typer.Option(min=1, help="align: steps from FIRST to LAST; default fits the base.")]
