@@ -227,7 +227,7 @@ def test_the_command_writes_results_when_all_pictures_are_there(
     results, studio = tmp_path / "results", FakeStudio(right={way: 2 for way in (*ROWS, REAL)})
     for module in (ablation, _common):
         monkeypatch.setattr(module, "RESULTS", results)
-    monkeypatch.setattr(ablation, "MicroStudio", lambda folder, threads, few_step: studio)
+    monkeypatch.setattr(ablation, "MicroStudio", lambda folder, threads, few_step, asuka: studio)
     words = ["ablation", "--part", part, "--subjects", "2", "--scenes", "2", "--work", str(tmp_path / "work")]
     monkeypatch.setattr("sys.argv", words)
     studio._left = 9
