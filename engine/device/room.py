@@ -89,7 +89,7 @@ class RoomShape:
     def sides_of(self, call: Call) -> Sides:
         """The sides of a network by the way it is called (core/networks.py)."""
         one, batch = self.one, self.batch
-        return {"prompt": one, "frame": one, "vae": self.vae, "stage": batch, "step": batch}[call]
+        return {"prompt": one, "frame": one, "vae": self.vae, "stage": batch, "step": batch, "subject": one}[call]
 
 
 def choose_twin(networks: DeviceNetworks, name: str, safe: bool) -> str:
@@ -127,8 +127,8 @@ def list_regions(networks: DeviceNetworks, largest: RoomShape) -> Regions:
 
 
 def _list_kinds(networks: DeviceNetworks) -> Iterator[NetworkKind]:
-    """The networks that rooms bind: all but those of prompts, whose sizes do not depend on the frame."""
-    return (kind for kind in KINDS if kind.call != "prompt" and kind.name in networks)
+    """The networks that rooms bind: all but those of prompts and subjects, whose sizes do not depend on the frame."""
+    return (kind for kind in KINDS if kind.call not in ("prompt", "subject") and kind.name in networks)
 
 
 def _choose_dtype(networks: DeviceNetworks, name: str, tensor: Tensor) -> str:
