@@ -23,11 +23,7 @@ def read_factors(adapter: TokenAdapter) -> Factors:
     Raises `FileFormatError` for factors that are not finite or no pairs.
     """
     weights = adapter.factors()
-    tensors = {name: weights[name] for name in weights}
-    for name, values in tensors.items():
-        if not np.isfinite(values).all():
-            raise FileFormatError(f"{adapter.file}: {FACTORS}{name} holds values that are not finite; train it again")
-    return decode_factors(adapter.file, tensors)
+    return decode_factors(adapter.file, {name: weights[name] for name in weights})
 
 
 def write_adapter(
