@@ -37,8 +37,8 @@ class TorchNetworks:
     """The networks of a base. Make it with `of` or `random`; `close` or a with statement gives the memory back.
 
     In float16 and bfloat16 every network that is not float32 in every build has a twin NAME_float32 with the weights
-    before rounding. A network may be bound before it is loaded. Times and sizes are always float32. The arrays of a bfloat16 network are float32, because
-    numpy has no bfloat16. Frame sides must be multiples of the base's divisor.
+    before rounding. A network may be bound before it is loaded. Times and sizes are always float32. The arrays of a
+    bfloat16 network are float32, because numpy has no bfloat16. Frame sides must be multiples of the base's divisor.
     """
 
     def __init__(
