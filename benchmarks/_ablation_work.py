@@ -161,7 +161,7 @@ class MicroStudio:
         self.base = key_of(files.hash_contents())
         self.painter = "" if few_step is None else hashlib.sha256(few_step.read_bytes()).hexdigest()[:16]
         if asuka:
-            found = files.find_own_asuka().asuka
+            found = files.find_own_extras().asuka
             if found is None:
                 raise SystemExit("the embedded base has no ASUKA")
             self.painter += key_of("asuka", found.hash_files())

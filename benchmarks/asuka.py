@@ -59,7 +59,7 @@ class EnginePainter:
 
     def __init__(self, folder: Path, asuka: Path | None, steps: int, threads: int) -> None:
         """asuka: folder of the networks; None: those of the embedded base."""
-        files = BaseFiles.open(asuka=asuka).find_own_asuka()
+        files = BaseFiles.open(asuka=asuka).find_own_extras()
         if files.asuka is None:
             raise SystemExit("the embedded base has no ASUKA: give --asuka FOLDER")
         base, made_of = files.hash_contents(), key_of(files.hash_contents(), files.asuka.hash_files())
@@ -267,7 +267,7 @@ def measure_cost(bench: Benchmark, given: argparse.Namespace) -> None:
     least = min(value for name, value in seconds.items() if "no guidance" in name)
     bench.add("remove / inpainting without guidance", seconds["remove"] / least, bound="<= 1.1")
     networks = EngineSet.load(open_engine(engine).parts, given.threads)
-    rng, prior = np.random.default_rng(0), BaseFiles.open(asuka=given.asuka).find_own_asuka().asuka
+    rng, prior = np.random.default_rng(0), BaseFiles.open(asuka=given.asuka).find_own_extras().asuka
     assert prior is not None and prior.prior_side is not None
     arrays: dict[str, Any] = {
         "latent": rng.normal(size=(1, 4, 32, 32)).astype(np.float32),

@@ -19,7 +19,8 @@ from dreammix_trt.core.config_fields import TOKENS
 FACTOR: Final = 8  # pixels of a latent cell's side
 AXES: Final = ("rows", "pictures", "context", "h", "w", "H", "W")
 FLOAT8: Final = "float8_e4m3fn"  # 4 bits of exponent, 3 of fraction, no infinities
-_ALWAYS_FLOAT32: Final = ("timestep", "time_ids")  # float16 cannot count to 1000 in thirds
+#: float16 cannot count to 1000 in thirds, and cannot tell features of a reference apart that differ by thousandths
+_ALWAYS_FLOAT32: Final = ("timestep", "time_ids", "features")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from dreammix_trt.core.recognise import check_sdxl, check_weights
 from dreammix_trt.core.single_file import explain_odd_tensors, read_single_file, read_vae
 from dreammix_trt.core.stored import Array, Floats
 from dreammix_trt.core.tensors import Weights, open_tensors
+from dreammix_trt.core.token_adapter import FILE_NAME as TOKEN_ADAPTER
+from dreammix_trt.core.token_adapter import TokenAdapter
 
 State = Mapping[str, Floats]
 Config = dict[str, Any]
@@ -51,6 +53,7 @@ class BaseFiles:
     vae: a VAE used instead of the base's own.
     tokenizer: a folder used instead of the base's own tokenizers.
     asuka: ASUKA's prior and decoder for this base; None: it has neither.
+    tokens: the adapter that makes a subject of one picture on this base; None: it has none.
     """
 
     folder: Path
@@ -62,6 +65,7 @@ class BaseFiles:
     vae: Path | None = field(default=None, kw_only=True)
     tokenizer: Path | None = field(default=None, kw_only=True)
     asuka: AsukaFolder | None = field(default=None, kw_only=True)
+    tokens: TokenAdapter | None = field(default=None, kw_only=True)
 
     @classmethod
     def open(
@@ -74,6 +78,7 @@ class BaseFiles:
         vae: str | Path | None = None,
         tokenizer: str | Path | None = None,
         asuka: str | Path | None = None,
+        tokens: str | Path | None = None,
     ) -> BaseFiles:
         """Open a base and check it. Reads headers only, and the vocabularies of tokenizers.
 
@@ -84,7 +89,8 @@ class BaseFiles:
         patch_biases: see `BaseFiles`.
         vae: a folder with config.json and weights, a folder that has them in `vae/`, or a file.
         tokenizer: a folder with `tokenizer/` and `tokenizer_2/`, or with the files of one tokenizer for both encoders.
-        asuka: a folder as `core/asuka_folder.py` has it; None: none, see `find_own_asuka`.
+        asuka, tokens: a folder as `core/asuka_folder.py` has it, a file as `core/token_adapter.py` has it; None: none,
+            see `find_own_extras`.
 
         Raises `FileFormatError` when this is not an epsilon-predicting SDXL (the message says what it is); when a part
         is missing, truncated, damaged or cannot be read; when a tokenizer does not fit the text encoders; when only one
@@ -93,7 +99,7 @@ class BaseFiles:
         with explain_read_errors(EMBEDDED if path is None else path):
             base = cls._find(path, vae, tokenizer)
             patch_file, head_file = base._find_patch(patch, head)
-            found = base._open_asuka(Path(asuka)) if asuka is not None else None
+            base = base._open_extras(Path(asuka) if asuka else None, Path(tokens) if tokens else None)
         if base.nine_channels and (patch_file or head_file):
             raise FileFormatError(f"{patch_file or head_file}: does not go with {base.folder}: {_PATCHED}")
         if (patch_file is None) != (head_file is None):
@@ -101,7 +107,7 @@ class BaseFiles:
             raise FileFormatError(
                 f"{patch_file or head_file}: an inpaint {there} without its {absent}; patch and head belong together"
             )
-        return replace(base, patch=patch_file, head_file=head_file, patch_biases=patch_biases, asuka=found)
+        return replace(base, patch=patch_file, head_file=head_file, patch_biases=patch_biases)
 
     @classmethod
     def _find(cls, path: str | Path | None, vae: str | Path | None, tokenizer: str | Path | None) -> BaseFiles:
@@ -126,19 +132,23 @@ class BaseFiles:
         found = _choose_file(patch, place, "*.fooocus.patch"), _choose_file(head, place, "*inpaint_head.*")
         return (None, None) if alone and patch is None and head is None and None in found else found
 
-    def find_own_asuka(self) -> BaseFiles:
-        """This base with the `asuka/` of its folder, where it has one and no other was given; checked as in `open`."""
-        place = self.folder / "asuka"
-        if self.asuka is not None or not (place / ASUKA_CONFIG).is_file():
-            return self
+    def find_own_extras(self) -> BaseFiles:
+        """This base with `asuka/` and the token adapter of its folder, where it has them and no others were given;
+        checked as in `open`."""
+        asuka, tokens = self.folder / "asuka", self.folder / TOKEN_ADAPTER
         with explain_read_errors(self.folder):
-            return replace(self, asuka=self._open_asuka(place))
+            return self._open_extras(
+                asuka if self.asuka is None and (asuka / ASUKA_CONFIG).is_file() else None,
+                tokens if self.tokens is None and tokens.is_file() else None,
+            )
 
-    def _open_asuka(self, place: Path) -> AsukaFolder:
-        """An ASUKA folder, checked against the base."""
-        found = AsukaFolder.open(place)
-        found.check_fit(self.configs)
-        return found
+    def _open_extras(self, asuka: Path | None, tokens: Path | None) -> BaseFiles:
+        """This base with an ASUKA folder and a token adapter, checked against it; None: what it has."""
+        found: dict[str, Any] = {"asuka": AsukaFolder.open(asuka)} if asuka else {}
+        found |= {"tokens": TokenAdapter.open(tokens)} if tokens else {}
+        for each in found.values():
+            each.check_fit(self.configs)
+        return replace(self, **found)
 
     @property
     def name(self) -> str:
@@ -199,11 +209,11 @@ class BaseFiles:
         return "zeros" if self.nine_channels else "replicate"
 
     def hash_contents(self, component: str | None = None) -> dict[str, str]:
-        """Hash every file that decides what the base computes; ASUKA's stand beside it and are asked for by name.
+        """Hash every file that decides what the base computes; what stands beside it is asked for by name.
 
         component: one of `COMPONENTS` ("unet" is patched, "unet_raw" is not), "tokenizer" (both), "inpaint_head",
-            "asuka_prior" or "asuka_decoder": hash its files only. In a single file every component but these depends
-            on the whole file.
+            "asuka_prior", "asuka_decoder", "token_proj" or "token_select", which no file decides: hash its files only.
+            In a single file every component but these depends on the whole file.
 
         Returns file -> sha256 in hex. Files in the base's folder are named by their relative paths.
         """
@@ -267,6 +277,8 @@ class BaseFiles:
         for part in PARTS:
             if name == f"asuka_{part}":
                 return self.asuka.list_files(part) if self.asuka else {}
+        if name in ("token_proj", "token_select"):
+            return self.tokens.list_files() if self.tokens and name == "token_proj" else {}
         if name == "inpaint_head" and not self.nine_channels:
             return {name: self.head_file} if self.head_file else {}
         component = "unet" if name in ("unet_raw", "inpaint_head") else name

@@ -52,6 +52,10 @@ def _draw(
         values = values > 0 if "h" in tensor.shape else _draw_hole(rng, shape)
     elif tensor.name == "image":
         values = np.tanh(values)
+    elif tensor.name == "features":
+        values = _draw_features(rng, shape)
+    elif tensor.name == "inside":
+        values = values > 0
     return values.astype(np.float32)
 
 
@@ -62,3 +66,12 @@ def _draw_hole(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray[Any]
         (top, bottom), (left, right) = (np.sort(rng.choice(np.arange(1, side), 2, False)) for side in shape[2:])
         each[:, top:bottom, left:right] = 1
     return mask
+
+
+def _draw_features(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Features of cells (N, T, D), each less like the others than the next one, in random order: rounding cannot change
+    which are chosen."""
+    count, cells, width = shape
+    common = rng.standard_normal((count, 1, width))
+    shares = np.stack([rng.permutation(np.linspace(0, 1, cells)) for _ in range(count)])[..., None]
+    return shares * common + 0.05 * rng.standard_normal(shape)

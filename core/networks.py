@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Final, Literal
 
 from numpy.typing import NDArray
 
-from dreammix_trt.core import asuka
+from dreammix_trt.core import asuka, token_networks
 from dreammix_trt.core.asuka_folder import Part
 from dreammix_trt.core.attention_layers import (
     FROM_TEXT,
@@ -30,8 +31,10 @@ from dreammix_trt.core.tensors import Weights
 
 Precision = Literal["float32", "float16", "bfloat16"]
 Fused = bool | Literal["attention"]
-Group = Literal["text", "picture", "unet", "unet_raw", "asuka"]
-Call = Literal["prompt", "frame", "vae", "stage", "step"]
+Group = Literal["text", "picture", "unet", "unet_raw", "asuka", "tokens"]
+Call = Literal["prompt", "frame", "vae", "stage", "step", "subject"]
+#: stand beside a base and have no part in its key
+BESIDE: Final[tuple[Group, ...]] = ("asuka", "tokens")
 
 _TWIN: Final = "_float32"
 
@@ -161,7 +164,7 @@ class NetworkKind:
     name: of the network.
     phase: networks of one phase are needed together, so their weights are loaded together.
     call: how it is called: for one "prompt", one "frame", one frame or tile of the "vae", once in a "stage" of a batch,
-        or once in each of its "step"s.
+        once in each of its "step"s, or once for a "subject", outside requests.
     describe: (base, whether it has LoRA slots) -> the network; None when the base does not have it.
     weights: base -> weights by torch name: its own, or those of the component that it is a part of.
     holds: torch name -> whether the weight is its own; None: all are.
@@ -169,6 +172,7 @@ class NetworkKind:
     factors: the part of a LoRA that it takes ("unet" for both UNets); None when it takes none.
     factors_of: the network under whose name a subject keeps its factors; "": its own.
     twin: whether a float16 build also makes it in float32, for pictures that overflow.
+    wide: whether it is float32 in every build.
     required: whether the runtime needs it.
     """
 
@@ -182,6 +186,7 @@ class NetworkKind:
     factors_of: str = ""
     holds: Callable[[str], bool] | None = None
     twin: bool = False
+    wide: bool = False
     required: bool = True
 
 
@@ -257,7 +262,7 @@ def describe_networks(
     base.
     """
     plain = [network for kind in KINDS if (network := kind.describe(base, slots)) is not None]
-    found = [network.at(precision, fused) for network in plain]
+    found = [network if network.kind.wide else network.at(precision, fused) for network in plain]
     if precision == "float16":
         found += [replace(network, name=twin_name(network.name)) for network in plain if network.kind.twin]
     return tuple(found)
@@ -362,6 +367,11 @@ def _weights_of_asuka(base: BaseFiles, part: Part) -> Weights:
     if base.asuka is None:
         raise KeyError(f"asuka_{part}")
     return base.asuka.weights(part)
+
+
+def _describe_tokens(name: str, base: BaseFiles, _slots: bool) -> Network | None:
+    made = token_networks.describe(name, base)
+    return Network(name, name, made.module, made.inputs, made.outputs, (), made.configs) if made else None
 
 
 def _half_of_vae(*prefixes: str) -> Callable[[BaseFiles], Weights]:
@@ -477,5 +487,14 @@ KINDS: Final[list[NetworkKind]] = [
         component="asuka_decoder",
         twin=True,
         required=False,
+    ),
+    *(
+        NetworkKind(
+            *(each.name, "tokens", "subject", partial(_describe_tokens, each.name), each.weights),
+            component=each.component,
+            wide=each.wide,
+            required=False,
+        )
+        for each in token_networks.LIST
     ),
 ]

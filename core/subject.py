@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ import numpy as np
 
 from dreammix_trt.core.attributes import AttributeDictionary
 from dreammix_trt.core.errors import FileFormatError, InputError
+from dreammix_trt.core.factor_names import decode_factors, encode_factors
 from dreammix_trt.core.files import atomic_file, sha256_of
 from dreammix_trt.core.lora import TARGETS, Factors, Lora, LoraSpec, Target, read_lora
 from dreammix_trt.core.lora_words import find_words, read_attributes, read_caption_words
@@ -28,9 +29,7 @@ from dreammix_trt.core.tensors import open_tensors
 
 SCHEMA = 3  # 2 has no parts: all of it is factors; 1 names the UNets that they act on by a target
 _FACTORS = "factors"  # the part of a file that holds them
-_BOTH = "unets"  # in the file: factors that the patched and the raw UNet share
 _FACTS = ("name", "token", "class_name", "scale", "base_key", "source_sha256", "caption_words", "attributes")
-_LARGEST = float(np.finfo(np.float16).max)
 _MARK = "dreammix_subject"  # the metadata of a subject file
 _DULL = {"lora", "loras", "out", "output", "pytorch_lora_weights", "adapter_model"}  # names that say nothing
 TOKEN = "sks"  # where nobody says the word
@@ -221,21 +220,14 @@ def _slug(text: str) -> str:
 def write_subject(path: str | Path, subject: Subject) -> None:
     """Write the subject as safetensors, float16, whole or not at all.
 
-    Factors are named `factors.<network>.<module>.A|B`; `unets` stands for factors that both UNets share. The columns of
-    A and the rows of B are scaled to equal norms before rounding. So none leaves float16's range, not even those of a
-    weak LoRA stacked beside a strong one.
+    Factors are named `factors.` and as `core/factor_names.py` says.
 
     Raises FileFormatError for factors that are too large all the same.
     """
     from safetensors.numpy import save_file
 
     path = Path(path)
-    tensors = {}
-    for name, pair in _name_factors(subject.factors):
-        for side, factor in zip("AB", _balance(*pair), strict=True):
-            if not np.abs(factor).max(initial=0) <= _LARGEST:
-                raise FileFormatError(f"{name} has factors beyond float16; the LoRA is damaged")
-            tensors[f"{_FACTORS}.{name}.{side}"] = np.ascontiguousarray(factor, dtype=np.float16)
+    tensors = {f"{_FACTORS}.{name}": factor for name, factor in encode_factors(subject.factors).items()}
     facts = {name: getattr(subject, name) for name in _FACTS} | {"parts": [_FACTORS] if tensors else []}
     with atomic_file(path) as part:
         save_file(tensors, part, {_MARK: json.dumps({"schema": SCHEMA, **facts}, sort_keys=True)})
@@ -287,16 +279,11 @@ def _read_factors(path: Path, facts: Mapping[str, Any], tensors: dict[str, Float
                 f"{path}: has parts that this version does not know ({', '.join(unknown)}); update dreammix-trt"
             )
         tensors = {name.removeprefix(f"{_FACTORS}."): values for name, values in tensors.items()}
-    places = _places(path, facts)
-    factors: Factors = {}
-    for name in sorted({key.removesuffix(".A").removesuffix(".B") for key in tensors}):
-        stored, _, module = name.partition(".")
-        a, b = tensors.get(f"{name}.A"), tensors.get(f"{name}.B")
-        if stored not in places or a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
-            raise FileFormatError(f"{path}: {name} is not a pair of factors of {', '.join(places)}")
-        for network in places[stored]:
-            factors.setdefault(network, {})[module] = (a, b)
-    return factors
+    if facts["schema"] > 1:
+        return decode_factors(path, tensors)
+    if facts.get("target") not in TARGETS:
+        raise FileFormatError(f"{path}: unknown target {facts.get('target')!r}, expected one of {', '.join(TARGETS)}")
+    return decode_factors(path, tensors, facts["target"])
 
 
 def _stack(loras: Sequence[tuple[Lora, float, Target]], part: str) -> dict[str, tuple[Floats, Floats]]:
@@ -309,37 +296,3 @@ def _stack(loras: Sequence[tuple[Lora, float, Target]], part: str) -> dict[str, 
         module: (np.concatenate([a for a, _ in pairs], axis=1), np.concatenate([b for _, b in pairs]))
         for module, pairs in found.items()
     }
-
-
-def _name_factors(factors: Factors) -> Iterator[tuple[str, tuple[Floats, Floats]]]:
-    """(name in the file, factors); what both UNets share is written once."""
-    for network, modules in factors.items():
-        for module, pair in modules.items():
-            unets = unets_of("both")
-            others = [factors.get(name, {}).get(module) for name in unets if network in unets and name != network]
-            if not any(other is not None and all(map(np.array_equal, pair, other)) for other in others):
-                yield f"{network}.{module}", pair
-            elif network == unets[0]:
-                yield f"{_BOTH}.{module}", pair
-
-
-def _places(path: Path, facts: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Network in the file -> engine networks that take its factors; in schema 1 a target names the UNets."""
-    places: dict[str, tuple[str, ...]] = {
-        kind.name: (kind.name,) for kind in KINDS if kind.factors and not kind.factors_of
-    }
-    places[_BOTH] = unets_of("both")
-    if facts["schema"] > 1:
-        return places
-    if facts.get("target") not in TARGETS:
-        raise FileFormatError(f"{path}: unknown target {facts.get('target')!r}, expected one of {', '.join(TARGETS)}")
-    return {**places, "unet": unets_of(facts["target"])}
-
-
-def _balance(a: Floats, b: Floats) -> tuple[Floats, Floats]:
-    """The same product with column j of A and row j of B of equal norm; a rank without effect becomes zeros."""
-    norms_a, norms_b = (np.linalg.norm(each.astype(np.float64), axis=axis) for each, axis in ((a, 0), (b, 1)))
-    live = (norms_a > 0) & (norms_b > 0)
-    ratio = np.sqrt(np.divide(norms_b, norms_a, out=np.ones_like(norms_a), where=live))
-    up, down = ratio * live, live / ratio
-    return (a * up).astype(np.float32), (b * down[:, None]).astype(np.float32)

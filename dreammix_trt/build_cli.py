@@ -68,6 +68,13 @@ Asuka = Annotated[
         help="Folder of ASUKA's prior and decoder, as `train-asuka` writes it; default: asuka/ in the base's folder."
     ),
 ]
+Tokens = Annotated[
+    Path | None,
+    typer.Option(
+        help="Token adapter of the base: adds the networks that make tokens of a subject's one picture, which no "
+        "request uses yet; default: token_adapter.safetensors in the base's folder."
+    ),
+]
 Sampler = Annotated[Literal["dpmpp_2m_sde", "euler", "lcm"] | None, typer.Option(help="What requests use by default.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Steps that requests use by default.")]
 GuidanceScale = Annotated[float | None, typer.Option(help="Guidance that requests use by default.")]
@@ -143,7 +150,19 @@ dreammix-trt build --base sdxl-inpainting/ --lora lora/ --target sm_89 -o mug-fo
 """
 PANELS = {
     "The base": (
-        *("base", "patch", "head", "vae", "tokenizer", "asuka", "base_lora", "few_step", "patch_biases", "no_slots"),
+        *(
+            "base",
+            "patch",
+            "head",
+            "vae",
+            "tokenizer",
+            "asuka",
+            "tokens",
+            "base_lora",
+            "few_step",
+            "patch_biases",
+            "no_slots",
+        ),
     ),
     "The subject": ("lora", "subject", "name", "token", "class_name", "attributes", "merge"),
     "What requests use by default": ("sampler", "steps", "guidance_scale"),
@@ -181,6 +200,7 @@ def build(
     vae: Vae = None,
     tokenizer: Tokenizer = None,
     asuka: Asuka = None,
+    tokens: Tokens = None,
     base_lora: BaseLoras = None,
     few_step: FewStep = False,
     sampler: Sampler = None,
@@ -225,7 +245,7 @@ def build(
     )
     order = BuildOrder(
         out,
-        BaseSources(base, patch, head, vae, tokenizer, patch_biases, asuka),
+        BaseSources(base, patch, head, vae, tokenizer, patch_biases, asuka, tokens),
         lora,
         [*(base_lora or ()), *_choose_few_step(few_step, base)],
         subjects=_parse_pairs("--subject", subject or ()),

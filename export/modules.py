@@ -39,7 +39,7 @@ class UNet(nn.Module):
         self.network = UNet2DConditionModel.from_config(dict(network.configs["unet"]))
         use_own_operators(self.network)
         layers = [tensor.name.removesuffix(KEY) for tensor in network.inputs if tensor.name.endswith(KEY)]
-        self.crossing = [_leave_text_to_others(self.network.get_submodule(layer)) for layer in layers]
+        self.crossing = [leave_text_to_others(self.network.get_submodule(layer)) for layer in layers]
         self.slots = SlotWeights(self.network, network.slots)
         self._feature: Tensor | None = None
         self.network.conv_in.register_forward_hook(self._add_feature)
@@ -277,7 +277,7 @@ def _to_rows(x: Tensor, batch: Tensor) -> Tensor:
     return wide.reshape(-1, *shape)
 
 
-def _leave_text_to_others(attention: nn.Module) -> PlainAttention:
+def leave_text_to_others(attention: nn.Module) -> PlainAttention:
     """Take the projections of the text out of a cross-attention layer; returns what then needs their results."""
     attention.to_k = attention.to_v = None
     processor: PlainAttention = attention.processor

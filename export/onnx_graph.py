@@ -140,14 +140,14 @@ def _list_whole_inputs(network: Network) -> list[str]:
 
 def _uses_own_operators(network: Network) -> bool:
     """Whether the trace has marks or operators of our own (the exporter complains about an unused opset)."""
-    if network.graph in ("unet", "asuka_prior") or network.wide:
+    if network.graph in ("unet", "asuka_prior", "subject_features") or network.wide:
         return True
     if network.fused == "attention" and network.kind.call == "vae":  # one head as wide as its last layer
         from dreammix_trt.export.operators import WIDEST_HEAD
 
         (config,) = network.configs.values()
         return int(config["block_out_channels"][-1]) <= WIDEST_HEAD
-    return bool(network.fused) and network.graph not in ("inpaint_head", kv_name("unet"))
+    return bool(network.fused) and network.graph not in ("inpaint_head", kv_name("unet")) and not network.kind.wide
 
 
 @contextmanager

@@ -104,7 +104,7 @@ def test_those_of_the_base_s_folder_are_found_and_looked_at_by_build_alone(small
     shutil.copytree(small_base, base)
     write_small_asuka(base / "asuka", BaseFiles.open(small_base))
     assert BaseFiles.open(base).asuka is None
-    found = BaseSources(base).open().find_own_asuka().asuka
+    found = BaseSources(base).open().find_own_extras().asuka
     assert found is not None and found.folder == base / "asuka"
     (base / "asuka" / "prior.safetensors").unlink()
     (base / "asuka" / "decoder.safetensors").unlink()

@@ -18,7 +18,7 @@ from dreammix_trt.core.calibration import Calibration
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.files import sha256_of
 from dreammix_trt.core.network_weights import BaseLora
-from dreammix_trt.core.networks import KINDS, Network, Precision, describe_networks, is_twin, kind_of
+from dreammix_trt.core.networks import BESIDE, KINDS, Network, Precision, describe_networks, is_twin, kind_of
 from dreammix_trt.core.store import Store
 from dreammix_trt.engine.backends.tensorrt.profiles import Profile, profiles_for
 from dreammix_trt.engine.canvas.geometry import profile_sizes
@@ -44,8 +44,8 @@ class Ingredients:
 
     @property
     def base_key(self) -> str:
-        """Which weights and slots these are, whatever the back end and precision. ASUKA stands beside them."""
-        sources = {kind.component: self.sources_of(kind.name) for kind in KINDS if kind.group != "asuka"}
+        """Which weights and slots these are, whatever the back end and precision."""
+        sources = {kind.component: self.sources_of(kind.name) for kind in KINDS if kind.group not in BESIDE}
         return Store.key({"sources": sources, "slots": self.slots})
 
     @property

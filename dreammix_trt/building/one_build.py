@@ -40,6 +40,7 @@ def build(
     vae: str | Path | None = None,
     tokenizer: str | Path | None = None,
     asuka: str | Path | None = None,
+    tokens: str | Path | None = None,
     subjects: Mapping[str, LoraOption] | None = None,
     name: str | None = None,
     token: str | Mapping[str, str] | None = None,
@@ -66,6 +67,7 @@ def build(
     patch, head: None: those beside the base.
     vae, tokenizer: instead of the base's.
     asuka: folder of ASUKA's prior and decoder; None: that in the base's folder, if any.
+    tokens: token adapter of the base (`core/token_adapter.py`); None: that in the base's folder, if any.
     name: of the subject of `lora`; None: its class, where that is known, else from `out`.
     token, class_name: the subject's word in prompts, and what it is; of several, by name. None: as the LoRA's metadata
         says (`core/lora_words.py`), else "sks" and nothing.
@@ -87,7 +89,7 @@ def build(
     """
     order = BuildOrder(
         out,
-        BaseSources(base, patch, head, vae, tokenizer, patch_biases, asuka),
+        BaseSources(base, patch, head, vae, tokenizer, patch_biases, asuka, tokens),
         lora,
         base_loras,
         subjects=subjects or {},
@@ -110,7 +112,7 @@ def carry_out(order: BuildOrder, update: Update, tell: Callable[[str], None]) ->
     """Build what is ordered; see `build`."""
     order.check()
     shelf = Store(Path(order.store) if order.store else None)
-    files = order.base.open().find_own_asuka()
+    files = order.base.open().find_own_extras()
     order.check_outside(files)
     for remark in _list_remarks(files):
         tell(remark)
@@ -137,7 +139,9 @@ def carry_out(order: BuildOrder, update: Update, tell: Callable[[str], None]) ->
 
 
 def _list_remarks(files: BaseFiles) -> list[str]:
-    return [*files.remarks, *(files.asuka.find_doubts(files.hash_contents) if files.asuka else ())]
+    asuka = files.asuka.find_doubts(files.hash_contents) if files.asuka else []
+    tokens = files.tokens.find_doubts(files.hash_contents) if files.tokens else []
+    return [*files.remarks, *asuka, *tokens]
 
 
 def _settle_precision(
@@ -191,6 +195,7 @@ def _write(
         "slots": order.slots,
         "files": files.hash_contents(),
         **({"asuka": files.asuka.hash_files()} if files.asuka else {}),
+        **({"tokens": files.tokens.hash_files()} if files.tokens else {}),
         "head": files.head_padding if files.has_head else None,
         "loras": [describe_lora(spec, "both") for spec in baked],
         "merged": made[0].subject.name if order.merge else None,

@@ -34,6 +34,7 @@ class BaseSources:
     tokenizer: str | Path | None = None
     patch_biases: bool = False
     asuka: str | Path | None = None
+    tokens: str | Path | None = None
 
     def open(self) -> BaseFiles:
         """Raises FileFormatError for what is no base, InputError for biases of no patch."""
@@ -45,6 +46,7 @@ class BaseSources:
             vae=self.vae,
             tokenizer=self.tokenizer,
             asuka=self.asuka,
+            tokens=self.tokens,
         )
         if self.patch_biases and files.patch is None:
             raise InputError("patch_biases is given, but this base has no patch: give --patch, or leave it")
@@ -142,6 +144,7 @@ class BuildOrder:
         given = [spec.file for spec in (*self.subject_specs, *self.base_specs)]
         given += [each.attributes for each in self.subject_orders if each.attributes]
         given += [files.asuka.folder] if files.asuka else []
+        given += [files.tokens.file] if files.tokens else []
         for source in (files.folder, files.patch, files.head_file, files.vae, files.tokenizer, *given):
             if source is not None and source.resolve().is_relative_to(self.place):
                 raise InputError(
@@ -170,6 +173,7 @@ class BuildOrder:
             "vae": self.base.vae,
             "tokenizer": self.base.tokenizer,
             "asuka": self.base.asuka,
+            "tokens": self.base.tokens,
             "name": self.name,
             "token": _list_given(self.token),
             "class_name": _list_given(self.class_name),

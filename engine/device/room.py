@@ -102,7 +102,7 @@ class RoomShape:
     def sides_of(self, call: Call) -> tuple[Sides, ...]:
         """The sides of a network's calls by the way it is called (core/networks.py)."""
         one, calls = (self.one,), self.calls
-        return {"prompt": one, "frame": one, "vae": (self.vae,), "stage": calls, "step": calls}[call]
+        return {"prompt": one, "frame": one, "vae": (self.vae,), "stage": calls, "step": calls, "subject": one}[call]
 
 
 def choose_twin(networks: DeviceNetworks, name: str, safe: bool) -> str:
@@ -158,8 +158,8 @@ def _has_rows(tensor: Tensor) -> bool:
 
 
 def _list_kinds(networks: DeviceNetworks) -> Iterator[NetworkKind]:
-    """The networks that rooms bind: all but those of prompts, whose sizes do not depend on the frame."""
-    return (kind for kind in KINDS if kind.call != "prompt" and kind.name in networks)
+    """The networks that rooms bind: all but those of prompts and subjects, whose sizes do not depend on the frame."""
+    return (kind for kind in KINDS if kind.call not in ("prompt", "subject") and kind.name in networks)
 
 
 def _choose_dtype(networks: DeviceNetworks, name: str, tensor: Tensor) -> str:

@@ -8,7 +8,7 @@ from dreammix_trt.core.checkpoint import EMBEDDED, BaseFiles
 
 def test_they_belong_to_the_shipped_base() -> None:
     """New weights of the base want them trained anew; they themselves change no hash of the base."""
-    base = BaseFiles.open().find_own_asuka()
+    base = BaseFiles.open().find_own_extras()
     assert base.asuka is not None and base.asuka.parts == PARTS
     base.asuka.check_aligned()
     record = base.asuka.read_record()

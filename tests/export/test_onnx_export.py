@@ -232,7 +232,7 @@ def test_the_embedded_base_carries_the_figures_of_its_making(tmp_path: Path) -> 
 
 def test_every_network_of_the_embedded_base_has_its_graph_and_figures() -> None:
     """Wheels build it where torch is not installed."""
-    for network in describe_networks(BaseFiles.open().find_own_asuka()):
+    for network in describe_networks(BaseFiles.open().find_own_extras()):
         graph = find_shipped_graph(network)
         assert graph is not None, network.name
         recorded = json.loads((graph / "graph.json").read_text())["parity"]

@@ -57,7 +57,7 @@ def profiles_for(
     shapes: "static": latents of latent_side squared. "dynamic": from 0.69 to 1 times latent_side by 0.69 to 1.31, and
         the transpose, in multiples of `step` (SDXL: 88..128 by 88..168 at 128); `fits` bounds the area.
     contexts: lengths of the text condition; each has profiles of its own, for the same reason.
-    call: how the network is called (`NetworkKind.call`); a prompt or a frame always comes alone.
+    call: how the network is called (`NetworkKind.call`); a prompt, a frame or a subject always comes alone.
 
     H and W are eight times h and w. Raises InputError for other values.
     """
@@ -74,7 +74,9 @@ def profiles_for(
         frames = [((low, full, full), (low, full, high)), ((low, full, high), (low, full, full))]
     else:
         raise InputError(f'shapes is {shapes!r}; give "static" or "dynamic"')
-    batches = _list_batches(1 if call in ("prompt", "frame", "vae") else pictures, both=call != "prompt")
+    batches = _list_batches(
+        1 if call in ("prompt", "frame", "vae", "subject") else pictures, both=call not in ("prompt", "subject")
+    )
     profiles = []
     for length, (h, w), (rows, count) in product(contexts, frames, batches):
         sides = {"rows": rows, "pictures": count, "context": (length, length, length)}
