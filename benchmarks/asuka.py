@@ -1,8 +1,8 @@
 """What ASUKA brings on the embedded model: things seen in holes that are to be empty, seams around them, and the cost.
 
 Parts: `seen` paints holes of rooms in which nothing stands there, by text and by the prior; `seam` sends true pictures
-through both decoders, once and five times; `cost` times `remove` at 1024x1024. What ASUKA does to subjects is
-`ablation.py --part asuka`.
+through both decoders, once and five times, and `shift` darker ones; `cost` times `remove` at 1024x1024. What ASUKA does
+to subjects is `ablation.py --part asuka`.
 
 Every reading is kept in the work folder: a run that was killed goes on.
 """
@@ -172,13 +172,16 @@ def draw_rooms(ways: Sequence[tuple[Way, Work]]) -> Image.Image:
 # -- seams ------------------------------------------------------------------------------------------------------------
 
 
-def send_round(networks: Networks, decoder: str, picture: U8, mask: NDArray[np.bool_], trips: int) -> U8:
+def send_round(
+    networks: Networks, decoder: str, picture: U8, mask: NDArray[np.bool_], trips: int, darker: float = 0.0
+) -> U8:
     """A picture whose hole was encoded and decoded `trips` times; what lies outside it is put back each time.
 
     decoder: "vae" or "asuka". picture: uint8 (H, W, 3), sides multiples of 8. mask: bool (H, W).
+    darker: by which share it is before the first encoding.
     """
     known = {"image": to_latent_range(picture), "mask": mask.astype(np.float32)[None, None]}
-    present = picture
+    present = np.rint((1 - darker) * picture).astype(np.uint8)
     for _ in range(trips):
         latent = networks.run("vae_encoder", image=to_latent_range(present))["mean"]
         if decoder == "asuka":
@@ -208,6 +211,22 @@ def measure_seam(bench: Benchmark, given: argparse.Namespace) -> None:
             ours, plain = (mean_of(found[decoder, trips], metric).mean for decoder in ("asuka", "vae"))
             bench.add(f"{metric}, asuka / vae, round trips {trips}", ours / plain, bound=bound)
     draw_seams(networks).save(given.work / "asuka-seam.png")
+
+
+def measure_shift(bench: Benchmark, given: argparse.Namespace) -> None:
+    """The same of latents that are darker than the picture: what ASUKA's decoder is made for."""
+    networks = EngineSet.load(open_engine(open_painter(given).engine).parts, given.threads)
+    metrics = (Grad(), RingColour())
+    for darker in (0.02, 0.05, 0.1):
+        found: dict[str, list[Readings]] = {"vae": [], "asuka": []}
+        for number in range(given.rooms):
+            scene, mask = draw_room(number)
+            for decoder, readings in found.items():
+                picture = send_round(networks, decoder, scene.image, mask, 1, darker)
+                readings.append(read_picture(metrics, picture, scene.image, mask))
+        for metric in (Grad.name, RingColour.name):
+            for decoder, readings in found.items():
+                bench.add(f"{decoder}, {darker:.0%} darker: {metric}", spell(mean_of(readings, metric), 2))
 
 
 def draw_seams(networks: Networks) -> Image.Image:
@@ -290,7 +309,7 @@ def measure_cost(bench: Benchmark, given: argparse.Namespace) -> None:
     bench.add("decoder of ASUKA / of the VAE", each["decoder of ASUKA"] / each["decoder of the VAE"])
 
 
-PARTS: Final = {"seen": measure_seen, "seam": measure_seam, "cost": measure_cost}
+PARTS: Final = {"seen": measure_seen, "seam": measure_seam, "shift": measure_shift, "cost": measure_cost}
 
 
 def main() -> int:

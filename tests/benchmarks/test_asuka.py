@@ -103,6 +103,8 @@ def test_round_trips_add_up_in_the_hole_alone(trips: int, brighter: int) -> None
     assert np.abs(sent[mask].astype(int) - 100 - brighter).max() <= trips
     assert np.array_equal(sent[~mask], picture[~mask])
     assert networks.calls == ["vae_encoder", "vae_decoder"] * trips
+    darker = asuka.send_round(networks, "vae", picture, mask, 1, darker=0.1)  # type: ignore[arg-type]
+    assert np.abs(darker[mask].astype(int) - 94).max() <= 1 and np.array_equal(darker[~mask], picture[~mask])
     assert np.array_equal(asuka.send_round(networks, "asuka", picture, mask, trips), picture)  # type: ignore[arg-type]
 
 
