@@ -25,14 +25,12 @@ class Way:
 
     kind: "text": what a user without ASUKA can do; "prior": what one with it can; "trial": to compare, in fewer rooms.
     fields: of the request.
-    remedy: False: by the alignment that was trained with `--revealed 0,0`.
     """
 
     name: str
     kind: Kind
     prompt: str = ""
     fields: tuple[tuple[str, Any], ...] = ()
-    remedy: bool = True
 
 
 def remove_with(**fields: Any) -> tuple[tuple[str, Any], ...]:
@@ -59,7 +57,6 @@ WAYS: Final = (
     Way(f'text "{_EMPTY}", prior negative', "prior", _EMPTY, (("prior", "negative"),)),
     Way('text "", prior negative', "trial", fields=(("prior", "negative"),)),
     Way(f'text "{_EMPTY}", prior concat', "prior", _EMPTY, (("prior", "concat"),)),
-    Way("remove, alignment without the remedy", "trial", fields=remove_with(), remedy=False),
 )  # fmt: skip
 #: ways that are painted where a thing stands, too: its shadow stays outside the hole
 BRIEF: Final = (WAYS[0], WAYS[1], REMOVE)
@@ -67,7 +64,7 @@ BRIEF: Final = (WAYS[0], WAYS[1], REMOVE)
 
 def count_rooms(way: Way, rooms: int, brief: bool = False) -> int:
     """In how many of the rooms a way is painted: in a quarter where it is a trial, or the comparison is `brief`."""
-    return -(-rooms // 4) if brief or (way.kind == "trial" and way.remedy) else rooms
+    return -(-rooms // 4) if brief or way.kind == "trial" else rooms
 
 
 @lru_cache(maxsize=8)

@@ -126,26 +126,23 @@ def mean_of(readings: Sequence[Readings], name: str) -> Mean:
 
 def measure_seen(bench: Benchmark, given: argparse.Namespace) -> None:
     """Rows of every way, and the goal: things seen, the best text against the best prior."""
-    works = {True: Work(given.work, open_painter(given))}
-    if given.without_remedy:
-        works[False] = Work(given.work, EnginePainter(given.work, given.without_remedy, given.steps, given.threads))
-    ways = [way for way in WAYS if way.remedy in works]
+    work = Work(given.work, open_painter(given))
     tables: dict[Room, dict[str, list[Readings]]] = {"empty room": {}, "thing's room": {}}
-    plans: list[tuple[Way, Room]] = [(way, "empty room") for way in ways] + [(way, "thing's room") for way in BRIEF]
+    plans: list[tuple[Way, Room]] = [(way, "empty room") for way in WAYS] + [(way, "thing's room") for way in BRIEF]
     for way, room in plans:
         rooms = count_rooms(way, given.rooms, brief=room != "empty room")
-        found = [works[way.remedy].read(way, room, number) for number in range(rooms)]
+        found = [work.read(way, room, number) for number in range(rooms)]
         tables[room][way.name] = found
         sys.stderr.write(f"{room}, {way.name}: a thing in {mean_of(found, ObjectSeen.name).mean:.3f}\n")
     bench.add("rooms", given.rooms)
     bench.add("steps of a picture", given.steps)
     for room, table in tables.items():
         add_table(bench, room, table)
-    count = {way.name: sum(each[ObjectSeen.name] for each in tables["empty room"][way.name]) for way in ways}
-    text, prior = (min(count[way.name] for way in ways if way.kind == kind) for kind in ("text", "prior"))
+    count = {way.name: sum(each[ObjectSeen.name] for each in tables["empty room"][way.name]) for way in WAYS}
+    text, prior = (min(count[way.name] for way in WAYS if way.kind == kind) for kind in ("text", "prior"))
     bench.add("things seen: best text / best prior (none seen counts as one)", text / max(prior, 1), bound=">= 3")
     bench.add("things seen: best text / remove", text / max(count[REMOVE.name], 1))
-    draw_rooms([(way, works[way.remedy]) for way in ways]).save(given.work / "asuka-seen.png")
+    draw_rooms(work).save(given.work / "asuka-seen.png")
 
 
 def add_table(bench: Benchmark, room: str, table: Mapping[str, list[Readings]]) -> None:
@@ -154,13 +151,13 @@ def add_table(bench: Benchmark, room: str, table: Mapping[str, list[Readings]]) 
             bench.add(f"{room}, {name}: {metric}", spell(mean_of(found, metric), digits))
 
 
-def draw_rooms(ways: Sequence[tuple[Way, Work]]) -> Image.Image:
+def draw_rooms(work: Work) -> Image.Image:
     """The first rooms, with every way's picture; marked where a thing is seen."""
     rows = []
     for number in range(SHOWN):
         scene, mask = draw_room(number)
         tiles = [(mark_region(Image.fromarray(scene.background), show_mask(mask)), "the hole")]
-        for way, work in ways:
+        for way in WAYS:
             with Image.open(work.picture_of(way, "empty room", number)) as opened:
                 picture = opened.convert("RGB")
             seen = work.read(way, "empty room", number)[ObjectSeen.name]
@@ -316,7 +313,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, required=True)
     parser.add_argument("--asuka", type=Path, metavar="FOLDER", help="default: ASUKA of the embedded base")
-    parser.add_argument("--without-remedy", type=Path, metavar="FOLDER", help="seen: trained with --revealed 0,0")
     parser.add_argument("--rooms", type=int, default=200)
     parser.add_argument("--steps", type=int, default=12, help="of a picture")
     parser.add_argument("--repeats", type=int, default=5)
