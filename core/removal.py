@@ -12,6 +12,5 @@ REMOVAL: Final[RequestFields] = {
     "decoder": "asuka",
     "guidance_scale": 1.0,
     "subject": "",
-    "lcg_fraction": 1.0,
     "patched_fraction": 1.0,  # the alignment learnt on the patched UNet alone
 }
