@@ -71,8 +71,8 @@ Asuka = Annotated[
 Tokens = Annotated[
     Path | None,
     typer.Option(
-        help="Token adapter of the base: adds the networks that make tokens of a subject's one picture, which no request "
-        "uses yet; default: token_adapter.safetensors in the base's folder."
+        help="Token adapter of the base: adds the networks that make tokens of a subject's one picture, which no "
+        "request uses yet; default: token_adapter.safetensors in the base's folder."
     ),
 ]
 Sampler = Annotated[Literal["dpmpp_2m_sde", "euler", "lcm"] | None, typer.Option(help="What requests use by default.")]

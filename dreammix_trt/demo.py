@@ -16,12 +16,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from dreammix_trt.core.attributes import FILE_NAME as ATTRIBUTES
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.files import atomic_file
-from dreammix_trt.report import Figure, Row, contact_sheet, enlarge_region, html_report, mark_region, stage_sheet
+from dreammix_trt.core.removal import REMOVAL
+from dreammix_trt.report import (
+    Figure,
+    Row,
+    contact_sheet,
+    enlarge_border,
+    enlarge_region,
+    html_report,
+    mark_region,
+    stage_sheet,
+)
 
 if TYPE_CHECKING:
     from dreammix_trt.core.passport import Passport
@@ -32,7 +42,7 @@ if TYPE_CHECKING:
 Update = Callable[[str, float, str], None]
 _IDENTITY = "a photo of a sks mug"
 _EDITS = ("a red sks mug", "a yellow sks mug", "a sks mug with a yellow star", "a striped sks mug")
-_PICTURES, _PHOTOS = 15, 5
+_PICTURES, _PHOTOS = 18, 5
 _MADE = ("lora", "engine", ATTRIBUTES, "contact_sheet.png", "stages.png", "report.html")
 
 
@@ -161,6 +171,18 @@ def find_places(
     return places
 
 
+def find_thing(side: int) -> Spot:
+    """A room of `side` pixels with a thing in it, and the region that a brush would mark: the thing and its shadow."""
+    from dreammix_trt.trainer.micro import world
+
+    rng = np.random.default_rng([91_000, 3])
+    what = world.random_attributes(rng, held_out=True)
+    scene = world.render_scene(rng, what, side, object_size=float(rng.uniform(0.4, 0.55)) * side)
+    changed = np.abs(scene.image.astype(np.int16) - scene.background).max(axis=2) > 8
+    brushed = world.show_mask(changed).filter(ImageFilter.MaxFilter(side // 40 * 2 + 1))
+    return Spot(Image.fromarray(scene.image), brushed)
+
+
 class Gallery:
     """Every picture of the sheet, made by one loaded engine."""
 
@@ -181,6 +203,7 @@ class Gallery:
             self._edit_row(),
             self._small_row(),
             self._photograph_row(),
+            self._removal_row(),
             self._base_row(),
         ]
 
@@ -224,6 +247,21 @@ class Gallery:
             Figure(picture, "the same size, the rest untouched"),
         ]
         return Row("In a large picture, at its own resolution", tiles, "Look for the region's edge.")
+
+    def _removal_row(self) -> Row:
+        place = find_thing(self._dm.facts.native_side)
+        by_text = self._paint(place, "", 80, subject="")
+        removed = self._paint(place, "", 80, **REMOVAL)
+        by_vae = self._paint(place, "", 80, **{**REMOVAL, "decoder": "vae"})
+        tiles = [
+            Figure(mark_region(place.image, place.mask), "what is to go"),
+            Figure(by_text, "an empty prompt paints something"),
+            Figure(removed, "`remove`"),
+            Figure(enlarge_border(by_vae, place.mask), "decoded by the VAE (enlarged)"),
+            Figure(enlarge_border(removed, place.mask), "by ASUKA's decoder, the default (enlarged)"),
+        ]
+        note = "Nothing is to stand where the thing stood; look for the region's edge in the enlarged parts."
+        return Row("Taken out", tiles, note)
 
     def _base_row(self) -> Row:
         wanted = {

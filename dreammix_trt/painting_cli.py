@@ -102,8 +102,10 @@ def choose_options(
     base: of a passport. A request has one subject and frames of two sizes, one a stage; its own prompts always have
     room. On a GPU its pictures are painted one after the other.
     """
+    from dreammix_trt.core.asuka import PriorConfig
     from dreammix_trt.core.pictures import read_image
     from dreammix_trt.core.remarks import keep_remarks
+    from dreammix_trt.engine import Options
 
     asked: dict[str, Any] = {} if residency is None else {"residency": residency}
     if device != "cuda":
@@ -113,6 +115,8 @@ def choose_options(
     else:
         with keep_remarks(tell=False):  # painting reads it again, and tells them
             height, width = read_image(image).size
+    if request.prior == "concat":  # its rows stand beside as many of the text's as else have room
+        asked["context"] = Options().context + PriorConfig().tokens
     return asked | {"largest_picture": height * width, "subjects": 1, "texts": 1, "shapes": 2}
 
 

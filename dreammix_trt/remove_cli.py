@@ -18,12 +18,14 @@ from dreammix_trt.painting_cli import (
     MaskFromAlpha,
     NoMetadata,
     Out,
+    Residency,
     SaveStages,
     Seed,
     Steps,
     Verify,
     check_outputs,
     choose_mask,
+    choose_options,
     follow,
     join_fields,
     need_image,
@@ -51,7 +53,7 @@ PANELS = {
     "What is taken out": ("image", "mask", "mask_from_alpha", "prior_image", "seed", "count"),
     "How it is painted": ("steps", "feather", "set_field"),
     "What is written": ("out", "force", "save_stages", "no_metadata", "as_json"),
-    "What it runs on": ("device", "threads", "store", "verify"),
+    "What it runs on": ("device", "residency", "threads", "store", "verify"),
 }
 
 
@@ -72,6 +74,7 @@ def remove(
     force: Force = False,
     verify: Verify = False,
     device: Device = "cpu",
+    residency: Residency = None,
     threads: Threads = None,
     store: Store = None,
     as_json: AsJson = False,
@@ -82,8 +85,6 @@ def remove(
     from dreammix_trt.core.request import Request
     from dreammix_trt.engine.dreammix import DreamMix
 
-    if device == "cuda":
-        raise InputError("--device cuda: removals run on the CPU alone so far; leave it, with an engine for the CPU")
     image, mask = need_image(image, None), choose_mask(mask, mask_from_alpha)
     image, mask, _ = read_standard_input(image, mask, None)
     base = Passport.read(engine).base
@@ -93,8 +94,9 @@ def remove(
     if request.prompt:
         raise InputError(f"prompt is {request.prompt!r}: a removal has none; inpaint paints what a prompt says")
     check_outputs(out, save_stages, request.num_images_per_prompt, force=force, as_json=as_json)
+    given = choose_options(device, residency, request, image, base)
     with (
-        DreamMix.load(engine, threads=threads, verify=verify, store=store, device=device) as dm,
+        DreamMix.load(engine, threads=threads, verify=verify, store=store, device=device, **given) as dm,
         show_progress("removing") as update,
     ):
         keep = save_stages is not None

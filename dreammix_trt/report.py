@@ -100,6 +100,19 @@ def enlarge_region(image: Image.Image, mask: Image.Image, margin: float = 0.35) 
     return image.convert("RGB").crop((x, y, x + side, y + side))
 
 
+def enlarge_border(image: Image.Image, mask: Image.Image, share: float = 0.25) -> Image.Image:
+    """A square around the rightmost pixel of the marked region's upper half; its side is `share` of the short side."""
+    region = mask.convert("L").point(lambda value: 255 if value > 127 else 0)
+    _, top, _, bottom = region.getbbox() or (0, 0, *image.size)
+    upper = region.crop((0, top, image.width, (top + bottom + 1) // 2))
+    right = (upper.getbbox() or (0, 0, image.width, 0))[2]
+    column = upper.crop((right - 1, 0, right, upper.height)).getbbox() or (0, 0, 1, upper.height)
+    side = max(1, round(share * min(image.size)))
+    x, y = right - side // 2, top + (column[1] + column[3]) // 2 - side // 2
+    x, y = min(max(x, 0), image.width - side), min(max(y, 0), image.height - side)
+    return image.convert("RGB").crop((x, y, x + side, y + side))
+
+
 def stage_sheet(result: Result) -> Image.Image:
     """One row: what each stage of a request did (needs a result made with `keep_stages`)."""
     tiles = [Figure(picture, name.replace("_", " ")) for name, picture in result.stages.items()]

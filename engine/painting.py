@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from dreammix_trt.core.errors import NotFiniteError
 from dreammix_trt.core.networks import kind_of, twin_name
-from dreammix_trt.core.schedule import Schedule, Step
+from dreammix_trt.core.request import Prior, Request
+from dreammix_trt.core.schedule import Schedule, Stage, Step
 
 U8 = npt.NDArray[np.uint8]
 #: (picture's number, whether the whole canvas is wanted) -> the canvas with the frame pasted, uint8 (H, W, 3), or the
@@ -142,6 +143,11 @@ def _run_to_end(steps: Steps) -> tuple[list[U8], Progress | None]:
         except StopIteration as end:
             pictures: list[U8] = end.value
             return pictures, last
+
+
+def prior_in(stage: Stage, request: Request, schedule: Schedule) -> Prior | None:
+    """What ASUKA's prior is to a stage's condition; None: no part of it. Beside the text it is in the last alone."""
+    return request.prior if request.prior != "concat" or stage == schedule[-1].stage else None
 
 
 def describe_overflow(network: str, how: str) -> str:

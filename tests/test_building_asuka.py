@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from dreammix_trt.building import BaseSources, build  # noqa: E402
+from dreammix_trt.building import parts as parts_module  # noqa: E402
 from dreammix_trt.core.asuka_folder import PARTS, write_asuka  # noqa: E402
 from dreammix_trt.core.checkpoint import BaseFiles  # noqa: E402
 from dreammix_trt.core.errors import FileFormatError  # noqa: E402
@@ -80,6 +81,21 @@ def test_they_are_parts_with_keys_of_their_own(engine: Path, small_base: Path, f
     )
     other = build(out=tmp_path / "other", base=small_base, asuka=tmp_path / "asuka").parts
     assert [name for name in parts if other[name] != parts[name]] == ["asuka_decoder"]
+
+
+def test_the_embedded_base_brings_its_own(test_home: Path, tmp_path: Path) -> None:
+    """So `remove` works with nothing but what pip installed, and nothing has to be traced."""
+    told: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts_module, "write_graph", lambda *_: pytest.fail("a graph was traced"))
+        passport = build(out=tmp_path / "engine", verify=False, notice=told.append)
+    assert {*NAMES} <= passport.parts.keys() and told == []
+    assert "--asuka" not in passport.command
+    image, mask = make_scene()
+    with DreamMix.load(tmp_path / "engine", threads=1) as dm:
+        result = dm.remove(image, mask, num_inference_steps=2)
+    assert result.warnings == ()
+    assert (np.asarray(result.images[0])[:16] == image[:16]).all()
 
 
 def test_those_of_the_base_s_folder_are_found_and_looked_at_by_build_alone(small_base: Path, tmp_path: Path) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.passport import Passport
-from dreammix_trt.demo import _EDITS, check_folder, demo_subject, run_demo
+from dreammix_trt.demo import _EDITS, check_folder, demo_subject, find_thing, run_demo
 from dreammix_trt.engine.retrieval import retrieve
-from dreammix_trt.report import Figure, Row, contact_sheet, enlarge_region, mark_region
+from dreammix_trt.report import Figure, Row, contact_sheet, enlarge_border, enlarge_region, mark_region
 from dreammix_trt.trainer.micro.captions import dictionary_of
 
 
@@ -111,6 +112,22 @@ def test_a_region_is_enlarged_with_a_margin_around_it() -> None:
     corner = Image.new("L", (100, 100), 0)
     corner.paste(255, (0, 0, 20, 20))
     assert enlarge_region(picture, corner).getcolors() == [(34 * 34, (255, 0, 0))]  # nothing from outside the picture
+
+
+def test_a_border_is_enlarged_where_the_region_s_upper_half_ends() -> None:
+    picture, mask = Image.new("RGB", (100, 80), "red"), Image.new("L", (100, 80), 0)
+    mask.paste(255, (20, 20, 60, 40))
+    mask.paste(255, (20, 40, 90, 60))  # a shadow, wider than the thing
+    picture.paste((0, 0, 255), mask=mask)
+    part = enlarge_border(picture, mask)
+    assert part.size == (20, 20)
+    assert sorted(part.getcolors() or ()) == [(200, (0, 0, 255)), (200, (255, 0, 0))]
+
+
+def test_the_thing_that_is_taken_out_is_marked_with_its_shadow() -> None:
+    place = find_thing(128)
+    marked = np.asarray(place.mask) > 127
+    assert place.image.size == (128, 128) and 0.15 < marked.mean() < 0.35
 
 
 def test_a_demo_replaces_what_a_demo_wrote_and_nothing_else(tmp_path: Path) -> None:

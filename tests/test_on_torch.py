@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
+from dreammix_trt.building import build
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import DreamMixError, EngineError, FileFormatError, InputError, OutOfMemoryError
 from dreammix_trt.core.subject import read_subject
@@ -24,6 +25,7 @@ from dreammix_trt.engine.text import Tokenizer
 from dreammix_trt.export.torch_backend.on_device import TorchNetworks
 from dreammix_trt.on_torch import load_torch
 from tests.engine.conftest import make_scene
+from tests.support.asuka import write_small_asuka
 
 RAW = ("unet_raw_kv", "unet_raw")
 BASE = ("text_encoder", "text_encoder_2", "unet_kv", "unet", *RAW, "inpaint_head", "vae_encoder", "vae_decoder")
@@ -46,6 +48,24 @@ def test_torch_paints_what_the_engine_paints(small_base: Path, mug_engine: Path)
         )
     assert np.abs(got - expected).max() <= 1
     assert np.mean(got != expected) < 1e-2
+
+
+def test_asuka_in_torch_paints_what_the_engine_paints(test_home: Path, small_base: Path, tmp_path: Path) -> None:
+    write_small_asuka(tmp_path / "asuka", BaseFiles.open(small_base))
+    build(out=tmp_path / "engine", base=small_base, asuka=tmp_path / "asuka")
+    base, options = BaseFiles.open(small_base, asuka=tmp_path / "asuka"), Options(largest_picture=128 * 128, subjects=1)
+    kinds: tuple[dict[str, Any], ...] = ({"prior": "negative", "decoder": "asuka"}, {"prior": "concat"})
+    with (
+        SimulatedDevice() as device,
+        load_torch(base, dtype="float32", device=device, torch_device="cpu", options=options) as torch_dm,
+        DreamMix.load(tmp_path / "engine", threads=1) as host,
+    ):
+        for fields in kinds:
+            got, expected = (
+                dm.inpaint(*make_scene(), "a red mug", num_inference_steps=4, seed=3, **fields).images[0]
+                for dm in (torch_dm, host)
+            )
+            assert np.abs(np.asarray(got).astype(int) - np.asarray(expected)).max() <= 2
 
 
 @pytest.mark.parametrize("residency", ["swap", "one-unet"])

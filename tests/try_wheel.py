@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def paint(folder: str, store: list[str]) -> None:
-    """Build the embedded base and paint with it: the box changes, what is far from it does not."""
+    """Build the embedded base, paint with it and take something out: the box changes, what is far from it does not."""
     from PIL import Image, ImageChops, ImageDraw
 
     picture, mask = Image.new("RGB", (320, 256), (200, 190, 170)), Image.new("L", (320, 256), 0)
@@ -54,15 +54,19 @@ def paint(folder: str, store: list[str]) -> None:
     picture.save(Path(folder, "table.png"))
     mask.save(Path(folder, "mask.png"))
     run("build", "--out", "engine", *store, folder=folder)
-    words = ["--image", "table.png", "--mask", "mask.png", "--prompt", "a red mug", "--steps", "4", "--out", "out.png"]
-    run("inpaint", "engine", *words, *store, folder=folder)
-    with Image.open(Path(folder, "out.png")) as painted:
-        assert painted.size == picture.size
-        changed = ImageChops.difference(painted.convert("RGB"), picture)
-    inside = changed.crop(BOX).convert("L")
-    assert sum(inside.histogram()[9:]) > inside.width * inside.height // 2, "the marked region looks as before"
-    left, right = changed.crop((0, 0, 60, 256)), changed.crop((260, 0, 320, 256))
-    assert left.getbbox() is None and right.getbbox() is None, "the picture changed far from its mask"
+    given = ["--image", "table.png", "--mask", "mask.png", "--steps", "4", *store]
+    run("inpaint", "engine", *given, "--prompt", "a red mug", "--out", "out.png", folder=folder)
+    run("remove", "engine", *given, "--out", "empty.png", folder=folder)
+    for name in ("out.png", "empty.png"):
+        with Image.open(Path(folder, name)) as painted:
+            assert painted.size == picture.size
+            changed = ImageChops.difference(painted.convert("RGB"), picture)
+        left, right = changed.crop((0, 0, 60, 256)), changed.crop((260, 0, 320, 256))
+        assert left.getbbox() is None and right.getbbox() is None, f"{name} changed far from its mask"
+        inside = changed.crop(BOX).convert("L")
+        assert inside.getbbox() is not None, f"{name}: nothing was painted"
+        if name == "out.png":
+            assert sum(inside.histogram()[9:]) > inside.width * inside.height // 2, "the marked region looks as before"
 
 
 if __name__ == "__main__":

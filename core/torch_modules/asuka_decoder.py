@@ -47,17 +47,31 @@ class AsukaDecoder(nn.Module):
 
         Returns (B, 3, 8h, 8w) in about [-1, 1].
         """
-        known = self.condition(image, mask)[::-1]
-        holes = _shrink(mask)[::-1]
-        x = latent if self.post_quant_conv is None else self.post_quant_conv(latent)
-        x = self.decoder.mid_block(self.decoder.conv_in(x))
+        known, holes = self.trace_condition(image, mask)
+        x = self._begin(latent)
         for inject, block, condition, hole in zip(
-            self.injections[:-1], self.decoder.up_blocks, known[:-1], holes, strict=True
+            self.injections[:-1], self.decoder.up_blocks, known[:-1], holes[:-1], strict=True
         ):
             x = block(inject(x, condition, hole))
-        x = self.injections[-1](x, known[-1], mask)
+        x = self.injections[-1](x, known[-1], holes[-1])
         picture: Tensor = self.decoder.conv_out(self.decoder.conv_act(self.decoder.conv_norm_out(x)))
         return picture
+
+    def trace_condition(self, image: Tensor, mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """What each injection takes where the hole is not, (B, C, H, W), and the hole there, (B, 1, H, W)."""
+        return self.condition(image, mask)[::-1], [*_shrink(mask)[::-1], mask]
+
+    def trace_latent(self, latent: Tensor) -> list[Tensor]:
+        """What reaches each injection when none takes place, (B, C, H, W)."""
+        found = [self._begin(latent)]
+        for block in self.decoder.up_blocks:
+            found.append(block(found[-1]))
+        return found
+
+    def _begin(self, latent: Tensor) -> Tensor:
+        x = latent if self.post_quant_conv is None else self.post_quant_conv(latent)
+        begun: Tensor = self.decoder.mid_block(self.decoder.conv_in(x))
+        return begun
 
 
 class ConditionEncoder(nn.Module):

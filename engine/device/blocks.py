@@ -16,15 +16,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dreammix_trt.core.asuka_pictures import shrink_for_prior
 from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.core.schedule import Schedule, time_ids
+from dreammix_trt.core.request import Prior
+from dreammix_trt.core.schedule import STAGES, Schedule, Stage, time_ids
 from dreammix_trt.core.seam import BaseFacts
 from dreammix_trt.engine.canvas.frames import Canvas
 from dreammix_trt.engine.canvas.geometry import Size, floor_to_cells, mask_bounds
 from dreammix_trt.engine.device.arena import Regions
 from dreammix_trt.engine.device.records import CUT, FIELD, JOB, SHEET, STEP, STEP_FIELDS
 from dreammix_trt.engine.kernels import Box
+from dreammix_trt.engine.painting import prior_in
 from dreammix_trt.engine.prompts import count_prompts
 from dreammix_trt.engine.runtime import Work
 from dreammix_trt.engine.text import TasPlan
@@ -91,6 +94,16 @@ class Picture:
         return (self.first,) if self.second is None else (self.first, self.second)
 
     @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Their names, in their order."""
+        first = self.work.schedule[0].stage
+        return (first,) if self.second is None else (first, "gch")
+
+    def prior_in(self, stage: Stage) -> Prior | None:
+        """See `engine.painting.prior_in`."""
+        return prior_in(stage, self.work.request, self.work.schedule)
+
+    @property
     def dilate(self) -> int:
         """Pixels by which the first stage repaints more than the mask."""
         return self.work.request.dilate_of(self.work.schedule[0].stage)
@@ -113,6 +126,8 @@ class Picture:
             self.keeps_local,
             tuple(step.network for step in schedule),
             self.work.request.guided,
+            self.work.request.prior,
+            self.work.request.decoder,
             self.work.prompts.text_rows,
             self.work.prompts.extra,
             self.work.subject,
@@ -124,13 +139,16 @@ def _frame_stage(canvas: Canvas, field: float) -> Framing:
     return Framing(box, canvas.work_size(box))
 
 
-def list_regions(pictures: int, context: int, width: int) -> Regions:
+def list_regions(pictures: int, context: int, width: int, prior_side: int | None = None) -> Regions:
     """Device memory for what a batch uploads, in its order. The tables come last; only a part of them is used.
 
     pictures: the largest batch.
     context: rows of the longest condition.
     width: numbers of a row.
+    prior_side: of the pictures that ASUKA's prior takes; None: the base has no prior.
     """
+    shown = (pictures, len(STAGES), 4, prior_side or 0, prior_side or 0)
+    prior: Regions = {"prior pictures": (shown, "float32"), "prior weights": ((pictures,), "float32")}
     return {
         "records": ((pictures, PICTURE.itemsize), "uint8"),
         "jobs": ((pictures, JOB.itemsize), "uint8"),
@@ -139,6 +157,7 @@ def list_regions(pictures: int, context: int, width: int) -> Regions:
         "text weights": ((pictures * count_prompts(context), 2, TOKENS), "float32"),
         "tas plans": ((pictures, measure_tas_plan(context)), "int32"),
         "appended": ((pictures * 2 * max(context - TOKENS, 1), width), "float32"),
+        **(prior if prior_side else {}),
         "tables": ((pictures * TABLE,), "int32"),
     }
 
@@ -166,8 +185,28 @@ def fill_block(batch: Sequence[Picture], facts: BaseFacts) -> list[tuple[str, np
     extra = [picture.work.prompts.appended for picture in batch if picture.work.prompts.appended is not None]
     if extra:
         filled["appended"] = np.concatenate([rows.reshape(-1, rows.shape[-1]) for rows in extra])
+    if batch[0].work.request.prior is not None:
+        assert facts.prior_side is not None
+        filled["prior pictures"] = np.stack([_show_prior(picture, facts.prior_side) for picture in batch])
+        filled["prior weights"] = np.array([picture.work.request.prior_weight for picture in batch], np.float32)
     filled["tables"] = tables.join()
     return [(name, np.ascontiguousarray(values).reshape(-1).view(np.uint8)) for name, values in filled.items()]
+
+
+def _show_prior(picture: Picture, side: int) -> npt.NDArray[np.float32]:
+    """What ASUKA's prior is shown of a picture's frames: float32 (stages, 4, side, side), the picture and the mask.
+
+    The frames are cut on the host, as it does for itself: what is uploaded is small.
+    """
+    work, shown = picture.work, np.zeros((len(STAGES), 4, side, side), np.float32)
+    for number, stage in enumerate(picture.stages):
+        if picture.prior_in(stage) is None:
+            continue
+        field, dilate = work.request.field_of(stage), 0 if number else picture.dilate
+        frame = work.canvas.first_frame(field, fill=False, dilate=dilate)
+        seen = frame.image if work.prior_image is None else work.canvas.crop(work.prior_image, frame)
+        shown[number] = np.concatenate(shrink_for_prior(seen, frame.mask, side), axis=1)[0]
+    return shown
 
 
 def measure_tas_plan(rows: int) -> int:
@@ -310,5 +349,5 @@ def check_batch(batch: Sequence[Picture]) -> None:
     if len({picture.variant for picture in batch}) > 1:
         raise InputError(
             "pictures of one batch must have frames of one size, one subject at one strength, and equal steps, "
-            "guidance and stages; paint them one after the other"
+            "guidance, stages, prior and decoder; paint them one after the other"
         )

@@ -33,6 +33,24 @@ class Frames:
             self._cut(cut, picture, channels=3, out=frame)
             self.give_to_network(k, which, frame, network=True, mask=network_mask)
 
+    def show_frame(self, k: int, which: str, mask: Array) -> None:
+        """Cut picture k's frame for ASUKA's decoder: the plain picture and the mask, into `RoomTools.seen`.
+
+        mask: uint8 (H, W) of the canvas.
+        """
+        tools = self._tools
+        network_mask, (image, seen) = self._cut_mask(k, which, mask), tools.seen()
+        height, width = tools.room.shape.size
+        whole = {"out": None if seen.half else seen, "network": seen if seen.half else None}
+        tools.launch("latent_mask", mask=network_mask, **whole, height=height, width=width, factor=1, half=seen.half)
+        cut, picture = tools.record(k, f"image_{which}"), tools.canvas(k, "image")
+        if tools.fits:
+            self._cut(cut, picture, channels=3, network=image, half=image.half)
+        else:
+            self._cut(cut, picture, channels=3, out=tools.work_frame())
+            fit = tools.record(k, f"fit_{which}")
+            self._cut(fit, tools.work_frame(), channels=3, network=image, half=image.half)
+
     def give_to_network(self, k: int, which: str, frame: Array, *, network: bool, mask: Array | None = None) -> None:
         """Give a picture of the work size to the VAE as its input.
 

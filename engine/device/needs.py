@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
 from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import EngineError, InputError
 from dreammix_trt.core.networks import KINDS
+from dreammix_trt.core.schedule import Stage
 from dreammix_trt.core.seam import BaseFacts, DeviceNetworks
 from dreammix_trt.engine.canvas.geometry import Size
-from dreammix_trt.engine.device import blocks, phases, room, slot_layout, texts
+from dreammix_trt.engine.device import blocks, phases, prior, room, slot_layout, texts
 from dreammix_trt.engine.device.arena import Regions, measure_regions
 from dreammix_trt.engine.device.blocks import Picture
 from dreammix_trt.engine.device.memory_plan import MemoryPlan, Options, plan_memory
@@ -78,12 +80,33 @@ class Needs:
             )
         return length
 
+    @cached_property
+    def prior_rows(self) -> int:
+        """Rows of the condition that ASUKA's prior makes; 0: the base has no prior."""
+        return prior.count_rows(self._networks)
+
+    def shape_room(self, batch: Sequence[Picture], stage: Stage, *, safe: bool) -> RoomShape:
+        """The shape of the room in which a batch runs a stage. Raises InputError for a condition that does not fit."""
+        first, context, against = batch[0], batch[0].work.prompts.context, 0
+        match first.prior_in(stage):
+            case "alone":
+                context = self.prior_rows
+            case "concat":
+                context += self.prior_rows
+            case "negative":
+                against = self.prior_rows
+        for length in filter(None, (context, against)):
+            self.check_context(length)
+        work = first.framings[first.stages.index(stage)].work
+        return RoomShape(work, len(batch), 2 if first.work.request.guided else 1, context, safe, against)
+
     def check_picture(self, picture: Picture) -> None:
         """Raise InputError for a picture that exceeds the memory set aside, or that the networks do not take."""
         work = picture.work
         blocks.check_size(work.canvas, self._options.largest_picture)
         blocks.check_tables(picture)
-        self.check_context(work.prompts.context)
+        for stage in picture.stages:
+            self.shape_room([picture], stage, safe=False)
         largest = self.largest.work
         for framing in picture.framings:
             if any(side % self._facts.divisor for side in framing.size):
@@ -101,17 +124,21 @@ class Needs:
     def blocks(self) -> Regions:
         """The regions that a batch's records fill."""
         width, _ = texts.find_widths(self._networks)
-        return blocks.list_regions(self._options.pictures, self.most_context, width)
+        side = self._facts.prior_side if self.prior_rows else None
+        return blocks.list_regions(self._options.pictures, self.most_context, width, side)
 
     @cached_property
     def shared(self) -> Regions:
         """The regions of the arena that every memory plan has."""
         options, networks = self._options, self._networks
         return {
-            **phases.list_regions(measure_scratch, self.largest, options.largest_picture),
+            **phases.list_regions(
+                measure_scratch, self.largest, options.largest_picture, sees="asuka_decoder" in networks
+            ),
             **self.blocks,
             **room.list_regions(networks, self.largest),
             **texts.list_regions(networks, options.pictures, 2, options.texts, self.most_context),
+            **prior.list_regions(networks),
             **slot_layout.list_tables(self.slotted, options.subjects),
             "workspace": ((self._measure_workspace(),), "uint8"),
         }
@@ -148,8 +175,9 @@ class Needs:
     def _measure_workspace(self) -> int:
         """Scratch for the network that needs most: they never run at once. Twins get theirs when they are needed."""
         present = [kind for kind in KINDS if kind.name in self._networks]
-        sides = {kind.name: self.largest.sides_of(kind.call) for kind in present}
-        return max([256, *(self._networks.workspace_bytes(name, each) for name, each in sides.items())])
+        shapes = [self.largest, replace(self.largest, against=self.most_context)] if self.prior_rows else [self.largest]
+        sides = {(kind.name, each) for kind in present for shape in shapes for each in shape.sides_of(kind.call)}
+        return max([256, *(self._networks.workspace_bytes(name, each) for name, each in sides)])
 
 
 def measure_scratch(kernel: str, pictures: int, height: int, width: int) -> int:

@@ -17,7 +17,7 @@ from dreammix_trt.engine.device import phases
 from dreammix_trt.engine.device.blocks import Picture
 from dreammix_trt.engine.device.memory_plan import explain_memory
 from dreammix_trt.engine.device.phases import Phases
-from dreammix_trt.engine.device.room import Room, RoomShape
+from dreammix_trt.engine.device.room import Room
 from dreammix_trt.engine.device.weights import Chosen
 from dreammix_trt.engine.drivers.device import Mark
 from dreammix_trt.engine.painting import Preview, paint_safely
@@ -81,10 +81,8 @@ class DevicePainter:
         studio, first = self._studio, self._batch[0]
         studio.pace.wait()
         studio.leave_rooms()  # those of a batch that was not finished
-        rows = 2 if first.work.request.guided else 1
-        context = studio.needs.check_context(first.work.prompts.context)
-        for framing in first.framings:
-            shape = RoomShape(framing.work, len(self._batch), rows, context, self._safe)
+        for stage in first.stages:
+            shape = studio.needs.shape_room(self._batch, stage, safe=self._safe)
             same = next((entered for entered in self._rooms if entered[0].shape == shape), None)
             self._rooms.append(same or studio.rooms.enter(shape))
         if not self.marks:
@@ -96,6 +94,7 @@ class DevicePainter:
         studio.transfers.upload(self._batch, studio.facts, studio.stream)
         self._mark("upload")
         self._prepare_texts()
+        self._ask_prior()
         studio.residency.need("vae_encoder", "inpaint_head", safe=self._safe)
         if "inpaint_head" in studio.networks:  # the raw UNet never gets the head's feature
             studio.device.clear(studio.arena["no feature"], studio.stream)
@@ -123,11 +122,12 @@ class DevicePainter:
         """Decode the first stage's pictures, start the second stage."""
         self._check_turn()
         self._mark("loop")
-        self._studio.residency.need(*names_of_group("picture"), safe=self._safe)
+        self._need_decoder(*names_of_group("picture"))
+        for k in range(len(self._batch)):
+            self._play(phases.DecodeLocal(k, "x" if self.keeps_local else "x0", self._see(k)))
+        self._now = 1
+        self._studio.residency.need("vae_encoder", "inpaint_head", safe=self._safe)
         for k, picture in enumerate(self._batch):
-            self._now = 0
-            self._play(phases.DecodeLocal(k, "x" if self.keeps_local else "x0"))
-            self._now = 1
             self._play(phases.HandOver(k, picture.work.request.gch_background == "original"))
         self._attended = ""  # the second stage has another text
         self._count_from(step.index)
@@ -139,9 +139,9 @@ class DevicePainter:
         self._check_turn()
         self._mark("loop")
         studio = self._studio
-        studio.residency.need("vae_decoder", safe=self._safe)
+        self._need_decoder("vae_decoder")
         for k, picture in enumerate(self._batch):
-            self._play(phases.Finish(k, picture.second is not None, picture.keeps_local))
+            self._play(phases.Finish(k, picture.second is not None, picture.keeps_local, self._see(k)))
         self._mark("finish")
         collect = studio.transfers.download([picture.work.canvas.size for picture in self._batch], studio.stream)
         self._mark("download")
@@ -183,17 +183,46 @@ class DevicePainter:
         return self._rooms[self._now][0]
 
     def _prepare_texts(self) -> None:
-        """Write the texts of every picture."""
+        """Write the texts of every picture, where they count."""
         studio = self._studio
         studio.device.clear(studio.arena["flags"], studio.stream)
-        plans = [picture.work.prompts for picture in self._batch]
+        alone = self._batch[0].work.request.prior == "alone"
+        plans = [] if alone else [picture.work.prompts for picture in self._batch]
         if any(studio.texts.lacks(plan) for plan in plans):
             studio.residency.need(*names_of_group("text"), safe=self._safe)
-        dtype = self._room.text.dtype
+        stages, dtype = self._batch[0].stages, self._room.texts[0].dtype
+        shapes = {stage: room.shape for stage, (room, _) in zip(stages, self._rooms, strict=True)}
         for k, plan in enumerate(plans):
-            context, capture = self._room.shape.context, studio.residency.captures
-            studio.texts.compose(k, context, dtype, plan, self._chosen, safe=self._safe, capture=capture)
+            capture = studio.residency.captures
+            studio.texts.compose(k, shapes, dtype, plan, self._chosen, safe=self._safe, capture=capture)
         self._mark("text")
+
+    def _ask_prior(self) -> None:
+        """Write what ASUKA's prior says of every picture's frames, where it is asked for."""
+        kinds = [(stage, self._batch[0].prior_in(stage)) for stage in self._batch[0].stages]
+        if not any(kind for _, kind in kinds):
+            return
+        self._studio.residency.need("asuka_prior", safe=self._safe)
+        for number, (stage, kind) in enumerate(kinds):
+            self._now = number
+            for k in range(len(self._batch) if kind else 0):
+                self._play(phases.AskPrior(k, number, stage, kind == "concat"))
+        self._now = 0
+        self._mark("prior")
+
+    def _see(self, k: int) -> phases.Seen | None:
+        """What ASUKA's decoder sees of picture k in the present stage; None: the VAE's decodes."""
+        if self._batch[k].work.request.decoder != "asuka":
+            return None
+        return phases.Seen("second" if self._now else "first", not self._now and bool(self._batch[k].dilate))
+
+    def _need_decoder(self, *names: str) -> None:
+        """Load what decodes this batch.
+
+        names: the networks to load for the VAE's decoder.
+        """
+        asuka = self._batch[0].work.request.decoder == "asuka"
+        self._studio.residency.need(*(("asuka_decoder",) if asuka else names), safe=self._safe)
 
     def _play(self, phase: phases.Phase) -> None:
         room, keep = self._rooms[self._now]
@@ -207,8 +236,8 @@ class DevicePainter:
     def _show_latent(self, k: int, source: phases.Latent) -> U8:
         studio = self._studio
         with explain_memory(studio.plan):
-            studio.residency.need("vae_decoder", safe=self._safe)
-            shown: Array = self._open_phases().preview(k, source)
+            self._need_decoder("vae_decoder")
+            shown: Array = self._open_phases().preview(k, source, self._see(k))
             return studio.bring(shown)
 
     def _compose(self, k: int, decoded: U8) -> U8:

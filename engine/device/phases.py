@@ -13,12 +13,13 @@ from typing import Literal
 
 from dreammix_trt.core.axes import FACTOR
 from dreammix_trt.core.networks import flag_of, kv_name
-from dreammix_trt.core.schedule import STAGES, Stage
+from dreammix_trt.core.schedule import Stage
 from dreammix_trt.core.seam import Array, BaseFacts, Stream
 from dreammix_trt.engine.canvas.geometry import fill_cascade
 from dreammix_trt.engine.device.arena import Arena, Regions
 from dreammix_trt.engine.device.blocks import MOST_STEPS
 from dreammix_trt.engine.device.framing import Frames
+from dreammix_trt.engine.device.prior import Prior
 from dreammix_trt.engine.device.room import Room, RoomShape
 from dreammix_trt.engine.device.texts import DeviceTexts
 from dreammix_trt.engine.device.tools import CHANNELS, RoomTools
@@ -46,6 +47,23 @@ class Start:
 
 
 @dataclass(frozen=True)
+class AskPrior:
+    """What ASUKA's prior expects in the hole of picture k's frame, written into its condition of a stage.
+
+    number: of the stage, in their order.
+    beside: whether it stands beside the text.
+    """
+
+    k: int
+    number: int
+    stage: Stage
+    beside: bool
+
+    def __str__(self) -> str:
+        return f"prior of picture {self.k} ({self.stage})"
+
+
+@dataclass(frozen=True)
 class Attend:
     """The keys and values of the batch's text for one UNet: once in a stage, and where the UNet changes within it."""
 
@@ -66,14 +84,28 @@ class TakeStep:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """The frame that ASUKA's decoder sees.
+
+    which: of the "first" or the "second" stage.
+    dilates: whether more than the mask is repainted there.
+    """
+
+    which: str
+    dilates: bool
+
+
+@dataclass(frozen=True)
 class DecodeLocal:
     """Picture k's local result as a picture, kept until the end. Runs in the first stage's room.
 
     source: "x0": the prediction; "x": the finished latent.
+    seen: for ASUKA's decoder; None: the VAE's decodes.
     """
 
     k: int
     source: Latent
+    seen: Seen | None = None
 
     def __str__(self) -> str:
         return f"local result of picture {self.k}"
@@ -99,25 +131,30 @@ class Finish:
 
     second: whether the latent is the second stage's.
     keeps_local: whether only the seam is taken from it.
+    seen: see `DecodeLocal`.
     """
 
     k: int
     second: bool
     keeps_local: bool
+    seen: Seen | None = None
 
     def __str__(self) -> str:
         return f"finish of picture {self.k}"
 
 
-Phase = Start | Attend | TakeStep | DecodeLocal | HandOver | Finish
+Phase = Start | AskPrior | Attend | TakeStep | DecodeLocal | HandOver | Finish
 
 
-def list_regions(device_scratch: Callable[[str, int, int, int], int], largest: RoomShape, pixels: int) -> Regions:
+def list_regions(
+    device_scratch: Callable[[str, int, int, int], int], largest: RoomShape, pixels: int, *, sees: bool
+) -> Regions:
     """Memory of the phases.
 
     device_scratch: bytes that a kernel ("fill", "distance", "step") needs, from (pictures, height, width).
     largest: the largest room.
     pixels: the most pixels of a picture.
+    sees: whether there is ASUKA's decoder, which sees the frame.
     """
     pictures, (h, w), (height, width) = largest.pictures, largest.latent, largest.work
     latents = ((pictures, CHANNELS, h, w), "float32")
@@ -148,6 +185,7 @@ def list_regions(device_scratch: Callable[[str, int, int, int], int], largest: R
         "step scratch": ((device_scratch("step", pictures, h, w),), "uint8"),
         "tile moments": ((2, CHANNELS, h, w), "float32"),
         "tile image": ((3, *size), "float32"),
+        **({"seen mask": ((1, *size), "float32")} if sees else {}),
         "counter": ((1,), "int32"),
         "numbers": ((MOST_STEPS + 1,), "int32"),
         "found": ((1,), "int32"),
@@ -164,26 +202,27 @@ class Phases:
     ) -> None:
         self._tools, self._texts = RoomTools(device, stream, arena, room, facts), texts
         self._frames, self._vae = Frames(self._tools), Vae(self._tools)
+        self._prior = Prior(self._tools, texts)
 
     def record(self, phase: Phase) -> None:
         """Enqueue a phase."""
         match phase:
             case Start():
                 self._start(phase)
+            case AskPrior():
+                self._prior.ask(phase.k, phase.number, phase.stage, beside=phase.beside)
             case Attend():
                 self._attend(phase.network)
             case TakeStep():
                 self._take_step(phase.network)
             case DecodeLocal():
-                self._vae.decode(
-                    phase.k, self._tools.latents(phase.source)[phase.k], self._tools.arena["decoded"][phase.k]
-                )
+                self._decode(phase.k, phase.source, self._tools.arena["decoded"][phase.k], phase.seen)
             case HandOver():
                 self._hand_over(phase)
             case Finish():
                 self._finish(phase)
 
-    def preview(self, k: int, source: Latent) -> Array:
+    def preview(self, k: int, source: Latent, seen: Seen | None) -> Array:
         """Enqueue picture k's present prediction as a picture of the frame.
 
         It sets no flag: looking must not change the result of a request.
@@ -191,13 +230,28 @@ class Phases:
         Returns "last decoded", uint8 (h, w, 3).
         """
         last = self._tools.arena["last decoded"].reshape((*self._tools.room.shape.size, 3))
-        self._vae.decode(k, self._tools.latents(source)[k], last, flag=self._tools.arena["found"])
+        self._decode(k, source, last, seen, flag=self._tools.arena["found"])
         return last
+
+    def _decode(self, k: int, source: Latent, out: Array, seen: Seen | None, flag: Array | None = None) -> None:
+        latent = self._tools.latents(source)[k]
+        if seen is None:
+            self._vae.decode(k, latent, out, flag)
+            return
+        self._frames.show_frame(k, seen.which, self._spread_mask(k) if seen.dilates else self._tools.canvas(k, "mask"))
+        self._vae.decode(k, latent, out, flag, "asuka_decoder")
+
+    def _spread_mask(self, k: int) -> Array:
+        """Picture k's mask, enlarged for the first stage."""
+        mask, spread = self._tools.canvas(k, "mask"), self._tools.arena["spread mask"]
+        self._frames.measure_distance("feather", mask, self._tools.record(k, "dilate_field"), spread, dilate=True)
+        return spread
 
     def _attend(self, network: str) -> None:
         name, attended = kv_name(network), self._tools.room.attended
         self._tools.device.clear(attended, self._tools.stream)  # what aligns them is checked as well
-        self._tools.room.enqueue(name, self._tools.stream)
+        for call in range(len(self._tools.room.shape.calls)):
+            self._tools.room.enqueue(name, self._tools.stream, call)
         self._tools.launch(
             "check_finite",
             values=attended,
@@ -232,7 +286,7 @@ class Phases:
             timestep=arrays["timestep"],
             time_ids=arrays["time_ids"],
         )
-        self._tools.room.enqueue(network, self._tools.stream)
+        self._predict(network)
         self._tools.launch(
             "step_after",
             **common,
@@ -243,17 +297,26 @@ class Phases:
             bit=flag_of(network),
         )
 
+    def _predict(self, network: str) -> None:
+        """Run a UNet on all rows; where it is called twice, on every second row each time."""
+        room, stream = self._tools.room, self._tools.stream
+        rows, calls = room.arrays[network], room.calls[network]
+        for number, call in enumerate(calls):
+            places = [(k, len(calls) * k + number) for k in range(room.shape.pictures)] if len(calls) > 1 else []
+            for name in ("sample", "timestep", "time_ids"):
+                for k, row in places:
+                    self._tools.device.copy(call[name].part(k, 1), rows[name].part(row, 1), stream)
+            room.enqueue(network, stream, number)
+            for k, row in places:
+                self._tools.device.copy(rows["eps"].part(row, 1), call["eps"].part(k, 1), stream)
+
     def _start(self, phase: Start) -> None:
         k, stage = phase.k, phase.stage
         mask = self._tools.canvas(k, "mask")
         self._frames.measure_distance(
             "feather", mask, self._tools.record(k, "feather_field"), self._tools.canvas(k, "weight")
         )
-        if phase.dilates:
-            spread = self._tools.arena["spread mask"]
-            self._frames.measure_distance("feather", mask, self._tools.record(k, "dilate_field"), spread, dilate=True)
-            mask = spread
-        self._frames.cut_frame(k, "first", mask)
+        self._frames.cut_frame(k, "first", self._spread_mask(k) if phase.dilates else mask)
         if phase.fills:
             self._tools.launch(
                 "fill",
@@ -304,7 +367,7 @@ class Phases:
     def _finish(self, phase: Finish) -> None:
         k = phase.k
         last = self._tools.arena["last decoded"]
-        self._vae.decode(k, self._tools.latents("x")[k], last)
+        self._decode(k, "x", last, phase.seen)
         if phase.keeps_local:
             self._frames.place(k, "first", self._tools.arena["decoded"][k], self._tools.arena["local content"])
             self._tools.launch(
@@ -319,12 +382,14 @@ class Phases:
 
     def _set_condition(self, k: int, stage: Stage) -> None:
         """Give the UNet the stage's condition of picture k: text, and the head's feature of the masked picture."""
-        rows, unet = self._tools.room.shape.rows_per_picture, self._tools.room.arrays["unet"]
-        text, context = self._tools.room.text, self._tools.room.shape.context
-        condition = self._texts.rows_of(STAGES.index(stage), context, text.dtype)
-        for place, source in zip((text, unet["text_embeds"]), condition, strict=True):
-            self._tools.device.copy(place.part(k * rows, rows), source.part(k * rows, rows), self._tools.stream)
-        feature = unet["inpaint_feature"].part(k, 1)
+        room = self._tools.room
+        pooled = [call["text_embeds"] for call in room.calls["unet"]]
+        conditions = self._texts.rows_of(stage, room.shape, room.texts[0].dtype)
+        for places, condition in zip(zip(room.texts, pooled, strict=True), conditions, strict=True):
+            for place, source in zip(places, condition, strict=True):
+                rows = place.shape[0] // room.shape.pictures
+                self._tools.device.copy(place.part(k * rows, rows), source.part(k * rows, rows), self._tools.stream)
+        feature = room.arrays["unet"]["inpaint_feature"].part(k, 1)
         head = self._tools.room.arrays.get("inpaint_head")
         if head is None:
             self._tools.device.clear(feature, self._tools.stream)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ BATCH_INPUTS = {
     "inpaint_feature": "feature",
 }
 KEYS_AND_VALUES = "keys and values"
+HALVES = ("negative", "positive")  # the calls of a step whose rows have conditions of two lengths
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class RoomShape:
     rows_per_picture: of the UNet's batch.
     context: rows of the text condition.
     safe: whether networks are replaced by their float32 twins.
+    against: rows of the negative condition where that has a length of its own; 0: it has `context` rows.
     """
 
     work: Size
@@ -55,6 +58,7 @@ class RoomShape:
     rows_per_picture: int
     context: int = TOKENS
     safe: bool = False
+    against: int = 0
 
     @property
     def size(self) -> Size:
@@ -67,8 +71,17 @@ class RoomShape:
 
     @property
     def batch(self) -> Sides:
-        """The sides of a call for the whole batch: of a UNet, or of what attends for it."""
+        """The sides of all rows of the batch."""
         return Sides(self.pictures * self.rows_per_picture, self.pictures, *self.latent, self.context)
+
+    @property
+    def calls(self) -> tuple[Sides, ...]:
+        """The sides of each call of a UNet in a step, and of what attends for it in a stage: one for all rows.
+
+        Where the negative rows have a condition of another length, one for them, and one for the positive rows.
+        """
+        lengths = (self.against, self.context) if self.against else ()
+        return tuple(Sides(self.pictures, self.pictures, *self.latent, each) for each in lengths) or (self.batch,)
 
     @property
     def one(self) -> Sides:
@@ -86,10 +99,10 @@ class RoomShape:
         tiling = self.tiling
         return Sides(1, 1, tiling.height, tiling.width) if tiling else self.one
 
-    def sides_of(self, call: Call) -> Sides:
-        """The sides of a network by the way it is called (core/networks.py)."""
-        one, batch = self.one, self.batch
-        return {"prompt": one, "frame": one, "vae": self.vae, "stage": batch, "step": batch, "subject": one}[call]
+    def sides_of(self, call: Call) -> tuple[Sides, ...]:
+        """The sides of a network's calls by the way it is called (core/networks.py)."""
+        one, calls = (self.one,), self.calls
+        return {"prompt": one, "frame": one, "vae": (self.vae,), "stage": calls, "step": calls, "subject": one}[call]
 
 
 def choose_twin(networks: DeviceNetworks, name: str, safe: bool) -> str:
@@ -104,26 +117,44 @@ def list_regions(networks: DeviceNetworks, largest: RoomShape) -> Regions:
     largest: the largest room.
 
     The UNets share theirs, and so do the networks that attend for them. Every other network has its own, large enough
-    for float32, which twins use. Slots' weights are elsewhere (`DeviceWeights`).
+    for float32, which twins use. Slots' weights are elsewhere (`DeviceWeights`). With ASUKA's prior there is memory for
+    steps of two calls as well.
     """
     found: dict[str, tuple[tuple[int, ...], str]] = {}
-    batch = largest.batch
-    for name in (kv_name("unet"), "unet"):
-        for tensor in networks.inputs(name):
-            if tensor.name in BATCH_INPUTS:
-                found[BATCH_INPUTS[tensor.name]] = (batch.shape(tensor), _choose_dtype(networks, name, tensor))
+    shapes = {"": largest.batch}
+    apart = replace(largest, against=largest.context)
+    if "asuka_prior" in networks:
+        shapes |= {f"{half} ": sides for half, sides in zip(HALVES, apart.calls, strict=True)}
+    for name, tensors in (
+        (kv_name("unet"), networks.inputs(kv_name("unet"))),
+        ("unet", (*networks.inputs("unet"), *networks.outputs("unet"))),
+    ):
+        for tensor in tensors:
+            region = {**BATCH_INPUTS, "eps": "eps"}.get(tensor.name)
+            for half, sides in shapes.items():
+                if region is not None and (not half or _has_rows(tensor)):
+                    found[f"{half}{region}"] = (sides.shape(tensor), _choose_dtype(networks, name, tensor))
     found["no feature"] = found["feature"]
-    eps = networks.outputs("unet")[0]
-    found["eps"] = (batch.shape(eps), _choose_dtype(networks, "unet", eps))
-    keys = networks.outputs(kv_name("unet"))
-    whole = Pieces({tensor.name: (batch.shape(tensor), _choose_dtype(networks, "unet", tensor)) for tensor in keys})
-    found[KEYS_AND_VALUES] = ((whole.nbytes,), "uint8")
+    sizes = [sum(each.nbytes for each in _lay_keys(networks, shape)) for shape in (largest, apart)]
+    found[KEYS_AND_VALUES] = ((max(sizes if "asuka_prior" in networks else sizes[:1]),), "uint8")
     for kind in _list_kinds(networks):
         if kind.call not in ("stage", "step"):
-            sides = largest.sides_of(kind.call)
+            (sides,) = largest.sides_of(kind.call)
             for tensor in (*networks.inputs(kind.name), *networks.outputs(kind.name)):
                 found[f"{kind.name} {tensor.name}"] = (sides.shape(tensor), "float32")
     return found
+
+
+def _lay_keys(networks: DeviceNetworks, shape: RoomShape) -> list[Pieces]:
+    """Room for the keys and values of each call, in the larger type where a float32 twin shares it."""
+    outputs = networks.outputs(kv_name("unet"))
+    types = {tensor.name: _choose_dtype(networks, "unet", tensor) for tensor in outputs}
+    return [Pieces({each.name: (sides.shape(each), types[each.name]) for each in outputs}) for sides in shape.calls]
+
+
+def _has_rows(tensor: Tensor) -> bool:
+    """Whether it has an entry for each row of a batch, and not for each picture."""
+    return tensor.shape[0] == "rows"
 
 
 def _list_kinds(networks: DeviceNetworks) -> Iterator[NetworkKind]:
@@ -139,8 +170,9 @@ def _choose_dtype(networks: DeviceNetworks, name: str, tensor: Tensor) -> str:
 class Room:
     """The bound networks of a shape.
 
-    arrays: by network and tensor name.
-    keys_and_values: what cross-attention layers attend to; both UNets' in turn.
+    arrays: by network and tensor name. Where a step has two calls, a UNet's are those of all its rows, from which the
+        calls' own are filled.
+    calls: by network, the arrays of each call by tensor name.
     """
 
     def __init__(
@@ -162,16 +194,20 @@ class Room:
         """
         self.shape = shape
         self.arrays: dict[str, dict[str, Array]] = {}
+        self.calls: dict[str, list[dict[str, Array]]] = {}
         self._device, self._networks, self._workspace, self._upload = device, networks, workspace, upload
-        self._bound: dict[str, Bound] = {}
+        self._bound: dict[str, list[Bound]] = {}
         self._graphs = Graphs(device, tally)
         self._used: set[str] = set()  # networks of the present phase
         self._arena = arena
         self._memory: list[Memory] = []
         self._ramps: dict[int, Ramps] = {}
         outputs = networks.outputs(choose_twin(networks, kv_name("unet"), shape.safe))
-        self._attends = Pieces({tensor.name: (shape.batch.shape(tensor), tensor.dtype) for tensor in outputs})
-        self.keys_and_values = self._attends.cut(arena[KEYS_AND_VALUES])
+        pieces = [Pieces({each.name: (sides.shape(each), each.dtype) for each in outputs}) for sides in shape.calls]
+        starts = [0, *accumulate(each.nbytes for each in pieces)]
+        region = arena[KEYS_AND_VALUES]
+        self._keys = [each.cut(region, at) for each, at in zip(pieces, starts, strict=False)]
+        self.attended = region.reshape((starts[-1] // np.dtype(outputs[0].dtype).itemsize,), outputs[0].dtype)
         try:
             if shape.tiling:
                 self._ramps = {factor: self._upload_ramps(shape.tiling, factor) for factor in (1, FACTOR)}
@@ -184,21 +220,17 @@ class Room:
             raise
 
     @property
-    def text(self) -> Array:
-        """The token rows of the batch's condition, (rows, context, D)."""
-        return self.arrays[kv_name("unet")]["encoder_hidden_states"]
+    def texts(self) -> list[Array]:
+        """The token rows of the batch's condition for each call, (rows, context, D)."""
+        return [call["encoder_hidden_states"] for call in self.calls[kv_name("unet")]]
 
-    @property
-    def attended(self) -> Array:
-        """The memory of all keys and values, and of what aligns them, as numbers."""
-        first = next(iter(self.keys_and_values.values()))
-        size = self._attends.nbytes // np.dtype(first.dtype).itemsize
-        return self._arena[KEYS_AND_VALUES].reshape((size,), first.dtype)
+    def enqueue(self, name: str, stream: Stream, call: int = 0) -> None:
+        """Run a network of the room.
 
-    def enqueue(self, name: str, stream: Stream) -> None:
-        """Run a network of the room."""
+        call: which one, where it has two.
+        """
         self._used.add(name)
-        self._bound[name].enqueue(stream)
+        self._bound[name][call].enqueue(stream)
 
     def play(self, phase: Hashable, record: Callable[[Any], None], stream: Stream, *, capture: bool) -> None:
         """Do what `record(phase)` enqueues: replay its graph, or run it plainly and capture it for the next time.
@@ -213,7 +245,8 @@ class Room:
         """Free graphs and bindings. The device must be idle."""
         self._graphs.close()
         for bound in self._bound.values():
-            bound.close()
+            for each in bound:
+                each.close()
         for memory in self._memory:
             memory.free()
         self._bound, self._memory = {}, []
@@ -238,7 +271,7 @@ class Room:
 
     def _find_obstacle(self) -> str | None:
         """Why what just ran cannot be captured; None: it can. Networks that did not run may never have run."""
-        return find_obstacle({name: self._bound[name] for name in sorted(self._used)})
+        return find_obstacle((name, bound) for name in sorted(self._used) for bound in self._bound[name])
 
     def _fit_workspace(self, actual: Mapping[str, str]) -> None:
         """Take scratch memory of the room's own where a network needs more than what all rooms share.
@@ -248,8 +281,9 @@ class Room:
         actual: network -> itself or its twin.
         """
         need = max(
-            self._networks.workspace_bytes(actual[kind.name], self.shape.sides_of(kind.call))
+            self._networks.workspace_bytes(actual[kind.name], sides)
             for kind in _list_kinds(self._networks)
+            for sides in self.shape.sides_of(kind.call)
         )
         if need > self._workspace.nbytes:
             self._memory.append(self._device.allocate(need))
@@ -257,23 +291,33 @@ class Room:
 
     def _bind(self, kind: NetworkKind, actual: str, weights: DeviceWeights) -> None:
         """actual: the network itself, or its twin."""
-        name, sides = kind.name, self.shape.sides_of(kind.call)
-        arrays = dict(weights.arrays(name))
-        if kind.call in ("stage", "step"):
-            arrays |= self.keys_and_values
+        name, calls = kind.name, self.shape.sides_of(kind.call)
         tensors = {t.name: t for t in (*self._networks.inputs(actual), *self._networks.outputs(actual))}
-        arrays = {each: array for each, array in arrays.items() if each in tensors}
-        for tensor in tensors.values():
-            if tensor.name not in arrays:
-                region = self._arena[_find_region(kind, tensor)]
-                arrays[tensor.name] = region.reshape(sides.shape(tensor), tensor.dtype)
-        self.arrays[name] = arrays
-        self._bound[name] = self._networks.bind(actual, sides, arrays, self._workspace)
+        self.calls[name], self._bound[name] = [], []
+        for number, sides in enumerate(calls):
+            given = dict(weights.arrays(name)) | (self._keys[number] if kind.call in ("stage", "step") else {})
+            arrays = {each: array for each, array in given.items() if each in tensors}
+            half = HALVES[number] if len(calls) > 1 else ""
+            for tensor in tensors.values():
+                if tensor.name not in arrays:
+                    arrays[tensor.name] = self._view(kind, tensor, sides, half)
+            self.calls[name].append(arrays)
+            self._bound[name].append(self._networks.bind(actual, sides, arrays, self._workspace))
+        self.arrays[name] = self.calls[name][0]
+        if len(calls) > 1:
+            rows = [tensor for tensor in tensors.values() if tensor.name in (*BATCH_INPUTS, "eps")]
+            self.arrays[name] = {tensor.name: self._view(kind, tensor, self.shape.batch) for tensor in rows}
+
+    def _view(self, kind: NetworkKind, tensor: Tensor, sides: Sides, half: str = "") -> Array:
+        """A tensor's region, or that of half the rows, in its shape and type."""
+        region = _find_region(kind, tensor)
+        region = f"{half} {region}" if half and _has_rows(tensor) else region
+        return self._arena[region].reshape(sides.shape(tensor), tensor.dtype)
 
 
-def find_obstacle(bound: Mapping[str, Bound]) -> str | None:
+def find_obstacle(bound: Iterable[tuple[str, Bound]]) -> str | None:
     """The first of these networks that the back end does not let be captured, in words; None: all can be."""
-    for name, each in bound.items():
+    for name, each in bound:
         if not each.capturable:
             return f"{name} has run, and its back end says that it cannot be captured now"
     return None

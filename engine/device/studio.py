@@ -33,7 +33,7 @@ from dreammix_trt.engine.device.texts import DeviceTexts
 from dreammix_trt.engine.device.transfers import Transfers, Uploads
 from dreammix_trt.engine.device.weights import DeviceWeights
 from dreammix_trt.engine.drivers.device import Device, put
-from dreammix_trt.engine.runtime import Painting, Work
+from dreammix_trt.engine.runtime import Painting, Work, check_parts
 
 U8 = npt.NDArray[np.uint8]
 
@@ -170,11 +170,7 @@ class Studio:
         """What pictures of one batch must share. Raises InputError for a picture that cannot be painted."""
         if work.noise is not None:
             raise InputError("noise is given, but on a GPU it is drawn there, from the seed: load with device='cpu'")
-        if work.request.prior is not None or work.request.decoder != "vae":
-            raise InputError(
-                "prior and decoder 'asuka' run on the CPU alone so far: build an engine for it with `--backend "
-                "onnxruntime`, and load that with device='cpu'"
-            )
+        check_parts(work.request, self.networks.__contains__)
         picture = Picture.of(work)
         self.needs.check_picture(picture)
         self.weights.check_range(work.subject)

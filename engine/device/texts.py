@@ -6,20 +6,20 @@ Encoded prompts stay on the device, so a prompt that comes again (nearly always 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
 from dreammix_trt.core.axes import Sides
 from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.networks import flag_of, kv_name, names_of_group, twin_name
-from dreammix_trt.core.schedule import STAGES
+from dreammix_trt.core.schedule import STAGES, Stage
 from dreammix_trt.core.seam import Array, Bound, DeviceNetworks, Stream
 from dreammix_trt.core.slots import names_of_weights
 from dreammix_trt.engine.device.arena import Arena, Regions
 from dreammix_trt.engine.device.blocks import measure_tas_plan
 from dreammix_trt.engine.device.captures import Graphs, Tally
-from dreammix_trt.engine.device.room import choose_twin, find_obstacle
+from dreammix_trt.engine.device.room import RoomShape, choose_twin, find_obstacle
 from dreammix_trt.engine.device.weights import Chosen, DeviceWeights
 from dreammix_trt.engine.drivers.device import Device, Memory
 from dreammix_trt.engine.prompts import Key, Prompt, PromptPlan, RowSource, count_prompts
@@ -114,12 +114,20 @@ class DeviceTexts:
         return any(prompt.key not in self._kept for prompt in plan.prompts)
 
     def compose(
-        self, picture: int, context: int, dtype: str, plan: PromptPlan, chosen: Chosen, *, safe: bool, capture: bool
+        self,
+        picture: int,
+        shapes: Mapping[Stage, RoomShape],
+        dtype: str,
+        plan: PromptPlan,
+        chosen: Chosen,
+        *,
+        safe: bool,
+        capture: bool,
     ) -> None:
-        """Encode what is missing and write the picture's rows of both stages.
+        """Encode what is missing and write the picture's rows of each stage, but for those of ASUKA's prior.
 
         picture: its number in the batch.
-        context: rows of the condition.
+        shapes: of the stages' rooms.
         dtype: the UNet's.
         chosen: what the plan's subject means in this request.
         safe: encode with the twins.
@@ -140,7 +148,7 @@ class DeviceTexts:
                 self._weigh(self._arena["text weights"][place], slot, self._find_kept(plan.empty)[0])
             self._kept[prompt.key] = slot
             self._unproven.add(prompt.key)
-        self._write_stages(picture, context, dtype, plan)
+        self._write_stages(picture, shapes, dtype, plan)
 
     def leave(self) -> None:
         """End a request: free what is bound of twins. The device must be idle."""
@@ -186,29 +194,47 @@ class DeviceTexts:
             width=tokens.shape[-1],
         )
 
-    def rows_of(self, stage: int, context: int, dtype: str) -> tuple[Array, Array]:
-        """The rows of a stage, (rows, context, D) and (rows, Dp).
+    def rows_of(self, stage: Stage, shape: RoomShape, dtype: str) -> list[tuple[Array, Array]]:
+        """The rows of a stage for each call of its room, (rows, context, D) and (rows, Dp)."""
+        number, found, token, row = STAGES.index(stage), [], 0, 0
+        tokens, pooled = self._arena["stage tokens"][number], self._arena["stage pooled"][number]
+        width = tokens.shape[-1]
+        tokens, pooled = tokens.reshape((tokens.size // width, width), dtype), pooled.reshape(pooled.shape, dtype)
+        for sides in shape.calls:
+            part = tokens.part(token, sides.rows * sides.context).reshape((sides.rows, sides.context, width))
+            found.append((part, pooled.part(row, sides.rows)))
+            token, row = token + sides.rows * sides.context, row + sides.rows
+        return found
 
-        stage: its number.
+    def write_prior(
+        self, picture: int, stage: Stage, shape: RoomShape, dtype: str, tokens: Array, pooled: Array, *, beside: bool
+    ) -> None:
+        """Write the rows of ASUKA's prior into a stage's condition.
+
+        tokens, pooled: float32 (T, D) and (Dp,).
+        beside: they follow the text's in each of the picture's rows; else they are its negative, or only, row.
         """
-        tokens, pooled = self._arena["stage tokens"], self._arena["stage pooled"]
-        stages, rows, _, width = tokens.shape
-        return (
-            tokens.reshape((stages, rows, context, width), dtype)[stage],
-            pooled.reshape(pooled.shape, dtype)[stage],
-        )
+        places, vectors = self.rows_of(stage, shape, dtype)[0]
+        if not beside:
+            self._write(places[picture], tokens)
+            self._write(vectors[picture], pooled)
+            return
+        count, each = tokens.shape[0], shape.rows_per_picture
+        for row in range(picture * each, (picture + 1) * each):
+            self._write(places[row].part(shape.context - count, count), tokens)
 
-    def _write_stages(self, picture: int, context: int, dtype: str, plan: PromptPlan) -> None:
+    def _write_stages(self, picture: int, shapes: Mapping[Stage, RoomShape], dtype: str, plan: PromptPlan) -> None:
         sources: dict[RowSource, Sources] = {"prompt": [self._find_kept(prompt) for prompt in plan.prompt], "zeros": []}
         sources["negative"] = [self._find_kept(prompt) for prompt in plan.negative]
         if plan.eliminated is not None:
             sources["decomposed"] = self._remove_attributes(picture, plan, self._find_kept(plan.eliminated))
-        for stage, name in enumerate(STAGES):
-            tokens, pooled = self.rows_of(stage, context, dtype)
-            rows = plan.stages[name]
-            for number, row in enumerate(rows):
-                place = picture * len(rows) + number
-                self._write_tokens(tokens[place], sources[row.tokens], place, plan)
+        for stage, shape in shapes.items():
+            calls, rows = self.rows_of(stage, shape, dtype), plan.stages[stage]
+            first = len(calls) - 1  # with two calls the negative row is the prior's
+            for number, row in enumerate(rows[first:], first):
+                tokens, pooled = calls[first]
+                place = picture if first else picture * len(rows) + number
+                self._write_tokens(tokens[place], sources[row.tokens], picture * len(rows) + number, plan)
                 self._write(pooled[place], sources[row.pooled][0][1] if sources[row.pooled] else None)
 
     def _write_tokens(self, place: Array, chunks: Sources, row: int, plan: PromptPlan) -> None:
@@ -298,7 +324,7 @@ class _Encoders:
             lambda: self._record(stream),
             stream,
             capture=capture,
-            find_obstacle=lambda: find_obstacle(self._bound),
+            find_obstacle=lambda: find_obstacle(self._bound.items()),
         )
 
     def close(self) -> None:

@@ -22,6 +22,10 @@ class RoomTools:
     def launch(self, name: str, **arguments: Any) -> None:
         self.device.launch_kernel(name, self.stream, **arguments)
 
+    def convert(self, source: Array, out: Array) -> None:
+        """Copy an array into another one's type."""
+        self.launch("convert", source=source, source_half=source.half, out=out, out_half=out.half, count=source.size)
+
     @property
     def fits(self) -> bool:
         """Whether the networks see the frame unchanged (only the reference's own sizes may differ)."""
@@ -44,6 +48,14 @@ class RoomTools:
 
     def masked(self) -> Array:
         return self.arena["masked image"].reshape((1, 3, *self.room.shape.size), self.image().dtype)
+
+    def seen(self) -> tuple[Array, Array]:
+        """The frame's picture and mask as ASUKA's decoder takes them; where it runs in tiles, the whole frame's."""
+        arrays, size = self.room.arrays["asuka_decoder"], self.room.shape.size
+        if self.room.shape.tiling is None:
+            return arrays["image"], arrays["mask"]
+        image = self.arena["masked image"].reshape((1, 3, *size), arrays["image"].dtype)
+        return image, self.arena["seen mask"].reshape((1, 1, *size), arrays["mask"].dtype)
 
     def work_frame(self) -> Array:
         return self.arena["frame"].reshape((*self.room.shape.work, 3))

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from dreammix_trt.core.axes import FACTOR
 from dreammix_trt.core.networks import flag_of
 from dreammix_trt.core.noise import DRAWS
 from dreammix_trt.core.seam import Array
+from dreammix_trt.engine.canvas.tiles import Tile
 from dreammix_trt.engine.device.tools import CHANNELS, RoomTools
+
+#: what a decoder's picture is called
+DECODERS: Final = {"vae_decoder": "image", "asuka_decoder": "picture"}
 
 
 class Vae:
@@ -45,16 +51,19 @@ class Vae:
             bit=flag_of("vae_encoder"),
         )
         if network is not None:
-            self.convert(latent, network)
+            self._tools.convert(latent, network)
 
-    def decode(self, k: int, latent: Array, out: Array, flag: Array | None = None) -> None:
+    def decode(
+        self, k: int, latent: Array, out: Array, flag: Array | None = None, network: str = "vae_decoder"
+    ) -> None:
         """Decode a scaled latent to a picture.
 
         out: where it is written, uint8 (h, w, 3).
         flag: reports values that are not finite; None: picture k's.
+        network: the VAE's own, or "asuka_decoder", for which `RoomTools.seen` is filled.
         """
-        arrays, (height, width) = self._tools.room.arrays["vae_decoder"], self._tools.room.shape.size
-        image = arrays["image"]
+        arrays, (height, width) = self._tools.room.arrays[network], self._tools.room.shape.size
+        image = arrays[DECODERS[network]]
         if self._tools.room.shape.tiling is None:
             given = arrays["latent"]
             self._tools.launch(
@@ -65,9 +74,9 @@ class Vae:
                 count=latent.size,
                 half=given.half,
             )
-            self._tools.room.enqueue("vae_decoder", self._tools.stream)
+            self._tools.room.enqueue(network, self._tools.stream)
         else:
-            image = self._decode_tiles(latent)
+            image = self._decode_tiles(latent, network)
         self._tools.launch(
             "decoded",
             image=image,
@@ -76,7 +85,7 @@ class Vae:
             width=width,
             half=image.half,
             flags=flag or self._tools.flag(k),
-            bit=flag_of("vae_decoder"),
+            bit=flag_of(network),
         )
 
     def _encode_tiles(self) -> tuple[Array, Array]:
@@ -89,35 +98,17 @@ class Vae:
         assert tiling is not None
         moments = self._tools.arena["tile moments"].reshape((2, CHANNELS, h, w))
         self._tools.device.clear(moments, self._tools.stream)
-        source, height, width = self._tools.image(), *self._tools.room.shape.size
+        source = self._tools.image()
         for number, tile in enumerate(tiling.tiles()):
-            image = arrays["image"]
-            self._tools.launch(
-                "take_tile",
-                source=source,
-                out=image,
-                channels=3,
-                height=height,
-                width=width,
-                row=FACTOR * tile.row,
-                col=FACTOR * tile.col,
-                tile_height=FACTOR * tiling.height,
-                tile_width=FACTOR * tiling.width,
-                source_half=source.half,
-                out_half=image.half,
-            )
+            self._take_tile(source, arrays["image"], FACTOR, tile)
             self._tools.room.enqueue("vae_encoder", self._tools.stream)
             for part, name in enumerate(("mean", "std")):
                 self._add_tile(arrays[name], number, 1, moments[part], (h, w), (tile.row, tile.col), CHANNELS)
         return moments[0], moments[1]
 
-    def _decode_tiles(self, latent: Array) -> Array:
-        """The whole frame's image, float32 (3, H, W), from tiles of a scaled latent."""
-        arrays, tiling, (h, w) = (
-            self._tools.room.arrays["vae_decoder"],
-            self._tools.room.shape.tiling,
-            self._tools.room.shape.latent,
-        )
+    def _decode_tiles(self, latent: Array, network: str) -> Array:
+        """The whole frame's image, float32 (3, H, W), from tiles of a scaled latent, and of what the network sees."""
+        arrays, tiling = self._tools.room.arrays[network], self._tools.room.shape.tiling
         assert tiling is not None
         height, width = self._tools.room.shape.size
         image, unscaled = self._tools.arena["tile image"].reshape((3, height, width)), self._tools.latents("x in")[0]
@@ -130,26 +121,39 @@ class Vae:
             count=latent.size,
             half=False,
         )
+        seen = dict(zip(("image", "mask"), self._tools.seen(), strict=True)) if network == "asuka_decoder" else {}
         for number, tile in enumerate(tiling.tiles()):
-            given = arrays["latent"]
-            self._tools.launch(
-                "take_tile",
-                source=unscaled,
-                out=given,
-                channels=CHANNELS,
-                height=h,
-                width=w,
-                row=tile.row,
-                col=tile.col,
-                tile_height=tiling.height,
-                tile_width=tiling.width,
-                source_half=False,
-                out_half=given.half,
-            )
-            self._tools.room.enqueue("vae_decoder", self._tools.stream)
+            self._take_tile(unscaled, arrays["latent"], 1, tile)
+            for name, whole in seen.items():
+                self._take_tile(whole, arrays[name], FACTOR, tile)
+            self._tools.room.enqueue(network, self._tools.stream)
             place = FACTOR * tile.row, FACTOR * tile.col
-            self._add_tile(arrays["image"], number, FACTOR, image, (height, width), place, 3)
+            self._add_tile(arrays[DECODERS[network]], number, FACTOR, image, (height, width), place, 3)
         return image
+
+    def _take_tile(self, source: Array, out: Array, factor: int, tile: Tile) -> None:
+        """Cut a tile of the whole frame.
+
+        source: ([1,] C, H, W).
+        factor: 1: of latent cells; `FACTOR`: of pixels.
+        tile: in latent cells.
+        """
+        channels, height, width = source.shape[-3:]
+        tile_height, tile_width = out.shape[-2:]
+        self._tools.launch(
+            "take_tile",
+            source=source,
+            out=out,
+            channels=channels,
+            height=height,
+            width=width,
+            row=factor * tile.row,
+            col=factor * tile.col,
+            tile_height=tile_height,
+            tile_width=tile_width,
+            source_half=source.half,
+            out_half=out.half,
+        )
 
     def _add_tile(
         self,
@@ -178,9 +182,4 @@ class Vae:
             tile_height=factor * tiling.height,
             tile_width=factor * tiling.width,
             half=tile.half,
-        )
-
-    def convert(self, source: Array, out: Array) -> None:
-        self._tools.launch(
-            "convert", source=source, source_half=source.half, out=out, out_half=out.half, count=source.size
         )

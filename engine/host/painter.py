@@ -23,7 +23,7 @@ from dreammix_trt.engine.host.prior import PriorRows, add_prior
 from dreammix_trt.engine.host.sampling import StageInputs, Taken, take_step
 from dreammix_trt.engine.host.texts import Text
 from dreammix_trt.engine.host.weights import WeightsOf
-from dreammix_trt.engine.painting import Preview
+from dreammix_trt.engine.painting import Preview, prior_in
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -160,7 +160,7 @@ class HostPainter:
             feature=self._make_feature(f"vae_noise_{name}_masked"),
             weights=self._sitting.weights,
         )
-        if self._request.prior is not None and (self._request.prior != "concat" or name == self.schedule[-1].stage):
+        if prior_in(name, self._request, self.schedule) is not None:
             conditioning = add_prior(conditioning, self._request, self._ask_prior())
         self.stage = StageInputs(latent, background, self.frame.latent_mask, conditioning)
         self._before = None

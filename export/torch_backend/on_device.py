@@ -36,9 +36,9 @@ MODE = "max-autotune-no-cudagraphs"  # the runtime captures graphs itself
 class TorchNetworks:
     """The networks of a base. Make it with `of` or `random`; `close` or a with statement gives the memory back.
 
-    In float16 and bfloat16 every network has a twin NAME_float32 with the weights before rounding. A network may be
-    bound before it is loaded. Times and sizes are always float32. The arrays of a bfloat16 network are float32, because
-    numpy has no bfloat16. Frame sides must be multiples of the base's divisor.
+    In float16 and bfloat16 every network that is not float32 in every build has a twin NAME_float32 with the weights
+    before rounding. A network may be bound before it is loaded. Times and sizes are always float32. The arrays of a
+    bfloat16 network are float32, because numpy has no bfloat16. Frame sides must be multiples of the base's divisor.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class TorchNetworks:
         self._networks = {network.name: network for network in networks}
         own = getattr(torch, dtype)
         self._made = {
-            name: Resident(network, values, torch.float32 if is_twin(name) else own, self.device)
+            name: Resident(network, values, torch.float32 if is_twin(name) or network.kind.wide else own, self.device)
             for name, network in self._networks.items()
         }
         usual = [name for name in self._networks if not is_twin(name)]
@@ -284,7 +284,8 @@ def _list_networks(base: BaseFiles, slots: bool, dtype: str, names: Collection[s
         if dtype == "float16"
         else plain
     )
-    return [*(own[name] for name in chosen), *(replace(chosen[name], name=twin_name(name)) for name in chosen)]
+    twins = (replace(each, name=twin_name(name)) for name, each in chosen.items() if not each.kind.wide)
+    return [*(own[name] for name in chosen), *twins]
 
 
 def _choose_wide_units(base: BaseFiles, network: Network, given: Mapping[str, Sequence[str]] | None) -> tuple[str, ...]:

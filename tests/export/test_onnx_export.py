@@ -230,6 +230,15 @@ def test_the_embedded_base_carries_the_figures_of_its_making(tmp_path: Path) -> 
     assert entry["parity"] == {**recorded, "checked": "at export"} and recorded["max_rel"] < BOUNDS["float32"]
 
 
+def test_every_network_of_the_embedded_base_has_its_graph_and_figures() -> None:
+    """Wheels build it where torch is not installed."""
+    for network in describe_networks(BaseFiles.open().find_own_extras()):
+        graph = find_shipped_graph(network)
+        assert graph is not None, network.name
+        recorded = json.loads((graph / "graph.json").read_text())["parity"]
+        assert recorded[network.name]["max_rel"] < BOUNDS["float32"], network.name
+
+
 @pytest.fixture(scope="module")
 def graphs(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model's graphs as a base ships them, with the parity that was found."""

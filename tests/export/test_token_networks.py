@@ -131,3 +131,22 @@ def test_tensorrt_builds_it(base: BaseFiles, name: str, tmp_path: Path) -> None:
     assert len(profiles) == 1 and report.engine_bytes == plan.stat().st_size > 0
     kinds = {tensor.name: tensor.dtype for tensor in (*report.inputs, *report.outputs)}
     assert all(kinds[each] == "float32" for each in ("features", "tokens", "token_rows") if each in kinds)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_torch_runs_them_on_a_device(base: BaseFiles, dtype: str) -> None:
+    """As a GPU's runtime would, here on the CPU: selection and projection in float32 whatever the rest is."""
+    from dreammix_trt.core.axes import Sides
+    from dreammix_trt.export.torch_backend.engine_set import TorchEngineSet
+    from dreammix_trt.export.torch_backend.on_device import TorchNetworks
+    from tests.export.test_torch_networks import BOUNDS as LIMITS
+    from tests.export.test_torch_networks import Held
+
+    truth = TorchEngineSet(base)
+    with TorchNetworks.of(base, device="cpu", dtype=dtype, names=NAMES, wide={}) as networks:
+        for name in NAMES:
+            given = network_of(base, name).draw_example(SIZES)
+            found = Held(networks, name, Sides(2, 2, 8, 8), given).run()
+            for key, value in truth.run(name, **given).items():
+                limit = LIMITS[dtype] if name == "subject_features" else 1e-6
+                assert np.abs(found[key] - value).max() <= limit * np.abs(value).max()

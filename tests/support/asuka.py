@@ -51,10 +51,11 @@ def write_small_asuka(
 ) -> AsukaFolder:
     """Write the folder.
 
-    changes: of the decoder's weights, by name.
+    changes: of weights of either network, by name.
     """
     config = small_config(base)
     states = make_states(config, seed)
-    states["decoder"] |= {name: change(states["decoder"][name]) for name, change in (changes or {}).items()}
+    for state in states.values():
+        state |= {name: change(state[name]) for name, change in (changes or {}).items() if name in state}
     write_asuka(folder, config, states, "float32")
     return AsukaFolder.open(folder)

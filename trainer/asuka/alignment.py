@@ -108,7 +108,7 @@ class AlignLesson:
         return found | {"masked": masked, "cells": torch.nn.functional.max_pool2d(hole, CELL)}
 
     def loss(self, rows: Tensors, step: int) -> Tensor:
-        """Over all cells, as the base itself was trained."""
+        """Over all cells, as the base itself was trained; rows of much noise may weigh more."""
         held = rows if "latents" in rows else {**rows, **self._encode(rows)}
         held = {name: value.to(self._device) for name, value in held.items()}
         t, noise = spread_times(held["time"]), held["noise"]
@@ -118,7 +118,8 @@ class AlignLesson:
         text = self.condition(held["seen"], held["hidden"] * hides)
         feature = self._unet.feature(held["cells"], held["masked"])
         eps = self._unet.predict(noisy, t, text, tell_sizes(noisy, t, self._base.native_side), feature)
-        return (eps - noise).square().mean()
+        weight = (1 / signal.square()).clamp(max=self._recipe.heaviest)
+        return ((eps - noise).square() * weight).mean()
 
     def condition(self, seen: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """What the UNet is told of pictures (N, 3, s, s) in [-1, 1] with holes (N, 1, s, s): context and pooled."""

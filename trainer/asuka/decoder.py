@@ -2,6 +2,9 @@
 
 Its target is the picture. The latent is that of a picture whose colours were moved, half of the time after the frozen
 UNet had guessed it from noise in one step, as such guesses shift. The known pixels that it sees are the true ones.
+
+What it makes of known pixels is random at first, and would spoil what the VAE's decoder can do before it learns. So
+that part learns alone at first: to say what the VAE's decoder has in its place.
 """
 
 from __future__ import annotations
@@ -33,6 +36,10 @@ GUESSED = 0.5  # share of the pictures that the UNet guesses
 #: timesteps that it guesses from; the paper's range is lost but for "large", and later ones give colours of no sampler
 TIMES = (500, 900)
 Distance = Callable[[Tensor, Tensor], Tensor]
+#: what a pixel's error counts in L1, beside 1 in the hole: known ones are put back by the paste, and a seam is seen at
+#: the border
+KNOWN, BORDER = 0.2, 4.0
+REACH = 8  # of the border into the hole, pixels
 _LUMA = (0.299, 0.587, 0.114)
 
 
@@ -79,9 +86,11 @@ class DecoderLesson:
         }
 
     def loss(self, rows: Mapping[str, Tensor], step: int) -> Tensor:
-        """Of the whole picture: known places have to be kept, too."""
+        """At first of what the condition encoder says; then of the picture: known places have to be kept, too."""
         held = {name: value.to(self._device) for name, value in rows.items()}
         image = held["image"]
+        if step < self._recipe.imitated:
+            return self._compare_streams(image, held["hole"])
         # UNet and VAE choose their precision themselves; colours in bfloat16 would be rounded to a level or two
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             shifted = move_colours(self._guess(held), held["colours"])
@@ -90,7 +99,20 @@ class DecoderLesson:
         with torch.autocast(self._device.type, self._products, enabled=self._products == torch.bfloat16):
             found = self._decoder(latent, image, held["hole"]).float()
         with torch.autocast(self._device.type, enabled=False):  # squares of features leave float16
-            return (found - image).abs().mean() + self._distance(found, image)
+            counts = weigh_pixels(held["hole"])
+            error = ((found - image).abs().mean(1, keepdim=True) * counts).sum() / counts.sum()
+            return error + self._distance(found, image)
+
+    def _compare_streams(self, image: Tensor, hole: Tensor) -> Tensor:
+        """How far known places are from what the VAE's decoder has there, in shares of its variance; mean of levels."""
+        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+            wanted = self._decoder.trace_latent(self._vae.encode_batch(image) / self._base.scaling_factor)
+        losses = []
+        for said, touched, stream in zip(*self._decoder.trace_condition(image, hole), wanted, strict=True):
+            known = 1 - touched
+            error = ((said.float() - stream) ** 2).mean(1, keepdim=True)
+            losses.append((error * known).sum() / (known.sum() * stream.var() + 1e-6))
+        return torch.stack(losses).mean()
 
     def _guess(self, held: Mapping[str, Tensor]) -> Tensor:
         """The pictures; those that are marked as the UNet guesses them."""
@@ -114,6 +136,12 @@ class DecoderLesson:
             return self._unet.predict(noisy, t, (states, pooled), sizes, feature)
 
         return predict
+
+
+def weigh_pixels(hole: Tensor) -> Tensor:
+    """What each pixel's error counts. hole, result: (N, 1, H, W)."""
+    near = torch.nn.functional.max_pool2d(1 - hole, 2 * REACH + 1, 1, REACH)
+    return KNOWN + hole * (1 - KNOWN + (BORDER - 1) * near)
 
 
 def estimate_clear(

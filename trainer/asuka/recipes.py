@@ -27,6 +27,11 @@ class AsukaRecipe:
     revealed: of the alignment: how often the prior is told of an empty hole, at first and at last; reveal_steps: until
         it is at the latter.
     rooms: how many are rendered where no folder of pictures is given.
+    heaviest: of the alignment: a row's error weighs 1 / alpha-bar, at most this: the error of the velocity and not of
+        the noise. Whether a thing stands in the hole is decided where nearly all is noise. 1: all rows weigh alike, as
+        in the paper.
+    imitated: of the decoder: first steps in which what it makes of known pixels learns alone, at `imitation_rate`; the
+        warm-up follows them.
     views: of the alignment: pictures with holes that are encoded before the first step and drawn from ever after; 0:
         each is drawn anew and encoded in its step.
     """
@@ -42,6 +47,9 @@ class AsukaRecipe:
     decay: float = 0.05
     revealed: tuple[float, float] = (1.0, 0.1)
     reveal_steps: int = 2000
+    heaviest: float = 1.0
+    imitated: int = 0
+    imitation_rate: float = 2e-3
     rooms: int = 1200
     views: int = 0
     checkpoint_every: int = 200
@@ -64,7 +72,10 @@ class AsukaRecipe:
 
     def rate_at(self, step: int) -> float:
         """The learning rate of a step, 0-based."""
-        return self.learning_rate * warm_then_cosine(step, self.steps, self.warmup)
+        if step < self.imitated:
+            return self.imitation_rate
+        left = self.steps - self.imitated
+        return self.learning_rate * warm_then_cosine(step - self.imitated, left, self.warmup)
 
     def revealed_at(self, step: int) -> float:
         """With which probability a row's prior is told of an empty hole at a step, 0-based."""
@@ -76,7 +87,15 @@ class AsukaRecipe:
 SMALL: dict[Part, AsukaRecipe] = {
     "prior": AsukaRecipe(steps=2000, learning_rate=1.5e-3, batch=32, side=256, warmup=200),
     "align": AsukaRecipe(
-        steps=1600, learning_rate=1e-3, batch=8, side=256, warmup=50, reveal_steps=400, decay=0.01, views=1600
+        steps=1600,
+        learning_rate=1e-3,
+        batch=8,
+        side=256,
+        warmup=50,
+        reveal_steps=400,
+        decay=0.01,
+        views=1600,
+        heaviest=25.0,
     ),
     "decoder": AsukaRecipe(
         steps=2000, learning_rate=5e-4, batch=4, side=128, crop=(0.25, 0.25), betas=(0.9, 0.99), decay=0.01

@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -73,15 +73,18 @@ def write_part(
     version: str | None = "1.7.1.116",
     slots: list[Any] | None = None,
     weights: Mapping[str, np.ndarray] | None = None,
+    contexts: Sequence[int] = (77,),
     **plan: Any,
 ) -> None:
     """A part as `dreammix-trt build` writes it, its engine a stand-in's plan: fixed sides are static in it.
 
     weights: of the slots.
+    contexts: lengths of the text condition.
     """
     known = folder.name in {kind.name for kind in NETWORK_KINDS}
     call = kind_of(folder.name).call if known else "step"
-    profiles = profiles_for(inputs, pictures=pictures, shapes=shapes, latent_side=NATIVE // 8, step=1, call=call)
+    sizes: dict[str, Any] = {"pictures": pictures, "shapes": shapes, "contexts": contexts}
+    profiles = profiles_for(inputs, **sizes, latent_side=NATIVE // 8, step=1, call=call)
     tensors = {}
     for mode, specs in (("INPUT", inputs), ("OUTPUT", outputs)):
         for spec in specs:

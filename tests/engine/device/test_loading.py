@@ -81,14 +81,19 @@ def loaded(
         for key, value in engines.run(plain, **inputs).items():
             values[key][...] = np.nan if name in gpu.overflowing else value
 
-    def load(backend: str, shapes: str = "dynamic", **options: Any) -> tuple[DreamMix, Gpu]:
+    def load(
+        backend: str, shapes: str = "dynamic", contexts: tuple[int, ...] = (77,), **options: Any
+    ) -> tuple[DreamMix, Gpu]:
         parts = {"base": engines.parts["base"]}
         version = {"tensorrt": "11.4.0.106", "tensorrt-rtx": "1.7.1.116"}[backend]
         for name in (*engines.entries, *TWINS):
             entry, parts[name] = engines.entries[plain_name(name)], tmp_path / name
             tensors = entry["inputs"], entry["outputs"]
             told = {"slots": entry["slots"], "weights": engines.weights(plain_name(name))}
-            write_part(parts[name], *tensors, **told, shapes=shapes, version=version)
+            pictures = options.get("pictures", 1)
+            write_part(
+                parts[name], *tensors, **told, shapes=shapes, version=version, contexts=contexts, pictures=pictures
+            )
         engine: Any = SimpleNamespace(passport=SimpleNamespace(backend=backend), parts=parts)
         here = open_device(engine, tmp_path / "store")
         assert here.networks.loaded == () and not gpu.weights

@@ -306,6 +306,9 @@ def test_recipes_say_how_fast_and_how_often() -> None:
     recipe = AsukaRecipe(steps=110, learning_rate=0.1, batch=1, side=64, warmup=10, revealed=(1.0, 0.1), reveal_steps=9)
     assert recipe.rate_at(0) == pytest.approx(0.01) and recipe.rate_at(9) == pytest.approx(0.1)
     assert recipe.rate_at(60) == pytest.approx(0.05) and 0 < recipe.rate_at(109) < 1e-4
+    later = replace(recipe, steps=130, imitated=20, imitation_rate=0.3)
+    assert later.rate_at(0) == later.rate_at(19) == 0.3
+    assert [later.rate_at(step + 20) for step in (0, 9, 60, 109)] == [recipe.rate_at(step) for step in (0, 9, 60, 109)]
     assert [recipe.revealed_at(step) for step in (0, 3, 9, 50)] == pytest.approx([1.0, 0.7, 0.1, 0.1])
     assert recipe_for("align", 256) is SMALL["align"] and recipe_for("align", 1024) is FULL["align"]
 

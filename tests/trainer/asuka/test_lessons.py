@@ -126,7 +126,7 @@ def test_values_computed_twice_give_the_same_gradients(base: BaseFiles, pool: Fo
 
 def test_the_loss_is_the_noise_that_the_base_predicts(base: BaseFiles, pool: FolderPool) -> None:
     """Computed once more from the networks, with the hole's condition as the base's own training has it."""
-    lesson = make_alignment(base, pool)
+    lesson = make_alignment(base, pool, heaviest=1.0)
     rows = draw_rows(lesson, 2)
     rows["time"][:] = torch.tensor([0.25, 0.5])  # of the first and the second half: 125 and 750
     rows["reveal"][:] = 1.0
@@ -142,8 +142,13 @@ def test_the_loss_is_the_noise_that_the_base_predicts(base: BaseFiles, pool: Fol
         assert context.shape == (2, 256, 40)
         sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64], [96, 96, 0, 0, 64, 64]])  # as the loop tells them, early larger
         eps = unet.predict(noisy, t, (context, pooled), sizes, unet.feature(cells, masked))
-        wanted = float((eps - rows["noise"]).square().mean())
-        assert float(lesson.loss(rows, 5)) == pytest.approx(wanted, rel=1e-4)
+        errors = (eps - rows["noise"]).square().mean((1, 2, 3))
+        assert float(lesson.loss(rows, 5)) == pytest.approx(float(errors.mean()), rel=1e-4)
+        heavier = make_alignment(base, pool, heaviest=5.0)
+        heavier._prior.load_state_dict(lesson._prior.state_dict())
+        weight = torch.tensor([1 / float(signal[0]) ** 2, 5.0])  # of the velocity's error; the second is at the limit
+        assert weight[0] < 5 < 1 / float(signal[1]) ** 2
+        assert float(heavier.loss(rows, 5)) == pytest.approx(float((errors * weight).mean()), rel=1e-4)
 
 
 def test_at_first_the_prior_is_told_of_an_empty_hole(base: BaseFiles, pool: FolderPool) -> None:
@@ -196,10 +201,10 @@ class _Views:
 # -- decoder ----------------------------------------------------------------------------------------------------------
 
 
-def make_lesson(base: BaseFiles, pool: FolderPool) -> DecoderLesson:
+def make_lesson(base: BaseFiles, pool: FolderPool, **fields: Any) -> DecoderLesson:
     torch.manual_seed(0)
     own = make_decoder(base, config_for(base).decoder)
-    return DecoderLesson(own, base, Hardware(), pool, tiny_recipe("decoder"), slope_distance)
+    return DecoderLesson(own, base, Hardware(), pool, tiny_recipe("decoder", **fields), slope_distance)
 
 
 def test_only_the_decoder_learns(base: BaseFiles, pool: FolderPool) -> None:
@@ -210,6 +215,42 @@ def test_only_the_decoder_learns(base: BaseFiles, pool: FolderPool) -> None:
     assert all(value.grad is not None for value in lesson.trained().values())
     frozen = [*lesson._vae._vae.parameters(), *lesson._unet.unet.parameters()]
     assert not any(value.requires_grad for value in frozen)
+
+
+def test_at_first_what_is_made_of_known_pixels_learns_alone(base: BaseFiles, pool: FolderPool) -> None:
+    lesson = make_lesson(base, pool, imitated=3)
+    rows = draw_rows(lesson, 2)
+    lesson.loss(rows, 2).backward()
+    learns = {name: value.grad is not None for name, value in lesson.trained().items()}
+    assert all(found == name.startswith("condition.") for name, found in learns.items())
+    lesson.loss(rows, 3).backward()
+    assert all(value.grad is not None for value in lesson.trained().values())
+
+
+def test_imitation_costs_nothing_where_known_places_say_what_the_decoder_has(
+    base: BaseFiles, pool: FolderPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lesson = make_lesson(base, pool, imitated=1)
+    rows = draw_rows(lesson, 1)
+    latent = Vae(base).encode_batch(rows["image"]) / base.scaling_factor
+    with torch.no_grad():
+        streams = lesson._decoder.trace_latent(latent)
+        holes = lesson._decoder.trace_condition(rows["image"], rows["hole"])[1]
+    # in the hole anything may be said
+    said = [torch.where(hole > 0, stream + 7, stream) for stream, hole in zip(streams, holes, strict=True)]
+    monkeypatch.setattr(lesson._decoder, "trace_condition", lambda *_: (said, holes))
+    assert float(lesson.loss(rows, 0)) < 1e-8
+    said[0] = said[0] + streams[0].std()  # one level off by a deviation, of five
+    assert float(lesson.loss(rows, 0)) == pytest.approx(1 / 5, rel=1e-3)
+
+
+def test_pixels_at_the_border_count_most() -> None:
+    hole = torch.zeros(1, 1, 40, 40)
+    hole[..., 20:] = 1
+    counts = decoder.weigh_pixels(hole)[0, 0, 5]
+    near = slice(20, 20 + decoder.REACH)
+    assert counts[:20].unique().tolist() == [pytest.approx(decoder.KNOWN)]
+    assert counts[near].unique().tolist() == [decoder.BORDER] and counts[near.stop :].unique().tolist() == [1.0]
 
 
 def test_a_decoder_begins_as_the_bases_vae(base: BaseFiles) -> None:
