@@ -81,7 +81,7 @@ class FolderObjects:
             )
         classes = sorted({each.class_name for each in self._objects})
         shown = ", ".join(classes[:8]) + (f" and {len(classes) - 8} more" if len(classes) > 8 else "")
-        self.trained_on = f"{len(self._objects)} objects of {len(classes)} classes: {shown}"
+        self.trained_on = f"{len(self._objects)} objects: {shown}"
 
     def __len__(self) -> int:
         return len(self._objects)

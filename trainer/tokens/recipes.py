@@ -88,10 +88,10 @@ def name_class(class_name: str) -> str:
 
 
 #: for the embedded base, within an hour on one core, half of which is rendering and encoding
-SMALL = TokenRecipe(steps=3600, learning_rate=2e-3, batch=8, rank=16, objects=3000, views=2)
+SMALL = TokenRecipe(steps=3500, learning_rate=2e-3, batch=8, rank=16, objects=2500, views=2)
 #: nothing was trained at full size: the paper tells neither steps nor batch nor rate
 FULL = TokenRecipe(
-    steps=50_000, learning_rate=1e-4, batch=1, accumulate=16, rank=64, objects=1, views=1, warmup=500,
+    steps=50_000, learning_rate=1e-4, batch=1, accumulate=16, rank=16, objects=1, views=1, warmup=500,
     checkpoint_every=500, gradient_checkpointing=True,
 )  # fmt: skip
 
