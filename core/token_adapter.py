@@ -60,6 +60,8 @@ class Card:
         for name, kind in kinds.items():
             if not isinstance(values.get(name), kind):
                 raise FileFormatError(f"its card is damaged: {name} is {values.get(name)!r}")
+        if not all(isinstance(digest, str) for digest in values["base"].values()):
+            raise FileFormatError(f"its card is damaged: base is {values['base']!r}, expected file -> sha256")
         return cls(TokenConfig.of_dict(values.get("config")), **{name: values[name] for name in kinds})
 
     def to_text(self) -> str:

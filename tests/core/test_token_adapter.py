@@ -82,6 +82,7 @@ def test_the_same_is_the_same_file(base: BaseFiles, tmp_path: Path) -> None:
         ({"schema": 9}, "its schema is 9, this version reads 1; update dreammix-trt"),
         ({"schema": None}, "its card is damaged: it says no schema"),
         ({"rank": "3"}, "its card is damaged: rank is '3'"),
+        ({"base": {"unet": 3}}, "its card is damaged: base is .*expected file -> sha256"),
         ({"config": {"side": 250}}, "side is 250, no multiple of 16"),
     ],
 )
