@@ -67,6 +67,9 @@ from dreammix_trt.train_asuka_cli import train_asuka
 from dreammix_trt.train_cli import EXAMPLES as TRAIN_EXAMPLES
 from dreammix_trt.train_cli import PANELS as TRAIN_PANELS
 from dreammix_trt.train_cli import train
+from dreammix_trt.train_tokens_cli import EXAMPLES as TRAIN_TOKENS_EXAMPLES
+from dreammix_trt.train_tokens_cli import PANELS as TRAIN_TOKENS_PANELS
+from dreammix_trt.train_tokens_cli import train_tokens
 
 _NAME = "dreammix-trt"
 #: click's errors of use; typer exports the most special of them alone
@@ -167,6 +170,7 @@ app.command(epilog=REGULARIZE_EXAMPLES, panels=REGULARIZE_PANELS)(regularize)
 app.command(epilog=TRAIN_EXAMPLES, panels=TRAIN_PANELS)(train)
 app.command(epilog=DISTILL_EXAMPLES, panels=DISTILL_PANELS)(distill)
 app.command("train-asuka", epilog=TRAIN_ASUKA_EXAMPLES, panels=TRAIN_ASUKA_PANELS)(train_asuka)
+app.command("train-tokens", epilog=TRAIN_TOKENS_EXAMPLES, panels=TRAIN_TOKENS_PANELS)(train_tokens)
 app.command(epilog=BUILD_EXAMPLES, panels=BUILD_PANELS)(build)
 app.command(epilog=CALIBRATE_EXAMPLES, panels=CALIBRATE_PANELS)(calibrate)
 

@@ -1,4 +1,4 @@
-"""Options of the commands that train: `train`, `distill`, `train-asuka`."""
+"""Options of the commands that train: `train`, `distill`, `train-asuka`, `train-tokens`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Tensorboard = Annotated[
     Path | None,
     typer.Option(help="Folder for TensorBoard: loss and learning rate of every step, validation pictures of `train`."),
 ]
-#: panels of `distill` and `train-asuka`
+#: panels of `distill`, `train-asuka` and `train-tokens`
 PANELS = {
     "The base": ("base", "patch", "head", "vae", "tokenizer", "patch_biases"),
     "What it runs on": ("device", "precision", "optimizer", "threads"),

@@ -37,6 +37,7 @@ FACE = {
         "train_watch",
         "distill_cli",
         "train_asuka_cli",
+        "train_tokens_cli",
         "training_options",
     ),
     *("painting_cli", "remove_cli", "endpoint_options"),

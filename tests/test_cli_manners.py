@@ -246,7 +246,19 @@ def test_messages_are_chosen_anywhere(mug_engine: Path, place: Path, call: Call)
 @pytest.mark.parametrize(
     "command",
     [
-        *("", "attributes", "regularize", "train", "train-asuka", "distill", "build", "inspect", "inpaint", "remove"),
+        *(
+            "",
+            "attributes",
+            "regularize",
+            "train",
+            "train-asuka",
+            "train-tokens",
+            "distill",
+            "build",
+            "inspect",
+            "inpaint",
+            "remove",
+        ),
         *("eval", "demo"),
         *("train-base", "doctor", "store", "store prune"),
     ],
@@ -261,6 +273,7 @@ def test_each_help_has_a_short_option_and_names_everything(command: str, call: C
         "train": ("What is learnt", "Examples:", "--force", "-o"),
         "distill": ("What is distilled", "Examples:", "--pictures", "--guidance", "--resume", "-o"),
         "train-asuka": ("What is learnt", "Examples:", "--objects", "--revealed", "--perceptual", "--resume", "-o"),
+        "train-tokens": ("What is learnt", "Examples:", "--objects", "--views", "--decoupling", "--resume", "-o"),
         "build": ("The base", "Examples:", "--json", "-o"),
         "inpaint": ("What is painted", "Examples:", "-i", "-m", "-p", "-o", "-n"),
         "train-base": ("--work", "--device", "--processes", "--minutes-scale", "--native-size", "--smoke"),

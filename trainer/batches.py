@@ -82,13 +82,22 @@ class Draws:
         return Batch(samples, noise, t, self._tell_sizes(samples))
 
     def _tell_sizes(self, samples: Samples) -> Tensor:
-        """(N, 6): original size, no crop offset, target size. A view scaled up keeps its true size; a sharp one varies.
-
-        The loop asks for up to 1.5 times the size, so larger ones must not be news to the LoRA.
-        """
         import torch
 
-        larger = self._side * (1 + 0.6 * torch.rand(len(samples), generator=self._dice))
-        size = torch.where(samples.sharp < self._side, samples.sharp, larger).round()
-        zero, full = torch.zeros_like(size), torch.full_like(size, float(self._side))
-        return torch.stack([size, size, zero, zero, full, full], 1)
+        return vary_sizes(samples.sharp, torch.rand(len(samples), generator=self._dice), self._side)
+
+
+def vary_sizes(sharp: Tensor, drawn: Tensor, side: int) -> Tensor:
+    """SDXL's time ids (N, 6): original size, no crop offset, target size.
+
+    A view scaled up keeps its true size; a sharp one varies. The loop asks for up to 1.5 times the size, so larger ones
+    must not be news to what is learnt.
+
+    sharp: sides (N,) in pixels. drawn: (N,), from 0 to 1. side: of the base, in pixels.
+    """
+    import torch
+
+    larger = side * (1 + 0.6 * drawn)
+    size = torch.where(sharp < side, sharp, larger).round()
+    zero, full = torch.zeros_like(size), torch.full_like(size, float(side))
+    return torch.stack([size, size, zero, zero, full, full], 1)

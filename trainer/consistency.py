@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 HUBER = 0.001  # of the loss sqrt(d^2 + c^2) - c, as in the authors' training
 OUTSIDE = 0.1  # weight of latent cells outside the hole; the loop puts the picture's own there
+_TIMES = 1000
 _LOOP = Request("")  # its defaults for what the UNet is told of sizes
 #: (latents, timesteps (N,), told sizes (N, 6)) -> noise prediction
 Predict = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
@@ -84,6 +85,17 @@ def tell_sizes(x: Tensor, t: Tensor, side: int, *, positive: bool = True) -> Ten
     height, width = (length * 8 * scale for length in x.shape[-2:])
     zero, full = torch.zeros_like(scale), torch.full_like(scale, float(side))
     return torch.stack([height, width, zero, zero, full, full], 1)
+
+
+def spread_times(drawn: Tensor) -> Tensor:
+    """Timesteps, int64 (N,), uniform, and one in each N-th of them, so that the loss varies less.
+
+    drawn: (N,), from 0 to 1.
+    """
+    import torch
+
+    order = torch.arange(len(drawn), device=drawn.device)
+    return ((order + drawn) / len(drawn) * _TIMES).long().clamp_(max=_TIMES - 1)
 
 
 def huber_loss(found: Tensor, target: Tensor, mask: Tensor) -> Tensor:

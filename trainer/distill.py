@@ -16,13 +16,14 @@ from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.extras import require_training
 from dreammix_trt.core.files import atomic_directory, sha256_of, write_json
 from dreammix_trt.trainer.checkpoints import Checkpoints, Progressed, check_places, find_work, hold_places
-from dreammix_trt.trainer.distill_task import FULL, SMALL, DistillRecipe, DistillTask, check_range, recipe_for
+from dreammix_trt.trainer.distill_task import FULL, SMALL, DistillRecipe, DistillTask, recipe_for
 from dreammix_trt.trainer.distiller import Distiller
 from dreammix_trt.trainer.events import Events
 from dreammix_trt.trainer.folder import lora_tensors, write_tensor_file
 from dreammix_trt.trainer.hardware import Hardware
 from dreammix_trt.trainer.preparing import Progress
 from dreammix_trt.trainer.processes import use_threads
+from dreammix_trt.trainer.recipes import check_range
 from dreammix_trt.trainer.regular_folder import read_regular
 
 if TYPE_CHECKING:

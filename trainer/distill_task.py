@@ -15,6 +15,7 @@ from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.files import sha256_of
 from dreammix_trt.core.schedule import lcm_timesteps
 from dreammix_trt.trainer.hardware import Hardware
+from dreammix_trt.trainer.recipes import check_range
 from dreammix_trt.trainer.regular_folder import RegularPicture
 from dreammix_trt.trainer.scenes import Scenes, encode_scenes, keep_scenes, open_views, render_views
 
@@ -62,11 +63,6 @@ class DistillRecipe:
         """The learning rate of a step, 0-based."""
         left = (self.steps - step) / self.steps
         return self.learning_rate * (1.0 if self.constant >= 1 else min(1.0, left / (1 - self.constant)))
-
-
-def check_range(name: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise InputError(f"{name.replace('_', ' ')} is {value}; it must be {low} to {high}")
 
 
 # Starting points for the embedded model and for full-size bases; neither was trained to its end yet.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -84,6 +85,20 @@ FULL = Recipe(
     checkpoint_every=250,
     gradient_checkpointing=True,
 )
+
+
+def warm_then_cosine(step: int, steps: int, warmup: int) -> float:
+    """The factor of the learning rate at a step, 0-based: it rises from zero, then falls in half a cosine."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise InputError for a value out of range, or not finite. name: of the field."""
+    if not low <= value <= high:
+        raise InputError(f"{name.replace('_', ' ')} is {value}; it must be {low} to {high}")
 
 
 def recipe_for(native_side: int) -> Recipe:

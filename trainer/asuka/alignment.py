@@ -18,7 +18,7 @@ from dreammix_trt.core.torch_modules.asuka_prior import AsukaPrior
 from dreammix_trt.core.torch_modules.masked_autoencoder import normalise
 from dreammix_trt.trainer.asuka.prior import shrink_hole, shrink_picture
 from dreammix_trt.trainer.asuka.recipes import AsukaRecipe, Part
-from dreammix_trt.trainer.consistency import Tables, tell_sizes
+from dreammix_trt.trainer.consistency import Tables, spread_times, tell_sizes
 from dreammix_trt.trainer.hardware import Hardware
 from dreammix_trt.trainer.hole_masks import draw_hole
 from dreammix_trt.trainer.networks import TrainingUNet, Vae, to_latent_range
@@ -32,7 +32,6 @@ Keep = Callable[[Callable[[], Tensors]], Tensors]
 VIEW = ("seen", "hidden", "latents", "masked", "cells")
 _AT_ONCE, _VIEWS = 8, 41  # views that are encoded at a time; a seed
 CELL = 8  # pixels of a latent cell's side
-_TIMES = 1000
 
 
 class AlignLesson:
@@ -112,7 +111,7 @@ class AlignLesson:
         """Over all cells, as the base itself was trained; rows of much noise may weigh more."""
         held = rows if "latents" in rows else {**rows, **self._encode(rows)}
         held = {name: value.to(self._device) for name, value in held.items()}
-        t, noise = self._spread_times(held["time"]), held["noise"]
+        t, noise = spread_times(held["time"]), held["noise"]
         signal, spread = self._tables.at(t)
         noisy = signal * held["latents"] + spread * noise
         hides = (held["reveal"] >= self._recipe.revealed_at(step)).float()[:, None, None, None]
@@ -128,8 +127,3 @@ class AlignLesson:
             feature, _ = self._prior.mae(normalise(seen), hidden)
         context, pooled = self._prior.alignment(feature)
         return context.float(), pooled.float()
-
-    def _spread_times(self, drawn: Tensor) -> Tensor:
-        """Timesteps, int64 (N,), uniform, and one in each N-th of them, so that the loss varies less."""
-        order = torch.arange(len(drawn), device=drawn.device)
-        return ((order + drawn) / len(drawn) * _TIMES).long().clamp_(max=_TIMES - 1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dreammix_trt.core.errors import InputError
+from dreammix_trt.trainer.recipes import check_range, warm_then_cosine
 
 Part = Literal["prior", "align", "decoder"]
 PARTS: tuple[Part, ...] = ("prior", "align", "decoder")
@@ -56,10 +57,10 @@ class AsukaRecipe:
 
     def __post_init__(self) -> None:
         for name in ("steps", "reveal_steps", "batch", "accumulate", "rooms"):
-            _check(name, getattr(self, name), 1, _MOST)
+            check_range(name, getattr(self, name), 1, _MOST)
         for name in ("warmup", "views", "checkpoint_every"):
-            _check(name, getattr(self, name), 0, _MOST)
-        _check("side", self.side, 64, 4096)
+            check_range(name, getattr(self, name), 0, _MOST)
+        check_range("side", self.side, 64, 4096)
         if self.side % 64:
             raise InputError(f"side is {self.side}; it must be a multiple of 64, for the base's own cells")
         if not (math.isfinite(self.learning_rate) and 0 < self.learning_rate <= 1):
@@ -74,20 +75,12 @@ class AsukaRecipe:
 
     def rate_at(self, step: int) -> float:
         """The learning rate of a step, 0-based."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return self.learning_rate * warm_then_cosine(step, self.steps, self.warmup)
 
     def revealed_at(self, step: int) -> float:
         """With which probability a row's prior is told of an empty hole at a step, 0-based."""
         first, last = self.revealed
         return first + (last - first) * min(1.0, step / self.reveal_steps)
-
-
-def _check(name: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise InputError(f"{name.replace('_', ' ')} is {value}; it must be {low} to {high}")
 
 
 #: for the embedded base: within an hour on two cores, the decoder beside the other two

@@ -29,7 +29,7 @@ from dreammix_trt.trainer.state_files import keep_tensors
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dreammix_trt.trainer.asuka.learning import Lesson
+    from dreammix_trt.trainer.learning import Lesson
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.extras import require_training
 from dreammix_trt.core.files import folder_bytes
-from dreammix_trt.trainer.asuka.recipes import AsukaRecipe, Part, recipe_for
+from dreammix_trt.trainer.asuka.recipes import PARTS, AsukaRecipe, Part, recipe_for
 from dreammix_trt.trainer.asuka.task import NETWORKS, AsukaTask, check_parts, config_for
 from dreammix_trt.trainer.checkpoints import Checkpoints, Progressed, check_places, find_work, hold_places
 from dreammix_trt.trainer.events import Events
@@ -159,7 +159,7 @@ def _run(
     tell: Progress,
     threads: int | None,
 ) -> AsukaTrained:
-    from dreammix_trt.trainer.asuka.learning import learn
+    from dreammix_trt.trainer.learning import learn
     from dreammix_trt.trainer.stepping import Course
 
     held = hold_places(out, work, "another training is at work")
@@ -183,7 +183,7 @@ def _run(
             tell,
             events,
         )
-        done = learn(lesson, task.recipe, task.seed, course, resume=resume)
+        done = learn(lesson, task.recipe, (task.seed, PARTS.index(task.part)), course, resume=resume)
         found = _sum_up(task.part, done, sum(value.numel() for value in lesson.trained().values()))
         if processes.leads:
             _write(task, out, network, found, settings)

@@ -23,8 +23,7 @@ from dreammix_trt.core.checkpoint import BaseFiles  # noqa: E402
 from dreammix_trt.core.errors import FileFormatError, InputError  # noqa: E402
 from dreammix_trt.core.files import hold_alone  # noqa: E402
 from dreammix_trt.core.tensors import map_tensors  # noqa: E402
-from dreammix_trt.trainer import picture_pool  # noqa: E402
-from dreammix_trt.trainer.asuka import learning  # noqa: E402
+from dreammix_trt.trainer import learning, picture_pool  # noqa: E402
 from dreammix_trt.trainer.asuka.alignment import AlignLesson  # noqa: E402
 from dreammix_trt.trainer.asuka.recipes import FULL, PARTS, SMALL, AsukaRecipe, Part, recipe_for  # noqa: E402
 from dreammix_trt.trainer.asuka.task import config_for  # noqa: E402
@@ -152,7 +151,7 @@ def test_the_mean_of_two_processes_is_that_of_one_with_their_rows(
         tell = lambda *_: None  # noqa: E731
         course = Course("prior", 2, 1.0, recipe.rate_at, Hardware(), _Nothing(), processes, tell)
         monkeypatch.setattr(Processes, "average", lambda self, parameters, loss: loss)
-        learning.learn(lesson, recipe, 0, course, resume=False)
+        learning.learn(lesson, recipe, (0,), course, resume=False)
         drawn[name] = lesson.rows
     assert [a + b for a, b in zip(drawn["first"], drawn["second"], strict=True)] == drawn["one"]
     assert len({number for rows in drawn["one"] for number in rows}) == 8
@@ -168,8 +167,6 @@ def test_a_resume_without_a_checkpoint_is_told_before_rooms_are_rendered(
 
 class _Noted:
     """A lesson that notes which rows it gets."""
-
-    part: Part = "prior"
 
     def __init__(self) -> None:
         self.rows: list[list[float]] = []

@@ -1,0 +1,84 @@
+"""The patched UNet, with LoRA factors that learn, predicts the noise of an object when tokens speak beside the text.
+
+Noise is on all cells on both of the paper's paths: the loop keeps the known cells noised as well, and what they hold
+the UNet knows by the hole's condition. What the paths differ in is the hole, and so where the loss is: see
+`recipes.TokenRecipe.decoupling`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dreammix_trt.core.checkpoint import BaseFiles
+from dreammix_trt.core.lora import Factors
+from dreammix_trt.core.subject_tokens import TokenConfig
+from dreammix_trt.core.torch_modules.subject_tokens import TokenProjection
+from dreammix_trt.trainer.adapters import adapters_of, add_adapters, copy_factors
+from dreammix_trt.trainer.batches import vary_sizes
+from dreammix_trt.trainer.consistency import Tables, spread_times
+from dreammix_trt.trainer.hardware import Hardware
+from dreammix_trt.trainer.networks import TrainingUNet
+from dreammix_trt.trainer.row_reader import Row
+from dreammix_trt.trainer.tokens.recipes import TokenRecipe
+from dreammix_trt.trainer.tokens.shelf import Shelf
+
+#: modules that get adapters, by the ends of their names: all that an engine merges a subject into
+LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class TokenLesson:
+    """Squared error of the noise in the hole, each row's mean over its own; rows of much noise weigh more."""
+
+    def __init__(
+        self, base: BaseFiles, config: TokenConfig, hardware: Hardware, shelf: Shelf, recipe: TokenRecipe, seed: int
+    ) -> None:
+        """shelf: filled."""
+        self._recipe, self._shelf, self._side = recipe, shelf, base.native_side
+        self._unet = TrainingUNet(base, hardware)
+        self._device = self._unet.device
+        add_adapters(self._unet.unet, recipe.rank, seed, LAYERS)
+        if recipe.gradient_checkpointing:
+            self._unet.unet.enable_gradient_checkpointing()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.projection = TokenProjection(config).to(self._device)
+        self._tables = Tables(self._unet.signal.to(self._device), self._unet.noise.to(self._device))
+
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """The projection's parameters, and the factors."""
+        found = {f"token_proj.{name}": value for name, value in self.projection.named_parameters()}
+        for module, pair in adapters_of(self._unet.unet).items():
+            names = (f"unet.{module}.lora.{part}.weight" for part in ("down", "up"))
+            found |= dict(zip(names, pair, strict=True))
+        return found
+
+    def draw(self, rng: np.random.Generator) -> Row:
+        """As `Shelf.draw`."""
+        return self._shelf.draw(rng)
+
+    def loss(self, rows: Mapping[str, Tensor], step: int) -> Tensor:
+        """All rows have as many tokens as the first asks for."""
+        held = {name: value.to(self._device) for name, value in rows.items()}
+        t, noise, mask = spread_times(held["time"]), held["noise"], held["mask"]
+        signal, spread = self._tables.at(t)
+        noisy = signal * held["latents"] + spread * noise
+        with torch.autocast(self._device.type, enabled=False):  # an engine computes them in float32, too
+            spoken = self.projection(held["tokens"][:, : int(held["count"][0])])
+        text = torch.cat([held["states"], spoken], 1), held["pooled"]
+        sizes = vary_sizes(held["sharp"], held["size"], self._side)
+        eps = self._unet.predict(noisy, t, text, sizes, self._unet.feature(mask, held["masked"]))
+        weight = (1 / signal.square()).clamp(max=self._recipe.heaviest) * mask
+        error = ((eps - noise).square().mean(1, keepdim=True) * weight).flatten(1).sum(1)
+        return (error / mask.flatten(1).sum(1)).mean()
+
+    def weights(self) -> tuple[dict[str, Any], Factors]:
+        """The projection's weights by name, and the factors of both UNets, as `write_adapter` takes them."""
+        projection = {name: value.detach().cpu().numpy() for name, value in self.projection.state_dict().items()}
+        pairs = copy_factors(adapters_of(self._unet.unet))
+        factors = {module: (down.T.numpy(), up.T.numpy()) for module, (down, up) in pairs.items()}
+        return projection, {"unet": factors, "unet_raw": factors}
