@@ -28,7 +28,7 @@ from dreammix_trt.export.parity import OnnxNetwork
 from tests.support.mini_sdxl import Checkpoint, small_configs, trace_once, write_single
 from tests.support.sgm import write_header
 
-NETWORKS = {kind.name for kind in KINDS if kind.group not in ("asuka", "tokens")}  # which no such base has by itself
+NETWORKS = {kind.name for kind in KINDS if kind.group not in ("asuka", "tokens")}  # which no base has by itself
 CONFIGS = small_configs()
 
 
