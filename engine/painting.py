@@ -166,6 +166,8 @@ def describe_overflow(network: str, how: str) -> str:
             "; where the UNet is float16, build it in bfloat16, which reaches as far as float32 (`dreammix-trt build "
             "--unet-precision bfloat16`)"
         )
+    elif call == "subject":  # before any request
+        remedy = "build with another token adapter (`--tokens`)"
     elif call in ("prompt", "stage"):  # before any guidance, and what they give is float16 whatever the UNet is
         remedy = "lower the subject's scale"
     return f"{network} gave values that are not numbers {how}: {remedy}"

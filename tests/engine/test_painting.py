@@ -8,7 +8,7 @@ from dreammix_trt.core.networks import KINDS
 from dreammix_trt.engine.painting import describe_overflow
 
 SCALE, GUIDANCE, VAE, BFLOAT16 = "the subject's scale", "guidance_scale", "`--vae`", "--unet-precision bfloat16"
-ASUKA = "`--asuka`"
+ASUKA, TOKENS = "`--asuka`", "`--tokens`"
 
 
 @pytest.mark.parametrize("name", [kind.name for kind in KINDS])
@@ -20,10 +20,13 @@ def test_an_overflow_is_told_with_what_helps_against_it(name: str) -> None:
         "step": {SCALE, GUIDANCE, BFLOAT16},
         "vae": {SCALE, GUIDANCE, VAE},
         "frame": {SCALE, GUIDANCE},
+        "subject": {TOKENS},
         "asuka_prior": {ASUKA},
         "asuka_decoder": {SCALE, GUIDANCE, ASUKA},
     }
     call = next(kind.call for kind in KINDS if kind.name == name)
     told = describe_overflow(name, "in float16")
     assert told.startswith(f"{name} gave values that are not numbers in float16: ")
-    assert {each for each in (SCALE, GUIDANCE, VAE, BFLOAT16, ASUKA) if each in told} == wanted.get(name, wanted[call])
+    assert {each for each in (SCALE, GUIDANCE, VAE, BFLOAT16, ASUKA, TOKENS) if each in told} == wanted.get(
+        name, wanted[call]
+    )
