@@ -62,7 +62,8 @@ class EnginePainter:
         files = BaseFiles.open(asuka=asuka).find_own_extras()
         if files.asuka is None:
             raise SystemExit("the embedded base has no ASUKA: give --asuka FOLDER")
-        base, made_of = files.hash_contents(), key_of(files.hash_contents(), files.asuka.hash_files())
+        base = files.hash_contents()
+        made_of = key_of(base, files.asuka.hash_files())
         self.key, self.text_key, self.engine = key_of(made_of, steps), key_of(base, steps), folder / f"engine-{made_of}"
         if not self.engine.exists():
             build(out=self.engine, asuka=asuka)
@@ -189,24 +190,33 @@ def send_round(
     return present
 
 
-def measure_seam(bench: Benchmark, given: argparse.Namespace) -> None:
-    """Grad and colour of the ring after round trips of rooms with a thing in the hole: nothing but the VAE changes."""
-    networks = EngineSet.load(open_engine(open_painter(given).engine).parts, given.threads)
-    metrics, found = (Grad(), RingColour(), PsnrAsuka()), dict[tuple[str, int], list[Readings]]()
-    for number in range(given.rooms):
+def compare_decoders(
+    networks: Networks, rooms: int, metrics: Sequence[Metric], trips: int, darker: float = 0.0
+) -> dict[str, list[Readings]]:
+    """Decoder -> a reading of each room with a thing in the hole, sent round: nothing but the VAE changes it."""
+    found: dict[str, list[Readings]] = {"vae": [], "asuka": []}
+    for number in range(rooms):
         scene, mask = draw_room(number)
-        for trips in TRIPS:
-            for decoder in ("vae", "asuka"):
-                picture = send_round(networks, decoder, scene.image, mask, trips)
-                found.setdefault((decoder, trips), []).append(read_picture(metrics, picture, scene.image, mask))
+        for decoder, readings in found.items():
+            picture = send_round(networks, decoder, scene.image, mask, trips, darker)
+            readings.append(read_picture(metrics, picture, scene.image, mask))
+    return found
+
+
+def measure_seam(bench: Benchmark, given: argparse.Namespace) -> None:
+    """Grad and colour of the ring after round trips."""
+    networks = EngineSet.load(open_engine(open_painter(given).engine).parts, given.threads)
+    metrics = (Grad(), RingColour(), PsnrAsuka())
+    found = {trips: compare_decoders(networks, given.rooms, metrics, trips) for trips in TRIPS}
     bench.add("rooms", given.rooms)
-    for (decoder, trips), readings in found.items():
-        for metric, digits in ((Grad.name, 2), (RingColour.name, 2), (PsnrAsuka.name, 2)):
-            bench.add(f"{decoder}, round trips {trips}: {metric}", spell(mean_of(readings, metric), digits))
-    for trips in TRIPS:
-        for metric, bound in ((Grad.name, "<= 0.75"), (RingColour.name, "<= 0.5")):
-            ours, plain = (mean_of(found[decoder, trips], metric).mean for decoder in ("asuka", "vae"))
-            bench.add(f"{metric}, asuka / vae, round trips {trips}", ours / plain, bound=bound)
+    for trips, by_decoder in found.items():
+        for decoder, readings in by_decoder.items():
+            for metric in metrics:
+                bench.add(f"{decoder}, round trips {trips}: {metric.name}", spell(mean_of(readings, metric.name), 2))
+    for trips, by_decoder in found.items():
+        for name, bound in ((Grad.name, "<= 0.75"), (RingColour.name, "<= 0.5")):
+            ours, plain = (mean_of(by_decoder[decoder], name).mean for decoder in ("asuka", "vae"))
+            bench.add(f"{name}, asuka / vae, round trips {trips}", ours / plain, bound=bound)
     draw_seams(networks).save(given.work / "asuka-seam.png")
 
 
@@ -215,15 +225,10 @@ def measure_shift(bench: Benchmark, given: argparse.Namespace) -> None:
     networks = EngineSet.load(open_engine(open_painter(given).engine).parts, given.threads)
     metrics = (Grad(), RingColour())
     for darker in (0.02, 0.05, 0.1):
-        found: dict[str, list[Readings]] = {"vae": [], "asuka": []}
-        for number in range(given.rooms):
-            scene, mask = draw_room(number)
+        found = compare_decoders(networks, given.rooms, metrics, 1, darker)
+        for metric in metrics:
             for decoder, readings in found.items():
-                picture = send_round(networks, decoder, scene.image, mask, 1, darker)
-                readings.append(read_picture(metrics, picture, scene.image, mask))
-        for metric in (Grad.name, RingColour.name):
-            for decoder, readings in found.items():
-                bench.add(f"{decoder}, {darker:.0%} darker: {metric}", spell(mean_of(readings, metric), 2))
+                bench.add(f"{decoder}, {darker:.0%} darker: {metric.name}", spell(mean_of(readings, metric.name), 2))
 
 
 def draw_seams(networks: Networks) -> Image.Image:

@@ -21,7 +21,6 @@ from dreammix_trt.terminal import (
     Threads,
     Tokenizer,
     Vae,
-    choose_messages,
     print_json,
     say,
     show_progress,
@@ -40,6 +39,7 @@ from dreammix_trt.training_options import (
     Tensorboard,
     change,
     choose_hardware,
+    hush_followers,
     open_events,
 )
 
@@ -135,11 +135,7 @@ def train_asuka(
     from dreammix_trt.trainer.asuka.recipes import recipe_for
 
     require_training()
-    from dreammix_trt.trainer.processes import is_leading
-
-    if not is_leading():
-        choose_messages(quiet=True)
-        as_json = False
+    as_json = hush_followers(as_json)
     if not force:
         _check_new(part, out)
     events = open_events(tensorboard / part if tensorboard else None)

@@ -21,7 +21,6 @@ from dreammix_trt.terminal import (
     Threads,
     Tokenizer,
     Vae,
-    choose_messages,
     print_json,
     say,
     show_progress,
@@ -39,6 +38,7 @@ from dreammix_trt.training_options import (
     Tensorboard,
     change,
     choose_hardware,
+    hush_followers,
     open_events,
 )
 
@@ -196,11 +196,7 @@ def train(
     from dreammix_trt.core.extras import require_training
 
     require_training()
-    from dreammix_trt.trainer.processes import is_leading
-
-    if not is_leading():
-        choose_messages(quiet=True)
-        as_json = False
+    as_json = hush_followers(as_json)
     _check_out(out, force=force)
     events = open_events(tensorboard)
     if segment:

@@ -21,7 +21,6 @@ from dreammix_trt.terminal import (
     Threads,
     Tokenizer,
     Vae,
-    choose_messages,
     print_json,
     say,
     show_progress,
@@ -40,6 +39,7 @@ from dreammix_trt.training_options import (
     Tensorboard,
     change,
     choose_hardware,
+    hush_followers,
     open_events,
 )
 
@@ -120,11 +120,7 @@ def train_tokens(
     from dreammix_trt.trainer.tokens.recipes import recipe_for
 
     require_training()
-    from dreammix_trt.trainer.processes import is_leading
-
-    if not is_leading():
-        choose_messages(quiet=True)
-        as_json = False
+    as_json = hush_followers(as_json)
     file = out / FILE_NAME
     if file.exists() and not force:
         raise InputError(f"--out {out} holds an adapter that was trained before; --force replaces it, or name another")

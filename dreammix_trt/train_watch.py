@@ -29,7 +29,7 @@ class TrainWatch:
     prompts: what they show; (): the subject's own prompt, and in red.
     engine: of the same base, which paints them; None: as `Validator` takes it.
     image, mask: where they are painted, as `Validator` takes them.
-    events: are told of every picture, too.
+    events: gets every picture, too.
     """
 
     work: Path

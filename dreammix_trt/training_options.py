@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
+from dreammix_trt.terminal import choose_messages
+
 if TYPE_CHECKING:
     from dreammix_trt.trainer.events import Events
     from dreammix_trt.trainer.hardware import Hardware
@@ -53,6 +55,19 @@ def choose_hardware(device: Device, precision: Precision, optimizer: Optimizer) 
     from dreammix_trt.trainer.hardware import Hardware
 
     return Hardware(device, _PRECISIONS.get(precision or "", precision), optimizer)  # type: ignore[arg-type]
+
+
+def hush_followers(as_json: bool) -> bool:
+    """Let only the leading one of several processes speak. Returns whether this one prints JSON.
+
+    as_json: whether JSON was asked for.
+    """
+    from dreammix_trt.trainer.processes import is_leading
+
+    if is_leading():
+        return as_json
+    choose_messages(quiet=True)
+    return False
 
 
 def open_events(folder: Path | None) -> Events | None:

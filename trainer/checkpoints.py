@@ -86,6 +86,12 @@ class Progressed:
     seconds: float
     skipped: int = 0
 
+    def find_ends(self) -> tuple[float, float]:
+        """The mean loss of the first tenth of the steps, and of the last."""
+        history, tenth = list(self.history), max(1, len(self.history) // 10)
+        first, last = (sum(part) / tenth for part in (history[:tenth], history[-tenth:]))
+        return first, last
+
 
 class Checkpoints:
     """The checkpoint in a work folder.

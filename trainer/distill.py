@@ -130,8 +130,7 @@ def _write(
         tensors = {name: value.half() for name, value in tensors.items()}
     file = folder / FILE_NAME
     write_tensor_file(file, tensors, task.metadata())
-    history, tenth = list(done.history), max(1, len(done.history) // 10)
-    first, last = (sum(part) / tenth for part in (history[:tenth], history[-tenth:]))
-    found = Distilled(len(history), round(done.seconds, 2), last, first, FILE_NAME, file.stat().st_size)
+    first, last = done.find_ends()
+    found = Distilled(len(done.history), round(done.seconds, 2), last, first, FILE_NAME, file.stat().st_size)
     write_json(folder / RECORD, {"schema": 1, **asdict(found), "sha256": sha256_of(file), "settings": dict(settings)})
     return found

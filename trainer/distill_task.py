@@ -98,9 +98,7 @@ class DistillTask:
             "pictures": None if self.pictures is None else {each.name: _hash(each) for each in self.pictures},
             **{name: value for name, value in told.items() if name not in free},
             "seed": self.seed,
-            "precision": self.hardware.precision or "default",
-            "device": self.hardware.kind,
-            "optimizer": self.hardware.optimizer,
+            **self.hardware.settings(),
         }
 
     def scenes(self, work: Path) -> Scenes:

@@ -103,6 +103,10 @@ class Hardware:
 
         return int(torch.cuda.mem_get_info(torch.device(self.device))[0])
 
+    def settings(self) -> dict[str, str]:
+        """What of it decides the numbers of a training, as plain JSON values."""
+        return {"precision": self.precision or "default", "device": self.kind, "optimizer": self.optimizer}
+
     def make_optimizer(
         self,
         parameters: Iterable[Any],

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 from dreammix_trt.core.attributes import AttributeDictionary
 from dreammix_trt.core.checkpoint import BaseFiles
@@ -20,7 +19,7 @@ from dreammix_trt.trainer.events import Events
 from dreammix_trt.trainer.folder import RECORD, TrainRecord, lora_metadata, write_folder
 from dreammix_trt.trainer.hardware import Hardware
 from dreammix_trt.trainer.photographs import PhotographFile, read_photographs
-from dreammix_trt.trainer.preparing import Progress
+from dreammix_trt.trainer.preparing import Progress, say_nothing
 from dreammix_trt.trainer.processes import Processes, join_processes, use_threads
 from dreammix_trt.trainer.recipes import FULL, SMALL, Recipe, recipe_for
 from dreammix_trt.trainer.regular_folder import read_regular
@@ -169,7 +168,7 @@ class _Job:
         )
         checkpoints.check(resume=resume)
         plan = tell_memory(task, notice if notice and leads else log.info)
-        tell = progress if progress and leads else _say_nothing
+        tell = progress if progress and leads else say_nothing
         kept = self._work if task.recipe.checkpoint_every and leads else None
         watch = self._watch if leads else Unwatched()
         watch.begin(task)
@@ -185,10 +184,6 @@ class _Job:
             self._processes.wait()
         log.info("%s: %d steps in %.0f s, loss %.4f", self._out, task.steps, record.seconds, record.loss)
         return record
-
-
-def _say_nothing(*_: Any) -> None:
-    """Progress that nobody asked for."""
 
 
 def _read_attributes(given: str | Path | AttributeDictionary | None, class_name: str) -> AttributeDictionary | None:

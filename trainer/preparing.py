@@ -36,6 +36,10 @@ Progress = Callable[[str, float, str], None]
 _REVISION = 1  # of how samples are made; when that changes, those that are kept are not used
 
 
+def say_nothing(*_: object) -> None:
+    """Progress that nobody asked for."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """The samples of a training. `captions` of samples are rows of the texts; the first texts are the subject's own.

@@ -29,7 +29,7 @@ class Course:
 
     name: of what is done, for progress.
     steps: of the optimizer. learning_rate: the highest. rate_at: the rate of a step, 0-based.
-    events: are told of every step; None: nobody is.
+    events: gets the loss and the rate of every step.
     """
 
     name: str

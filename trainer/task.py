@@ -138,9 +138,7 @@ class Task:
             "loss": self.loss,
             "seed": self.seed,
             **recipe,
-            "precision": self.hardware.precision or "default",
-            "device": self.hardware.kind,
-            "optimizer": self.hardware.optimizer,
+            **self.hardware.settings(),
         }
 
     def preparing_settings(self) -> dict[str, Any]:

@@ -83,9 +83,7 @@ class AsukaTask:
             "perceptual": sha256_of(self.perceptual) if self.perceptual else None,
             **{name: list(value) if isinstance(value, tuple) else value for name, value in recipe.items()},
             "seed": self.seed,
-            "precision": self.hardware.precision or "default",
-            "device": self.hardware.kind,
-            "optimizer": self.hardware.optimizer,
+            **self.hardware.settings(),
         }
 
     def make_lesson(self, tell: Progress) -> tuple[Lesson, nn.Module]:

@@ -19,7 +19,7 @@ from dreammix_trt.trainer.checkpoints import Checkpoints, Progressed, check_plac
 from dreammix_trt.trainer.events import Events
 from dreammix_trt.trainer.hardware import Hardware
 from dreammix_trt.trainer.picture_pool import FolderPool, PicturePool, ScenePool
-from dreammix_trt.trainer.preparing import Progress
+from dreammix_trt.trainer.preparing import Progress, say_nothing
 from dreammix_trt.trainer.processes import Processes, join_processes, use_threads
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def train_asuka(
             perceptual=None if perceptual is None else Path(perceptual),
             work=folder if processes.leads else None,
         )
-        tell = progress if progress and processes.leads else _say_nothing
+        tell = progress if progress and processes.leads else say_nothing
         return _run(task, place, folder / part, processes, resume, events, tell, threads)
 
 
@@ -193,14 +193,9 @@ def _run(
     return found
 
 
-def _say_nothing(*_: Any) -> None:
-    """Progress that nobody asked for."""
-
-
 def _sum_up(part: Part, done: Progressed, parameters: int) -> AsukaTrained:
-    history, tenth = list(done.history), max(1, len(done.history) // 10)
-    first, last = (sum(some) / tenth for some in (history[:tenth], history[-tenth:]))
-    return AsukaTrained(part, len(history), round(done.seconds, 2), last, first, parameters)
+    first, last = done.find_ends()
+    return AsukaTrained(part, len(done.history), round(done.seconds, 2), last, first, parameters)
 
 
 def _write(task: AsukaTask, out: Path, network: Any, found: AsukaTrained, settings: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from dreammix_trt.core.token_factors import write_adapter
 from dreammix_trt.trainer.checkpoints import Checkpoints, Progressed, check_places, find_work, hold_places
 from dreammix_trt.trainer.events import Events
 from dreammix_trt.trainer.hardware import Hardware
-from dreammix_trt.trainer.preparing import Progress
+from dreammix_trt.trainer.preparing import Progress, say_nothing
 from dreammix_trt.trainer.processes import Processes, join_processes, use_threads
 from dreammix_trt.trainer.recipes import check_range
 from dreammix_trt.trainer.tokens.objects import FolderObjects, ObjectPool, RenderedObjects
@@ -71,9 +71,7 @@ class TokenTask:
             "patch_biases": self.base.patch_biases,
             "config": self.config.to_dict(),
             "seed": self.seed,
-            "precision": self.hardware.precision or "default",
-            "device": self.hardware.kind,
-            "optimizer": self.hardware.optimizer,
+            **self.hardware.settings(),
         }
 
     def open_shelf(self, processes: Processes, tell: Progress) -> Shelf:
@@ -135,7 +133,7 @@ def train_tokens(
     pool = FolderObjects(data) if data is not None else RenderedObjects(files, recipe.objects, recipe.views, seed)
     with join_processes(given) as (processes, own):
         task = TokenTask(files, pool, recipe, config, own, seed, folder)
-        tell = progress if progress and processes.leads else _say_nothing
+        tell = progress if progress and processes.leads else say_nothing
         return _run(task, place, processes, resume, events, tell, threads)
 
 
@@ -183,11 +181,6 @@ def _make_card(task: TokenTask, settings: dict[str, Any], found: TokensTrained) 
     return Card(task.config, task.base.hash_contents(), task.pool.trained_on, task.recipe.rank, told)
 
 
-def _say_nothing(*_: Any) -> None:
-    """Progress that nobody asked for."""
-
-
 def _sum_up(done: Progressed, parameters: int) -> TokensTrained:
-    history, tenth = list(done.history), max(1, len(done.history) // 10)
-    first, last = (sum(some) / tenth for some in (history[:tenth], history[-tenth:]))
-    return TokensTrained(len(history), round(done.seconds, 2), last, first, parameters)
+    first, last = done.find_ends()
+    return TokensTrained(len(done.history), round(done.seconds, 2), last, first, parameters)
