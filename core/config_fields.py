@@ -16,6 +16,7 @@ from dreammix_trt.core.errors import FileFormatError
 
 Config = Mapping[str, Any]
 TOKENS = 77  # the length of a CLIP text encoder's input
+MOST_TOKENS = 48  # that are selected of a subject's picture; any smaller number of them is a prefix
 
 
 @dataclass(frozen=True)

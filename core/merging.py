@@ -13,10 +13,9 @@ from dreammix_trt.core.lora import describe_other_base
 from dreammix_trt.core.lora_names import join_first
 from dreammix_trt.core.networks import networks_of_factors
 from dreammix_trt.core.slots import Floats, Slot
-from dreammix_trt.core.subject import Subject
+from dreammix_trt.core.subject import Pairs, Subject
 
 Merge = Callable[[NDArray[Any], NDArray[Any], Slot, Floats, Floats], None]  # as `merge_slot`
-Pairs = Mapping[str, tuple[Floats, Floats]]  # module -> (A float32 (in, r), B float32 (r, out))
 
 
 class SlottedNetworks(Protocol):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, get_args
 
+from dreammix_trt.core.config_fields import MOST_TOKENS
 from dreammix_trt.core.errors import InputError
 
 SCHEMA = 2  # 1 took prompts literally
@@ -35,9 +36,15 @@ class Request:
 
     prompt: text.
     negative_prompt: text; None: zero embeddings.
-    subject: which subject of the engine; None: its first one, "": none.
+    subject: which subject of the engine, of a LoRA or of tokens; None: its first one, "": none.
     subject_scale: 0..2, strength of the subject's LoRA; 0 leaves its word in the prompt, and the networks the base's.
-    substitute: attribute words that TAS takes out of the subject; "auto": those of its attributes that the prompt
+    token_subject: whose tokens stand beside the text, so that a LoRA and tokens are used at once; None: the subject's
+        own, if it has some, "": none.
+    token_count: 1..48, how many of its tokens (K): fewer leave more to the text, more keep more of the photograph.
+    token_weight: 0..2, factor on the tokens' rows; 0 omits them and what the adapter learnt to read them with: the
+        picture without tokens.
+    substitute: attribute words that TAS takes out of a LoRA's subject (of tokens, token_count decides how much the text
+        may change); "auto": those of its attributes that the prompt
         contradicts, which the result's request has (`engine.retrieval`).
     substitute_prefix: the text before these words; None: "a photo of a TOKEN".
     sampler: "dpmpp_2m_sde" (Karras noise levels, the authors'), or what a few-step base was distilled for: "euler" on
@@ -87,6 +94,9 @@ class Request:
     negative_prompt: str | None = ""
     subject: str | None = None
     subject_scale: float = 1.0
+    token_subject: str | None = None
+    token_count: int = 24
+    token_weight: float = 1.0
     substitute: tuple[str, ...] | Auto = ()
     substitute_prefix: str | None = None
     sampler: Sampler = "dpmpp_2m_sde"
@@ -246,6 +256,9 @@ class RequestFields(TypedDict, total=False):
     negative_prompt: str | None
     subject: str | None
     subject_scale: float
+    token_subject: str | None
+    token_count: int
+    token_weight: float
     substitute: list[str] | tuple[str, ...] | Auto
     substitute_prefix: str | None
     sampler: Sampler
@@ -388,6 +401,9 @@ _CHECKS: dict[str, Check] = {
     "negative_prompt": _or_none(_text),
     "subject": _or_none(_text),
     "subject_scale": _number(0, 2),
+    "token_subject": _or_none(_text),
+    "token_count": _whole(1, MOST_TOKENS),
+    "token_weight": _number(0, 2),
     "substitute": _words_or_auto,
     "substitute_prefix": _or_none(_text),
     "sampler": _one_of(Sampler),

@@ -1,8 +1,8 @@
 """A subject as data: what one object adds to a base, and the file that keeps it.
 
-A subject has parts, each of which may be absent. Today there is one: LoRA factors, named and unpadded, so that the file
-does not depend on an engine (merging.py merges them into weights). Several LoRAs become one subject by stacking
-their factors along the rank, as x A1 B1 + x A2 B2 = x [A1 A2] [B1; B2].
+A subject has parts, each of which may be absent: LoRA factors, named and unpadded, so that the file does not depend on an
+engine (merging.py merges them into weights), and tokens, rows that stand beside the text (token_rows.py). Several LoRAs
+become one subject by stacking their factors along the rank, as x A1 B1 + x A2 B2 = x [A1 A2] [B1; B2].
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,11 @@ from dreammix_trt.core.lora_words import find_words, read_attributes, read_capti
 from dreammix_trt.core.networks import KINDS, kind_of, names_of_factors, unets_of
 from dreammix_trt.core.slots import Floats
 from dreammix_trt.core.tensors import open_tensors
+from dreammix_trt.core.token_rows import PART as _TOKENS
+from dreammix_trt.core.token_rows import Tokens, decode_tokens, encode_tokens
 
+Pairs = Mapping[str, tuple[Floats, Floats]]  # module -> (A float32 (in, r), B float32 (r, out))
+Kind = Literal["lora", "tokens", "lora+tokens"]
 SCHEMA = 3  # 2 has no parts: all of it is factors; 1 names the UNets that they act on by a target
 _FACTORS = "factors"  # the part of a file that holds them
 _FACTS = ("name", "token", "class_name", "scale", "base_key", "source_sha256", "caption_words", "attributes")
@@ -40,15 +44,16 @@ class Subject:
     """One object the engine can draw.
 
     name: how a request calls it.
-    token: its word in prompts ("sks").
+    token: its word in prompts ("sks"); "": none, as for tokens alone, which stand beside any text.
     class_name: what it is ("mug").
     factors: engine network ("unet" with the patch, "unet_raw" without, "text_encoder", "text_encoder_2") -> module ->
         (A float32 (in, r), B float32 (r, out)), alpha / rank folded in. None: the networks stay the base's.
     scale: strength of the factors, multiplied in by `merging.list_changes`.
     base_key: the base it was made for.
-    source_sha256: of the LoRA file.
+    source_sha256: of the LoRA file; of tokens alone, of the photographs and masks.
     caption_words: of the captions that it was trained with, lower case; (): nobody knows.
     attributes: what is seen of it, kind -> values (`AttributeDictionary`); {}: nobody knows.
+    tokens: rows beside the text; None: it has none.
     """
 
     name: str
@@ -60,6 +65,19 @@ class Subject:
     source_sha256: str = ""
     caption_words: tuple[str, ...] = field(default=(), repr=False)
     attributes: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    tokens: Tokens | None = field(default=None, repr=False)
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether there is anything to merge."""
+        return any(self.factors.values())
+
+    @property
+    def kind(self) -> Kind:
+        """Which parts it has, to show. Where factors are merged into an engine's weights it is a "lora", too."""
+        if self.tokens is None:
+            return "lora"
+        return "lora+tokens" if self.has_factors else "tokens"
 
     def factors_for(self, network: str) -> dict[str, tuple[Floats, Floats]]:
         """The factors of a network and those it shares with others; `merging.list_changes` takes its own."""
@@ -75,12 +93,14 @@ class Subject:
 class Role(NamedTuple):
     """A loaded subject at a strength: what is merged and kept as one.
 
-    name: of the subject, "" for none.
+    name: of the subject whose factors are merged, "" for none.
     scale: beside the subject's own.
+    adapted: whether the token adapter's factors are merged as well. Which tokens are read makes no difference.
     """
 
     name: str
     scale: float = 1.0
+    adapted: bool = False
 
 
 NOBODY = Role("")  # whose weights are the base's own
@@ -100,7 +120,7 @@ def subject_from_loras(
     for part in dict.fromkeys(kind.factors for kind in KINDS if kind.factors):
         for network in names_of_factors(part):
             chosen = [each for each in loras if part != "unet" or network in unets_of(each[2])]
-            factors[network] = _stack(chosen, part)
+            factors[network] = stack_pairs((lora.factors.get(part, {}), scale) for lora, scale, _ in chosen)
     told = {
         "caption_words": tuple(sorted({word for lora, _, _ in loras for word in read_caption_words(lora.metadata)})),
         "attributes": next(
@@ -137,7 +157,7 @@ def open_subject(
     if file is None:
         return make_subject([(read_lora(spec.file, unet_config), spec)], spec.file, name, token, class_name, attributes)
     subject = read_subject(file)
-    if not subject.factors:
+    if not subject.factors and subject.tokens is None:
         raise FileFormatError(
             f"{file}: subject {subject.name} is merged into the weights of its engine, and has no factors of its own; "
             "load that engine, or give its LoRA"
@@ -220,15 +240,18 @@ def _slug(text: str) -> str:
 def write_subject(path: str | Path, subject: Subject) -> None:
     """Write the subject as safetensors, float16, whole or not at all.
 
-    Factors are named `factors.` and as `core/factor_names.py` says.
+    Factors are named `factors.` and as `core/factor_names.py` says; tokens are as `core/token_rows.py` says.
 
-    Raises FileFormatError for factors that are too large all the same.
+    Raises FileFormatError for factors and tokens that are too large all the same.
     """
     from safetensors.numpy import save_file
 
     path = Path(path)
     tensors = {f"{_FACTORS}.{name}": factor for name, factor in encode_factors(subject.factors).items()}
     facts = {name: getattr(subject, name) for name in _FACTS} | {"parts": [_FACTORS] if tensors else []}
+    if subject.tokens is not None:
+        rows, told = encode_tokens(subject.tokens)
+        tensors, facts = tensors | rows, facts | told | {"parts": [*facts["parts"], _TOKENS]}
     with atomic_file(path) as part:
         save_file(tensors, part, {_MARK: json.dumps({"schema": SCHEMA, **facts}, sort_keys=True)})
 
@@ -265,32 +288,39 @@ def read_subject(path: str | Path) -> Subject:
         raise FileFormatError(f"{error}; it is damaged, build the subject again") from error
     told = {name: facts[name] for name in _FACTS if name in facts}
     told |= {"caption_words": tuple(words), "attributes": dict(seen.attributes)}
-    return Subject(factors=_read_factors(path, facts, tensors), **told)
+    return Subject(**_read_parts(path, facts, tensors), **told)
 
 
-def _read_factors(path: Path, facts: Mapping[str, Any], tensors: dict[str, Floats]) -> Factors:
+def _read_parts(path: Path, facts: Mapping[str, Any], tensors: dict[str, Floats]) -> dict[str, Any]:
+    """The fields of a subject that are parts of its file."""
     if facts["schema"] > 2:
         parts = facts.get("parts", [])
         if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
             raise FileFormatError(f"{path}: damaged, its list of parts is {parts!r}; build the subject again")
-        unknown = sorted({*parts} - {_FACTORS})
+        unknown = sorted({*parts} - {_FACTORS, _TOKENS})
         if unknown:
             raise FileFormatError(
                 f"{path}: has parts that this version does not know ({', '.join(unknown)}); update dreammix-trt"
             )
-        tensors = {name.removeprefix(f"{_FACTORS}."): values for name, values in tensors.items()}
+        rows = {name: values for name, values in tensors.items() if name.startswith(f"{_TOKENS}.")}
+        named = {name.removeprefix(f"{_FACTORS}."): each for name, each in tensors.items() if name not in rows}
+        tokens = {"tokens": decode_tokens(path, facts, rows)} if _TOKENS in parts else {}
+        return {"factors": decode_factors(path, named), **tokens}
     if facts["schema"] > 1:
-        return decode_factors(path, tensors)
+        return {"factors": decode_factors(path, tensors)}
     if facts.get("target") not in TARGETS:
         raise FileFormatError(f"{path}: unknown target {facts.get('target')!r}, expected one of {', '.join(TARGETS)}")
-    return decode_factors(path, tensors, facts["target"])
+    return {"factors": decode_factors(path, tensors, facts["target"])}
 
 
-def _stack(loras: Sequence[tuple[Lora, float, Target]], part: str) -> dict[str, tuple[Floats, Floats]]:
-    """module -> ([A1 A2 ...], [s1 B1; s2 B2; ...]) of one part of the LoRAs."""
+def stack_pairs(parts: Iterable[tuple[Pairs, float]]) -> dict[str, tuple[Floats, Floats]]:
+    """Factors that act together as one: module -> ([A1 A2 ...], [s1 B1; s2 B2; ...]).
+
+    parts: (module -> (A, B), its strength s) each.
+    """
     found: dict[str, list[tuple[Floats, Floats]]] = {}
-    for lora, scale, _ in loras:
-        for module, (a, b) in lora.factors.get(part, {}).items():
+    for pairs, scale in parts:
+        for module, (a, b) in pairs.items():
             found.setdefault(module, []).append((a, b * np.float32(scale)))
     return {
         module: (np.concatenate([a for a, _ in pairs], axis=1), np.concatenate([b for _, b in pairs]))

@@ -110,6 +110,11 @@ class TokenAdapter:
         """The file that decides it, by its name in a passport."""
         return {FILE_NAME: self.file}
 
+    @property
+    def sha256(self) -> str:
+        """Of the file: which adapter this is, as subjects and passports name it."""
+        return sha256_of(self.file)
+
     def hash_files(self) -> dict[str, str]:
         """Name in a passport -> sha256 in hex."""
         return {name: sha256_of(file) for name, file in self.list_files().items()}

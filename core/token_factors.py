@@ -1,4 +1,4 @@
-"""Token adapters written, and their LoRA factors read."""
+"""Token adapters written, their LoRA factors read, and a subject's tokens compared with them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dreammix_trt.core.factor_names import decode_factors, encode_factors
 from dreammix_trt.core.files import atomic_file
 from dreammix_trt.core.lora import Factors
 from dreammix_trt.core.token_adapter import FACTORS, MARK, PROJECTION, Card, TokenAdapter
+from dreammix_trt.core.token_rows import Tokens
 
 
 def read_factors(adapter: TokenAdapter) -> Factors:
@@ -24,6 +25,23 @@ def read_factors(adapter: TokenAdapter) -> Factors:
     """
     weights = adapter.factors()
     return decode_factors(adapter.file, {name: weights[name] for name in weights})
+
+
+def check_tokens(tokens: Tokens, adapter: TokenAdapter | None) -> None:
+    """Raise `FileFormatError` for tokens that another adapter made than the engine's; None: it has none."""
+    made = f"its tokens were made with the token adapter {tokens.adapter[:12]}"
+    if adapter is None:
+        raise FileFormatError(f"{made}, and this engine has none: build it again with `dreammix-trt build --tokens FILE`")
+    if tokens.adapter != adapter.sha256:
+        raise FileFormatError(
+            f"{made}, and this engine has {adapter.sha256[:12]}, whose rows mean something else: enrol the photograph "
+            "again with `dreammix-trt enroll`, or build the engine with that adapter (`build --tokens FILE`)"
+        )
+    if tokens.rows.shape[1] != adapter.config.context_width:
+        raise FileFormatError(
+            f"its tokens are {tokens.rows.shape[1]} wide, and this base's text condition is "
+            f"{adapter.config.context_width}: damaged; enrol the photograph again"
+        )
 
 
 def write_adapter(

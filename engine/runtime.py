@@ -15,11 +15,15 @@ from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import Schedule
 from dreammix_trt.core.seam import BaseFacts
 from dreammix_trt.core.subject import Role, Subject
+from dreammix_trt.core.token_adapter import TokenAdapter
 from dreammix_trt.engine.canvas.frames import Canvas
 from dreammix_trt.engine.canvas.geometry import Size
+from dreammix_trt.engine.enrolment import Reference
 from dreammix_trt.engine.painting import Progress
 from dreammix_trt.engine.prompts import PromptPlan
+from dreammix_trt.engine.text import Tokenizer
 
+F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 
 
@@ -117,6 +121,21 @@ class Runtime(Protocol):
     @property
     def lost_raw_unet(self) -> bool:
         """Whether the base has an unpatched UNet that the memory plan omits."""
+        ...
+
+    @property
+    def adapter(self) -> TokenAdapter | None:
+        """The base's token adapter; None: it has none."""
+        ...
+
+    def make_rows(self, references: Sequence[Reference], class_name: str, tokenizers: Sequence[Tokenizer]) -> F32:
+        """Make the rows of a subject, float32 (tokens, context width). There is an adapter.
+
+        references: its photographs.
+
+        Raises InputError for a class that cannot be encoded, FileFormatError where the base has no slots for the
+        adapter's factors, NotFiniteError.
+        """
         ...
 
     def add_subject(self, name: str, subject: Subject) -> None:

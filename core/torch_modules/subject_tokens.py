@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreammix_trt.core.subject_tokens import MOST_TOKENS, TokenConfig
+from dreammix_trt.core.config_fields import MOST_TOKENS
+from dreammix_trt.core.subject_tokens import TokenConfig
 
 _BEHIND, _LEAST_NORM = 8.0, 1e-12  # as in core/subject_tokens.py
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from dreammix_trt.core.errors import DeviceError, EngineError, InputError
 from dreammix_trt.core.seam import Array, BaseFacts, DeviceNetworks, Stream
 from dreammix_trt.core.subject import Subject
+from dreammix_trt.core.token_adapter import TokenAdapter
 from dreammix_trt.engine.canvas.geometry import Size
 from dreammix_trt.engine.device import blocks
 from dreammix_trt.engine.device.arena import Arena
@@ -30,11 +31,15 @@ from dreammix_trt.engine.device.residency import Residency, Usable, restrict_to_
 from dreammix_trt.engine.device.room import Room, Rooms, RoomShape
 from dreammix_trt.engine.device.slot_layout import list_slotted
 from dreammix_trt.engine.device.texts import DeviceTexts
+from dreammix_trt.engine.device.tokens import refuse_tokens
 from dreammix_trt.engine.device.transfers import Transfers, Uploads
 from dreammix_trt.engine.device.weights import DeviceWeights
 from dreammix_trt.engine.drivers.device import Device, put
+from dreammix_trt.engine.enrolment import Reference
 from dreammix_trt.engine.runtime import Painting, Work, check_parts
+from dreammix_trt.engine.text import Tokenizer
 
+F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 
 
@@ -58,9 +63,11 @@ class Studio:
         stream: Stream | None = None,
         *,
         shares: bool = False,
+        adapter: TokenAdapter | None = None,
     ) -> None:
         """Plan and allocate the memory.
 
+        adapter: the base's token adapter, if it has one.
         stream: the caller's, where the networks must run (ONNX Runtime's are tied to one); None: the studio makes one.
         shares: other studios use the networks, so their weights stay.
 
@@ -70,6 +77,7 @@ class Studio:
         self.device, self.shared, self.options = device, networks, options or Options()
         usable = cast(DeviceNetworks, Usable(networks))
         self.facts: BaseFacts = networks.facts
+        self.adapter = adapter
         self.needs = Needs(usable, self.options)
         self.plan: MemoryPlan = self.needs.plan(device, beside=shares)
         self.networks = cast(DeviceNetworks, restrict_to_plan(usable, self.plan))
@@ -166,11 +174,17 @@ class Studio:
         self.weights.remove(name)
         self.texts.forget(name)
 
+    def make_rows(self, references: Sequence[Reference], class_name: str, tokenizers: Sequence[Tokenizer]) -> F32:
+        """Always raises InputError."""
+        refuse_tokens("a subject is to be enrolled")
+
     def check(self, work: Work) -> Hashable:
         """What pictures of one batch must share. Raises InputError for a picture that cannot be painted."""
         if work.noise is not None:
             raise InputError("noise is given, but on a GPU it is drawn there, from the seed: load with device='cpu'")
         check_parts(work.request, self.networks.__contains__)
+        if work.subject.adapted:
+            refuse_tokens("the subject is of tokens")
         picture = Picture.of(work)
         self.needs.check_picture(picture)
         self.weights.check_range(work.subject)
@@ -234,7 +248,8 @@ class Studio:
                 "the networks take turns in the device's memory (residency 'swap'), so two runtimes would take them "
                 "from each other: use one, or free memory so that all networks stay"
             )
-        return Studio(self.device, self.shared, replace(self.options, residency=self.plan.strategy), shares=True)
+        options = replace(self.options, residency=self.plan.strategy)
+        return Studio(self.device, self.shared, options, shares=True, adapter=self.adapter)
 
     def leave_rooms(self) -> None:
         """Free what was bound for one request: guests' rooms and twins. The device must be idle."""

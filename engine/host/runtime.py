@@ -17,15 +17,18 @@ from dreammix_trt.core.noise import SeededNoise
 from dreammix_trt.core.seam import BaseFacts, Networks
 from dreammix_trt.core.slots import Slot
 from dreammix_trt.core.subject import Subject
+from dreammix_trt.core.token_adapter import TokenAdapter
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.canvas.geometry import Size
+from dreammix_trt.engine.enrolment import Reference, make_rows
 from dreammix_trt.engine.host.clock import PhaseClock
 from dreammix_trt.engine.host.denoiser import Denoiser, EngineDenoiser
 from dreammix_trt.engine.host.painter import HostPainter, Sitting
 from dreammix_trt.engine.host.texts import HostTexts
 from dreammix_trt.engine.host.weights import HostWeights
-from dreammix_trt.engine.painting import paint_safely
+from dreammix_trt.engine.painting import describe_overflow, paint_safely
 from dreammix_trt.engine.runtime import Painted, Painting, Work, check_parts
+from dreammix_trt.engine.text import Tokenizer
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -36,6 +39,7 @@ class HostRuntime:
 
     networks: those of a base.
     denoiser: in place of the base's UNets.
+    adapter: the base's token adapter, if it has one.
     """
 
     most_pictures = 1
@@ -43,11 +47,17 @@ class HostRuntime:
     contexts: Sequence[int] | None = None
     lost_raw_unet = False
 
-    def __init__(self, networks: Networks, facts: BaseFacts, denoiser: Denoiser | None = None) -> None:
-        self.networks, self.facts = networks, facts
+    def __init__(
+        self,
+        networks: Networks,
+        facts: BaseFacts,
+        denoiser: Denoiser | None = None,
+        adapter: TokenAdapter | None = None,
+    ) -> None:
+        self.networks, self.facts, self.adapter = networks, facts, adapter
         self.timings: Mapping[str, float] = {}
         self._denoiser, self._closed, self._texts = denoiser, False, HostTexts()
-        self._weights = HostWeights(networks)
+        self._weights = HostWeights(networks, adapter)
 
     @property
     def has_raw_unet(self) -> bool:
@@ -63,6 +73,23 @@ class HostRuntime:
         """Forget a subject at all its strengths."""
         self._weights.remove(name)
         self._texts.forget(name)
+
+    def make_rows(self, references: Sequence[Reference], class_name: str, tokenizers: Sequence[Tokenizer]) -> F32:
+        """Make the rows of a subject; see `engine.runtime.Runtime`. After an overflow with the available twins."""
+        assert self.adapter is not None
+        self._weights.check_adapter()
+
+        def make(safe: bool) -> F32:
+            networks = _Watched(self.networks, PhaseClock(), safe, self._check_open)
+            assert self.adapter is not None
+            return make_rows(references, class_name, tokenizers, networks, self.facts, self.adapter.config)
+
+        try:
+            return make(False)
+        except NotFiniteError as error:
+            if twin_name(error.network) not in self.networks:
+                raise NotFiniteError(describe_overflow(error.network, "while enrolling"), error.network) from error
+        return make(True)
 
     def check(self, work: Work) -> Hashable:
         """A value that no other picture has: no picture shares a batch with another."""
