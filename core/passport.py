@@ -23,11 +23,12 @@ _T = TypeVar("_T")
 class SubjectEntry:
     """One subject in the engine.
 
-    target: the UNet weights that it changes.
+    target: the UNet weights that it changes; "": none.
     file: its path below the engine directory.
     sha256, bytes: hash and size of the file.
     source, source_sha256: the LoRA that it was made from, and its hash.
     attributes: what is seen of it, kind -> values; {}: nobody knows.
+    kind: "lora", "tokens" or "lora+tokens".
     """
 
     name: str
@@ -40,6 +41,7 @@ class SubjectEntry:
     source: str
     source_sha256: str
     attributes: dict[str, list[str]] = field(default_factory=dict)
+    kind: str = "lora"
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,8 @@ class Passport:
             raise ValueError(f"networks_at is {passport.networks_at!r}, expected one of {', '.join(PLACES)}")
         if not isinstance(passport.base.get("files", {}), dict):
             raise TypeError(f"base.files is {passport.base['files']!r}, not of type dict")
+        if not _is_hashes(passport.base.get("tokens", {})):
+            raise TypeError(f"base.tokens is {passport.base['tokens']!r}, not a hash by name")
         if not isinstance(passport.base.get("defaults", {}), dict):
             raise TypeError(f"base.defaults is {passport.base['defaults']!r}, not of type dict")
         for name in ("loras", "remarks"):
@@ -182,6 +186,7 @@ class Passport:
             ("inpainting", _HEADS.get(str(base.get("head", "")), "unknown")),
             *(("remark", str(text)) for text in base.get("remarks", ())),
             ("LoRA slots", "none: no subject can be added" if base.get("slots") is False else "of any rank"),
+            *(("token adapter", digest[:12]) for digest in base.get("tokens", {}).values()),
             *(("FP8", text) for text in _describe_float8(base.get("float8"))),
             ("LoRAs in the weights", ", ".join(base.get("loras", ())) or "none"),
             ("request defaults", ", ".join(f"{k} {v}" for k, v in base.get("defaults", {}).items()) or "the usual"),
@@ -191,7 +196,7 @@ class Passport:
             (
                 entry.name,
                 f'"a {f"{entry.token} {entry.class_name}".strip()}"',
-                "in the weights" if base.get("merged") == entry.name else f"{entry.bytes / 1024:.0f} KiB",
+                "in the weights" if base.get("merged") == entry.name else _describe_parts(entry),
                 entry.source,
                 "; ".join(f"{kind}: {', '.join(values)}" for kind, values in entry.attributes.items()),
             )
@@ -216,6 +221,11 @@ class Passport:
             ("Made from", sources),
             ("Versions", versions),
         ]
+
+
+def _describe_parts(entry: SubjectEntry) -> str:
+    size = f"{entry.bytes / 1024:.0f} KiB"
+    return size if entry.kind == "lora" else f"{entry.kind}, {size}"
 
 
 def _describe_parity(record: Mapping[str, Any]) -> str:
@@ -256,13 +266,19 @@ def _describe_cost(record: Mapping[str, Any]) -> str:
     return f"{seconds:.0f} s{memory}" if isinstance(seconds, int | float) else "unknown time"
 
 
+def _is_hashes(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_text, value.values()))
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
 def _fill_in(kind: type, record: Any) -> Any:
     """A record with the attributes that passports of this schema have not had from its beginning."""
-    return {"attributes": {}, **record} if kind is SubjectEntry and isinstance(record, Mapping) else record
+    return (
+        {"attributes": {}, "kind": "lora", **record} if kind is SubjectEntry and isinstance(record, Mapping) else record
+    )
 
 
 def _build_typed(kind: type[_T], record: Mapping[str, Any]) -> _T:

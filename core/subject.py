@@ -1,8 +1,8 @@
 """A subject as data: what one object adds to a base, and the file that keeps it.
 
-A subject has parts, each of which may be absent: LoRA factors, named and unpadded, so that the file does not depend on an
-engine (merging.py merges them into weights), and tokens, rows that stand beside the text (token_rows.py). Several LoRAs
-become one subject by stacking their factors along the rank, as x A1 B1 + x A2 B2 = x [A1 A2] [B1; B2].
+A subject has parts, each of which may be absent: LoRA factors, named and unpadded, so that the file does not depend on
+an engine (merging.py merges them into weights), and tokens, rows that stand beside the text (token_rows.py). Several
+LoRAs become one subject by stacking their factors along the rank, as x A1 B1 + x A2 B2 = x [A1 A2] [B1; B2].
 """
 
 from __future__ import annotations
@@ -215,6 +215,11 @@ def make_subject(
         source_sha256=hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
         **({"attributes": dict(attributes.attributes)} if attributes else {}),
     )
+
+
+def name_after_class(class_name: str) -> str:
+    """What a subject is called where only its class is known: "alarm-clock"."""
+    return _slug(class_name)
 
 
 def check_name(name: str) -> str:

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 
 from dreammix_trt.core.attention_layers import describe_keys_and_values, list_attention_linears
 from dreammix_trt.core.axes import FACTOR, Tensor
-from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.config_fields import MOST_TOKENS, TOKENS
+from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.stored import Floats
 
 #: added to the score of a cell without the object: no score reaches it, being a sum of N values below e^2 / N

@@ -31,7 +31,9 @@ def check_tokens(tokens: Tokens, adapter: TokenAdapter | None) -> None:
     """Raise `FileFormatError` for tokens that another adapter made than the engine's; None: it has none."""
     made = f"its tokens were made with the token adapter {tokens.adapter[:12]}"
     if adapter is None:
-        raise FileFormatError(f"{made}, and this engine has none: build it again with `dreammix-trt build --tokens FILE`")
+        raise FileFormatError(
+            f"{made}, and this engine has none: build it again with `dreammix-trt build --tokens FILE`"
+        )
     if tokens.adapter != adapter.sha256:
         raise FileFormatError(
             f"{made}, and this engine has {adapter.sha256[:12]}, whose rows mean something else: enrol the photograph "

@@ -54,7 +54,9 @@ def decode_tokens(path: Path, facts: Mapping[str, Any], tensors: Mapping[str, Fl
     rows, adapter = tensors.get(_ROWS), facts.get(_ADAPTER)
     if rows is None or len(tensors) > 1 or rows.ndim != 2 or not rows.size or not np.isfinite(rows).all():
         found = ", ".join(f"{name} {values.shape}" for name, values in tensors.items()) or "none"
-        raise FileFormatError(f"{path}: damaged, its tokens are {found}, expected finite {_ROWS} (K, C); enrol it again")
+        raise FileFormatError(
+            f"{path}: damaged, its tokens are {found}, expected finite {_ROWS} (K, C); enrol it again"
+        )
     if not isinstance(adapter, str) or not adapter:
         raise FileFormatError(f"{path}: damaged, it does not say of which adapter its tokens are; enrol it again")
     return Tokens(rows, adapter)

@@ -3,6 +3,7 @@
 engine/
   passport.json              what it was made from, hashes of everything
   subjects/NAME.safetensors  factors of each subject
+  token_adapter.safetensors  what the base learnt to draw subjects from one picture, if it has that
   networks/PART/             the base's parts, when self-contained; else they are in the store
 """
 
@@ -23,6 +24,7 @@ from dreammix_trt.core.passport import FILE_NAME, SCHEMA, NetworkEntry, Passport
 from dreammix_trt.core.slots import names_of_weights, slots_of
 from dreammix_trt.core.store import Store, check_files
 from dreammix_trt.core.subject import Subject, write_subject
+from dreammix_trt.core.token_adapter import FILE_NAME as TOKEN_ADAPTER
 from dreammix_trt.engine.backends.onnxruntime.engine_set import read_network
 
 BACKENDS = ("onnxruntime", "openvino", "tensorrt-rtx", "tensorrt")
@@ -46,11 +48,13 @@ class OpenedEngine:
 
     parts: part name -> its folder.
     subjects: the subjects' files.
+    adapter: the file of the token adapter; None: the base has none.
     """
 
     passport: Passport
     parts: dict[str, Path]
     subjects: tuple[Path, ...]
+    adapter: Path | None = None
 
 
 def open_engine(path: Path, *, verify: bool = False, store: Path | None = None) -> OpenedEngine:
@@ -63,7 +67,8 @@ def open_engine(path: Path, *, verify: bool = False, store: Path | None = None) 
     """
     passport = Passport.read(path)
     remedy = f"build it again: `{passport.command}`"
-    check_files(path, {entry.file: entry.sha256 for entry in passport.subjects}, verify=verify, remedy=remedy)
+    own = {entry.file: entry.sha256 for entry in passport.subjects} | passport.base.get("tokens", {})
+    check_files(path, own, verify=verify, remedy=remedy)
     if passport.backend not in BACKENDS:
         raise EngineError(
             f"{path} was built for {passport.backend!r}, this version runs {', '.join(BACKENDS)}; {remedy}"
@@ -75,7 +80,8 @@ def open_engine(path: Path, *, verify: bool = False, store: Path | None = None) 
         check_files(folder, files, verify=verify, remedy=remedy)
     if passport.networks_at == "store":
         shelf.register(path.resolve(), set(passport.parts.values()))
-    return OpenedEngine(passport, parts, tuple(path / entry.file for entry in passport.subjects))
+    adapter = path / TOKEN_ADAPTER if "tokens" in passport.base else None
+    return OpenedEngine(passport, parts, tuple(path / entry.file for entry in passport.subjects), adapter)
 
 
 def check_runnable(path: Path, opened: OpenedEngine, device: str, *, verify: bool = False) -> None:
@@ -133,6 +139,7 @@ def write_engine(
     keys: Mapping[str, str],
     files: Mapping[str, str],
     subjects: Sequence[tuple[Subject, str]],
+    adapter: Path | None = None,
     self_contained: bool = False,
     **facts: Any,
 ) -> Passport:
@@ -142,6 +149,7 @@ def write_engine(
     keys: name -> each part's key in the store.
     files: "PART/FILE" -> hash.
     subjects: each with the path of its LoRA.
+    adapter: the token adapter's file, which is copied; None: the base has none.
     self_contained: whether the directory has copies of the parts.
     facts: the passport's other fields.
 
@@ -162,6 +170,8 @@ def write_engine(
     with atomic_directory(out, marker=FILE_NAME) as folder:
         (folder / "subjects").mkdir()
         entries = tuple(_write(folder, subject, source) for subject, source in subjects)
+        if adapter is not None:
+            shutil.copyfile(adapter, folder / TOKEN_ADAPTER)
         if self_contained:
             for name, part in parts.items():
                 shutil.copytree(part, folder / "networks" / name, ignore=shutil.ignore_patterns("manifest.json"))
@@ -208,7 +218,8 @@ def _write(folder: Path, subject: Subject, source: str) -> SubjectEntry:
         name=subject.name,
         token=subject.token,
         class_name=subject.class_name,
-        target=subject.target,
+        target="" if subject.kind == "tokens" else subject.target,
+        kind=subject.kind,
         file=file.relative_to(folder).as_posix(),
         sha256=sha256_of(file, verify=True),
         bytes=file.stat().st_size,

@@ -21,10 +21,12 @@ from dreammix_trt.core.request import Request, RequestFields
 from dreammix_trt.core.seam import BaseFacts, DeviceNetworks, Networks, Stream
 from dreammix_trt.core.sources import Source
 from dreammix_trt.core.store import Store
-from dreammix_trt.core.subject import Subject, read_subject
+from dreammix_trt.core.subject import Subject, read_subject, write_subject
+from dreammix_trt.core.token_adapter import TokenAdapter
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.backends.onnxruntime.engine_set import REBUILD, EngineSet
 from dreammix_trt.engine.directory import OpenedEngine, check_runnable, open_engine
+from dreammix_trt.engine.enrolment import Segment
 from dreammix_trt.engine.host.denoiser import Denoiser
 from dreammix_trt.engine.host.runtime import HostRuntime
 from dreammix_trt.engine.imprint import Origin, find_version
@@ -112,17 +114,23 @@ class DreamMix:
         check_runnable(Path(path), opened, device, verify=verify)
         tokenizers = [Tokenizer.load(opened.parts["base"] / name) for name in ("tokenizer", "tokenizer_2")]
         subjects = [read_subject(file) for file in opened.subjects]
+        adapter = TokenAdapter.open(opened.adapter) if opened.adapter else None
         if device == "cuda":
             from dreammix_trt.engine.device.loading import open_device
 
             if threads is not None:
                 kernels.set_threads(threads)
             gpu = open_device(opened, Path(store) if store else None)
-            dm = cls.on_device(gpu.device, gpu.networks, tokenizers, subjects, given, stream=gpu.stream, owned=(gpu,))
+            dm = cls.on_device(
+                *(gpu.device, gpu.networks, tokenizers, subjects, given),
+                stream=gpu.stream,
+                adapter=adapter,
+                owned=(gpu,),
+            )
         else:
             networks = _open_host(opened, threads, Store(Path(store) if store else None), device)
             kernels.set_threads(networks.threads)
-            dm = cls.on_host(networks, networks.facts, tokenizers, subjects, owned=(networks,))
+            dm = cls.on_host(networks, networks.facts, tokenizers, subjects, adapter=adapter, owned=(networks,))
         passport = opened.passport
         dm._origin = replace(dm._origin, base=str(passport.base.get("name", "")), base_key=passport.base_key)
         return dm
@@ -137,6 +145,7 @@ class DreamMix:
         *,
         denoiser: Denoiser | None = None,
         defaults: Mapping[str, Any] | None = None,
+        adapter: TokenAdapter | None = None,
         owned: Sequence[Closable] = (),
     ) -> DreamMix:
         """Make a DreamMix on the host.
@@ -145,8 +154,9 @@ class DreamMix:
         facts: about that base.
         denoiser: in place of the base's UNets.
         defaults: as for `DreamMix`.
+        adapter: the base's token adapter, if it has one.
         """
-        runtime = HostRuntime(networks, facts, denoiser)
+        runtime = HostRuntime(networks, facts, denoiser, adapter)
         return cls(runtime, tokenizers, subjects, defaults=defaults, owned=(runtime, *owned))
 
     @classmethod
@@ -159,12 +169,14 @@ class DreamMix:
         options: Options | None = None,
         *,
         stream: Stream | None = None,
+        adapter: TokenAdapter | None = None,
         owned: Sequence[Closable] = (),
     ) -> DreamMix:
         """Make a DreamMix whose requests run on a device as a whole.
 
         options: what memory is set aside for.
         stream: where the networks must run, if it matters to them (`Studio`).
+        adapter: the base's token adapter, if it has one.
         owned: closed, in order, when this is closed or cannot be made. Device and networks stay open unless listed
             here.
         """
@@ -173,7 +185,7 @@ class DreamMix:
         with ExitStack() as made:
             for each in reversed(owned):
                 made.callback(each.close)
-            studio = Studio(device, networks, options, stream)
+            studio = Studio(device, networks, options, stream, adapter=adapter)
             made.callback(studio.close)
             dm = cls(studio, tokenizers, subjects, owned=(studio, *owned))
             made.pop_all()
@@ -231,7 +243,7 @@ class DreamMix:
 
     def add_subject(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Subject,
         name: str | None = None,
         *,
         token: str | None = None,
@@ -239,16 +251,50 @@ class DreamMix:
     ) -> str:
         """Load another subject of the same base.
 
-        path: a subject file, a LoRA (file or folder, from any trainer whose files `build --lora` takes), or an engine
-            directory with subjects in it.
+        path: a subject file, of a LoRA or of tokens, a LoRA (file or folder, from any trainer whose files `build
+            --lora` takes), an engine directory with subjects in it, or a `Subject`.
         name: what requests call it; None: the file's name for it. It replaces a loaded subject of that name.
         token: its word in prompts; None: as the file says, else "sks".
         attributes: file of its attributes (attributes.json), for substitute="auto"; None: as the file says.
 
-        Returns the name; of several subjects, the first one's. Raises FileFormatError when it does not fit this base.
+        Returns the name; of several subjects, the first one's. Raises FileFormatError when it does not fit this base or
+        its token adapter, InputError where the name is that of a subject of the other kind.
         """
         self._check_open()
+        if isinstance(path, Subject):
+            return self._roster.add(path if token is None else replace(path, token=token), name or "")
         return self._roster.add_from(path, name, token, attributes)
+
+    def enroll(
+        self,
+        image: Source | Sequence[Source],
+        mask: Source | Sequence[Source | None] | None = None,
+        *,
+        class_name: str,
+        name: str | None = None,
+        segment: Segment | None = None,
+        out: str | os.PathLike[str] | None = None,
+    ) -> Subject:
+        """Make a subject of one photograph, without training, and load it: its tokens stand beside the text.
+
+        The base must have a token adapter (`build --tokens`). The subject needs no word in prompts: "a red mug".
+
+        image: of the object, as for `inpaint`; or several of the same object, whose cells are selected from together.
+        mask: white where the object is, of the photograph's size; as many as photographs. None: what is opaque in the
+            photograph, else what `segment` finds.
+        class_name: what it is ("mug"); a prompt may name another class.
+        name: what requests call it; None: its class. It replaces an enrolled subject of that name.
+        segment: uint8 (H, W, 3) -> mask uint8 (H, W), or None where it sees nothing.
+        out: also write the subject's file there.
+
+        Raises InputError for a photograph without a mask, a mask that is empty or marks everything, a name of a LoRA's
+        subject; EngineError for a base without an adapter.
+        """
+        self._check_open()
+        subject = self._roster.enroll(image, mask, name, class_name, segment, self.tokenizers)
+        if out is not None:
+            write_subject(Path(out), subject)
+        return subject
 
     def remove_subject(self, name: str) -> None:
         """Forget a subject and free what it takes. Where it was the default, the next one is.

@@ -1,7 +1,7 @@
 """A subject from one picture: a photograph and its mask become rows of the text condition (docs/algorithm.md, 17).
 
-What the paper leaves open is decided in `core/subject_tokens.py`; here its networks are called in order. Photographs of one
-object are pooled: the cells of all of them are scored together, and the selection is one over all.
+What the paper leaves open is decided in `core/subject_tokens.py`; here its networks are called in order. Photographs of
+one object are pooled: the cells of all of them are scored together, and the selection is one over all.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ClassText:
 
 def read_references(
     image: Source | Sequence[Source],
-    mask: Source | None | Sequence[Source | None],
+    mask: Source | Sequence[Source | None] | None,
     segment: Segment | None,
     config: TokenConfig,
 ) -> list[Reference]:
@@ -68,13 +68,17 @@ def read_references(
 
     Raises InputError for another number of masks, a photograph without a mask, an empty mask and one that marks all.
     """
-    images = list(image) if isinstance(image, list | tuple) else [image]
-    masks = list(mask) if isinstance(mask, list | tuple) else [mask] * (len(images) if mask is None else 1)
+    images: list[Source] = _list(image)
+    masks: list[Source | None] = _list(mask) if mask is not None else [None] * len(images)
     if not images:
         raise InputError("image is an empty list: give a photograph of the subject")
     if len(masks) != len(images):
         raise InputError(f"{len(images)} photographs and {len(masks)} masks: give one mask for each, in their order")
-    return [_read_reference(*each, segment, config) for each in zip(images, masks, strict=True)]
+    return [_read_reference(photo, each, segment, config) for photo, each in zip(images, masks, strict=True)]
+
+
+def _list(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, list | tuple) else [given]
 
 
 def _read_reference(image: Source, mask: Source | None, segment: Segment | None, config: TokenConfig) -> Reference:
@@ -151,14 +155,23 @@ def find_features(
     return found
 
 
-def choose_tokens(
-    features: Sequence[F32], inside: Sequence[F32], networks: Networks, config: TokenConfig
-) -> F32:
+def choose_tokens(features: Sequence[F32], inside: Sequence[F32], networks: Networks, config: TokenConfig) -> F32:
     """The most discriminative features, float32 (tokens, D): of one picture by its network, of several together."""
-    if len(features) == 1:
-        found: dict[str, npt.NDArray[Any]] = networks.run("token_select", features=features[0][None], inside=inside[0][None])
-        return found["tokens"][0]
-    return select_tokens(np.concatenate(features), np.concatenate(inside), config.tokens)[0]
+    if len(features) > 1:
+        return select_tokens(np.concatenate(features), np.concatenate(inside), config.tokens)[0]
+    chosen: F32 = networks.run("token_select", features=features[0][None], inside=inside[0][None])["tokens"][0]
+    return chosen
+
+
+def project(tokens: F32, networks: Networks, config: TokenConfig) -> F32:
+    """Make rows of tokens: float32 (n, D) -> (n, context width), each by itself. Its network takes a fixed number."""
+    padded = np.zeros((-(-len(tokens) // config.tokens) * config.tokens, config.width), np.float32)
+    padded[: len(tokens)] = tokens
+    made = [
+        networks.run("token_proj", tokens=part[None])["token_rows"][0]
+        for part in padded.reshape(-1, config.tokens, config.width)
+    ]
+    return np.concatenate(made)[: len(tokens)]
 
 
 def make_rows(
@@ -173,4 +186,4 @@ def make_rows(
     text = encode_class(class_name, tokenizers, networks)
     features = find_features(references, text, networks, facts, config)
     tokens = choose_tokens(features, [each.inside for each in references], networks, config)
-    return networks.run("token_proj", tokens=tokens[None])["token_rows"][0]
+    return project(tokens, networks, config)

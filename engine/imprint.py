@@ -43,7 +43,8 @@ class Origin:
     base: name of the base.
     base_key: names its weights, as in the passport.
     subject: name of the subject, "" for none.
-    subject_sha256: of the LoRA file that it was made of.
+    subject_sha256: of the LoRA file that it was made of, or of its photographs.
+    token_subject: name of the subject whose tokens stood beside the text, "" for none.
     """
 
     version: str = ""
@@ -51,6 +52,7 @@ class Origin:
     base_key: str = ""
     subject: str = ""
     subject_sha256: str = ""
+    token_subject: str = ""
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,9 @@ def spell_parameters(request: Request, origin: Origin, size: tuple[int, int]) ->
         "Subject": origin.subject,
         "Subject hash": origin.subject_sha256[:16],
         "Subject scale": f"{request.subject_scale:g}" if origin.subject else "",
+        "Token subject": origin.token_subject,
+        "Tokens": request.token_count if origin.token_subject else "",
+        "Token weight": f"{request.token_weight:g}" if origin.token_subject else "",
         "Version": f"dreammix-trt {origin.version}".strip(),
     }
     line = ", ".join(f"{name}: {_quote(str(value))}" for name, value in settings.items() if value != "")

@@ -20,7 +20,7 @@ from dreammix_trt.core.request import Request, draw_seed
 from dreammix_trt.core.schedule import Schedule, make_schedule
 from dreammix_trt.core.seam import BaseFacts
 from dreammix_trt.core.sources import Source
-from dreammix_trt.core.subject import Role, Subject
+from dreammix_trt.core.token_rows import Tokens
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.canvas.frames import Canvas
 from dreammix_trt.engine.canvas.geometry import Size, feather_width
@@ -30,9 +30,11 @@ from dreammix_trt.engine.painting import Progress, batch_by_shape
 from dreammix_trt.engine.prompts import plan_prompts
 from dreammix_trt.engine.result import Result, StepEvent
 from dreammix_trt.engine.retrieval import Retriever, choose_substitute, retrieve
+from dreammix_trt.engine.roster import Cast
 from dreammix_trt.engine.runtime import Painted, Runtime, Work
 from dreammix_trt.engine.text import Tokenizer
 
+F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 
 
@@ -112,12 +114,12 @@ def lay_out(
     job: Job,
     runtime: Runtime,
     tokenizers: Sequence[Tokenizer],
-    choose_subject: Callable[[Request], Subject],
+    choose: Callable[[Request], Cast],
     origin: Origin,
 ) -> LaidOut:
     """Check a whole job and prepare its pictures. Runs no network. Warnings are logged, and kept for the result.
 
-    choose_subject: request -> its subject under the name that the runtime knows, "" for none.
+    choose: request -> what it draws.
     origin: what paints it, without the subject.
 
     Raises InputError that names the value at fault.
@@ -130,7 +132,8 @@ def lay_out(
     if runtime.lost_raw_unet:  # the request of the result says what was painted
         request = request.replace(patched_fraction=1.0)
     with keep_remarks() as remarks:
-        subject = choose_subject(request)
+        cast = choose(request)
+        subject = cast.subject
         request, reasons = choose_substitute(request, subject, job.retriever)
         for reason in reasons:
             remark(reason)
@@ -147,23 +150,38 @@ def lay_out(
             canvas = lay_canvas(source.seen, mask, request, runtime.facts, runtime.frames)
             canvas = _limit_feather(canvas, request)
         prior_image = _read_prior_image(job.prior_image, request, source, canvas)
-    role = Role(subject.name, request.subject_scale)
     schedule = make_schedule(request, raw_unet=runtime.has_raw_unet)
     seeds = tuple(seed + k for k in range(request.num_images_per_prompt))
     noises = _check_noise(job.noise, seeds)
-    words = subject.caption_words
-    prompts = plan_prompts(tokenizers, request, role, subject.token, contexts=runtime.contexts, caption_words=words)
+    prompts = plan_prompts(
+        tokenizers,
+        request,
+        cast.role,
+        subject.token,
+        lay_rows(cast.tokens, request),
+        contexts=runtime.contexts,
+        caption_words=subject.caption_words,
+    )
     works = [
-        Work(canvas, request, schedule, seed, role, prompts, noise, prior_image)
+        Work(canvas, request, schedule, seed, cast.role, prompts, noise, prior_image)
         for seed, noise in zip(seeds, noises, strict=True)
     ]
     with keep_remarks() as more:
         shapes = [runtime.check(work) for work in works]
     for warning in prompts.warnings:
         remark(warning)
-    origin = replace(origin, subject=subject.name, subject_sha256=subject.source_sha256)
+    told = {"subject": subject.name, "subject_sha256": subject.source_sha256, "token_subject": cast.token_subject}
+    origin = replace(origin, **told)
     said = (*remarks, *more, *prompts.warnings)
     return LaidOut(source, request, schedule, seeds, works, shapes, clock, origin, said)
+
+
+def lay_rows(tokens: Tokens | None, request: Request) -> F32 | None:
+    """A subject's rows for every row of the condition, with guidance or without: float32 (1 or 2, K, D), or None."""
+    if tokens is None:
+        return None
+    chosen = tokens.rows[: request.token_count] * np.float32(request.token_weight)
+    return np.repeat(chosen[None], 2 if request.guided else 1, axis=0)
 
 
 def lay_canvas(image: U8, mask: U8, request: Request, facts: BaseFacts, sizes: Sequence[Size] | None = None) -> Canvas:

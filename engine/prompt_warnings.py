@@ -21,14 +21,16 @@ def list_warnings(
     token: str,
     tokenizer: Tokenizer,
     caption_words: Sequence[str] = (),
+    has_tokens: bool = False,
 ) -> tuple[str, ...]:
     """What a user should know about the words of a request.
 
     texts: (field of the request, how it was read) of every prompt that is encoded; the request's own comes first.
-    subject: the name of its subject, "" for none.
+    subject: the name of its subject, "" for none and for one of tokens, which needs no word.
     token: the subject's word in prompts.
     tokenizer: of the first encoder.
     caption_words: that the subject was trained with; (): nobody knows.
+    has_tokens: whether a subject's tokens stand beside the text.
     """
     found = [f"{name}: {note}" for name, parsed in texts for note in parsed.notes]
     found += [f"{name}: {note}" for name, parsed in texts for note in _note_rest(request, parsed, tokenizer)]
@@ -42,6 +44,7 @@ def list_warnings(
             f"negative_prompt does nothing: guidance_scale is {request.guidance_scale:g}, and guidance begins above 1"
         )
     found += _note_prior(request, subject)
+    found += [] if has_tokens or request.token_weight == 0 else _note_tokens(request)
     return tuple(dict.fromkeys(found))
 
 
@@ -56,6 +59,14 @@ def _note_prior(request: Request, subject: str) -> Iterator[str]:
             yield "prompt does nothing: prior 'alone' stands in the place of all text"
         if request.substitute_words:
             yield "substitute does nothing: prior 'alone' stands in the place of all text"
+
+
+def _note_tokens(request: Request) -> Iterator[str]:
+    """Fields that say how tokens are used, where there are none."""
+    for field in ("token_count", "token_weight"):
+        value = getattr(request, field)
+        if value != getattr(Request, field):
+            yield f"{field} is {value:g} and does nothing: the subject has no tokens"
 
 
 def _note_rest(request: Request, parsed: Parsed, tokenizer: Tokenizer) -> Iterator[str]:

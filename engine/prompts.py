@@ -146,7 +146,7 @@ def plan_prompts(
     if appended is not None and len(appended) != len(stages["lcg"]):
         raise InputError(f"{len(appended)} rows of appended tokens for a condition of {len(stages['lcg'])} rows")
     said = [(text.field, text.parsed) for text in texts] + ([("substitute", Parsed.of(tas.text))] if tas else [])
-    warnings = list_warnings(request, said, subject.name, token, tokenizers[0], caption_words)
+    warnings = list_warnings(request, said, subject.name, token, tokenizers[0], caption_words, appended is not None)
     negative = prompts[1] if len(texts) > 1 else ()
     return PromptPlan(prompts[0], eliminated, negative, tas, stages, appended, empty, warnings)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
 from dreammix_trt.core.attributes import BEFORE, BEHIND
+from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.subject import Subject
 from dreammix_trt.core.vocabulary import GENERIC, Meaning, find_meanings, find_noun, split_words, word_set
@@ -96,7 +97,14 @@ def choose_substitute(request: Request, subject: Subject, retriever: Retriever =
     """The request with the words that TAS is to take out in place of "auto", and why; any other as it is.
 
     subject: that is painted, with the word and the name that requests use.
+
+    Raises InputError for words to take out of a subject that has no word.
     """
+    if request.substitute_words and subject.kind == "tokens":
+        raise InputError(
+            f"substitute takes attributes out of a LoRA's word, and subject {subject.name!r} is of tokens, which has "
+            f"none: leave it, and give a smaller token_count than {request.token_count}, which leaves more to the text"
+        )
     if request.substitute != "auto":
         return request, []
     parts = read_prompt(request.prompt).parts if request.weighs_prompts else ()
@@ -104,6 +112,8 @@ def choose_substitute(request: Request, subject: Subject, retriever: Retriever =
     why = ""
     if not subject.name:
         why = "no subject is painted"
+    elif subject.kind == "tokens":
+        why = f"subject {subject.name!r} is of tokens; a smaller token_count leaves more to the text"
     elif not subject.attributes:
         why = (
             f"the attributes of subject {subject.name!r} are not known; build it with `--attributes FILE`, or name the "

@@ -127,7 +127,7 @@ def carry_out(order: BuildOrder, update: Update, tell: Callable[[str], None]) ->
     store = PartStore(shelf, order.place, update)
     parts = Parts(ingredients, store, order.verify, tell)
     for each in () if order.merge else made:
-        check_slots(each, ingredients.networks, order)
+        check_slots(each, ingredients.networks, order, files.tokens)
     folders = parts.make()
     ingredients = _settle_precision(order, ingredients, folders, tell)
     if order.self_contained:
@@ -208,6 +208,7 @@ def _write(
         keys=store.keys,
         files=store.files(),
         subjects=kept,
+        adapter=files.tokens.file if files.tokens else None,
         self_contained=order.self_contained,
         created_by=f"dreammix-trt {__version__}",
         base_key=ingredients.base_key,

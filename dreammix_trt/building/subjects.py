@@ -16,6 +16,8 @@ from dreammix_trt.core.merging import check_fit, find_misfits
 from dreammix_trt.core.networks import Network, networks_of_factors
 from dreammix_trt.core.remarks import keep_remarks
 from dreammix_trt.core.subject import Subject, find_subject_file, make_subject, open_subject
+from dreammix_trt.core.token_adapter import TokenAdapter
+from dreammix_trt.core.token_factors import check_tokens
 
 Tell = Callable[[str], None]
 
@@ -53,9 +55,24 @@ def make_subjects(order: BuildOrder, unet_config: Mapping[str, Any], tell: Tell)
     return made
 
 
-def check_slots(made: MadeSubject, networks: Sequence[Network], order: BuildOrder) -> None:
-    """Raise FileFormatError for a subject that does not fit the slots; it begins with the command that helps."""
+def check_slots(
+    made: MadeSubject, networks: Sequence[Network], order: BuildOrder, adapter: TokenAdapter | None = None
+) -> None:
+    """Raise FileFormatError for a subject that does not fit the slots; it begins with the command that helps.
+
+    adapter: the base's, which must be that of a subject's tokens.
+    """
     subject, slots = made.subject, {network.name: network.slots for network in networks}
+    if subject.tokens is not None:
+        try:
+            check_tokens(subject.tokens, adapter)
+        except FileFormatError as error:
+            raise FileFormatError(f"subject {subject.name}: {error}") from error
+        if not order.slots:
+            raise FileFormatError(
+                f"subject {subject.name}: is of tokens, which are read with the adapter's LoRA, and --no-slots leaves "
+                "no room for one: leave that option"
+            )
     taken = {
         name: [slot for each in networks_of_factors(name) for slot in slots.get(each, ())] for name in subject.factors
     }

@@ -161,7 +161,7 @@ class HostPainter:
             weights=self._sitting.weights,
         )
         if prior_in(name, self._request, self.schedule) is not None:
-            conditioning = add_prior(conditioning, self._request, self._ask_prior())
+            conditioning = add_prior(conditioning, self._request, self._ask_prior(), text.appended)
         self.stage = StageInputs(latent, background, self.frame.latent_mask, conditioning)
         self._before = None
 

@@ -21,8 +21,10 @@ class PriorRows:
     pooled: F32
 
 
-def add_prior(conditioning: Conditioning, request: Request, rows: PriorRows) -> Conditioning:
+def add_prior(conditioning: Conditioning, request: Request, rows: PriorRows, appended: int = 0) -> Conditioning:
     """The condition of one picture with the prior in it, as the request's `prior` says.
+
+    appended: how many rows of the condition, the last ones, are a subject's tokens: they stay where the text goes.
 
     The empty condition is zeros, so a weight w gives c_empty + w (c - c_empty) = w c.
     """
@@ -31,7 +33,8 @@ def add_prior(conditioning: Conditioning, request: Request, rows: PriorRows) -> 
     if request.prior == "concat":
         count = len(conditioning.text)
         return replace(conditioning, text=np.concatenate([conditioning.text, np.repeat(context, count, 0)], axis=1))
-    alone = replace(conditioning, text=context, pooled=pooled)
+    tokens = conditioning.text[:1, conditioning.text.shape[1] - appended :]
+    alone = replace(conditioning, text=np.concatenate([context, tokens], axis=1), pooled=pooled)
     if request.prior == "alone":
         return alone
     positive = replace(conditioning, text=conditioning.text[1:], pooled=conditioning.pooled[1:])

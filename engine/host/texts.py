@@ -25,10 +25,12 @@ class Text:
 
     tokens: (R, L, D).
     pooled: (R, Dp).
+    appended: how many of the L rows, the last ones, are a subject's and not the text's.
     """
 
     tokens: F32
     pooled: F32
+    appended: int = 0
 
 
 class HostTexts:
@@ -69,7 +71,7 @@ class HostTexts:
             stacked = np.stack([encoded[row.tokens][0] for row in rows])
             if plan.appended is not None:
                 stacked = np.concatenate([stacked, plan.appended], axis=1)
-            texts[stage] = Text(stacked, np.stack([encoded[row.pooled][1] for row in rows]))
+            texts[stage] = Text(stacked, np.stack([encoded[row.pooled][1] for row in rows]), plan.extra)
         return texts
 
     def _weigh(self, prompt: Prompt, plan: PromptPlan, networks: Networks, weights: WeightsOf, safe: bool) -> Encoded:

@@ -53,7 +53,7 @@ class HostWeights:
         self._drop(name)
 
     def use(self, role: Role, safe: bool = False) -> WeightsOf:
-        """The weights of a role: network -> input -> merged weight, of the inputs that its subject or the adapter change.
+        """The weights of a role: network -> input -> merged weight, of the inputs that subject or adapter change.
 
         They stay good when the subject is removed or replaced meanwhile.
 
