@@ -38,7 +38,8 @@ Loras = Annotated[
 Subjects = Annotated[
     list[str] | None,
     typer.Option(
-        "--subject", help="NAME=FILE[:scale[:target]], FILE a LoRA or a subject file; several: requests choose by name."
+        "--subject",
+        help="NAME=FILE[:scale[:target]], FILE a LoRA or a subject file; several: requests choose by name.",
     ),
 ]
 Name = Annotated[str | None, typer.Option(help="The subject's name; default: its class, else OUT's name.")]
@@ -71,8 +72,8 @@ Asuka = Annotated[
 Tokens = Annotated[
     Path | None,
     typer.Option(
-        help="Token adapter of the base: adds the networks that make tokens of a subject's one picture, which no "
-        "request uses yet; default: token_adapter.safetensors in the base's folder."
+        help="Token adapter of the base: adds what makes a subject of one picture (`enroll`), as `train-tokens` writes "
+        "it; default: token_adapter.safetensors in the base's folder."
     ),
 ]
 Sampler = Annotated[Literal["dpmpp_2m_sde", "euler", "lcm"] | None, typer.Option(help="What requests use by default.")]

@@ -30,6 +30,9 @@ from dreammix_trt.distill_cli import EXAMPLES as DISTILL_EXAMPLES
 from dreammix_trt.distill_cli import PANELS as DISTILL_PANELS
 from dreammix_trt.distill_cli import distill
 from dreammix_trt.doctor_cli import doctor
+from dreammix_trt.enroll_cli import EXAMPLES as ENROLL_EXAMPLES
+from dreammix_trt.enroll_cli import PANELS as ENROLL_PANELS
+from dreammix_trt.enroll_cli import enroll
 from dreammix_trt.eval_cli import EXAMPLES as EVAL_EXAMPLES
 from dreammix_trt.eval_cli import PANELS as EVAL_PANELS
 from dreammix_trt.eval_cli import evaluate
@@ -198,6 +201,7 @@ def inspect(
         print_line("every file agrees with its hash")
 
 
+app.command(epilog=ENROLL_EXAMPLES, panels=ENROLL_PANELS)(enroll)
 app.command(epilog=INPAINT_EXAMPLES, panels=INPAINT_PANELS)(inpaint)
 app.command(epilog=REMOVE_EXAMPLES, panels=REMOVE_PANELS)(remove)
 app.command("eval", epilog=EVAL_EXAMPLES, panels=EVAL_PANELS)(evaluate)

@@ -64,6 +64,22 @@ if TYPE_CHECKING:
 Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help='For example "a red sks mug".')]
 NegativePrompt = Annotated[str | None, typer.Option(help="What is not to be there.")]
 Subject = Annotated[str | None, typer.Option(help="Which subject, when the engine has several.")]
+SubjectFile = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[NAME=]FILE",
+        help="Load a subject's file or LoRA beside the engine's subjects; where no --subject is named it is painted.",
+    ),
+]
+TokenSubject = Annotated[
+    str | None,
+    typer.Option(help="Whose tokens stand beside the LoRA of --subject, to use both; default: that subject's own."),
+]
+TokenCount = Annotated[
+    int | None,
+    typer.Option(min=1, max=48, help="Tokens of an enrolled subject: fewer leave more to the text; default: 24."),
+]
+TokenWeight = Annotated[float | None, typer.Option(help="Strength of its tokens, 0 to 2; default: 1.")]
 Substitute = Annotated[
     list[str] | None,
     typer.Option(
@@ -102,7 +118,7 @@ cat table.png | dreammix-trt inpaint engines/mug -i - -m mask.png -p "a sks mug"
 PANELS = {
     "What is painted": (
         *("image", "mask", "mask_from_alpha", "prompt", "negative_prompt", "subject", "subject_scale", "substitute"),
-        *("seed", "count", "from_request"),
+        *("subject_file", "token_subject", "token_count", "token_weight", "seed", "count", "from_request"),
     ),
     "How it is painted": ("preset", "steps", "sampler", "guidance_scale", "feather", "mode", "set_field"),
     "Who finds the words of --substitute auto": PANEL,
@@ -121,6 +137,10 @@ def inpaint(
     negative_prompt: NegativePrompt = None,
     subject: Subject = None,
     subject_scale: SubjectScale = None,
+    subject_file: SubjectFile = None,
+    token_subject: TokenSubject = None,
+    token_count: TokenCount = None,
+    token_weight: TokenWeight = None,
     substitute: Substitute = None,
     endpoint: Endpoint = None,
     model: Model = None,
@@ -154,6 +174,7 @@ def inpaint(
     image, mask = need_image(image, from_request), choose_mask(mask, mask_from_alpha)
     image, mask, from_request = read_standard_input(image, mask, from_request)
     chat = open_chat(endpoint, model=model, key_variable=key_variable, timeout=timeout, deadline=deadline)
+    files = [_parse_subject_file(text) for text in subject_file or ()]
     base = Passport.read(engine).base
     request = _read_request(
         from_request,
@@ -164,6 +185,9 @@ def inpaint(
         negative_prompt=negative_prompt,
         subject=subject,
         subject_scale=subject_scale,
+        token_subject=token_subject,
+        token_count=token_count,
+        token_weight=token_weight,
         substitute=_choose_substitute(substitute),
         seed=seed,
         num_inference_steps=steps,
@@ -178,9 +202,22 @@ def inpaint(
     check_outputs(out, save_stages, request.num_images_per_prompt, force=force, as_json=as_json)
     options = choose_options(device, residency, request, image, base)
     with DreamMix.load(engine, threads=threads, verify=verify, store=store, device=device, **options) as dm:
+        names = [dm.add_subject(file, name) for name, file in files]
+        if request.subject is None and names:
+            request = request.replace(subject=names[0])
         result = _paint(dm, image, mask, request, chat, keep_stages=save_stages is not None)
-    names = save_pictures(result, out, save_stages, metadata=not no_metadata)
-    report(result, names, as_json)
+    written = save_pictures(result, out, save_stages, metadata=not no_metadata)
+    report(result, written, as_json)
+
+
+def _parse_subject_file(text: str) -> tuple[str | None, str]:
+    """(name, file) of [NAME=]FILE; None: as the file says."""
+    name, mark, file = text.partition("=")
+    if not mark or Path(text).exists():
+        return None, text
+    if not name or not file:
+        raise InputError(f"--subject-file {text!r}: give FILE or NAME=FILE, for example --subject-file mug.safetensors")
+    return name, file
 
 
 def _choose_substitute(words: list[str] | None) -> list[str] | str | None:
@@ -209,7 +246,10 @@ def _read_request(
     elif "prompt" in fields:
         request = Request(fields["prompt"]).replace(**{**defaults, **fields})
     else:
-        raise InputError("--prompt is missing: say what to paint, with the subject's token: 'a red sks mug'")
+        raise InputError(
+            "--prompt is missing: say what to paint, with the subject's token: 'a red sks mug'; an enrolled subject "
+            "has none: 'a red mug'"
+        )
     if preset is None:
         return request
     chosen = choose_fields(preset, {"sampler": request.sampler, "guidance_scale": request.guidance_scale})

@@ -251,6 +251,8 @@ def report(result: Result, names: list[Path], as_json: bool) -> None:
             "images": [str(name) for name in names],
             "seeds": list(result.seeds),
             "substitute": list(result.request.substitute_words),
+            "subject": result.origin.subject,
+            "token_subject": result.origin.token_subject,
             "timings": result.timings,
             "warnings": list(result.warnings),
         }

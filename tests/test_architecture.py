@@ -38,6 +38,7 @@ FACE = {
         "distill_cli",
         "train_asuka_cli",
         "train_tokens_cli",
+        "enroll_cli",
         "training_options",
     ),
     *("painting_cli", "remove_cli", "endpoint_options"),
@@ -45,7 +46,17 @@ FACE = {
 #: the rooms of the engine floor, lowest first: each imports what stands in the rows before its own, and its own room
 ROOMS = (
     ("hardware", "machine", "prompt_syntax", "text", "numpy_kernels", "kernels", "drivers"),
-    ("canvas", "prompt_warnings", "prompts", "subject_phrase", "retrieval", "painting", "imprint", "result"),
+    (
+        "canvas",
+        "prompt_warnings",
+        "prompts",
+        "enrolment",
+        "subject_phrase",
+        "retrieval",
+        "painting",
+        "imprint",
+        "result",
+    ),
     ("endpoint_retriever",),
     ("runtime", "directory", "backends"),
     ("host", "device"),

@@ -256,6 +256,7 @@ def test_messages_are_chosen_anywhere(mug_engine: Path, place: Path, call: Call)
             "distill",
             "build",
             "inspect",
+            "enroll",
             "inpaint",
             "remove",
         ),
@@ -275,6 +276,7 @@ def test_each_help_has_a_short_option_and_names_everything(command: str, call: C
         "train-asuka": ("What is learnt", "Examples:", "--objects", "--revealed", "--perceptual", "--resume", "-o"),
         "train-tokens": ("What is learnt", "Examples:", "--objects", "--views", "--decoupling", "--resume", "-o"),
         "build": ("The base", "Examples:", "--json", "-o"),
+        "enroll": ("What is enrolled", "Examples:", "--segment", "--class-name", "-i", "-m", "-o"),
         "inpaint": ("What is painted", "Examples:", "-i", "-m", "-p", "-o", "-n"),
         "train-base": ("--work", "--device", "--processes", "--minutes-scale", "--native-size", "--smoke"),
     }
