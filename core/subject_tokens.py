@@ -32,6 +32,8 @@ from dreammix_trt.core.stored import Floats
 
 #: added to the score of a cell without the object: no score reaches it, being a sum of N values below e^2 / N
 _BEHIND: Final = np.float32(8.0)
+#: rows of the matrix of likenesses that are made at once: those of one SDXL reference, 64 MB
+_BLOCK: Final = 4096
 _LEAST_NORM: Final = np.float32(1e-12)
 
 
@@ -175,9 +177,11 @@ def score_cells(features: Floats) -> Floats:
     """
     wide = np.asarray(features, np.float32)
     unit = wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), _LEAST_NORM)
-    likeness = unit @ unit.T
-    shares = np.exp(likeness - likeness.max(1, keepdims=True))
-    scores: Floats = (shares / shares.sum(1, keepdims=True)).sum(0)
+    scores: Floats = np.zeros(len(unit), np.float32)
+    for start in range(0, len(unit), _BLOCK):
+        likeness = unit[start : start + _BLOCK] @ unit.T
+        shares = np.exp(likeness - likeness.max(1, keepdims=True))
+        scores += (shares / shares.sum(1, keepdims=True)).sum(0)
     return scores
 
 

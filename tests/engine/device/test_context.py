@@ -27,13 +27,12 @@ def appending(host: DreamMix, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]
     )
     chosen = {"rows": EXTRA}
 
-    def plan(tokenizers: Any, request: Any, *names: Any, **more: Any) -> Any:
+    def lay_rows(_tokens: Any, request: Any) -> Any:
         count = chosen["rows"]
         rng = np.random.default_rng(request.seed)
-        rows = rng.standard_normal((2 if request.guided else 1, count, width)).astype(np.float32) if count else None
-        return plan_prompts(tokenizers, request, *names, rows, **more)
+        return rng.standard_normal((2 if request.guided else 1, count, width)).astype(np.float32) if count else None
 
-    monkeypatch.setattr(jobs, "plan_prompts", plan)
+    monkeypatch.setattr(jobs, "lay_rows", lay_rows)
     return chosen
 
 
