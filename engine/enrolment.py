@@ -119,7 +119,7 @@ def _tell_expectations(label: str, marked: npt.NDArray[np.bool_], cells: int, co
     if max(height, width) < _FEW_CELLS * config.cell:
         remark(
             f"{label}: the object is {width}x{height} pixels, less than {_FEW_CELLS} cells of {config.cell}: it is "
-            f"enlarged, so expect its colours and rough shape, no details; {config.side} pixels are seen as they are"
+            "enlarged, so expect its colours and rough shape, no details; a photograph that shows it larger helps"
         )
     elif cells < config.tokens:
         remark(
@@ -129,9 +129,7 @@ def _tell_expectations(label: str, marked: npt.NDArray[np.bool_], cells: int, co
 
 
 def encode_class(class_name: str, tokenizers: Sequence[Tokenizer], networks: Networks) -> ClassText:
-    """Encode the class's name. Raises InputError for an empty one, and for one that is too long."""
-    if not class_name.strip():
-        raise InputError("class_name is empty: say what the subject is, as in 'mug' (--class-name)")
+    """Encode the class's name. Raises InputError for one that is too long."""
     found = [
         networks.run(name, input_ids=tokenizer.encode(class_name)[None])
         for name, tokenizer in zip(names_of_group("text"), tokenizers, strict=True)

@@ -94,6 +94,8 @@ class Roster:
                 "this engine's base has no token adapter, which makes subjects of photographs: build it again with "
                 "`dreammix-trt build --tokens ADAPTER` (dreammix-trt train-tokens makes one)"
             )
+        if not class_name.strip():
+            raise InputError("class_name is empty: say what the subject is, as in 'mug' (--class-name)")
         called = check_name(name_after_class(class_name) if name is None else name)
         self._check_free(called, "tokens")
         references = read_references(image, mask, segment, adapter.config)

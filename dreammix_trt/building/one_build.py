@@ -126,6 +126,8 @@ def carry_out(order: BuildOrder, update: Update, tell: Callable[[str], None]) ->
     ingredients = Ingredients(files, order.slots, order.engine, loras, defaults.to_dict(), calibration)
     store = PartStore(shelf, order.place, update)
     parts = Parts(ingredients, store, order.verify, tell)
+    if files.tokens and not order.slots:
+        tell("--no-slots leaves no place for the token adapter's LoRA, so no subject of one picture can be drawn")
     for each in () if order.merge else made:
         check_slots(each, ingredients.networks, order, files.tokens)
     folders = parts.make()
