@@ -2,7 +2,7 @@
 
 Kept are the projected rows and not the features that they were made of: so no network runs to use a subject, every back
 end paints with the same numbers, and the first K rows are the subject of K tokens. 48 rows of SDXL are 192 KiB, of the
-embedded base 9 KiB.
+embedded base 15 KiB.
 """
 
 from __future__ import annotations

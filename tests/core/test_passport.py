@@ -125,6 +125,7 @@ def test_a_passport_of_schema_1_says_how_to_rebuild_though_its_fields_are_others
         {"subjects": [{**json.loads(json.dumps(make_passport().to_dict()))["subjects"][0], "file": "/etc/passwd"}]},
         {"subjects": [{**json.loads(json.dumps(make_passport().to_dict()))["subjects"][0], "bytes": "many"}]},
         {"subjects": [{**json.loads(json.dumps(make_passport().to_dict()))["subjects"][0], "attributes": [1]}]},
+        {"base": {"tokens": "abab"}},
         {"subjects": [{**json.loads(json.dumps(make_passport().to_dict()))["subjects"][0], "attributes": {"a": "b"}}]},
         {"subjects": [{**json.loads(json.dumps(make_passport().to_dict()))["subjects"][0], "attributes": {"a": [1]}}]},
     ],
@@ -142,9 +143,19 @@ def test_a_subject_of_a_passport_without_attributes_is_read(folder: Path) -> Non
     passport = Passport.read(folder)
     assert passport.subjects[0].attributes == record["subjects"][0]["attributes"]
     assert "colour: blue; part: cream foot, white rim" in dict(passport.describe())["Subjects"][0]
-    del record["subjects"][0]["attributes"]
+    del record["subjects"][0]["attributes"], record["subjects"][0]["kind"]
     change(folder, **record)
-    assert Passport.read(folder).subjects[0].attributes == {}
+    (subject, *_) = Passport.read(folder).subjects
+    assert (subject.attributes, subject.kind) == ({}, "lora")
+
+
+def test_a_subject_of_tokens_and_its_adapter_are_shown(folder: Path) -> None:
+    record = json.loads((folder / FILE_NAME).read_text())
+    record["subjects"][0] |= {"kind": "tokens", "token": "", "bytes": 15 << 10}
+    record["base"] |= {"tokens": {"token_adapter.safetensors": "ab" * 32}}
+    change(folder, **record)
+    shown = dict(Passport.read(folder).describe())
+    assert ("token adapter", "ab" * 6) in shown["Engine"] and "tokens, 15 KiB" in shown["Subjects"][0]
 
 
 @pytest.mark.parametrize("name", list(make_passport().to_dict()))

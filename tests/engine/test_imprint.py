@@ -156,7 +156,15 @@ def test_parameters_of_a_plain_request(sampler: Sampler, name: str) -> None:
     request = Request("a mug", sampler=sampler, num_inference_steps=8, negative_prompt=None, guidance_scale=1.5)
     prompt, negative, settings = parse_parameters(spell_parameters(request, Origin(), (1, 2)))
     assert (prompt, negative, settings["Sampler"], settings["CFG scale"]) == ("a mug", "", name, "1.5")
-    assert settings["Version"] == "dreammix-trt" and not {"Model", "Subject", "Subject scale"} & settings.keys()
+    absent = {"Model", "Subject", "Subject scale", "Token subject", "Tokens", "Token weight"}
+    assert settings["Version"] == "dreammix-trt" and not absent & settings.keys()
+
+
+def test_parameters_of_a_request_with_tokens() -> None:
+    request, origin = Request("a mug", token_count=7, token_weight=0.5), Origin(subject="lora", token_subject="mug")
+    _, _, settings = parse_parameters(spell_parameters(request, origin, (1, 2)))
+    told = {"Subject": "lora", "Token subject": "mug", "Tokens": "7", "Token weight": "0.5"}
+    assert told.items() <= settings.items()
 
 
 @pytest.mark.parametrize(
