@@ -69,13 +69,14 @@ def enroll(
     """Make a subject of one photograph, without training. The engine's base needs a token adapter."""
     import time
 
+    from dreammix_trt.core.remarks import keep_remarks
     from dreammix_trt.engine.dreammix import DreamMix
 
     _check_out(out, force=force)
     if mask and segment is not None:
         raise InputError("--mask and --segment exclude each other; leave one of them")
     finder = _open_finder(segment, threads)
-    with DreamMix.load(engine, threads=threads, verify=verify, store=store) as dm:
+    with DreamMix.load(engine, threads=threads, verify=verify, store=store) as dm, keep_remarks() as warnings:
         begun = time.perf_counter()
         subject = dm.enroll(image, mask or None, class_name=class_name, name=name, segment=finder, out=out)
         seconds = time.perf_counter() - begun
@@ -83,7 +84,7 @@ def enroll(
     count = len(subject.tokens.rows)
     if as_json:
         record = {"file": str(out), "name": subject.name, "class_name": subject.class_name, "kind": subject.kind}
-        print_json({**record, "tokens": count, "bytes": out.stat().st_size, "seconds": seconds})
+        print_json({**record, "tokens": count, "bytes": out.stat().st_size, "seconds": seconds, "warnings": warnings})
         return
     say(f"subject {subject.name}: {count} tokens in {seconds:.2f} s; in {out}")
     say(f'next: dreammix-trt inpaint {engine} --subject-file {out} -p "a {subject.class_name}" -i IMAGE -m MASK -o OUT')

@@ -180,15 +180,16 @@ class Roster:
 
         name, subject: that it draws.
         """
-        owner = name if request.token_subject is None else request.token_subject
-        if owner != name and owner:
-            self._check_known("token_subject", owner)
-            if self._subjects[owner].tokens is None:
+        asked = request.token_subject
+        owner = name if asked is None else asked
+        if asked:
+            self._check_known("token_subject", asked)
+            if self._subjects[asked].tokens is None:
                 raise InputError(
                     f"token_subject is {owner!r}, which is of a LoRA and has no tokens: name it as subject, or one "
                     "that was enrolled from a photograph"
                 )
-            if subject.kind == "tokens":
+            if subject.kind == "tokens" and asked != name:
                 raise InputError(
                     f"subject {name!r} and token_subject {owner!r} are both of tokens, and a request has those of one: "
                     "leave one of them"

@@ -63,7 +63,7 @@ def test_a_photograph_becomes_a_file_that_inpaint_and_build_take(place: Path) ->
     assert done.exit_code == 0, done.output
     record, file = json.loads(done.stdout), place / "mug.safetensors"
     assert record.pop("seconds") > 0
-    told = {"file": str(file), "name": "mug", "class_name": "mug", "kind": "tokens", "tokens": 48}
+    told = {"file": str(file), "name": "mug", "class_name": "mug", "kind": "tokens", "tokens": 48, "warnings": []}
     assert record == told | {"bytes": file.stat().st_size}
     painted = inpaint(place, "--subject-file", file, "-p", "a red mug", "--token-count", "8", "--token-weight", "0.5")
     assert painted.exit_code == 0, painted.output
@@ -109,6 +109,15 @@ def test_a_segmenter_finds_the_object(place: Path) -> None:
     assert read_subject(place / "seen.safetensors").kind == "tokens"
     assert "has no mask" in error_of(run(*usual, "-o", place / "unseen.safetensors"))
     assert not (place / "unseen.safetensors").exists()
+
+
+def test_what_to_expect_is_said(place: Path) -> None:
+    for name, pixels in zip(("photo", "mask"), draw_object(0, 24), strict=True):
+        Image.fromarray(pixels).save(place / f"small-{name}.png")
+    usual = ["enroll", place / "engine", "-i", place / "small-photo.png", "-m", place / "small-mask.png"]
+    done = run(*usual, "--class-name", "mug", "-o", place / "small.safetensors", "--json")
+    (warning,) = json.loads(done.stdout)["warnings"]
+    assert "less than 4 cells of 16" in warning and "small-photo.png" in warning
 
 
 def test_several_photographs(place: Path) -> None:

@@ -186,6 +186,7 @@ def test_without_weight_it_is_the_picture_without_tokens(dm: DreamMix, small_bas
     none = paint(dm, subject="")
     np.testing.assert_array_equal(paint(dm, subject="mug", token_weight=0), none)
     np.testing.assert_array_equal(paint(dm, subject="mug", token_subject=""), none)
+    np.testing.assert_array_equal(paint(dm, subject="mug", token_subject="mug"), paint(dm, subject="mug"))
     assert (paint(dm, subject="mug") != none).any()
     build(out=tmp_path / "plain", base=small_base)
     with DreamMix.load(tmp_path / "plain", threads=1) as plain:  # an engine without an adapter
@@ -351,6 +352,7 @@ def test_what_to_expect_of_a_small_object_is_said(
         ({"subject": "mug", "subject_scale": 0.5}, "subject 'mug' is of tokens and has no LoRA: set token_weight"),
         ({"subject": "lora", "token_subject": "lora2"}, "token_subject is 'lora2'; loaded are"),
         ({"subject": "mug", "token_subject": "lora"}, "token_subject is 'lora', which is of a LoRA and has no tokens"),
+        ({"subject": "lora", "token_subject": "lora"}, "token_subject is 'lora', which is of a LoRA and has no tokens"),
         ({"subject": "mug", "token_subject": "ball"}, "are both of tokens, and a request has those of one"),
         ({"subject": "mug", "substitute": ["blue"]}, "subject 'mug' is of tokens.*smaller token_count than 24"),
     ],
