@@ -8,14 +8,25 @@ the time, so that "not named" does not come to mean "absent".
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
 
 from dreammix_trt.core.attributes import AttributeDictionary, compose_phrase, with_article
 from dreammix_trt.trainer import captions
-from dreammix_trt.trainer.micro.objects import COLOURS, DECALS, FINISHES, PATTERNS, SHAPES, TOPS, Attributes
+from dreammix_trt.trainer.micro.objects import (
+    COLOURS,
+    DECALS,
+    FINISHES,
+    PATTERNS,
+    SHAPES,
+    TOPS,
+    Attributes,
+    look_alike,
+)
 from dreammix_trt.trainer.micro.rooms import SURFACES
+from dreammix_trt.trainer.micro.world import is_held_out
 
 BLOT_WORD: Final = "sticker"  # a decal of no particular form
 NAMEABLE: Final = ("finish", "colour", "pattern", "foot", "band", "top", "decal")
@@ -77,6 +88,24 @@ def compose(
 def describe(what: Attributes) -> str:
     """The full caption, as evaluations use it: "a photo of a matte blue plain mug with a white foot and a red star"."""
     return f"a photo of {with_article(compose(what))}"
+
+
+def phrase(rng: np.random.Generator, what: Attributes, named: Collection[str]) -> str:
+    """A request for a thing that names some of its parts: "a mug with a red foot", or "a photo of" it."""
+    told = with_article(compose(what, named))
+    return f"a photo of {told}" if rng.random() < 0.5 else told
+
+
+def draw_edit(rng: np.random.Generator, what: Attributes) -> tuple[str, Attributes]:
+    """A part of a thing, of NAMEABLE, and the thing with that part changed; never into one that is held out."""
+    while True:
+        free = [colour for colour in COLOURS if not any(look_alike(colour, other) for other in what.colours)]
+        part = str(rng.choice(["colour", "pattern", *name_parts(what)]))
+        field = "decal_colour" if part == "decal" else part
+        others = [each for each in PATTERNS if each not in (what.pattern, "plain")]
+        edited = replace(what, **{field: str(rng.choice(others if part == "pattern" else free or COLOURS))})
+        if not is_held_out(edited):
+            return part, edited
 
 
 def subject_captions(what: Attributes, token: str = "sks") -> tuple[str, ...]:

@@ -30,7 +30,8 @@ Arrays = Mapping[str, NDArray[Any]]
 #: what a shard holds: name -> its type in the file
 #: - of each view, in order of the objects: latents and masked (4, h, w); cells (1, h, w), 1 is hole; sharp (), in
 #:   pixels; tokens (48, D), of the reference that was made of the view's photograph; owner, photograph, caption,
-#:   class_text (): numbers of the object, of its photograph, and of texts
+#:   class_text (): numbers of the object, of its photograph, and of texts; heard, words (4,): of the texts of
+#:   `Seen.words`, which take turns where there are fewer pairs
 #: - of each text: states (77, C), pooled (Dp); number 0 is the empty one
 #: - grey (1, 4, h, w): the latent of a picture of which nothing is known
 SHARD = {
@@ -43,10 +44,15 @@ SHARD = {
     "photograph": "int64",
     "caption": "int64",
     "class_text": "int64",
+    "heard": "int64",
+    "words": "int64",
     "states": "float16",
     "pooled": "float16",
     "grey": "float16",
 }
+
+
+PAIRS = 4  # of words of an object
 
 
 class ObjectEncoder:
@@ -62,9 +68,10 @@ class ObjectEncoder:
 
     def encode(self, objects: Sequence[Seen], recipe: TokenRecipe, rng: np.random.Generator) -> Arrays:
         """One shard of objects, by the names of SHARD."""
-        texts, rows = _Texts(self._texts), []
+        texts, rows = Texts(self._texts), []
         for owner, seen in enumerate(objects):
-            numbers = {"owner": owner, "class_text": texts.number(name_class(seen.class_name))}
+            numbers: dict[str, Any] = {"owner": owner, "class_text": texts.number(name_class(seen.class_name))}
+            numbers |= number_words(seen, texts)
             for view in self._encode_object(seen, recipe, rng):
                 caption = texts.number(seen.captions[int(view["photograph"])])
                 rows.append({**view, **numbers, "caption": caption})
@@ -121,7 +128,14 @@ def _cut_stack(unet: TrainingUNet, block: int) -> Any:
     return stack
 
 
-class _Texts:
+def number_words(seen: Seen, texts: Texts) -> dict[str, NDArray[np.int64]]:
+    """The numbers of an object's words, of as many pairs for every object."""
+    pairs = [seen.words[place % len(seen.words)] for place in range(PAIRS)]
+    numbers = np.array([[texts.number(text) for text in pair] for pair in pairs], np.int64)
+    return {"heard": numbers[:, 0], "words": numbers[:, 1]}
+
+
+class Texts:
     """Texts by their numbers; the empty one is number 0, and stands for one that is too long, which is logged."""
 
     def __init__(self, encoders: TextEncoders) -> None:

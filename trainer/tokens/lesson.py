@@ -3,6 +3,11 @@
 Noise is on all cells on both of the paper's paths: the loop keeps the known cells noised as well, and what they hold
 the UNet knows by the hole's condition. What the paths differ in is the hole, and so where the loss is: see
 `recipes.TokenRecipe.decoupling`.
+
+Some rows may learn from the base itself instead of from the noise. It is told in words what the tokens show, and its
+prediction is what tokens beside a text t are to bring about: e(t) + g (e(t and all in words) - e(t)), with the emphasis
+g. That says in every row which part has which colour; the noise of one picture says so hardly at all. With a text that
+names another colour than the object has, both are told the text's, so words win over tokens.
 """
 
 from __future__ import annotations
@@ -71,10 +76,36 @@ class TokenLesson:
             spoken = self.projection(held["tokens"][:, : int(held["count"][0])])
         text = torch.cat([held["states"], spoken], 1), held["pooled"]
         sizes = vary_sizes(held["sharp"], held["size"], self._side)
-        eps = self._unet.predict(noisy, t, text, sizes, self._unet.feature(mask, held["masked"]))
+        feature = self._unet.feature(mask, held["masked"])
+        eps = self._unet.predict(noisy, t, text, sizes, feature)
+        target = self._find_target(held, noisy, t, sizes, feature) if self._recipe.words else noise
         weight = (1 / signal.square()).clamp(max=self._recipe.heaviest) * mask
-        error = ((eps - noise).square().mean(1, keepdim=True) * weight).flatten(1).sum(1)
+        error = ((eps - target).square().mean(1, keepdim=True) * weight).flatten(1).sum(1)
         return (error / mask.flatten(1).sum(1)).mean()
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def _find_target(
+        self, held: Mapping[str, Tensor], noisy: Tensor, t: Tensor, sizes: Tensor, feature: Tensor | None
+    ) -> Tensor:
+        """What each row is to predict: the noise, or what the base makes of words."""
+        wordy = held["wordy"] > 0
+        if not wordy.any():
+            return held["noise"]
+
+        def ask(name: str, rows: Tensor) -> Tensor:
+            text = held[f"{name}states"][rows], held[f"{name}pooled"][rows]
+            seen = None if feature is None else feature[rows]
+            return self._unet.predict(noisy[rows], t[rows], text, sizes[rows], seen)
+
+        self._unet.unet.disable_adapters()
+        target = held["noise"].clone()
+        base, told = ask("", wordy), ask("words_", wordy)
+        under, silent = base.clone(), held["silent"][wordy] > 0
+        if silent.any():
+            under[silent] = ask("heard_", wordy & (held["silent"] > 0))
+        self._unet.unet.enable_adapters()
+        target[wordy] = base + self._recipe.emphasis * (told - under)
+        return target
 
     def weights(self) -> tuple[dict[str, Any], Factors]:
         """The projection's weights by name, and the factors of both UNets, as `write_adapter` takes them."""

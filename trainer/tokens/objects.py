@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -19,18 +19,25 @@ from dreammix_trt.trainer.photographs import PhotographFile, choose_twin
 from dreammix_trt.trainer.regular_folder import FOLDER_START, read_regular
 from dreammix_trt.trainer.tokens.recipes import name_class
 
+if TYPE_CHECKING:
+    from dreammix_trt.trainer.micro.objects import Attributes
+
 log = logging.getLogger(__name__)
-_SEED = 61
+_SEED, _WORDS = 61, 64
 _SIZES = (0.45, 0.8)  # of a rendered object's longer side, as shares of the picture's
 
 
 @dataclass(frozen=True)
 class Seen:
-    """An object with its photographs, and a caption of each."""
+    """An object with its photographs, and a caption of each.
+
+    words: texts that a request may have, each with one that says as well what the text leaves open of the object.
+    """
 
     class_name: str
     photographs: Sequence[Photograph]
     captions: Sequence[str]
+    words: Sequence[tuple[str, str]]
 
 
 class ObjectPool(Protocol):
@@ -96,7 +103,8 @@ class FolderObjects:
                 captions.append(caption)
             except (InputError, FileFormatError) as error:
                 log.warning("%s; it is left out", error)
-        return Seen(filed.class_name, photographs, captions) if photographs else None
+        words = [(name_class(filed.class_name), caption) for caption in dict.fromkeys(captions)]
+        return Seen(filed.class_name, photographs, captions, words) if photographs else None
 
     def describe(self) -> str:
         """Names, sizes and captions: there may be millions of files, too many to read twice."""
@@ -188,8 +196,23 @@ class RenderedObjects:
             scene = world.render_scene(rng, what, self._side, size, build=build)
             photographs.append(Photograph(scene.image, scene.alpha > 0.5, f"{number}/{view}"))
             told.append(captions.caption(rng, what, scene.surface) or captions.describe(what))
-        return Seen(what.shape, photographs, told)
+        return Seen(
+            what.shape, photographs, told, _list_words(np.random.default_rng([self._seed, _WORDS, number]), what)
+        )
 
     def describe(self) -> str:
         """How many, and their seed."""
         return f"{self._count} rendered objects, {self._views} photographs each, seed {self._seed}"
+
+
+def _list_words(rng: np.random.Generator, what: Attributes) -> list[tuple[str, str]]:
+    """The class alone, some of its parts, and two edits: each with all that is then to be seen of the thing."""
+    from dreammix_trt.trainer.micro import captions
+
+    whole = captions.describe(what)
+    some = [part for part in captions.NAMEABLE if rng.random() < 0.5]
+    found = [(name_class(what.shape), whole), (captions.phrase(rng, what, some), whole)]
+    for _ in range(2):
+        part, edited = captions.draw_edit(rng, what)
+        found.append((captions.phrase(rng, edited, [part]), captions.describe(edited)))
+    return found

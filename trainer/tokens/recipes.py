@@ -35,6 +35,9 @@ class TokenRecipe:
     decoupling: share of the rows that take the regularised path: all of the picture is hole, and the text is its
         caption. The others: the hole is over the object, and the text is its class.
     no_text: share of the rows without text, so that guidance has its other branch.
+    words: share of the rows that learn from the base when it is told of the object in words, instead of from the noise:
+        see `lesson`. 0 for the paper's loss alone.
+    emphasis: what words do to a prediction counts so many times, as under that guidance.
     heaviest: a row's error weighs 1 / alpha-bar, at most this: the error of the velocity and not of the noise. Which
         part has which colour is decided where nearly all is noise, and there the noise is easy to predict without
         knowing it.
@@ -52,6 +55,8 @@ class TokenRecipe:
     crop_share: float = CROP_SHARE
     decoupling: float = 0.5
     no_text: float = 0.1
+    words: float = 0.0
+    emphasis: float = 3.0
     heaviest: float = 10.0
     warmup: int = 100
     betas: tuple[float, float] = (0.9, 0.99)
@@ -66,8 +71,9 @@ class TokenRecipe:
             check_range(name, getattr(self, name), 0, _MOST)
         check_range("rank", self.rank, 1, 256)
         check_range("views", self.views, 1, 64)
-        for name in ("crop_share", "decoupling", "no_text"):
+        for name in ("crop_share", "decoupling", "no_text", "words"):
             check_range(name, getattr(self, name), 0, 1)
+        check_range("emphasis", self.emphasis, 0, 100)
         check_range("heaviest", self.heaviest, 1, 1000)
         if not (math.isfinite(self.learning_rate) and 0 < self.learning_rate <= 1):
             raise InputError(f"learning rate is {self.learning_rate}; it must be above 0 and at most 1")

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _IN_A_FILE, _SEED = 32, 62
 _OPEN = 256  # files that are mapped at a time
+_CLASS_ALONE = 0.5  # of the rows that learn from words hear the class alone, the others each of the other texts
+_TEXT = ("states", "pooled")
 
 
 class Shelf:
@@ -60,7 +62,10 @@ class Shelf:
         """A row: a picture of an object, and a reference of it from another photograph where there is one.
 
         latents, masked (4, h, w); mask (1, h, w); sharp, size (); tokens (48, D); states (77, C); pooled (Dp);
-        noise (4, h, w); time () from 0 to 1; count (): how many tokens the batch has that begins with this row.
+        noise (4, h, w); time () from 0 to 1; count (): how many tokens the batch has that begins with this row. Where
+        the recipe asks for words: wordy () is 1 for a row that learns from them; heard_states, words_states (77, C) and
+        heard_pooled, words_pooled (Dp): the text before it was dropped for guidance, and all in words; silent () is 1
+        where it was.
         """
         number, views = self._objects[int(rng.integers(len(self._objects)))]
         held, recipe = self._map(number), self._recipe
@@ -68,8 +73,11 @@ class Shelf:
         place = int(rng.choice(places))
         others = places[held["photograph"][views] != held["photograph"][place]]
         reference = int(rng.choice(others if len(others) else places))
-        whole, silent = rng.random() < recipe.decoupling, rng.random() < recipe.no_text
-        text = 0 if silent else int(held["caption" if whole else "class_text"][place])
+        wordy, whole, silent = (rng.random() < share for share in (recipe.words, recipe.decoupling, recipe.no_text))
+        whole = whole and not wordy
+        pair = 0 if rng.random() < _CLASS_ALONE else int(rng.integers(1, held["heard"].shape[1]))
+        heard = int(held["heard"][place, pair] if wordy else held["caption" if whole else "class_text"][place])
+        text = 0 if silent else heard
         row = {
             "latents": held["latents"][place],
             "masked": held["grey"][0] if whole else held["masked"][place],
@@ -83,6 +91,12 @@ class Shelf:
             "size": rng.random(),
             "count": draw_count(rng, held["tokens"].shape[1]),
         }
+        if recipe.words:
+            told = int(held["words"][place, pair]) if wordy else heard
+            row |= {"wordy": wordy, "silent": silent}
+            row |= {
+                f"{name}_{part}": held[part][k] for name, k in (("heard", heard), ("words", told)) for part in _TEXT
+            }
         return {name: np.array(value, np.float32) for name, value in row.items()}
 
     def _is_whole(self, number: int) -> bool:

@@ -28,7 +28,7 @@ from dreammix_trt.trainer.tokens.shelf import Shelf
 
 log = logging.getLogger(__name__)
 _STEPS = 63  # of the seeds of rows
-_REVISION = 1  # of how objects are encoded; when that changes, those that are kept are not used
+_REVISION = 2  # of how objects are encoded; when that changes, those that are kept are not used
 #: of a recipe, what the numbers do not depend on
 _NO_SETTINGS = ("checkpoint_every", "gradient_checkpointing")
 #: of the settings, what decides the encoded objects
