@@ -241,6 +241,10 @@ class DreamMix:
         """Names of the loaded subjects; the first is the default."""
         return self._roster.names
 
+    def list_subjects(self) -> list[Subject]:
+        """The loaded subjects with their words and attributes, each under the name that requests use."""
+        return self._roster.subjects
+
     def add_subject(
         self,
         path: str | os.PathLike[str] | Subject,
