@@ -148,7 +148,7 @@ def test_subjects_of_tokens_share_a_batch(both: Any, host: DreamMix) -> None:
     dm, device, _ = both(pictures=3)
     names = ("cup", "ball", "cup")
     given = [{"subject": name, "seed": seed, "token_weight": 1 - seed / 4} for seed, name in enumerate(names)]
-    given += [{"subject": "mug"}, BOTH_KINDS, {"token_count": 3}]
+    given += [{"subject": "mug"}, BOTH_KINDS, {"subject": "cup", "token_count": 3}]
     few = {"num_inference_steps": STEPS, "seed": 9}
     jobs = [Job(*make_scene(seed=k), host.request(PROMPT, **{**few, **each})) for k, each in enumerate(given)]
     start = len(device.record)
@@ -217,7 +217,7 @@ def test_nothing_is_bound_beyond_the_enrolment_and_weights_are_the_bases(both: A
     dm, device, networks = both()
     picture = paint(dm, subject="mug")
     start, bound = len(device.record), len(networks.bound)
-    dm.enroll(*draw_object(0), class_name="dish")
+    dm.enroll(*draw_object(0), class_name="cup", name="dish")
     ran = [entry.name for entry in device.record[start:] if entry.kind == "work"]
     assert ran == [*names_of_group("text"), "unet_kv", "vae_encoder", *names_of_group("tokens")]
     assert networks.bound[bound:] == ran
@@ -244,7 +244,7 @@ def test_a_paused_batch_gives_way(both: Any) -> None:
     dm, _, _ = both()
     events = dm.iterate(*make_scene(), dm.request(PROMPT, subject="mug", num_inference_steps=STEPS, seed=3))
     next(events)
-    dm.enroll(*draw_object(0), class_name="dish")
+    dm.enroll(*draw_object(0), class_name="cup", name="dish")
     with pytest.raises(EngineError, match="has begun another request"):
         list(events)
     assert_alike(paint(dm, subject="dish"), paint(dm, subject="cup"))
@@ -346,7 +346,7 @@ def test_memory_that_is_short_leaves_the_runtime_usable(both: Any, monkeypatch: 
     wanted = paint(dm)
     monkeypatch.setattr(networks, "workspace_bytes", lambda name, sides: device.total)
     with pytest.raises(OutOfMemoryError, match=r"(?s)were asked for.*The memory plan was"):
-        dm.enroll(*draw_object(0), class_name="dish")
+        dm.enroll(*draw_object(0), class_name="cup", name="dish")
     monkeypatch.undo()
     np.testing.assert_array_equal(paint(dm), wanted)
 
