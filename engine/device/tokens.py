@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dreammix_trt.core.axes import FACTOR, Sides, Tensor
-from dreammix_trt.core.errors import NotFiniteError
+from dreammix_trt.core.errors import DeviceError, NotFiniteError
 from dreammix_trt.core.networks import kv_name, names_of_group, twin_name
 from dreammix_trt.core.seam import Array, DeviceNetworks
 from dreammix_trt.core.slots import Slot, names_of_weights
@@ -103,8 +103,13 @@ class SingleCalls:
                 workspace = Array(memory.pointer, (need,), "uint8")
             bound = self._networks.bind(actual, sides, arrays, workspace)
             made.callback(bound.close)
-            bound.enqueue(studio.stream)
-            studio.pace.wait()
+            try:
+                bound.enqueue(studio.stream)
+                studio.pace.wait()
+            except DeviceError:
+                if studio.pace.lost:  # then nothing can be freed
+                    made.pop_all()
+                raise
 
 
 def _widen(values: npt.NDArray[Any]) -> npt.NDArray[Any]:

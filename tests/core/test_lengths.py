@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from dreammix_trt.core.lengths import join_lengths, order_length, parse_lengths, write_lengths
+from dreammix_trt.core.lengths import join_lengths, order_length, parse_lengths, span_of, write_lengths
 
 
 @pytest.mark.parametrize("text", ["77", "77,101", "77,78-125", "154,155-202,333"])
 def test_what_is_written_is_read(text: str) -> None:
     assert join_lengths(parse_lengths(text)) == text
-    lengths = {
-        n for each in parse_lengths(text) for n in ((each,) if isinstance(each, int) else range(each[0], each[1] + 1))
-    }
+    spans = [span_of(each) for each in parse_lengths(text)]
+    lengths = {length for low, high in spans for length in range(low, high + 1)}
     assert write_lengths(lengths, ",") == text
 
 
