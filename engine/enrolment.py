@@ -20,6 +20,7 @@ from dreammix_trt.core.networks import kv_name, names_of_group
 from dreammix_trt.core.pictures import PictureIn, name_source, read_image
 from dreammix_trt.core.reference_pictures import place_on_white
 from dreammix_trt.core.remarks import remark
+from dreammix_trt.core.request import Request
 from dreammix_trt.core.seam import BaseFacts, Networks
 from dreammix_trt.core.sources import Source
 from dreammix_trt.core.subject_tokens import TokenConfig, is_in_stack, mark_cells, select_tokens
@@ -121,10 +122,10 @@ def _tell_expectations(label: str, marked: npt.NDArray[np.bool_], cells: int, co
             f"{label}: the object is {width}x{height} pixels, less than {_FEW_CELLS} cells of {config.cell}: it is "
             "enlarged, so expect its colours and rough shape, no details; a photograph that shows it larger helps"
         )
-    elif cells < config.tokens:
+    elif cells < min(config.tokens, Request.token_count):
         remark(
-            f"{label}: the object covers {cells} cells, and of {config.tokens} tokens the last {config.tokens - cells} "
-            "are of the white beside it: request fewer (token_count), or give more photographs"
+            f"{label}: the object covers {cells} cells, and its further tokens are of the white beside it: request no "
+            "more than so many (token_count), or give more photographs"
         )
 
 

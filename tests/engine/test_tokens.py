@@ -328,16 +328,23 @@ def test_what_cannot_be_enrolled(given: dict[str, Any], told: str, dm: DreamMix)
 
 
 @pytest.mark.parametrize(
-    ("side", "told"),
-    [(20, r"object is 13x15 pixels, less than 4 cells of 16: .*expect its colours and rough shape"), (96, "")],
+    ("side", "width", "told"),
+    [
+        (20, 20, r"object is 13x15 pixels, less than 4 cells of 16: .*expect its colours and rough shape"),
+        (96, 6, r"object covers \d+ cells, and its further tokens are of the white beside it"),
+        (96, 96, ""),
+    ],
 )
 def test_what_to_expect_of_a_small_object_is_said(
-    side: int, told: str, dm: DreamMix, caplog: pytest.LogCaptureFixture
+    side: int, width: int, told: str, dm: DreamMix, caplog: pytest.LogCaptureFixture
 ) -> None:
-    dm.enroll(*draw_object(1, side), class_name="cup")
+    photo, mask = draw_object(1, side)
+    start = (side - width) // 2
+    mask[:, :start], mask[:, start + width :] = 0, 0
+    dm.enroll(photo, mask, class_name="cup")
     dm.remove_subject("cup")
     said = [record.getMessage() for record in caplog.records]
-    assert bool(told) == any(re.search(told, text) for text in said if told) and len(said) == bool(told)
+    assert len(said) == bool(told) and all(re.search(told, text) for text in said)
 
 
 @pytest.mark.parametrize(
