@@ -32,7 +32,7 @@ from tests.engine.test_tokens import draw_object
 from tests.support.asuka import write_small_asuka
 from tests.support.tokens import write_small_adapter
 
-STEPS = 4
+STEPS = 3
 PRIOR = 16  # rows of the small prior
 PROMPT = "a red sks mug"
 BOTH_KINDS = {"subject": "mug", "token_subject": "cup"}
@@ -87,16 +87,14 @@ def assert_alike(got: np.ndarray, wanted: np.ndarray) -> None:
         {},
         {"token_count": 1},
         {"token_count": 48, "guidance_scale": 1.0},
-        {"token_weight": 0.4, "num_images_per_prompt": 3, "size": (60, 90)},
+        {"token_weight": 0.4, "num_images_per_prompt": 2, "size": (60, 90)},
         {"prompt": "a red mug on a wooden table, " * 5, "token_count": 5, "negative_prompt": "blurry"},
         BOTH_KINDS,
         {**BOTH_KINDS, "subject_scale": 0.3, "substitute": ("blue",)},
         {**BOTH_KINDS, "subject_scale": 0.0},
-        {"prior": "concat"},
         {"prior": "concat", "token_count": 7, "num_images_per_prompt": 2, **BOTH_KINDS},
         {"prior": "alone", "guidance_scale": 1.0, "token_count": 9},
-        {"prior": "negative"},
-        {"prior": "negative", "token_count": 3, "num_images_per_prompt": 2, "decoder": "asuka"},
+        {"prior": "negative", "token_count": 3, "num_images_per_prompt": 2},
     ],
     ids=str,
 )
@@ -112,11 +110,11 @@ def test_the_pictures_are_the_hosts(both: Any, host: DreamMix, fields: dict[str,
 def test_subjects_of_both_kinds_take_turns_to_the_bit(both: Any, host: DreamMix, residency: str) -> None:
     dm, _, _ = both(residency=residency)
     raw = {"patched_fraction": 1.0} if residency == "one-unet" else {}
-    casts = [{"subject": "cup"}, {"subject": "mug"}, BOTH_KINDS, {"subject": ""}, {"subject": "ball"}]
+    casts = [{"subject": "cup"}, {"subject": "mug"}, BOTH_KINDS, {"subject": ""}]
     first = [paint(dm, **cast, **raw) for cast in casts]
     for cast, picture in zip(casts, first, strict=True):
         assert_alike(picture, paint(host, **cast, **raw))
-    for number in (2, 0, 3, 1, 0, 4, 2):
+    for number in (0, 2, 1, 0):
         np.testing.assert_array_equal(paint(dm, **casts[number], **raw), first[number])
     assert len({picture.tobytes() for picture in first}) == len(casts)
 
@@ -152,10 +150,10 @@ def test_subjects_of_tokens_share_a_batch(both: Any, host: DreamMix) -> None:
     few = {"num_inference_steps": STEPS, "seed": 9}
     jobs = [Job(*make_scene(seed=k), host.request(PROMPT, **{**few, **each})) for k, each in enumerate(given)]
     start = len(device.record)
-    got = dm.inpaint_batch(jobs)
+    got, wanted = dm.inpaint_batch(jobs), host.inpaint_batch(jobs)
     steps = [entry for entry in device.record[start:] if entry.name == "step_after"]
-    assert len(steps) == (1 + 3) * len(host.inpaint_batch(jobs)[0].schedule), "one batch of three, and three alone"
-    for one, other in zip(got, host.inpaint_batch(jobs), strict=True):
+    assert len(steps) == (1 + 3) * len(wanted[0].schedule), "one batch of three, and three alone"
+    for one, other in zip(got, wanted, strict=True):
         assert_alike(*(np.asarray(each.images[0]).astype(int) for each in (one, other)))
 
 
@@ -189,7 +187,7 @@ def test_a_changed_subject_beside_tokens_is_stacked_anew(both: Any, host: DreamM
     dm.add_subject(subject, "mug")
     np.testing.assert_array_equal(paint(dm, **BOTH_KINDS), before)
     for scale in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6):  # more than are kept
-        paint(dm, **BOTH_KINDS, subject_scale=scale)
+        paint(dm, **BOTH_KINDS, subject_scale=scale, num_inference_steps=1)
     np.testing.assert_array_equal(paint(dm, **BOTH_KINDS), before)
 
 
@@ -211,6 +209,19 @@ def test_a_device_enrols_the_hosts_rows(simulated: Any, host: DreamMix, enrolled
     np.testing.assert_allclose(pooled[0].rows, pooled[1].rows, atol=1e-3 * np.abs(wanted).max())
     assert_alike(*(paint(each, subject="pair", patched_fraction=1.0) for each in (dm, host)))
     host.remove_subject("pair")
+
+
+def find_shares(rows: np.ndarray, wanted: np.ndarray) -> float:
+    """Of how many rows another list has its like, in whatever order: near-equal scores may change places."""
+    nearest = np.abs(rows[:, None] - wanted[None]).max(-1).min(1)
+    return float(np.mean(nearest <= 0.02 * np.abs(wanted).max()))
+
+
+def test_half_networks_enrol_nearly_the_same(simulated: Any, enrolled: Any) -> None:
+    dm, _, _ = simulated(networks={"half": True})
+    rows = dm.enroll(*draw_object(0), class_name="cup").tokens.rows
+    assert find_shares(rows, enrolled[0].tokens.rows) >= 0.9
+    assert find_shares(rows, enrolled[1].tokens.rows) < 0.5, "another object's are told apart"
 
 
 def test_nothing_is_bound_beyond_the_enrolment_and_weights_are_the_bases(both: Any) -> None:
@@ -380,8 +391,8 @@ def test_on_a_gpu_it_enrols_and_paints_what_the_host_does(
     if "CUDAExecutionProvider" not in import_onnxruntime().get_available_providers():
         pytest.skip("ONNX Runtime has no CUDA provider here")
     with DreamMix.load(mug_engine, device="cuda") as dm:
-        rows, wanted = dm.enroll(*draw_object(0), class_name="cup").tokens.rows, enrolled[0].tokens.rows
-        assert np.abs(rows - wanted).max() <= 0.02 * np.abs(wanted).max()
+        rows = dm.enroll(*draw_object(0), class_name="cup").tokens.rows
+        assert find_shares(rows, enrolled[0].tokens.rows) >= 0.9
         for subject in enrolled:
             dm.add_subject(subject)
         first = paint(dm)
