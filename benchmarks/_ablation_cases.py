@@ -17,6 +17,7 @@ from dreammix_trt.core.attributes import AttributeDictionary
 from dreammix_trt.engine.retrieval import retrieve
 from dreammix_trt.trainer.micro import world
 from dreammix_trt.trainer.micro.captions import describe, dictionary_of
+from dreammix_trt.trainer.micro.objects import View
 from dreammix_trt.trainer.recipes import SMALL
 
 REVISION: Final = 1  # of what a key does not tell: scenes, prompts, how pictures are read
@@ -51,12 +52,14 @@ class Way:
     training: None: the base alone paints the subject's full description.
     auto: whether TAS takes out what the prompt contradicts.
     fields: of the requests.
+    source: what else the picture comes from, a frozen dataclass; None: nothing else.
     """
 
     name: str
     training: Training | None
     auto: bool = False
     fields: tuple[tuple[str, Any], ...] = ()
+    source: Any = None
 
 
 WHOLE: Final = (("lcg_fraction", 0.0),)
@@ -230,19 +233,24 @@ def _draw_share(rng: np.random.Generator) -> float:
 
 
 @lru_cache(maxsize=32)
-def draw_place(place: Place, edit: Edit | None = None) -> tuple[world.Scene, NDArray[np.bool_]]:
-    """The room with the thing, and the mask bool (256, 256); edit: what is changed of the thing that stands there."""
+def draw_place(
+    place: Place, edit: Edit | None = None, pose: View | None = None
+) -> tuple[world.Scene, NDArray[np.bool_]]:
+    """The room with the thing, and the mask bool (256, 256).
+
+    edit: what is changed of the thing that stands there. pose: from where it is seen; None: as drawn.
+    """
     rng = _room_dice(place)
     drawn = _draw_share(rng)
     thing = subject(place.subject)
     what = replace(thing.attributes, **dict([edit.changed])) if edit and edit.changed else thing.attributes
-    scene = world.render_scene(rng, what, SIDE, (place.share or drawn) * SIDE, build=thing.build)
+    scene = world.render_scene(rng, what, SIDE, (place.share or drawn) * SIDE, build=thing.build, pose=pose)
     return scene, world.draw_mask(np.random.default_rng([92, place.subject, place.scene]), scene.box, SIDE, SIDE)
 
 
-def edits_of(number: int, scene: int) -> list[Edit]:
-    """What is asked for in a scene, identity first."""
-    return draw_edits(subject(number), np.random.default_rng([93, number, scene]))
+def edits_of(number: int, scene: int, token: str = "sks") -> list[Edit]:
+    """What is asked for in a scene, identity first. token: as `draw_edits` has it."""
+    return draw_edits(subject(number), np.random.default_rng([93, number, scene]), token)
 
 
 def describe_subject(number: int) -> Edit:
@@ -267,4 +275,6 @@ def lora_facts(number: int, training: Training | None) -> list[Any]:
 
 def picture_facts(case: Case) -> list[Any]:
     """All that decides a picture and its reading beside the base and the LoRA."""
-    return ["picture", asdict(case.place), case.edit.prompt, case.edit.changed, case.fields]
+    source = case.way.source
+    told = [] if source is None else [type(source).__name__, asdict(source)]
+    return ["picture", asdict(case.place), case.edit.prompt, case.edit.changed, case.fields, *told]

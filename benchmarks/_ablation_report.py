@@ -17,8 +17,9 @@ from dreammix_trt.report import Figure, Row, contact_sheet
 
 Readings = Sequence[tuple[Case, Mapping[str, float | None]]]
 TASKS: Final = ("identity", "editing")
+Columns = Mapping[str, Mapping[str, str]]
 #: of a task, the figures of its table and what they are called there
-COLUMNS: Final[dict[str, dict[str, str]]] = {
+COLUMNS: Final[Columns] = {
     "identity": {"kept": "parts kept", "all kept": "all kept", "cosine": "cosine", "seam": "seam [levels]"},
     "editing": {
         "right": "edited part right",
@@ -65,6 +66,10 @@ class Summary:
         """task: of TASKS, or the kind of an edit."""
         return self._tally.over_subjects(f"{row}/{task}", figure)
 
+    def has(self, subject: int, row: str, task: str) -> bool:
+        """Whether a row has pictures of a subject."""
+        return self._tally.of_subject(str(subject), f"{row}/{task}", "kept") is not None
+
     def difference(self, row: str, other: str, task: str, figure: str) -> Mean | None:
         """`row` less `other`, subject by subject."""
         found, pictures = [], 0
@@ -92,12 +97,12 @@ def spell(mean: Mean | None, digits: int = 2) -> str:
     return text if mean.low is None else f"{text} [{mean.low:.{digits}f}, {mean.high:.{digits}f}]"
 
 
-def add_rows(bench: Benchmark, summary: Summary) -> None:
+def add_rows(bench: Benchmark, summary: Summary, tables: Columns = COLUMNS) -> None:
     """Every figure of every row."""
     bench.add("subjects", len(summary.subjects))
     bench.add("scenes a subject", summary.scenes)
     for row in summary.rows:
-        for task, columns in COLUMNS.items():
+        for task, columns in tables.items():
             for figure in columns:
                 mean = summary.mean(row, task, figure)
                 if mean is not None:
@@ -167,10 +172,10 @@ def write_sizes(readings: Readings) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
-def write_tables(summary: Summary, *, paper: bool = False) -> str:
+def write_tables(summary: Summary, tables: Columns = COLUMNS, *, paper: bool = False) -> str:
     """Markdown: a table for each task; paper: beside the figures of its Table 3, which are other measures."""
     parts = [f"{len(summary.subjects)} subjects, {summary.scenes} scenes each."]
-    for task, columns in COLUMNS.items():
+    for task, columns in tables.items():
         if all(summary.mean(row, task, "kept") is None for row in summary.rows):
             continue
         head = [task, *columns.values(), *(("paper: CLIP-T", "CLIP-I", "DINO") if paper else ())]
@@ -193,28 +198,30 @@ def write_kinds(summary: Summary, kinds: Iterable[str]) -> str:
 def draw_curves(curves: Sequence[Curve], *, across: str, up: str) -> Image.Image:
     """Lines with their intervals on axes of even steps; up: what is drawn, 0 to 1."""
     places = sorted({x for curve in curves for x, _ in curve.points})
-    picture = Image.new("RGB", (_WIDTH, _HEIGHT), _PAPER)
+    top = max(_TOP, 17 * len(curves) + 12)  # below the names
+    height = _HEIGHT + top - _TOP
+    picture = Image.new("RGB", (_WIDTH, height), _PAPER)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
-    floor, right = _HEIGHT - _BOTTOM, _WIDTH - 30
+    floor, right = height - _BOTTOM, _WIDTH - 30
     for part in range(6):
-        y = floor - (floor - _TOP) * part / 5
+        y = floor - (floor - top) * part / 5
         draw.line((_LEFT, y, right, y), fill=_FAINT)
         draw.text((_LEFT - 8, y), f"{part / 5:.1f}", fill=_INK, font=font, anchor="rm")
     step = (right - _LEFT) / max(len(places), 1)
     for number, x in enumerate(places):
         draw.text((_LEFT + step * (number + 0.5), floor + 8), f"{x:.3g}", fill=_INK, font=font, anchor="ma")
-    draw.text(((_LEFT + right) / 2, _HEIGHT - 26), f"{across} (bars: 95 % over subjects)", _INK, font, anchor="ma")
+    draw.text(((_LEFT + right) / 2, height - 26), f"{across} (bars: 95 % over subjects)", _INK, font, anchor="ma")
     draw.text((10, 8), up, fill=_INK, font=font)
     for number, curve in enumerate(curves):
         colour, moved = _COLOURS[number % len(_COLOURS)], 5 * (number - (len(curves) - 1) / 2)
         draw.text((_WIDTH - 30, 8 + 17 * number), curve.name, fill=colour, font=font, anchor="ra")
         at = [(_LEFT + step * (places.index(x) + 0.5) + moved, mean) for x, mean in curve.points]
-        ends = [(x, floor - (floor - _TOP) * mean.mean) for x, mean in at]
+        ends = [(x, floor - (floor - top) * mean.mean) for x, mean in at]
         draw.line(ends, fill=colour, width=2)
         for (x, y), (_, mean) in zip(ends, at, strict=True):
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
             if mean.low is not None and mean.high is not None:
-                draw.line([(x, floor - (floor - _TOP) * end) for end in (mean.low, mean.high)], fill=colour)
+                draw.line([(x, floor - (floor - top) * end) for end in (mean.low, mean.high)], fill=colour)
     return picture
 
 

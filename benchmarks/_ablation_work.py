@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from _ablation_cases import Case, Training, dictionary, draw_place, key_of, lora_facts, picture_facts, subject
@@ -21,6 +21,7 @@ from dreammix_trt.building import build
 from dreammix_trt.core.attributes import AttributeDictionary
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.files import atomic_file, read_json, write_json
+from dreammix_trt.core.token_adapter import TokenAdapter
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.evaluation.metrics.judged import AttributesKept, EditSuccess, Jury, SubjectCosine
 from dreammix_trt.evaluation.metrics.metric import Metric, Sample
@@ -64,6 +65,10 @@ class Work:
         self.folder, self._studio, self._tell = folder, studio, tell
         for name in ("loras", "readings", "pictures"):
             (folder / name).mkdir(parents=True, exist_ok=True)
+
+    def list_ready(self, cases: Iterable[Case]) -> list[tuple[Case, Values]]:
+        """The cases that are finished, with their readings."""
+        return [(case, values) for case in cases if (values := self.find(case)) is not None]
 
     def lora_of(self, number: int, training: Training | None) -> Path:
         return self.folder / "loras" / key_of(self._studio.base, *lora_facts(number, training))
@@ -150,11 +155,19 @@ class _Clock:
 class MicroStudio:
     """The embedded model: its trainer, its runtime, its judge."""
 
-    def __init__(self, folder: Path, threads: int = 1, few_step: Path | None = None, asuka: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        threads: int = 1,
+        few_step: Path | None = None,
+        asuka: bool = False,
+        tokens: Path | None = None,
+    ) -> None:
         """folder: the work folder, where the engine is built once.
 
         few_step: a few-step LoRA, merged into the base that paints; subjects are trained on the base without it.
         asuka: whether pictures depend on the base's ASUKA.
+        tokens: the token adapter that the engine has; a picture without tokens does not depend on it.
         """
         self._folder, self._threads = folder, threads
         files = BaseFiles.open()
@@ -165,9 +178,7 @@ class MicroStudio:
             if found is None:
                 raise SystemExit("the embedded base has no ASUKA")
             self.painter += key_of("asuka", found.hash_files())
-        engine = folder / f"engine{self.painter}"
-        if not engine.exists():
-            build(out=engine, base_loras=[str(few_step)] if few_step else ())
+        engine = build_once(folder, self.painter, few_step, tokens)
         self._dm, self._jury = DreamMix.load(engine, threads=threads), Jury(files.folder)
         metrics: list[Metric] = [EditSuccess(self._jury), AttributesKept(self._jury), SubjectCosine(self._jury)]
         self._metrics = [*metrics, SeamGradient()]
@@ -196,15 +207,17 @@ class MicroStudio:
             rmtree(work)
 
     def paint(self, case: Case, lora: Path | None) -> Picture:
-        if lora is not None and self._loaded[0] != str(lora):
+        return inpaint_case(self._dm, case, subject=self._load(lora))
+
+    def _load(self, lora: Path | None) -> str:
+        """The name that a LoRA has in the engine, which holds one of them; "": none is asked for."""
+        if lora is None:
+            return ""
+        if self._loaded[0] != str(lora):
             if self._loaded[1]:
                 self._dm.remove_subject(self._loaded[1])
             self._loaded = (str(lora), self._dm.add_subject(lora, "subject", token="sks"))
-        scene, mask = draw_place(case.place)
-        image = Image.fromarray(scene.background)
-        name = "" if lora is None else self._loaded[1]
-        result = self._dm.inpaint(image, world.show_mask(mask), case.edit.prompt, subject=name, **case.fields)
-        return np.asarray(result.images[0].convert("RGB"))
+        return self._loaded[1]
 
     def judge(self, case: Case, picture: Picture) -> Values:
         scene, mask = draw_place(case.place)
@@ -248,6 +261,23 @@ class MicroStudio:
             shape = subject(number).attributes.shape
             self._subjects[number] = Subject(str(number), "subject", shape, "sks", files, expected, (), ())
         return self._subjects[number]
+
+
+def build_once(folder: Path, painter: str = "", few_step: Path | None = None, tokens: Path | None = None) -> Path:
+    """An engine of the embedded base in the work folder, built if it is not there. See `MicroStudio`."""
+    adapter = key_of(TokenAdapter.open(tokens).hash_files()) if tokens else ""
+    engine = folder / f"engine{painter}{adapter}"
+    if not engine.exists():
+        build(out=engine, base_loras=[str(few_step)] if few_step else (), tokens=tokens)
+    return engine
+
+
+def inpaint_case(dm: DreamMix, case: Case, **fields: Any) -> Picture:
+    """Paint a case into its room. fields: of the request, beside the case's own."""
+    scene, mask = draw_place(case.place)
+    image = Image.fromarray(scene.background)
+    result = dm.inpaint(image, world.show_mask(mask), case.edit.prompt, **fields, **case.fields)
+    return np.asarray(result.images[0].convert("RGB"))
 
 
 def score(values: Mapping[str, float | None]) -> Values:

@@ -53,25 +53,33 @@ class Verdict:
         return bool(self.right) and self.kept == 1.0
 
 
-def draw_edits(subject: world.Thing, rng: np.random.Generator) -> list[Edit]:
-    """Identity, body colour, decal colour, pattern and top of one scene; new colours unlike those on the thing."""
+def draw_edits(subject: world.Thing, rng: np.random.Generator, token: str = "sks") -> list[Edit]:
+    """Identity, body colour, decal colour, pattern and top of one scene; new colours unlike those on the thing.
+
+    token: the word before the class's name in prompts; "": none.
+    """
     what = subject.attributes
-    name = f"sks {what.shape}"
+    name = f"{token} {what.shape}".strip()
     free = [colour for colour in COLOURS if not any(look_alike(colour, other) for other in what.colours)]
     body, decal, top = (str(rng.choice(free or COLOURS)) for _ in range(3))
     pattern = str(rng.choice(["striped", "dotted", "checkered"]))
     decal_word = what.decal if what.decal in world.DECALS else "sticker"
     return [
-        Edit("identity", f"a photo of a {name}", None, None),
+        Edit("identity", f"a photo of {with_article(name)}", None, None),
         Edit("body colour", with_article(f"{body} {name}"), ("colour", body), what.colour),
         Edit(
             "decal colour",
-            f"a {name} with {with_article(f'{decal} {decal_word}')}",
+            f"{with_article(name)} with {with_article(f'{decal} {decal_word}')}",
             ("decal_colour", decal),
             what.decal_colour,
         ),
         Edit("pattern", f"a {pattern} {name}", ("pattern", pattern), None if what.pattern == "plain" else what.pattern),
-        Edit("top colour", f"a {name} with {with_article(f'{top} {TOPS[what.shape]}')}", ("top", top), what.top),
+        Edit(
+            "top colour",
+            f"{with_article(name)} with {with_article(f'{top} {TOPS[what.shape]}')}",
+            ("top", top),
+            what.top,
+        ),
     ]
 
 

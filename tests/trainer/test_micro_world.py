@@ -178,6 +178,26 @@ def test_blurred_scenes_keep_their_frame() -> None:
     assert scene.sharp_side == 70
 
 
+def test_a_pose_turns_the_thing_and_leaves_room_and_light_alone() -> None:
+    drawn = world.render_scene(np.random.default_rng(3), MUG, 128, 80, build=Build())
+    poses = [objects.View(yaw=0.3, side=side) for side in (1, -1)]
+    right, left = (
+        world.render_scene(np.random.default_rng(3), MUG, 128, 80, build=Build(), pose=pose) for pose in poses
+    )
+    assert np.array_equal(right.background, drawn.background) and np.array_equal(left.background, drawn.background)
+    assert right.view == replace(poses[0], light=drawn.view.light) and drawn.view != right.view
+    again = world.render_scene(np.random.default_rng(3), MUG, 128, 80, build=Build(), pose=drawn.view)
+    assert np.array_equal(again.image, drawn.image)
+    middles = [np.average(np.arange(128), weights=scene.alpha.sum(0)) for scene in (right, left)]
+    assert middles[0] > middles[1] + 2  # the handle is on the other side
+
+
+def test_portraits_are_the_scenes_of_the_photographs() -> None:
+    [subject] = world.held_out_subjects(1)
+    for scene, (image, mask) in zip(world.render_portraits(subject, 2), world.render_photos(subject, 2), strict=True):
+        assert np.array_equal(scene.image, image) and np.array_equal(scene.alpha > 0.5, mask > 0)
+
+
 def test_photographs_show_the_same_subject_in_other_rooms() -> None:
     subject = world.Thing(MUG, Build())
     photos = world.render_photos(subject, 5, seed=1, size=128)

@@ -41,8 +41,8 @@ from dreammix_trt.trainer.micro.rooms import cast_shadow, paint_room
 __all__ = [
     "COLOURS", "DECALS", "FINISHES", "PATTERNS", "SHAPES", "UNNAMED_DECALS", "Attributes", "Box", "Build", "Picture",
     "Scene", "Thing", "draw_mask", "draw_object_size", "held_out_scenes", "held_out_subjects", "is_held_out",
-    "look_alike", "random_attributes", "random_box", "random_build", "random_view", "render_photos", "render_scene",
-    "resize", "show_mask", "write_photos",
+    "look_alike", "random_attributes", "random_box", "random_build", "random_view", "render_photos", "render_portraits",
+    "render_scene", "resize", "show_mask", "write_photos",
 ]  # fmt: skip
 
 Picture = NDArray[np.uint8]
@@ -59,7 +59,7 @@ class Scene:
     where its small parts are (1 on a decal, one half on foot, band and rim); box: the thing's bounding box (coverage
     above one half); attributes: what the thing is; surface: what it stands on, one of rooms.SURFACES; sharp_side: the
     side in pixels at which the picture was rendered before it was scaled up (equal to the short side of `image` when
-    it was not), which is what SDXL calls the original size.
+    it was not), which is what SDXL calls the original size; view: from where the thing is seen, and its light.
     """
 
     image: Picture
@@ -70,6 +70,7 @@ class Scene:
     attributes: Attributes
     surface: str
     sharp_side: int
+    view: View
 
 
 @dataclass(frozen=True)
@@ -180,13 +181,15 @@ def render_scene(
     object_size: float | None = None,
     sharp_side: int | None = None,
     build: Build | None = None,
+    pose: View | None = None,
 ) -> Scene:
     """Render one scene.
 
     rng: the only source of chance. attributes: what stands there (None: drawn, never a held-out combination). size:
     side or (height, width) of the picture. object_size: the thing's longer side in pixels of the finished picture
     (None: log-uniform 0.16..0.81 of the short side, biased to large). sharp_side: render at this short side and scale
-    up (None: render at full size). build: the thing's unnamed traits (None: drawn).
+    up (None: render at full size). build: the thing's unnamed traits (None: drawn). pose: from where the thing is seen,
+    in the room's own light (None: drawn); it changes nothing else that is drawn.
     """
     height, width = (size, size) if isinstance(size, int) else size
     short = min(height, width)
@@ -198,14 +201,15 @@ def render_scene(
     h, w = round(height * scale), round(width * scale)
     extent = object_size * scale
     light = _draw_light(rng)
-    view = random_view(rng, light)
+    drawn = random_view(rng, light)
+    view = replace(pose, light=light) if pose else drawn
     side, up, down = (part * extent for part in objects.REACH[what.shape])
     cx = rng.uniform(side, w - side) if w > 2 * side else w / 2
     low, high = 1.04 * up, h - 1.06 * down
     cy = rng.uniform(low + 0.3 * max(0.0, high - low), high) if high > low else (low + high) / 2
     level, half = objects.GROUND[what.shape]
     ground = cy + level * extent
-    rise = extent * (0.06 + 1.9 * view.pitch * rng.uniform(0.6, 1.5)) + h * rng.uniform(0, 0.08)
+    rise = extent * (0.06 + 1.9 * drawn.pitch * rng.uniform(0.6, 1.5)) + h * rng.uniform(0, 0.08)
     horizon = float(np.clip(ground - rise, 0.1 * h, ground - 0.04 * extent))
     room = paint_room(rng, h, w, horizon, max(0.3, extent / 62), light)
     canvas = cast_shadow(room.canvas, (cx, ground), half * build.width * extent, extent, view.pitch, light)
@@ -215,7 +219,7 @@ def render_scene(
         image, background = resize(image, width, height), resize(background, width, height)
         alpha, detail = (_resize_share(share, width, height) for share in (alpha, detail))
     sharp = short if sharp_side is None else sharp_side
-    return Scene(image, background, alpha, detail, _find_box(alpha), what, room.surface, sharp)
+    return Scene(image, background, alpha, detail, _find_box(alpha), what, room.surface, sharp, view)
 
 
 def _draw_light(rng: np.random.Generator) -> tuple[float, float, float]:
@@ -307,13 +311,18 @@ def render_photos(subject: Thing, count: int = 5, seed: int = 0, size: int = 256
 
     Returns [(image uint8 (size, size, 3), mask uint8 (size, size) 0 or 255)], the mask being the thing's silhouette.
     """
+    scenes = render_portraits(subject, count, seed, size)
+    return [(scene.image, np.asarray(np.where(scene.alpha > 0.5, 255, 0), np.uint8)) for scene in scenes]
+
+
+def render_portraits(subject: Thing, count: int = 5, seed: int = 0, size: int = 256) -> list[Scene]:
+    """The scenes of `render_photos`, with all that is known of them."""
     rng = np.random.default_rng([4243, seed])
-    photos = []
+    scenes = []
     for _ in range(count):
         extent = float(rng.uniform(0.55, 0.78)) * size
-        scene = render_scene(rng, subject.attributes, size, extent, build=subject.build)
-        photos.append((scene.image, np.asarray(np.where(scene.alpha > 0.5, 255, 0), np.uint8)))
-    return photos
+        scenes.append(render_scene(rng, subject.attributes, size, extent, build=subject.build))
+    return scenes
 
 
 def write_photos(folder: Path, subject: Thing, count: int = 5, seed: int = 0, size: int = 256) -> list[Image.Image]:
