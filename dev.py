@@ -25,11 +25,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
-FLOORS = ("core", "export", "engine", "trainer", "evaluation")
+FLOORS = ("core", "export", "engine", "trainer", "evaluation", "service")
 # Named first and alone: a plain "torch" would take the newest build with gigabytes of CUDA libraries.
 TORCH = "torch==2.13.0"
 SETTINGS = "SKBUILD_CMAKE_DEFINE"  # the environment variable in which scikit-build-core takes settings for CMake
-EXTRAS = "train,tensorboard,eval,export,rtx,cuda,openvino,dev,docs"
+EXTRAS = "train,tensorboard,eval,export,serve,rtx,cuda,openvino,dev,docs"
 
 
 def python(environment: Path = VENV) -> Path:
@@ -104,6 +104,22 @@ def setup() -> None:
     stamp.write_text(recipe())
 
 
+def find_browser() -> None:
+    """Install Chromium for the page's tests where that takes one command; elsewhere they are skipped by name."""
+    names = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome", "chrome")
+    if os.environ.get("DREAMMIX_CHROMIUM") or any(map(shutil.which, names)):
+        return
+    if shutil.which("apt-get") is None or not hasattr(os, "geteuid") or os.geteuid() != 0:
+        return
+    print("Installing Chromium for the tests of the page ...", flush=True)
+    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for arguments in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", "chromium"]):
+        command = ["apt-get", "-o", "Acquire::Retries=2", *arguments]
+        if subprocess.run(command, env=env, stdout=subprocess.DEVNULL, check=False).returncode:
+            print("Chromium could not be installed; the tests of the page are skipped.", flush=True)
+            return
+
+
 def demo(arguments: list[str]) -> int:
     """Train a subject, build its engine, inpaint with it, and say where the contact sheet is."""
     setup()
@@ -113,6 +129,7 @@ def demo(arguments: list[str]) -> int:
 def test(arguments: list[str]) -> int:
     """Lint, types, then the tests; pytest's own closing line ends the output."""
     setup()
+    find_browser()
     if not arguments:
         run(python(), "-m", "ruff", "check", ".")
         run(python(), "-m", "ruff", "format", "--check", ".")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CHANNELS = 4
 PROMPT = "a red striped mug on a table"
+TOKENS = "+tokens"  # names a subject of tokens, or what stands beside a LoRA
 #: whole pictures: what their requests say
 JOBS: tuple[Mapping[str, Any], ...] = (
     {"num_inference_steps": 30, "guidance_scale": 4.0},
@@ -279,9 +280,12 @@ class StepRig:
         subjects: Sequence[Subject] = (),
         pristine: Pristine = "device",
         stream: Stream | None = None,
+        reading: Subject | None = None,
+        context: int = 77,
     ) -> None:
         """latent: height and width; rows: a picture, 2 with guidance; pristine: where the base's own slot weights are;
-        stream: where the networks must run."""
+        stream: where the networks must run; reading: what a token adapter adds;
+        context: rows of the condition."""
         from dreammix_trt.core.axes import Sides
 
         self.device, self.pictures, self.rows, self.latent = device, pictures, rows, latent
@@ -290,8 +294,8 @@ class StepRig:
             self.stream: Stream = stream or device.make_stream()
             if stream is None:
                 self._owned.callback(self.stream.close)
-            self.sides = Sides(pictures * rows, pictures, *latent)
-            self.weights = self._make_weights(networks, max(len(subjects), 1), pristine)
+            self.sides = Sides(pictures * rows, pictures, *latent, context)
+            self.weights = self._make_weights(networks, max(len(subjects), 1), pristine, reading)
             for subject in subjects:
                 self.weights.add(subject.name, subject)
             self.arrays = self._arrays(networks)
@@ -306,11 +310,15 @@ class StepRig:
             raise
 
     def enter(self, name: str) -> None:
-        """Let the UNet, and what attends for it, hold a subject's weights; "": the base's own."""
+        """Let the UNet, and what attends for it, hold a subject's weights; "": the base's own.
+
+        `TOKENS` is a subject of tokens, behind another name one beside that subject.
+        """
         from dreammix_trt.core.networks import networks_of_factors
         from dreammix_trt.core.subject import Role
 
-        self.weights.enter(self.weights.choose(Role(name)), networks_of_factors("unet"))
+        role = Role(name.removesuffix(TOKENS), adapted=name.endswith(TOKENS))
+        self.weights.enter(self.weights.choose(role), networks_of_factors("unet"))
 
     def unet(self) -> None:
         """Enqueue the network alone."""
@@ -358,7 +366,9 @@ class StepRig:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _make_weights(self, networks: DeviceNetworks, subjects: int, pristine: Pristine) -> Any:
+    def _make_weights(
+        self, networks: DeviceNetworks, subjects: int, pristine: Pristine, reading: Subject | None
+    ) -> Any:
         from dreammix_trt.core.networks import networks_of_factors
         from dreammix_trt.engine.device import slot_layout
         from dreammix_trt.engine.device.arena import Arena
@@ -369,13 +379,16 @@ class StepRig:
         mine = networks_of_factors("unet")
         slotted = {name: each for name, each in slot_layout.list_slotted(networks).items() if name in mine}
         self.slot_bytes = slot_layout.measure_weights(slotted, turns=False, pristine=pristine)
-        tables = slot_layout.list_tables(slotted, subjects)
+        tables = slot_layout.list_tables(slotted, subjects, reading)
         regions = tables | {name: ((size,), "uint8") for name, size in self.slot_bytes.items()}
         arena = Arena(self.device, regions)
         self._owned.callback(arena.close)
         uploads = Uploads(self.device, self.stream, Pace(self.device, self.stream).wait_for, self._owned)
         return DeviceWeights(
-            self.device, self.stream, networks, slotted, arena, uploads, turns=False, pristine=pristine
+            *(self.device, self.stream, networks, slotted, arena, uploads),
+            turns=False,
+            pristine=pristine,
+            reading=reading,
         )
 
     def _arrays(self, networks: DeviceNetworks) -> dict[str, Array]:

@@ -7,8 +7,9 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from _gpu_clock import copy_bandwidth, count_calls, event_seconds
 from _gpu_full import paint_often
 from _gpu_models import (
     PROMPT,
+    TOKENS,
     Front,
     Setting,
     StepRig,
@@ -55,13 +57,45 @@ def subjects(part: Part, setting: Setting) -> None:
             _time_swaps(part, rig, told, max(setting.swaps // 20, 1))
             _swap_traffic(part, rig, told, factors)
             again = _come_back(part, rig, "A, B, A, pristine weights with the host")
+        reading = random_subject(networks, "", seed=9, rank=16)
+        with StepRig(device, networks, (side, side), subjects=known, reading=reading) as rig:
+            _swap_tokens(part, rig, setting.swaps)
+        _steps_with_tokens(part, lambda rows: StepRig(device, networks, (side, side), context=rows))
         part.add("the same bits from either place", np.array_equal(ends, again), goal="== 1")
     part.note("a swap: from the call to the device's answer, every slot of the UNet touched by factors of rank 4 there")
 
 
-def _time_swaps(part: Part, rig: StepRig, told: str, swaps: int, goal: str | None = None) -> None:
+def _swap_tokens(part: Part, rig: StepRig, swaps: int) -> None:
+    """Between a LoRA and a subject of tokens, whose adapter is of rank 16; alone, and beside another LoRA."""
+    _time_swaps(part, rig, "a swap between a LoRA and tokens", swaps, goal="<= 5", order=("A", TOKENS))
+    _time_swaps(part, rig, "a swap between a LoRA and tokens beside one", swaps, order=("A", f"B{TOKENS}"))
+    _come_back(part, rig, "A, tokens, A", ("A", TOKENS, "A"))
+    _come_back(part, rig, "tokens, tokens beside A, tokens", (TOKENS, f"A{TOKENS}", TOKENS))
+    with count_calls(rig.device) as calls:
+        rig.enter(TOKENS)
+    part.add("from tokens to others: kernels and bytes", calls.kernels.total() + calls.uploaded, goal="== 0")
+
+
+def _steps_with_tokens(part: Part, make_rig: Callable[[int], StepRig]) -> None:
+    """What 24 rows more in the condition cost a step. make_rig: rows of the condition -> a rig."""
+    found = {}
+    for rows in (77, 77 + 24):
+        with make_rig(rows) as rig:
+            graph = rig.capture(rig.step)
+            step = rig.step if graph is None else partial(graph.launch, rig.stream)
+            found[rows] = statistics.median(event_seconds(rig.device, rig.stream, step))
+            if graph is not None:
+                rig.device.synchronize(rig.stream)
+                graph.close()
+        part.add(f"a step with {rows} rows of condition [ms]", 1e3 * found[rows])
+    part.add("a step with 24 tokens: costs more by", found[77 + 24] / found[77] - 1, goal="<= 0.02")
+
+
+def _time_swaps(
+    part: Part, rig: StepRig, told: str, swaps: int, goal: str | None = None, order: Sequence[str] = "AB"
+) -> None:
     """Wall time of many swaps. goal: of the 99th percentile."""
-    turns, walls = itertools.cycle("AB"), []
+    turns, walls = itertools.cycle(order), []
     warm = min(10, swaps)
     for _ in range(swaps + warm):
         rig.device.synchronize(rig.stream)
@@ -98,11 +132,11 @@ def _swap_traffic(part: Part, rig: StepRig, told: str, factors: Mapping[str, Any
         part.add(f"{told}: share of copying", moved / seconds / rate)
 
 
-def _come_back(part: Part, rig: StepRig, told: str) -> Any:
+def _come_back(part: Part, rig: StepRig, told: str, order: Sequence[str] = "ABA") -> Any:
     """One subject, another, the first again: rows, and the first's result."""
     rig.reset()
     ends = []
-    for name in "ABA":
+    for name in order:
         rig.enter(name)
         rig.unet()
         ends.append(rig.result()["eps"])

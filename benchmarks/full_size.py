@@ -22,6 +22,7 @@ import numpy as np
 from _asuka_files import asuka_config, write_asuka_folder
 from _common import Benchmark
 from _sdxl_files import sdxl_configs, write_head, write_lora, write_patch, write_single_file, write_tokenizers
+from _token_files import write_token_adapter
 
 GIB, MIB = 1 << 30, 1 << 20
 LATENT = 32
@@ -38,7 +39,7 @@ def main() -> int:
     parser.add_argument("--target", action="append", help="GPUs to build for (default: sm_89)")
     parser.add_argument("--shapes", default="static", choices=("static", "dynamic"))
     parser.add_argument("--precision", default="float16", choices=("float16", "fp8"), help="fp8: UNets in E4M3")
-    parser.add_argument("--only", choices=("asuka",), help="these networks alone, without the base's own")
+    parser.add_argument("--only", choices=("asuka", "tokens"), help="these networks alone, without the base's own")
     parser.add_argument("--no-call", action="store_true", help="without the UNet call")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
@@ -51,7 +52,7 @@ def main() -> int:
     try:
         files = written(bench, folder, given.width)
         if given.only:
-            build_asuka(bench, folder, files, given.target or ["sm_89"], given.shapes)
+            build_alone(bench, folder, files, given.only, given.target or ["sm_89"], given.shapes)
             return bench.finish(as_json=given.json)
         if given.precision == "fp8":
             files["calibration"] = write_ranges(folder / "calibration.json", files)
@@ -74,6 +75,7 @@ def written(bench: Benchmark, folder: Path, width: float) -> dict[str, Path]:
         "mug": folder / "mug.safetensors",
         "teapot": folder / "teapot.safetensors",
         "asuka": folder / "asuka",
+        "tokens": folder / "token_adapter.safetensors",
     }
     started = time.perf_counter()
     if not files["teapot"].exists():
@@ -85,6 +87,8 @@ def written(bench: Benchmark, folder: Path, width: float) -> dict[str, Path]:
         bench.add("files: written [s]", time.perf_counter() - started)
     if not (files["asuka"] / "config.json").exists():
         write_asuka_folder(files["asuka"], asuka_config(configs, width))
+    if not files["tokens"].exists():
+        write_token_adapter(files["tokens"], configs)
     if width != 1:
         write_tokenizers(folder / "tokenizers", configs)
         files["tokenizer"] = folder / "tokenizers"
@@ -173,8 +177,10 @@ def add_parts(bench: Benchmark, onnx: Path, network: dict[str, Any]) -> None:
         bench.add(f"{name}: builder's warnings", "; ".join(build["messages"])[:200])
 
 
-def build_asuka(bench: Benchmark, folder: Path, files: dict[str, Path], targets: list[str], shapes: str) -> None:
-    """Plans of ASUKA's networks alone, of the same parts as a build of the whole base makes."""
+def build_alone(
+    bench: Benchmark, folder: Path, files: dict[str, Path], group: str, targets: list[str], shapes: str
+) -> None:
+    """Plans of a group's networks alone, of the same parts as a build of the whole base makes."""
     from dreammix_trt.building.engine_options import EngineOptions
     from dreammix_trt.building.ingredients import Ingredients
     from dreammix_trt.building.part_store import PartStore
@@ -182,21 +188,35 @@ def build_asuka(bench: Benchmark, folder: Path, files: dict[str, Path], targets:
     from dreammix_trt.core.checkpoint import BaseFiles
     from dreammix_trt.core.store import Store
 
-    sources = {"tokenizer": files.get("tokenizer"), "asuka": files["asuka"]}
+    sources = {"tokenizer": files.get("tokenizer"), group: files[group]}
     base = BaseFiles.open(files["base"], files["patch"], files["head"], **sources)
     ingredients = Ingredients(base, True, EngineOptions(targets=tuple(targets), shapes=shapes), (), {})
     shelf = Store(folder / "store")
-    store = PartStore(shelf, folder / "engine-asuka", lambda *told: sys.stderr.write(f"{told}\n"))
+    store = PartStore(shelf, folder / f"engine-{group}", lambda *told: sys.stderr.write(f"{told}\n"))
     parts = Parts(ingredients, store, None, lambda text: bench.add("told", text[:200]))
     made = []
     for network in ingredients.networks:
-        if network.name.startswith("asuka_"):
+        if network.kind.group == group:
             place = parts.make_network(network)
             entry = json.loads((place / "network.json").read_text())
             manifest = json.loads((place / "manifest.json").read_text())
             add_parts(bench, folder / "store" / manifest["parts"]["onnx"], {**entry, "name": network.name})
             made.append(entry)
-    add_asuka(bench, made)
+    if group == "asuka":
+        add_asuka(bench, made)
+    else:
+        add_tokens(bench, files[group], made)
+
+
+def add_tokens(bench: Benchmark, adapter: Path, networks: list[dict[str, Any]]) -> None:
+    """What a token adapter takes beside the base."""
+    builds = [network["build"] for network in networks]
+    seconds = sum(build["seconds"] + build["export"]["seconds"] for build in builds)
+    bench.add("tokens: adapter [MiB]", adapter.stat().st_size / MIB)
+    bench.add("tokens: export and engines of the networks [s]", seconds, bound="<= 240")
+    bench.add("tokens: engines [MiB]", sum(build["engine_bytes"] for build in builds) / MIB)
+    peak = max(max(build["peak_anonymous"], build["export"]["peak_anonymous"]) for build in builds) / GIB
+    bench.add("tokens: peak anonymous memory [GiB]", peak, bound="<= 12")
 
 
 def add_asuka(bench: Benchmark, networks: list[dict[str, Any]]) -> None:

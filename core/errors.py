@@ -20,6 +20,10 @@ class InputError(DreamMixError):
     exit_code = 2
 
 
+class TooManyPixels(InputError):
+    """A picture that is larger than allowed; it was not decoded."""
+
+
 class FileFormatError(DreamMixError):
     """A file that is missing, truncated, of another format, or not meant for this base."""
 

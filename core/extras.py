@@ -10,6 +10,9 @@ from dreammix_trt.core.errors import MissingExtraError
 #: What training imports; the extra `train` brings it.
 TRAINING = ("torch", "diffusers", "transformers", "peft")
 
+#: What the service imports; the extra `serve` brings it.
+SERVING = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
+
 
 def list_missing(packages: Iterable[str]) -> list[str]:
     """Those of these packages that are not installed. Imports none of them."""
@@ -18,11 +21,20 @@ def list_missing(packages: Iterable[str]) -> list[str]:
 
 def require_training() -> None:
     """Raise MissingExtraError, with what to install, unless everything that training imports is installed."""
-    missing = list_missing(TRAINING)
+    _require(TRAINING, "training", "train")
+
+
+def require_serving() -> None:
+    """Raise MissingExtraError, with what to install, unless everything that the service imports is installed."""
+    _require(SERVING, "the service", "serve")
+
+
+def _require(packages: Iterable[str], what: str, extra: str) -> None:
+    missing = list_missing(packages)
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise MissingExtraError(
-            f"{', '.join(missing)} {verb} not installed, training needs it: pip install 'dreammix-trt[train]'"
+            f"{', '.join(missing)} {verb} not installed, {what} needs it: pip install 'dreammix-trt[{extra}]'"
         )
 
 

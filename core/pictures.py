@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.errors import InputError, TooManyPixels
 from dreammix_trt.core.picture_info import is_grey, keep_dpi, keep_exif, keep_profile, through_profile
 from dreammix_trt.core.png_chunks import shorten_chunks
 from dreammix_trt.core.remarks import remark
@@ -154,6 +154,29 @@ def read_image(source: Source, *, name: str = "image", max_pixels: int = MAX_PIX
     return PictureIn(rgb, alpha, grey, profile, exif, dpi)
 
 
+def read_size(data: bytes, *, name: str = "image") -> tuple[int, int]:
+    """(height, width) in pixels that the header of a picture's file says, as stored. Decodes no pixel.
+
+    data: of the file.
+    name: what errors call it.
+
+    Raises InputError for what is not a picture that `read_image` reads, TooManyPixels beyond Pillow's own limit.
+    """
+    with _hush_pillow():
+        try:
+            with Image.open(io.BytesIO(data), formats=readable_formats()) as image:
+                return image.height, image.width
+        except Image.DecompressionBombError as error:
+            raise TooManyPixels(f"{name} has too many pixels ({error}): scale it down") from None
+        except UnidentifiedImageError:
+            raise InputError(_explain_unknown(data, name)) from None
+        except _DAMAGE as error:
+            shortened = shorten_chunks(data)
+            if shortened is not None and shortened.data != data:
+                return read_size(shortened.data, name=name)
+            raise InputError(f"{name} cannot be read: {error}") from error
+
+
 def name_source(source: Source, name: str) -> str:
     """What messages call a source: `name`, and the path where it has one."""
     return f"{name} {os.fspath(source)!r}" if isinstance(source, (str, os.PathLike)) else name
@@ -195,7 +218,7 @@ def _open_image(source: Source, label: str, max_pixels: int) -> Image.Image:
     try:
         return _open_file(file, label, max_pixels)
     except Image.DecompressionBombError as error:
-        raise InputError(f"{label} has too many pixels ({error}): scale it down") from None
+        raise TooManyPixels(f"{label} has too many pixels ({error}): scale it down") from None
     except UnidentifiedImageError:
         raise InputError(_explain_unknown(file, label)) from None
     except (OSError, SyntaxError, ValueError) as error:
@@ -314,7 +337,7 @@ def _turn_upright(image: Image.Image, label: str) -> Image.Image:
 
 def _check_pixels(height: int, width: int, label: str, max_pixels: int) -> None:
     if height * width > max_pixels:
-        raise InputError(
+        raise TooManyPixels(
             f"{label} is {width}x{height}, {height * width / 1e6:.0f} million pixels; at most {max_pixels / 1e6:.0f} "
             "million are accepted: scale it down"
         )

@@ -9,14 +9,26 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict
 
 from dreammix_trt.core.config_fields import MOST_TOKENS
 from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.field_checks import (
+    FLAG,
+    SHARE,
+    SIZE,
+    TEXT,
+    WORDS_OR_AUTO,
+    Check,
+    number,
+    one_of,
+    or_none,
+    several,
+    whole,
+)
 
 SCHEMA = 2  # 1 took prompts literally
 Mode = Literal["native", "reference"]
@@ -133,7 +145,7 @@ class Request:
     reference_resize: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        for name, check in _CHECKS.items():
+        for name, check in CHECKS.items():
             object.__setattr__(self, name, check(name, getattr(self, name)))
         if self.seed is not None and self.seed + self.num_images_per_prompt > _SEEDS:
             raise InputError(f"seed is {self.seed}: with {self.num_images_per_prompt} pictures it must stay below 2^64")
@@ -301,141 +313,55 @@ def draw_seed() -> int:
 
 
 def _check_names(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    unknown = sorted(set(fields) - set(_CHECKS))
+    unknown = sorted(set(fields) - set(CHECKS))
     if unknown:
-        near = [name for each in unknown for name in difflib.get_close_matches(each, _CHECKS, 1)]
+        near = [name for each in unknown for name in difflib.get_close_matches(each, CHECKS, 1)]
         meant = f" (is {', '.join(near)} meant?)" if near else ""
-        raise InputError(f"a request has no field {', '.join(unknown)}{meant}; its fields are {', '.join(_CHECKS)}")
+        raise InputError(f"a request has no field {', '.join(unknown)}{meant}; its fields are {', '.join(CHECKS)}")
     return fields
 
 
-Check = Callable[[str, Any], Any]
-
-
-def _refuse(name: str, value: Any, allowed: str) -> InputError:
-    return InputError(f"{name} is {value!r}; allowed: {allowed}")
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str) or "\x00" in value or any(0xD800 <= ord(letter) < 0xE000 for letter in value):
-        raise _refuse(name, value, "text")
-    return value
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _refuse(name, value, "true or false")
-    return value
-
-
-def _whole(least: int, most: int) -> Check:
-    def check(name: str, value: Any) -> int:
-        allowed = f"a whole number from {least} to {most}"
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise _refuse(name, value, allowed)
-        try:
-            number = value.__index__()
-        except TypeError:  # an array of several numbers
-            raise _refuse(name, value, allowed) from None
-        if not least <= number <= most:
-            raise _refuse(name, value, allowed)
-        return int(number)
-
-    return check
-
-
-def _number(least: float, most: float, *, above: bool = False) -> Check:
-    def check(name: str, value: Any) -> float:
-        allowed = f"a number {'above' if above else 'from'} {least:g} {'up ' if above else ''}to {most:g}"
-        if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__"):
-            raise _refuse(name, value, allowed)
-        try:
-            number = float(value)
-        except (TypeError, ValueError, OverflowError):  # an array of several numbers; an integer beyond all floats
-            raise _refuse(name, value, allowed) from None
-        if not math.isfinite(number) or not least <= number <= most or (above and number == least):
-            raise _refuse(name, value, allowed)
-        return number
-
-    return check
-
-
-def _one_of(kind: Any) -> Check:
-    def check(name: str, value: Any) -> Any:
-        if not isinstance(value, str) or value not in get_args(kind):
-            raise _refuse(name, value, " or ".join(repr(choice) for choice in get_args(kind)))
-        return value
-
-    return check
-
-
-def _or_none(check: Check) -> Check:
-    return lambda name, value: None if value is None else check(name, value)
-
-
-def _several(check: Check, what: str) -> Check:
-    def check_items(name: str, value: Any) -> tuple[Any, ...]:
-        if not isinstance(value, list | tuple):
-            raise _refuse(name, value, f"a list of {what}")
-        return tuple(check(name, item) for item in value)
-
-    return check_items
-
-
-def _size(name: str, value: Any) -> tuple[int, int]:
-    sides = _several(_whole(64, 8192), "two sides")(name, value)
-    if len(sides) != 2:
-        raise _refuse(name, value, "(height, width)")
-    return sides[0], sides[1]
-
-
-def _words_or_auto(name: str, value: Any) -> Any:
-    if isinstance(value, str) and value == "auto":
-        return value
-    return _several(_text, "words, or 'auto'")(name, value)
-
-
-_share = _number(0, 1)
-_CHECKS: dict[str, Check] = {
-    "prompt": _text,
-    "negative_prompt": _or_none(_text),
-    "subject": _or_none(_text),
-    "subject_scale": _number(0, 2),
-    "token_subject": _or_none(_text),
-    "token_count": _whole(1, MOST_TOKENS),
-    "token_weight": _number(0, 2),
-    "substitute": _words_or_auto,
-    "substitute_prefix": _or_none(_text),
-    "sampler": _one_of(Sampler),
-    "num_inference_steps": _whole(1, 1000),
-    "guidance_scale": _number(0, 100),
-    "seed": _or_none(_whole(0, _SEEDS - 1)),
-    "num_images_per_prompt": _whole(1, 1024),
-    "strength": _number(0, 1, above=True),
-    "mode": _one_of(Mode),
-    "lcg_steps": _or_none(_whole(0, 1000)),
-    "lcg_fraction": _share,
-    "lcg_field": _share,
-    "gch_field": _share,
-    "lcg_mask_dilate": _whole(0, 4096),
-    "gch_background": _one_of(Literal["original", "intermediate"]),
-    "patched_fraction": _share,
-    "sharpness": _number(0, 100),
-    "size_guidance_positive": _number(0.1, 10),
-    "size_guidance_negative": _number(0.1, 10),
-    "size_guidance_end": _share,
-    "guidance_rescale": _share,
-    "blend_noise": _one_of(Literal["fresh", "fixed"]),
-    "blend_output": _flag,
-    "soft_blending": _flag,
-    "decoder": _one_of(Decoder),
-    "prior": _or_none(_one_of(Prior)),
-    "prior_weight": _number(0, 2, above=True),
-    "tas_stages": _several(_one_of(TasStage), "stages"),
-    "tas_indexing": _or_none(_one_of(Indexing)),
-    "vae_sample": _or_none(_flag),
-    "truncate_prompt": _flag,
-    "prompt_weights": _or_none(_flag),
-    "feather": _or_none(_whole(0, 4096)),
-    "reference_resize": _or_none(_size),
+#: how each field is checked, in the order of the fields
+CHECKS: dict[str, Check] = {
+    "prompt": TEXT,
+    "negative_prompt": or_none(TEXT),
+    "subject": or_none(TEXT),
+    "subject_scale": number(0, 2),
+    "token_subject": or_none(TEXT),
+    "token_count": whole(1, MOST_TOKENS),
+    "token_weight": number(0, 2),
+    "substitute": WORDS_OR_AUTO,
+    "substitute_prefix": or_none(TEXT),
+    "sampler": one_of(Sampler),
+    "num_inference_steps": whole(1, 1000),
+    "guidance_scale": number(0, 100),
+    "seed": or_none(whole(0, _SEEDS - 1)),
+    "num_images_per_prompt": whole(1, 1024),
+    "strength": number(0, 1, above=True),
+    "mode": one_of(Mode),
+    "lcg_steps": or_none(whole(0, 1000)),
+    "lcg_fraction": SHARE,
+    "lcg_field": SHARE,
+    "gch_field": SHARE,
+    "lcg_mask_dilate": whole(0, 4096),
+    "gch_background": one_of(Literal["original", "intermediate"]),
+    "patched_fraction": SHARE,
+    "sharpness": number(0, 100),
+    "size_guidance_positive": number(0.1, 10),
+    "size_guidance_negative": number(0.1, 10),
+    "size_guidance_end": SHARE,
+    "guidance_rescale": SHARE,
+    "blend_noise": one_of(Literal["fresh", "fixed"]),
+    "blend_output": FLAG,
+    "soft_blending": FLAG,
+    "decoder": one_of(Decoder),
+    "prior": or_none(one_of(Prior)),
+    "prior_weight": number(0, 2, above=True),
+    "tas_stages": several(one_of(TasStage), "stages"),
+    "tas_indexing": or_none(one_of(Indexing)),
+    "vae_sample": or_none(FLAG),
+    "truncate_prompt": FLAG,
+    "prompt_weights": or_none(FLAG),
+    "feather": or_none(whole(0, 4096)),
+    "reference_resize": or_none(SIZE),
 }

@@ -14,6 +14,7 @@ from dreammix_trt.core.errors import FileFormatError
 from dreammix_trt.core.factor_names import decode_factors, encode_factors
 from dreammix_trt.core.files import atomic_file
 from dreammix_trt.core.lora import Factors
+from dreammix_trt.core.subject import Subject
 from dreammix_trt.core.token_adapter import FACTORS, MARK, PROJECTION, Card, TokenAdapter
 from dreammix_trt.core.token_rows import Tokens
 
@@ -25,6 +26,11 @@ def read_factors(adapter: TokenAdapter) -> Factors:
     """
     weights = adapter.factors()
     return decode_factors(adapter.file, {name: weights[name] for name in weights})
+
+
+def read_as_subject(adapter: TokenAdapter | None) -> Subject:
+    """What an adapter learnt to read tokens with, as a subject that can be merged; None: nothing."""
+    return Subject("", "", "", read_factors(adapter) if adapter else {})
 
 
 def check_tokens(tokens: Tokens, adapter: TokenAdapter | None) -> None:

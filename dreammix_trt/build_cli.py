@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.lengths import Length, parse_lengths
 from dreammix_trt.terminal import (
     AsJson,
     Base,
@@ -109,7 +110,10 @@ Shapes = Annotated[
 ]
 Pictures = Annotated[int, typer.Option(min=1, help="Most pictures in a batch.")]
 Context = Annotated[
-    str, typer.Option(help="Lengths of the text condition that engines take, e.g. 77,101; 77 is the text alone.")
+    str,
+    typer.Option(
+        help="Lengths of the text condition that engines take, e.g. 77,101; 77 is the text alone; 78-125 is a span."
+    ),
 ]
 Workspace = Annotated[
     int | None, typer.Option(min=1, help="Most MiB of scratch memory the engines may take on the GPU.")
@@ -313,9 +317,11 @@ def _parse_pairs(option: str, given: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
-def _parse_lengths(text: str) -> tuple[int, ...]:
-    """Whole numbers separated by commas."""
+def _parse_lengths(text: str) -> tuple[Length, ...]:
+    """Whole numbers and spans separated by commas."""
     try:
-        return tuple(int(part) for part in text.split(","))
+        return parse_lengths(text)
     except ValueError:
-        raise InputError(f"--context is {text!r}; give whole numbers separated by commas, such as 77,101") from None
+        raise InputError(
+            f"--context is {text!r}; give whole numbers or spans separated by commas, such as 77,101 or 77,78-125"
+        ) from None

@@ -45,6 +45,9 @@ from dreammix_trt.regularize_cli import regularize
 from dreammix_trt.remove_cli import EXAMPLES as REMOVE_EXAMPLES
 from dreammix_trt.remove_cli import PANELS as REMOVE_PANELS
 from dreammix_trt.remove_cli import remove
+from dreammix_trt.serve_cli import EXAMPLES as SERVE_EXAMPLES
+from dreammix_trt.serve_cli import PANELS as SERVE_PANELS
+from dreammix_trt.serve_cli import serve
 from dreammix_trt.store_cli import store_app
 from dreammix_trt.terminal import (
     App,
@@ -204,6 +207,7 @@ def inspect(
 app.command(epilog=ENROLL_EXAMPLES, panels=ENROLL_PANELS)(enroll)
 app.command(epilog=INPAINT_EXAMPLES, panels=INPAINT_PANELS)(inpaint)
 app.command(epilog=REMOVE_EXAMPLES, panels=REMOVE_PANELS)(remove)
+app.command(epilog=SERVE_EXAMPLES, panels=SERVE_PANELS)(serve)
 app.command("eval", epilog=EVAL_EXAMPLES, panels=EVAL_PANELS)(evaluate)
 
 

@@ -58,7 +58,7 @@ def load_torch(
             TorchNetworks.of(base, device=torch_device, dtype=dtype, compile=compile, resident=(), **networks)
         )
         owned = opened.pop_all()
-    return DreamMix.on_device(device, made, tokenizers, subjects, options, owned=[owned])
+    return DreamMix.on_device(device, made, tokenizers, subjects, options, adapter=base.tokens, owned=[owned])
 
 
 def open_tokenizers(base: BaseFiles) -> list[Tokenizer]:

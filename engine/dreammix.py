@@ -241,6 +241,10 @@ class DreamMix:
         """Names of the loaded subjects; the first is the default."""
         return self._roster.names
 
+    def list_subjects(self) -> list[Subject]:
+        """The loaded subjects with their words and attributes, each under the name that requests use."""
+        return self._roster.subjects
+
     def add_subject(
         self,
         path: str | os.PathLike[str] | Subject,
@@ -277,7 +281,8 @@ class DreamMix:
     ) -> Subject:
         """Make a subject of one photograph, without training, and load it: its tokens stand beside the text.
 
-        The base must have a token adapter (`build --tokens`). The subject needs no word in prompts: "a red mug".
+        The base must have a token adapter (`build --tokens`). The subject needs no word in prompts: "a red mug". On a
+        GPU it takes the place of a request: one that is under way cannot go on.
 
         image: of the object, as for `inpaint`; or several of the same object, whose cells are selected from together.
         mask: white where the object is, of the photograph's size; as many as photographs. None: what is opaque in the

@@ -22,6 +22,7 @@ from dreammix_trt.core.networks import kind_of, twin_name
 from dreammix_trt.core.request import Prior, Request
 from dreammix_trt.core.schedule import Schedule, Stage, Step
 
+F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 #: (picture's number, whether the whole canvas is wanted) -> the canvas with the frame pasted, uint8 (H, W, 3), or the
 #: stage's frame alone, uint8 (h, w, 3). A call costs a VAE decoding.
@@ -132,6 +133,26 @@ def paint_safely(open_painter: Callable[[bool], Painter], has_network: Callable[
     if last is not None:
         yield last
     return pictures
+
+
+def run_safely(run: Callable[[bool], F32], has_network: Callable[[str], bool], when: str) -> F32:
+    """Run networks outside of requests; where values were not finite, once more with the available float32 twins.
+
+    run: with True, with the twins.
+    when: continues the sentence of an error, for example "while enrolling".
+
+    Raises NotFiniteError where the network has no twin, or the values are again not finite.
+    """
+    try:
+        return run(False)
+    except NotFiniteError as error:
+        if not has_network(twin_name(error.network)):
+            raise NotFiniteError(describe_overflow(error.network, when), error.network) from error
+    try:
+        return run(True)
+    except NotFiniteError as error:
+        text = describe_overflow(error.network, f"{when}, with the twins there are in float32")
+        raise NotFiniteError(text, error.network) from error
 
 
 def _run_to_end(steps: Steps) -> tuple[list[U8], Progress | None]:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.lengths import write_lengths
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.schedule import STAGES, Stage
 from dreammix_trt.core.subject import Role
@@ -254,7 +255,7 @@ def _refuse(fault: str, request: Request, contexts: Sequence[int], needed: int) 
     elif isinstance(contexts, range):
         remedy = f"load the engine with context={needed}"
     else:
-        remedy = f"build the engine with `--context {','.join(map(str, sorted({*contexts, needed})))}`"
+        remedy = f"build the engine with `--context {write_lengths({*contexts, needed}, ',')}`"
     raise InputError(f"{fault}, allow truncation (truncate_prompt), or {remedy}")
 
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     **{"core": set(), "export": {"core"}, "engine": {"core"}, "trainer": {"core"}},
     "evaluation": {"core", "engine", "trainer", "report"},  # it stands beside the face, and draws with it
+    "service": {"core", "engine"},  # beside the face, too, whose command line alone starts it
 }
 FACE = {
     *(
@@ -41,7 +42,7 @@ FACE = {
         "enroll_cli",
         "training_options",
     ),
-    *("painting_cli", "remove_cli", "endpoint_options"),
+    *("painting_cli", "remove_cli", "endpoint_options", "serve_cli"),
 }
 #: the rooms of the engine floor, lowest first: each imports what stands in the rows before its own, and its own room
 ROOMS = (
@@ -147,10 +148,11 @@ def test_no_modules_import_each_other() -> None:
     assert not sorted(str(path.relative_to(ROOT)) for path in below)
 
 
-def test_the_engine_never_imports_the_heavy_packages() -> None:
+def test_neither_engine_nor_service_import_the_heavy_packages() -> None:
     wrong = [
         f"{path.name}: {name}"
-        for path in files("engine")
+        for floor in ("engine", "service")
+        for path in files(floor)
         for name in imports_of(path, top_level_only=False)
         if name.split(".")[0] in HEAVY
     ]
@@ -198,9 +200,9 @@ def _shares_torch(path: Path) -> bool:
     return path.is_relative_to(ROOT / SHARED_TORCH)
 
 
-def test_every_module_of_core_and_engine_loads_without_the_heavy_packages() -> None:
+def test_every_module_of_core_engine_and_service_loads_without_the_heavy_packages() -> None:
     """And so do the command line and the build: nothing is imported before it is needed."""
-    paths = [path for floor in ("core", "engine") for path in files(floor) if not _shares_torch(path)]
+    paths = [path for floor in ("core", "engine", "service") for path in files(floor) if not _shares_torch(path)]
     paths = [path.relative_to(ROOT).with_suffix("") for path in paths]
     names = [".".join(("dreammix_trt", *path.parts)) for path in paths]
     names += ["dreammix_trt.cli", "dreammix_trt.building", "dreammix_trt.export.onnx_export"]

@@ -142,11 +142,10 @@ def test_a_device_binds_them_beside_its_rooms(engine: Path, networks: dict[str, 
                 bound = simulated.bind(name, sides, arrays, workspace)
                 given = network.draw_example(ONE)
                 for key, value in given.items():
-                    studio._put(arrays[key], value)
+                    studio.put(arrays[key], value)
                 bound.enqueue(studio.stream)
                 for key, value in host.networks.run(name, **given).items():
-                    place = arrays[key].reshape((value.nbytes,), "uint8")
-                    found = studio.bring(place).view(value.dtype).reshape(value.shape)
+                    found = studio.bring(arrays[key])
                     np.testing.assert_allclose(found, value, atol=1e-5 * np.abs(value).max(), rtol=0)
 
 

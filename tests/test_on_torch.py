@@ -25,7 +25,9 @@ from dreammix_trt.engine.text import Tokenizer
 from dreammix_trt.export.torch_backend.on_device import TorchNetworks
 from dreammix_trt.on_torch import load_torch
 from tests.engine.conftest import make_scene
+from tests.engine.test_tokens import draw_object
 from tests.support.asuka import write_small_asuka
+from tests.support.tokens import write_small_adapter
 
 RAW = ("unet_raw_kv", "unet_raw")
 BASE = ("text_encoder", "text_encoder_2", "unet_kv", "unet", *RAW, "inpaint_head", "vae_encoder", "vae_decoder")
@@ -66,6 +68,28 @@ def test_asuka_in_torch_paints_what_the_engine_paints(test_home: Path, small_bas
                 for dm in (torch_dm, host)
             )
             assert np.abs(np.asarray(got).astype(int) - np.asarray(expected)).max() <= 2
+
+
+def test_tokens_in_torch_are_enrolled_and_painted_as_the_engine_does(
+    test_home: Path, small_base: Path, tmp_path: Path
+) -> None:
+    adapter = write_small_adapter(tmp_path / "adapter.safetensors", BaseFiles.open(small_base))
+    build(out=tmp_path / "engine", base=small_base, tokens=adapter.file)
+    base, options = BaseFiles.open(small_base, tokens=adapter.file), Options(largest_picture=128 * 128, subjects=1)
+    with (
+        SimulatedDevice() as device,
+        load_torch(base, dtype="float32", device=device, torch_device="cpu", options=options) as torch_dm,
+        DreamMix.load(tmp_path / "engine", threads=1) as host,
+    ):
+        pictures, rows = [], []
+        for dm in (torch_dm, host):
+            tokens = dm.enroll(*draw_object(0), class_name="mug").tokens
+            assert tokens is not None
+            rows.append(tokens.rows)
+            result = dm.inpaint(*make_scene(), "a red mug", num_inference_steps=4, seed=3, token_count=9)
+            pictures.append(np.asarray(result.images[0]).astype(int))
+    np.testing.assert_allclose(*rows, atol=2e-3 * np.abs(rows[1]).max())
+    assert np.abs(pictures[0] - pictures[1]).max() <= 2
 
 
 @pytest.mark.parametrize("residency", ["swap", "one-unet"])

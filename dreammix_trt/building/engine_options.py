@@ -8,6 +8,7 @@ from typing import Any
 
 from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import InputError, MissingExtraError
+from dreammix_trt.core.lengths import Length, join_lengths, span_of
 from dreammix_trt.core.networks import Fused, Precision
 from dreammix_trt.engine import machine
 from dreammix_trt.engine.directory import BACKENDS
@@ -34,7 +35,8 @@ class EngineOptions:
         profiles).
     pictures: most in a batch.
     workspace: most bytes of scratch memory on the GPU.
-    context: lengths of the text condition, each with profiles of its own (77: the text alone).
+    context: lengths of the text condition, each with profiles of its own (77: the text alone), and spans of lengths
+        that share profiles, (78, 125) for a text with any number of tokens of a subject.
     vae_images: pictures on which a float16 VAE is looked at for overflow, besides the built-in ones.
     safe_vae: build a float16 VAE in float32 too, for pictures that are too much for it.
     look: pictures that are painted to see what bfloat16 changes; 0: none; None: some where the base is small.
@@ -48,7 +50,7 @@ class EngineOptions:
     shapes: str = "static"
     pictures: int = 1
     workspace: int | None = None
-    context: tuple[int, ...] = (TOKENS,)
+    context: tuple[Length, ...] = (TOKENS,)
     vae_images: tuple[Path, ...] = ()
     safe_vae: bool = True
     look: int | None = None
@@ -116,10 +118,11 @@ class EngineOptions:
         self._check_openvino()
         if not 1 <= self.pictures <= 64:
             raise InputError(f"pictures is {self.pictures}; allowed: 1 to 64")
-        if not self.context or any(not TOKENS <= length <= _MOST_CONTEXT for length in self.context):
+        if not self.context or any(
+            not TOKENS <= low <= high <= _MOST_CONTEXT for low, high in map(span_of, self.context)
+        ):
             raise InputError(
-                f"context is {','.join(map(str, self.context)) or 'empty'}; allowed: lengths from {TOKENS} to "
-                f"{_MOST_CONTEXT}"
+                f"context is {join_lengths(self.context) or 'empty'}; allowed: lengths from {TOKENS} to {_MOST_CONTEXT}"
             )
         for image in self.vae_images:
             if not Path(image).is_file():
@@ -194,7 +197,7 @@ class EngineOptions:
         given["shapes"] = self.shapes if self.shapes != usual.shapes else None
         given["pictures"] = self.pictures if self.pictures != usual.pictures else None
         given["workspace"] = self.workspace >> 20 if self.workspace else None  # the option counts MiB
-        given["context"] = ",".join(map(str, self.context)) if self.context != usual.context else None
+        given["context"] = join_lengths(self.context) if self.context != usual.context else None
         given["vae_image"] = [str(image) for image in self.vae_images]
         given["no_safe_vae"] = not self.safe_vae
         given["look"] = self.look

@@ -17,6 +17,7 @@ from dreammix_trt.core.axes import FACTOR
 from dreammix_trt.core.calibration import Calibration
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.files import sha256_of
+from dreammix_trt.core.lengths import order_length
 from dreammix_trt.core.network_weights import BaseLora
 from dreammix_trt.core.networks import BESIDE, KINDS, Network, Precision, describe_networks, is_twin, kind_of
 from dreammix_trt.core.store import Store
@@ -136,7 +137,7 @@ class Ingredients:
                 shapes=shapes,
                 latent_side=side // FACTOR,
                 step=divisor // FACTOR,
-                contexts=sorted(set(self.engine.context)),
+                contexts=sorted(set(self.engine.context), key=order_length),
                 call=kind_of(name).call,
             )
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dreammix_trt.core.asuka_pictures import shrink_for_prior
-from dreammix_trt.core.config_fields import TOKENS
+from dreammix_trt.core.config_fields import MOST_TOKENS, TOKENS
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.request import Prior
 from dreammix_trt.core.schedule import STAGES, Schedule, Stage, time_ids
@@ -156,7 +156,7 @@ def list_regions(pictures: int, context: int, width: int, prior_side: int | None
         "ids": ((pictures * count_prompts(context), 2, TOKENS), "int64"),
         "text weights": ((pictures * count_prompts(context), 2, TOKENS), "float32"),
         "tas plans": ((pictures, measure_tas_plan(context)), "int32"),
-        "appended": ((pictures * 2 * max(context - TOKENS, 1), width), "float32"),
+        "appended": ((pictures * 2 * max(context - TOKENS, MOST_TOKENS), width), "float32"),
         **(prior if prior_side else {}),
         "tables": ((pictures * TABLE,), "int32"),
     }

@@ -149,6 +149,15 @@ class Factors:
         Raises InputError for a slot whose factors alone do not fit; then, and after any other error, nothing changes
         but what is resident.
         """
+        added = self.make(name, pairs)
+        if name in self._known:
+            self._resident.pop(self._known[name], None)
+        if pairs and added.nbytes <= self._region.nbytes:
+            self._settle(added)
+        self._known[name] = added
+
+    def make(self, name: str, pairs: Pairs) -> FactorSet:
+        """Make a set that `bring` takes, without making it known. Raises InputError as `add` does."""
         for key, pair in pairs.items():
             if sum(pair.sizes) > self._region.nbytes:
                 size, room = size_text(sum(pair.sizes)), size_text(self._region.nbytes)
@@ -156,12 +165,7 @@ class Factors:
                     f"subject {name!r}: the factors of {pair.slot.module} in {key[0]} take {size} and this runtime has "
                     f"{room} for factors: load it with more `subjects`"
                 )
-        added = FactorSet(name, pairs)
-        if name in self._known:
-            self._resident.pop(self._known[name], None)
-        if pairs and added.nbytes <= self._region.nbytes:
-            self._settle(added)
-        self._known[name] = added
+        return FactorSet(name, pairs)
 
     def remove(self, name: str) -> None:
         """Forget a subject's factors. Whoever has the set can still bring it."""

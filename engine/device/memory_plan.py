@@ -58,6 +58,7 @@ class Options:
     texts: how many prompts stay encoded there; others are encoded again.
     shapes: how many frame sizes (and batch sizes) keep graphs.
     context: the most rows of the text condition, where the engines take any number; 77 for each 75 tokens of a prompt.
+        A subject's tokens are not counted; they have room where the base has a token adapter.
     residency: "resident": all networks stay. "one-unet": unet_raw is omitted and all steps run on the inpainting UNet,
         so pictures differ a little. "swap": networks are loaded while a phase needs them; one that cannot be loaded
         fails in the first request. None: the first of these that fits.

@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
-from dreammix_trt.core.config_fields import TOKENS
+from dreammix_trt.core.config_fields import MOST_TOKENS, TOKENS
 from dreammix_trt.core.errors import EngineError, InputError
+from dreammix_trt.core.lengths import write_lengths
 from dreammix_trt.core.networks import KINDS
 from dreammix_trt.core.schedule import Stage
-from dreammix_trt.core.seam import BaseFacts, DeviceNetworks
+from dreammix_trt.core.seam import BaseFacts, DeviceNetworks, Shape
+from dreammix_trt.core.subject import Subject
+from dreammix_trt.core.subject_tokens import TokenConfig
 from dreammix_trt.engine.canvas.geometry import Size
-from dreammix_trt.engine.device import blocks, phases, prior, room, slot_layout, texts
+from dreammix_trt.engine.device import blocks, phases, prior, room, slot_layout, texts, tokens
 from dreammix_trt.engine.device.arena import Regions, measure_regions
 from dreammix_trt.engine.device.blocks import Picture
 from dreammix_trt.engine.device.memory_plan import MemoryPlan, Options, plan_memory
@@ -26,13 +29,21 @@ from dreammix_trt.engine.drivers.device import Device
 class Needs:
     """What networks need with options.
 
+    reading: what the base's token adapter adds for subjects of tokens; None: there is no adapter.
+    config: of that adapter.
     slotted: the networks with slots, whose weights the memory plan places.
 
     Raises InputError for options that the engines were not built for, EngineError for a base that lacks a network.
     """
 
-    def __init__(self, networks: DeviceNetworks, options: Options) -> None:
-        self._networks, self._options = networks, options
+    def __init__(
+        self,
+        networks: DeviceNetworks,
+        options: Options,
+        reading: Subject | None = None,
+        config: TokenConfig | None = None,
+    ) -> None:
+        self._networks, self._options, self._reading, self._config = networks, options, reading, config
         self._facts: BaseFacts = networks.facts
         most = networks.most_pictures
         if most is not None and options.pictures > most:
@@ -55,9 +66,12 @@ class Needs:
 
     @property
     def contexts(self) -> Sequence[int]:
-        """The lengths of the condition that the engines take; where they take any, those that memory is there for."""
-        lengths = self._networks.contexts()
-        return lengths or range(TOKENS, max(self._options.context, TOKENS) + 1)
+        """The lengths of the condition that the engines take; where they take any, those that memory is there for.
+
+        A subject's tokens have memory beside what was asked for.
+        """
+        lengths, extra = self._networks.contexts(), MOST_TOKENS if self._config else 0
+        return lengths or range(TOKENS, max(self._options.context, TOKENS) + extra + 1)
 
     @property
     def most_context(self) -> int:
@@ -68,10 +82,9 @@ class Needs:
         """The rows of a condition. Raises InputError for a number of rows that does not fit."""
         lengths = self._networks.contexts()
         if lengths is not None and length not in lengths:
-            built = ", ".join(map(str, lengths))
             raise InputError(
-                f"the condition has {length} rows, and these engines take {built}; build them with `--context "
-                f"{','.join(map(str, sorted({*lengths, length})))}`"
+                f"the condition has {length} rows, and these engines take {write_lengths(lengths)}; build them with "
+                f"`--context {write_lengths({*lengths, length}, ',')}`"
             )
         if lengths is None and length > self.most_context:
             raise InputError(
@@ -79,6 +92,16 @@ class Needs:
                 f"context={length}"
             )
         return length
+
+    def check_enrolment(self) -> None:
+        """Raise InputError where the engines do not take the condition that enrolling runs on: a class's name."""
+        lengths = self._networks.contexts()
+        if lengths is not None and TOKENS not in lengths:
+            raise InputError(
+                f"enrolling reads the subject's class as a condition of {TOKENS} rows, and these engines take "
+                f"{write_lengths(lengths)}; build them with `--context {write_lengths({*lengths, TOKENS}, ',')}`, or "
+                "enrol on the CPU: the subject's file serves every engine of its base"
+            )
 
     @cached_property
     def prior_rows(self) -> int:
@@ -90,11 +113,11 @@ class Needs:
         first, context, against = batch[0], batch[0].work.prompts.context, 0
         match first.prior_in(stage):
             case "alone":
-                context = self.prior_rows
+                context = self.prior_rows + first.work.prompts.extra
             case "concat":
                 context += self.prior_rows
             case "negative":
-                against = self.prior_rows
+                against = self.prior_rows + first.work.prompts.extra
         for length in filter(None, (context, against)):
             self.check_context(length)
         work = first.framings[first.stages.index(stage)].work
@@ -131,15 +154,18 @@ class Needs:
     def shared(self) -> Regions:
         """The regions of the arena that every memory plan has."""
         options, networks = self._options, self._networks
+        lent = tokens.measure(networks, self._config) if self._config else 0
+        regions = room.list_regions(networks, self.largest)
+        regions = {**regions, room.KEYS_AND_VALUES: _grow(regions[room.KEYS_AND_VALUES], lent)}
         return {
             **phases.list_regions(
                 measure_scratch, self.largest, options.largest_picture, sees="asuka_decoder" in networks
             ),
             **self.blocks,
-            **room.list_regions(networks, self.largest),
+            **regions,
             **texts.list_regions(networks, options.pictures, 2, options.texts, self.most_context),
             **prior.list_regions(networks),
-            **slot_layout.list_tables(self.slotted, options.subjects),
+            **slot_layout.list_tables(self.slotted, options.subjects, self._reading),
             "workspace": ((self._measure_workspace(),), "uint8"),
         }
 
@@ -178,6 +204,11 @@ class Needs:
         shapes = [self.largest, replace(self.largest, against=self.most_context)] if self.prior_rows else [self.largest]
         sides = {(kind.name, each) for kind in present for shape in shapes for each in shape.sides_of(kind.call)}
         return max([256, *(self._networks.workspace_bytes(name, each) for name, each in sides)])
+
+
+def _grow(region: tuple[Shape, str], size: int) -> tuple[Shape, str]:
+    """A region of bytes that has at least a size."""
+    return (max(region[0][0], size),), region[1]
 
 
 def measure_scratch(kernel: str, pictures: int, height: int, width: int) -> int:

@@ -15,10 +15,10 @@ from dreammix_trt.core.schedule import Step
 from dreammix_trt.core.seam import Array
 from dreammix_trt.engine.device import phases
 from dreammix_trt.engine.device.blocks import Picture
+from dreammix_trt.engine.device.choices import Chosen
 from dreammix_trt.engine.device.memory_plan import explain_memory
 from dreammix_trt.engine.device.phases import Phases
 from dreammix_trt.engine.device.room import Room
-from dreammix_trt.engine.device.weights import Chosen
 from dreammix_trt.engine.drivers.device import Mark
 from dreammix_trt.engine.painting import Preview, paint_safely
 from dreammix_trt.engine.runtime import Painted, Painting

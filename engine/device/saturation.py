@@ -54,8 +54,10 @@ class Saturation:
 
 def describe_cut(role: Role, cut: Cut) -> str:
     """What a user should know of it. The cut is not empty."""
+    who = f"subject {role.name!r} at strength {role.scale:g}" if role.name else "a subject of tokens"
+    beside = " beside the token adapter's LoRA" if role.name and role.adapted else ""
     return (
-        f"subject {role.name!r} at strength {role.scale:g}: {sum(cut.values())} weights in {len(cut)} layers are "
+        f"{who}{beside}: {sum(cut.values())} weights in {len(cut)} layers are "
         f"larger than FP8 holds and are cut off, so it may look wrong: lower subject_scale, or build with `--precision "
         f"float16`; the layers: {join_first(list(cut), 3)}"
     )

@@ -15,7 +15,9 @@ from dreammix_trt.core.errors import EngineError
 from dreammix_trt.core.networks import KINDS, kind_of, list_groups
 from dreammix_trt.core.seam import DeviceNetworks
 from dreammix_trt.core.slots import Slot, names_of_weights
+from dreammix_trt.core.subject import Subject
 from dreammix_trt.engine.device.arena import Pieces
+from dreammix_trt.engine.device.factors import Pair
 from dreammix_trt.engine.device.records import MERGE
 
 Pristine = Literal["device", "host"]
@@ -100,13 +102,26 @@ def measure_factors(slotted: Mapping[str, SlottedNetwork], subjects: int) -> int
     return subjects * 4 * _USUAL_RANK * max(sum(sides), 1)
 
 
-def list_tables(slotted: Mapping[str, SlottedNetwork], subjects: int) -> dict[str, tuple[tuple[int, ...], str]]:
+def measure_reading(slotted: Mapping[str, SlottedNetwork], reading: Subject | None) -> int:
+    """Bytes for the factors that the token adapter adds; None: there is none."""
+    found = 0
+    for name, network in slotted.items() if reading is not None else ():
+        factors = reading.factors_for(name) if reading is not None else {}
+        found += sum(sum(Pair(slot, *factors[slot.module]).sizes) for slot in network.slots if slot.module in factors)
+    return found
+
+
+def list_tables(
+    slotted: Mapping[str, SlottedNetwork], subjects: int, reading: Subject | None = None
+) -> dict[str, tuple[tuple[int, ...], str]]:
     """Memory for factors, and for the records of a merge.
 
     subjects: see `measure_factors`.
+    reading: what the token adapter adds for subjects of tokens; its factors have a place beside the subjects'.
     """
     records = max(sum(len(each.slots) for each in slotted.values()), 1)
-    found = {"factors": measure_factors(slotted, subjects), "merge table": records * MERGE.itemsize}
+    factors = measure_factors(slotted, subjects) + measure_reading(slotted, reading)
+    found = {"factors": factors, "merge table": records * MERGE.itemsize}
     return {name: ((size,), "uint8") for name, size in found.items()}
 
 

@@ -9,15 +9,16 @@ import logging
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from dreammix_trt.core.errors import DeviceError, EngineError, InputError
+from dreammix_trt.core.errors import DeviceError, EngineError, InputError, OutOfMemoryError
 from dreammix_trt.core.seam import Array, BaseFacts, DeviceNetworks, Stream
 from dreammix_trt.core.subject import Subject
 from dreammix_trt.core.token_adapter import TokenAdapter
+from dreammix_trt.core.token_factors import read_as_subject
 from dreammix_trt.engine.canvas.geometry import Size
 from dreammix_trt.engine.device import blocks
 from dreammix_trt.engine.device.arena import Arena
@@ -31,11 +32,12 @@ from dreammix_trt.engine.device.residency import Residency, Usable, restrict_to_
 from dreammix_trt.engine.device.room import Room, Rooms, RoomShape
 from dreammix_trt.engine.device.slot_layout import list_slotted
 from dreammix_trt.engine.device.texts import DeviceTexts
-from dreammix_trt.engine.device.tokens import refuse_tokens
+from dreammix_trt.engine.device.tokens import SingleCalls
 from dreammix_trt.engine.device.transfers import Transfers, Uploads
 from dreammix_trt.engine.device.weights import DeviceWeights
 from dreammix_trt.engine.drivers.device import Device, put
-from dreammix_trt.engine.enrolment import Reference
+from dreammix_trt.engine.enrolment import Reference, make_rows
+from dreammix_trt.engine.painting import run_safely
 from dreammix_trt.engine.runtime import Painting, Work, check_parts
 from dreammix_trt.engine.text import Tokenizer
 
@@ -78,7 +80,8 @@ class Studio:
         usable = cast(DeviceNetworks, Usable(networks))
         self.facts: BaseFacts = networks.facts
         self.adapter = adapter
-        self.needs = Needs(usable, self.options)
+        self._reading = read_as_subject(adapter) if adapter else None
+        self.needs = Needs(usable, self.options, self._reading, adapter.config if adapter else None)
         self.plan: MemoryPlan = self.needs.plan(device, beside=shares)
         self.networks = cast(DeviceNetworks, restrict_to_plan(usable, self.plan))
         self.turn: object | None = None  # the batch that uses the device's memory now
@@ -111,7 +114,7 @@ class Studio:
         self.arena = Arena(device, self.needs.list_regions(self.plan))
         made.callback(self.arena.close)
         self.transfers = Transfers(device, self.arena, list(self.needs.blocks), made)
-        self._put(self.arena["numbers"], np.arange(blocks.MOST_STEPS + 1, dtype=np.int32))  # the values of the counter
+        self.put(self.arena["numbers"], np.arange(blocks.MOST_STEPS + 1, dtype=np.int32))  # the values of the counter
         self.weights = DeviceWeights(
             device,
             self.stream,
@@ -121,8 +124,9 @@ class Studio:
             Uploads(device, self.stream, self.pace.wait_for, made),
             turns=self.plan.strategy == "swap",
             pristine=self.plan.pristine,
+            reading=self._reading,
         )
-        self.texts = DeviceTexts(device, self.stream, networks, self.arena, self.weights, self._put, self._tally)
+        self.texts = DeviceTexts(device, self.stream, networks, self.arena, self.weights, self.put, self._tally)
         made.callback(self.texts.close)
         self.rooms = Rooms(self._make_room, self.options.shapes)
         made.callback(self.rooms.close)
@@ -130,7 +134,7 @@ class Studio:
     def _make_room(self, shape: RoomShape) -> Room:
         self.residency.free_weights()
         workspace = self.arena["workspace"]
-        return Room(shape, self.device, self.networks, self.arena, self.weights, workspace, self._put, self._tally)
+        return Room(shape, self.device, self.networks, self.arena, self.weights, workspace, self.put, self._tally)
 
     # -- what a runtime offers ----------------------------------------------------------------------------------------
 
@@ -175,16 +179,38 @@ class Studio:
         self.texts.forget(name)
 
     def make_rows(self, references: Sequence[Reference], class_name: str, tokenizers: Sequence[Tokenizer]) -> F32:
-        """Always raises InputError."""
-        refuse_tokens("a subject is to be enrolled")
+        """Make the rows of a subject; see `engine.runtime.Runtime`. After an overflow with the available twins.
+
+        A batch that was begun before cannot go on. Raises also InputError where the engines do not take the class as
+        it is, OutOfMemoryError, DeviceError.
+        """
+        self._check_open()
+        assert self.adapter is not None
+        config = self.adapter.config
+        self.weights.check_adapter()
+        self.needs.check_enrolment()
+        turn = self.turn = object()
+        self.pace.wait()
+        self.leave_rooms()
+
+        def make(safe: bool) -> F32:
+            return make_rows(references, class_name, tokenizers, SingleCalls(self, config, safe), self.facts, config)
+
+        try:
+            with explain_memory(self.plan):
+                return run_safely(make, self.networks.__contains__, "while enrolling")
+        except (OutOfMemoryError, MemoryError):
+            self.recover()
+            raise
+        finally:
+            if self.turn is turn:
+                self.turn = None
 
     def check(self, work: Work) -> Hashable:
         """What pictures of one batch must share. Raises InputError for a picture that cannot be painted."""
         if work.noise is not None:
             raise InputError("noise is given, but on a GPU it is drawn there, from the seed: load with device='cpu'")
         check_parts(work.request, self.networks.__contains__)
-        if work.subject.adapted:
-            refuse_tokens("the subject is of tokens")
         picture = Picture.of(work)
         self.needs.check_picture(picture)
         self.weights.check_range(work.subject)
@@ -265,9 +291,9 @@ class Studio:
         self.texts.close()
         self.texts.forget()
 
-    def bring(self, array: Array) -> U8:
+    def bring(self, array: Array) -> npt.NDArray[Any]:
         """Copy a device's array to the host, once all earlier work is done."""
-        host = np.empty(array.shape, np.uint8)
+        host = np.empty(array.shape, array.dtype)
         self.pace.wait()  # a copy to memory that is not pinned waits by itself, without end
         self.device.download(host, array, self.stream)
         self.device.synchronize(self.stream)
@@ -300,7 +326,8 @@ class Studio:
             raise EngineError("this runtime was closed: load it again")
         self.pace.check()
 
-    def _put(self, to: Array, values: npt.NDArray[np.generic]) -> None:
+    def put(self, to: Array, values: npt.NDArray[np.generic]) -> None:
+        """Copy values to a device's array, and wait."""
         put(self.device, to, values, self.stream, self.pace.wait)
 
 

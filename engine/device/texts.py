@@ -19,8 +19,9 @@ from dreammix_trt.core.slots import names_of_weights
 from dreammix_trt.engine.device.arena import Arena, Regions
 from dreammix_trt.engine.device.blocks import measure_tas_plan
 from dreammix_trt.engine.device.captures import Graphs, Tally
+from dreammix_trt.engine.device.choices import Chosen
 from dreammix_trt.engine.device.room import RoomShape, choose_twin, find_obstacle
-from dreammix_trt.engine.device.weights import Chosen, DeviceWeights
+from dreammix_trt.engine.device.weights import DeviceWeights
 from dreammix_trt.engine.drivers.device import Device, Memory
 from dreammix_trt.engine.prompts import Key, Prompt, PromptPlan, RowSource, count_prompts
 
@@ -212,14 +213,19 @@ class DeviceTexts:
         """Write the rows of ASUKA's prior into a stage's condition.
 
         tokens, pooled: float32 (T, D) and (Dp,).
-        beside: they follow the text's in each of the picture's rows; else they are its negative, or only, row.
+        beside: they follow the text's and a subject's in each of the picture's rows; else they and a subject's are its
+            negative, or only, row.
         """
         places, vectors = self.rows_of(stage, shape, dtype)[0]
+        count, each = tokens.shape[0], shape.rows_per_picture
         if not beside:
-            self._write(places[picture], tokens)
+            self._write(places[picture].part(0, count), tokens)
+            extra = places.shape[1] - count
+            if extra:
+                appended = self._arena["appended"].part(picture * each * extra, extra)
+                self._write(places[picture].part(count, extra), appended)
             self._write(vectors[picture], pooled)
             return
-        count, each = tokens.shape[0], shape.rows_per_picture
         for row in range(picture * each, (picture + 1) * each):
             self._write(places[row].part(shape.context - count, count), tokens)
 

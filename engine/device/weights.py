@@ -19,13 +19,13 @@ import numpy.typing as npt
 
 from dreammix_trt.core.axes import FLOAT8
 from dreammix_trt.core.errors import EngineError
-from dreammix_trt.core.merging import check_subject
 from dreammix_trt.core.networks import kind_of
 from dreammix_trt.core.remarks import remark
 from dreammix_trt.core.seam import Array, DeviceNetworks, Stream
 from dreammix_trt.core.subject import Role, Subject
 from dreammix_trt.engine.device.arena import Arena, Pieces
-from dreammix_trt.engine.device.factors import Factors, FactorSet, Pair, Pairs
+from dreammix_trt.engine.device.choices import PRISTINE, Choices, Chosen
+from dreammix_trt.engine.device.factors import Factors
 from dreammix_trt.engine.device.records import MERGE_KINDS
 from dreammix_trt.engine.device.saturation import Saturation, describe_cut
 from dreammix_trt.engine.device.slot_layout import (
@@ -39,7 +39,6 @@ from dreammix_trt.engine.device.slot_layout import (
 from dreammix_trt.engine.device.slot_records import Addresses, SlotRecords
 from dreammix_trt.engine.device.transfers import Uploads
 from dreammix_trt.engine.drivers.device import Device
-from dreammix_trt.engine.runtime import find_subject
 
 Slots = npt.NDArray[np.bool_]  # a word on each slot of a network
 
@@ -72,25 +71,6 @@ class MergeCount:
         self.read += int((sizes * read + 4 * factors).sum())
         self.written += int((sizes * written).sum())
         self.uploaded += table.nbytes
-
-
-class Chosen(NamedTuple):
-    """A role at the time when it was chosen. It stays what it is though the subject is removed or replaced.
-
-    factors: None: the weights are the base's own.
-    scale: the subject's strength, times the role's.
-    """
-
-    factors: FactorSet | None
-    scale: float
-
-    @property
-    def label(self) -> tuple[int, float]:
-        """Equal for those whose weights are equal."""
-        return (self.factors.number if self.factors else 0), self.scale
-
-
-PRISTINE: Final = Chosen(None, 0.0)
 
 
 class _Held:
@@ -143,6 +123,7 @@ class DeviceWeights:
     slotted: those with slots.
     turns: whether the networks of each phase take turns in one region; then `enter` brings them.
     pristine: where the base's own weights are.
+    reading: what the token adapter adds for subjects of tokens; None: there is no adapter.
     count: what merging has taken so far.
     """
 
@@ -157,13 +138,14 @@ class DeviceWeights:
         *,
         turns: bool,
         pristine: Pristine,
+        reading: Subject | None = None,
     ) -> None:
         self._device, self._stream, self._networks = device, stream, networks
         self._arena, self._uploads = arena, uploads
         self._slotted, self._turns, self.count = slotted, turns, MergeCount()
         self._gpu = importlib.import_module("dreammix_trt._cpp").gpu
-        self._known: dict[str, Subject] = {}
         self._factors = Factors(arena["factors"], uploads)
+        self._choices = Choices(networks, slotted, self._factors, reading)
         self._saturation = Saturation(networks, slotted)
         self._held = {name: self._make_held(network, pristine) for name, network in slotted.items()}
         if not turns:
@@ -187,23 +169,19 @@ class DeviceWeights:
         Raises FileFormatError where it does not fit the base, InputError, DeviceError; then the earlier subject keeps
         the name.
         """
-        check_subject(subject, self._networks)
-        self._factors.add(name, self._list_pairs(subject))
-        self._known[name] = subject
+        self._choices.add(name, subject)
 
     def remove(self, name: str) -> None:
         """Forget a subject. What is merged stays until another role is entered."""
-        del self._known[name]
-        self._factors.remove(name)
+        self._choices.remove(name)
+
+    def check_adapter(self) -> None:
+        """Raise FileFormatError where the slots do not take the adapter's factors, as in an engine without any."""
+        self._choices.check_adapter()
 
     def choose(self, role: Role) -> Chosen:
         """What a role means now. Raises EngineError for a subject that was removed."""
-        if not role.name:
-            return PRISTINE
-        factors, scale = None, find_subject(self._known, role).scale
-        if scale != 0:
-            factors = self._factors.find(role.name)
-        return Chosen(factors, scale) if factors and factors.pairs else PRISTINE
+        return self._choices.choose(role)
 
     def check_range(self, role: Role) -> None:
         """Remark on a role with which weights are cut off, as FP8 cannot hold them."""
@@ -239,15 +217,6 @@ class DeviceWeights:
             return _Held(network, network.merged.cut(self._arena[SHARED], before), None)
         copy = network.pristine.cut(self._arena[f"{name} pristine"]) if keeps_pristine(name, pristine) else None
         return _Held(network, network.merged.cut(self._arena[f"{name} slots"]), copy)
-
-    def _list_pairs(self, subject: Subject) -> Pairs:
-        found = {}
-        for name, network in self._slotted.items():
-            factors = subject.factors_for(name)
-            for number, slot in enumerate(network.slots):
-                if slot.module in factors:
-                    found[name, number] = Pair(slot, *factors[slot.module])
-        return found
 
     @staticmethod
     def _list_changed(chosen: Chosen, held: _Held) -> Slots:

@@ -26,7 +26,7 @@ from dreammix_trt.engine.host.denoiser import Denoiser, EngineDenoiser
 from dreammix_trt.engine.host.painter import HostPainter, Sitting
 from dreammix_trt.engine.host.texts import HostTexts
 from dreammix_trt.engine.host.weights import HostWeights
-from dreammix_trt.engine.painting import describe_overflow, paint_safely
+from dreammix_trt.engine.painting import paint_safely, run_safely
 from dreammix_trt.engine.runtime import Painted, Painting, Work, check_parts
 from dreammix_trt.engine.text import Tokenizer
 
@@ -84,12 +84,7 @@ class HostRuntime:
             assert self.adapter is not None
             return make_rows(references, class_name, tokenizers, networks, self.facts, self.adapter.config)
 
-        try:
-            return make(False)
-        except NotFiniteError as error:
-            if twin_name(error.network) not in self.networks:
-                raise NotFiniteError(describe_overflow(error.network, "while enrolling"), error.network) from error
-        return make(True)
+        return run_safely(make, self.networks.__contains__, "while enrolling")
 
     def check(self, work: Work) -> Hashable:
         """A value that no other picture has: no picture shares a batch with another."""

@@ -13,7 +13,7 @@ from dreammix_trt.core.networks import twin_name
 from dreammix_trt.core.seam import Networks
 from dreammix_trt.core.subject import Role, Subject, stack_pairs
 from dreammix_trt.core.token_adapter import TokenAdapter
-from dreammix_trt.core.token_factors import read_factors
+from dreammix_trt.core.token_factors import read_as_subject
 from dreammix_trt.engine import kernels
 from dreammix_trt.engine.runtime import find_subject
 
@@ -89,7 +89,7 @@ class HostWeights:
     @cached_property
     def _reading(self) -> Subject:
         """What the adapter learnt to read tokens with, as a subject; read at first use."""
-        return Subject("", "", "", read_factors(self._adapter) if self._adapter else {})
+        return read_as_subject(self._adapter)
 
     def _trim(self, present: Role) -> None:
         """Forget what was not used for the longest time, beyond what may be kept."""

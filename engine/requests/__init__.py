@@ -3,7 +3,8 @@
 One worker thread per painter takes the requests in their order. Each request has a `Ticket`. One more thread, the
 keeper, sleeps until the next deadline. All state of a queue and its tickets changes under the lock of its `Line`; the
 app's code never runs under it. The app's callback `on_step` runs in a worker's thread, where nothing of this package
-waits: `submit`, `result` and `close` return at once there, so a callback cannot block its own worker forever.
+waits: `submit`, `result` and `close` return at once there, and `visit` raises, so a callback cannot block its own
+worker forever.
 """
 
 from dreammix_trt.engine.requests.queue import RequestQueue

@@ -6,8 +6,10 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 
 from dreammix_trt.core.errors import Cancelled, DeviceError, EngineError, QueueFull
+from dreammix_trt.engine.requests.errands import Errand, Paints
 from dreammix_trt.engine.requests.tally import Statistics, Tally
 from dreammix_trt.engine.requests.tickets import Ticket
 from dreammix_trt.engine.result import Result
@@ -33,6 +35,7 @@ class Line:
         self._doors: deque[object] = deque()  # calls of `admit` in their order
         self._waiting: deque[Ticket] = deque()
         self._running: list[Ticket] = []  # one for each busy worker
+        self._errands: dict[int, deque[Errand]] = {}  # by the id of the painter
         self._tally = Tally()
         self._closing = False
         self._lost: DeviceError | None = None
@@ -70,10 +73,15 @@ class Line:
             self._waiting.append(ticket)
             self._work.notify()
 
-    def take(self) -> Ticket | None:
-        """Wait for the first ticket and start it. None when the line is closed and empty."""
+    def take(self, painter: Paints) -> Ticket | Errand | None:
+        """Wait for an errand with this painter or for the first ticket, and start that. None: closed and empty."""
         with self.lock:
-            while self._work.wait_for(lambda: self._waiting or self._closing) and self._waiting:
+            errands = self._errands[id(painter)]
+            while self._work.wait_for(lambda: errands or self._waiting or self._closing):
+                if errands:
+                    return errands.popleft()
+                if not self._waiting:
+                    break
                 ticket = self._waiting[0]
                 now = time.monotonic()
                 if now < ticket._deadline:
@@ -83,6 +91,30 @@ class Line:
                 self._expire(ticket)
                 del ticket
         return None
+
+    def expect(self, painter: Paints) -> None:
+        """Keep errands for a painter whose worker is about to start."""
+        with self.lock:
+            self._errands[id(painter)] = deque()
+
+    def send(self, errands: Sequence[Errand]) -> list[Errand]:
+        """Have workers do errands with their painters before their next tickets.
+
+        Returns those whose painter has a worker. Raises EngineError where none has, and after `close`.
+        """
+        with self.lock:
+            sent = [errand for errand in errands if id(errand.painter) in self._errands]
+            if self._closing or not sent:
+                raise EngineError("this queue was closed, or its devices are lost: make another RequestQueue")
+            for errand in sent:
+                self._errands[id(errand.painter)].append(errand)
+            self._work.notify_all()
+            return sent
+
+    def find_position(self, ticket: Ticket) -> int | None:
+        """The place of a ticket that waits, from 1; None for any other."""
+        with self.lock:
+            return next((place for place, each in enumerate(self._waiting, 1) if each is ticket), None)
 
     def finish(self, ticket: Ticket, result: Result | None, error: BaseException | None) -> None:
         """End a ticket whose worker is done with it, with the result or the error, unless it has ended before."""
@@ -128,8 +160,8 @@ class Line:
             self._work.notify_all()
             self._room.notify_all()
 
-    def leave(self, lost: DeviceError | None) -> bool:
-        """Remove a worker for good. The last one ends all tickets that still wait.
+    def leave(self, painter: Paints, lost: DeviceError | None) -> bool:
+        """Remove a painter's worker for good. The last one ends all tickets that still wait.
 
         lost: the error that reports the loss of its device, or None.
 
@@ -137,6 +169,8 @@ class Line:
         """
         with self.lock:
             self.workers -= 1
+            for errand in self._errands.pop(id(painter), ()):
+                errand.end(EngineError("the queue's worker ended") if lost is None else _copy_error(lost))
             if not self.workers:
                 if lost is not None and not self._closing:
                     self._lost = _copy_error(lost)

@@ -7,21 +7,25 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from contextlib import ExitStack, suppress
 from types import EllipsisType, TracebackType
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack
 
 from PIL import Image
 
-from dreammix_trt.core.errors import DeviceError, InputError
+from dreammix_trt.core.errors import DeviceError, EngineError, InputError
 from dreammix_trt.core.request import Request, RequestFields
 from dreammix_trt.core.sources import Source, as_bytes
+from dreammix_trt.engine.requests.errands import Errand, Paints
 from dreammix_trt.engine.requests.keeper import Keeper
 from dreammix_trt.engine.requests.line import Line
 from dreammix_trt.engine.requests.tally import Statistics
 from dreammix_trt.engine.requests.tickets import Noise, Order, Ticket
-from dreammix_trt.engine.requests.worker import Paints, work
+from dreammix_trt.engine.requests.worker import work
 from dreammix_trt.engine.result import StepEvent
+
+T = TypeVar("T")
 
 
 class RequestQueue:
@@ -47,7 +51,7 @@ class RequestQueue:
         if isinstance(waiting, bool) or not isinstance(waiting, int) or waiting < 0:
             raise InputError(f"waiting is {waiting!r}; allowed: a whole number from 0")
         self._timeout = _check_seconds("timeout", timeout)
-        self._owned = tuple(painters) if owned else ()
+        self._painters, self._owned = tuple(painters), tuple(painters) if owned else ()
         self._request = painters[0].request
         self._line = Line(waiting)
         self._keeper = Keeper(self._line)
@@ -56,6 +60,7 @@ class RequestQueue:
         try:
             with self._line.lock:
                 for painter in painters:
+                    self._line.expect(painter)
                     self._start("serve", self._serve, painter)
                     self._line.workers += 1
                 self._start("keep", self._keeper.keep)
@@ -103,6 +108,23 @@ class RequestQueue:
             self._line.admit(ticket, patience)
             self._keeper.note_deadline(ticket)
         return ticket
+
+    def visit(self, call: Callable[[Any], T]) -> list[T]:
+        """Call a function with each painter, in its worker's thread, between two requests.
+
+        The way to change painters that serve: add subjects, remove them. Waits until every worker has been at it,
+        which may take as long as the requests that run; requests that wait come after it.
+
+        call: takes the painter. All painters whose device is not lost are visited, also when it fails with one.
+
+        Returns what it returned, in the order of the painters. Raises the first error; EngineError after `close`, and
+        for a call from a callback, which would wait for itself.
+        """
+        if self._line.is_inside():
+            raise EngineError("visit() waits for the workers, so no callback of theirs may call it")
+        errands = self._line.send([Errand(painter, call) for painter in self._painters])
+        futures.wait([errand.done for errand in errands])
+        return [errand.done.result() for errand in errands]
 
     def statistics(self) -> Statistics:
         """Counts, and how long finished requests waited and ran."""
@@ -152,7 +174,7 @@ class RequestQueue:
             lost = work(self._line, painter)
         finally:
             with self._line.lock:
-                last = self._line.leave(lost)
+                last = self._line.leave(painter, lost)
                 self._keeper.wake()
             if last:
                 with ExitStack() as owned:

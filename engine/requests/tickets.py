@@ -105,6 +105,11 @@ class Ticket:
         return self._steps
 
     @property
+    def position(self) -> int | None:
+        """Its place among the requests that wait, 1 for the next one; None when it does not wait."""
+        return self._line.find_position(self)
+
+    @property
     def waited(self) -> float:
         """Seconds from the call of `submit` to the start of its work (or to its end, or until now)."""
         return _choose_time(self._started, self._ended) - self._begun

@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol, Unpack
-
 from dreammix_trt.core.errors import DeviceError
-from dreammix_trt.core.request import Request, RequestFields
-from dreammix_trt.core.sources import Source
+from dreammix_trt.engine.requests.errands import Errand, Paints
 from dreammix_trt.engine.requests.line import Line
-from dreammix_trt.engine.requests.tickets import Noise, StepCount, Ticket
-from dreammix_trt.engine.result import Result, StepEvent
-
-
-class Paints(Protocol):
-    """What a queue needs of a painter: see `DreamMix`."""
-
-    def request(self, prompt: str, **fields: Unpack[RequestFields]) -> Request: ...
-    def iterate(
-        self, image: Source, mask_image: Source | None, prompt: Request, /, *, noise: Noise, keep_stages: bool
-    ) -> Iterator[StepEvent]: ...
-    def close(self) -> None: ...
+from dreammix_trt.engine.requests.tickets import StepCount, Ticket
+from dreammix_trt.engine.result import Result
 
 
 def work(line: Line, painter: Paints) -> DeviceError | None:
@@ -29,9 +15,9 @@ def work(line: Line, painter: Paints) -> DeviceError | None:
     Returns the error that reports the loss, else None.
     """
     lost: DeviceError | None = None
-    while lost is None and (ticket := line.take()) is not None:
-        lost = _serve(line, painter, ticket)
-        del ticket  # nothing of a request is kept while waiting for the next
+    while lost is None and (task := line.take(painter)) is not None:
+        lost = task.run() if isinstance(task, Errand) else _serve(line, painter, task)
+        del task  # nothing of a request is kept while waiting for the next
     return lost
 
 

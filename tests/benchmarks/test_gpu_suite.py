@@ -782,6 +782,12 @@ def test_subjects_swap_and_come_back(networks: Any, monkeypatch: pytest.MonkeyPa
     held = "pristine weights with the host"
     for told in ("A, B, A", f"A, B, A, {held}"):
         assert found[f"{told}: the same bits as before"] is True and found[f"{told}: another result between"] is True
+    for told in ("A, tokens, A", "tokens, tokens beside A, tokens"):
+        assert found[f"{told}: the same bits as before"] is True and found[f"{told}: another result between"] is True
+    swap = "a swap between a LoRA and tokens"
+    assert 0 < found[f"{swap}, p50 of 4 [ms]"] <= found[f"{swap}, p99 of 4 [ms]"]
+    assert found["from tokens to others: kernels and bytes"] == 0
+    assert found["a step with 77 rows of condition [ms]"] > 0 and "a step with 24 tokens: costs more by" in found
     assert found["the same bits from either place"] is True
     assert found["a swap, p50 of 4 [ms]"] <= found["a swap, p99 of 4 [ms]"]
     assert found["a swap: kernels launched"] == found[f"a swap, {held}: kernels launched"] == 1

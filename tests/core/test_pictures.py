@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreammix_trt.core.errors import InputError
-from dreammix_trt.core.pictures import read_image
+from dreammix_trt.core.errors import InputError, TooManyPixels
+from dreammix_trt.core.pictures import read_image, read_size
 
 RNG = np.random.default_rng(3)
 RGB = RNG.integers(0, 256, (6, 9, 3), np.uint8)
@@ -144,3 +144,24 @@ def test_bad_kinds() -> None:
 
 def test_one_pixel() -> None:
     assert read_image(RGB[:1, :1]).size == (1, 1)
+
+
+def test_the_size_is_read_from_the_header_alone() -> None:
+    def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+        to = io.BytesIO()
+        image.save(to, kind, **options)  # type: ignore[arg-type]
+        return to.getvalue()
+
+    for kind in ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF"):
+        assert read_size(encode(Image.fromarray(RGB), kind)) == (6, 9)
+    png = encode(Image.fromarray(RGB), "PNG")
+    cut = png[: png.index(b"IDAT") + 4]
+    assert read_size(cut) == (6, 9), "no pixel is decoded"
+    for bad in (b"", b"no picture", png[:20]):
+        with pytest.raises(InputError, match=r"^mask "):
+            read_size(bad, name="mask")
+    with pytest.raises(TooManyPixels, match="too many pixels"):
+        header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + png[24:29]
+        read_size(png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:])
+    with pytest.raises(TooManyPixels, match="at most"):
+        read_image(RGB, max_pixels=50)

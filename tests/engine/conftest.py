@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dreammix_trt.core.subject import read_subject
+from dreammix_trt.core.token_adapter import TokenAdapter
 from dreammix_trt.engine import DreamMix
 from dreammix_trt.engine.backends.onnxruntime.engine_set import EngineSet
 from dreammix_trt.engine.device.memory_plan import Options
@@ -48,8 +49,15 @@ def opened(mug_engine: Path) -> Any:
         yield engines, tokenizers, subjects
 
 
+@pytest.fixture(scope="module")
+def own_adapter(mug_engine: Path) -> TokenAdapter | None:
+    """The token adapter of the mug's engine, if it has one."""
+    file = open_engine(mug_engine).adapter
+    return TokenAdapter.open(file) if file else None
+
+
 @pytest.fixture
-def simulated(opened: Any) -> Iterator[Callable[..., Made]]:
+def simulated(opened: Any, own_adapter: TokenAdapter | None) -> Iterator[Callable[..., Made]]:
     """Makes a DreamMix on a simulated device. runner: wraps the host's networks; networks: of SimulatedNetworks."""
     made: list[Any] = []
 
@@ -63,8 +71,9 @@ def simulated(opened: Any) -> Iterator[Callable[..., Made]]:
         engines, tokenizers, subjects = opened
         device = device or SimulatedDevice()
         on_device = SimulatedNetworks(device, runner(engines), **(networks or {}))
-        given = {"largest_picture": 320 * 320, "subjects": 3, "texts": 8, **options}
-        dm = DreamMix.on_device(device, on_device, tokenizers, subjects, Options(**given), owned=(device,))
+        given: Any = {"largest_picture": 320 * 320, "subjects": 3, "texts": 8, **options}
+        given = Options(**given)
+        dm = DreamMix.on_device(device, on_device, tokenizers, subjects, given, adapter=own_adapter, owned=(device,))
         made.append(dm)
         return dm, device, on_device
 

@@ -243,6 +243,14 @@ def test_a_strength_of_nobody_is_refused(dm: DreamMix) -> None:
         paint(merged, subject_scale=0)
 
 
+def test_a_subject_may_be_given_as_a_value_and_is_listed(mug_engine: Path) -> None:
+    with DreamMix.load(mug_engine, threads=1) as dm:
+        (mug,) = dm.list_subjects()
+        assert dm.add_subject(mug, "twin", token="ohwx") == "twin"
+        assert [(each.name, each.token) for each in dm.list_subjects()] == [("mug", mug.token), ("twin", "ohwx")]
+        assert all(each.factors.keys() == mug.factors.keys() for each in dm.list_subjects())
+
+
 def test_a_removed_subject_is_gone_and_the_next_is_the_default(mug_engine: Path, cup: Path) -> None:
     with DreamMix.load(mug_engine, threads=1) as dm:
         mug = paint(dm, subject_scale=0.5)

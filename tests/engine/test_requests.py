@@ -738,7 +738,7 @@ def test_an_ended_request_is_let_go(prompt: str) -> None:
 def test_a_worker_that_ends_against_its_nature_leaves_no_ticket(monkeypatch: pytest.MonkeyPatch) -> None:
     submitted = threading.Event()
 
-    def ends(self: line.Line) -> None:
+    def ends(self: line.Line, painter: Any) -> None:
         assert submitted.wait(LONG)
         raise SystemExit
 
@@ -882,3 +882,86 @@ def test_what_is_no_list_of_painters_is_refused(mug_engine: Path) -> None:
             RequestQueue(dm)  # type: ignore[arg-type]
         with pytest.raises(InputError, match=r"painters\[0\] is a int"):
             RequestQueue([1])  # type: ignore[list-item]
+
+
+# Position, and errands between requests
+
+
+def test_a_ticket_knows_its_place() -> None:
+    painter = Fake(free=False)
+    with RequestQueue([painter]) as queue:
+        first, second, third = (put(queue, prompt) for prompt in "abc")
+        assert await_begun(painter) == "a"
+        assert (first.position, second.position, third.position) == (None, 1, 2)
+        second.cancel()
+        assert (second.position, third.position) == (None, 1)
+        painter.step(2 * STEPS)
+        third.result(LONG)
+        assert third.position is None
+
+
+def test_an_errand_runs_in_each_worker_between_two_requests_before_those_that_wait() -> None:
+    painters = [Fake(free=False), Fake(free=False)]
+    seen: list[tuple[str, bool]] = []
+
+    def look(painter: Fake) -> int:
+        seen.append((threading.current_thread().name, painter._alone.locked()))
+        return id(painter)
+
+    with RequestQueue(painters) as queue:
+        tickets_ = [put(queue, prompt) for prompt in "abc"]
+        for painter in painters:
+            await_begun(painter)
+        with ThreadPoolExecutor(1) as pool:
+            visit = pool.submit(queue.visit, look)
+            wait_until(lambda: sum(map(len, queue._line._errands.values())) == 2)
+            assert not seen and painters[0].began.empty() and painters[1].began.empty()
+            for painter in painters:
+                painter.step(STEPS)
+            assert visit.result(LONG) == [id(painter) for painter in painters]
+        for painter in painters:
+            painter.step(STEPS)
+        tickets_[2].result(LONG)
+    assert len({name for name, _ in seen}) == 2 and not any(busy for _, busy in seen)
+
+
+def test_an_errand_that_fails_harms_nobody_and_reaches_the_other_painters() -> None:
+    painters, visited = [Fake(), Fake()], []
+
+    def fail_once(painter: Fake) -> None:
+        visited.append(painter)
+        if painter is painters[0]:
+            raise InputError("no")
+
+    with RequestQueue(painters) as queue:
+        with pytest.raises(InputError, match="no"):
+            queue.visit(fail_once)
+        assert len(visited) == 2
+        put(queue).result(LONG)
+        caught: list[BaseException] = []
+
+        def visit(event: StepEvent) -> None:
+            try:
+                queue.visit(lambda painter: None)
+            except EngineError as error:
+                caught.append(error)
+
+        put(queue, on_step=visit).result(LONG)
+        assert len(caught) == STEPS
+    with pytest.raises(EngineError, match="closed"):
+        queue.visit(lambda painter: None)
+
+
+def test_errands_go_to_the_painters_that_are_left() -> None:
+    painters = [Fake(acts={"a": make_raiser(make_lost())}), Fake(acts={"a": make_raiser(make_lost())})]
+    with RequestQueue(painters) as queue:
+        with pytest.raises(DeviceError):
+            put(queue).result(LONG)
+        wait_until(lambda: queue._line.workers == 1)
+        assert len(queue.visit(lambda painter: painter)) == 1
+
+
+def make_lost() -> DeviceError:
+    error = DeviceError("gone")
+    error.lost = True
+    return error

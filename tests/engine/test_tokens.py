@@ -27,8 +27,6 @@ from dreammix_trt.core.token_adapter import TokenAdapter
 from dreammix_trt.core.token_factors import read_factors
 from dreammix_trt.core.token_rows import Tokens
 from dreammix_trt.engine import DreamMix
-from dreammix_trt.engine.device.memory_plan import Options
-from dreammix_trt.engine.drivers.simulated import SimulatedDevice, SimulatedNetworks
 from dreammix_trt.engine.enrolment import encode_class, find_features, read_references
 from dreammix_trt.engine.host.denoiser import Conditioning, EngineDenoiser
 from dreammix_trt.engine.host.prior import PriorRows, add_prior
@@ -427,17 +425,3 @@ def test_without_slots_there_is_no_place_for_the_adapter(dm: DreamMix, adapter: 
         pytest.raises(FileFormatError, match="built with --no-slots"),
     ):
         fixed.enroll(*draw_object(0), class_name="mug")
-
-
-def test_a_device_refuses_tokens_by_name(dm: DreamMix, adapter: TokenAdapter) -> None:
-    device = SimulatedDevice()
-    networks = SimulatedNetworks(device, dm.networks)
-    subjects = [Subject("mug", "", "mug", tokens=Tokens(rows_of(dm, "mug"), adapter.sha256))]
-    options = Options(largest_picture=320 * 320, subjects=1, texts=8)
-    with DreamMix.on_device(device, networks, dm.tokenizers, subjects, options, adapter=adapter) as on_device:
-        with pytest.raises(InputError, match=r"tokens.*on the CPU only: load with device='cpu'"):
-            on_device.iterate(*make_scene(), PROMPT, **FEW)
-        with pytest.raises(InputError, match=r"enrolled.*on the CPU only: load with device='cpu'"):
-            on_device.enroll(*draw_object(1), class_name="ball")
-        np.testing.assert_allclose(paint(on_device, subject="").astype(int), paint(dm, subject="").astype(int), atol=1)
-    device.close()

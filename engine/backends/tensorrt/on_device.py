@@ -122,13 +122,12 @@ class TensorRtNetworks:
         return tuple(sorted((FACTOR * h[0], FACTOR * w[0]) for h, w in frames))
 
     def contexts(self) -> tuple[int, ...] | None:
-        """The fixed lengths in the profiles of the UNets, and of what attends for them."""
+        """The lengths in the profiles of the UNets, and of what attends for them: all of a span."""
         told = ("stage", "step")
         spans = [network.shapes.spans for name, network in self._networks.items() if kind_of(name).call in told]
-        lengths = {span["context"] for each in spans for span in each if "context" in span}
-        if any(low != high for low, high in lengths):
-            return None
-        return tuple(sorted(low for low, _ in lengths)) or (TOKENS,)
+        spanned = {span["context"] for each in spans for span in each if "context" in span}
+        lengths = {length for low, high in spanned for length in range(low, high + 1)}
+        return tuple(sorted(lengths)) or (TOKENS,)
 
     @property
     def most_pictures(self) -> int | None:

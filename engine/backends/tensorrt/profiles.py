@@ -9,6 +9,7 @@ from typing import Any
 
 from dreammix_trt.core.config_fields import TOKENS
 from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.lengths import Length, span_of
 
 Shape = tuple[int, ...]
 Span = tuple[int, int, int]  # of a side: the smallest, the one to be fastest at, the largest
@@ -46,7 +47,7 @@ def profiles_for(
     shapes: str,
     latent_side: int,
     step: int = 8,
-    contexts: Sequence[int] = (TOKENS,),
+    contexts: Sequence[Length] = (TOKENS,),
     call: str = "step",
 ) -> tuple[Profile, ...]:
     """Make the profiles of a network.
@@ -56,7 +57,8 @@ def profiles_for(
         of their own: fixed sizes keep the kernels of a static plan. A last profile takes the batches between them.
     shapes: "static": latents of latent_side squared. "dynamic": from 0.69 to 1 times latent_side by 0.69 to 1.31, and
         the transpose, in multiples of `step` (SDXL: 88..128 by 88..168 at 128); `fits` bounds the area.
-    contexts: lengths of the text condition; each has profiles of its own, for the same reason.
+    contexts: lengths of the text condition; each has profiles of its own, for the same reason. A span of lengths has
+        profiles for all of it, fastest in its middle.
     call: how the network is called (`NetworkKind.call`); a prompt, a frame or a subject always comes alone.
 
     H and W are eight times h and w. Raises InputError for other values.
@@ -79,7 +81,8 @@ def profiles_for(
     )
     profiles = []
     for length, (h, w), (rows, count) in product(contexts, frames, batches):
-        sides = {"rows": rows, "pictures": count, "context": (length, length, length)}
+        low, high = span_of(length)
+        sides = {"rows": rows, "pictures": count, "context": (low, (low + high) // 2, high)}
         sides |= {"h": h, "w": w, "H": _scale_to_pixels(h), "W": _scale_to_pixels(w)}
         profiles.append(Profile({str(entry["name"]): _make_ranges(entry, sides) for entry in inputs}))
     return tuple(profile for index, profile in enumerate(profiles) if profile not in profiles[:index])

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from dreammix_trt.core.axes import AXES, FACTOR, Sides, Tensor
 from dreammix_trt.core.errors import EngineError, ProfileError
+from dreammix_trt.core.lengths import write_lengths
 from dreammix_trt.core.seam import Array, BaseFacts, Shape
 from dreammix_trt.engine.backends.tensorrt.builder import DTYPES
 from dreammix_trt.engine.backends.tensorrt.plans import REBUILD
@@ -120,9 +121,9 @@ class PlanShapes:
         counts = [name for name in ("rows", "pictures") if name in asked]
         if any(all(not span[name][0] <= asked[name] <= span[name][1] for span in spans) for name in counts):
             return f"{what}; rebuild with `--pictures {max(sides.pictures, -(-sides.rows // 2))}`, or ask for fewer"
-        if "context" in asked and all(span["context"][0] != asked["context"] for span in spans):
-            lengths = sorted({asked["context"], *(span["context"][0] for span in spans)})
-            return f"{what}; rebuild with `--context {','.join(map(str, lengths))}`"
+        if "context" in asked and not any(low <= asked["context"] <= high for low, high in _list_contexts(spans)):
+            lengths = {length for low, high in _list_contexts(spans) for length in range(low, high + 1)}
+            return f"{what}; rebuild with `--context {write_lengths({asked['context'], *lengths}, ',')}`"
         if all(low == high for span in spans for name, (low, high) in span.items() if name not in counts):
             return f"{what}; rebuild with `--shapes dynamic`, or ask for that frame"
         return f"{what}; ask for a frame within these sides"
@@ -156,6 +157,10 @@ def _find_spans(tensors: Iterable[Tensor], profile: Profile) -> dict[str, Span]:
         )
         if isinstance(side, str)
     }
+
+
+def _list_contexts(spans: Iterable[Mapping[str, Span]]) -> list[Span]:
+    return [span["context"] for span in spans]
 
 
 def _describe_span(span: Mapping[str, Span]) -> str:

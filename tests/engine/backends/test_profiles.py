@@ -40,6 +40,16 @@ def test_one_picture_and_the_full_batch_are_fixed_and_the_rest_is_a_range() -> N
     assert list_sizes(4) == [*one, ((4, 4, 4), (4, 4, 4)), ((8, 8, 8), (4, 4, 4)), ((2, 8, 8), (2, 4, 4))]
 
 
+def test_a_span_of_lengths_has_profiles_of_its_own_behind_the_single_ones() -> None:
+    kv = [{"name": "k", "shape": ["rows", "context", 8]}]
+    profiles = profiles_for(kv, pictures=1, shapes="static", latent_side=128, contexts=(77, (78, 125)), call="stage")
+    assert [tuple(shape[1] for shape in each.shapes["k"]) for each in profiles] == [(77,) * 3] * 2 + [
+        (78, 101, 125)
+    ] * 2
+    chosen = [next(k for k, each in enumerate(profiles) if each.holds({"k": (2, rows, 8)})) for rows in (77, 78, 125)]
+    assert chosen == [1, 3, 3]
+
+
 @pytest.mark.parametrize("pictures", [1, 2, 3, 5])
 def test_every_batch_up_to_the_largest_has_a_profile(pictures: int) -> None:
     profiles = profiles_for(UNET[:2], pictures=pictures, shapes="static", latent_side=128)

@@ -68,7 +68,7 @@ class Card(SimulatedDevice):
 
 @pytest.fixture
 def loaded(
-    opened: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    opened: Any, own_adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., tuple[DreamMix, Gpu]]]:
     """Opens the embedded model as engines of a back end, and makes a DreamMix of it as `DreamMix.load` does."""
     engines, tokenizers, subjects = opened
@@ -82,7 +82,7 @@ def loaded(
             values[key][...] = np.nan if name in gpu.overflowing else value
 
     def load(
-        backend: str, shapes: str = "dynamic", contexts: tuple[int, ...] = (77,), **options: Any
+        backend: str, shapes: str = "dynamic", contexts: tuple[Any, ...] = (77,), **options: Any
     ) -> tuple[DreamMix, Gpu]:
         parts = {"base": engines.parts["base"]}
         version = {"tensorrt": "11.4.0.106", "tensorrt-rtx": "1.7.1.116"}[backend]
@@ -99,7 +99,10 @@ def loaded(
         assert here.networks.loaded == () and not gpu.weights
         given = Options(**{"largest_picture": 320 * 320, "subjects": 3, "texts": 8, **options})
         dm = DreamMix.on_device(
-            here.device, here.networks, tokenizers, subjects, given, stream=here.stream, owned=(here,)
+            *(here.device, here.networks, tokenizers, subjects, given),
+            stream=here.stream,
+            adapter=own_adapter,
+            owned=(here,),
         )
         made.append(dm)
         return dm, gpu
