@@ -66,6 +66,15 @@ Decoupling = Annotated[
         help="Share of the rows of which the whole picture is painted as its caption says; default 0.5.",
     ),
 ]
+Words = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Share of the rows that learn from the base told of the object in words, instead of from the noise; "
+        "default fits the base.",
+    ),
+]
 Rank = Annotated[int | None, typer.Option(min=1, max=256, help="Of the LoRA's factors; default fits the base.")]
 Work = Annotated[Path | None, typer.Option(help="Folder of checkpoints and encoded objects; default: OUT.work.")]
 
@@ -78,7 +87,7 @@ dreammix-trt train-tokens objects/ -o adapter/ --base sdxl/ --device cuda
 """
 PANELS = {
     **SHARED_PANELS,
-    "What is learnt": ("objects", "views", "decoupling"),
+    "What is learnt": ("objects", "views", "decoupling", "words"),
     "How it is learnt": ("rank", "steps", "learning_rate", "batch", "accumulate", "seed"),
 }
 
@@ -95,6 +104,7 @@ def train_tokens(
     objects: Objects = None,
     views: Views = None,
     decoupling: Decoupling = None,
+    words: Words = None,
     rank: Rank = None,
     steps: Steps = None,
     learning_rate: LearningRate = None,
@@ -130,7 +140,7 @@ def train_tokens(
     files = BaseSources(base, patch, head, vae, tokenizer, patch_biases).open()
     given: dict[str, Any] = {"objects": objects, "views": views, "decoupling": decoupling, "rank": rank, "steps": steps}
     given |= {"learning_rate": learning_rate, "batch": batch, "accumulate": accumulate}
-    given |= {"checkpoint_every": checkpoint_every}
+    given |= {"checkpoint_every": checkpoint_every, "words": words}
     with events or nullcontext(), show_progress("training") as update:
         done = training.train_tokens(
             out,

@@ -99,11 +99,12 @@ def phrase(rng: np.random.Generator, what: Attributes, named: Collection[str]) -
 def draw_edit(rng: np.random.Generator, what: Attributes) -> tuple[str, Attributes]:
     """A part of a thing, of NAMEABLE, and the thing with that part changed; never into one that is held out."""
     while True:
-        free = [colour for colour in COLOURS if not any(look_alike(colour, other) for other in what.colours)]
+        others = [colour for colour in COLOURS if colour not in what.colours]
+        free = [colour for colour in others if not any(look_alike(colour, other) for other in what.colours)]
         part = str(rng.choice(["colour", "pattern", *name_parts(what)]))
         field = "decal_colour" if part == "decal" else part
-        others = [each for each in PATTERNS if each not in (what.pattern, "plain")]
-        edited = replace(what, **{field: str(rng.choice(others if part == "pattern" else free or COLOURS))})
+        patterns = [each for each in PATTERNS if each not in (what.pattern, "plain")]
+        edited = replace(what, **{field: str(rng.choice(patterns if part == "pattern" else free or others))})
         if not is_held_out(edited):
             return part, edited
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dreammix_trt.core.attributes import with_article
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.trainer.data import Photograph
-from dreammix_trt.trainer.micro import world
+from dreammix_trt.trainer.micro import captions, world
 from dreammix_trt.trainer.tokens.objects import FolderObjects, RenderedObjects
 from dreammix_trt.trainer.tokens.references import vary_reference
 from tests.support.training import write_photographs
@@ -81,6 +83,23 @@ def test_rendered_objects_are_never_held_out(monkeypatch: pytest.MonkeyPatch) ->
     for each in seen:
         assert each is not None
         assert each.class_name in each.captions[0] or "object" in each.captions[0]
+
+
+def test_words_of_rendered_objects_tell_an_edit_of_a_part_and_never_one_that_is_held_out() -> None:
+    pool, edits = RenderedObjects(BaseFiles.open(), 4, 1, 0), 0
+    seen = pool.open(2)
+    assert seen is not None
+    (alone, whole), (_, same), *edited = seen.words
+    assert alone == f"a photo of {with_article(seen.class_name)}" and same == whole and len(whole) > len(alone)
+    assert len(edited) == 2 and all(text != whole for _, text in edited)
+    for number in range(200):
+        rng = np.random.default_rng(number)
+        what = world.random_attributes(rng)
+        part, other = captions.draw_edit(rng, what)
+        changed = [name for name, value in asdict(what).items() if getattr(other, name) != value]
+        assert changed == ["decal_colour" if part == "decal" else part] and not world.is_held_out(other)
+        edits += getattr(other, changed[0]) in captions.phrase(rng, other, [part])
+    assert edits == 200, "the request names what it changes"
 
 
 def test_a_rendered_object_stands_in_another_room_each_time() -> None:

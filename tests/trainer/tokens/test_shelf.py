@@ -82,6 +82,24 @@ def test_some_rows_have_no_text_and_keep_their_tokens(base: BaseFiles, objects: 
     assert 8 < sum(close(row["states"], empty) for row in rows) < 32
 
 
+def test_rows_of_words_hear_the_class_and_the_base_all_of_the_caption(
+    base: BaseFiles, objects: Path, folder: Path
+) -> None:
+    class_alone, *captions = TextEncoders(base).encode([f"a photo of a {word}mug" for word in ("", "red ", "blue ")])[0]
+    empty, told = TextEncoders(base).encode([""])[0][0], set()
+    for silent in (False, True):
+        for row in draw(open_shelf(objects, folder, words=1.0, decoupling=1.0, no_text=float(silent)), 24):
+            assert row["wordy"] == 1 and row["silent"] == silent
+            assert close(row["states"], empty if silent else class_alone)
+            assert close(row["heard_states"], class_alone)
+            told |= {number for number, text in enumerate(captions) if close(row["words_states"], text)}
+    assert told == {0, 1}
+    rows = draw(open_shelf(objects, folder, words=0.5), 40)
+    assert 8 < sum(row["wordy"] for row in rows) < 32
+    assert all(close(row["words_states"], row["heard_states"]) for row in rows if not row["wordy"])
+    assert "wordy" not in draw(open_shelf(objects, folder), 1)[0]
+
+
 def test_a_reference_is_of_another_photograph_where_there_is_one(objects: Path, folder: Path) -> None:
     held = map_tensors(folder / "00000.safetensors")
     assert held["owner"].tolist() == [0, 0, 1, 1, 2, 2] and held["photograph"].tolist() == [0, 1, 0, 0, 0, 0]
@@ -102,7 +120,7 @@ def test_tokens_are_those_of_the_definition(base: BaseFiles, monkeypatch: pytest
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     subject = np.zeros((64, 64), bool)
     subject[10:50, 20:44] = True
-    seen = Seen("mug", [Photograph(image, subject, "a")], ["a red mug"])
+    seen = Seen("mug", [Photograph(image, subject, "a")], ["a red mug"], [("a mug", "a red mug")])
     found = open_encoder(base).encode([seen], tiny_recipe(views=1), np.random.default_rng(0))["tokens"][0]
     config, unet = TokenConfig.of_base(base.configs), TrainingUNet(base, Hardware())
     placed, mask = place_on_white(image, subject, 64)

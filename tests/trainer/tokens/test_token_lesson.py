@@ -85,6 +85,31 @@ def test_the_loss_is_that_of_the_hole_by_hand(
         assert rows["mask"].min() == 1, "all cells count"
 
 
+def test_rows_of_words_learn_from_the_base_told_in_words(base: BaseFiles, objects: Path, shelf_folder: Path) -> None:
+    """e(t) + g (e(all in words) - e(t under it)), by the base alone also where factors have learnt something."""
+    lesson = make_lesson(base, objects, shelf_folder, words=1.0, emphasis=2.5)
+    rows = draw_rows(lesson, 3)
+    rows["wordy"][:], rows["silent"][:] = torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0.0, 1.0, 0.0])
+    rows["states"][1], rows["pooled"][1] = 0.5, -0.5  # what stands for no text
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in lesson.trained().values():
+            value += 0.05 * torch.randn(value.shape, generator=generator)
+        unet, t = TrainingUNet(base, Hardware()), torch.tensor([125, 500, 950])
+        sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]]).repeat(3, 1)
+        noisy, feature = rows["latents"] + rows["noise"], unet.feature(rows["mask"], rows["masked"])
+        e = {
+            name: unet.predict(noisy, t, (rows[f"{name}states"], rows[f"{name}pooled"]), sizes, feature)
+            for name in ("", "heard_", "words_")
+        }
+        wanted = e[""] + 2.5 * (e["words_"] - e["heard_"])
+        wanted[2] = rows["noise"][2]
+        found = lesson._find_target(rows, noisy, t, sizes, feature)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert float((e["words_"] - e["heard_"]).abs().max()) > 1e-3, "the words say something"
+    assert lesson._unet.unet.active_adapters(), "they act again"
+
+
 def test_tokens_change_what_is_predicted_and_their_order_does_not(
     base: BaseFiles, objects: Path, shelf_folder: Path
 ) -> None:
