@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from dreammix_trt.core.attributes import FILE_NAME as ATTRIBUTES
+from dreammix_trt.core.config_fields import MOST_TOKENS
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.files import atomic_file
 from dreammix_trt.core.removal import REMOVAL
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 Update = Callable[[str, float, str], None]
 _IDENTITY = "a photo of a sks mug"
 _EDITS = ("a red sks mug", "a yellow sks mug", "a sks mug with a yellow star", "a striped sks mug")
-_PICTURES, _PHOTOS = 18, 5
+_PICTURES, _PHOTOS = 21, 5
 _MADE = ("lora", "engine", ATTRIBUTES, "contact_sheet.png", "stages.png", "report.html")
 
 
@@ -114,7 +115,7 @@ def run_demo(
     with _measure(seconds, "load"):
         engine = DreamMix.load(out / "engine", threads=threads)
     with engine as dm, _measure(seconds, "inpaint"):
-        gallery = Gallery(dm, seed, picture_steps, update)
+        gallery = Gallery(dm, seed, picture_steps, update, read_photograph(out / "photos"))
         note = "What the trainer gets. No such mug was in the pictures that the base was trained on."
         rows = [Row("The subject: five photographs", [Figure(photo) for photo in photos], note), *gallery.rows()]
     title = "dreammix-trt: a subject the model had never seen, placed by mask and text"
@@ -152,6 +153,12 @@ def demo_subject() -> Thing:
     return world.Thing(what, world.Build(foot=0.2, decal=0.18))
 
 
+def read_photograph(photos: Path) -> Spot:
+    """The first photograph of `write_photos` and the mask of its subject."""
+    with Image.open(photos / "image" / "00.png") as image, Image.open(photos / "mask" / "00.png") as mask:
+        return Spot(image.copy(), mask.copy())
+
+
 def find_places(
     count: int, seed: int, size: tuple[int, int], share: tuple[float, float], shape: str = "mug"
 ) -> list[Spot]:
@@ -186,8 +193,10 @@ def find_thing(side: int) -> Spot:
 class Gallery:
     """Every picture of the sheet, made by one loaded engine."""
 
-    def __init__(self, dm: DreamMix, seed: int, steps: int, update: Update) -> None:
+    def __init__(self, dm: DreamMix, seed: int, steps: int, update: Update, photograph: Spot) -> None:
+        """photograph: of the subject, for what one picture is enough for; its mask marks the subject."""
         self._dm, self._seed, self._steps, self._update = dm, seed, steps, update
+        self._portrait = photograph
         side = dm.facts.native_side
         self._rooms = find_places(4, 1, (side, side), (0.58, 0.66))
         self._small = find_places(1, 3, (2 * side, 2 * side), (0.19, 0.21))[0]
@@ -201,6 +210,7 @@ class Gallery:
         return [
             self._identity_row(),
             self._edit_row(),
+            self._token_row(),
             self._small_row(),
             self._photograph_row(),
             self._removal_row(),
@@ -223,6 +233,18 @@ class Gallery:
         return Row(
             "Edited by text", tiles, "Look for what the prompt names, and for the subject's other parts beside it."
         )
+
+    def _token_row(self) -> Row:
+        portrait = self._portrait
+        subject = self._dm.enroll(portrait.image, portrait.mask, class_name="mug", name="seen_once")
+        tiles = [Figure(portrait.image, "all that is known of it")]
+        prompts = ("a photo of a mug", "a photo of a mug", "a red mug")
+        for k, (prompt, place) in enumerate(zip(prompts, self._rooms, strict=False)):
+            picture = self._paint(place, prompt, k, subject=subject.name, token_count=MOST_TOKENS)
+            tiles.append(Figure(picture, f'"{prompt}"'))
+        self._dm.remove_subject(subject.name)
+        note = "No training: one photograph, read in a tenth of a second. Compare with the trained subject above."
+        return Row("From one photograph", tiles, note)
 
     def _small_row(self) -> Row:
         ways: dict[str, dict[str, float]] = {

@@ -20,7 +20,16 @@ from tests.support.training import write_photographs, write_regular
 
 def tiny_recipe(**fields: Any) -> TokenRecipe:
     """Three steps of two rows, a checkpoint after the second."""
-    small = {"steps": 3, "batch": 2, "rank": 2, "objects": 2, "views": 2, "warmup": 1, "checkpoint_every": 2}
+    small = {
+        "steps": 3,
+        "batch": 2,
+        "rank": 2,
+        "objects": 2,
+        "views": 2,
+        "warmup": 1,
+        "checkpoint_every": 2,
+        "words": 0.0,
+    }
     return replace(SMALL, **small | fields)
 
 

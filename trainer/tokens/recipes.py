@@ -93,8 +93,10 @@ def name_class(class_name: str) -> str:
     return f"a photo of {with_article(class_name)}"
 
 
-#: for the embedded base, within an hour on one core, half of which is rendering and encoding
-SMALL = TokenRecipe(steps=3500, learning_rate=2e-3, batch=8, rank=16, objects=2500, views=2)
+#: for the embedded base, within an hour on one core, a third of which is rendering and encoding
+SMALL = TokenRecipe(
+    steps=5000, learning_rate=2e-3, batch=8, rank=16, objects=2500, views=2, words=0.9, emphasis=4.0
+)  # fmt: skip
 #: nothing was trained at full size: the paper tells neither steps nor batch nor rate
 FULL = TokenRecipe(
     steps=50_000, learning_rate=1e-4, batch=1, accumulate=16, rank=16, objects=1, views=1, warmup=500,
