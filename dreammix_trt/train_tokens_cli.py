@@ -76,6 +76,9 @@ Words = Annotated[
     ),
 ]
 Rank = Annotated[int | None, typer.Option(min=1, max=256, help="Of the LoRA's factors; default fits the base.")]
+Start = Annotated[
+    Path | None, typer.Option(help="Adapter of this base to begin with, file or folder; default: begin anew.")
+]
 Work = Annotated[Path | None, typer.Option(help="Folder of checkpoints and encoded objects; default: OUT.work.")]
 
 EXAMPLES = """
@@ -88,7 +91,7 @@ dreammix-trt train-tokens objects/ -o adapter/ --base sdxl/ --device cuda
 PANELS = {
     **SHARED_PANELS,
     "What is learnt": ("objects", "views", "decoupling", "words"),
-    "How it is learnt": ("rank", "steps", "learning_rate", "batch", "accumulate", "seed"),
+    "How it is learnt": ("start", "rank", "steps", "learning_rate", "batch", "accumulate", "seed"),
 }
 
 
@@ -105,6 +108,7 @@ def train_tokens(
     views: Views = None,
     decoupling: Decoupling = None,
     words: Words = None,
+    start: Start = None,
     rank: Rank = None,
     steps: Steps = None,
     learning_rate: LearningRate = None,
@@ -147,6 +151,7 @@ def train_tokens(
             data,
             base=files,
             recipe=change(recipe_for(files.native_side), given),
+            start=start,
             hardware=choose_hardware(device, precision, optimizer),
             seed=seed,
             threads=threads,

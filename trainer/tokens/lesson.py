@@ -22,6 +22,8 @@ from torch import Tensor
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.lora import Factors
 from dreammix_trt.core.subject_tokens import TokenConfig
+from dreammix_trt.core.token_adapter import TokenAdapter
+from dreammix_trt.core.token_factors import read_factors
 from dreammix_trt.core.torch_modules.subject_tokens import TokenProjection
 from dreammix_trt.trainer.adapters import adapters_of, add_adapters, copy_factors
 from dreammix_trt.trainer.batches import vary_sizes
@@ -40,9 +42,16 @@ class TokenLesson:
     """Squared error of the noise in the hole, each row's mean over its own; rows of much noise weigh more."""
 
     def __init__(
-        self, base: BaseFiles, config: TokenConfig, hardware: Hardware, shelf: Shelf, recipe: TokenRecipe, seed: int
+        self,
+        base: BaseFiles,
+        config: TokenConfig,
+        hardware: Hardware,
+        shelf: Shelf,
+        recipe: TokenRecipe,
+        seed: int,
+        start: TokenAdapter | None = None,
     ) -> None:
-        """shelf: filled."""
+        """shelf: filled. start: the adapter that learning begins with, of the recipe's rank; None: it begins anew."""
         self._recipe, self._shelf, self._side = recipe, shelf, base.native_side
         self._unet = TrainingUNet(base, hardware)
         self._device = self._unet.device
@@ -52,6 +61,8 @@ class TokenLesson:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.projection = TokenProjection(config).to(self._device)
+        if start is not None:
+            self._copy(start)
         self._tables = Tables(self._unet.signal.to(self._device), self._unet.noise.to(self._device))
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
@@ -61,6 +72,16 @@ class TokenLesson:
             names = (f"unet.{module}.lora.{part}.weight" for part in ("down", "up"))
             found |= dict(zip(names, pair, strict=True))
         return found
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def _copy(self, start: TokenAdapter) -> None:
+        weights, factors = start.projection(), read_factors(start)["unet"]
+        for name, value in self.projection.state_dict().items():
+            value.copy_(torch.from_numpy(weights[name]))
+        for module, (down, up) in adapters_of(self._unet.unet).items():
+            a, b = factors[module]
+            down.copy_(torch.from_numpy(a.T))
+            up.copy_(torch.from_numpy(b.T))
 
     def draw(self, rng: np.random.Generator) -> Row:
         """As `Shelf.draw`."""

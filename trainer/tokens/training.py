@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from dreammix_trt.core.checkpoint import BaseFiles
+from dreammix_trt.core.errors import FileFormatError, InputError
 from dreammix_trt.core.extras import require_training
 from dreammix_trt.core.files import atomic_directory
 from dreammix_trt.core.subject_tokens import TokenConfig
-from dreammix_trt.core.token_adapter import FILE_NAME, Card
+from dreammix_trt.core.token_adapter import FILE_NAME, Card, TokenAdapter
 from dreammix_trt.core.token_factors import write_adapter
 from dreammix_trt.trainer.checkpoints import Checkpoints, Progressed, check_places, find_work, hold_places
 from dreammix_trt.trainer.events import Events
@@ -51,7 +52,10 @@ class TokensTrained:
 
 @dataclass(frozen=True)
 class TokenTask:
-    """What is asked for, checked. work: where checkpoints and encoded objects are kept."""
+    """What is asked for, checked.
+
+    work: where checkpoints and encoded objects are kept. start: the adapter that learning begins with.
+    """
 
     base: BaseFiles
     pool: ObjectPool
@@ -60,6 +64,7 @@ class TokenTask:
     hardware: Hardware
     seed: int
     work: Path
+    start: TokenAdapter | None = None
 
     def settings(self) -> dict[str, Any]:
         """All that decides the numbers but the number of threads, as plain JSON values."""
@@ -71,6 +76,7 @@ class TokenTask:
             "patch_biases": self.base.patch_biases,
             "config": self.config.to_dict(),
             "seed": self.seed,
+            "earlier": _list_earlier(self.start),
             **self.hardware.settings(),
         }
 
@@ -99,6 +105,7 @@ def train_tokens(
     *,
     base: str | Path | BaseFiles | None = None,
     recipe: TokenRecipe | None = None,
+    start: str | Path | None = None,
     hardware: Hardware | None = None,
     seed: int = 0,
     threads: int | None = None,
@@ -113,6 +120,8 @@ def train_tokens(
         alone.
     base: as `train_lora` takes it. The adapter is of its patched UNet.
     recipe: None: what suits the base.
+    start: an adapter of this base, of the recipe's rank, that learning begins with; None: it begins anew. The card of
+        what is written has the settings of both.
     work: folder of checkpoints and encoded objects; None: OUT.work.
     hardware, seed, threads, resume, events, progress: as `train_lora` takes them.
 
@@ -128,11 +137,12 @@ def train_tokens(
     files = base if isinstance(base, BaseFiles) else BaseFiles.open(base)
     recipe = recipe or recipe_for(files.native_side)
     config = TokenConfig.of_base(files.configs)
+    begun = None if start is None else _open_start(start, files, recipe)
     place, folder = Path(out).resolve(), Path(work) if work else find_work(out)
     check_places(place, folder, FILE_NAME, events)
     pool = FolderObjects(data) if data is not None else RenderedObjects(files, recipe.objects, recipe.views, seed)
     with join_processes(given) as (processes, own):
-        task = TokenTask(files, pool, recipe, config, own, seed, folder)
+        task = TokenTask(files, pool, recipe, config, own, seed, folder, begun)
         tell = progress if progress and processes.leads else say_nothing
         return _run(task, place, processes, resume, events, tell, threads)
 
@@ -159,7 +169,7 @@ def _run(
         checkpoints.check(resume=resume)
         shelf = task.open_shelf(processes, tell)
         tell("tokens", 0.0, "reading the base")
-        lesson = TokenLesson(task.base, task.config, task.hardware, shelf, recipe, task.seed)
+        lesson = TokenLesson(task.base, task.config, task.hardware, shelf, recipe, task.seed, task.start)
         given = task.hardware, checkpoints, processes, tell, events
         course = Course("tokens", recipe.steps, recipe.learning_rate, recipe.rate_at, *given)
         done = learn(lesson, recipe, (task.seed, _STEPS), course, resume=resume)
@@ -172,6 +182,27 @@ def _run(
         processes.wait()
     log.info("%s: %d steps in %.0f s, loss %.4f", out, found.steps, found.seconds, found.loss)
     return found
+
+
+def _open_start(path: str | Path, base: BaseFiles, recipe: TokenRecipe) -> TokenAdapter:
+    """The adapter to begin with. Raises FileFormatError for one of another base, InputError for another rank."""
+    found = TokenAdapter.open(path)
+    found.check_fit(base.configs)
+    if found.card.base != base.hash_contents():
+        raise FileFormatError(f"{found.file}: it was trained with other weights than {base.name}'s; begin anew")
+    if found.card.rank != recipe.rank:
+        raise InputError(
+            f"rank is {recipe.rank}, but {found.file} has {found.card.rank}: give --rank {found.card.rank}"
+        )
+    return found
+
+
+def _list_earlier(start: TokenAdapter | None) -> list[dict[str, Any]]:
+    """The settings of the trainings that an adapter had, the first one first."""
+    if start is None:
+        return []
+    own = dict(start.card.settings)
+    return [*own.pop("earlier", []), own]
 
 
 def _make_card(task: TokenTask, settings: dict[str, Any], found: TokensTrained) -> Card:

@@ -52,6 +52,28 @@ def test_an_adapter_is_written_that_fits_its_base(base: BaseFiles, objects: Path
     assert len(left) == 1 and left[0].startswith("objects-"), "nothing is left to go on from"
 
 
+def test_a_training_may_begin_with_an_adapter_and_says_so(base: BaseFiles, objects: Path, tmp_path: Path) -> None:
+    """With a rate of next to nothing what comes out is what went in."""
+    for name, fields in (
+        ("first", {}),
+        ("second", {"start": tmp_path / "first"}),
+        ("third", {"start": tmp_path / "second"}),
+    ):
+        recipe = tiny_recipe(learning_rate=2e-3 if name == "first" else 1e-12, decay=0.0, steps=1 if fields else 3)
+        train(tmp_path / name, base, objects, recipe=recipe, **fields)
+    first, third = (TokenAdapter.open(tmp_path / name) for name in ("first", "third"))
+    for name, values in third.projection().items():
+        np.testing.assert_allclose(values, first.projection()[name], atol=1e-6)
+    for module, pair in read_factors(third)["unet"].items():
+        np.testing.assert_array_equal(pair[1], read_factors(first)["unet"][module][1])
+    earlier = third.card.settings["earlier"]
+    assert [each["steps"] for each in earlier] == [3, 1] and first.card.settings["earlier"] == []
+    assert not any("earlier" in each for each in earlier)
+    with pytest.raises(InputError, match=r"rank is 3, but .*first.* has 2: give --rank 2"):
+        train(tmp_path / "more", base, objects, recipe=tiny_recipe(rank=3), start=tmp_path / "first")
+    assert not (tmp_path / "more").exists()
+
+
 def test_a_stopped_training_goes_on_to_the_bit(base: BaseFiles, objects: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(accumulate=2)
     done = train(tmp_path / "whole", base, objects, recipe=recipe)
