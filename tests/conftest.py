@@ -114,12 +114,12 @@ def mug_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded base, said to be of native side 128: the same weights and graphs, a quarter of the work.
 
-    Without ASUKA's parts, which few tests need and all builds would make.
+    Without ASUKA's parts and the token adapter, which few tests need and all builds would make.
     """
     from dreammix_trt.core.checkpoint import BaseFiles
 
     folder = tmp_path_factory.mktemp("bases") / "micro-sdxl"
-    shutil.copytree(BaseFiles.open().folder, folder, ignore=shutil.ignore_patterns("graphs", "asuka"))
+    shutil.copytree(BaseFiles.open().folder, folder, ignore=shutil.ignore_patterns("graphs", "asuka", "token_adapter*"))
     config = json.loads((folder / "unet/config.json").read_text())
     (folder / "unet/config.json").write_text(json.dumps(config | {"sample_size": 16}))
     return folder

@@ -28,7 +28,8 @@ from dreammix_trt.engine.directory import check_engine
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = [
     *("text_encoder", "text_encoder_2", "vae_encoder", "inpaint_head", "asuka_prior"),
-    *("unet_kv", "unet", "unet_raw_kv", "unet_raw", "vae_decoder", "asuka_decoder", "base"),
+    *("unet_kv", "unet", "unet_raw_kv", "unet_raw", "vae_decoder", "asuka_decoder"),
+    *("subject_features", "token_select", "token_proj", "base"),
 ]
 
 # Writes the name of each part that it makes into a log. Kills itself as `when` says: "before N" parts are done, right
