@@ -41,7 +41,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=_make_impatient(settings.head_seconds),
+                http=_make_impatient(settings.head_seconds, settings.body_seconds),
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -109,11 +109,16 @@ def _listen(settings: Settings) -> socket.socket:
     return listener
 
 
-def _make_impatient(seconds: float) -> type[H11Protocol]:
-    """uvicorn's protocol, which closes a connection that takes longer than this for a request's headers."""
+def _make_impatient(head_seconds: float, still_seconds: float) -> type[H11Protocol]:
+    """uvicorn's protocol, which leaves clients that are too slow.
+
+    head_seconds: for a request's headers.
+    still_seconds: for which a client may take nothing of an answer that waits for it.
+    """
 
     class Impatient(H11Protocol):
         _alarm: asyncio.TimerHandle | None = None
+        _reader: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -125,8 +130,27 @@ def _make_impatient(seconds: float) -> type[H11Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
-            if self._alarm is not None:
-                self._alarm.cancel()
+            for timer in (self._alarm, self._reader):
+                if timer is not None:
+                    timer.cancel()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._watch_reader(None)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._reader is not None:
+                self._reader.cancel()
+                self._reader = None
+
+        def _watch_reader(self, before: int | None) -> None:
+            """Leave a client that has taken nothing since the last look; its answer would stay in memory."""
+            left = self.transport.get_write_buffer_size()
+            if before is not None and left >= before:
+                self.transport.abort()
+                return
+            self._reader = self.loop.call_later(still_seconds, self._watch_reader, left)
 
         def _mind(self) -> None:
             """Wait for headers no longer than allowed; between two requests the keep-alive's time counts."""
@@ -135,7 +159,7 @@ def _make_impatient(seconds: float) -> type[H11Protocol]:
                 self._alarm.cancel()
                 self._alarm = None
             elif waits and self._alarm is None:
-                self._alarm = self.loop.call_later(seconds, self._give_up)
+                self._alarm = self.loop.call_later(head_seconds, self._give_up)
 
         def _give_up(self) -> None:
             self._alarm = None
