@@ -79,10 +79,15 @@ class House:
         if self.draining:
             raise Refusal("draining", "the service is about to end and takes no more work", retry_after=30)
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether no engine has a worker left."""
+        return not any(each.queue.workers for each in self.engines.values())
+
     def refuse_where_lost(self) -> None:
         """Raise a Refusal when an engine has lost all its workers, which nothing but a new start brings back."""
         lost = [repr(name) for name, each in self.engines.items() if not each.queue.workers]
-        if lost and not self.draining:
+        if lost:
             raise Refusal("unavailable", f"engine {', '.join(lost)} has lost its devices: start the service again")
 
     async def accept(

@@ -24,10 +24,12 @@ _CONNECTIONS = 512
 
 
 class Server(uvicorn.Server):
-    """A server of an app on the settings' address. It drains at the first signal, and ends at once at the second.
+    """A server of an app on the settings' address. It drains at the first signal, and ends at once at the second. When
+    all devices are lost it drains and ends by itself.
 
     grace: seconds to finish what was accepted.
     begun: called with the page's address once it listens.
+    lost: whether it ended because all devices were lost.
 
     Raises InputError for an address that cannot be taken.
     """
@@ -35,6 +37,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, settings: Settings, grace: float, begun: Callable[[str], None]) -> None:
         self._app, self._grace, self._begun = app, grace, begun
         self._draining: asyncio.Task[None] | None = None
+        self.lost = False
         self._listener = _listen(settings)
         host = "127.0.0.1" if settings.host in ("0.0.0.0", "") else settings.host
         self.address = f"http://{f'[{host}]' if ':' in host else host}:{self._listener.getsockname()[1]}/"
@@ -84,6 +87,16 @@ class Server(uvicorn.Server):
         if self._draining is not None:
             self.should_exit = self.force_exit = True
             return
+        self._begin_draining()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second. A service that can paint nothing any more ends, so that it is started again."""
+        if counter % 10 == 0 and self._draining is None and self._app.state.house.is_lost:
+            self.lost = True
+            self._begin_draining()
+        return await super().on_tick(counter)
+
+    def _begin_draining(self) -> None:
         self._app.state.house.draining = True
         self._draining = asyncio.get_running_loop().create_task(self._drain())
 

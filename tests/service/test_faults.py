@@ -92,20 +92,24 @@ def test_a_job_of_two_pictures_is_fetched_when_both_are(client: httpx.Client, ru
         assert is_left() == left
 
 
-def test_only_a_service_without_any_worker_asks_for_a_new_start() -> None:
+def test_only_a_service_without_any_worker_says_so_and_ends() -> None:
+    """It stays some seconds for whoever has not fetched a picture yet."""
     first, second = Losing(), Losing()
     with Running(first, second) as service, httpx.Client(base_url=service.url) as client:
         lost = finish(client, post(client, prompt="lose").json()["id"])
         assert lost["state"] == "failed" and lost["error"]["type"] == "engine_error"
         wait_until(lambda: read(client)["dreammix_workers", "fake"] == 1)
         assert client.get("/healthz").status_code == client.get("/readyz").status_code == 200
-        assert finish(client, post(client).json()["id"])["state"] == "done"
+        done = finish(client, post(client).json()["id"])
+        assert done["state"] == "done" and not service.server.lost
         finish(client, post(client, prompt="lose").json()["id"])
         wait_until(lambda: read(client)["dreammix_workers", "fake"] == 0)
-        for path in ("/healthz", "/readyz"):
-            answer = client.get(path)
-            assert answer.status_code == 503 and answer.json()["error"]["type"] == "unavailable"
-        assert post(client).json()["error"]["type"] == "engine_error"
+        assert client.get("/healthz").json()["error"]["type"] == "unavailable"
+        assert client.get("/healthz").status_code == client.get("/readyz").status_code == 503
+        assert post(client).status_code in (500, 503)
+        assert client.get(done["images"][0]).status_code == 200
+        service.thread.join(LONG)
+        assert service.server.lost and first.closed and second.closed
 
 
 @pytest.mark.parametrize("path", ["/v1/images/edits", "/v1/jobs/{id}/events"])
