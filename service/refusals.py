@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from dreammix_trt.core.errors import (
     Cancelled,
@@ -100,6 +101,8 @@ def explain(error: BaseException) -> Refusal:
     """Any error as the refusal that a client sees. What nobody expected is logged whole and shown by its kind alone."""
     if isinstance(error, Refusal):
         return error
+    if isinstance(error, ClientDisconnect):  # nobody reads this
+        return Refusal("cancelled", "the client has gone before its body was whole")
     text = str(error)
     if isinstance(error, QueueFull):
         return Refusal("queue_full", text, retry_after=1)

@@ -6,12 +6,16 @@ import asyncio
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
+from dreammix_trt import serve_cli
 from dreammix_trt.core.errors import DeviceError
 from dreammix_trt.service import house as house_module
 from dreammix_trt.service.app import make_app
@@ -70,6 +74,19 @@ def test_a_slow_job_is_not_forgotten_the_moment_it_ends() -> None:
         assert [client.get(f"/v1/jobs/{id}").status_code for id in others] == [404, 404, 200]
 
 
+def test_an_upload_that_breaks_off_is_no_fault_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("ERROR"), Running() as service:
+        host, port = service.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=LONG) as half:
+            half.sendall(
+                b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n"
+                b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
+            )
+            wait_until(lambda: service.server.server_state.tasks)
+        wait_until(lambda: not service.server.server_state.tasks)
+    assert not caplog.records
+
+
 def test_failures_of_other_doors_crowd_nothing_out() -> None:
     with Running(keep_results=2) as service, httpx.Client(base_url=service.url) as client:
         done = post(client).json()["id"]
@@ -110,6 +127,20 @@ def test_only_a_service_without_any_worker_says_so_and_ends() -> None:
         assert client.get(done["images"][0]).status_code == 200
         service.thread.join(LONG)
         assert service.server.lost and first.closed and second.closed
+
+
+def test_the_command_tells_that_it_ended_of_lost_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses: Queue[str] = Queue()
+    monkeypatch.setattr(serve_cli, "_load", lambda *given: iter(()))
+    monkeypatch.setattr(serve_cli, "_open", lambda *given: Served("fake", [Losing()]))
+    monkeypatch.setattr(serve_cli, "_tell", lambda *given: addresses.put(given[-1]))
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(serve_cli.serve, [Path("fake")], port=0)
+        with httpx.Client(base_url=addresses.get(timeout=LONG)) as client:
+            post(client, prompt="lose")
+        with pytest.raises(DeviceError, match="start it again") as caught:
+            ended.result(LONG)
+    assert caught.value.exit_code == 5
 
 
 @pytest.mark.parametrize("path", ["/v1/images/edits", "/v1/jobs/{id}/events"])
