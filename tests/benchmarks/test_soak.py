@@ -62,6 +62,7 @@ def test_a_service_that_does_its_work_passes(tmp_path: Path) -> None:
     assert rows["refused, for their clients"]["value"] > 20, "four times too much finds no room"
     assert rows["pictures compared with those painted alone"]["value"] > 10
     assert len(rows[report.SERVICE]["value"].split()) == report.QUANTILES
+    assert rows["sent a second, times what was done a second in the run"]["value"] > 2
     assert "memory, growth from 10 % to the end (medians of tenths)" in rows
 
 
