@@ -45,9 +45,10 @@ class Benchmark:
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "machine": machine(self.threads), "rows": self.rows}
 
-    def finish(self, as_json: bool) -> int:
-        """Save and say the rows; returns the exit code: 0, or 1 where a bound was missed."""
-        save(self)
+    def finish(self, as_json: bool, keep: bool = True) -> int:
+        """Save (keep) and say the rows; returns the exit code: 0, or 1 where a bound was missed."""
+        if keep:
+            save(self)
         sys.stdout.write(json.dumps(self.to_json()) + "\n" if as_json else _table(self))
         return int(any(row["pass"] is False for row in self.rows))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.errors import DeviceError, InputError
 from dreammix_trt.painting_cli import Device, Residency, Verify
 from dreammix_trt.terminal import Store, Threads, say, show_progress
 
@@ -118,6 +118,10 @@ def serve(
         server = Server(make_app(served, settings), settings, grace, tell)
         opened.pop_all()  # the app closes them
     server.serve_to_end()
+    if server.lost:
+        raise DeviceError(
+            "all devices were lost, so the service has ended: start it again (--log-level info says more)"
+        )
 
 
 def _tell(names: Sequence[str], workers: int, queue: int, timeout: float, address: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from dreammix_trt.service.forms import read_json
 from dreammix_trt.service.house import Here
 from dreammix_trt.service.jobs import Job
 from dreammix_trt.service.previews import Watcher
-from dreammix_trt.service.refusals import describe_errors, invalid
+from dreammix_trt.service.refusals import Refusal, describe_errors, invalid
 from dreammix_trt.service.schemas import describe_json
 
 router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
@@ -83,11 +84,13 @@ async def post_img2img(http: HttpRequest, house: Here) -> Painted:
     request = served.make_request(asked.fields)
     watcher = _OnDemand()
     job = await house.accept(served, asked.image, asked.mask, request, door="a1111", watcher=watcher)
-    await house.wait_for(job, http)
-    assert job.result is not None
+    try:
+        await house.wait_for(job, http)
+    except Refusal:
+        if job.so_far is None:
+            raise
     images = await run_in_threadpool(_encode, job) if asked.sends else []
     sent = {name: value for name, value in body.items() if name not in ("init_images", "mask")}
-    house.jobs.forget(job)
     return Painted(images=images, parameters=sent, info=json.dumps(_describe(job)))
 
 
@@ -113,10 +116,10 @@ async def get_progress(house: Here, skip_current_image: Annotated[bool, Query()]
 
 @router.post("/interrupt", responses=describe_errors())
 async def post_interrupt(house: Here) -> dict[str, Any]:
-    """Stop every running img2img after its present step; it answers 409."""
+    """Stop every running img2img after its present step; it answers with the picture as it is then."""
     for job in house.jobs.list_open("a1111"):
         if job.state == "running":
-            job.cancel()
+            job.interrupt()
     return {}
 
 
@@ -168,11 +171,15 @@ async def post_options(http: HttpRequest, house: Here) -> dict[str, Any]:
 
 
 class _OnDemand(Watcher):
-    """Sees the next step when somebody has asked for it."""
+    """Sees one step each time when somebody has asked for it."""
 
     def __init__(self) -> None:
-        super().__init__(lambda before, now, total: self.asked, "png")
+        super().__init__(self._take_wish, "png")
         self.asked = False
+
+    def _take_wish(self, before: int, now: int, total: int) -> bool:
+        asked, self.asked = self.asked, False
+        return asked
 
 
 def _look(job: Job) -> str | None:
@@ -185,21 +192,26 @@ def _look(job: Job) -> str | None:
 
 
 def _encode(job: Job) -> list[str]:
-    assert job.result is not None
+    if job.result is None:
+        assert job.so_far is not None
+        to = io.BytesIO()
+        job.so_far.save(to, "PNG")  # without the request, which makes another picture
+        return [base64.b64encode(to.getvalue()).decode()]
     return [base64.b64encode(job.result.to_bytes("png", k)).decode() for k in range(len(job.result.images))]
 
 
 def _describe(job: Job) -> dict[str, Any]:
     """What clients show of a picture; the words are A1111's."""
-    assert job.result is not None
-    request, seeds = job.result.request, list(job.result.seeds)
-    image = job.result.images[0]
-    told = [job.result.pick(k)[1] for k in range(len(seeds))]
+    result, image = job.result, job.result.images[0] if job.result else job.so_far
+    assert image is not None
+    request = result.request if result else job.request
+    seeds = list(result.seeds) if result else [-1 if request.seed is None else request.seed]
+    texts = [result.pick(k)[1].request.to_json() for k in range(len(seeds))] if result else [""]
     return {
         "prompt": request.prompt, "all_prompts": [request.prompt] * len(seeds),
         "negative_prompt": request.negative_prompt or "", "seed": seeds[0], "all_seeds": seeds,
         "width": image.width, "height": image.height, "sampler_name": request.sampler,
         "cfg_scale": request.guidance_scale, "steps": request.num_inference_steps,
         "batch_size": len(seeds), "denoising_strength": request.strength,
-        "infotexts": [each.request.to_json() for each in told], "warnings": list(job.result.warnings),
+        "infotexts": texts, "warnings": list(result.warnings) if result else ["it was interrupted"],
     }  # fmt: skip

@@ -73,16 +73,17 @@ def make_app(engines: Sequence[Served], settings: Settings) -> FastAPI:
 def _add_state(app: FastAPI) -> None:
     """What operators ask."""
 
-    @app.get("/healthz", tags=["state"])
-    async def get_health() -> Health:
-        """The process answers."""
+    @app.get("/healthz", tags=["state"], responses=describe_errors("unavailable"))
+    async def get_health(house: Here) -> Health:
+        """The process answers, and no engine has lost all its devices, which only a new start mends."""
+        house.refuse_where_lost()
         return Health(status="ok")
 
-    @app.get("/readyz", tags=["state"], responses=describe_errors("draining"))
+    @app.get("/readyz", tags=["state"], responses=describe_errors("draining", "unavailable"))
     async def get_readiness(house: Here) -> Health:
         """The service takes work."""
-        if house.draining:
-            raise Refusal("draining", "the service is about to end and takes no more work")
+        house.refuse_where_draining()
+        house.refuse_where_lost()
         return Health(status="ok")
 
     @app.get(

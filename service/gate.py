@@ -82,17 +82,12 @@ class Gate:
         """Refuse what a foreign web page sends through a user's browser, by another origin or by a rebound name."""
         host = headers.get("host", "")
         origin = headers.get("origin")
-        if origin is not None and origin != "null" and urlsplit(origin).netloc != host:
+        if origin is not None and origin != "null" and _read_host(origin) != host:
             raise Refusal("forbidden", f"this service answers no page of another origin ({origin[:200]})")
         if origin == "null" or headers.get("sec-fetch-site") == "cross-site":
             raise Refusal("forbidden", "this service answers no page of another origin")
-        if self._settings.is_private and not self._key:
-            try:
-                name = urlsplit(f"//{host}").hostname or ""
-            except ValueError:
-                name = ""
-            if not is_loopback(name):
-                raise Refusal("forbidden", f"this service is for this computer alone; {host[:200]!r} is not its name")
+        if self._settings.is_private and not self._key and not is_loopback(_read_name(host)):
+            raise Refusal("forbidden", f"this service is for this computer alone; {host[:200]!r} is not its name")
 
     def _check_key(self, path: str, headers: Headers) -> None:
         if not self._key or path in OPEN or path.startswith(PAGE):
@@ -140,6 +135,22 @@ def _check_length(headers: Headers, limit: int) -> None:
     length = headers.get("content-length", "")
     if length.isascii() and length.isdigit() and (len(length) > 15 or int(length) > limit):
         raise _too_large(limit)
+
+
+def _read_host(origin: str) -> str | None:
+    """The host and port of an origin; None for what is none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
+
+
+def _read_name(host: str) -> str:
+    """The name in a Host header; "" for what is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _too_large(limit: int) -> Refusal:

@@ -35,7 +35,7 @@ class House:
         self.jobs = Jobs(settings, self.meters)
         self.begun, self.draining = int(time.time()), False
         self.meters.watch(
-            lambda: {name: each.queue.statistics() for name, each in self.engines.items()},
+            lambda: {name: (each.queue.workers, each.queue.statistics()) for name, each in self.engines.items()},
             lambda: (self.jobs.kept, self.jobs.bytes),
         )
 
@@ -74,6 +74,22 @@ class House:
             names += [served.name, *(card if card not in names else f"{served.name}/{card}" for card in served.cards)]
         return names
 
+    def refuse_where_draining(self) -> None:
+        """Raise the Refusal of new work once the end has begun."""
+        if self.draining:
+            raise Refusal("draining", "the service is about to end and takes no more work", retry_after=30)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether no engine has a worker left."""
+        return not any(each.queue.workers for each in self.engines.values())
+
+    def refuse_where_lost(self) -> None:
+        """Raise a Refusal when an engine has lost all its workers, which nothing but a new start brings back."""
+        lost = [repr(name) for name, each in self.engines.items() if not each.queue.workers]
+        if lost:
+            raise Refusal("unavailable", f"engine {', '.join(lost)} has lost its devices: start the service again")
+
     async def accept(
         self, served: Served, image: bytes, mask: Any, request: Request, *, door: Door, **more: Any
     ) -> Job:
@@ -83,14 +99,14 @@ class House:
         mask: of a file, an array, or None for the picture's transparency.
         more: as for `Jobs.submit`.
         """
-        if self.draining:
-            raise Refusal("draining", "the service is about to end and takes no more work", retry_after=30)
+        self.refuse_where_draining()
         if request.num_images_per_prompt > self.settings.pictures:
             count = request.num_images_per_prompt
             raise invalid("num_images_per_prompt", f"is {count}; {self.settings.pictures} are the most here")
         await run_in_threadpool(check_picture, image, "image", self.settings)
         if isinstance(mask, bytes):
             await run_in_threadpool(check_picture, mask, "mask_image", self.settings)
+        self.refuse_where_draining()  # once more: it may have begun meanwhile, and waits for no later job
         return self.jobs.submit(served, image, mask, request, door=door, **more)
 
     async def wait_for(self, job: Job, client: HttpRequest) -> None:
@@ -107,7 +123,6 @@ class House:
                 job.cancel()
             for task in (leaving, ending):
                 task.cancel()
-        job.collected = True
         if job.error is not None:
             raise job.error
 

@@ -13,6 +13,8 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
+from PIL import Image
+
 from dreammix_trt.core.request import Request
 from dreammix_trt.engine.requests import Ticket
 from dreammix_trt.engine.result import Result, StepEvent
@@ -38,7 +40,8 @@ class Job:
     door: by which API it came.
     digest: of what was asked for, with an idempotency key.
     result, error: one of them once it has ended.
-    collected: whether somebody has fetched the result.
+    fetched: numbers of the pictures that somebody has fetched.
+    so_far: the picture as it was when `interrupt` stopped it.
     watchers: who follows it.
     """
 
@@ -50,7 +53,9 @@ class Job:
         self.result: Result | None = None
         self.error: Refusal | None = None
         self.ended: float | None = None
-        self.collected = False
+        self.fetched: set[int] = set()
+        self.so_far: Image.Image | None = None
+        self._interrupted = False
         self.key: str | None = None
         self.digest = ""
         self.watchers: tuple[Watcher, ...] = ()
@@ -92,6 +97,10 @@ class Job:
         if self.ticket is not None:
             self.ticket.cancel()
 
+    def interrupt(self) -> None:
+        """Stop it after its present step, and keep the picture as it is then."""
+        self._interrupted = True
+
     def add_watcher(self, watcher: Watcher, most: int) -> None:
         """Tell a client of its steps from now on. Raises Refusal for too many."""
         if len(self.watchers) >= most:
@@ -117,8 +126,18 @@ class Job:
             except Exception:  # whoever looks must not harm who is painted for
                 log.exception("a preview could not be made")
             self._stepped = time.monotonic()
+        if self._interrupted and event.result is None:
+            self._stop_here(event)
         with suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(self.wake)
+
+    def _stop_here(self, event: StepEvent) -> None:
+        try:
+            self.so_far = event.preview()
+        except Exception:
+            log.exception("the picture so far could not be made")
+        finally:
+            self.cancel()
 
     def wake(self) -> None:
         """Tell the watchers that there is news. In the loop."""
@@ -197,8 +216,8 @@ class Jobs:
         return [job for job in self._jobs.values() if job.ended is None and door in (None, job.door)]
 
     def list_uncollected(self) -> list[Job]:
-        """Jobs that are done and whose pictures nobody has fetched."""
-        return [job for job in self._jobs.values() if job.state == "done" and not job.collected]
+        """Jobs that are done and of whose pictures some were never fetched."""
+        return [job for job in self._jobs.values() if job.result and len(job.fetched) < len(job.result.images)]
 
     @property
     def bytes(self) -> int:
@@ -211,13 +230,12 @@ class Jobs:
         return sum(job.ended is not None for job in self._jobs.values())
 
     def trim(self) -> None:
-        """Forget finished jobs beyond the bounds, the oldest first."""
+        """Forget finished jobs beyond the bounds, those that ended first: a slow one may have been accepted before."""
         oldest, limits = time.monotonic() - self._settings.keep_seconds, self._settings
-        ended = [job for job in self._jobs.values() if job.ended is not None]
-        count, size = len(ended), sum(job.bytes for job in ended)
-        for job in ended:
-            assert job.ended is not None
-            if job.ended < oldest or count > limits.keep_results or (size > limits.keep_bytes and count > 1):
+        ended = sorted((job.ended, job.id, job) for job in self._jobs.values() if job.ended is not None)
+        count, size = len(ended), sum(job.bytes for *_, job in ended)
+        for end, _, job in ended:
+            if end < oldest or count > limits.keep_results or (size > limits.keep_bytes and count > 1):
                 self.forget(job)
                 count, size = count - 1, size - job.bytes
 
@@ -247,5 +265,7 @@ class Jobs:
             "job %s: %s after %.2f s of waiting and %.2f s of work",
             *(job.id[:_SHOWN], job.state, seconds["waited"], seconds["ran"]),
         )
+        if job.door != "native":  # who waits for it holds it; nobody else knows its id
+            self.forget(job)
         job.wake()
         self.trim()

@@ -42,10 +42,12 @@ class Meters:
             "dreammix_phase_seconds", "Of one phase of a job", ("phase",), buckets=_SECONDS, registry=self.registry
         )
 
-    def watch(self, statistics: Callable[[], dict[str, Statistics]], kept: Callable[[], tuple[int, int]]) -> None:
+    def watch(
+        self, statistics: Callable[[], dict[str, tuple[int, Statistics]]], kept: Callable[[], tuple[int, int]]
+    ) -> None:
         """Read these whenever somebody asks.
 
-        statistics: of each engine's queue, by its name.
+        statistics: the workers and statistics of each engine's queue, by its name.
         kept: how many finished jobs are remembered, and the bytes of their pictures.
         """
         self.registry.register(_Now(statistics, kept))
@@ -73,7 +75,9 @@ class Meters:
 class _Now(Collector):
     """Gauges that are read when somebody asks."""
 
-    def __init__(self, statistics: Callable[[], dict[str, Statistics]], kept: Callable[[], tuple[int, int]]) -> None:
+    def __init__(
+        self, statistics: Callable[[], dict[str, tuple[int, Statistics]]], kept: Callable[[], tuple[int, int]]
+    ) -> None:
         self._statistics, self._kept = statistics, kept
 
     def describe(self) -> Iterator[Metric]:
@@ -84,10 +88,13 @@ class _Now(Collector):
         """The gauges now."""
         waiting = GaugeMetricFamily("dreammix_queue_waiting", "Requests that wait", labels=("engine",))
         running = GaugeMetricFamily("dreammix_queue_running", "Requests that run", labels=("engine",))
-        for name, state in self._statistics().items():
+        workers = GaugeMetricFamily("dreammix_workers", "Painters that serve, without lost ones", labels=("engine",))
+        for name, (serving, state) in self._statistics().items():
+            workers.add_metric((name,), serving)
             waiting.add_metric((name,), state.waiting)
             running.add_metric((name,), state.running)
         count, size = self._kept()
+        yield workers
         yield waiting
         yield running
         yield GaugeMetricFamily("dreammix_results_kept", "Finished jobs in memory", value=count)

@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.request_schema import describe_request
 from dreammix_trt.engine import read_request
-from dreammix_trt.service.events import EVENTS, as_data_url, spell_event
+from dreammix_trt.service.events import EVENTS, EventStream, as_data_url, spell_event
 from dreammix_trt.service.forms import check_picture, parse_object, read_form
 from dreammix_trt.service.house import Here
 from dreammix_trt.service.jobs import Job
@@ -125,9 +125,7 @@ async def get_events(id: Id, house: Here, previews: Annotated[int, Query(ge=0, l
     job = house.jobs.find(id)
     watcher = Watcher(every(previews))
     job.add_watcher(watcher, house.settings.watchers)
-    return StreamingResponse(
-        _follow(job, watcher), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
-    )
+    return EventStream(_follow(job, watcher), lambda: job.remove_watcher(watcher))
 
 
 @router.get(
@@ -148,7 +146,7 @@ async def get_image(
     if k >= len(job.result.images):
         raise Refusal("not_found", f"the job has {len(job.result.images)} pictures, from 0 on", "k")
     data = await run_in_threadpool(job.result.to_bytes, format, k)
-    job.collected = True
+    job.fetched.add(k)
     return Response(data, media_type=_PICTURES[format], headers={"Cache-Control": "private, no-store"})
 
 
@@ -184,26 +182,23 @@ def _digest(*parts: bytes | None) -> str:
 async def _follow(job: Job, watcher: Watcher) -> AsyncIterator[str]:
     """The events of a job for one client, from now to its end."""
     number, said, quiet = 0, "", 0.0
-    try:
-        while True:
-            over = job.ended is not None
-            news = [("preview", _spell_preview(watcher)) for _ in range(len(watcher.previews))]
-            name, data = _spell_state(job)
-            now = f"{name} {data}"
-            news += [(name, data)] if over or now != said else []
-            for event, content in news:
-                number, quiet = number + 1, 0.0
-                yield spell_event(event, content, number)
-            if over:
-                return
-            said = now
-            if not await watcher.wait(_LOOK if name == "queued" else HEARTBEAT):
-                quiet += _LOOK if name == "queued" else HEARTBEAT
-                if quiet >= HEARTBEAT:
-                    quiet = 0.0
-                    yield ": still here\n\n"
-    finally:
-        job.remove_watcher(watcher)
+    while True:
+        over = job.ended is not None
+        news = [("preview", _spell_preview(watcher)) for _ in range(len(watcher.previews))]
+        name, data = _spell_state(job)
+        now = f"{name} {data}"
+        news += [(name, data)] if over or now != said else []
+        for event, content in news:
+            number, quiet = number + 1, 0.0
+            yield spell_event(event, content, number)
+        if over:
+            return
+        said = now
+        if not await watcher.wait(_LOOK if name == "queued" else HEARTBEAT):
+            quiet += _LOOK if name == "queued" else HEARTBEAT
+            if quiet >= HEARTBEAT:
+                quiet = 0.0
+                yield ": still here\n\n"
 
 
 def _spell_preview(watcher: Watcher) -> dict[str, Any]:

@@ -15,15 +15,15 @@ import numpy as np
 import numpy.typing as npt
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from dreammix_trt.core.pictures import read_image
 from dreammix_trt.core.presets import Preset
-from dreammix_trt.service.events import EVENTS, spell_event
+from dreammix_trt.service.events import EVENTS, EventStream, spell_event
 from dreammix_trt.service.forms import Form, check_picture, parse_fields, read_form
-from dreammix_trt.service.house import Here, House
+from dreammix_trt.service.house import Here
 from dreammix_trt.service.jobs import Job
 from dreammix_trt.service.previews import Watcher, evenly
 from dreammix_trt.service.refusals import describe_errors, explain, invalid
@@ -137,14 +137,11 @@ async def post_edit(http: HttpRequest, house: Here) -> Response:
     watcher = None if order.partials is None else Watcher(evenly(order.partials), order.kind)
     job = await house.accept(served, image, marked, request, door="openai", watcher=watcher)
     if watcher is not None:
-        return StreamingResponse(
-            _stream(house, job, watcher, order), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
-        )
+        return EventStream(_stream(job, watcher, order), lambda: _leave(job, watcher))
     await house.wait_for(job, http)
     files = await run_in_threadpool(_encode, job, order.kind)
     pictures = [Picture(b64_json=base64.b64encode(data).decode()) for data in files]
     body = Edited(created=int(time.time()), data=pictures, output_format=order.kind, size=order.size)
-    house.jobs.forget(job)
     return Response(body.model_dump_json(), media_type="application/json")
 
 
@@ -212,8 +209,8 @@ def _encode(job: Job, kind: str) -> list[bytes]:
     return [job.result.to_bytes(kind, k) for k in range(len(job.result.images))]
 
 
-async def _stream(house: House, job: Job, watcher: Watcher, order: _Order) -> AsyncIterator[str]:
-    """Partial pictures, then the finished ones. A client that leaves cancels the job."""
+async def _stream(job: Job, watcher: Watcher, order: _Order) -> AsyncIterator[str]:
+    """Partial pictures, then the finished ones."""
     shown = 0
     try:
         while True:
@@ -227,7 +224,6 @@ async def _stream(house: House, job: Job, watcher: Watcher, order: _Order) -> As
                 break
             if not await watcher.wait(_HEARTBEAT):
                 yield ": still here\n\n"
-        job.collected = True
         if job.error is not None:
             yield spell_event("error", job.error.to_body())
             return
@@ -236,12 +232,13 @@ async def _stream(house: House, job: Job, watcher: Watcher, order: _Order) -> As
             yield spell_event(kind, {"type": kind, **order.describe(data), "usage": _USAGE})
     except Exception as error:
         yield spell_event("error", explain(error).to_body())
-    finally:
-        job.remove_watcher(watcher)
-        if job.ended is None:
-            job.cancel()
-        else:
-            house.jobs.forget(job)
+
+
+def _leave(job: Job, watcher: Watcher) -> None:
+    """A stream is over. A client that has gone before its end cancels the job."""
+    job.remove_watcher(watcher)
+    if job.ended is None:
+        job.cancel()
 
 
 #: clients want it; nothing is counted here

@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from dreammix_trt.core.errors import (
     Cancelled,
@@ -28,12 +29,12 @@ log = logging.getLogger(__name__)
 
 Kind = Literal[
     "invalid_request", "too_large", "unauthorized", "forbidden", "not_found", "method_not_allowed", "queue_full",
-    "too_slow", "timed_out", "cancelled", "draining", "conflict", "engine_error",
+    "too_slow", "timed_out", "cancelled", "draining", "unavailable", "conflict", "engine_error",
 ]  # fmt: skip
 STATUS: dict[Kind, int] = {
     "invalid_request": 422, "too_large": 413, "unauthorized": 401, "forbidden": 403, "not_found": 404,
     "method_not_allowed": 405, "queue_full": 429, "too_slow": 408, "timed_out": 504, "cancelled": 409, "draining": 503,
-    "conflict": 409, "engine_error": 500,
+    "unavailable": 503, "conflict": 409, "engine_error": 500,
 }  # fmt: skip
 #: messages of the engine begin with the field at fault
 _FIELDS = {*CHECKS, "image", "mask_image", "mask", "init_images", "name", "class_name", "file"}
@@ -100,6 +101,8 @@ def explain(error: BaseException) -> Refusal:
     """Any error as the refusal that a client sees. What nobody expected is logged whole and shown by its kind alone."""
     if isinstance(error, Refusal):
         return error
+    if isinstance(error, ClientDisconnect):  # nobody reads this
+        return Refusal("cancelled", "the client has gone before its body was whole")
     text = str(error)
     if isinstance(error, QueueFull):
         return Refusal("queue_full", text, retry_after=1)

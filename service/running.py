@@ -24,10 +24,12 @@ _CONNECTIONS = 512
 
 
 class Server(uvicorn.Server):
-    """A server of an app on the settings' address. It drains at the first signal, and ends at once at the second.
+    """A server of an app on the settings' address. It drains at the first signal, and ends at once at the second. When
+    all devices are lost it drains and ends by itself.
 
     grace: seconds to finish what was accepted.
     begun: called with the page's address once it listens.
+    lost: whether it ended because all devices were lost.
 
     Raises InputError for an address that cannot be taken.
     """
@@ -35,13 +37,14 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, settings: Settings, grace: float, begun: Callable[[str], None]) -> None:
         self._app, self._grace, self._begun = app, grace, begun
         self._draining: asyncio.Task[None] | None = None
+        self.lost = False
         self._listener = _listen(settings)
         host = "127.0.0.1" if settings.host in ("0.0.0.0", "") else settings.host
         self.address = f"http://{f'[{host}]' if ':' in host else host}:{self._listener.getsockname()[1]}/"
         super().__init__(
             uvicorn.Config(
                 app,
-                http=_make_impatient(settings.head_seconds),
+                http=_make_impatient(settings.head_seconds, settings.body_seconds),
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -84,6 +87,16 @@ class Server(uvicorn.Server):
         if self._draining is not None:
             self.should_exit = self.force_exit = True
             return
+        self._begin_draining()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second. A service that can paint nothing any more ends, so that it is started again."""
+        if counter % 10 == 0 and self._draining is None and self._app.state.house.is_lost:
+            self.lost = True
+            self._begin_draining()
+        return await super().on_tick(counter)
+
+    def _begin_draining(self) -> None:
         self._app.state.house.draining = True
         self._draining = asyncio.get_running_loop().create_task(self._drain())
 
@@ -109,11 +122,16 @@ def _listen(settings: Settings) -> socket.socket:
     return listener
 
 
-def _make_impatient(seconds: float) -> type[H11Protocol]:
-    """uvicorn's protocol, which closes a connection that takes longer than this for a request's headers."""
+def _make_impatient(head_seconds: float, still_seconds: float) -> type[H11Protocol]:
+    """uvicorn's protocol, which leaves clients that are too slow.
+
+    head_seconds: for a request's headers.
+    still_seconds: for which a client may take nothing of an answer that waits for it.
+    """
 
     class Impatient(H11Protocol):
         _alarm: asyncio.TimerHandle | None = None
+        _reader: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -125,8 +143,27 @@ def _make_impatient(seconds: float) -> type[H11Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
-            if self._alarm is not None:
-                self._alarm.cancel()
+            for timer in (self._alarm, self._reader):
+                if timer is not None:
+                    timer.cancel()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._watch_reader(None)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._reader is not None:
+                self._reader.cancel()
+                self._reader = None
+
+        def _watch_reader(self, before: int | None) -> None:
+            """Leave a client that has taken nothing since the last look; its answer would stay in memory."""
+            left = self.transport.get_write_buffer_size()
+            if before is not None and left >= before:
+                self.transport.abort()
+                return
+            self._reader = self.loop.call_later(still_seconds, self._watch_reader, left)
 
         def _mind(self) -> None:
             """Wait for headers no longer than allowed; between two requests the keep-alive's time counts."""
@@ -135,7 +172,7 @@ def _make_impatient(seconds: float) -> type[H11Protocol]:
                 self._alarm.cancel()
                 self._alarm = None
             elif waits and self._alarm is None:
-                self._alarm = self.loop.call_later(seconds, self._give_up)
+                self._alarm = self.loop.call_later(head_seconds, self._give_up)
 
         def _give_up(self) -> None:
             self._alarm = None

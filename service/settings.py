@@ -19,7 +19,7 @@ class Settings:
     insecure: whether other computers may come in without a key.
     body_bytes: the largest body of a request; subject_bytes: of one that brings a subject.
     bodies_bytes: the most bytes of bodies that are being read, all clients together.
-    body_seconds: how long a client may take to send one.
+    body_seconds: how long a client may take to send one, or take nothing of an answer.
     head_seconds: how long a connection may take to send a request's headers.
     fields: the most parts of a form; field_bytes: the longest text among them.
     pixels: of the largest picture, as its header says.

@@ -126,6 +126,11 @@ class RequestQueue:
         futures.wait([errand.done for errand in errands])
         return [errand.done.result() for errand in errands]
 
+    @property
+    def workers(self) -> int:
+        """How many painters serve: fewer than were given after the loss of a device, 0 after `close`."""
+        return self._line.workers
+
     def statistics(self) -> Statistics:
         """Counts, and how long finished requests waited and ran."""
         return self._line.statistics()
