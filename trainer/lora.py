@@ -46,7 +46,7 @@ def train_lora(
     attribute_captions: bool = True,
     regular_attributes: bool = True,
     regular: str | Path | Sequence[RegularPicture] | None = None,
-    rank: int | None = None,
+    rank: int = 4,
     steps: int | None = None,
     learning_rate: float | None = None,
     loss: str = "reference",
@@ -80,7 +80,7 @@ def train_lora(
     attribute_captions: False leaves the former out, as the authors' code does.
     regular_attributes: False leaves the latter out: the base paints members of the class in plain colours.
     regular: pictures of the class (eq. 8), or their folder, as `regularize` makes it; None: the base paints some.
-    rank: of the factors; None: what suits the base.
+    rank: of the factors.
     steps, learning_rate: None takes what suits the base.
     loss: "reference" or "paper".
     merged: also write the merged UNet as `unet/`.
@@ -105,13 +105,12 @@ def train_lora(
     """
     require_training()
     class_name, token = class_name.strip(), token.strip()
+    check_options(class_name, token, loss, rank, steps, learning_rate, seed, threads)
     given = hardware or Hardware()
     given.check()
     files = base if isinstance(base, BaseFiles) else BaseFiles.open(base)
     recipe = recipe or recipe_for(files.native_side)
     recipe.check()
-    rank = recipe.rank if rank is None else rank
-    check_options(class_name, token, loss, rank, steps, learning_rate, seed, threads)
     dictionary = _read_attributes(attributes, class_name)
     photographs = read_photographs(photos, invert_masks=invert_masks, large_masks=large_masks)
     _warn(files, photographs)
