@@ -388,13 +388,13 @@ class Held:
 
 @pytest.fixture
 def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
-    """The embedded base without ASUKA's networks, its parts made of next to nothing."""
+    """The embedded base without ASUKA's networks and the token adapter, its parts made of next to nothing."""
     from dreammix_trt.building import parts
     from dreammix_trt.engine.backends.tensorrt.builder import BuildReport
     from dreammix_trt.export import vae_range
 
     folder = tmp_path / "base"
-    shutil.copytree(BaseFiles.open().folder, folder, ignore=shutil.ignore_patterns("graphs", "asuka"))
+    shutil.copytree(BaseFiles.open().folder, folder, ignore=shutil.ignore_patterns("graphs", "asuka", "token_adapter*"))
 
     def traced(network: Any, out: Path) -> None:
         (out / "graph.onnx").write_bytes(b"")
