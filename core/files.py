@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -180,6 +180,11 @@ def digest_of(path: Path) -> str:
     """
     with explain_read_errors(path), path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def join_digests(digests: Sequence[str]) -> str:
+    """One SHA-256 in hex for several files in their order; that of a single file is its own."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def carry_remembered(old: Path, new: Path) -> None:

@@ -7,7 +7,6 @@ LoRAs become one subject by stacking their factors along the rank, as x A1 B1 + 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 from dreammix_trt.core.attributes import AttributeDictionary
 from dreammix_trt.core.errors import FileFormatError, InputError
 from dreammix_trt.core.factor_names import decode_factors, encode_factors
-from dreammix_trt.core.files import atomic_file, sha256_of
+from dreammix_trt.core.files import atomic_file, join_digests, sha256_of
 from dreammix_trt.core.lora import TARGETS, Factors, Lora, LoraSpec, Target, read_lora
 from dreammix_trt.core.lora_words import find_words, read_attributes, read_caption_words
 from dreammix_trt.core.networks import KINDS, kind_of, names_of_factors, unets_of
@@ -212,7 +211,7 @@ def make_subject(
         check_name(name or _slug(class_name) or _name_after(Path(place))),
         token,
         class_name,
-        source_sha256=hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
+        source_sha256=join_digests(hashes),
         **({"attributes": dict(attributes.attributes)} if attributes else {}),
     )
 

@@ -10,7 +10,7 @@ hold everything that depends on the step.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -153,6 +153,12 @@ def run_safely(run: Callable[[bool], F32], has_network: Callable[[str], bool], w
     except NotFiniteError as error:
         text = describe_overflow(error.network, f"{when}, with the twins there are in float32")
         raise NotFiniteError(text, error.network) from error
+
+
+def check_finite(network: str, outputs: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Raise NotFiniteError naming the network whose outputs are not all finite."""
+    if not all(np.isfinite(values).all() for values in outputs.values()):
+        raise NotFiniteError(f"{network} gave values that are not numbers", network)
 
 
 def _run_to_end(steps: Steps) -> tuple[list[U8], Progress | None]:

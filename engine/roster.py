@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ import numpy as np
 
 from dreammix_trt.core.attributes import AttributeDictionary
 from dreammix_trt.core.errors import EngineError, FileFormatError, InputError
+from dreammix_trt.core.files import join_digests
 from dreammix_trt.core.passport import FILE_NAME
 from dreammix_trt.core.remarks import remark
 from dreammix_trt.core.request import Request
@@ -100,8 +100,7 @@ class Roster:
         self._check_free(called, "tokens")
         references = read_references(image, mask, segment, adapter.config)
         rows = self._runtime.make_rows(references, class_name, tokenizers)
-        digests = [each.digest for each in references]
-        source = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        source = join_digests([each.digest for each in references])
         # as the file has them, so that it paints the same
         tokens = Tokens(rows.astype(np.float16).astype(np.float32), adapter.sha256)
         subject = Subject(called, "", class_name, source_sha256=source, tokens=tokens)

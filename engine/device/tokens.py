@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dreammix_trt.core.axes import FACTOR, Sides, Tensor
-from dreammix_trt.core.errors import DeviceError, NotFiniteError
+from dreammix_trt.core.errors import DeviceError
 from dreammix_trt.core.networks import kv_name, names_of_group, twin_name
 from dreammix_trt.core.seam import Array, DeviceNetworks
 from dreammix_trt.core.slots import Slot, names_of_weights
@@ -22,6 +22,7 @@ from dreammix_trt.core.subject_tokens import TokenConfig
 from dreammix_trt.engine.device.arena import Pieces
 from dreammix_trt.engine.device.choices import PRISTINE
 from dreammix_trt.engine.device.room import KEYS_AND_VALUES, choose_twin
+from dreammix_trt.engine.painting import check_finite
 
 if TYPE_CHECKING:
     from dreammix_trt.engine.device.studio import Studio
@@ -88,8 +89,7 @@ class SingleCalls:
         held = {each: array for each, array in studio.weights.arrays(name).items() if each in merged}
         self._call(actual, places | held)
         found = {each: _widen(studio.bring(places[each])) for each in outputs}
-        if not all(np.isfinite(values).all() for values in found.values()):
-            raise NotFiniteError(f"{name} gave values that are not numbers", name)
+        check_finite(name, found)
         return found
 
     def _call(self, actual: str, arrays: Mapping[str, Array]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dreammix_trt.core.errors import EngineError, NotFiniteError
+from dreammix_trt.core.errors import EngineError
 from dreammix_trt.core.networks import twin_name
 from dreammix_trt.core.noise import SeededNoise
 from dreammix_trt.core.seam import BaseFacts, Networks
@@ -26,7 +26,7 @@ from dreammix_trt.engine.host.denoiser import Denoiser, EngineDenoiser
 from dreammix_trt.engine.host.painter import HostPainter, Sitting
 from dreammix_trt.engine.host.texts import HostTexts
 from dreammix_trt.engine.host.weights import HostWeights
-from dreammix_trt.engine.painting import paint_safely, run_safely
+from dreammix_trt.engine.painting import check_finite, paint_safely, run_safely
 from dreammix_trt.engine.runtime import Painted, Painting, Work, check_parts
 from dreammix_trt.engine.text import Tokenizer
 
@@ -160,6 +160,6 @@ class _Watched:
         actual = twin_name(name) if self._safe and twin_name(name) in self._networks else name
         with self._clock(f"network:{name}"):
             outputs = self._networks.run(actual, **arrays)
-        if self._checks and not all(np.isfinite(values).all() for values in outputs.values()):
-            raise NotFiniteError(f"{name} gave values that are not numbers", name)
+        if self._checks:
+            check_finite(name, outputs)
         return outputs

@@ -25,6 +25,7 @@ from dreammix_trt.trainer.tokens.recipes import TokenRecipe, name_class
 from dreammix_trt.trainer.tokens.references import vary_reference
 
 log = logging.getLogger(__name__)
+_PAIRS = 4  # of words of an object
 
 Arrays = Mapping[str, NDArray[Any]]
 #: what a shard holds: name -> its type in the file
@@ -52,9 +53,6 @@ SHARD = {
 }
 
 
-PAIRS = 4  # of words of an object
-
-
 class ObjectEncoder:
     """The base's networks as far as they are needed, float32 whatever the training computes in.
 
@@ -68,10 +66,10 @@ class ObjectEncoder:
 
     def encode(self, objects: Sequence[Seen], recipe: TokenRecipe, rng: np.random.Generator) -> Arrays:
         """One shard of objects, by the names of SHARD."""
-        texts, rows = Texts(self._texts), []
+        texts, rows = _Texts(self._texts), []
         for owner, seen in enumerate(objects):
             numbers: dict[str, Any] = {"owner": owner, "class_text": texts.number(name_class(seen.class_name))}
-            numbers |= number_words(seen, texts)
+            numbers |= _number_words(seen, texts)
             for view in self._encode_object(seen, recipe, rng):
                 caption = texts.number(seen.captions[int(view["photograph"])])
                 rows.append({**view, **numbers, "caption": caption})
@@ -128,15 +126,15 @@ def _cut_stack(unet: TrainingUNet, block: int) -> Any:
     return stack
 
 
-def number_words(seen: Seen, texts: Texts) -> dict[str, NDArray[np.int64]]:
+def _number_words(seen: Seen, texts: _Texts) -> dict[str, NDArray[np.int64]]:
     """The numbers of an object's words, of as many pairs for every object."""
-    pairs = [seen.words[place % len(seen.words)] for place in range(PAIRS)]
+    pairs = [seen.words[place % len(seen.words)] for place in range(_PAIRS)]
     numbers = np.array([[texts.number(text) for text in pair] for pair in pairs], np.int64)
     return {"heard": numbers[:, 0], "words": numbers[:, 1]}
 
 
-class Texts:
-    """Texts by their numbers; the empty one is number 0, and stands for one that is too long, which is logged."""
+class _Texts:
+    """_Texts by their numbers; the empty one is number 0, and stands for one that is too long, which is logged."""
 
     def __init__(self, encoders: TextEncoders) -> None:
         self._encoders, self._encoded = encoders, {"": encoders.encode([""])}
