@@ -29,7 +29,7 @@ FLOORS = ("core", "export", "engine", "trainer", "evaluation", "service")
 # Named first and alone: a plain "torch" would take the newest build with gigabytes of CUDA libraries.
 TORCH = "torch==2.13.0"
 SETTINGS = "SKBUILD_CMAKE_DEFINE"  # the environment variable in which scikit-build-core takes settings for CMake
-EXTRAS = "train,tensorboard,eval,export,serve,rtx,cuda,openvino,dev,docs"
+EXTRAS = "train,tensorboard,eval,export,ray,rtx,cuda,openvino,dev,docs"
 
 
 def python(environment: Path = VENV) -> Path:

@@ -13,6 +13,9 @@ TRAINING = ("torch", "diffusers", "transformers", "peft")
 #: What the service imports; the extra `serve` brings it.
 SERVING = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 
+#: What work on a cluster imports; the extra `ray` brings it, and that of the service.
+CLUSTER = ("ray",)
+
 
 def list_missing(packages: Iterable[str]) -> list[str]:
     """Those of these packages that are not installed. Imports none of them."""
@@ -27,6 +30,11 @@ def require_training() -> None:
 def require_serving() -> None:
     """Raise MissingExtraError, with what to install, unless everything that the service imports is installed."""
     _require(SERVING, "the service", "serve")
+
+
+def require_cluster() -> None:
+    """Raise MissingExtraError, with what to install, unless Ray is installed."""
+    _require(CLUSTER, "work on a cluster", "ray")
 
 
 def _require(packages: Iterable[str], what: str, extra: str) -> None:
