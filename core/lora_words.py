@@ -107,6 +107,13 @@ def read_words(metadata: Mapping[str, str]) -> LoraWords:
     return _read_kohya(metadata)
 
 
+def read_folder_name(name: str) -> LoraWords:
+    """What the name of a folder of photographs says, as kohya's scripts want it: "10_ohwx teapot"."""
+    named = _REPEATED.fullmatch(name.strip())
+    found = _split(named[1]) if named else None
+    return LoraWords(*found, "the folder's name") if found else LoraWords()
+
+
 def read_caption_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
     """The words of the captions that a LoRA was trained with, lower case, in order; () where the file does not say.
 
@@ -151,10 +158,9 @@ def _read_kohya(metadata: Mapping[str, str]) -> LoraWords:
                 tags[str(tag)] = tags.get(str(tag), 0) + count
     spoken = {word for tag in tags for word in tag.lower().split()}
     for folder in folders:
-        named = _REPEATED.fullmatch(folder.strip())
-        found = _split(named[1]) if named else None
-        if found and (not spoken or found[0].lower() in spoken):
-            return LoraWords(*found, _FOLDERS if folder in listed else _TAGS)
+        named = read_folder_name(folder)
+        if named.token and (not spoken or named.token.lower() in spoken):
+            return named._replace(source=_FOLDERS if folder in listed else _TAGS)
     found = _split(max(tags, key=lambda tag: tags[tag])) if tags else None
     return LoraWords(*found, _TAGS) if found else LoraWords()
 

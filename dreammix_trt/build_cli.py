@@ -142,6 +142,10 @@ Verify = Annotated[
 ]
 Merge = Annotated[bool, typer.Option("--merge", help="Bake the subject into weights of its own.")]
 NoSlots = Annotated[bool, typer.Option("--no-slots", help="Attention weights are fixed: no subject can be added.")]
+Keep = Annotated[
+    bool,
+    typer.Option("--keep", help="Leave the engine that is there where the same command made it of the same files."),
+]
 SelfContained = Annotated[bool, typer.Option("--self-contained", help="Copy the base's parts into OUT.")]
 
 EXAMPLES = """
@@ -187,7 +191,7 @@ PANELS = {
             "look",
         ),
     ),
-    "What is written": ("out", "self_contained", "store", "verify", "as_json"),
+    "What is written": ("out", "self_contained", "keep", "store", "verify", "as_json"),
 }
 
 
@@ -228,6 +232,7 @@ def build(
     no_slots: NoSlots = False,
     patch_biases: PatchBiases = False,
     self_contained: SelfContained = False,
+    keep: Keep = False,
     store: Store = None,
     as_json: AsJson = False,
 ) -> None:
@@ -265,6 +270,7 @@ def build(
         verify=verify,
         store=store,
         self_contained=self_contained,
+        keep=keep,
     )
     with show_progress("building") as update:
         passport = carry_out(order, update, say)

@@ -39,6 +39,11 @@ from dreammix_trt.eval_cli import evaluate
 from dreammix_trt.inpaint_cli import EXAMPLES as INPAINT_EXAMPLES
 from dreammix_trt.inpaint_cli import PANELS as INPAINT_PANELS
 from dreammix_trt.inpaint_cli import inpaint
+from dreammix_trt.many_cli import BUILD_EXAMPLES as BUILD_MANY_EXAMPLES
+from dreammix_trt.many_cli import BUILD_PANELS as BUILD_MANY_PANELS
+from dreammix_trt.many_cli import TRAIN_EXAMPLES as TRAIN_MANY_EXAMPLES
+from dreammix_trt.many_cli import TRAIN_PANELS as TRAIN_MANY_PANELS
+from dreammix_trt.many_cli import build_many, train_many
 from dreammix_trt.regularize_cli import EXAMPLES as REGULARIZE_EXAMPLES
 from dreammix_trt.regularize_cli import PANELS as REGULARIZE_PANELS
 from dreammix_trt.regularize_cli import regularize
@@ -174,10 +179,12 @@ app.command("doctor")(doctor)
 app.command(epilog=ATTRIBUTES_EXAMPLES, panels=ATTRIBUTES_PANELS)(attributes)
 app.command(epilog=REGULARIZE_EXAMPLES, panels=REGULARIZE_PANELS)(regularize)
 app.command(epilog=TRAIN_EXAMPLES, panels=TRAIN_PANELS)(train)
+app.command("train-many", epilog=TRAIN_MANY_EXAMPLES, panels=TRAIN_MANY_PANELS)(train_many)
 app.command(epilog=DISTILL_EXAMPLES, panels=DISTILL_PANELS)(distill)
 app.command("train-asuka", epilog=TRAIN_ASUKA_EXAMPLES, panels=TRAIN_ASUKA_PANELS)(train_asuka)
 app.command("train-tokens", epilog=TRAIN_TOKENS_EXAMPLES, panels=TRAIN_TOKENS_PANELS)(train_tokens)
 app.command(epilog=BUILD_EXAMPLES, panels=BUILD_PANELS)(build)
+app.command("build-many", epilog=BUILD_MANY_EXAMPLES, panels=BUILD_MANY_PANELS)(build_many)
 app.command(epilog=CALIBRATE_EXAMPLES, panels=CALIBRATE_PANELS)(calibrate)
 
 

@@ -20,7 +20,7 @@ from copy import copy
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeVar, get_args, get_origin
 
 import typer
 from rich.console import Console
@@ -173,6 +173,19 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def write_messages(stream: TextIO) -> Iterator[None]:
+    """Send messages, progress, and what goes to stdout into a stream, as plain lines, while the block runs."""
+    global out_console, err_console
+    former = out_console, err_console
+    out_console, err_console = (Console(file=stream, emoji=False, highlight=False) for _ in former)
+    try:
+        with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+            yield
+    finally:
+        out_console, err_console = former
 
 
 def say(text: str) -> None:

@@ -33,7 +33,6 @@ from dreammix_trt.training_options import (
     LearningRate,
     Optimizer,
     Precision,
-    Resume,
     Steps,
     Tensorboard,
     change,
@@ -92,6 +91,12 @@ Checkpointing = Annotated[
 CheckpointEvery = Annotated[
     int | None,
     typer.Option(min=0, help="Steps between two checkpoints; 0: none. Default: 250 above 256 pixels, else none."),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="Go on from the last checkpoint, with the same options; a LoRA that they made before stays."
+    ),
 ]
 Work = Annotated[Path | None, typer.Option(help="Folder of checkpoints and encoded photographs; default: OUT.work.")]
 ValidateEvery = Annotated[int, typer.Option(min=0, help="Steps between pictures of what it can do; 0: none.")]
@@ -197,7 +202,10 @@ def train(
 
     require_training()
     as_json = hush_followers(as_json)
-    _check_out(out, force=force)
+    from dreammix_trt.trainer.checkpoints import find_work, has_checkpoint
+
+    place = work or find_work(out)
+    _check_out(out, force=force or (resume and not has_checkpoint(place)))
     events = open_events(tensorboard)
     if segment:
         if invert_masks:
@@ -211,7 +219,6 @@ def train(
         raise InputError("--captions attributes needs --attributes FILE, which has the words")
     from dreammix_trt.building import BaseSources
     from dreammix_trt.train_watch import TrainWatch
-    from dreammix_trt.trainer.checkpoints import find_work
     from dreammix_trt.trainer.lora import train_lora
     from dreammix_trt.trainer.recipes import recipe_for
 
@@ -220,7 +227,6 @@ def train(
     inner = None if gradient_checkpointing is None else gradient_checkpointing == "on"
     given |= {"gradient_checkpointing": inner, "checkpoint_every": checkpoint_every}
     recipe = change(recipe_for(files.native_side), given)
-    place = work or find_work(out)
     options: dict[str, Any] = {"token": token, "prompt": prompt, "rank": rank, "steps": steps, "seed": seed}
     options |= {"learning_rate": learning_rate, "loss": loss, "merged": merged, "threads": threads, "resume": resume}
     options |= {"attributes": attributes, "attribute_captions": captions != "plain", "regular": regular, "work": place}

@@ -43,6 +43,7 @@ FACE = {
         "training_options",
     ),
     *("painting_cli", "remove_cli", "endpoint_options", "serve_cli"),
+    *("many", "many_subjects", "many_cli", "ray_cluster"),
 }
 #: the rooms of the engine floor, lowest first: each imports what stands in the rows before its own, and its own room
 ROOMS = (

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dreammix_trt.build_cli import _parse_pairs, _parse_words
-from dreammix_trt.building import build
+from dreammix_trt.building import Defaults, build
 from dreammix_trt.building.order import BuildOrder
 from dreammix_trt.core.attributes import AttributeDictionary
 from dreammix_trt.core.checkpoint import BaseFiles
@@ -79,6 +79,40 @@ def test_attention_alone_fits_the_slots(small_base: Path, mug_engine: Path, tmp_
     build(file, base=small_base, out=tmp_path / "out", token="zwx", notice=told.append)
     (replaced,) = told[2:]
     assert "replaces the engine" in replaced and replaced.endswith(passport.command)
+
+
+def test_an_engine_of_the_same_command_and_files_is_kept_where_that_is_asked_for(
+    small_base: Path, mug_engine: Path, tmp_path: Path
+) -> None:
+    lora, out, told = write_lora(tmp_path / "mug", seed=1), tmp_path / "out", list[str]()
+
+    def stamp() -> tuple[int, int]:
+        return (out / "passport.json").stat().st_mtime_ns, (out / "passport.json").stat().st_ino
+
+    def build_again(**given: Any) -> bool:
+        """Whether the engine was kept."""
+        told.clear()
+        before = stamp()
+        build(lora, base=small_base, out=out, **{"keep": True, **given}, notice=told.append)
+        kept = [text for text in told if text.endswith("built before, by the same command of the same files")]
+        assert bool(kept) == (stamp() == before)
+        return bool(kept)
+
+    made = build(lora, base=small_base, out=out, keep=True)
+    assert build_again() and Passport.read(out) == made
+    assert not build_again(keep=False) and build_again()
+    changes: list[dict[str, Any]] = [
+        {"token": "ohwx"}, {"defaults": Defaults(num_inference_steps=9)}, {"self_contained": True}, {},
+    ]  # fmt: skip
+    for changed in changes:
+        assert not build_again(**changed) and build_again(**changed)
+    shutil.rmtree(lora)
+    write_lora(lora, seed=2)
+    assert not build_again() and build_again(), "other factors in a file of the same name"
+    next((out / "subjects").iterdir()).unlink()
+    assert not build_again() and build_again()
+    (out / "passport.json").write_text("{")
+    assert not build_again() and build_again()
 
 
 def test_without_slots_a_subject_is_to_be_merged(small_base: Path, mug_engine: Path, tmp_path: Path) -> None:

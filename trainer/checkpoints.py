@@ -38,6 +38,11 @@ def find_work(out: str | Path) -> Path:
     return place.parent / f"{place.name}.work"
 
 
+def has_checkpoint(work: Path) -> bool:
+    """Whether a work folder holds a training that was stopped."""
+    return (work / FOLDER / RECORD).exists()
+
+
 def check_places(out: Path, work: Path, marker: str, events: Events | None = None) -> None:
     """Raise InputError for places that would lose what is trained.
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dreammix_trt.core.files import sha256_of, write_json
+from dreammix_trt.core.errors import FileFormatError, InputError
+from dreammix_trt.core.files import read_json, sha256_of, write_json
 from dreammix_trt.core.lora import FILE_NAME
 from dreammix_trt.core.network_weights import whole_weights_of
 from dreammix_trt.trainer.kohya import kohya_file_name, kohya_metadata, kohya_tensors
-from dreammix_trt.trainer.task import Task
+from dreammix_trt.trainer.task import Task, explain_difference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,6 +120,41 @@ class TrainRecord:
             "seconds": self.seconds,
             "parameters": self.parameters,
         }
+
+
+def read_finished(folder: Path, task: Task, settings: Mapping[str, Any]) -> TrainRecord:
+    """What made the LoRA in a folder, by its card.
+
+    settings: those of the training that is asked for, which must be the same.
+
+    Raises InputError for a LoRA of other settings, FileFormatError where its files or its card are damaged.
+    """
+    card = read_json(folder / RECORD)
+    try:
+        losses, known = card["losses"], (card["settings"]["threads"], card["parameters"], card["skipped_steps"])
+        record = TrainRecord.of(task, settings, [losses["last"]], card["seconds"], *known)
+        record = replace(record, first_loss=losses["first"], losses=tuple(losses[f"every_{_PERIOD}_steps"]))
+        now = json.loads(json.dumps(record.to_card()))
+        difference = explain_difference(_gather_settings(card), _gather_settings(now))
+        files = {str(name): digest for name, digest in card["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FileFormatError(f"{folder / RECORD}: damaged ({error!r}); train anew with --force") from error
+    if difference:
+        raise InputError(
+            f"{folder} holds a LoRA of other settings ({difference}); give those of then, train anew with --force, or "
+            "name another folder"
+        )
+    for name, digest in files.items():
+        if not (folder / name).is_file() or sha256_of(folder / name) != digest:
+            raise FileFormatError(f"{folder / name}: not as it was trained; train anew with --force")
+    return record
+
+
+def _gather_settings(card: Mapping[str, Any]) -> dict[str, Any]:
+    """All on a card that decides the LoRA's numbers but the threads."""
+    told = {name: value for name, value in card["settings"].items() if name != "threads"}
+    base = {"base": card["base"]["hashes"], "base_loras": card["base"]["loras"]}
+    return base | {name: card[name] for name in _NAMES} | told
 
 
 def _list_attributes(settings: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -25,6 +25,8 @@ SEGMENT_HINT = "or let --segment make them: --segment --segmenter u2net.onnx"
 _IMAGE_FOLDERS, _MASK_FOLDERS = ("image", "images", "img"), ("mask", "masks")
 _MASK_ENDINGS = ("_mask", "-mask", ".mask", " mask", "_masklabel", "-masklabel", "_matte", "_alpha", "_seg", ".out")
 _MASK_STARTS = ("mask_", "mask-", "mask.")
+#: what says in words what the subject is; `train-many` reads it
+_WORDS = ("subject.json", "attributes.json")
 _REASONS = {
     ("txt", "caption", "wildcard"): "captions of other trainers are not read; give --prompt",
     ("heic", "heif", "hif"): "HEIC needs pillow-heif: pip install pillow-heif, or save it as JPEG",
@@ -152,7 +154,7 @@ def _sift(folder: Path, listing: Listing) -> list[Path]:
     for file in _files(folder):
         if is_picture(file) and file.name != SHEET and file.is_file():
             pictures.append(file)
-        else:
+        elif file.name not in _WORDS:
             listing.leave_out(_name_reason(file), file)
     known = {*_IMAGE_FOLDERS, *_MASK_FOLDERS}
     others = [each for each in folder.iterdir() if each.is_dir() and each.name.lower() not in known]

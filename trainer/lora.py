@@ -14,9 +14,9 @@ from dreammix_trt.core.extras import require_training
 from dreammix_trt.core.files import atomic_directory, sha256_of
 from dreammix_trt.core.lora import LoraSpec, parse_lora, read_lora
 from dreammix_trt.core.network_weights import BaseLora
-from dreammix_trt.trainer.checkpoints import Checkpoints, check_places, find_work, hold_places
+from dreammix_trt.trainer.checkpoints import Checkpoints, check_places, find_work, has_checkpoint, hold_places
 from dreammix_trt.trainer.events import Events
-from dreammix_trt.trainer.folder import RECORD, TrainRecord, lora_metadata, write_folder
+from dreammix_trt.trainer.folder import RECORD, TrainRecord, lora_metadata, read_finished, write_folder
 from dreammix_trt.trainer.hardware import Hardware
 from dreammix_trt.trainer.photographs import PhotographFile, read_photographs
 from dreammix_trt.trainer.preparing import Progress, say_nothing
@@ -86,7 +86,8 @@ def train_lora(
     merged: also write the merged UNet as `unet/`.
     threads: CPU threads (None: torch's choice).
     hardware: device, precision and optimizer; None: the CPU.
-    resume: go on from the checkpoint of a training that was stopped; it must have had the same settings.
+    resume: go on from the checkpoint of a training that was stopped; it must have had the same settings. Where there is
+        none and `out` has the LoRA of these settings, that stays.
     work: folder of the checkpoint and of encoded photographs, where the recipe asks for checkpoints; None: OUT.work.
     watch: called before, after each step and at the end, as `trainer.watching.Watch` says.
     events: are told the loss and the learning rate of every step, for TensorBoard; `close` is the caller's.
@@ -166,6 +167,13 @@ class _Job:
         checkpoints = Checkpoints(
             self._work, lora_metadata(task.base.name, settings), settings, task.recipe.checkpoint_every
         )
+        if resume and not has_checkpoint(self._work) and (self._out / RECORD).exists():
+            found = read_finished(self._out, task, settings)
+            if self._merged and not (self._out / "unet").is_dir():
+                raise InputError(f"{self._out}: trained before without merged weights; train anew with --force")
+            if notice and leads:
+                notice(f"{self._out}: trained before, with these settings")
+            return found
         checkpoints.check(resume=resume)
         plan = tell_memory(task, notice if notice and leads else log.info)
         tell = progress if progress and leads else say_nothing

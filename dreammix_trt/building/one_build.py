@@ -7,16 +7,15 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from dreammix_trt import __version__
-from dreammix_trt.building.calibrated import describe_float8, find_calibration
+from dreammix_trt.building.calibrated import find_calibration
 from dreammix_trt.building.defaults import Defaults, fill_in
 from dreammix_trt.building.engine_options import EngineOptions
 from dreammix_trt.building.ingredients import Ingredients
-from dreammix_trt.building.order import BaseSources, BuildOrder, LoraOption, describe_lora
+from dreammix_trt.building.made import describe_made, find_same, list_remarks
+from dreammix_trt.building.order import BaseSources, BuildOrder, LoraOption
 from dreammix_trt.building.part_store import PartStore
 from dreammix_trt.building.parts import Parts
 from dreammix_trt.building.subjects import MadeSubject, check_slots, make_subjects
-from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.errors import DreamMixError
 from dreammix_trt.core.files import folder_bytes, sha256_of
 from dreammix_trt.core.lora import read_lora
@@ -55,6 +54,7 @@ def build(
     verify: bool | None = None,
     store: str | Path | None = None,
     self_contained: bool = False,
+    keep: bool = False,
     progress: Update | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> Passport:
@@ -82,6 +82,7 @@ def build(
     verify: compare every network with torch, or none; None: those that are small enough.
     store: where parts are kept; None: in DREAMMIX_HOME.
     self_contained: copy the base's parts into `out`.
+    keep: leave the engine in `out` where the same order made it of the same files, and nothing of it is missing.
     progress: called with (part, fraction, message).
     notice: called with what a person should know.
 
@@ -104,6 +105,7 @@ def build(
         verify=verify,
         store=store,
         self_contained=self_contained,
+        keep=keep,
     )
     return carry_out(order, progress or (lambda *_: None), notice or (lambda _: None))
 
@@ -114,7 +116,7 @@ def carry_out(order: BuildOrder, update: Update, tell: Callable[[str], None]) ->
     shelf = Store(Path(order.store) if order.store else None)
     files = order.base.open().find_own_extras()
     order.check_outside(files)
-    for remark in _list_remarks(files):
+    for remark in list_remarks(files):
         tell(remark)
     config = files.configs["unet"]
     made = make_subjects(order, config, tell)
@@ -124,6 +126,10 @@ def carry_out(order: BuildOrder, update: Update, tell: Callable[[str], None]) ->
     loras = [(BaseLora(lora, spec.scale, spec.target), sha256_of(lora.source_path)) for lora, spec in baked]
     calibration = find_calibration(order, files)
     ingredients = Ingredients(files, order.slots, order.engine, loras, defaults.to_dict(), calibration)
+    found = find_same(order, ingredients, made) if order.keep else None
+    if found:
+        tell(f"{order.out}: built before, by the same command of the same files")
+        return found
     store = PartStore(shelf, order.place, update)
     parts = Parts(ingredients, store, order.verify, tell)
     if files.tokens and not order.slots:
@@ -138,12 +144,6 @@ def carry_out(order: BuildOrder, update: Update, tell: Callable[[str], None]) ->
     passport = _write(order, ingredients, store, folders, made)
     shelf.register(order.place, () if order.self_contained else set(store.keys.values()))
     return passport
-
-
-def _list_remarks(files: BaseFiles) -> list[str]:
-    asuka = files.asuka.find_doubts(files.hash_contents) if files.asuka else []
-    tokens = files.tokens.find_doubts(files.hash_contents) if files.tokens else []
-    return [*files.remarks, *asuka, *tokens]
 
 
 def _settle_precision(
@@ -185,25 +185,10 @@ def _write(
     made: Sequence[MadeSubject],
 ) -> Passport:
     """Write the engine directory from the parts' folders."""
-    files, engine, defaults = ingredients.base, ingredients.engine, ingredients.defaults
+    files, engine = ingredients.base, ingredients.engine
     kept = [(replace(each.subject, base_key=ingredients.base_key), each.sources) for each in made]
     if order.merge:  # the factors are in the weights; the words stay a subject
         kept = [(replace(subject, factors={}), sources) for subject, sources in kept]
-    baked = [*order.base_specs, *order.subject_specs] if order.merge else order.base_specs
-    facts = {
-        "name": files.name,
-        "remarks": _list_remarks(files),
-        "native_side": files.native_side,
-        "slots": order.slots,
-        "files": files.hash_contents(),
-        **({"asuka": files.asuka.hash_files()} if files.asuka else {}),
-        **({"tokens": files.tokens.hash_files()} if files.tokens else {}),
-        "head": files.head_padding if files.has_head else None,
-        "loras": [describe_lora(spec, "both") for spec in baked],
-        "merged": made[0].subject.name if order.merge else None,
-        "defaults": defaults,
-        **describe_float8(ingredients.networks, ingredients.calibration),
-    }
     return write_engine(
         Path(order.out),
         parts=folders,
@@ -212,12 +197,6 @@ def _write(
         subjects=kept,
         adapter=files.tokens.file if files.tokens else None,
         self_contained=order.self_contained,
-        created_by=f"dreammix-trt {__version__}",
-        base_key=ingredients.base_key,
-        base=facts,
-        backend=engine.backend,
-        backend_version=engine.version,
-        targets=list(engine.gpus),
         precision=engine.precision,
-        command=order.command(defaults),
+        **describe_made(order, ingredients, made),
     )

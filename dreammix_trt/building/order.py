@@ -89,6 +89,7 @@ class BuildOrder:
     verify: bool | None = None
     store: str | Path | None = None
     self_contained: bool = False
+    keep: bool = False
 
     @property
     def place(self) -> Path:

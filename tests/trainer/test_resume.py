@@ -146,6 +146,31 @@ def test_other_photographs_are_refused_by_name(base: BaseFiles, photos: Path, st
         run(tmp_path / "photos", tmp_path / "lora", base, resume=True, work=stopped)
 
 
+def test_what_is_finished_stays(base: BaseFiles, photos: Path, tmp_path: Path) -> None:
+    out, told = tmp_path / "lora", list[str]()
+    made = run(photos, out, base)
+    before = {file.name: (file.stat().st_mtime_ns, file.stat().st_ino) for file in out.iterdir()}
+    assert run(photos, out, base, resume=True, notice=told.append) == made
+    assert before == {file.name: (file.stat().st_mtime_ns, file.stat().st_ino) for file in out.iterdir()}
+    assert told[-1] == f"{out}: trained before, with these settings"
+    for fields, difference in (({"rank": 8}, "rank is 8, and was 4"), ({"token": "ohwx"}, "token is 'ohwx'")):
+        with pytest.raises(InputError, match=rf"lora holds a LoRA of other settings \({difference}.*--force"):
+            run(photos, out, base, resume=True, **fields)
+    with pytest.raises(InputError, match="without merged weights"):
+        run(photos, out, base, resume=True, merged=True)
+    other = Path(shutil.copytree(photos, tmp_path / "photos"))
+    next((other / "mask").iterdir()).unlink()
+    with pytest.raises(InputError, match=r"photographs: 0\d\.png is missing"):
+        run(other, out, base, resume=True)
+    (out / FILE_NAME).write_bytes(b"half")
+    with pytest.raises(FileFormatError, match=r"lora/pytorch_lora_weights\.safetensors: not as it was trained"):
+        run(photos, out, base, resume=True)
+    card = json.loads((out / "subject.json").read_text())
+    (out / "subject.json").write_text(json.dumps({**card, "losses": None}))
+    with pytest.raises(FileFormatError, match=r"subject\.json: damaged"):
+        run(photos, out, base, resume=True)
+
+
 def test_there_must_be_something_to_go_on_from(
     base: BaseFiles, photos: Path, stopped: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
