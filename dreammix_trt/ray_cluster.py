@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,19 +15,22 @@ from typing import Any
 from dreammix_trt.core.errors import InputError
 from dreammix_trt.core.extras import require_cluster
 
-_STORE = 200 * 2**20  # bytes of shared memory of a local cluster: pictures and subject files pass through it
+_STORE = 200 * 2**20  # bytes of shared memory of a local cluster: pictures and subjects pass through it
+_PATIENCE = 5.0  # seconds for the head of a cluster to answer
 
 
 @contextmanager
 def open_cluster(address: str | None = None, cpus: int | None = None) -> Iterator[None]:
     """Join a cluster, or start a local one, which ends with the block.
 
-    address: of a cluster's head ("auto": the one that runs on this machine); None: start a local one.
+    address: of a cluster's head, HOST:PORT ("auto": the one that runs on this machine); None: start a local one.
     cpus: how many the local one hands out; None: all there are.
 
     Raises MissingExtraError without Ray, InputError for an address where no cluster answers.
     """
     require_cluster()
+    if address is not None:
+        _check_address(address)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
     import ray
 
@@ -35,10 +39,8 @@ def open_cluster(address: str | None = None, cpus: int | None = None) -> Iterato
         options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": _STORE}
     try:
         ray.init(address=address or "local", **options)
-    except (ConnectionError, ValueError) as error:
-        raise InputError(
-            f"--ray-address {address}: no Ray cluster answers there ({error}); start one with `ray start`"
-        ) from error
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError(_describe_silence(address, error)) from error
     try:
         yield
     finally:
@@ -48,3 +50,22 @@ def open_cluster(address: str | None = None, cpus: int | None = None) -> Iterato
 def describe_need(device: str, cpus: float) -> Mapping[str, float]:
     """What one task or replica asks the cluster for: a whole GPU on "cuda", else some cores."""
     return {"num_gpus": 1, "num_cpus": 1} if device == "cuda" else {"num_cpus": cpus}
+
+
+def _check_address(address: str) -> None:
+    """Raise InputError for an address that is none, or where nobody listens: Ray itself would wait for minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or "/" in address or not port.isdigit():
+        raise InputError(f"--ray-address is {address!r}; give HOST:PORT of the cluster's head, or auto")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(_describe_silence(address, error)) from error
+
+
+def _describe_silence(address: str | None, error: Exception) -> str:
+    if address is None:
+        return f"no local Ray cluster could be started ({error})"
+    return f"--ray-address {address}: no Ray cluster answers there ({error}); start one with `ray start`"
