@@ -17,6 +17,8 @@ from dreammix_trt.core.extras import require_cluster
 
 _STORE = 200 * 2**20  # bytes of shared memory of a local cluster: pictures and subjects pass through it
 _PATIENCE = 5.0  # seconds for the head of a cluster to answer
+_SETTINGS = 4  # the kind of frame with which every HTTP/2 server begins, as Ray's is (RFC 9113, 3.4)
+_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, _SETTINGS, 0, 0, 0, 0, 0])
 
 
 @contextmanager
@@ -32,6 +34,7 @@ def open_cluster(address: str | None = None, cpus: int | None = None) -> Iterato
     if address is not None:
         _check_address(address)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # what it prints on stdout stays in its own logs
     import ray
 
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
@@ -53,19 +56,28 @@ def describe_need(device: str, cpus: float) -> Mapping[str, float]:
 
 
 def _check_address(address: str) -> None:
-    """Raise InputError for an address that is none, or where nobody listens: Ray itself would wait for minutes."""
+    """Raise InputError for an address that is none, or where no server of Ray's kind answers.
+
+    Ray itself would wait for minutes. Under its TLS it is left to wait.
+    """
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
     if not host or "/" in address or not port.isdigit():
         raise InputError(f"--ray-address is {address!r}; give HOST:PORT of the cluster's head, or auto")
+    if os.environ.get("RAY_USE_TLS", "0") not in ("0", ""):
+        return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
+        with socket.create_connection((host.strip("[]"), int(port)), _PATIENCE) as there:
+            there.sendall(_GREETING)
+            answer = there.recv(9)
     except (OSError, OverflowError) as error:
         raise InputError(_describe_silence(address, error)) from error
+    if len(answer) < 4 or answer[3] != _SETTINGS:
+        raise InputError(_describe_silence(address, "another server does"))
 
 
-def _describe_silence(address: str | None, error: Exception) -> str:
+def _describe_silence(address: str | None, error: Exception | str) -> str:
     if address is None:
         return f"no local Ray cluster could be started ({error})"
     return f"--ray-address {address}: no Ray cluster answers there ({error}); start one with `ray start`"

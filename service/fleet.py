@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,11 +35,8 @@ class Bounds:
     @classmethod
     def read(cls, text: str) -> Bounds:
         """From "N" or "MIN:MAX". Raises InputError."""
-        least, _, most = text.partition(":")
-        try:
-            bounds = cls(int(least), int(most or least))
-        except ValueError:
-            bounds = cls(0, 0)
+        found = re.fullmatch(r"(\d{1,4})(?::(\d{1,4}))?", text, re.ASCII)
+        bounds = cls(int(found[1]), int(found[2] or found[1])) if found else cls(0, 0)
         if not 1 <= bounds.least <= bounds.most <= 1000:
             raise InputError(f"--ray-replicas is {text!r}; give a number from 1, or MIN:MAX, as in 1:4")
         return bounds
