@@ -84,7 +84,7 @@ class RemoteEngine:
         self.link, self.tells = link, tells
         self.facts: Facts = link.call("describe")
         self.guests: tuple[Guest, ...] = ()
-        self._subjects = {each.name: each for each in self.facts.subjects}
+        self._subjects: dict[str, Subject] = {each.name: each for each in self.facts.subjects}
         self._numbers = itertools.count(1)
         self._enrolled: tuple[Any, ...] = ()
         self._changing = threading.Lock()

@@ -117,6 +117,10 @@ class Cluster:
         work()
         return {pid for pid, spent in self.find_painters().items() if spent - before.get(pid, spent) > BUSY}
 
+    def paint_two(self) -> None:
+        for job in [self.post(num_inference_steps=40) for _ in range(2)]:
+            self.finish(job)
+
     def kill_replicas(self) -> None:
         for pid in self.find_painters():
             os.kill(pid, signal.SIGKILL)
@@ -159,17 +163,49 @@ def test_what_is_painted_there_is_what_is_painted_here(cluster: Cluster, painter
 
 def test_two_requests_at_once_are_painted_by_two_replicas(cluster: Cluster) -> None:
     assert len(cluster.find_painters()) == 2
+    assert len(cluster.find_who_works(cluster.paint_two)) == 2
 
-    def paint_two() -> None:
-        for job in [cluster.post(num_inference_steps=40) for _ in range(2)]:
-            cluster.finish(job)
 
-    assert len(cluster.find_who_works(paint_two)) == 2
+def test_previews_come_for_those_who_watch(cluster: Cluster) -> None:
+    job = cluster.post(num_inference_steps=60)
+    shown, event = [], ""
+    with cluster.client.stream("GET", f"/v1/jobs/{job}/events?previews=10") as stream:
+        for line in stream.iter_lines():
+            event = line[7:] if line.startswith("event: ") else event
+            if event == "preview" and line.startswith("data: "):
+                shown.append(json.loads(line[6:]))
+    assert len(shown) >= 3 and all(each["step"] % 10 == 0 for each in shown)
+    pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(each["image"].partition(",")[2])))) for each in shown]
+    assert all(each.shape == PICTURE.shape for each in pictures) and (pictures[0] != pictures[-1]).any()
+
+
+def test_a_cancelled_job_frees_its_replica(cluster: Cluster) -> None:
+    jobs = [cluster.post(num_inference_steps=1000) for _ in range(2)]
+    cluster.wait_until(lambda: all(cluster.ask(job)["step"] for job in jobs))
+    for job in jobs:
+        cluster.client.delete(f"/v1/jobs/{job}")
+        assert cluster.finish(job)["state"] == "cancelled"
+    assert cluster.finish(cluster.post())["state"] == "done"
+
+
+def test_a_job_outlives_the_death_of_its_replica(cluster: Cluster) -> None:
+    expected = cluster.paint(num_inference_steps=60)
+    job = cluster.post(num_inference_steps=60)
+    (place,) = cluster.find_who_works(lambda: cluster.wait_until(lambda: cluster.ask(job)["step"] > 15))
+    os.kill(place, signal.SIGKILL)
+    with cluster.client.stream("GET", f"/v1/jobs/{job}/events?previews=0") as stream:
+        seen = [json.loads(line[6:]).get("step", 60) for line in stream.iter_lines() if line.startswith("data: ")]
+    done = cluster.ask(job)
+    assert [each["event"] for each in done["history"]] == ["accepted", "started", "retried", "done"]
+    assert done["history"][2]["why"] == "the worker that painted it died"
+    assert np.array_equal(cluster.fetch(done), expected)
+    assert seen == sorted(seen) and done["step"] == 60
 
 
 def test_subjects_are_painted_where_they_are_resident_and_reach_new_replicas(
     cluster: Cluster, painter: DreamMix, tmp_path: Path
 ) -> None:
+    cluster.wait_until(lambda: len(cluster.find_who_works(cluster.paint_two)) == 2)  # the one that died is replaced
     lora = write_lora(tmp_path / "lora", seed=5) / "pytorch_lora_weights.safetensors"
     form = {"name": "cup", "token": "ohwx", "class_name": "cup"}
     answer = cluster.client.post("/v1/subjects", files={"file": lora.read_bytes()}, data=form)
@@ -195,21 +231,6 @@ def test_subjects_are_painted_where_they_are_resident_and_reach_new_replicas(
     painter.remove_subject("cup")
 
 
-def test_a_job_outlives_the_death_of_its_replica(cluster: Cluster) -> None:
-    expected = cluster.paint(num_inference_steps=60)
-    job = cluster.post(num_inference_steps=60)
-    cluster.wait_until(lambda: cluster.ask(job)["step"] > 3)
-    cluster.kill_replicas()
-    seen = []
-    with cluster.client.stream("GET", f"/v1/jobs/{job}/events?previews=0") as stream:
-        seen = [json.loads(line[6:]).get("step", 60) for line in stream.iter_lines() if line.startswith("data: ")]
-    done = cluster.ask(job)
-    assert [each["event"] for each in done["history"]] == ["accepted", "started", "retried", "done"]
-    assert done["history"][2]["why"] == "the worker that painted it died"
-    assert np.array_equal(cluster.fetch(done), expected)
-    assert seen == sorted(seen) and done["step"] == 60
-
-
 def test_a_second_death_is_the_jobs_end_and_not_the_services(cluster: Cluster) -> None:
     job = cluster.post(num_inference_steps=1000)
     for _ in range(2):
@@ -222,28 +243,6 @@ def test_a_second_death_is_the_jobs_end_and_not_the_services(cluster: Cluster) -
     assert [each["event"] for each in failed["history"]] == ["accepted", "started", "retried", "failed"]
     assert cluster.client.get("/readyz").status_code == 200
     assert cluster.paint().shape == PICTURE.shape
-
-
-def test_a_cancelled_job_frees_its_replica(cluster: Cluster) -> None:
-    jobs = [cluster.post(num_inference_steps=1000) for _ in range(2)]
-    cluster.wait_until(lambda: all(cluster.ask(job)["step"] for job in jobs))
-    for job in jobs:
-        cluster.client.delete(f"/v1/jobs/{job}")
-        assert cluster.finish(job)["state"] == "cancelled"
-    assert cluster.finish(cluster.post())["state"] == "done"
-
-
-def test_previews_come_for_those_who_watch(cluster: Cluster) -> None:
-    job = cluster.post(num_inference_steps=60)
-    shown, event = [], ""
-    with cluster.client.stream("GET", f"/v1/jobs/{job}/events?previews=10") as stream:
-        for line in stream.iter_lines():
-            event = line[7:] if line.startswith("event: ") else event
-            if event == "preview" and line.startswith("data: "):
-                shown.append(json.loads(line[6:]))
-    assert len(shown) >= 3 and all(each["step"] % 10 == 0 for each in shown)
-    pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(each["image"].partition(",")[2])))) for each in shown]
-    assert all(each.shape == PICTURE.shape for each in pictures) and (pictures[0] != pictures[-1]).any()
 
 
 def test_at_its_end_it_drains_and_leaves_nothing(cluster: Cluster) -> None:
