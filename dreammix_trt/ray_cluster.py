@@ -35,6 +35,8 @@ def open_cluster(address: str | None = None, cpus: int | None = None) -> Iterato
         _check_address(address)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # what it prints on stdout stays in its own logs
+    if address is None:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # its ports are open to other computers
     import ray
 
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}

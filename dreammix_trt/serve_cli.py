@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -129,16 +129,17 @@ def serve(
         raise InputError("--ray-address and --ray-replicas are for --ray: give that as well")
     with ExitStack() as cluster:
         with ExitStack() as opened, show_progress("loading") as update:
+            fleet: Mapping[str, Sequence[Any]] = {}
             if ray:
                 update(names[0], 0.0, "starting replicas")
-                fleet = open_painters(loadings, ray_address, ray_replicas, seconds=timeout, tells=log_prompts)
-                found: Iterable[tuple[str, Sequence[Any]]] = cluster.enter_context(fleet).items()
-            else:
-                found = _load(loadings)
+                fleet = cluster.enter_context(
+                    open_painters(loadings, ray_address, ray_replicas, seconds=timeout, tells=log_prompts)
+                )
             served: list[Served] = []
-            for name, painters in found:
+            for name, loading in loadings.items():
                 update(name, len(served) / len(engines))
-                served.append(_open(loadings[name].path, name, painters, settings, queue, timeout))
+                painters = fleet[name] if ray else list(_load(loading))
+                served.append(_open(loading.path, name, painters, settings, queue, timeout))
                 opened.callback(served[-1].queue.close)
             at_once = served[0].queue.workers
             tell = functools.partial(_tell, names, at_once, queue, timeout)
@@ -151,13 +152,12 @@ def serve(
         )
 
 
-def _load(loadings: Mapping[str, Loading]) -> Iterator[tuple[str, list[DreamMix]]]:
-    """Load the engines one after the other."""
-    for name, loading in loadings.items():
-        painters = loading.open()
-        if painters[0].studio is not None:
-            say(str(painters[0].studio.plan))
-        yield name, painters
+def _load(loading: Loading) -> Sequence[DreamMix]:
+    """The painters of an engine in this process."""
+    painters = loading.open()
+    if painters[0].studio is not None:
+        say(str(painters[0].studio.plan))
+    return painters
 
 
 def _tell(names: Sequence[str], workers: int, queue: int, timeout: float, address: str) -> None:

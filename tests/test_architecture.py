@@ -42,7 +42,7 @@ FACE = {
         "enroll_cli",
         "training_options",
     ),
-    *("painting_cli", "remove_cli", "endpoint_options", "serve_cli"),
+    *("painting_cli", "remove_cli", "endpoint_options", "serve_cli", "serve_on_ray", "ray_cluster"),
 }
 #: the rooms of the engine floor, lowest first: each imports what stands in the rows before its own, and its own room
 ROOMS = (

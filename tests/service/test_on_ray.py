@@ -258,4 +258,5 @@ def test_at_its_end_it_drains_and_leaves_nothing(cluster: Cluster) -> None:
     assert not (cluster.folder / "stdout").read_bytes()
     files = [path for path in cluster.folder.rglob("*") if path.is_file() and not path.is_symlink()]
     assert any("serve" in path.parts for path in files)
+    assert (cluster.folder / ".ray" / "auth_token").is_file()
     assert not [path for path in files if b"scarlet" in path.read_bytes()]
