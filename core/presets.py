@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 from dreammix_trt.core.errors import InputError
+from dreammix_trt.core.request import Request
 
 Preset = Literal["fast", "balanced", "best"]
 GUIDED: Final[Mapping[str, int]] = {"fast": 12, "balanced": 20, "best": 30}  # two rows of the UNet a step
@@ -27,3 +28,9 @@ def choose_fields(preset: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(f"preset is {preset!r}; choose one of {', '.join(steps)}")
     # distilled is the patched UNet; of so few steps the raw one would have one at most, and its weights in memory
     return {"num_inference_steps": steps[preset], **({"patched_fraction": 1.0} if few else {})}
+
+
+def fill_request(prompt: str, preset: str | None, defaults: Mapping[str, Any], fields: Mapping[str, Any]) -> Request:
+    """The request of a prompt: `fields` first, then the preset's, the base's `defaults`, those of `Request`."""
+    chosen = choose_fields(preset, {**defaults, **fields}) if preset is not None else {}
+    return Request.of(**{**defaults, **chosen, **fields, "prompt": prompt})

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +16,7 @@ from dreammix_trt.terminal import Store, Threads, say, show_progress
 
 if TYPE_CHECKING:
     from dreammix_trt.engine.dreammix import DreamMix
+    from dreammix_trt.service.loading import Loading
     from dreammix_trt.service.served import Served
     from dreammix_trt.service.settings import Settings
 
@@ -42,6 +42,12 @@ BodyMegabytes = Annotated[int, typer.Option(min=1, help="The largest body of a r
 SubjectMegabytes = Annotated[int, typer.Option(min=1, help="The largest subject that may be uploaded.")]
 Megapixels = Annotated[float, typer.Option(min=0.01, max=89, help="The largest picture.")]
 Grace = Annotated[float, typer.Option(min=0.0, help="Seconds after SIGTERM or Ctrl-C to finish what was accepted.")]
+Ray = Annotated[bool, typer.Option("--ray", help="Paint on replicas in a Ray cluster; without an address a local one.")]
+RayAddress = Annotated[str | None, typer.Option(help="HOST:PORT of a cluster's head; auto: this machine's.")]
+RayReplicas = Annotated[
+    str | None,
+    typer.Option(help="N for each engine, or MIN:MAX as requests come; left out: one for each GPU."),
+]
 LogPrompts = Annotated[bool, typer.Option("--log-prompts", help="Write each request into the log (--log-level info).")]
 
 EXAMPLES = """
@@ -50,10 +56,13 @@ Examples:
 dreammix-trt serve engines/mug
 
 DREAMMIX_API_KEY=$(cat key) dreammix-trt serve engines/mug engines/teapot --host 0.0.0.0 --device cuda --workers 2
+
+dreammix-trt serve engines/mug --device cuda --ray --ray-replicas 1:4
 """
 PANELS = {
     "Who may come in": ("host", "port", "api_key", "insecure"),
     "How much at once": ("queue", "timeout", "workers", "body_megabytes", "subject_megabytes", "megapixels"),
+    "On several GPUs or machines": ("ray", "ray_address", "ray_replicas"),
     "What is kept": ("keep", "keep_minutes", "keep_megabytes", "grace", "log_prompts"),
     "What it runs on": ("device", "residency", "threads", "store", "verify"),
 }
@@ -81,12 +90,17 @@ def serve(
     threads: Threads = None,
     store: Store = None,
     verify: Verify = False,
+    ray: Ray = False,
+    ray_address: RayAddress = None,
+    ray_replicas: RayReplicas = None,
 ) -> None:
     """Serve engines over HTTP: a page with a brush, an API of jobs, and those of OpenAI and AUTOMATIC1111."""
     from dreammix_trt.core.extras import require_serving
 
     require_serving()
+    from dreammix_trt.serve_on_ray import open_painters
     from dreammix_trt.service.app import make_app
+    from dreammix_trt.service.loading import Loading
     from dreammix_trt.service.running import Server
     from dreammix_trt.service.settings import MIB, Settings
 
@@ -105,23 +119,45 @@ def serve(
         log_prompts=log_prompts,
     )
     names = _name_engines(engines)
-    with ExitStack() as opened, show_progress("loading") as update:
-        served: list[Served] = []
-        for path, name in zip(engines, names, strict=True):
-            update(name, len(served) / len(engines))
-            options: dict[str, Any] = {} if residency is None else {"residency": residency}
-            options |= {"largest_picture": settings.pixels} if device == "cuda" else {}
-            painters = list(_load(path, workers, device, threads, store, verify, options))
-            served.append(_open(path, name, painters, settings, queue, timeout))
-            opened.callback(served[-1].queue.close)
-        tell = functools.partial(_tell, names, workers, queue, timeout)
-        server = Server(make_app(served, settings), settings, grace, tell)
-        opened.pop_all()  # the app closes them
-    server.serve_to_end()
+    options: dict[str, Any] = {} if residency is None else {"residency": residency}
+    options |= {"largest_picture": settings.pixels} if device == "cuda" else {}
+    load = functools.partial(
+        Loading, workers=workers, device=device, threads=threads, store=store, verify=verify, options=options
+    )
+    loadings = {name: load(path.resolve()) for name, path in zip(names, engines, strict=True)}
+    if not ray and (ray_address or ray_replicas):
+        raise InputError("--ray-address and --ray-replicas are for --ray: give that as well")
+    with ExitStack() as cluster:
+        with ExitStack() as opened, show_progress("loading") as update:
+            fleet: Mapping[str, Sequence[Any]] = {}
+            if ray:
+                update(names[0], 0.0, "starting replicas")
+                fleet = cluster.enter_context(
+                    open_painters(loadings, ray_address, ray_replicas, seconds=timeout, tells=log_prompts)
+                )
+            served: list[Served] = []
+            for name, loading in loadings.items():
+                update(name, len(served) / len(engines))
+                painters = fleet[name] if ray else list(_load(loading))
+                served.append(_open(loading.path, name, painters, settings, queue, timeout))
+                opened.callback(served[-1].queue.close)
+            at_once = served[0].queue.workers
+            tell = functools.partial(_tell, names, at_once, queue, timeout)
+            server = Server(make_app(served, settings), settings, grace, tell)
+            opened.pop_all()  # the app closes them
+        server.serve_to_end()
     if server.lost:
         raise DeviceError(
             "all devices were lost, so the service has ended: start it again (--log-level info says more)"
         )
+
+
+def _load(loading: Loading) -> Sequence[DreamMix]:
+    """The painters of an engine in this process."""
+    painters = loading.open()
+    if painters[0].studio is not None:
+        say(str(painters[0].studio.plan))
+    return painters
 
 
 def _tell(names: Sequence[str], workers: int, queue: int, timeout: float, address: str) -> None:
@@ -138,30 +174,7 @@ def _name_engines(engines: Sequence[Path]) -> list[str]:
     return names
 
 
-def _load(
-    path: Path,
-    workers: int,
-    device: str,
-    threads: int | None,
-    store: Path | None,
-    verify: bool,
-    options: Mapping[str, Any],
-) -> Iterator[DreamMix]:
-    """The painters of an engine. On a GPU they share its weights, on the CPU its cores."""
-    from dreammix_trt.engine.dreammix import DreamMix
-
-    share = threads if workers == 1 or device == "cuda" else max(1, (threads or os.cpu_count() or 1) // workers)
-    first = DreamMix.load(path, threads=share, verify=verify, store=store, device=device, **options)
-    if first.studio is not None:
-        say(str(first.studio.plan))
-    yield first
-    for _ in range(workers - 1):
-        yield first.another() if device == "cuda" else DreamMix.load(path, threads=share, store=store, device=device)
-
-
-def _open(
-    path: Path, name: str, painters: Sequence[DreamMix], settings: Settings, queue: int, timeout: float
-) -> Served:
+def _open(path: Path, name: str, painters: Sequence[Any], settings: Settings, queue: int, timeout: float) -> Served:
     """An engine behind its queue, which owns the painters."""
     from dreammix_trt.core.passport import Passport
     from dreammix_trt.service.served import Served

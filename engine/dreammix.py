@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from dreammix_trt.core.errors import EngineError, InputError
 from dreammix_trt.core.noise import NoiseProvider
-from dreammix_trt.core.presets import Preset, choose_fields
+from dreammix_trt.core.presets import Preset, fill_request
 from dreammix_trt.core.removal import REMOVAL
 from dreammix_trt.core.request import Request, RequestFields
 from dreammix_trt.core.seam import BaseFacts, DeviceNetworks, Networks, Stream
@@ -316,8 +316,7 @@ class DreamMix:
 
         preset: "fast", "balanced" or "best": as many steps as suit the base (`core.presets`); None: its defaults.
         """
-        chosen = choose_fields(preset, {**self.defaults, **fields}) if preset is not None else {}
-        return Request.of(**{**self.defaults, **chosen, **fields, "prompt": prompt})
+        return fill_request(prompt, preset, self.defaults, fields)
 
     def inpaint(
         self,

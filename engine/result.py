@@ -98,6 +98,8 @@ class StepEvent:
     look: what `preview` calls.
     taken: the step's latents, float32 (1, 4, h, w); None on a GPU, where they stay on the device.
     result: set in the last event.
+    retry: why the request is begun anew, where its painter works elsewhere and has died. Such an event repeats the last
+        step (index -1: there was none), and steps that were told are not told again. "": a step like any other.
     """
 
     index: int
@@ -107,6 +109,7 @@ class StepEvent:
     look: Callable[[bool], Image.Image] = field(repr=False)
     taken: Any = field(default=None, repr=False)
     result: Result | None = None
+    retry: str = ""
 
     def preview(self, whole: bool = True) -> Image.Image:
         """The network's present idea of the picture. Costs one VAE decoding. Call it before the next step.

@@ -10,8 +10,8 @@ import logging
 import secrets
 import time
 from contextlib import suppress
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from PIL import Image
 
@@ -30,7 +30,16 @@ log = logging.getLogger(__name__)
 _SHOWN = 6  # letters of an id that the log shows: who knows all of them may see the job
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 Door = Literal["native", "openai", "a1111"]
-_ENDS: dict[str, State] = {"cancelled": "cancelled"}
+End = Literal["done", "failed", "cancelled"]
+Event = Literal["accepted", "started", "retried", "done", "failed", "cancelled"]
+
+
+class Happening(NamedTuple):
+    """Something that has happened to a job. why: for one that is told, else ""."""
+
+    event: Event
+    at: datetime
+    why: str = ""
 
 
 class Job:
@@ -59,14 +68,16 @@ class Job:
         self.key: str | None = None
         self.digest = ""
         self.watchers: tuple[Watcher, ...] = ()
-        self._loop, self._meters, self._stepped = asyncio.get_running_loop(), meters, 0.0
+        self._loop, self._meters = asyncio.get_running_loop(), meters
         self._done = 0
+        self._stepped: float | None = None  # when the last step was told, where the next one is to be measured
+        self._retries: tuple[Happening, ...] = ()
 
     @property
     def state(self) -> State:
         """Where it is."""
         if self.ended is not None:
-            return "done" if self.error is None else _ENDS.get(self.error.kind, "failed")
+            return _find_end(self.error)
         return "queued" if self.ticket is None or self.ticket.state == "waiting" else "running"
 
     @property
@@ -92,6 +103,20 @@ class Job:
         images = self.result.images if self.result else []
         return sum(image.width * image.height * len(image.getbands()) for image in images)
 
+    @property
+    def history(self) -> list[Happening]:
+        """What has happened to it so far."""
+        assert self.ticket is not None
+        waited, ran = self.ticket.waited, self.ticket.ran
+        found = [Happening("accepted", self.created)]
+        if ran:
+            found.append(Happening("started", self.created + timedelta(seconds=waited)))
+        found += self._retries
+        if self.ended is not None:
+            how, end = _find_end(self.error), self.created + timedelta(seconds=waited + ran)
+            found.append(Happening(how, end, self.error.message if self.error else ""))
+        return found
+
     def cancel(self) -> None:
         """Stop it after its present step."""
         if self.ticket is not None:
@@ -114,9 +139,13 @@ class Job:
 
     def take_step(self, event: StepEvent) -> None:
         """A step is done: measure it, show it to whoever wants to see it. In the worker's thread."""
+        if event.retry:
+            self._retries = (*self._retries, Happening("retried", datetime.now(UTC), event.retry))
+            self._stepped = None
+            return
         before, self._done = self._done, event.index + 1
         now = time.monotonic()
-        if before and self._done > before:
+        if self._stepped is not None and self._done > before:
             self._meters.note_step((now - self._stepped) / (self._done - before))
         self._stepped = now
         wanting = [each for each in self.watchers if each.wish(before, self._done, event.total)]
@@ -125,7 +154,7 @@ class Job:
                 self._show(event, wanting)
             except Exception:  # whoever looks must not harm who is painted for
                 log.exception("a preview could not be made")
-            self._stepped = time.monotonic()
+            self._stepped = None  # a painter elsewhere has gone on meanwhile
         if self._interrupted and event.result is None:
             self._stop_here(event)
         with suppress(RuntimeError):  # the loop has ended
@@ -150,6 +179,12 @@ class Job:
             data = files[each.kind] if each.kind in files else encode_preview(image, each.kind)
             files[each.kind] = data
             each.previews.append(Preview(event.index + 1, event.picture, data))
+
+
+def _find_end(error: Refusal | None) -> End:
+    if error is None:
+        return "done"
+    return "cancelled" if error.kind == "cancelled" else "failed"
 
 
 class Jobs:

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from dreammix_trt.core.request import Request
 from dreammix_trt.core.request_schema import describe_request
-from dreammix_trt.service.jobs import Job, State
+from dreammix_trt.service.jobs import Event, Job, State
 from dreammix_trt.service.refusals import ErrorFacts
 from dreammix_trt.service.served import Card, Served
 
@@ -131,6 +131,14 @@ class Seconds(BaseModel):
     ran: float
 
 
+class HistoryFacts(BaseModel):
+    """Something that has happened to a job. retried: it was begun anew, since `why`."""
+
+    event: Event
+    at: str
+    why: str | None
+
+
 class JobFacts(BaseModel):
     """A job now. `request` is as it was painted, once it is done: with its seed and the words of substitute."""
 
@@ -142,6 +150,7 @@ class JobFacts(BaseModel):
     steps: int
     created: str
     seconds: Seconds
+    history: list[HistoryFacts]
     images: list[str]
     request: dict[str, Any]
     warnings: list[str]
@@ -160,6 +169,10 @@ class JobFacts(BaseModel):
             steps=steps,
             created=job.created.isoformat(timespec="milliseconds"),
             seconds=Seconds(**job.seconds),
+            history=[
+                HistoryFacts(event=event, at=at.isoformat(timespec="milliseconds"), why=why or None)
+                for event, at, why in job.history
+            ],
             images=list_images(job) if job.result else [],
             request=spell_request(job.result.request if job.result else job.request),
             warnings=list(job.result.warnings) if job.result else [],

@@ -42,8 +42,8 @@ FACE = {
         "enroll_cli",
         "training_options",
     ),
-    *("painting_cli", "remove_cli", "endpoint_options", "serve_cli"),
-    *("many", "many_subjects", "many_cli", "ray_cluster"),
+    *("painting_cli", "remove_cli", "endpoint_options", "serve_cli", "serve_on_ray", "ray_cluster"),
+    *("many", "many_subjects", "many_cli"),
 }
 #: the rooms of the engine floor, lowest first: each imports what stands in the rows before its own, and its own room
 ROOMS = (

@@ -122,7 +122,7 @@ def test_what_is_copied_makes_the_wheel(tmp_path: Path) -> None:
 
 def test_the_commands_of_the_page_have_options_that_exist() -> None:
     known = serve_options() | set(re.findall(r'"(--[\w-]+)"', (ROOT / "benchmarks" / "capacity.py").read_text()))
-    docker = {"--gpus", "--restart", "--stop-timeout", "--read-only", "--tmpfs", "--now"}
+    docker = {"--gpus", "--restart", "--stop-timeout", "--read-only", "--tmpfs", "--now", "--shm-size"}
     said = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGE))
     assert said - docker - {"--self-contained"} <= known and {"--grace", "--workers", "--queue"} <= said
     for script in re.findall(r"python (benchmarks/\w+\.py)", PAGE):

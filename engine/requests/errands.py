@@ -14,7 +14,11 @@ from dreammix_trt.engine.result import StepEvent
 
 
 class Paints(Protocol):
-    """What a queue needs of a painter: see `DreamMix`."""
+    """What a queue needs of a painter: see `DreamMix`.
+
+    Where a painter waits for others, what `iterate` returns has a `stop`: it is called in any thread once nobody wants
+    the next step any more, never waits, and ends the iteration.
+    """
 
     def request(self, prompt: str, **fields: Unpack[RequestFields]) -> Request: ...
     def iterate(

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dreammix_trt.core.errors import Cancelled, DeviceError, EngineError, QueueFull
 from dreammix_trt.engine.requests.errands import Errand, Paints
@@ -116,6 +116,13 @@ class Line:
         with self.lock:
             return next((place for place, each in enumerate(self._waiting, 1) if each is ticket), None)
 
+    def follow(self, ticket: Ticket, stop: Callable[[], object] | None) -> None:
+        """Call `stop` as soon as nobody wants the next step of a ticket that runs. None: its worker will see it."""
+        with self.lock:
+            ticket._halt = stop
+            if ticket._must_stop():
+                ticket._be_halted()
+
     def finish(self, ticket: Ticket, result: Result | None, error: BaseException | None) -> None:
         """End a ticket whose worker is done with it, with the result or the error, unless it has ended before."""
         with self.lock:
@@ -131,6 +138,8 @@ class Line:
             ticket._stop = ticket._stop or Cancelled(why)
             if ticket.state == "waiting":
                 self._drop(ticket)
+            else:
+                ticket._be_halted()
             return True
 
     def cancel_all(self) -> None:
@@ -205,6 +214,7 @@ class Line:
             self._drop(ticket, ticket._make_overdue_error())
         else:
             self._end(ticket, error=ticket._make_overdue_error())
+            ticket._be_halted()
 
     def _drop(self, ticket: Ticket, error: BaseException | None = None) -> None:
         """End a waiting ticket."""

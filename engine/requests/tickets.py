@@ -63,6 +63,7 @@ class Ticket:
         self._begun, self._deadline = begun, math.inf if allowed is None else begun + allowed
         self._started: float | None = None
         self._ended: float | None = None
+        self._halt: Callable[[], object] | None = None  # ends the wait of its worker
         self._stop: Cancelled | None = None  # how it ends from now on, whatever the present step gives
 
     def result(self, timeout: float | None = None) -> Result:
@@ -143,6 +144,11 @@ class Ticket:
             raise
         finally:
             del self
+
+    def _be_halted(self) -> None:
+        """Have its worker wait no longer for a painter elsewhere."""
+        if self._halt is not None:
+            self._halt()
 
     def _must_stop(self) -> bool:
         """Whether its worker should stop."""

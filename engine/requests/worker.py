@@ -26,7 +26,7 @@ def _serve(line: Line, painter: Paints, ticket: Ticket) -> DeviceError | None:
     result: Result | None = None
     error: BaseException | None = None
     try:
-        result = _paint(painter, ticket)
+        result = _paint(line, painter, ticket)
     except BaseException as caught:
         error = caught
     line.finish(ticket, result, error)
@@ -36,7 +36,7 @@ def _serve(line: Line, painter: Paints, ticket: Ticket) -> DeviceError | None:
         del error, ticket  # or its traceback keeps both
 
 
-def _paint(painter: Paints, ticket: Ticket) -> Result | None:
+def _paint(line: Line, painter: Paints, ticket: Ticket) -> Result | None:
     """Take the steps of a request. None when it stopped before the last one."""
     order, result = ticket._order, None
     try:
@@ -46,6 +46,7 @@ def _paint(painter: Paints, ticket: Ticket) -> Result | None:
             order.image, order.mask_image, order.request, noise=order.noise, keep_stages=order.keep_stages
         )
         try:
+            line.follow(ticket, getattr(events, "stop", None))
             for event in events:
                 ticket._steps = StepCount(event.index + 1, event.total)
                 if order.on_step is not None and not ticket._must_stop():
@@ -54,6 +55,7 @@ def _paint(painter: Paints, ticket: Ticket) -> Result | None:
                 if ticket._must_stop():
                     break
         finally:
+            line.follow(ticket, None)
             getattr(events, "close", lambda: None)()  # a generator; leaving it stops the work
         return result
     finally:
