@@ -36,7 +36,8 @@ from dreammix_trt.serve_on_ray import open_painters
 from dreammix_trt.service.fleet import Bounds
 from dreammix_trt.service.loading import Loading
 from dreammix_trt.service.remote import RayPainter, RemoteEngine, ReplicaDied
-from dreammix_trt.service.replicas import Begun, Desk, Facts, Failed, Guest, Item, Order, Painter, Shown, Stepped
+from dreammix_trt.service.replicas import Desk, Painter
+from dreammix_trt.service.wire import Begun, Facts, Failed, Guest, Item, Order, Shown, Stepped
 from tests.engine.conftest import make_scene as make_small_scene
 from tests.service.test_native import finish, post, wait_until
 from tests.support.fake_service import LONG, FakePainter, Running, make_scene, paint_plainly
