@@ -43,10 +43,10 @@ def open_cluster(address: str | None = None, cpus: int | None = None) -> Iterato
     if address is None:
         options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": _STORE}
     try:
-        ray.init(address=address or "local", **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(_describe_silence(address, error)) from error
-    try:
+        try:
+            ray.init(address=address or "local", **options)
+        except Exception as error:  # Ray raises plain ones, too
+            raise InputError(_describe_silence(address, error)) from error
         yield
     finally:
         ray.shutdown()

@@ -18,7 +18,8 @@ from dreammix_trt.core.errors import DreamMixError, EngineError, InputError
 from dreammix_trt.core.subject import Subject
 from dreammix_trt.service.loading import Loading
 from dreammix_trt.service.remote import RemoteEngine, ReplicaDied
-from dreammix_trt.service.replicas import Desk, Guest, Item, Order, Painter
+from dreammix_trt.service.replicas import Desk, Painter
+from dreammix_trt.service.wire import Guest, Item, Order
 
 #: seconds for which a request waits for the replica that has its subject, while that is busy; Ray's own default is 1
 _PATIENCE = "0.1"

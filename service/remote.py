@@ -27,7 +27,7 @@ from dreammix_trt.core.sources import Source
 from dreammix_trt.core.subject import Subject
 from dreammix_trt.engine.requests.tickets import Noise
 from dreammix_trt.engine.result import StepEvent
-from dreammix_trt.service.replicas import Begun, Facts, Failed, Guest, Item, Order, Shown, Stepped
+from dreammix_trt.service.wire import Begun, Facts, Failed, Guest, Item, Order, Shown, Stepped
 
 log = logging.getLogger(__name__)
 _DIED = "the worker that painted it died"

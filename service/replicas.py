@@ -14,88 +14,16 @@ import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 from PIL import Image
 
 from dreammix_trt.core.errors import DeviceError, DreamMixError, EngineError
 from dreammix_trt.core.remarks import keep_remarks
-from dreammix_trt.core.request import Request
-from dreammix_trt.core.seam import BaseFacts
-from dreammix_trt.core.sources import Source
 from dreammix_trt.core.subject import Subject
-from dreammix_trt.engine.result import Result
 from dreammix_trt.service.loading import Loading
-
-
-@dataclass(frozen=True)
-class Order:
-    """One attempt at a request.
-
-    id: under which its previews are asked for.
-    """
-
-    id: str
-    image: Source
-    mask_image: Source | None
-    request: Request
-    keep_stages: bool = False
-
-
-class Guest(NamedTuple):
-    """A subject that was added to a service: a replica that lacks it loads it.
-
-    number: tells it from an earlier one of that name.
-    subject: Ray's reference to the `Subject`, as the front has read it from what a client sent.
-    """
-
-    name: str
-    number: int
-    subject: Any
-
-
-class Begun(NamedTuple):
-    """The request is checked. remarks: what its user should know."""
-
-    remarks: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Stepped:
-    """A step was taken: see `StepEvent`."""
-
-    index: int
-    total: int
-    stage: str
-    picture: int
-    result: Result | None
-
-
-class Shown(NamedTuple):
-    """A preview that was asked for; None: it could not be made."""
-
-    image: Image.Image | None
-
-
-class Failed(NamedTuple):
-    """The end of a request or call. place: of an error that nobody expected, without its message."""
-
-    error: DreamMixError
-    place: str = ""
-
-
-Item = Begun | Stepped | Shown | Failed
-
-
-class Facts(NamedTuple):
-    """What the front must know of an engine. subjects: those that came with it, without their factors' numbers."""
-
-    base: BaseFacts
-    contexts: Sequence[int] | None
-    has_adapter: bool
-    defaults: dict[str, Any]
-    subjects: tuple[Subject, ...]
+from dreammix_trt.service.wire import Begun, Facts, Failed, Guest, Item, Order, Shown, Stepped
 
 
 class Desk:

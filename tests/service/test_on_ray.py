@@ -29,6 +29,7 @@ from tests.engine.conftest import make_scene
 from tests.support.fake_service import U8, make_png, read_pixels
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(bool(list_missing(CLUSTER)), reason="Ray is not installed (the extra `ray`)"),
     pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="finds replicas in /proc"),
 ]

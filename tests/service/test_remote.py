@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import pickle
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -33,7 +36,8 @@ from dreammix_trt.serve_on_ray import open_painters
 from dreammix_trt.service.fleet import Bounds
 from dreammix_trt.service.loading import Loading
 from dreammix_trt.service.remote import RayPainter, RemoteEngine, ReplicaDied
-from dreammix_trt.service.replicas import Begun, Desk, Facts, Failed, Guest, Item, Order, Shown, Stepped
+from dreammix_trt.service.replicas import Desk, Painter
+from dreammix_trt.service.wire import Begun, Facts, Failed, Guest, Item, Order, Shown, Stepped
 from tests.engine.conftest import make_scene as make_small_scene
 from tests.service.test_native import finish, post, wait_until
 from tests.support.fake_service import LONG, FakePainter, Running, make_scene, paint_plainly
@@ -157,6 +161,30 @@ def test_a_lost_device_is_told_as_the_reason() -> None:
     link.take_report = lambda id: DeviceError("CUDA error 700")  # type: ignore[method-assign]
     events = list(RayPainter(RemoteEngine(link)).iterate(PICTURE, MASK, make_request(), keep_stages=False))
     assert events[1].retry == "the worker that painted it died: CUDA error 700"
+
+
+def test_a_replica_whose_device_is_lost_leaves_word_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process: what else runs in it is lost with the device."""
+    left: list[tuple[str, str]] = []
+    ended: list[int] = []
+    replica = object.__new__(Painter)
+    report = SimpleNamespace(remote=lambda id, error: left.append((id, str(error))))
+    replica._desk = SimpleNamespace(report=report)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=lambda ref, timeout: ref))
+    monkeypatch.setattr(os, "_exit", ended.append)
+
+    def fail(lost: bool) -> None:
+        error = DeviceError("CUDA error 700")
+        error.lost = lost
+        raise error
+
+    _, failed = replica._try("order", fail, False)
+    assert failed is not None and not failed.place and not ended and not left
+    replica._try("order", fail, True)
+    assert ended == [1] and left == [("order", "CUDA error 700")]
+    _, failed = replica._try("order", lambda: {}["prompt"])
+    assert failed is not None and "KeyError" in str(failed.error) and "prompt" not in str(failed.error)
+    assert "test_remote.py" in failed.place
 
 
 def make_request() -> Any:
