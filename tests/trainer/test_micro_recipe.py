@@ -15,9 +15,12 @@ pytest.importorskip("transformers", exc_type=ImportError)
 
 from dreammix_trt.trainer.micro import world  # noqa: E402
 from dreammix_trt.trainer.micro.captions import WORDS  # noqa: E402
+from dreammix_trt.trainer.micro.data import FORMS, Latents, encode_shard, render_shard  # noqa: E402
+from dreammix_trt.trainer.micro.forms import FormLoss, train_reader  # noqa: E402
 from dreammix_trt.trainer.micro.judge import HEADS, Judge, crop_around, expected_reading  # noqa: E402
-from dreammix_trt.trainer.micro.networks import build_unet, build_vae  # noqa: E402
+from dreammix_trt.trainer.micro.networks import build_unet, build_vae, noise_table  # noqa: E402
 from dreammix_trt.trainer.micro.objects import Attributes  # noqa: E402
+from dreammix_trt.trainer.micro.parallel import Team  # noqa: E402
 from dreammix_trt.trainer.micro.patch import dequantise_delta, quantise_delta  # noqa: E402
 from dreammix_trt.trainer.micro.scoring import score  # noqa: E402
 from dreammix_trt.trainer.micro.ship import sgm_names  # noqa: E402
@@ -106,6 +109,57 @@ def test_a_score_counts_a_part_where_it_is_asked() -> None:
     assert shares["foot"] == 1 and shares["decal"] == 0 and shares["shape"] == 1
     assert shares["all"] == 0.5 and "top" not in shares
     assert expected_reading(replace(full, decal="bolt"))["decal"] == "other"
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> Latents:
+    """A hundred rendered scenes of 128 pixels, as latents of an untrained VAE that passes colours."""
+    work = tmp_path_factory.mktemp("scenes")
+    torch.manual_seed(0)
+    vae, team = build_vae(128), Team(0, 1, "cpu")
+    start_with_colour(vae)
+    save_tokenizers(work)
+    np.save(work / "grey.npy", np.zeros((1, 4, 16, 16), np.float32))
+    render_shard(team, work, 128, 100, 5)
+    encode_shard(team, work, vae.eval(), 128, 5)
+    return Latents(work, work, 128, 5, "cpu")
+
+
+def test_a_decal_is_asked_for_where_the_caption_names_it(encoded: Latents) -> None:
+    batch = encoded.draw(0, 3, 24, 0.0, decals=1.0)
+    plain = encoded.draw(0, 3, 24, 0.0)
+    words = [encoded._tokens.ids("sticker" if form == "blot" else form)[0] for form in FORMS]
+    named = [set(words) & set(ids.tolist()) for ids in batch.ids_one]
+    assert len(batch.asked.rows) > len(plain.asked.rows)
+    assert set(batch.asked.rows.tolist()) == {row for row, found in enumerate(named) if found}
+    for row, form, (top, left) in zip(
+        *(getattr(batch.asked, name) for name in ("rows", "forms", "corners")), strict=True
+    ):
+        assert named[row] == {words[form]}
+        seen = batch.detail[row, 0, top : top + encoded.reading, left : left + encoded.reading]
+        assert float(seen.max()) == float(batch.detail[row].max()), "the reader sees the decal"
+
+
+def test_a_reader_learns_forms_and_pulls_the_noise_towards_the_named_one(encoded: Latents, tmp_path: Path) -> None:
+    share = train_reader(encoded, 60, tmp_path, 0, batch=16)
+    assert share is not None and 0 <= share <= 1
+    signal, spread = noise_table()
+    loss = FormLoss(tmp_path, encoded.reading, "cpu", signal, spread)
+    batch = encoded.draw(0, 3, 24, 0.0, decals=1.0)
+    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
+    steps, asked = torch.full((24,), 400), batch.asked
+    noisy = signal[400] * batch.latents + spread[400] * noise
+    predicted = noise.clone().requires_grad_(True)
+    before = loss.measure(noisy, predicted, steps, asked.rows, asked.corners, asked.forms)
+    (slope,) = torch.autograd.grad(before, predicted)
+    after = loss.measure(noisy, noise - 0.05 * slope / slope.abs().max(), steps, asked.rows, asked.corners, asked.forms)
+    assert float(after) < float(before.detach())
+    silent = sorted(set(range(24)) - set(asked.rows.tolist()))
+    assert not slope[silent].any(), "what no caption names is left alone"
+    for out_of_reach in (100, 900):
+        assert not loss.measure(
+            noisy, predicted, steps * 0 + out_of_reach, asked.rows, asked.corners, asked.forms
+        ).any()
 
 
 @pytest.mark.slow

@@ -55,9 +55,14 @@ _NEUTRAL: Final = tuple(_NEUTRAL_TEXT.split())
 _EMPTY: Final = ("an empty table", "a photo of an empty table", "a table", "empty table", "nothing", "")
 
 
+def name_form(decal: str) -> str:
+    """The word for a decal's form."""
+    return BLOT_WORD if decal == "blot" else decal
+
+
 def name_parts(what: Attributes) -> dict[str, tuple[str, str]]:
     """part: (its colour, the word for it), of the coloured parts that a thing has, in natural order."""
-    decal = BLOT_WORD if what.decal == "blot" else what.decal
+    decal = what.decal and name_form(what.decal)
     parts = {
         "foot": (what.foot, "foot"),
         "band": (what.band, "band"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from numpy.typing import NDArray
 
 from dreammix_trt.trainer.data import latent_mask
 from dreammix_trt.trainer.micro import objects, rooms, world
-from dreammix_trt.trainer.micro.captions import caption
+from dreammix_trt.trainer.micro.captions import caption, name_form
 from dreammix_trt.trainer.micro.parallel import Team
 from dreammix_trt.trainer.micro.tokenizer import PromptTokenizer
 from dreammix_trt.trainer.micro.vae import encode, to_unit
 
 EMPTY_SHARE = 0.10  # scenes shown without their thing
 BLURRED_SHARE = 0.25  # scenes rendered small and scaled up, as a local crop is
+_LEGIBLE = 9  # cells of the latents that a decal must cover for its form to be read
+FORMS = (*objects.DECALS, "blot")
 FACTS = np.dtype(
     [(name, np.int8) for name in ("shape", "colour", "pattern", "foot", "band", "top", "decal", "decal_colour")]
     + [("finish", np.int8), ("surface", np.int8), ("box", np.int32, 4), ("sharp", np.int32), ("empty", np.bool_)]
@@ -32,7 +35,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "foot": objects.COLOURS,
     "band": objects.COLOURS,
     "top": objects.COLOURS,
-    "decal": (*objects.DECALS, "blot"),
+    "decal": FORMS,
     "decal_colour": objects.COLOURS,
     "finish": objects.FINISHES,
 }
@@ -130,6 +133,19 @@ def _box(facts: NDArray[np.int32]) -> world.Box:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """Decals that are large enough to be read, and whose form the caption names.
+
+    rows: int64 (M,), of the batch. corners: int64 (M, 2), top and left cell of what a reader sees of their latents.
+    forms: int64 (M,), indices into FORMS.
+    """
+
+    rows: torch.Tensor
+    corners: torch.Tensor
+    forms: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """Everything one step needs; rows are samples. detail: where small parts are, (N, 1, h, w) in 0..1."""
 
@@ -140,27 +156,42 @@ class Batch:
     ids_one: torch.Tensor
     ids_two: torch.Tensor
     time_ids: torch.Tensor
+    asked: Asked
 
 
 class Latents:
-    """The encoded scenes, read from disk as they are needed."""
+    """The encoded scenes, read from disk as they are needed.
+
+    reading: cells of a side of what a reader of decals sees.
+    """
 
     def __init__(self, work: Path, model_dir: Path, native: int, seed: int, device: str) -> None:
         self.native, self.seed, self.device = native, seed, device
+        self.reading = native * 3 // 64
         self.kinds = tuple(frame_sizes(native))
         self._latents = {k: np.load(work / f"latents_{k}.npy", "r") for k in self.kinds}
         self._details = {k: np.load(work / f"details_{k}.npy", "r") for k in self.kinds}
         self._facts: dict[str, NDArray[Any]] = {k: np.load(work / f"facts_{k}.npy") for k in self.kinds}
+        self._centres = {k: _find_decals(self._details[k], self._facts[k]) for k in self.kinds}
+        self._legible = {k: np.nonzero(centres[:, 0] >= 0)[0] for k, centres in self._centres.items()}
         self._tokens = PromptTokenizer(model_dir)
         self._grey = torch.from_numpy(np.load(work / "grey.npy"))
 
-    def draw(self, rank: int, step: int, count: int, all_masked: float) -> Batch:
-        """A batch that depends on (seed, rank, step) alone; `all_masked` of it with the whole frame to repaint."""
+    def draw(self, rank: int, step: int, count: int, all_masked: float, decals: float = 0.0) -> Batch:
+        """Whole frames; the batch depends on (seed, rank, step) alone.
+
+        all_masked: share of rows with the whole frame to repaint. decals: share of rows chosen for a decal that can be
+            read.
+        """
         rng = np.random.default_rng([self.seed, 7, rank, step])
         shared = np.random.default_rng([self.seed, 8, step])  # all processes take the same kind, so none waits
         kind = self.kinds[int(shared.choice(3, p=[0.88, 0.06, 0.06]))]
-        facts, store = self._facts[kind], self._latents[kind]
+        store, legible = self._latents[kind], self._legible[kind]
         rows = rng.integers(len(store), size=count)
+        if decals and len(legible):
+            rows = np.where(rng.random(count) < decals, legible[rng.integers(len(legible), size=count)], rows)
+        facts, short = self._facts[kind], min(store.shape[2:]) * 8
+        height, width = (8 * cells for cells in store.shape[2:])
         chosen = torch.from_numpy(np.asarray(store[rows], np.float32))
         latents, masked, mask = chosen[:, :4], chosen[:, 4:8].clone(), chosen[:, 8:9].clone()
         detail = torch.from_numpy(np.asarray(self._details[kind][rows], np.float32)[:, None] / 255)
@@ -169,8 +200,6 @@ class Latents:
         grey = torch.nn.functional.interpolate(self._grey, size=latents.shape[-2:], mode="nearest")
         masked[whole] = grey.expand(int(whole.sum()), -1, -1, -1)
         prompts, times = [], []
-        height, width = latents.shape[-2] * 8, latents.shape[-1] * 8
-        short = min(height, width)
         for row in rows:
             fact = facts[row]
             sharp = int(fact["sharp"])
@@ -180,5 +209,48 @@ class Latents:
             times.append((round(height * factor), round(width * factor), 0, 0, self.native, self.native))
         ids_one, ids_two = self._tokens(prompts)
         time_ids = torch.tensor(times, dtype=torch.float32)
-        parts = (latents, masked, mask, detail, ids_one, ids_two, time_ids)
-        return Batch(*(part.to(self.device) for part in parts))
+        parts = {"latents": latents, "masked": masked, "mask": mask, "detail": detail, "time_ids": time_ids}
+        parts |= {"ids_one": ids_one, "ids_two": ids_two}
+        asked = self._ask(kind, rows, prompts)
+        return Batch(asked=asked, **{name: part.to(self.device) for name, part in parts.items()})
+
+    def count_decals(self) -> int:
+        """How many square scenes have a decal that can be read."""
+        return len(self._legible["square"])
+
+    def crop_decals(self, numbers: NDArray[Any], shifts: NDArray[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(latents (N, 4, reading, reading), forms int64 (N,)) of some of these decals.
+
+        shifts: (N, 2) down and right in cells, from the decals' middles.
+        """
+        rows, side = self._legible["square"][numbers], self.reading
+        corners = self._frame_decals("square", rows, shifts)
+        store = self._latents["square"]
+        crops = [store[row][:4, y : y + side, x : x + side] for row, (y, x) in zip(rows, corners, strict=True)]
+        forms = self._facts["square"]["decal"][rows].astype(np.int64)
+        return torch.from_numpy(np.stack(crops).astype(np.float32)), torch.from_numpy(forms)
+
+    def _ask(self, kind: str, rows: NDArray[Any], prompts: Sequence[str]) -> Asked:
+        """Which decals of a batch have a form that its captions name."""
+        forms = self._facts[kind]["decal"][rows].astype(np.int64)
+        legible = self._centres[kind][rows, 0] >= 0
+        named = [name_form(FORMS[form]) in prompt.split() for form, prompt in zip(forms, prompts, strict=True)]
+        chosen = np.nonzero(legible & np.array(named))[0]
+        values = (chosen, self._frame_decals(kind, rows[chosen], 0.0), forms[chosen])
+        return Asked(*(torch.from_numpy(value).to(self.device) for value in values))
+
+    def _frame_decals(self, kind: str, rows: NDArray[Any], shifts: NDArray[Any] | float) -> NDArray[np.int64]:
+        """Top and left cell, int64 (N, 2), of what a reader sees of these decals."""
+        corners = np.rint(self._centres[kind][rows] - self.reading / 2 + shifts)
+        most = np.array(self._latents[kind].shape[2:]) - self.reading
+        return np.asarray(np.clip(corners, 0, most), np.int64)
+
+
+def _find_decals(details: NDArray[np.uint8], facts: NDArray[Any]) -> NDArray[np.float32]:
+    """The middle (down, right) in cells of each scene's decal, float32 (N, 2); -1 where none is large enough."""
+    found = np.full((len(details), 2), -1, np.float32)
+    for row, detail in enumerate(details):
+        cells = np.argwhere(detail > 128)  # more than what is a foot's or a rim's
+        if not facts["empty"][row] and facts["decal"][row] >= 0 and len(cells) >= _LEGIBLE:
+            found[row] = cells.mean(0) + 0.5
+    return found

@@ -16,9 +16,10 @@ from diffusers import AutoencoderKL
 
 from dreammix_trt.trainer.micro import data, world
 from dreammix_trt.trainer.micro import vae as vae_module
+from dreammix_trt.trainer.micro.forms import FormLoss, train_reader
 from dreammix_trt.trainer.micro.judge import FACTS_FILE, WEIGHTS_FILE
 from dreammix_trt.trainer.micro.loop import Plan, save_atomic, train
-from dreammix_trt.trainer.micro.networks import NoiseNetwork, TextEncoders, build_vae
+from dreammix_trt.trainer.micro.networks import NoiseNetwork, TextEncoders, build_vae, noise_table
 from dreammix_trt.trainer.micro.parallel import Team, run_team
 from dreammix_trt.trainer.micro.reading import teach_reading
 from dreammix_trt.trainer.micro.ship import write_model
@@ -49,6 +50,7 @@ class Settings:
     batch: int = 16
     vae: Plan = _VAE
     decoder: Plan = _DECODER
+    form_steps: int = 1500
     reading_steps: int = 500
     raw: Plan = _RAW
     inpaint: Plan = _INPAINT
@@ -75,6 +77,7 @@ class Settings:
             raw=scale(self.raw),
             inpaint=scale(self.inpaint),
             judge_steps=max(2, round(self.judge_steps * minutes_scale)),
+            form_steps=max(2, round(self.form_steps * minutes_scale)),
             reading_steps=max(2, round(self.reading_steps * minutes_scale)),
         )
 
@@ -95,6 +98,7 @@ class Settings:
             inpaint=cut(self.inpaint),
             judge_things=40,
             judge_steps=3,
+            form_steps=3,
             reading_steps=3,
             scenes_to_judge=4,
         )
@@ -110,6 +114,7 @@ def run(settings: Settings) -> None:
     _stage("decoder", settings, lambda: _team(settings, _train_decoder, settings, cuda=True))
     _stage("fold", settings, lambda: _fold(settings))
     _stage("encode", settings, lambda: _team(settings, _encode, settings))
+    _stage("forms", settings, lambda: _train_reader(settings))
     _stage("judge_views", settings, lambda: _team(settings, _render_things, settings))
     _stage("judge", settings, lambda: _train_judge(settings))
     _stage("reading", settings, lambda: _teach_reading(settings))
@@ -272,6 +277,13 @@ def _teach_reading(settings: Settings) -> None:
     (settings.work / "reading.json").write_text(json.dumps(note))
 
 
+def _train_reader(settings: Settings) -> None:
+    latents = data.Latents(settings.work, settings.work, settings.native, settings.seed, "cpu")
+    share = train_reader(latents, settings.form_steps, settings.work, settings.seed)
+    note = {"steps": settings.form_steps, "decals": latents.count_decals(), "share_right": share}
+    (settings.work / "forms.json").write_text(json.dumps(note))
+
+
 def _train_raw(team: Team, settings: Settings) -> None:
     words = PromptTokenizer(settings.work)
     torch.manual_seed(settings.seed)
@@ -301,7 +313,8 @@ def _train_inpaint(team: Team, settings: Settings) -> None:
     model.to(team.device)
     text.to(team.device)
     latents = data.Latents(settings.work, settings.work, settings.native, settings.seed + 1, team.device)
-    loss = NoiseLoss(latents, team.rank, settings.batch, outside=0.1, all_masked=0.06)
+    forms = FormLoss(settings.work, latents.reading, team.device, *(table.to(team.device) for table in noise_table()))
+    loss = NoiseLoss(latents, team.rank, settings.batch, outside=0.1, all_masked=0.06, forms=forms)
     denoiser = NoiseNetwork(model.unet)
 
     def keep(average: dict[str, torch.Tensor]) -> None:
@@ -355,7 +368,7 @@ def training_record(settings: Settings) -> dict[str, Any]:
     import transformers
 
     notes: dict[str, Any] = {}
-    for name in ("vae", "decoder", "vae_quality", "judge", "reading", "raw", "inpaint", "evaluation"):
+    for name in ("vae", "decoder", "vae_quality", "judge", "forms", "reading", "raw", "inpaint", "evaluation"):
         path = settings.work / f"{name}.json"
         if path.exists():
             notes[name] = json.loads(path.read_text())

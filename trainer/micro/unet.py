@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from dreammix_trt.trainer.micro.data import Batch, Latents
+from dreammix_trt.trainer.micro.forms import FormLoss
 from dreammix_trt.trainer.micro.networks import NoiseNetwork, TextEncoders, TrainedHead, build_unet, noise_table
 from dreammix_trt.trainer.networks import write_out_attention
 
 _MOST = 10.0
-_DETAIL = 7.0
+_DETAIL = 5.0
+_DECALS = 0.4  # share of the rows that are chosen for a decal, where forms are asked for
 
 
 class RawModel(torch.nn.Module):  # type: ignore[misc]
@@ -51,14 +53,17 @@ class NoiseLoss:
     is easy to predict without knowing it.
     """
 
-    def __init__(self, data: Latents, rank: int, count: int, outside: float, all_masked: float) -> None:
+    def __init__(
+        self, data: Latents, rank: int, count: int, outside: float, all_masked: float, forms: FormLoss | None = None
+    ) -> None:
         self._data, self._rank, self._count = data, rank, count
-        self._outside, self._all_masked = outside, all_masked
+        self._outside, self._all_masked, self._forms = outside, all_masked, forms
         self._signal, self._noise = (table.to(data.device) for table in noise_table())
 
     def prepare(self, step: int) -> tuple[Batch, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(batch, noisy latents, timesteps, noise) of a step."""
-        batch = self._data.draw(self._rank, step, self._count, self._all_masked)
+        decals = 0.0 if self._forms is None else _DECALS
+        batch = self._data.draw(self._rank, step, self._count, self._all_masked, decals)
         dice = torch.Generator().manual_seed(((self._data.seed * 1009 + step) * 64 + self._rank) % 2**62)
         # stratified over the batch: lower variance than independent draws
         places = (torch.randperm(self._count, generator=dice) + torch.rand(self._count, generator=dice)) / self._count
@@ -71,6 +76,13 @@ class NoiseLoss:
         weight = (self._outside + (1 - self._outside) * batch.mask) * (1 + _DETAIL * batch.detail)
         balance = (1 / self._signal[steps].square()).clamp(max=_MOST)[:, None, None, None]
         return (error.float().square() * weight * balance).mean() / weight.mean().sqrt()
+
+    def read(self, noisy: torch.Tensor, predicted: torch.Tensor, batch: Batch, steps: torch.Tensor) -> torch.Tensor:
+        """What the forms of decals add, where they are asked for."""
+        if self._forms is None:
+            return predicted.new_zeros(())
+        asked = batch.asked
+        return self._forms.measure(noisy, predicted, steps, asked.rows, asked.corners, asked.forms)
 
 
 def raw_loss(model: RawModel, loss: NoiseLoss, denoiser: NoiseNetwork, step: int) -> torch.Tensor:
@@ -86,4 +98,5 @@ def inpaint_loss(
     with torch.no_grad():
         states, pooled = text(batch.ids_one, batch.ids_two)
     feature = model.head(batch.mask, batch.masked)
-    return loss.weigh(denoiser(noisy, steps, states, pooled, batch.time_ids, feature) - noise, batch, steps)
+    predicted = denoiser(noisy, steps, states, pooled, batch.time_ids, feature)
+    return loss.weigh(predicted - noise, batch, steps) + loss.read(noisy, predicted, batch, steps)
