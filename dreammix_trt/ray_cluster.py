@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -35,7 +36,7 @@ def open_cluster(address: str | None = None, cpus: int | None = None) -> Iterato
         _check_address(address)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # what it prints on stdout stays in its own logs
-    if address is None:
+    if address is None and "ray" not in sys.modules:  # one that an app has imported has read it already
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # its ports are open to other computers
     import ray
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -13,7 +14,8 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("ray", reason="needs the extra ray")
+if importlib.util.find_spec("ray") is None:  # not imported yet: what `open_cluster` sets has to come before
+    pytest.skip("needs the extra ray", allow_module_level=True)
 for _name in ("torch", "diffusers", "transformers", "peft"):
     pytest.importorskip(_name, reason="the trainer needs its extra")
 
