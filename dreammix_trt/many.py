@@ -23,6 +23,7 @@ from typing import Any, Literal
 import typer
 
 from dreammix_trt.core.errors import DreamMixError, InputError
+from dreammix_trt.ray_cluster import list_nodes
 from dreammix_trt.terminal import begin_messages, say_error, write_messages
 
 State = Literal["made", "already there", "failed", "unfinished"]
@@ -145,7 +146,7 @@ def run_on_ray(jobs: Sequence[Job], need: Mapping[str, float]) -> Events:
     """
     import ray
 
-    _check_room(ray, need)
+    _check_room(need)
     task = ray.remote(_work).options(num_returns="streaming", max_retries=0, **need)
     deaths = dict.fromkeys((job.name for job in jobs), 0)
     begun: dict[str, float] = {}
@@ -183,10 +184,9 @@ def _work(job: Job) -> Events:
     yield job.carry_out()
 
 
-def _check_room(ray: Any, need: Mapping[str, float]) -> None:
+def _check_room(need: Mapping[str, float]) -> None:
     names = {"num_cpus": "CPU", "num_gpus": "GPU"}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if any(all(node.get(names[kind], 0) >= amount for kind, amount in need.items()) for node in nodes):
+    if any(all(node.get(names[kind], 0) >= amount for kind, amount in need.items()) for node in list_nodes()):
         return
     wanted = " and ".join(f"{amount:g} {names[kind]}" for kind, amount in need.items())
     raise InputError(

@@ -221,7 +221,7 @@ def _run(
     measure: Callable[[Path], float],
     as_json: bool,
 ) -> None:
-    """Run jobs, tell of each as it begins and ends, and of all at the end.
+    """Run jobs, report each as it begins and ends, and all of them at the end.
 
     refused: subjects that need no try. unit, measure: what is said of the size of an output.
 

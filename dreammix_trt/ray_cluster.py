@@ -40,7 +40,7 @@ def open_cluster(address: str | None = None, cpus: int | None = None) -> Iterato
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # its ports are open to other computers
     import ray
 
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
         options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": _STORE}
     try:
@@ -56,6 +56,14 @@ def open_cluster(address: str | None = None, cpus: int | None = None) -> Iterato
 def describe_need(device: str, cpus: float) -> Mapping[str, float]:
     """What one task or replica asks the cluster for: a whole GPU on "cuda", else some cores."""
     return {"num_gpus": 1, "num_cpus": 1} if device == "cuda" else {"num_cpus": cpus}
+
+
+def list_nodes() -> list[dict[str, float]]:
+    """What each living node of the cluster that is open has: "CPU" and "GPU", as far as it has any."""
+    import ray
+
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node["Resources"] for node in nodes if node["Alive"]]
 
 
 def _check_address(address: str) -> None:

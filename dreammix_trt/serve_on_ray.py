@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.ray_cluster import describe_need, open_cluster
+from dreammix_trt.ray_cluster import describe_need, list_nodes, open_cluster
 
 if TYPE_CHECKING:
     from dreammix_trt.service.fleet import Bounds
@@ -73,10 +73,7 @@ def _share(cores: float, first: Loading, asked: Bounds | None, engines: int) -> 
 
 def _find_largest_node() -> int:
     """The cores of the node that has most of them: a replica must fit on one."""
-    import ray
-
-    nodes = ray.nodes()  # type: ignore[no-untyped-call]
-    return int(max((node["Resources"].get("CPU", 1) for node in nodes if node["Alive"]), default=1))
+    return int(max((node.get("CPU", 1) for node in list_nodes()), default=1))
 
 
 def _count_gpus(there: Mapping[str, float], engines: int) -> Bounds:

@@ -1,7 +1,7 @@
 """Painters whose work is done by replicas elsewhere, as a `RequestQueue` takes them.
 
 A painter here paints one request at a time, on whichever replica takes it. When that replica dies, the request is begun
-again, once; its steps are told on from where they were.
+again, once; no step is reported twice.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ReplicaDied(Exception):
 
 
 class Stream(Protocol):
-    """What a replica tells of an order. Iterating raises ReplicaDied."""
+    """What a replica reports of an order. Iterating raises ReplicaDied."""
 
     def __iter__(self) -> Iterator[Item]: ...
     def cancel(self) -> None:

@@ -21,6 +21,7 @@ from dreammix_trt import cli, terminal
 from dreammix_trt.core import errors
 from dreammix_trt.core.extras import TRAINING
 from dreammix_trt.engine.result import read_request
+from tests.support.commands import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,11 +47,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     """Run a command in this process, as `main` does."""
 
     def run(*words: str | Path) -> Done:
-        monkeypatch.setattr(sys, "argv", ["dreammix-trt", *(str(word) for word in words)])
-        monkeypatch.setattr(terminal, "_state", terminal._State())
-        capsys.readouterr()
-        code = cli._run()
-        return Done(code, *capsys.readouterr())
+        return Done(*run_command(monkeypatch, capsys, *words))
 
     return run
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from dreammix_trt import cli, eval_cli, terminal
+from dreammix_trt import eval_cli
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.core.files import sha256_of
 from dreammix_trt.engine.result import read_request
 from dreammix_trt.evaluation.pairs import write_pairs
 from tests.conftest import write_lora
+from tests.support.commands import run_command
 from tests.support.protocols import write_protocol
 
 Call = Callable[..., tuple[int, str, str]]
@@ -28,11 +28,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     """Run `eval` in this process; returns its exit code, stdout and stderr."""
 
     def run(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dreammix-trt", "eval", *(str(word) for word in words)])
-        monkeypatch.setattr(terminal, "_state", terminal._State())
-        capsys.readouterr()
-        code = cli._run()
-        return (code, *capsys.readouterr())
+        return run_command(monkeypatch, capsys, "eval", *words)
 
     return run
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,13 @@ import pytest
 for _name in ("torch", "diffusers", "transformers", "peft"):
     pytest.importorskip(_name, reason="the trainer needs its extra")
 
-from dreammix_trt import cli, many_cli, terminal  # noqa: E402
+from dreammix_trt import many_cli  # noqa: E402
 from dreammix_trt.core.lora import FILE_NAME  # noqa: E402
 from dreammix_trt.core.passport import Passport  # noqa: E402
 from dreammix_trt.many import Events, Job  # noqa: E402
 from dreammix_trt.train_cli import train  # noqa: E402
 from tests.conftest import write_lora  # noqa: E402
+from tests.support.commands import run_command  # noqa: E402
 from tests.support.tiny_model import write_tiny_model  # noqa: E402
 from tests.support.training import write_photographs  # noqa: E402
 
@@ -47,11 +47,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     """Run a command as `main` does; its jobs run in another process."""
 
     def run(*words: str | Path) -> Done:
-        monkeypatch.setattr(sys, "argv", ["dreammix-trt", *(str(word) for word in words)])
-        monkeypatch.setattr(terminal, "_state", terminal._State())
-        capsys.readouterr()
-        code = cli._run()
-        return Done(code, *capsys.readouterr())
+        return Done(*run_command(monkeypatch, capsys, *words))
 
     return run
 

@@ -90,7 +90,7 @@ def train_lora(
         none and `out` has the LoRA of these settings, that stays.
     work: folder of the checkpoint and of encoded photographs, where the recipe asks for checkpoints; None: OUT.work.
     watch: called before, after each step and at the end, as `trainer.watching.Watch` says.
-    events: are told the loss and the learning rate of every step, for TensorBoard; `close` is the caller's.
+    events: get the loss and the learning rate of every step, for TensorBoard; `close` belongs to the caller.
     progress: called with (name, fraction, message) each step.
     notice: called with what a person should know.
     recipe: everything else; None takes what suits the base.

@@ -100,7 +100,7 @@ class _Stream:
 
 
 def paint(order: Order, dies_after: int | None = None, look: Callable[[int], bool] = lambda step: False) -> Any:
-    """What a replica tells of an order that a `FakePainter` paints."""
+    """What a replica reports of an order that a `FakePainter` paints."""
     yield Begun(("the prompt is odd",))
     painter = FakePainter()
     for event in painter.iterate(order.image, order.mask_image, order.request, noise=None, keep_stages=False):

@@ -144,22 +144,20 @@ def test_a_reader_learns_forms_and_pulls_the_noise_towards_the_named_one(encoded
     share = train_reader(encoded, 60, tmp_path, 0, batch=16)
     assert share is not None and 0 <= share <= 1
     signal, spread = noise_table()
-    loss = FormLoss(tmp_path, encoded.reading, "cpu", signal, spread)
+    loss = FormLoss(tmp_path, encoded.reading, "cpu")
     batch = encoded.draw(0, 3, 24, 0.0, decals=1.0)
     noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
     steps, asked = torch.full((24,), 400), batch.asked
     noisy = signal[400] * batch.latents + spread[400] * noise
     predicted = noise.clone().requires_grad_(True)
-    before = loss.measure(noisy, predicted, steps, asked.rows, asked.corners, asked.forms)
+    before = loss.measure(noisy, predicted, steps, asked)
     (slope,) = torch.autograd.grad(before, predicted)
-    after = loss.measure(noisy, noise - 0.05 * slope / slope.abs().max(), steps, asked.rows, asked.corners, asked.forms)
+    after = loss.measure(noisy, noise - 0.05 * slope / slope.abs().max(), steps, asked)
     assert float(after) < float(before.detach())
     silent = sorted(set(range(24)) - set(asked.rows.tolist()))
     assert not slope[silent].any(), "what no caption names is left alone"
     for out_of_reach in (100, 900):
-        assert not loss.measure(
-            noisy, predicted, steps * 0 + out_of_reach, asked.rows, asked.corners, asked.forms
-        ).any()
+        assert not loss.measure(noisy, predicted, steps * 0 + out_of_reach, asked).any()
 
 
 @pytest.mark.slow

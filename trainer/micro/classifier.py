@@ -28,6 +28,7 @@ from dreammix_trt.trainer.micro.judge import (
     crop_of_mask,
     expected_reading,
 )
+from dreammix_trt.trainer.micro.loop import take_step
 from dreammix_trt.trainer.micro.objects import COLOURS, DECALS, UNNAMED_DECALS, Attributes, Build, look_alike
 from dreammix_trt.trainer.micro.parallel import Team
 from dreammix_trt.trainer.networks import choose_precision
@@ -259,10 +260,7 @@ def train_judge(work: Path, steps: int, seed: int) -> None:
         parts = logits.float().split(_SIZES, 1)
         asked = [functional.cross_entropy(part, lesson.truth[:, n], ignore_index=-100) for n, part in enumerate(parts)]
         loss = torch.stack(asked).nansum() + 0.5 * _likeness_loss(same, lesson.truth[:, 1] >= 0)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-        schedule.step()
+        take_step(loss, optimiser, schedule)
         if step % 200 == 199:
             log.info("judge: step %d, loss %.4f", step + 1, loss.item())
     save_file({name: value.half().contiguous() for name, value in model.state_dict().items()}, work / WEIGHTS_FILE)

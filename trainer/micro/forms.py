@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from dreammix_trt.trainer.micro.data import FORMS, Latents
-from dreammix_trt.trainer.micro.loop import save_atomic
+from dreammix_trt.trainer.micro.data import FORMS, Asked, Latents
+from dreammix_trt.trainer.micro.loop import save_atomic, take_step
+from dreammix_trt.trainer.micro.networks import noise_table
 
 log = logging.getLogger(__name__)
 
@@ -70,10 +71,7 @@ def train_reader(latents: Latents, steps: int, work: Path, seed: int, batch: int
         crops = torch.where(dice[2] < _BLURRED, blurred, crops)
         crops = crops + torch.randn_like(crops) * dice[0] * _NOISE * (dice[1] < 0.7)
         loss = functional.cross_entropy(reader(crops), forms, label_smoothing=0.05)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-        schedule.step()
+        take_step(loss, optimiser, schedule)
         if step % 250 == 249:
             log.info("forms: step %d, loss %.4f", step + 1, loss.item())
     save_atomic(reader.state_dict(), work / "forms.pt")
@@ -85,32 +83,21 @@ def train_reader(latents: Latents, steps: int, work: Path, seed: int, batch: int
 
 
 class FormLoss:
-    """What a trained reader says of denoised latents.
+    """What a trained reader says of denoised latents. side: of what it sees, in cells."""
 
-    signal, spread: float32 (1000,), sqrt(alpha-bar) and sqrt(1 - alpha-bar).
-    """
-
-    def __init__(self, work: Path, side: int, device: str, signal: torch.Tensor, spread: torch.Tensor) -> None:
+    def __init__(self, work: Path, side: int, device: str) -> None:
         self._reader, self._side = FormReader(side).to(device), side
         self._reader.load_state_dict(torch.load(work / "forms.pt", map_location=device, weights_only=True))
         self._reader.requires_grad_(False)
-        self._signal, self._spread = signal, spread
+        self._signal, self._spread = (table.to(device) for table in noise_table())
 
-    def measure(
-        self,
-        noisy: torch.Tensor,
-        predicted: torch.Tensor,
-        steps: torch.Tensor,
-        rows: torch.Tensor,
-        corners: torch.Tensor,
-        forms: torch.Tensor,
-    ) -> torch.Tensor:
+    def measure(self, noisy: torch.Tensor, predicted: torch.Tensor, steps: torch.Tensor, asked: Asked) -> torch.Tensor:
         """The weighted cross-entropy of the forms that were asked for; 0 where none was.
 
-        noisy, predicted: latents and noise (N, 4, h, w). steps: int64 (N,). rows, corners, forms: see `data.Asked`.
+        noisy, predicted: latents and noise (N, 4, h, w). steps: int64 (N,).
         """
-        inside = (steps[rows] >= _FROM) & (steps[rows] < _TO)
-        rows, corners, forms = rows[inside], corners[inside], forms[inside]
+        inside = (steps[asked.rows] >= _FROM) & (steps[asked.rows] < _TO)
+        rows, corners, forms = asked.rows[inside], asked.corners[inside], asked.forms[inside]
         if not len(rows):
             return predicted.new_zeros(())
         at = steps[rows][:, None, None, None]

@@ -37,6 +37,16 @@ def save_atomic(value: object, path: Path) -> None:
     os.replace(temporary, path)
 
 
+def take_step(
+    loss: torch.Tensor, optimiser: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler
+) -> None:
+    """One step of a small training in one process, which needs neither a team nor a checkpoint."""
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimiser.step()
+    schedule.step()
+
+
 def train(
     team: Team,
     name: str,

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from dreammix_trt.trainer.micro import world
 from dreammix_trt.trainer.micro.captions import caption, name_parts
+from dreammix_trt.trainer.micro.loop import take_step
 from dreammix_trt.trainer.micro.networks import POOLED, TEXT_WIDTHS, TextEncoders
 from dreammix_trt.trainer.micro.objects import COLOURS, FINISHES, PATTERNS, SHAPES, Attributes
 from dreammix_trt.trainer.micro.rooms import SURFACES
@@ -113,10 +114,7 @@ def teach_reading(text: TextEncoders, words: PromptTokenizer, steps: int, seed: 
             for given in of_question
         ]
         loss = torch.stack(losses).nansum() / len(losses)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-        schedule.step()
+        take_step(loss, optimiser, schedule)
         if step >= int(0.9 * steps):
             shares.append(_share_right(logits, answers))
         if step % 200 == 199:

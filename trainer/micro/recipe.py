@@ -19,7 +19,7 @@ from dreammix_trt.trainer.micro import vae as vae_module
 from dreammix_trt.trainer.micro.forms import FormLoss, train_reader
 from dreammix_trt.trainer.micro.judge import FACTS_FILE, WEIGHTS_FILE
 from dreammix_trt.trainer.micro.loop import Plan, save_atomic, train
-from dreammix_trt.trainer.micro.networks import NoiseNetwork, TextEncoders, build_vae, noise_table
+from dreammix_trt.trainer.micro.networks import NoiseNetwork, TextEncoders, build_vae
 from dreammix_trt.trainer.micro.parallel import Team, run_team
 from dreammix_trt.trainer.micro.reading import teach_reading
 from dreammix_trt.trainer.micro.ship import write_model
@@ -313,7 +313,7 @@ def _train_inpaint(team: Team, settings: Settings) -> None:
     model.to(team.device)
     text.to(team.device)
     latents = data.Latents(settings.work, settings.work, settings.native, settings.seed + 1, team.device)
-    forms = FormLoss(settings.work, latents.reading, team.device, *(table.to(team.device) for table in noise_table()))
+    forms = FormLoss(settings.work, latents.reading, team.device)
     loss = NoiseLoss(latents, team.rank, settings.batch, outside=0.1, all_masked=0.06, forms=forms)
     denoiser = NoiseNetwork(model.unet)
 

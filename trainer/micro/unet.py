@@ -81,8 +81,7 @@ class NoiseLoss:
         """What the forms of decals add, where they are asked for."""
         if self._forms is None:
             return predicted.new_zeros(())
-        asked = batch.asked
-        return self._forms.measure(noisy, predicted, steps, asked.rows, asked.corners, asked.forms)
+        return self._forms.measure(noisy, predicted, steps, batch.asked)
 
 
 def raw_loss(model: RawModel, loss: NoiseLoss, denoiser: NoiseNetwork, step: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ the UNet knows by the hole's condition. What the paths differ in is the hole, an
 Some rows may learn from the base itself instead of from the noise. It is told in words what the tokens show, and its
 prediction is what tokens beside a text t are to bring about: e(t) + g (e(t and all in words) - e(t)), with the emphasis
 g. That says in every row which part has which colour; the noise of one picture says so hardly at all. With a text that
-names another colour than the object has, both are told the text's, so words win over tokens.
+names another colour than the object has, both get the text's, so words win over tokens.
 """
 
 from __future__ import annotations
