@@ -2,14 +2,21 @@
 
 OpenVINO requires the package `openvino_telemetry` and, each time it is imported, sends an event through it without
 asking first. Where that package is absent it goes without. So it is made absent before OpenVINO is loaded.
+
+Its CPU plugin gives the thread that loads it another stack for signals, and frees that stack with its core. Where a
+core is freed by another thread, or before a later one, the thread keeps the address of memory that is gone, and the
+next signal (Ctrl-C, a timer) ends the process with a segmentation fault. So a process has one core, and keeps it.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
+from functools import cache
 from typing import Any, Final
 
 _REPORTER: Final = "openvino_telemetry"
+_lock = threading.Lock()
 
 
 def import_openvino() -> Any:
@@ -29,3 +36,17 @@ def import_openvino() -> Any:
 
         raise MissingExtraError("openvino is not installed: pip install 'dreammix-trt[openvino]'") from error
     return openvino
+
+
+def open_core() -> Any:
+    """OpenVINO's core, one for the whole process.
+
+    Raises MissingExtraError when OpenVINO is not installed.
+    """
+    with _lock:  # two threads would make two of them
+        return _make_core()
+
+
+@cache
+def _make_core() -> Any:
+    return import_openvino().Core()

@@ -1,9 +1,11 @@
-"""OpenVINO reports nothing: the package that would is not there when it is loaded."""
+"""OpenVINO reports nothing, for the package that would is not there when it is loaded; and signals do no harm."""
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,23 @@ def test_what_brings_it_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(MissingExtraError, match=r"pip install 'dreammix-trt\[openvino\]'"):
         import_openvino()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs POSIX signals")
+def test_a_signal_after_engines_are_gone_is_handled() -> None:
+    """Of two cores of OpenVINO, freed in the order in which they were made, it is a segmentation fault."""
+    pytest.importorskip("openvino")
+    script = """
+        import signal
+        from dreammix_trt.core.openvino_runtime import open_core
+        first, second = open_core(), open_core()
+        for core in (first, second):
+            core.get_property("CPU", "FULL_DEVICE_NAME")  # loads the plugin
+        del core, first
+        del second
+        signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+        signal.raise_signal(signal.SIGUSR1)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "handled\n"

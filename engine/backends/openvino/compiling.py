@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dreammix_trt.core.errors import InputError
-from dreammix_trt.core.openvino_runtime import import_openvino
+from dreammix_trt.core.openvino_runtime import import_openvino, open_core
 from dreammix_trt.core.store import Store
 from dreammix_trt.engine.backends.kept import list_facts, take_or_make
 
@@ -38,7 +38,7 @@ class Compiler:
 
     def check(self) -> None:
         """Raise InputError for a device that is not here, MissingExtraError where OpenVINO is not installed."""
-        here = list(self._core.available_devices)
+        here = list(open_core().available_devices)
         several = {name.partition(".")[0] for name in here if "." in name}  # "GPU" is the first of GPU.0 and GPU.1
         if self.device.partition(":")[0] not in VIRTUAL and self.device not in {*here, *several}:
             raise InputError(f"device is {self.device!r}; OpenVINO finds here: {', '.join(here)}; or AUTO")
@@ -61,7 +61,7 @@ class Compiler:
             return compile_once()
 
         def take(kept: Path) -> Any:
-            return self._core.import_model((kept / _FILE).read_bytes(), self.device, self._settings)
+            return open_core().import_model((kept / _FILE).read_bytes(), self.device, self._settings)
 
         def make(place: Path | None) -> Any:
             compiled = compile_once()
@@ -75,16 +75,12 @@ class Compiler:
         return take_or_make(shelf, facts, take, make)
 
     def _compile(self, folder: Path, entry: Mapping[str, Any], sides: Mapping[str, int]) -> Any:
-        model = self._core.read_model(str(folder / entry["graph"]))
+        model = open_core().read_model(str(folder / entry["graph"]))
         shapes = {spec["name"]: [sides.get(side, side) for side in spec["shape"]] for spec in entry["inputs"]}
         model.reshape(shapes)
-        compiled = self._core.compile_model(model, self.device, self._settings)
+        compiled = open_core().compile_model(model, self.device, self._settings)
         log.debug("%s: compiled for %s", entry["graph"], self.device)
         return compiled
-
-    @cached_property
-    def _core(self) -> Any:
-        return import_openvino().Core()
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
@@ -103,4 +99,4 @@ def has_bfloat16(device: str = "CPU") -> bool:
     """
     if device.partition(":")[0] in VIRTUAL:
         return False
-    return "BF16" in import_openvino().Core().get_property(device, "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in open_core().get_property(device, "OPTIMIZATION_CAPABILITIES")

@@ -142,7 +142,7 @@ def test_a_device_that_is_not_here_is_named(parts: dict[str, Path]) -> None:
 @pytest.mark.parametrize(("device", "known"), [("GPU", True), ("GPU.1", True), ("GPU.2", False), ("CPU.3", False)])
 def test_one_of_several_devices_may_be_named(monkeypatch: pytest.MonkeyPatch, device: str, known: bool) -> None:
     core = SimpleNamespace(available_devices=["CPU", "GPU.0", "GPU.1"])
-    monkeypatch.setattr(compiling, "import_openvino", lambda: SimpleNamespace(Core=lambda: core))
+    monkeypatch.setattr(compiling, "open_core", lambda: core)
     if known:
         Compiler(device).check()
         return
