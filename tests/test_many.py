@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -62,13 +63,15 @@ def test_a_job_that_runs_is_interrupted_where_its_events_are_left(tmp_path: Path
     events.close()  # before it was sent to the process
     events = run_in_turn([job(tmp_path, "endless", wait=True)])
     next(events)
-    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)  # Ctrl-C, while it waits
+    interrupter = threading.Thread(target=_interrupt_when_there, args=(tmp_path / "endless" / "waits",))
+    previous = signal.signal(signal.SIGUSR1, signal.default_int_handler)  # Ctrl-C, while it waits
     try:
-        signal.setitimer(signal.ITIMER_REAL, 3)
+        interrupter.start()
         with pytest.raises(KeyboardInterrupt):
             next(events)
     finally:
-        signal.signal(signal.SIGALRM, previous)
+        interrupter.join()
+        signal.signal(signal.SIGUSR1, previous)
     assert (tmp_path / "endless" / "cleaned").exists() and not (tmp_path / "next").exists()
 
 
@@ -96,6 +99,14 @@ def test_the_process_of_the_jobs_ends_with_a_killed_parent(tmp_path: Path) -> No
     while _lives(child) and time.monotonic() < until:
         time.sleep(0.05)
     assert not _lives(child)
+
+
+def _interrupt_when_there(file: Path) -> None:
+    """Interrupt the main thread when a job has made a file."""
+    until = time.monotonic() + 60
+    while not file.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
 
 def _lives(process: int) -> bool:

@@ -39,6 +39,7 @@ def make(
         raise typer.Exit(1)
     try:
         while wait:
+            (out / "waits").touch()
             time.sleep(0.05)
     except KeyboardInterrupt:
         (out / "cleaned").touch()
