@@ -127,14 +127,18 @@ def demo(arguments: list[str]) -> int:
 
 
 def test(arguments: list[str]) -> int:
-    """Lint, types, then the tests; pytest's own closing line ends the output."""
+    """Lint, types, then the tests in two processes, a file in one of them; pytest's own closing line ends the output.
+
+    With arguments: pytest with just these.
+    """
     setup()
     find_browser()
     if not arguments:
         run(python(), "-m", "ruff", "check", ".")
         run(python(), "-m", "ruff", "format", "--check", ".")
         run(python(), "-m", "mypy")
-    return run(python(), "-m", "pytest", *arguments, check=False)
+    together = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+    return run(python(), "-m", "pytest", *(arguments or together), check=False)
 
 
 def fresh_environment(name: str, *packages: str | Path) -> Path:
