@@ -15,8 +15,9 @@ def test_they_belong_to_the_shipped_base() -> None:
     assert record.keys() == {"prior", "align", "decoder"}
     hashes = BaseFiles.open().hash_contents()
     assert base.hash_contents() == hashes and not [name for name in hashes if "asuka" in name]
-    for name, part in record.items():
-        assert part["settings"]["base"] == hashes, name
+    for name, part in record.items():  # the prior and the decoder never saw the UNets, so they outlive them
+        assert part["settings"]["base"].keys() == hashes.keys(), name
+        assert name != "align" or part["settings"]["base"] == hashes
         assert "rendered rooms" in part["settings"]["pictures"], "a third party's pictures would want a licence"
     assert base.asuka.find_doubts(base.hash_contents) == []
 

@@ -11,7 +11,7 @@ from dreammix_trt.trainer.networks import write_out_attention
 
 _MOST = 10.0
 _DETAIL = 5.0
-_DECALS = 0.4  # share of the rows that are chosen for a decal, where forms are asked for
+_DECALS = 0.25  # share of the rows that are chosen for a decal, where forms are asked for
 
 
 class RawModel(torch.nn.Module):  # type: ignore[misc]
