@@ -195,15 +195,14 @@ def _check_room(need: Mapping[str, float]) -> None:
 
 
 def _cancel(ray: Any, tasks: Sequence[Any]) -> None:
-    """End tasks that are left: those that run are interrupted, as by Ctrl-C, and have some seconds to clean up."""
-    for task in tasks:
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.cancel(task)
-    until = time.monotonic() + _GRACE
-    for task in tasks:
-        with contextlib.suppress(ray.exceptions.RayError, StopIteration):
-            while time.monotonic() < until and ray.wait([task], timeout=max(0.0, until - time.monotonic()))[0]:
-                ray.get(next(task))
+    """End tasks that are left: interrupted, as by Ctrl-C, they have some seconds to clean up; then they are killed."""
+    for force in (False, True):
+        for task in tasks:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.cancel(task, force=force)
+        ends = [task.completed() for task in tasks]
+        if not ends or not ray.wait(ends, num_returns=len(ends), timeout=_GRACE)[1]:
+            return
 
 
 def _give_up(job: Job, how: str, seconds: float) -> Outcome:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from dreammix_trt.core.axes import FLOAT8
 from dreammix_trt.core.base_tokenizers import TOKENIZERS
 from dreammix_trt.core.checkpoint import EMBEDDED, BaseFiles
+from dreammix_trt.core.extras import list_missing
 from dreammix_trt.core.files import read_json, write_json
 from dreammix_trt.core.keymap import blocks_of
 from dreammix_trt.core.network_weights import BaseLora, weights_of
@@ -311,12 +312,10 @@ def _write_slot_weights(
 def _find_parity(
     base: BaseFiles, network: Network, weights: Weights, facts: Mapping[str, Any], out: Path, verify: bool | None
 ) -> dict[str, Any]:
-    from importlib.util import find_spec
-
     size = sum(math.prod(weights.shape(name)) for name in weights)
     if network.float8 or network.precision == "bfloat16":  # they differ by more than any bound for faults
         return {"checked": "not", "parameters": size}
-    possible = find_spec("torch") is not None and find_spec("diffusers") is not None
+    possible = not list_missing(("torch", "diffusers"))
     if verify or (verify is None and possible and size <= CHECKED_PARAMETERS):
         return {**_check_graph(network, weights, out / f"{network.graph}.onnx", base.divisor), "checked": "at build"}
     recorded = facts["parity"].get(plain_name(network.name)) if base.folder == EMBEDDED else None
