@@ -16,7 +16,7 @@ import pytest
 
 from dreammix_trt.many import Begun, Outcome, run_in_turn
 from tests.conftest import ROOT
-from tests.support.jobs import job
+from tests.support.jobs import is_alive, job
 
 
 def test_jobs_end_as_they_end_and_none_ends_the_others(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_the_process_of_the_jobs_ends_with_a_killed_parent(tmp_path: Path) -> No
         import sys
         from pathlib import Path
         from dreammix_trt.many import run_in_turn
-        from tests.support.jobs import job
+        from tests.support.jobs import is_alive, job
         if __name__ == "__main__":
             for event in run_in_turn([job(Path(sys.argv[1]), "endless", wait=True)]):
                 print(event.process, flush=True)
@@ -96,9 +96,9 @@ def test_the_process_of_the_jobs_ends_with_a_killed_parent(tmp_path: Path) -> No
         time.sleep(0.05)
     parent.kill()
     parent.communicate()
-    while _lives(child) and time.monotonic() < until:
+    while is_alive(child) and time.monotonic() < until:
         time.sleep(0.05)
-    assert not _lives(child)
+    assert not is_alive(child)
 
 
 def _interrupt_when_there(file: Path) -> None:
@@ -107,10 +107,3 @@ def _interrupt_when_there(file: Path) -> None:
     while not file.exists() and time.monotonic() < until:
         time.sleep(0.05)
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
-
-
-def _lives(process: int) -> bool:
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
-    except OSError:
-        return False

@@ -53,3 +53,11 @@ def job(folder: Path, name: str, **arguments: object) -> Job:
     found = Job(name, make, {"out": folder / name, **arguments}, folder / name, "made")
     found.log.touch()
     return found
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process of this number is there and has not ended."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False

@@ -221,7 +221,7 @@ def test_half_networks_enrol_nearly_the_same(simulated: Any, enrolled: Any) -> N
     dm, _, _ = simulated(networks={"half": True})
     rows = dm.enroll(*draw_object(0), class_name="cup").tokens.rows
     assert find_shares(rows, enrolled[0].tokens.rows) >= 0.9
-    assert find_shares(rows, enrolled[1].tokens.rows) < 0.5, "another object's are told apart"
+    assert find_shares(rows, enrolled[1].tokens.rows) < 0.5, "another object has other rows"
 
 
 def test_nothing_is_bound_beyond_the_enrolment_and_weights_are_the_bases(both: Any) -> None:
