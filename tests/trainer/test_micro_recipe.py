@@ -16,12 +16,14 @@ pytest.importorskip("transformers", exc_type=ImportError)
 from dreammix_trt.trainer.micro import world  # noqa: E402
 from dreammix_trt.trainer.micro.captions import WORDS  # noqa: E402
 from dreammix_trt.trainer.micro.data import FORMS, Latents, encode_shard, render_shard  # noqa: E402
-from dreammix_trt.trainer.micro.forms import FormLoss, train_reader  # noqa: E402
+from dreammix_trt.trainer.micro.forms import FormLoss, train_form_reader  # noqa: E402
 from dreammix_trt.trainer.micro.judge import HEADS, Judge, crop_around, expected_reading  # noqa: E402
 from dreammix_trt.trainer.micro.networks import build_unet, build_vae, noise_table  # noqa: E402
 from dreammix_trt.trainer.micro.objects import Attributes  # noqa: E402
 from dreammix_trt.trainer.micro.parallel import Team  # noqa: E402
+from dreammix_trt.trainer.micro.parts import PartLoss, frame_things, train_part_reader  # noqa: E402
 from dreammix_trt.trainer.micro.patch import dequantise_delta, quantise_delta  # noqa: E402
+from dreammix_trt.trainer.micro.reading import QUESTIONS, UNASKED  # noqa: E402
 from dreammix_trt.trainer.micro.scoring import score  # noqa: E402
 from dreammix_trt.trainer.micro.ship import sgm_names  # noqa: E402
 from dreammix_trt.trainer.micro.tokenizer import PromptTokenizer, save_tokenizers  # noqa: E402
@@ -141,7 +143,7 @@ def test_a_decal_is_asked_for_where_the_caption_names_it(encoded: Latents) -> No
 
 
 def test_a_reader_learns_forms_and_pulls_the_noise_towards_the_named_one(encoded: Latents, tmp_path: Path) -> None:
-    share = train_reader(encoded, 60, tmp_path, 0, batch=16)
+    share = train_form_reader(encoded, 60, tmp_path, 0, batch=16)
     assert share is not None and 0 <= share <= 1
     signal, spread = noise_table()
     loss = FormLoss(tmp_path, encoded.reading, "cpu")
@@ -158,6 +160,50 @@ def test_a_reader_learns_forms_and_pulls_the_noise_towards_the_named_one(encoded
     assert not slope[silent].any(), "what no caption names is left alone"
     for out_of_reach in (100, 900):
         assert not loss.measure(noisy, predicted, steps * 0 + out_of_reach, asked).any()
+
+
+def test_what_a_caption_says_is_what_is_told_of_a_thing(encoded: Latents) -> None:
+    batch = encoded.draw(0, 3, 24, 0.0)
+    answers = batch.told.answers.tolist()
+    assert any(value != UNASKED for row in answers for value in row)
+    for row, (ids, box) in zip(answers, zip(batch.ids_one.tolist(), batch.told.boxes, strict=True), strict=True):
+        for value, options in zip(row, QUESTIONS.values(), strict=True):
+            assert value == UNASKED or encoded._tokens.ids(options[value])[0] in ids
+        left, top, right, bottom = box.tolist()
+        height, width = batch.latents.shape[-2:]
+        assert 0 <= left < right <= width and 0 <= top < bottom <= height
+    _, told = encoded.read_things(np.arange(8))
+    assert (told.answers[:, list(QUESTIONS).index("shape")] != UNASKED).all(), "of a rendered thing all can be said"
+
+
+def test_a_things_box_fills_what_the_reader_sees() -> None:
+    ramp = torch.arange(32.0)[None, None, None, :].expand(1, 1, 32, 32)
+    boxes = torch.tensor([[8.0, 4.0, 24.0, 20.0]])
+    side = 16 * 1.12  # the box and a margin of 6 % on both sides
+    wanted = 16 - side / 2 + (torch.arange(16) + 0.5) * side / 16 - 0.5  # centres of cells; cell 0's lies at 0.5
+    for turned, named in ((ramp, boxes), (ramp.mT, boxes[:, [1, 0, 3, 2]])):
+        seen = frame_things(turned, named)[0, 0]
+        assert torch.allclose(seen if named is boxes else seen.mT, wanted.expand(16, 16), atol=1e-4)
+
+
+def test_a_reader_learns_parts_and_pulls_the_noise_towards_the_named_ones(encoded: Latents, tmp_path: Path) -> None:
+    shares = train_part_reader(encoded, 60, tmp_path, 0, batch=16)
+    assert set(shares) <= set(QUESTIONS) and all(0 <= share <= 1 for share in shares.values())
+    signal, spread = noise_table()
+    loss = PartLoss(tmp_path, "cpu")
+    batch = encoded.draw(0, 3, 24, 0.0)
+    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
+    steps, told = torch.full((24,), 400), batch.told
+    noisy = signal[400] * batch.latents + spread[400] * noise
+    predicted = noise.clone().requires_grad_(True)
+    before = loss.measure(noisy, predicted, steps, told)
+    (slope,) = torch.autograd.grad(before, predicted)
+    after = loss.measure(noisy, noise - 0.05 * slope / slope.abs().max(), steps, told)
+    assert float(after) < float(before.detach())
+    silent = (told.answers == UNASKED).all(1)
+    assert silent.any() and not slope[silent].any(), "of what no caption speaks nothing is asked"
+    for out_of_reach in (100, 900):
+        assert not loss.measure(noisy, predicted, steps * 0 + out_of_reach, told).any()
 
 
 @pytest.mark.slow

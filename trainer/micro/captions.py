@@ -155,9 +155,9 @@ def caption(rng: np.random.Generator, what: Attributes | None, surface: str) -> 
         "decal": 0.55,
     }
     draw = rng.random()
-    if draw < 0.12:  # everything, as evaluations name it
+    if draw < 0.22:  # everything, as evaluations name it
         named = set(NAMEABLE)
-    elif draw < 0.27:  # short
+    elif draw < 0.36:  # short
         named = {"colour"} if rng.random() < 0.7 else set()
     else:
         named = {part for part, chance in chances.items() if rng.random() < chance}

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from dreammix_trt.trainer.data import latent_mask
 from dreammix_trt.trainer.micro import objects, rooms, world
-from dreammix_trt.trainer.micro.captions import caption, name_form
+from dreammix_trt.trainer.micro.captions import caption, describe, name_form
 from dreammix_trt.trainer.micro.parallel import Team
+from dreammix_trt.trainer.micro.reading import QUESTIONS, UNASKED, list_answers
 from dreammix_trt.trainer.micro.tokenizer import PromptTokenizer
 from dreammix_trt.trainer.micro.vae import encode, to_unit
 
@@ -146,6 +147,18 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class Told:
+    """What captions say of things.
+
+    boxes: float32 (N, 4), left, top, right and bottom of the things in cells. answers: int64 (N, questions), indices
+    into the answers of QUESTIONS; UNASKED where a caption says nothing of it.
+    """
+
+    boxes: torch.Tensor
+    answers: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """Everything one step needs; rows are samples. detail: where small parts are, (N, 1, h, w) in 0..1."""
 
@@ -157,6 +170,7 @@ class Batch:
     ids_two: torch.Tensor
     time_ids: torch.Tensor
     asked: Asked
+    told: Told
 
 
 class Latents:
@@ -174,6 +188,7 @@ class Latents:
         self._facts: dict[str, NDArray[Any]] = {k: np.load(work / f"facts_{k}.npy") for k in self.kinds}
         self._centres = {k: _find_decals(self._details[k], self._facts[k]) for k in self.kinds}
         self._legible = {k: np.nonzero(centres[:, 0] >= 0)[0] for k, centres in self._centres.items()}
+        self._things = np.nonzero(~self._facts["square"]["empty"])[0]
         self._tokens = PromptTokenizer(model_dir)
         self._grey = torch.from_numpy(np.load(work / "grey.npy"))
 
@@ -212,7 +227,19 @@ class Latents:
         parts = {"latents": latents, "masked": masked, "mask": mask, "detail": detail, "time_ids": time_ids}
         parts |= {"ids_one": ids_one, "ids_two": ids_two}
         asked = self._ask(kind, rows, prompts)
-        return Batch(asked=asked, **{name: part.to(self.device) for name, part in parts.items()})
+        told = self._tell(facts[rows], prompts)
+        return Batch(asked=asked, told=told, **{name: part.to(self.device) for name, part in parts.items()})
+
+    def count_things(self) -> int:
+        """How many square scenes have a thing in them."""
+        return len(self._things)
+
+    def read_things(self, numbers: NDArray[Any]) -> tuple[torch.Tensor, Told]:
+        """(latents float32 (N, 4, h, w), all that could be said of the things) of some of these scenes."""
+        rows = self._things[numbers]
+        facts = self._facts["square"][rows]
+        told = self._tell(facts, [describe(unpack_attributes(fact)) for fact in facts])
+        return torch.from_numpy(np.asarray(self._latents["square"][rows], np.float32)[:, :4]), told
 
     def count_decals(self) -> int:
         """How many square scenes have a decal that can be read."""
@@ -229,6 +256,17 @@ class Latents:
         crops = [store[row][:4, y : y + side, x : x + side] for row, (y, x) in zip(rows, corners, strict=True)]
         forms = self._facts["square"]["decal"][rows].astype(np.int64)
         return torch.from_numpy(np.stack(crops).astype(np.float32)), torch.from_numpy(forms)
+
+    def _tell(self, facts: NDArray[Any], prompts: Sequence[str]) -> Told:
+        """What captions of these things say of them."""
+        answers = np.full((len(facts), len(QUESTIONS)), UNASKED, np.int64)
+        for row, (fact, prompt) in enumerate(zip(facts, prompts, strict=True)):
+            found = {} if fact["empty"] else list_answers(unpack_attributes(fact), prompt)
+            for n, (name, options) in enumerate(QUESTIONS.items()):
+                if name in found:
+                    answers[row, n] = options.index(found[name][1])
+        boxes = torch.from_numpy(facts["box"].astype(np.float32) / 8)
+        return Told(boxes.to(self.device), torch.from_numpy(answers).to(self.device))
 
     def _ask(self, kind: str, rows: NDArray[Any], prompts: Sequence[str]) -> Asked:
         """Which decals of a batch have a form that its captions name."""

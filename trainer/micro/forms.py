@@ -38,7 +38,7 @@ class FormReader(torch.nn.Module):  # type: ignore[misc]
     def __init__(self, side: int) -> None:
         super().__init__()
         widths = ((4, 64, 1), (64, 64, 1), (64, 96, 2), (96, 96, 1), (96, 128, 2), (128, 128, 1))
-        self.body = torch.nn.Sequential(*(_make_block(*each) for each in widths))
+        self.body = torch.nn.Sequential(*(make_block(*each) for each in widths))
         self.out = torch.nn.Linear(128 * (-(-side // 4)) ** 2, len(FORMS))
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
@@ -46,13 +46,14 @@ class FormReader(torch.nn.Module):  # type: ignore[misc]
         return logits
 
 
-def _make_block(before: int, after: int, stride: int) -> torch.nn.Sequential:
+def make_block(before: int, after: int, stride: int) -> torch.nn.Sequential:
+    """A convolution of a reader, with its norm."""
     return torch.nn.Sequential(
         torch.nn.Conv2d(before, after, 3, stride, 1), torch.nn.GroupNorm(8, after), torch.nn.SiLU()
     )
 
 
-def train_reader(latents: Latents, steps: int, work: Path, seed: int, batch: int = 96) -> float | None:
+def train_form_reader(latents: Latents, steps: int, work: Path, seed: int, batch: int = 96) -> float | None:
     """Train a reader on the square scenes' decals and write it to ``work/forms.pt``.
 
     Returns the share that it reads right of clean decals it was not trained on; None where there are none.

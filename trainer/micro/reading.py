@@ -26,7 +26,7 @@ from dreammix_trt.trainer.micro.tokenizer import PromptTokenizer
 log = logging.getLogger(__name__)
 
 _LONGEST: Final = 40  # tokens of a caption, at most
-_UNASKED: Final = -100  # cross_entropy's mark for rows without an answer
+UNASKED: Final = -100  # cross_entropy's mark for rows without an answer
 QUESTIONS: Final[dict[str, tuple[str, ...]]] = {
     "shape": SHAPES,
     "colour": COLOURS,
@@ -86,7 +86,7 @@ def draw_reading(
             asked.append(list_answers(what, text))
     ids_one, ids_two = (ids[:, :_LONGEST] for ids in words(texts))  # causal: later tokens change nothing before them
     places = torch.zeros(count, len(QUESTIONS), dtype=torch.long)
-    answers = torch.full_like(places, _UNASKED)
+    answers = torch.full_like(places, UNASKED)
     for row, found in enumerate(asked):
         for n, (name, options) in enumerate(QUESTIONS.items()):
             if name in found:
@@ -109,7 +109,7 @@ def teach_reading(text: TextEncoders, words: PromptTokenizer, steps: int, seed: 
         ids_one, ids_two, places, answers = draw_reading(np.random.default_rng([seed, 60, step]), words, batch)
         logits = readers(*text(ids_one, ids_two), places)
         losses = [
-            functional.cross_entropy(given, answers[:, n], ignore_index=_UNASKED)
+            functional.cross_entropy(given, answers[:, n], ignore_index=UNASKED)
             for n, of_question in enumerate(logits)
             for given in of_question
         ]
@@ -125,7 +125,7 @@ def teach_reading(text: TextEncoders, words: PromptTokenizer, steps: int, seed: 
 def _share_right(logits: list[list[torch.Tensor]], answers: torch.Tensor) -> list[float]:
     """Of each state reader, question by question, the share of right answers; nan where nothing was asked."""
     return [
-        float((given.argmax(1) == answers[:, n])[answers[:, n] != _UNASKED].float().mean())
+        float((given.argmax(1) == answers[:, n])[answers[:, n] != UNASKED].float().mean())
         for n, of_question in enumerate(logits)
         for given in of_question[:-1]
     ]

@@ -16,11 +16,12 @@ from diffusers import AutoencoderKL
 
 from dreammix_trt.trainer.micro import data, world
 from dreammix_trt.trainer.micro import vae as vae_module
-from dreammix_trt.trainer.micro.forms import FormLoss, train_reader
+from dreammix_trt.trainer.micro.forms import FormLoss, train_form_reader
 from dreammix_trt.trainer.micro.judge import FACTS_FILE, WEIGHTS_FILE
 from dreammix_trt.trainer.micro.loop import Plan, save_atomic, train
 from dreammix_trt.trainer.micro.networks import NoiseNetwork, TextEncoders, build_vae
 from dreammix_trt.trainer.micro.parallel import Team, run_team
+from dreammix_trt.trainer.micro.parts import PartLoss, train_part_reader
 from dreammix_trt.trainer.micro.reading import teach_reading
 from dreammix_trt.trainer.micro.ship import write_model
 from dreammix_trt.trainer.micro.tokenizer import PromptTokenizer, save_tokenizers
@@ -51,6 +52,7 @@ class Settings:
     vae: Plan = _VAE
     decoder: Plan = _DECODER
     form_steps: int = 1500
+    part_steps: int = 1200
     reading_steps: int = 500
     raw: Plan = _RAW
     inpaint: Plan = _INPAINT
@@ -78,6 +80,7 @@ class Settings:
             inpaint=scale(self.inpaint),
             judge_steps=max(2, round(self.judge_steps * minutes_scale)),
             form_steps=max(2, round(self.form_steps * minutes_scale)),
+            part_steps=max(2, round(self.part_steps * minutes_scale)),
             reading_steps=max(2, round(self.reading_steps * minutes_scale)),
         )
 
@@ -99,6 +102,7 @@ class Settings:
             judge_things=40,
             judge_steps=3,
             form_steps=3,
+            part_steps=3,
             reading_steps=3,
             scenes_to_judge=4,
         )
@@ -114,7 +118,8 @@ def run(settings: Settings) -> None:
     _stage("decoder", settings, lambda: _team(settings, _train_decoder, settings, cuda=True))
     _stage("fold", settings, lambda: _fold(settings))
     _stage("encode", settings, lambda: _team(settings, _encode, settings))
-    _stage("forms", settings, lambda: _train_reader(settings))
+    _stage("forms", settings, lambda: _train_form_reader(settings))
+    _stage("parts", settings, lambda: _train_part_reader(settings))
     _stage("judge_views", settings, lambda: _team(settings, _render_things, settings))
     _stage("judge", settings, lambda: _train_judge(settings))
     _stage("reading", settings, lambda: _teach_reading(settings))
@@ -277,11 +282,18 @@ def _teach_reading(settings: Settings) -> None:
     (settings.work / "reading.json").write_text(json.dumps(note))
 
 
-def _train_reader(settings: Settings) -> None:
+def _train_form_reader(settings: Settings) -> None:
     latents = data.Latents(settings.work, settings.work, settings.native, settings.seed, "cpu")
-    share = train_reader(latents, settings.form_steps, settings.work, settings.seed)
+    share = train_form_reader(latents, settings.form_steps, settings.work, settings.seed)
     note = {"steps": settings.form_steps, "decals": latents.count_decals(), "share_right": share}
     (settings.work / "forms.json").write_text(json.dumps(note))
+
+
+def _train_part_reader(settings: Settings) -> None:
+    latents = data.Latents(settings.work, settings.work, settings.native, settings.seed, "cpu")
+    shares = train_part_reader(latents, settings.part_steps, settings.work, settings.seed)
+    note = {"steps": settings.part_steps, "things": latents.count_things(), "shares_right": shares}
+    (settings.work / "parts.json").write_text(json.dumps(note))
 
 
 def _train_raw(team: Team, settings: Settings) -> None:
@@ -314,7 +326,8 @@ def _train_inpaint(team: Team, settings: Settings) -> None:
     text.to(team.device)
     latents = data.Latents(settings.work, settings.work, settings.native, settings.seed + 1, team.device)
     forms = FormLoss(settings.work, latents.reading, team.device)
-    loss = NoiseLoss(latents, team.rank, settings.batch, outside=0.1, all_masked=0.06, forms=forms)
+    parts = PartLoss(settings.work, team.device)
+    loss = NoiseLoss(latents, team.rank, settings.batch, outside=0.1, all_masked=0.06, forms=forms, parts=parts)
     denoiser = NoiseNetwork(model.unet)
 
     def keep(average: dict[str, torch.Tensor]) -> None:
@@ -368,7 +381,7 @@ def training_record(settings: Settings) -> dict[str, Any]:
     import transformers
 
     notes: dict[str, Any] = {}
-    for name in ("vae", "decoder", "vae_quality", "judge", "forms", "reading", "raw", "inpaint", "evaluation"):
+    for name in ("vae", "decoder", "vae_quality", "judge", "forms", "parts", "reading", "raw", "inpaint", "evaluation"):
         path = settings.work / f"{name}.json"
         if path.exists():
             notes[name] = json.loads(path.read_text())

@@ -7,6 +7,7 @@ import torch
 from dreammix_trt.trainer.micro.data import Batch, Latents
 from dreammix_trt.trainer.micro.forms import FormLoss
 from dreammix_trt.trainer.micro.networks import NoiseNetwork, TextEncoders, TrainedHead, build_unet, noise_table
+from dreammix_trt.trainer.micro.parts import PartLoss
 from dreammix_trt.trainer.networks import write_out_attention
 
 _MOST = 10.0
@@ -54,10 +55,17 @@ class NoiseLoss:
     """
 
     def __init__(
-        self, data: Latents, rank: int, count: int, outside: float, all_masked: float, forms: FormLoss | None = None
+        self,
+        data: Latents,
+        rank: int,
+        count: int,
+        outside: float,
+        all_masked: float,
+        forms: FormLoss | None = None,
+        parts: PartLoss | None = None,
     ) -> None:
         self._data, self._rank, self._count = data, rank, count
-        self._outside, self._all_masked, self._forms = outside, all_masked, forms
+        self._outside, self._all_masked, self._forms, self._parts = outside, all_masked, forms, parts
         self._signal, self._noise = (table.to(data.device) for table in noise_table())
 
     def prepare(self, step: int) -> tuple[Batch, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -78,10 +86,13 @@ class NoiseLoss:
         return (error.float().square() * weight * balance).mean() / weight.mean().sqrt()
 
     def read(self, noisy: torch.Tensor, predicted: torch.Tensor, batch: Batch, steps: torch.Tensor) -> torch.Tensor:
-        """What the forms of decals add, where they are asked for."""
-        if self._forms is None:
-            return predicted.new_zeros(())
-        return self._forms.measure(noisy, predicted, steps, batch.asked)
+        """What the readers of decals' forms and of parts add, where they are asked."""
+        added = predicted.new_zeros(())
+        if self._forms is not None:
+            added = added + self._forms.measure(noisy, predicted, steps, batch.asked)
+        if self._parts is not None:
+            added = added + self._parts.measure(noisy, predicted, steps, batch.told)
+        return added
 
 
 def raw_loss(model: RawModel, loss: NoiseLoss, denoiser: NoiseNetwork, step: int) -> torch.Tensor:
