@@ -37,7 +37,7 @@ class Training:
     captioned: bool = True
     regular: Regular = "attributes"
     beta: float = SMALL.beta
-    rank: int = 4
+    rank: int = SMALL.rank
     steps: int = SMALL.steps
 
 

@@ -59,7 +59,7 @@ Out = Annotated[
 ]
 Token = Annotated[str, typer.Option(help="The word that will mean this subject.")]
 Prompt = Annotated[str | None, typer.Option(help='Caption of the photographs; default "a photo of a TOKEN CLASS".')]
-Rank = Annotated[int, typer.Option(min=1, max=128, help="Of the LoRA's factors.")]
+Rank = Annotated[int | None, typer.Option(min=1, max=128, help="Of the LoRA's factors; default fits the base.")]
 Loss = Annotated[Literal["paper", "reference"], typer.Option(help="paper (eq. 7) or reference (the authors' code).")]
 Attributes = Annotated[
     Path | None, typer.Option(help="attributes.json: the subject in words, as `attributes` or a person writes it.")
@@ -163,7 +163,7 @@ def train(
     attributes: Attributes = None,
     captions: Captions = None,
     regular: Regular = None,
-    rank: Rank = 4,
+    rank: Rank = None,
     steps: Steps = None,
     learning_rate: LearningRate = None,
     loss: Loss = "reference",

@@ -46,7 +46,7 @@ def train_lora(
     attribute_captions: bool = True,
     regular_attributes: bool = True,
     regular: str | Path | Sequence[RegularPicture] | None = None,
-    rank: int = 4,
+    rank: int | None = None,
     steps: int | None = None,
     learning_rate: float | None = None,
     loss: str = "reference",
@@ -80,8 +80,7 @@ def train_lora(
     attribute_captions: False leaves the former out, as the authors' code does.
     regular_attributes: False leaves the latter out: the base paints members of the class in plain colours.
     regular: pictures of the class (eq. 8), or their folder, as `regularize` makes it; None: the base paints some.
-    rank: of the factors.
-    steps, learning_rate: None takes what suits the base.
+    rank, steps, learning_rate: None takes what suits the base.
     loss: "reference" or "paper".
     merged: also write the merged UNet as `unet/`.
     threads: CPU threads (None: torch's choice).
@@ -121,7 +120,7 @@ def train_lora(
             photographs=photographs,
             names=Names.of(token, class_name, prompt, captions, dictionary if attribute_captions else None),
             recipe=recipe,
-            rank=rank,
+            rank=rank or recipe.rank,
             steps=steps or recipe.steps,
             learning_rate=learning_rate or recipe.learning_rate,
             loss=loss,

@@ -180,7 +180,7 @@ def check_options(
     class_name: str,
     token: str,
     loss: str,
-    rank: int,
+    rank: int | None,
     steps: int | None,
     rate: float | None,
     seed: int,
@@ -192,7 +192,7 @@ def check_options(
         raise InputError("the class name is empty; say what the subject is, for example: mug")
     if not token or len(token.split()) != 1:
         raise InputError(f"the token {token!r} must be one word, for example: sks")
-    if not 1 <= rank <= MOST_RANK:
+    if rank is not None and not 1 <= rank <= MOST_RANK:
         raise InputError(f"rank is {rank}; it must be 1 to {MOST_RANK}")
     if steps is not None and not 1 <= steps <= 100_000:
         raise InputError(f"steps is {steps}; it must be 1 to 100000")
