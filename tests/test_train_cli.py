@@ -60,7 +60,7 @@ def test_every_base_of_build_is_one_of_train(single: Checkpoint, tmp_path: Path,
 
 def test_options_become_recipe_and_hardware(tmp_path: Path, asked: list[dict[str, Any]]) -> None:
     assert run(tmp_path).exit_code == 0
-    assert asked[0]["recipe"] == SMALL, "nothing was chosen"
+    assert asked[0]["recipe"] == SMALL and asked[0]["rank"] is None, "nothing was chosen"
     how = "--beta 0.4 --beta-as loss --crop-share 0 --batch 2 --accumulate 3 --gradient-checkpointing on"
     where = "--device cuda:1 --precision bf16 --optimizer adamw8bit --checkpoint-every 9"
     what = "--validate-every 5 --validate-prompt x --captions plain --attributes words.json"

@@ -12,7 +12,7 @@ from PIL import Image
 from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.trainer.lora import SMALL, TrainRecord, train_lora
 
-TINY = replace(SMALL, views=4, regular_pictures=2)
+TINY = replace(SMALL, views=4, regular_pictures=2, rank=4)
 
 
 def write_photographs(folder: Path, count: int = 2) -> Path:

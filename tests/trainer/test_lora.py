@@ -27,6 +27,7 @@ from dreammix_trt.core.lora_names import SDXL, kohya_names  # noqa: E402
 from dreammix_trt.core.lora_words import read_words  # noqa: E402
 from dreammix_trt.trainer.kohya import kohya_file_name  # noqa: E402
 from dreammix_trt.trainer.lora import Recipe, train_lora  # noqa: E402
+from dreammix_trt.trainer.recipes import recipe_for  # noqa: E402
 from tests.support.kohya import kohya_module  # noqa: E402
 from tests.support.tiny_model import unet_attention_modules, write_tiny_model  # noqa: E402
 from tests.support.training import TINY, train  # noqa: E402
@@ -218,6 +219,12 @@ def test_parameters_out_of_range_are_refused_and_nothing_is_written(
     with pytest.raises(InputError, match=message):
         train(photos, tmp_path / "lora", base, **fields)
     assert not any(tmp_path.iterdir())
+
+
+def test_the_rank_comes_with_the_recipe(base: BaseFiles, photos: Path, tmp_path: Path) -> None:
+    assert train(photos, tmp_path / "lora", base, recipe=replace(TINY, rank=3)).rank == 3
+    assert read_lora(tmp_path / "lora").rank == 3
+    assert (recipe_for(256).rank, recipe_for(1024).rank) == (16, 4)
 
 
 def test_other_bad_input(base: BaseFiles, photos: Path, tmp_path: Path) -> None:
