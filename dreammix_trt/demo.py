@@ -99,7 +99,6 @@ def run_demo(
             captions=subject_captions(subject.attributes),
             attributes=out / ATTRIBUTES,
             attribute_captions=False,
-            regular_attributes=False,
             steps=training_steps,
             threads=threads,
             seed=seed,

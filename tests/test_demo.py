@@ -64,8 +64,9 @@ def test_it_learns_by_these_captions_and_brings_its_words(tmp_path: Path, monkey
     )
     assert task.attributes == dictionary_of(demo_subject().attributes)
     regular = preparing._list_captions(task)
-    assert regular == preparing._list_captions(replace(task, attributes=None)), "in plain colours"
-    assert regular != preparing._list_captions(replace(task, regular_attributes=True))
+    plain = preparing._list_captions(replace(task, attributes=None))
+    assert regular != plain, "in combinations of the subject's words"
+    assert preparing._list_captions(replace(task, regular_attributes=False)) == plain
     assert "regular_attributes" in task.preparing_settings()
 
 

@@ -105,7 +105,7 @@ def test_many_are_trained_as_one_is_and_what_is_done_stays(
     changed = [*order, "--rank", "2", "--json"]
     done = call(*changed)
     assert done.code == 1 and [row["state"] for row in done.rows.values()] == ["failed", "failed"]
-    assert "holds a LoRA of other settings (rank is 2, and was 4)" in done.rows["mug"]["error"]
+    assert "holds a LoRA of other settings (rank is 2, and was 16)" in done.rows["mug"]["error"]
     assert {name: row["state"] for name, row in call(*changed, "--force").rows.items()} == {
         "cup": "made",
         "mug": "made",

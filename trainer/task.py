@@ -20,8 +20,8 @@ from dreammix_trt.trainer.photographs import PhotographFile
 from dreammix_trt.trainer.recipes import Recipe
 
 MOST_RANK = 256
-#: of a recipe, what the numbers of a training do not depend on; steps and rate are settings of their own
-_NO_SETTINGS = ("steps", "learning_rate", "checkpoint_every", "gradient_checkpointing")
+#: of a recipe, what the numbers of a training do not depend on; rank, steps and rate are settings of their own
+_NO_SETTINGS = ("rank", "steps", "learning_rate", "checkpoint_every", "gradient_checkpointing")
 #: of the settings, what decides the samples that are prepared before the first step
 _PREPARING = (
     *("photographs", "base", "patch_biases", "base_loras", "token", "class_name", "prompt", "captions"),
