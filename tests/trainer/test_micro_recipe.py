@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ pytest.importorskip("transformers", exc_type=ImportError)
 
 from dreammix_trt.trainer.micro import world  # noqa: E402
 from dreammix_trt.trainer.micro.captions import WORDS  # noqa: E402
-from dreammix_trt.trainer.micro.data import FORMS, Latents, encode_shard, render_shard  # noqa: E402
+from dreammix_trt.trainer.micro.data import FORMS, Batch, Latents, encode_shard, render_shard  # noqa: E402
 from dreammix_trt.trainer.micro.forms import FormLoss, train_form_reader  # noqa: E402
 from dreammix_trt.trainer.micro.judge import HEADS, Judge, crop_around, expected_reading  # noqa: E402
 from dreammix_trt.trainer.micro.networks import build_unet, build_vae, noise_table  # noqa: E402
@@ -142,24 +143,29 @@ def test_a_decal_is_asked_for_where_the_caption_names_it(encoded: Latents) -> No
         assert float(seen.max()) == float(batch.detail[row].max()), "the reader sees the decal"
 
 
+def pull(loss: Any, batch: Batch, told: Any) -> Any:
+    """The loss' slope on the noise of timestep 400; checks that it leads down, and that other times are not asked."""
+    signal, spread = noise_table()
+    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
+    steps = torch.full((len(noise),), 400)
+    noisy = signal[400] * batch.latents + spread[400] * noise
+    predicted = noise.clone().requires_grad_(True)
+    before = loss.measure(noisy, predicted, steps, told)
+    (slope,) = torch.autograd.grad(before, predicted)
+    after = loss.measure(noisy, noise - 0.05 * slope / slope.abs().max(), steps, told)
+    assert float(after) < float(before.detach())
+    for out_of_reach in (100, 900):
+        assert not loss.measure(noisy, predicted, steps * 0 + out_of_reach, told).any()
+    return slope
+
+
 def test_a_reader_learns_forms_and_pulls_the_noise_towards_the_named_one(encoded: Latents, tmp_path: Path) -> None:
     share = train_form_reader(encoded, 60, tmp_path, 0, batch=16)
     assert share is not None and 0 <= share <= 1
-    signal, spread = noise_table()
-    loss = FormLoss(tmp_path, encoded.reading, "cpu")
     batch = encoded.draw(0, 3, 24, 0.0, decals=1.0)
-    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
-    steps, asked = torch.full((24,), 400), batch.asked
-    noisy = signal[400] * batch.latents + spread[400] * noise
-    predicted = noise.clone().requires_grad_(True)
-    before = loss.measure(noisy, predicted, steps, asked)
-    (slope,) = torch.autograd.grad(before, predicted)
-    after = loss.measure(noisy, noise - 0.05 * slope / slope.abs().max(), steps, asked)
-    assert float(after) < float(before.detach())
-    silent = sorted(set(range(24)) - set(asked.rows.tolist()))
+    slope = pull(FormLoss(tmp_path, encoded.reading, "cpu"), batch, batch.asked)
+    silent = sorted(set(range(24)) - set(batch.asked.rows.tolist()))
     assert not slope[silent].any(), "what no caption names is left alone"
-    for out_of_reach in (100, 900):
-        assert not loss.measure(noisy, predicted, steps * 0 + out_of_reach, asked).any()
 
 
 def test_what_a_caption_says_is_what_is_told_of_a_thing(encoded: Latents) -> None:
@@ -189,21 +195,10 @@ def test_a_things_box_fills_what_the_reader_sees() -> None:
 def test_a_reader_learns_parts_and_pulls_the_noise_towards_the_named_ones(encoded: Latents, tmp_path: Path) -> None:
     shares = train_part_reader(encoded, 60, tmp_path, 0, batch=16)
     assert set(shares) <= set(QUESTIONS) and all(0 <= share <= 1 for share in shares.values())
-    signal, spread = noise_table()
-    loss = PartLoss(tmp_path, "cpu")
     batch = encoded.draw(0, 3, 24, 0.0)
-    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
-    steps, told = torch.full((24,), 400), batch.told
-    noisy = signal[400] * batch.latents + spread[400] * noise
-    predicted = noise.clone().requires_grad_(True)
-    before = loss.measure(noisy, predicted, steps, told)
-    (slope,) = torch.autograd.grad(before, predicted)
-    after = loss.measure(noisy, noise - 0.05 * slope / slope.abs().max(), steps, told)
-    assert float(after) < float(before.detach())
-    silent = (told.answers == UNASKED).all(1)
+    slope = pull(PartLoss(tmp_path, "cpu"), batch, batch.told)
+    silent = (batch.told.answers == UNASKED).all(1)
     assert silent.any() and not slope[silent].any(), "of what no caption speaks nothing is asked"
-    for out_of_reach in (100, 900):
-        assert not loss.measure(noisy, predicted, steps * 0 + out_of_reach, told).any()
 
 
 @pytest.mark.slow

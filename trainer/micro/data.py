@@ -17,7 +17,7 @@ from dreammix_trt.trainer.data import latent_mask
 from dreammix_trt.trainer.micro import objects, rooms, world
 from dreammix_trt.trainer.micro.captions import caption, describe, name_form
 from dreammix_trt.trainer.micro.parallel import Team
-from dreammix_trt.trainer.micro.reading import QUESTIONS, UNASKED, list_answers
+from dreammix_trt.trainer.micro.reading import list_answers, number_answers
 from dreammix_trt.trainer.micro.tokenizer import PromptTokenizer
 from dreammix_trt.trainer.micro.vae import encode, to_unit
 
@@ -259,14 +259,13 @@ class Latents:
 
     def _tell(self, facts: NDArray[Any], prompts: Sequence[str]) -> Told:
         """What captions of these things say of them."""
-        answers = np.full((len(facts), len(QUESTIONS)), UNASKED, np.int64)
-        for row, (fact, prompt) in enumerate(zip(facts, prompts, strict=True)):
-            found = {} if fact["empty"] else list_answers(unpack_attributes(fact), prompt)
-            for n, (name, options) in enumerate(QUESTIONS.items()):
-                if name in found:
-                    answers[row, n] = options.index(found[name][1])
+        found = [
+            {} if fact["empty"] else list_answers(unpack_attributes(fact), prompt)
+            for fact, prompt in zip(facts, prompts, strict=True)
+        ]
+        answers = torch.tensor([number_answers(each) for each in found])
         boxes = torch.from_numpy(facts["box"].astype(np.float32) / 8)
-        return Told(boxes.to(self.device), torch.from_numpy(answers).to(self.device))
+        return Told(boxes.to(self.device), answers.to(self.device))
 
     def _ask(self, kind: str, rows: NDArray[Any], prompts: Sequence[str]) -> Asked:
         """Which decals of a batch have a form that its captions name."""

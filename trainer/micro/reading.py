@@ -9,6 +9,7 @@ learn to read first, on captions alone.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
@@ -73,6 +74,11 @@ def list_answers(what: Attributes, text: str) -> dict[str, tuple[str, str]]:
     return found | named
 
 
+def number_answers(found: Mapping[str, tuple[str, str]]) -> list[int]:
+    """For each question the index of the answer that `list_answers` found, or UNASKED."""
+    return [options.index(found[name][1]) if name in found else UNASKED for name, options in QUESTIONS.items()]
+
+
 def draw_reading(
     rng: np.random.Generator, words: PromptTokenizer, count: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -88,11 +94,10 @@ def draw_reading(
     places = torch.zeros(count, len(QUESTIONS), dtype=torch.long)
     answers = torch.full_like(places, UNASKED)
     for row, found in enumerate(asked):
-        for n, (name, options) in enumerate(QUESTIONS.items()):
+        answers[row] = torch.tensor(number_answers(found))
+        for n, name in enumerate(QUESTIONS):
             if name in found:
-                word, answer = found[name]
-                places[row, n] = int((ids_one[row] == words.ids(word)[0]).nonzero()[0, 0])
-                answers[row, n] = options.index(answer)
+                places[row, n] = int((ids_one[row] == words.ids(found[name][0])[0]).nonzero()[0, 0])
     return ids_one, ids_two, places, answers
 
 
