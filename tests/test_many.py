@@ -80,7 +80,7 @@ def test_the_process_of_the_jobs_ends_with_a_killed_parent(tmp_path: Path) -> No
         import sys
         from pathlib import Path
         from dreammix_trt.many import run_in_turn
-        from tests.support.jobs import is_alive, job
+        from tests.support.jobs import job
         if __name__ == "__main__":
             for event in run_in_turn([job(Path(sys.argv[1]), "endless", wait=True)]):
                 print(event.process, flush=True)

@@ -103,7 +103,7 @@ def test_the_pictures_are_the_hosts(both: Any, host: DreamMix, fields: dict[str,
     wanted = paint(host, **fields)
     for _ in range(2):  # plainly, then as graphs
         assert_alike(paint(dm, **fields), wanted)
-    assert np.abs(paint(dm, **{**fields, "token_subject": "", "subject_scale": 1.0}) - wanted).max() > 1
+    assert np.abs(paint(dm, **{**fields, "token_subject": "", "subject_scale": 1.0}) - wanted).max() > 3
 
 
 @pytest.mark.parametrize("residency", ["resident", "one-unet", "swap"])
