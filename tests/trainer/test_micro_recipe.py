@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch", exc_type=ImportError)
 pytest.importorskip("diffusers", exc_type=ImportError)
 pytest.importorskip("transformers", exc_type=ImportError)
 
+from dreammix_trt.core.checkpoint import EMBEDDED  # noqa: E402
 from dreammix_trt.trainer.micro import world  # noqa: E402
 from dreammix_trt.trainer.micro.captions import WORDS  # noqa: E402
 from dreammix_trt.trainer.micro.data import FORMS, Batch, Latents, encode_shard, render_shard  # noqa: E402
@@ -115,15 +116,37 @@ def test_a_score_counts_a_part_where_it_is_asked() -> None:
 
 
 @pytest.fixture(scope="module")
-def encoded(tmp_path_factory: pytest.TempPathFactory) -> Latents:
-    """A hundred rendered scenes of 128 pixels, as latents of an untrained VAE that passes colours."""
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hundred rendered scenes of 128 pixels."""
     work = tmp_path_factory.mktemp("scenes")
+    render_shard(Team(0, 1, "cpu"), work, 128, 100, 5)
+    return work
+
+
+def test_lessons_from_scenes_say_what_the_shipped_judge_reads(rendered: Path) -> None:
+    from dreammix_trt.trainer.micro.classifier import _Scenes
+
+    scenes = _Scenes(rendered, 1)
+    facts = np.load(rendered / "facts_square.npy")
+    assert 0 < len(scenes) < int((~facts["empty"]).sum()), "small things are passed over"
+    lesson = scenes.draw(3, 48)
+    pictures = ((lesson.pictures.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    readings = Judge.load(EMBEDDED).read(list(pictures))
+    for head in ("shape", "colour", "foot"):
+        answers = lesson.truth[:, list(HEADS).index(head)].tolist()
+        hits = [HEADS[head][a] == read[head] for a, read in zip(answers, readings, strict=True) if a >= 0]
+        assert len(hits) >= 30 and np.mean(hits) > 0.8
+
+
+@pytest.fixture(scope="module")
+def encoded(rendered: Path) -> Latents:
+    """These scenes as latents of an untrained VAE that passes colours."""
+    work = rendered
     torch.manual_seed(0)
     vae, team = build_vae(128), Team(0, 1, "cpu")
     start_with_colour(vae)
     save_tokenizers(work)
     np.save(work / "grey.npy", np.zeros((1, 4, 16, 16), np.float32))
-    render_shard(team, work, 128, 100, 5)
     encode_shard(team, work, vae.eval(), 128, 5)
     return Latents(work, work, 128, 5, "cpu")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from dreammix_trt.trainer.micro import world
+from dreammix_trt.trainer.micro.data import unpack_attributes
 from dreammix_trt.trainer.micro.judge import (
     FACTS_FILE,
     HEADS,
@@ -144,6 +145,9 @@ class _Lesson:
     truth: torch.Tensor
 
 
+_Lessons = tuple[_Lesson, _Lesson]
+
+
 class _School:
     """Draws lessons: two views each of 32 things, some of them spoilt on purpose."""
 
@@ -159,23 +163,55 @@ class _School:
         first = 2 * rng.integers(len(self._views) // 2, size=pairs)
         rows = np.stack([first, first + 1], 1).reshape(-1)
         looks = np.stack([rng.permutation(_VIEWS)[:2] for _ in rows])
-        crops = [self._crop(rng, int(row), int(look)) for side in looks.T for row, look in zip(rows, side, strict=True)]
-        x = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        truth = torch.from_numpy(np.tile(self._truth[rows], (2, 1)).astype(np.int64))
-        x, truth = _spoil(rng, x, truth)
-        return _Lesson(x + torch.randn_like(x) * 0.04 * torch.rand(len(x), 1, 1, 1), truth)
+        crops = [
+            _crop(rng, self._views[row, look], self._boxes[row, look])
+            for side in looks.T
+            for row, look in zip(rows, side, strict=True)
+        ]
+        return _make_lesson(rng, crops, np.tile(self._truth[rows], (2, 1)))
 
-    def _crop(self, rng: np.random.Generator, row: int, look: int) -> world.Picture:
-        """A crop as an evaluation would take it: looser or tighter, off centre, sometimes soft."""
-        x0, y0, x1, y1 = (int(edge) for edge in self._boxes[row, look])
-        side = max(x1 - x0, y1 - y0) * rng.uniform(1.02, 1.42)
-        cx, cy = ((a + b) / 2 + side * rng.uniform(-0.08, 0.08) for a, b in ((x0, x1), (y0, y1)))
-        left, top = max(0, round(cx - side / 2)), max(0, round(cy - side / 2))
-        crop = self._views[row, look, top : round(cy + side / 2), left : round(cx + side / 2)]
-        if rng.random() < 0.35:
-            soft = int(rng.uniform(44, 80))
-            crop = world.resize(np.ascontiguousarray(crop), soft, soft)
-        return world.resize(np.ascontiguousarray(crop), SIDE, SIDE)
+
+class _Scenes:
+    """Draws lessons from the scenes that the model learns from: more things than the views show, one look each."""
+
+    def __init__(self, work: Path, seed: int) -> None:
+        self._images = np.load(work / "images_square.npy", "r")
+        self._facts, self._seed = np.load(work / "facts_square.npy"), seed
+        boxes, native = self._facts["box"], self._images.shape[1]
+        sides = np.maximum(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1])
+        seen = sides * np.minimum(1, self._facts["sharp"] / native)  # pixels that a thing was rendered in
+        self._rows = np.flatnonzero(~self._facts["empty"] & (seen >= SIDE // 2))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def draw(self, step: int, count: int = 64) -> _Lesson:
+        """`count` things."""
+        rng = np.random.default_rng([self._seed, 22, step])
+        rows = self._rows[rng.integers(len(self._rows), size=count)]
+        readings = [expected_reading(unpack_attributes(self._facts[row])) for row in rows]
+        truth = np.array([[HEADS[name].index(reading[name]) for name in HEADS] for reading in readings])
+        return _make_lesson(rng, [_crop(rng, self._images[row], self._facts["box"][row]) for row in rows], truth)
+
+
+def _crop(rng: np.random.Generator, picture: world.Picture, box: NDArray[np.int32]) -> world.Picture:
+    """A crop as an evaluation would take it: looser or tighter, off centre, sometimes soft."""
+    x0, y0, x1, y1 = (int(edge) for edge in box)
+    side = max(x1 - x0, y1 - y0) * rng.uniform(1.02, 1.42)
+    cx, cy = ((a + b) / 2 + side * rng.uniform(-0.08, 0.08) for a, b in ((x0, x1), (y0, y1)))
+    left, top = max(0, round(cx - side / 2)), max(0, round(cy - side / 2))
+    crop = picture[top : round(cy + side / 2), left : round(cx + side / 2)]
+    if rng.random() < 0.35:
+        soft = int(rng.uniform(44, 80))
+        crop = world.resize(np.ascontiguousarray(crop), soft, soft)
+    return world.resize(np.ascontiguousarray(crop), SIDE, SIDE)
+
+
+def _make_lesson(rng: np.random.Generator, crops: list[world.Picture], truth: NDArray[Any]) -> _Lesson:
+    """Some of the crops spoilt, all with a little noise."""
+    x = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    x, answers = _spoil(rng, x, torch.from_numpy(truth.astype(np.int64)))
+    return _Lesson(x + torch.randn_like(x) * 0.04 * torch.rand(len(x), 1, 1, 1), answers)
 
 
 def _spoil(rng: np.random.Generator, x: torch.Tensor, truth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -236,30 +272,41 @@ def _shuffle_colours(pictures: torch.Tensor) -> torch.Tensor:
     return pictures.gather(1, order) * signs
 
 
-def _draw_ahead(school: _School, steps: int) -> Iterator[_Lesson]:
+def _draw_ahead(draw: Callable[[int], _Lessons], steps: int) -> Iterator[_Lessons]:
     """The lessons of all steps, each drawn while the one before it is learnt."""
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(school.draw, 0)
+        coming = pool.submit(draw, 0)
         for step in range(steps):
             lesson = coming.result()
             if step + 1 < steps:
-                coming = pool.submit(school.draw, step + 1)
+                coming = pool.submit(draw, step + 1)
             yield lesson
 
 
+def _answer_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """The sum of the heads' cross-entropies; a head that nobody asks counts for nothing."""
+    parts = logits.float().split(_SIZES, 1)
+    asked = [functional.cross_entropy(part, truth[:, n], ignore_index=-100) for n, part in enumerate(parts)]
+    return torch.stack(asked).nansum()
+
+
 def train_judge(work: Path, steps: int, seed: int) -> None:
-    """Read what ``render_things`` wrote; write the weights (fp16) and their accuracy on held-out combinations."""
+    """Write the weights (fp16) and their accuracy on held-out combinations.
+
+    Learns from what ``render_things`` wrote, which shows each thing more than once, and as much from the rendered
+    scenes, which show more things.
+    """
     torch.manual_seed(seed)
-    model, school = Classifier(), _School(work, seed)
+    model, school, scenes = Classifier(), _School(work, seed), _Scenes(work, seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.02, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=max(steps, 4), pct_start=0.05)
     precision = choose_precision("cpu")
-    for step, lesson in enumerate(_draw_ahead(school, steps)):
+    for step, (looks, more) in enumerate(_draw_ahead(lambda step: (school.draw(step), scenes.draw(step)), steps)):
+        pictures = torch.cat([looks.pictures, more.pictures])
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-            logits, same = model(lesson.pictures, _shuffle_colours(lesson.pictures))
-        parts = logits.float().split(_SIZES, 1)
-        asked = [functional.cross_entropy(part, lesson.truth[:, n], ignore_index=-100) for n, part in enumerate(parts)]
-        loss = torch.stack(asked).nansum() + 0.5 * _likeness_loss(same, lesson.truth[:, 1] >= 0)
+            logits, same = model(pictures, _shuffle_colours(pictures))
+        loss = _answer_loss(logits, torch.cat([looks.truth, more.truth]))
+        loss = loss + 0.5 * _likeness_loss(same[: len(looks.truth)], looks.truth[:, 1] >= 0)
         take_step(loss, optimiser, schedule)
         if step % 200 == 199:
             log.info("judge: step %d, loss %.4f", step + 1, loss.item())
