@@ -15,7 +15,7 @@ def test_it_belongs_to_the_shipped_base() -> None:
     assert card.base == hashes == base.hash_contents() and not [name for name in hashes if "token_adapter" in name]
     assert card.config == TokenConfig.of_base(base.configs)
     assert "rendered objects" in card.trained_on, "a third party's pictures would want a licence"
-    assert [each["steps"] for each in (*card.settings["earlier"], card.settings)] == [3500, 1300, 1800, 400, 600]
+    assert [each["steps"] for each in (*card.settings["earlier"], card.settings)] == [3500, 1300, 1800, 400, 600, 800]
 
 
 def test_it_is_small() -> None:
