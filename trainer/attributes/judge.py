@@ -26,7 +26,8 @@ _CONTRASTS: Final = {"finish": ("matte", "shiny"), "colour": COLOURS, "pattern":
 class JudgeDescriber:
     """Reads the parts of a thing of the embedded model's world.
 
-    threshold: 0..1, the mean probability over the photographs below which a part is left out.
+    threshold: 0..1, the mean probability over the photographs below which a part is left out. A decal that is surely
+        there is named a sticker where no form reaches it.
     """
 
     def __init__(self, model_dir: str | Path, threshold: float = THRESHOLD) -> None:
@@ -51,20 +52,26 @@ class JudgeDescriber:
         return AttributeDictionary.of(class_name, found, "judge", "the judge", _CONTRASTS)
 
     def _choose(self, name: str, scores: NDArray[np.float32]) -> str:
-        """The word of a head, "none" where it is not sure; scores: logits (N, words)."""
+        """The word of a head; "none" where it is not sure, "other" where it is sure of a decal and of no form.
+
+        scores: logits (N, words).
+        """
         shares = np.exp(scores - scores.max(1, keepdims=True))
         shares = (shares / shares.sum(1, keepdims=True)).mean(0)
-        best = int(shares.argmax())
+        best, words = int(shares.argmax()), HEADS[name]
         if shares[best] < self._threshold:
+            if "other" in words and 1 - shares[words.index("none")] >= self._threshold:  # there, of whatever form
+                log.warning("a %s is there, of no clear form: the judge gives %s %.2f", name, words[best], shares[best])
+                return "other"
             log.warning(
                 "%s is left out: the judge gives %s %.2f, below %.2f",
                 name,
-                HEADS[name][best],
+                words[best],
                 shares[best],
                 self._threshold,
             )
             return "none"
-        return HEADS[name][best]
+        return words[best]
 
 
 def _name_attributes(reading: Reading, class_name: str) -> dict[str, list[str]]:

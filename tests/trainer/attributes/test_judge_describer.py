@@ -11,6 +11,7 @@ from dreammix_trt.core.checkpoint import BaseFiles
 from dreammix_trt.trainer.attributes.judge import JudgeDescriber
 from dreammix_trt.trainer.data import Photograph
 from dreammix_trt.trainer.micro import world
+from dreammix_trt.trainer.micro.judge import HEADS
 
 MUG = world.Attributes("mug", "blue", foot="white", top="yellow", decal="heart", decal_colour="green")
 
@@ -34,6 +35,18 @@ def test_parts_and_colours_of_held_out_subjects_are_named(judge: JudgeDescriber)
         assert found.attributes["pattern"] == ("plain",)
         assert found.attributes["part"] == (f"{what.foot} foot", f"{what.top} {top}")
         assert found.attributes["decal"][0].split()[0] == what.decal_colour
+
+
+@pytest.mark.parametrize(
+    ("shares", "word"), [((0.1, 0.45, 0.45), "other"), ((0.6, 0.2, 0.2), "none"), ((0.1, 0.2, 0.7), "heart")]
+)
+def test_a_decal_of_no_clear_form_is_a_sticker(
+    judge: JudgeDescriber, shares: tuple[float, float, float], word: str
+) -> None:
+    logits = np.full((1, len(HEADS["decal"])), -30, np.float32)
+    logits[0, [HEADS["decal"].index(each) for each in ("none", "star", "heart")]] = np.log(shares)
+    assert judge._choose("decal", logits) == word
+    assert judge._choose("finish", np.zeros((2, 3), np.float32)) == "none", "no other head has such a word"
 
 
 def test_what_is_not_there_is_not_named_and_glass_is_a_material(judge: JudgeDescriber) -> None:
