@@ -141,14 +141,13 @@ def test_lessons_from_scenes_say_what_the_shipped_judge_reads(rendered: Path) ->
 @pytest.fixture(scope="module")
 def encoded(rendered: Path) -> Latents:
     """These scenes as latents of an untrained VAE that passes colours."""
-    work = rendered
     torch.manual_seed(0)
     vae, team = build_vae(128), Team(0, 1, "cpu")
     start_with_colour(vae)
-    save_tokenizers(work)
-    np.save(work / "grey.npy", np.zeros((1, 4, 16, 16), np.float32))
-    encode_shard(team, work, vae.eval(), 128, 5)
-    return Latents(work, work, 128, 5, "cpu")
+    save_tokenizers(rendered)
+    np.save(rendered / "grey.npy", np.zeros((1, 4, 16, 16), np.float32))
+    encode_shard(team, rendered, vae.eval(), 128, 5)
+    return Latents(rendered, rendered, 128, 5, "cpu")
 
 
 def test_a_decal_is_asked_for_where_the_caption_names_it(encoded: Latents) -> None:

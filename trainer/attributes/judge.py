@@ -59,19 +59,14 @@ class JudgeDescriber:
         shares = np.exp(scores - scores.max(1, keepdims=True))
         shares = (shares / shares.sum(1, keepdims=True)).mean(0)
         best, words = int(shares.argmax()), HEADS[name]
-        if shares[best] < self._threshold:
-            if "other" in words and 1 - shares[words.index("none")] >= self._threshold:  # there, of whatever form
-                log.warning("a %s is there, of no clear form: the judge gives %s %.2f", name, words[best], shares[best])
-                return "other"
-            log.warning(
-                "%s is left out: the judge gives %s %.2f, below %.2f",
-                name,
-                words[best],
-                shares[best],
-                self._threshold,
-            )
-            return "none"
-        return words[best]
+        if shares[best] >= self._threshold:
+            return words[best]
+        gives = f"the judge gives {words[best]} {shares[best]:.2f}, below {self._threshold:.2f}"
+        if "other" in words and 1 - shares[words.index("none")] >= self._threshold:  # there, of whatever form
+            log.warning("a %s is there, of no clear form: %s", name, gives)
+            return "other"
+        log.warning("%s is left out: %s", name, gives)
+        return "none"
 
 
 def _name_attributes(reading: Reading, class_name: str) -> dict[str, list[str]]:

@@ -32,6 +32,7 @@ from dreammix_trt.trainer.micro.judge import (
 from dreammix_trt.trainer.micro.loop import take_step
 from dreammix_trt.trainer.micro.objects import COLOURS, DECALS, UNNAMED_DECALS, Attributes, Build, look_alike
 from dreammix_trt.trainer.micro.parallel import Team
+from dreammix_trt.trainer.micro.readers import ask_all
 from dreammix_trt.trainer.networks import choose_precision
 
 log = logging.getLogger(__name__)
@@ -124,9 +125,14 @@ def render_things(team: Team, work: Path, count: int, seed: int) -> None:
             what = replace(what, decal=str(rng.choice(UNNAMED_DECALS)))
         for row, thing in ((2 * pair, what), (2 * pair + 1, _vary(rng, what))):
             _render_views(rng, views[row], boxes[row], thing, build)
-            reading = expected_reading(thing)
-            truth[row] = [HEADS[name].index(reading[name]) for name in HEADS]
+            truth[row] = _number_reading(thing)
     team.wait()
+
+
+def _number_reading(what: Attributes) -> list[int]:
+    """For each head the index of the word that a flawless judge reads."""
+    reading = expected_reading(what)
+    return [words.index(reading[name]) for name, words in HEADS.items()]
 
 
 def _render_views(
@@ -189,8 +195,7 @@ class _Scenes:
         """`count` things."""
         rng = np.random.default_rng([self._seed, 22, step])
         rows = self._rows[rng.integers(len(self._rows), size=count)]
-        readings = [expected_reading(unpack_attributes(self._facts[row])) for row in rows]
-        truth = np.array([[HEADS[name].index(reading[name]) for name in HEADS] for reading in readings])
+        truth = np.array([_number_reading(unpack_attributes(self._facts[row])) for row in rows])
         return _make_lesson(rng, [_crop(rng, self._images[row], self._facts["box"][row]) for row in rows], truth)
 
 
@@ -283,13 +288,6 @@ def _draw_ahead(draw: Callable[[int], _Lessons], steps: int) -> Iterator[_Lesson
             yield lesson
 
 
-def _answer_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """The sum of the heads' cross-entropies; a head that nobody asks counts for nothing."""
-    parts = logits.float().split(_SIZES, 1)
-    asked = [functional.cross_entropy(part, truth[:, n], ignore_index=-100) for n, part in enumerate(parts)]
-    return torch.stack(asked).nansum()
-
-
 def train_judge(work: Path, steps: int, seed: int) -> None:
     """Write the weights (fp16) and their accuracy on held-out combinations.
 
@@ -305,7 +303,7 @@ def train_judge(work: Path, steps: int, seed: int) -> None:
         pictures = torch.cat([looks.pictures, more.pictures])
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
             logits, same = model(pictures, _shuffle_colours(pictures))
-        loss = _answer_loss(logits, torch.cat([looks.truth, more.truth]))
+        loss = ask_all(logits.float().split(_SIZES, 1), torch.cat([looks.truth, more.truth]))
         loss = loss + 0.5 * _likeness_loss(same[: len(looks.truth)], looks.truth[:, 1] >= 0)
         take_step(loss, optimiser, schedule)
         if step % 200 == 199:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from dreammix_trt.trainer.micro.data import Latents, Told
-from dreammix_trt.trainer.micro.readers import WEIGHT, Denoised, LatentReader, add_noise, blur, fit_reader
+from dreammix_trt.trainer.micro.readers import WEIGHT, Denoised, LatentReader, add_noise, ask_all, blur, fit_reader
 from dreammix_trt.trainer.micro.reading import QUESTIONS, UNASKED
 
 _SIDE: Final = 16  # cells, to which a thing's box is scaled
@@ -54,7 +54,7 @@ def train_part_reader(latents: Latents, steps: int, work: Path, seed: int, batch
         sides = (told.boxes[:, 2:] - told.boxes[:, :2]).repeat(1, 2)
         moved = told.boxes + sides * torch.from_numpy(rng.uniform(-0.08, 0.08, (batch, 4)).astype(np.float32))
         crops = _spoil(frame_things(pictures, moved), rng)
-        return _ask_all(_read(reader, crops), told.answers, smoothing=0.05) / len(QUESTIONS)
+        return ask_all(_read(reader, crops), told.answers, smoothing=0.05) / len(QUESTIONS)
 
     held = fit_reader(reader, latents.count_things(), steps, batch, rng, loss_of, work / "parts.pt")
     return _test_reader(reader, latents, held) if len(held) else {}
@@ -77,16 +77,6 @@ def _spoil(crops: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     for times in range(3):
         blurred = torch.where(dice[3] * 3 >= times, blur(blurred), blurred)
     return add_noise(torch.where(dice[2] < _SMOOTHED, blurred, crops), dice[0], dice[1])
-
-
-def _ask_all(given: Sequence[torch.Tensor], answers: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
-    """The sum over the questions of their mean cross-entropies; a question that nobody asks counts for nothing."""
-    losses = [
-        functional.cross_entropy(logits, answers[:, n], ignore_index=UNASKED, label_smoothing=smoothing)
-        for n, logits in enumerate(given)
-        if bool((answers[:, n] != UNASKED).any())
-    ]
-    return torch.stack(losses).sum() if losses else given[0].new_zeros(())
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -117,4 +107,4 @@ class PartLoss:
             return predicted.new_zeros(())
         clean = self._denoised.clean(noisy[rows], predicted[rows], steps[rows])
         given = _read(self._denoised.reader, frame_things(clean, told.boxes[rows]))
-        return WEIGHT * _ask_all(given, told.answers[rows])
+        return WEIGHT * ask_all(given, told.answers[rows])

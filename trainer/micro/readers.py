@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from dreammix_trt.trainer.micro.loop import save_atomic, take_step
 from dreammix_trt.trainer.micro.networks import noise_table
+from dreammix_trt.trainer.micro.reading import UNASKED
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,16 @@ def blur(latents: torch.Tensor) -> torch.Tensor:
 def add_noise(latents: torch.Tensor, much: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """Most with noise. much, chosen: uniform in 0..1, of a row each."""
     return latents + torch.randn_like(latents) * much * _NOISE * (chosen < 0.7)
+
+
+def ask_all(given: Sequence[torch.Tensor], answers: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    """The sum over the questions of their mean cross-entropies; a question that nobody asks counts for nothing."""
+    losses = [
+        functional.cross_entropy(logits, answers[:, n], ignore_index=UNASKED, label_smoothing=smoothing)
+        for n, logits in enumerate(given)
+        if bool((answers[:, n] != UNASKED).any())
+    ]
+    return torch.stack(losses).sum() if losses else given[0].new_zeros(())
 
 
 class Denoised:
